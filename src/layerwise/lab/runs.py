@@ -1,0 +1,202 @@
+"""The run directory: written as training goes, read back tolerantly.
+
+    runs/NAME/
+      run.json              what ran and how it ended (see `Run.info`)
+      metrics.jsonl         a line per logged step
+      layers.jsonl          a line per recorded step
+      function_space.jsonl  a line per measured step
+      checkpoints/          see checkpoint.py
+      tensorboard/          the same numbers as TensorBoard events
+
+A killed run can leave half a last line. Reading ignores it; resuming truncates every file to the length it
+had at the checkpoint, so a resumed run's files are those of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from layerwise.errors import LayerwiseError
+
+RUN_FILE = "run.json"
+STREAMS = ("metrics", "layers", "function_space")
+FORMAT = 1
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: they are written as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file as a whole: a reader sees the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(_plain(value), file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, up to the first line that is not one. A missing file has none."""
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return rows
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run read back from its directory.
+
+    `info` is run.json: `name`, `status` ("running", "finished", "diverged"), `config` (sections as in the
+    YAML file, every default written out), `versions`, `machine`, `corpus` (source, sha256, tokenizer, sizes),
+    `parameters` (rows of `describe`), `parameter_count`, `started`, `result` (empty until the end: `steps`,
+    `tokens`, `seconds`, `loss`, `val_loss`, `best_val_loss`, `tokens_per_second`, and `reason` where it
+    diverged). Losses are in nats per token. A killed run stays "running".
+    """
+
+    path: Path
+    info: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(repr=False)
+    layers: list[dict[str, Any]] = field(repr=False)
+    function_space: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return str(self.info.get("name", self.path.name))
+
+    @property
+    def status(self) -> str:
+        return str(self.info.get("status", "running"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.info.get("config", {}))
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return dict(self.info.get("result", {}))
+
+    def series(self, key: str, *, against: str = "step") -> tuple[list[float], list[float]]:
+        """Two equally long lists: `against` and `key` of each line of metrics that has both as numbers."""
+        pairs = [
+            (float(row[against]), float(row[key]))
+            for row in self.metrics
+            if row.get(key) is not None and row.get(against) is not None
+        ]
+        return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def read_run(path: str | Path) -> Run:
+    """The run in a directory. Raises LayerwiseError where there is none or run.json is damaged."""
+    folder = Path(path)
+    try:
+        info = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise LayerwiseError(
+            f"run {folder}: no {RUN_FILE} there; name a folder that `layerwise train` wrote"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LayerwiseError(f"run {folder}: {RUN_FILE} is damaged ({error})") from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise LayerwiseError(f"run {folder}: {RUN_FILE} is not of format {FORMAT}, which this version reads")
+    metrics, layers, function_space = (read_lines(folder / f"{stream}.jsonl") for stream in STREAMS)
+    return Run(folder, info, metrics, layers, function_space)
+
+
+def find_runs(folder: str | Path) -> Iterator[Path]:
+    """Every run directory at or below `folder`, in sorted order."""
+    return (file.parent for file in sorted(Path(folder).rglob(RUN_FILE)))
+
+
+class RunWriter:
+    """The one writer of a run directory, which it locks until it is closed or its process dies."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LayerwiseError(f"run.dir, run.name: cannot make {self.path}: {error.strerror}") from None
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until close()
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise LayerwiseError(
+                f"run {self.path}: another process is writing it; wait, or set run.name"
+            ) from None
+        self._files = {
+            name: open(self._stream(name), "ab")  # noqa: SIM115
+            for name in STREAMS
+            if self._stream(name).exists()
+        }
+        self._info: dict[str, Any] = {}
+
+    def _stream(self, name: str) -> Path:
+        return self.path / f"{name}.jsonl"
+
+    def update(self, **entries: Any) -> None:
+        """Sets entries of run.json and writes it as a whole."""
+        self._info = {"format": FORMAT, **self._info, **entries}
+        write_json(self.path / RUN_FILE, self._info)
+
+    def append(self, stream: str, row: dict[str, Any]) -> None:
+        """Adds a line to `metrics`, `layers` or `function_space`; it is on its way to the disk at once."""
+        if stream not in self._files:
+            self._files[stream] = open(self._stream(stream), "ab")  # noqa: SIM115
+        file = self._files[stream]
+        file.write(json.dumps(_plain(row), allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        file.flush()
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes in each stream, for `truncate`. The bytes are on the disk when this returns."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        return {name: file.seek(0, os.SEEK_END) for name, file in self._files.items()}
+
+    def truncate(self, lengths: dict[str, int]) -> None:
+        """Cuts each stream to the length it had; one that `lengths` does not name is emptied."""
+        for name, file in self._files.items():
+            file.truncate(lengths.get(name, 0))
+            file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
