@@ -1,0 +1,282 @@
+"""Geometries: what "one step" means for a matrix. Each has a norm, its dual, and the unit step of steepest ascent.
+
+With `<A, B> = sum(A * B)`, every geometry keeps, for each matrix of a stack `[..., d_out, d_in]`,
+
+    lmo(G) = argmax { <G, X> : norm(X) <= 1 },    <G, lmo(G)> = dual_norm(G),    <G, X> <= dual_norm(G) norm(X).
+
+A vector of d entries is a `[d, 1]` matrix. Sources: Bernstein and Newhouse (arXiv 2409.20325) for norms and duals,
+Pethick et al. (Scion, arXiv 2502.07529) for the scalings by shape.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.geometry.nuclear import METHODS as NUCLEAR_METHODS
+from layerwise.geometry.nuclear import Seed, nuclear_norm
+from layerwise.geometry.polar import METHODS as POLAR_METHODS
+from layerwise.geometry.polar import check_stack, polar, working_dtype
+
+
+class Geometry(ABC):
+    """A norm on stacks of matrices `[..., d_out, d_in]`. Immutable; `repr` identifies it in checkpoints."""
+
+    family: ClassVar[str]
+
+    @abstractmethod
+    def norm(self, x: Tensor) -> Tensor:
+        """`[..., d_out, d_in] -> [...]`, in float32 (float64 for float64 input)."""
+
+    @abstractmethod
+    def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
+        """`max { <G, X> : norm(X) <= 1 }`, `[..., d_out, d_in] -> [...]`, in float32 (float64 for float64 input).
+
+        `seed` (an int or an integer tensor on the device, e.g. the step number) picks the random probes where the
+        value is a stochastic estimate; exact geometries ignore it.
+        """
+
+    @abstractmethod
+    def lmo(self, g: Tensor) -> Tensor:
+        """The unit step of steepest ascent, in the shape and dtype of `g`; zero where `g` is zero."""
+
+    @abstractmethod
+    def unit_rms(self, d_out: int, d_in: int) -> float:
+        """Root mean square of the entries of a full-rank unit step."""
+
+    @abstractmethod
+    def white_noise_dual(self, d_out: int, d_in: int) -> float:
+        """How `dual_norm` of white noise of unit deviation grows with the shape, to first order.
+
+        Dividing a measured dual norm by it removes what the shape alone contributes.
+        """
+
+    def init(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Random weights of norm one, `shape = [..., d_out, d_in]`: the unit step for a Gaussian matrix."""
+        noise = torch.randn(tuple(shape), generator=generator, device=device)
+        check_stack(noise)
+        return self._unit_init(noise).to(dtype or torch.get_default_dtype())
+
+    def _unit_init(self, noise: Tensor) -> Tensor:
+        return self.lmo(noise)
+
+
+@dataclass(frozen=True)
+class Spectral(Geometry):
+    """RMS to RMS operator norm, `sqrt(d_in / d_out) sigma_max`; dual `sqrt(d_out / d_in)` nuclear; unit step `sqrt(d_out / d_in) U V^T`.
+
+    A convolution seen as a `[out, in * taps]` matrix (`taps` = the product of its kernel size) takes Scion's
+    SpectralConv: with `in = d_in / taps` channels the unit step is `sqrt(out / in) / taps * U V^T`, so the norm is
+    `taps sqrt(in / out) sigma_max` and the dual `sqrt(out / in) / taps` nuclear.
+
+    `polar` and `nuclear` name the methods of `layerwise.geometry.polar` and `nuclear_norm`. Exact ones give the
+    identities of a geometry to rounding; with `polar="quintic"` the norm of a unit step lies between 0.67 and 1.21.
+    """
+
+    polar: str = "auto"
+    nuclear: str = "auto"
+    taps: int = 1
+    family: ClassVar[str] = "spectral"
+
+    def __post_init__(self) -> None:
+        if self.polar not in POLAR_METHODS:
+            raise LayerwiseError(f"Spectral(polar={self.polar!r}): choose one of {', '.join(POLAR_METHODS)}")
+        if self.nuclear not in NUCLEAR_METHODS:
+            raise LayerwiseError(
+                f"Spectral(nuclear={self.nuclear!r}): choose one of {', '.join(NUCLEAR_METHODS)}"
+            )
+        if self.taps < 1:
+            raise LayerwiseError(
+                f"Spectral(taps={self.taps}): give the product of the kernel size, at least 1"
+            )
+
+    def norm(self, x: Tensor) -> Tensor:
+        check_stack(x)
+        top = torch.linalg.matrix_norm(x.to(working_dtype(x)), ord=2)
+        return top / self._factor(*x.shape[-2:])
+
+    def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
+        return nuclear_norm(g, self.nuclear, seed=seed) * self._factor(*g.shape[-2:])
+
+    def lmo(self, g: Tensor) -> Tensor:
+        return polar(g, self.polar).mul_(self._factor(*g.shape[-2:]))
+
+    def unit_rms(self, d_out: int, d_in: int) -> float:
+        return self._factor(d_out, d_in) / math.sqrt(max(d_out, d_in))
+
+    def white_noise_dual(self, d_out: int, d_in: int) -> float:
+        """All `min(d_out, d_in)` singular values taken as `sqrt(max(d_out, d_in))` (0.85 of it for a square matrix)."""
+        return self._factor(d_out, d_in) * min(d_out, d_in) * math.sqrt(max(d_out, d_in))
+
+    def _unit_init(self, noise: Tensor) -> Tensor:
+        """A random semi-orthogonal matrix by QR, signs fixed so that all are equally likely."""
+        tall = noise if noise.size(-2) >= noise.size(-1) else noise.mT
+        q, r = torch.linalg.qr(tall)
+        q = q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+        q = q if noise.size(-2) >= noise.size(-1) else q.mT
+        return q.mul(self._factor(*noise.shape[-2:])).contiguous()
+
+    def _factor(self, d_out: int, d_in: int) -> float:
+        if d_in % self.taps:
+            raise LayerwiseError(
+                f"Spectral(taps={self.taps}) does not divide d_in = {d_in} of a {d_out} x {d_in} matrix"
+            )
+        return math.sqrt(d_out / (d_in // self.taps)) / self.taps
+
+
+def spectral_conv(kernel_size: int | Sequence[int]) -> Spectral:
+    """Scion's SpectralConv for a convolution seen as `[out, in * taps]`.
+
+    `kernel_size` as in the module (`(3, 1)`; one entry for a 1-d convolution); an int k means a square k x k kernel.
+    """
+    sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+    return Spectral(taps=math.prod(sizes))
+
+
+@dataclass(frozen=True)
+class Sign(Geometry):
+    """Largest entry, `max |x|`; dual `sum |g|`; unit step `sign(g)`.
+
+    `per_input=True` is Scion's l1 -> l_inf form: norm `d_in max |x|`, dual `sum |g| / d_in`, unit step `sign(g) / d_in`.
+    """
+
+    per_input: bool = False
+    family: ClassVar[str] = "sign"
+
+    def norm(self, x: Tensor) -> Tensor:
+        check_stack(x)
+        return torch.linalg.vector_norm(x.to(working_dtype(x)), torch.inf, dim=(-2, -1)) * self._scale(
+            x.size(-1)
+        )
+
+    def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
+        check_stack(g)
+        return torch.linalg.vector_norm(g, 1, dim=(-2, -1), dtype=working_dtype(g)) / self._scale(g.size(-1))
+
+    def lmo(self, g: Tensor) -> Tensor:
+        check_stack(g)
+        return torch.sign(g).div_(self._scale(g.size(-1)))
+
+    def unit_rms(self, d_out: int, d_in: int) -> float:
+        return 1.0 / self._scale(d_in)
+
+    def white_noise_dual(self, d_out: int, d_in: int) -> float:
+        return math.sqrt(2 / math.pi) * d_out * d_in / self._scale(d_in)
+
+    def _scale(self, d_in: int) -> int:
+        return d_in if self.per_input else 1
+
+
+class _SumOfLengths(Geometry):
+    """Norms that take the largest Euclidean length among parts of the matrix (rows, columns, or the whole).
+
+    The dual sums the lengths and the unit step gives every part the same length. `_dims` are the dimensions
+    that make up one part; `_length` is the length of each part of a unit step.
+    """
+
+    _dims: ClassVar[int | tuple[int, int]]
+
+    @abstractmethod
+    def _length(self, d_out: int, d_in: int) -> float: ...
+
+    def norm(self, x: Tensor) -> Tensor:
+        largest, lengths, _ = self._lengths(x)
+        return (largest * lengths).amax((-2, -1)) / self._length(*x.shape[-2:])
+
+    def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
+        largest, lengths, _ = self._lengths(g)
+        return (largest * lengths).sum((-2, -1)) * self._length(*g.shape[-2:])
+
+    def lmo(self, g: Tensor) -> Tensor:
+        _, lengths, scaled = self._lengths(g)
+        return scaled.mul_(self._length(*g.shape[-2:]) / torch.where(lengths > 0, lengths, 1.0)).to(g.dtype)
+
+    def _lengths(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Largest entry of each part, length of the part divided by it, and the parts divided by it: squares stay in range."""
+        check_stack(x)
+        x = x.to(working_dtype(x))
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=self._dims, keepdim=True)
+        scaled = x / torch.where(largest > 0, largest, 1.0)
+        return largest, torch.linalg.vector_norm(scaled, dim=self._dims, keepdim=True), scaled
+
+
+@dataclass(frozen=True)
+class RowNorm(_SumOfLengths):
+    """RMS to l_inf operator norm, `sqrt(d_in) max_i ||row_i||`; unit step: every row of length `1 / sqrt(d_in)`."""
+
+    family: ClassVar[str] = "row_norm"
+    _dims = -1
+
+    def _length(self, d_out: int, d_in: int) -> float:
+        return 1 / math.sqrt(d_in)
+
+    def unit_rms(self, d_out: int, d_in: int) -> float:
+        return 1 / d_in
+
+    def white_noise_dual(self, d_out: int, d_in: int) -> float:
+        return float(d_out)
+
+
+@dataclass(frozen=True)
+class ColNorm(_SumOfLengths):
+    """l1 to RMS operator norm, `max_j ||col_j|| / sqrt(d_out)`; unit step: every column of length `sqrt(d_out)`."""
+
+    family: ClassVar[str] = "col_norm"
+    _dims = -2
+
+    def _length(self, d_out: int, d_in: int) -> float:
+        return math.sqrt(d_out)
+
+    def unit_rms(self, d_out: int, d_in: int) -> float:
+        return 1.0
+
+    def white_noise_dual(self, d_out: int, d_in: int) -> float:
+        return float(d_out * d_in)
+
+
+@dataclass(frozen=True)
+class Frobenius(_SumOfLengths):
+    """Euclidean length of all entries; its own dual; unit step `g / ||g||`."""
+
+    family: ClassVar[str] = "frobenius"
+    _dims = (-2, -1)
+
+    def _length(self, d_out: int, d_in: int) -> float:
+        return 1.0
+
+    def unit_rms(self, d_out: int, d_in: int) -> float:
+        return 1 / math.sqrt(d_out * d_in)
+
+    def white_noise_dual(self, d_out: int, d_in: int) -> float:
+        return math.sqrt(d_out * d_in)
+
+
+@dataclass(frozen=True)
+class VectorRMS(_SumOfLengths):
+    """Root mean square of the entries, for gains and biases; dual `sqrt(d) ||g||`; unit step `g / RMS(g)`."""
+
+    family: ClassVar[str] = "vector_rms"
+    _dims = (-2, -1)
+
+    def _length(self, d_out: int, d_in: int) -> float:
+        return math.sqrt(d_out * d_in)
+
+    def unit_rms(self, d_out: int, d_in: int) -> float:
+        return 1.0
+
+    def white_noise_dual(self, d_out: int, d_in: int) -> float:
+        return float(d_out * d_in)
