@@ -1,5 +1,7 @@
 """The geometry of layers: norms, polar factors and nuclear norms, and which parameter of a model is what."""
 
+from layerwise.geometry.groups import group_by_shape, param_groups
+from layerwise.geometry.layout import Layout, Split
 from layerwise.geometry.norms import (
     ColNorm,
     Frobenius,
@@ -17,11 +19,15 @@ __all__ = [
     "ColNorm",
     "Frobenius",
     "Geometry",
+    "Layout",
     "RowNorm",
     "Sign",
     "Spectral",
+    "Split",
     "VectorRMS",
+    "group_by_shape",
     "nuclear_norm",
+    "param_groups",
     "polar",
     "spectral_conv",
 ]

@@ -1,0 +1,274 @@
+"""From a model to the parameter groups of an optimizer: roles, then the user's splits and overrides, then groups."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from layerwise.errors import LayerwiseError
+from layerwise.geometry.layout import ConvLayout, Layout, MatrixLayout, Split, TransposedLayout, VectorLayout
+from layerwise.geometry.norms import Geometry, Sign, Spectral, VectorRMS, spectral_conv
+from layerwise.geometry.roles import ROLES, Found, find_roles
+
+Override = Geometry | Mapping[str, Any]
+SplitSpec = int | Mapping[str, int] | Split
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """A trainable parameter with its geometry and the options that overrides gave it."""
+
+    found: Found
+    geometry: Geometry
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def norm_group(self) -> str:
+        """Units of one norm group have their noise compared: the geometry's family unless overridden."""
+        return str(self.options.get("norm_group") or self.geometry.family)
+
+
+def default_geometry(role: str, kernel: tuple[int, ...] = ()) -> Geometry:
+    """The geometry a role gets when nothing else is said (Scion's choice, arXiv 2502.07529, table 4)."""
+    if role in ("hidden", "experts", "conv", "lora_A", "lora_B"):
+        return spectral_conv(kernel) if kernel else Spectral()
+    return {"embedding": Sign(), "head": Sign(per_input=True), "vector": VectorRMS()}[role]
+
+
+def param_groups(
+    model: nn.Module,
+    overrides: Mapping[str, Override] | None = None,
+    splits: Mapping[str, SplitSpec] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for a layerwise optimizer, one for every combination of role, layout, geometry and overrides.
+
+    A group is `{"params": [(name, parameter), ...], "role": str, "layout": Layout, "geometry": Geometry, **overridden}`.
+    Groups and their parameters are in the order of `model.named_parameters()`; frozen parameters are left out.
+
+    overrides: glob pattern on the full parameter name (any of its names if tied) -> a geometry, or a dict of group options
+        (`lr`, `weight_decay`, `geometry`, `role`, `layout`, `norm_group`, and whatever the optimizer knows).
+    splits: glob pattern -> how d_out divides into matrices: `{"q": 512, "k": 128, "v": 128}` (rows, in order), a number of
+        equal parts (1 leaves the parameter whole), or a `Split`.
+
+    Raises LayerwiseError for a pattern that matches nothing, a parameter matched by two patterns, sizes that do not add up,
+    and a model without trainable floating-point parameters.
+    """
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for assigned in assign(model, overrides, splits):
+        found, geometry, options = assigned.found, assigned.geometry, assigned.options
+        key = (found.role, repr(found.layout), repr(geometry), repr(sorted(options.items())))
+        group = groups.setdefault(
+            key, {"params": [], "role": found.role, "layout": found.layout, "geometry": geometry, **options}
+        )
+        group["params"].append((found.name, found.parameter))
+    return list(groups.values())
+
+
+def assign(
+    model: nn.Module,
+    overrides: Mapping[str, Override] | None = None,
+    splits: Mapping[str, SplitSpec] | None = None,
+) -> list[Assigned]:
+    """Every trainable parameter of `model` with its role, layout, geometry and options. Arguments as in `param_groups`."""
+    trainable = _trainable(model)
+    names = [found.names for found in trainable]
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    split_of = _match("splits", splits or {}, names, frozen)
+    override_of = _match("overrides", overrides or {}, names, frozen)
+    result = []
+    for found in trainable:
+        if found.name in split_of:
+            found = replace(found, layout=_split_layout(found, split_of[found.name]), note="")
+        result.append(_override(found, override_of.get(found.name, {})))
+    return result
+
+
+def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+    """The groups of `param_groups` for plain `model.parameters()` or `model.named_parameters()`, by shape alone.
+
+    2-D tensors become hidden matrices, 0-D and 1-D ones vectors, all others convolutions. Warns once of what a shape
+    cannot tell. Parameters without names are called `param_0`, `param_1`, ...
+    """
+    named = [item if isinstance(item, tuple) else (f"param_{i}", item) for i, item in enumerate(params)]
+    if not named:
+        raise LayerwiseError("no parameters: give model.parameters() of a model that has some")
+    if len({id(p) for _, p in named}) < len(named):
+        raise LayerwiseError("a parameter is given twice: give every tensor once")
+    warnings.warn(
+        "parameters are grouped by shape alone, which cannot tell an embedding or an output head from a hidden matrix, "
+        "nor (in, out) storage from (out, in), nor q, k and v in one weight; give layerwise.param_groups(model) instead",
+        UserWarning,
+        stacklevel=2,
+    )
+    groups: dict[str, dict[str, Any]] = {}
+    for name, p in named:
+        _check_dtype(name, p)
+        role, layout, kernel = _by_shape(tuple(p.shape))
+        geometry = default_geometry(role, kernel)
+        group = {"params": [], "role": role, "layout": layout, "geometry": geometry}
+        groups.setdefault(repr((role, geometry)), group)["params"].append((name, p))
+    return list(groups.values())
+
+
+def _by_shape(shape: tuple[int, ...]) -> tuple[str, Layout, tuple[int, ...]]:
+    if len(shape) <= 1:
+        return "vector", VectorLayout(), ()
+    if len(shape) == 2:
+        return "hidden", MatrixLayout(), ()
+    return "conv", ConvLayout(), shape[2:]
+
+
+def _trainable(model: nn.Module) -> list[Found]:
+    if not isinstance(model, nn.Module):
+        raise LayerwiseError(
+            f"param_groups takes the model, got {type(model).__name__}; for plain parameters use group_by_shape"
+        )
+    for name, p in model.named_parameters():
+        if isinstance(p, UninitializedTensorMixin):
+            raise LayerwiseError(
+                f"{name} has no shape yet (a lazy module): run the model once on a batch first"
+            )
+        if p.requires_grad:
+            _check_dtype(name, p)
+    everything = find_roles(model)
+    if not everything:
+        raise LayerwiseError(f"{type(model).__name__} has no parameters: there is nothing to train")
+    trainable = [found for found in everything if found.parameter.requires_grad and found.parameter.numel()]
+    if not trainable:
+        raise LayerwiseError(
+            f"all {len(everything)} parameters of {type(model).__name__} are frozen or empty: "
+            "set requires_grad=True on those to train"
+        )
+    return trainable
+
+
+def _check_dtype(name: str, p: Tensor) -> None:
+    if p.is_complex():
+        raise LayerwiseError(f"{name} is complex ({p.dtype}): train its view_as_real, or freeze it")
+    if not p.is_floating_point():
+        raise LayerwiseError(
+            f"{name} is of type {p.dtype}: freeze it (requires_grad=False) or make it floating-point"
+        )
+
+
+def _match(
+    argument: str, patterns: Mapping[str, Any], names: list[tuple[str, ...]], frozen: list[str]
+) -> dict[str, Any]:
+    """First name of each parameter that a pattern matches -> the pattern's value."""
+    matched_by: dict[str, str] = {}
+    for pattern in patterns:
+        hits = [own[0] for own in names if any(fnmatchcase(name, pattern) for name in own)]
+        if not hits and any(fnmatchcase(name, pattern) for name in frozen):
+            raise LayerwiseError(
+                f"{argument}: {pattern!r} matches frozen parameters only; drop it or unfreeze them"
+            )
+        if not hits:
+            raise LayerwiseError(f"{argument}: {pattern!r} matches no parameter{_nearest(pattern, names)}")
+        for name in hits:
+            if name in matched_by:
+                raise LayerwiseError(
+                    f"{argument}: {name} is matched by {matched_by[name]!r} and by {pattern!r}; "
+                    "a parameter can be in one group only, so make the patterns disjoint"
+                )
+            matched_by[name] = pattern
+    return {name: patterns[pattern] for name, pattern in matched_by.items()}
+
+
+def _nearest(pattern: str, names: list[tuple[str, ...]]) -> str:
+    every = [name for own in names for name in own]
+    bare = pattern.replace("*", "").replace("?", "").strip(".")
+    # compare with the end of each name as long as the pattern is, so that "*.c_attn.wieght" finds "h.0.attn.c_attn.weight"
+    depth = bare.count(".") + 1
+    ends: dict[str, str] = {}
+    for name in every:
+        ends.setdefault(".".join(name.split(".")[-depth:]), name)
+    near = difflib.get_close_matches(bare, list(ends), n=3, cutoff=0.5)
+    if near:
+        return "; nearest: " + ", ".join(ends[end] for end in near)
+    return f"; names look like {every[0]}"
+
+
+def _split_layout(found: Found, spec: SplitSpec) -> Layout:
+    shape = tuple(found.parameter.shape)
+    whole = replace(found.layout, split=None)
+    d_out = whole.stack_shape(shape)[1]
+    if isinstance(spec, Mapping):
+        if not spec or not all(isinstance(size, int) and size > 0 for size in spec.values()):
+            raise LayerwiseError(
+                f"splits: {found.name} has sizes {dict(spec)}; give a positive number of rows for each part"
+            )
+        if sum(spec.values()) != d_out:
+            raise LayerwiseError(
+                f"splits: the sizes of {found.name}, {dict(spec)}, add up to {sum(spec.values())} and its d_out is {d_out} "
+                f"(shape {shape}, stored {whole}); give sizes that add up to {d_out}"
+            )
+        split = Split.of_sizes(spec) if len(spec) > 1 else None
+    elif isinstance(spec, Split):
+        split = spec
+    elif isinstance(spec, int) and not isinstance(spec, bool) and spec >= 1:
+        split = Split.equal(*map(str, range(spec))) if spec > 1 else None
+    else:
+        raise LayerwiseError(
+            f"splits: {found.name} has {spec!r}; give a number of equal parts, a dict of sizes, or a Split"
+        )
+    if split is not None:
+        try:
+            split.rows(d_out)
+        except LayerwiseError as error:
+            raise LayerwiseError(f"splits: {found.name} of shape {shape}: {error}") from None
+    return replace(whole, split=split)
+
+
+def _override(found: Found, value: Override) -> Assigned:
+    if not isinstance(value, (Geometry, Mapping)):
+        raise LayerwiseError(f"overrides: {found.name} has {value!r}; give a geometry or a dict of options")
+    options = {"geometry": value} if isinstance(value, Geometry) else dict(value)
+    if "params" in options:
+        raise LayerwiseError(
+            f"overrides: 'params' of {found.name} cannot be overridden; patterns choose the parameters"
+        )
+    role = options.pop("role", found.role)
+    if role not in ROLES:
+        near = difflib.get_close_matches(str(role), ROLES, n=1)
+        raise LayerwiseError(
+            f"overrides: role {role!r} of {found.name} is unknown; "
+            + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(ROLES)}")
+        )
+    layout = options.pop("layout", None)
+    if layout is None:
+        layout = found.layout if role == found.role else _layout_of_role(found, role)
+    elif not isinstance(layout, Layout):
+        raise LayerwiseError(
+            f"overrides: layout of {found.name} is {layout!r}; give one of layerwise.geometry's layouts"
+        )
+    try:
+        layout.shapes(tuple(found.parameter.shape))
+    except LayerwiseError as error:
+        raise LayerwiseError(f"overrides: {found.name}: {error}") from None
+    geometry = options.pop("geometry", None) or default_geometry(role, found.kernel)
+    if not isinstance(geometry, Geometry):
+        raise LayerwiseError(
+            f"overrides: geometry of {found.name} is {geometry!r}; give one, such as Spectral()"
+        )
+    known = role != found.role or "layout" in dict(value if isinstance(value, Mapping) else {})
+    return Assigned(
+        replace(found, role=role, layout=layout, note="" if known else found.note), geometry, options
+    )
+
+
+def _layout_of_role(found: Found, role: str) -> Layout:
+    """The layout that goes with a role the user gave."""
+    if role == "vector":
+        return VectorLayout()
+    if role == "embedding" and found.note and isinstance(found.layout, MatrixLayout):
+        return (
+            TransposedLayout()
+        )  # a bare [N, d] table; a Linear that acts as an embedding keeps its orientation
+    return replace(found.layout, split=None) if role in ("embedding", "head") else found.layout

@@ -1,0 +1,318 @@
+"""How a parameter's tensor holds its units (matrices), and the way there and back.
+
+Every layout turns a tensor into stacks ``[k, d_out, d_in]``: `d_out` is the dimension the matrix maps *to*, whichever way
+round the module stores it. A `Split` then divides d_out among the several matrices of a fused projection.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import Tensor, cat
+
+from layerwise.errors import LayerwiseError
+
+Shape = Sequence[int]
+Stack = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Named parts of d_out, in order, with sizes relative to one another.
+
+    The pattern of parts is repeated `blocks` times along d_out: 1 for ``[all q | all k | all v]``, the number of heads
+    for the interleaved ``[q1 k1 v1 | q2 k2 v2 | ...]``. Sizes are relative, so that layers of different width have the
+    same split: q, k, v of 512, 128, 128 rows are `(("q", 4), ("k", 1), ("v", 1))`.
+    """
+
+    parts: tuple[tuple[str, int], ...]
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.parts]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise LayerwiseError(f"a split needs at least two parts of different names, got {names}")
+        for name, size in self.parts:
+            if size < 1:
+                raise LayerwiseError(
+                    f"part {name!r} of a split has size {size}; give a positive number of rows"
+                )
+        if self.blocks < 1:
+            raise LayerwiseError(f"a split has blocks={self.blocks}; give 1 or more")
+
+    @classmethod
+    def equal(cls, *names: str, blocks: int = 1) -> Split:
+        """Parts of one size."""
+        return cls(tuple((name, 1) for name in names), blocks)
+
+    @classmethod
+    def of_sizes(cls, sizes: Mapping[str, int], blocks: int = 1) -> Split:
+        """Parts of the given numbers of rows, reduced to their smallest whole ratio."""
+        common = math.gcd(*sizes.values()) or 1
+        return cls(tuple((name, size // common) for name, size in sizes.items()), blocks)
+
+    def rows(self, d_out: int) -> tuple[int, ...]:
+        """Number of rows of each part. Raises LayerwiseError when the parts do not fill d_out exactly."""
+        total = self.blocks * sum(size for _, size in self.parts)
+        if d_out % total:
+            repeated = f" in {self.blocks} blocks" if self.blocks > 1 else ""
+            raise LayerwiseError(
+                f"d_out = {d_out} cannot be divided as {self}{repeated}: not a multiple of {total}"
+            )
+        return tuple(self.blocks * size * (d_out // total) for _, size in self.parts)
+
+    def runs(self) -> tuple[tuple[str, ...], ...]:
+        """Names of neighbouring parts of one size: each run shares a stack."""
+        return tuple(
+            tuple(name for name, _ in run) for _, run in groupby(self.parts, key=lambda part: part[1])
+        )
+
+    def shapes(self, stack: Stack) -> tuple[Stack, ...]:
+        k, d_out, d_in = stack
+        rows = dict(zip((name for name, _ in self.parts), self.rows(d_out), strict=True))
+        return tuple((k * len(run), rows[run[0]], d_in) for run in self.runs())
+
+    def divide(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[k, d_out, d_in]`` to one stack ``[k * parts, rows, d_in]`` a run. Views where the strides allow it."""
+        k, d_out, d_in = x.shape
+        per_block = [k_run * rows // (k * self.blocks) for k_run, rows, _ in self.shapes((k, d_out, d_in))]
+        pieces = x.unflatten(1, (self.blocks, d_out // self.blocks)).split(per_block, dim=2)
+        return tuple(
+            piece.unflatten(2, (len(run), -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+            for piece, run in zip(pieces, self.runs(), strict=True)
+        )
+
+    def join(self, stacks: Sequence[Tensor], stack: Stack) -> Tensor:
+        """The inverse of `divide`: stacks of the runs back to ``[k, d_out, d_in]``."""
+        k, _, _ = stack
+        pieces = [
+            x.unflatten(0, (k, len(run))).unflatten(2, (self.blocks, -1)).transpose(1, 2).flatten(2, 3)
+            for x, run in zip(stacks, self.runs(), strict=True)
+        ]
+        joined = pieces[0] if len(pieces) == 1 else cat(pieces, dim=2)
+        return joined.flatten(1, 2)
+
+    def __str__(self) -> str:
+        even = len(self.runs()) == 1
+        return "|".join(name if even else f"{name}:{size}" for name, size in self.parts)
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """How a tensor holds units. Frozen; its repr identifies it in checkpoints, its str is for tables."""
+
+    split: Split | None = None
+
+    @abstractmethod
+    def stack_shape(self, shape: Shape) -> Stack:
+        """(k, d_out, d_in) before any split. Raises LayerwiseError for a shape this layout cannot hold."""
+
+    @abstractmethod
+    def _stack(self, tensor: Tensor) -> Tensor:
+        """Tensor to ``[k, d_out, d_in]``."""
+
+    @abstractmethod
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        """``[k, d_out, d_in]`` to the parameter's shape."""
+
+    def _labels(self, shape: Shape) -> tuple[str, ...]:
+        """What tells the k matrices before the split apart; one empty label where there is nothing to tell."""
+        k = self.stack_shape(shape)[0]
+        return ("",) if k == 1 else tuple(str(i) for i in range(k))
+
+    def shapes(self, shape: Shape) -> tuple[Stack, ...]:
+        """(k, d_out, d_in) of each stack that `to_matrices` gives for a tensor of this shape."""
+        stack = self.stack_shape(shape)
+        return (stack,) if self.split is None else self.split.shapes(stack)
+
+    def to_matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Stacks ``[k, d_out, d_in]``; parts of one size share a stack. Views where the strides allow it."""
+        self.stack_shape(tensor.shape)
+        stack = self._stack(tensor)
+        return (stack,) if self.split is None else self.split.divide(stack)
+
+    def from_matrices(self, matrices: Sequence[Tensor], shape: Shape) -> Tensor:
+        """The inverse of `to_matrices`: a tensor of `shape` (not always contiguous, a view where it can be)."""
+        if self.split is None:
+            (stack,) = matrices
+        else:
+            stack = self.split.join(matrices, self.stack_shape(shape))
+        return self._unstack(stack, shape)
+
+    def unit_names(self, name: str, shape: Shape) -> tuple[str, ...]:
+        """One name a unit, in the order of `to_matrices` with its stacks one after the other."""
+        labels = self._labels(shape)
+        runs = (("",),) if self.split is None else self.split.runs()
+        keys = (",".join(filter(None, (label, part))) for run in runs for label in labels for part in run)
+        return tuple(f"{name}[{key}]" if key else name for key in keys)
+
+    def count(self, shape: Shape) -> int:
+        """Number of units."""
+        return sum(k for k, _, _ in self.shapes(shape))
+
+    def _suffix(self) -> str:
+        return "" if self.split is None else f" {self.split}"
+
+    def _expect(self, holds: bool, shape: Shape, wanted: str) -> None:
+        if not holds:
+            raise LayerwiseError(f"{type(self).__name__} holds tensors of shape {wanted}, not {tuple(shape)}")
+
+
+@dataclass(frozen=True)
+class VectorLayout(Layout):
+    """d entries in any shape, scalars too, as one ``[d, 1]`` matrix."""
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        return 1, math.prod(shape), 1
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(1, -1, 1)
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        return stack.reshape(tuple(shape))
+
+    def __str__(self) -> str:
+        return f"d{self._suffix()}"
+
+
+@dataclass(frozen=True)
+class VectorStackLayout(Layout):
+    """``[k, d]``: k vectors, such as the biases of k experts."""
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        self._expect(len(shape) == 2, shape, "[k, d]")
+        return shape[0], shape[1], 1
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(2)
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        return stack.squeeze(2)
+
+    def __str__(self) -> str:
+        return f"k,d{self._suffix()}"
+
+
+@dataclass(frozen=True)
+class MatrixLayout(Layout):
+    """``[out, in]``, as nn.Linear stores its weight."""
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        self._expect(len(shape) == 2, shape, "[out, in]")
+        return 1, shape[0], shape[1]
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(0)
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        return stack.squeeze(0)
+
+    def __str__(self) -> str:
+        return f"out,in{self._suffix()}"
+
+
+@dataclass(frozen=True)
+class TransposedLayout(Layout):
+    """``[in, out]``: GPT-2's Conv1D, and nn.Embedding, whose ``[V, d]`` weight maps a one-hot of size V to d."""
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        self._expect(len(shape) == 2, shape, "[in, out]")
+        return 1, shape[1], shape[0]
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1).unsqueeze(0)
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        return stack.squeeze(0).transpose(0, 1)
+
+    def __str__(self) -> str:
+        return f"in,out{self._suffix()}"
+
+
+@dataclass(frozen=True)
+class StackLayout(Layout):
+    """``[k, out, in]``: experts."""
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        self._expect(len(shape) == 3, shape, "[k, out, in]")
+        return shape[0], shape[1], shape[2]
+
+    def _labels(self, shape: Shape) -> tuple[str, ...]:
+        return tuple(str(i) for i in range(shape[0]))
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        return stack
+
+    def __str__(self) -> str:
+        return f"k,out,in{self._suffix()}"
+
+
+@dataclass(frozen=True)
+class TransposedStackLayout(StackLayout):
+    """``[k, in, out]``: experts that multiply from the right, as gpt-oss and Llama 4 store them."""
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        self._expect(len(shape) == 3, shape, "[k, in, out]")
+        return shape[0], shape[2], shape[1]
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2)
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        return stack.transpose(1, 2)
+
+    def __str__(self) -> str:
+        return f"k,in,out{self._suffix()}"
+
+
+@dataclass(frozen=True)
+class ConvLayout(Layout):
+    """``[out, in/groups, *kernel]``, any number of kernel axes, as ``[groups, out/groups, in/groups * taps]``."""
+
+    groups: int = 1
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        fits = len(shape) >= 2 and shape[0] % self.groups == 0
+        self._expect(fits, shape, f"[out, in/groups, *kernel] with groups={self.groups} dividing out")
+        return self.groups, shape[0] // self.groups, math.prod(shape[1:])
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        # reshape and not view: a channels_last weight has to be copied
+        return tensor.reshape(self.stack_shape(tensor.shape))
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        return stack.reshape(tuple(shape))
+
+    def __str__(self) -> str:
+        grouped = "" if self.groups == 1 else f" groups={self.groups}"
+        return f"out,in,*k{grouped}{self._suffix()}"
+
+
+@dataclass(frozen=True)
+class ConvTransposeLayout(Layout):
+    """``[in, out/groups, *kernel]`` of nn.ConvTranspose, as ``[groups, out/groups, in/groups * taps]``."""
+
+    groups: int = 1
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        fits = len(shape) >= 2 and shape[0] % self.groups == 0
+        self._expect(fits, shape, f"[in, out/groups, *kernel] with groups={self.groups} dividing in")
+        return self.groups, shape[1], shape[0] // self.groups * math.prod(shape[2:])
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2)
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        d_in = shape[0] // self.groups
+        return stack.unflatten(2, (d_in, *shape[2:])).transpose(1, 2).flatten(0, 1)
+
+    def __str__(self) -> str:
+        grouped = "" if self.groups == 1 else f" groups={self.groups}"
+        return f"in,out,*k{grouped}{self._suffix()}"
