@@ -31,6 +31,11 @@ class Geometry(ABC):
 
     family: ClassVar[str]
 
+    @property
+    def norm_group(self) -> str:
+        """Layers of one norm group have comparable dual norms; LANTON compares noise within it."""
+        return self.family
+
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
         """`[..., d_out, d_in] -> [...]`, in float32 (float64 for float64 input)."""
@@ -156,6 +161,10 @@ class Sign(Geometry):
 
     per_input: bool = False
     family: ClassVar[str] = "sign"
+
+    @property
+    def norm_group(self) -> str:
+        return "sign_per_input" if self.per_input else "sign"
 
     def norm(self, x: Tensor) -> Tensor:
         check_stack(x)

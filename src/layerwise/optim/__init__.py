@@ -1,1 +1,21 @@
-""""""
+"""Geometry-aware optimizers with a learning rate for each layer."""
+
+from layerwise.optim.base import LayerRate, LayerwiseOptimizer
+from layerwise.optim.controls import NormAdaptive, StaticRates
+from layerwise.optim.noise import NoiseAdaptive
+from layerwise.optim.presets import DMuon, Lanton, Muon, Scion, Signum
+from layerwise.optim.rates import RateRule
+
+__all__ = [
+    "DMuon",
+    "Lanton",
+    "LayerRate",
+    "LayerwiseOptimizer",
+    "Muon",
+    "NoiseAdaptive",
+    "NormAdaptive",
+    "RateRule",
+    "Scion",
+    "Signum",
+    "StaticRates",
+]

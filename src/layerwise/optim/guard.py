@@ -1,0 +1,96 @@
+"""No non-finite gradient reaches the weights in silence, and finding one never waits for the device.
+
+On a CPU the gradients are looked at before anything else happens. On a GPU looking would stall the queue, so the step
+is made harmless on the device itself: every update is selected by a 0/1 tensor ``keep``. With ``nonfinite="raise"`` the
+finding is copied to the host in the background and raised by the first later step that finds it there; no step in
+between has used a non-finite number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+
+POLICIES: Final = ("raise", "skip")
+
+
+class _Finding(NamedTuple):
+    names: tuple[str, ...]
+    bad: Tensor  # bool, on the host, filled in the background
+    arrived: torch.cuda.Event
+
+
+class NonFiniteGuard:
+    """Looks for NaN and inf in gradients; ``policy`` is ``"raise"`` or ``"skip"`` (and count)."""
+
+    def __init__(self, policy: str) -> None:
+        if policy not in POLICIES:
+            raise LayerwiseError(f"nonfinite={policy!r}: give one of {', '.join(map(repr, POLICIES))}")
+        self.policy = policy
+        self._skipped: int | Tensor = 0
+        self._findings: list[_Finding] = []
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped so far (reading it waits for the device)."""
+        return int(self._skipped)
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self._skipped = value
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"policy": self.policy, "_skipped": self.skipped_steps, "_findings": []}
+
+    def check(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Tensor | bool:
+        """True: go on. False: skip this step. A 0/1 tensor: go on, with every update selected by it."""
+        self._raise_arrived()
+        pairs = [(n, g) for n, g in zip(names, gradients, strict=True) if g.numel()]
+        if not pairs:
+            return True
+        # The largest entry, not the 2-norm: it is non-finite exactly when an entry is, and never by overflow.
+        norms = torch._foreach_norm([g for _, g in pairs], float("inf"))
+        device = norms[0].device
+        bad = ~torch.stack([n.to(device, torch.float32, non_blocking=True) for n in norms]).isfinite()
+        found = tuple(n for n, _ in pairs)
+        if device.type == "cpu":
+            return self._check_now(found, bad)
+        any_bad = bad.any()
+        if self.policy == "skip":
+            self._skipped = any_bad.int() + self._skipped
+        else:
+            host = torch.empty_like(bad, device="cpu", pin_memory=True)
+            host.copy_(bad, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._findings.append(_Finding(found, host, arrived))
+        return (~any_bad).float()
+
+    def _check_now(self, names: Sequence[str], bad: Tensor) -> bool:
+        if not bool(bad.any()):
+            return True
+        if self.policy == "raise":
+            raise _error(names, bad)
+        self._skipped += 1
+        return False
+
+    def _raise_arrived(self) -> None:
+        while self._findings and self._findings[0].arrived.query():
+            finding = self._findings.pop(0)
+            if bool(finding.bad.any()):
+                self._findings.clear()
+                raise _error(finding.names, finding.bad)
+
+
+def _error(names: Sequence[str], bad: Tensor) -> LayerwiseError:
+    culprits = [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
+    more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
+    return LayerwiseError(
+        f"non-finite gradient in {', '.join(map(repr, culprits[:3]))}{more}; the weights were not touched. "
+        "Lower the learning rate, clip or scale the loss, or pass nonfinite='skip' to skip and count such steps"
+    )

@@ -1,0 +1,221 @@
+"""LANTON's noise-adaptive layer rates (arXiv 2510.14009), and the gradients that noise is measured against."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.optim.rates import (
+    Gradients,
+    RateRule,
+    Reading,
+    State,
+    UnitReadings,
+    gather,
+    scatter,
+    select,
+    stack_readings,
+)
+
+
+class Reference(ABC):
+    """The gradient G' that LANTON compares the gradient G with."""
+
+    def allocate(self, param: Tensor) -> State:
+        return {}
+
+    @abstractmethod
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        """G - G', scaled so that for white noise of deviation sigma its squared norm is that of 2 sigma^2."""
+
+    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
+        """Keep what the next step needs."""
+
+    #: how many gradients must have been seen before a difference means anything
+    warmup: int = 1
+
+
+@dataclass(frozen=True)
+class PreviousGradient(Reference):
+    """G' is the gradient of the step before (LANTON's practical option): one gradient buffer.
+
+    ``dtype`` is the buffer's, None for the parameter's own. The buffer is a copy: training loops zero or reuse ``.grad``.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def allocate(self, param: Tensor) -> State:
+        return {"previous_gradient": torch.zeros_like(param, dtype=self.dtype or param.dtype)}
+
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        return seen.grad - state["previous_gradient"]
+
+    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
+        previous = state["previous_gradient"]
+        previous.copy_(select(keep, seen.grad, previous))
+
+
+@dataclass(frozen=True)
+class MomentumReference(Reference):
+    """G' is the bias-corrected average of the gradients before this one: no buffer beyond the momentum's.
+
+    The average before G went in is ``(M - (1 - beta) G) / beta``, and ``k`` gradients old it is corrected by
+    ``1 - beta^k``. Its variance for white noise of deviation sigma is ``v sigma^2`` with
+    ``v = (1 - beta) / (1 + beta) * (1 + beta^k) / (1 - beta^k)``, so ``sqrt(2 / (1 + v))`` puts the difference on the
+    scale of the other options. The drift of the mean gradient over about ``1 / (1 - beta)`` steps is counted as noise.
+    """
+
+    warmup: int = 1
+
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        beta = seen.beta
+        if beta == 0.0:
+            raise LayerwiseError(
+                "noise reference 'momentum' needs momentum > 0: with 0 there is no average to compare with"
+            )
+        old = beta ** state["gradients_seen"][0].clamp(min=1)  # beta^k; on the first step nothing is read
+        variance = (1 - beta) / (1 + beta) * (1 + old) / (1 - old)
+        scale = (2 / (1 + variance)).sqrt()
+        weight = 1 / (beta * (1 - old))
+        dtype = seen.grad.dtype
+        return torch.sub(
+            seen.grad * (scale * (1 + (1 - beta) * weight)).to(dtype),
+            seen.momentum * (scale * weight).to(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class IndependentHalf(Reference):
+    """G' is the gradient of an independent minibatch at the same weights (LANTON's theoretical option).
+
+    The two halves of an accumulated batch are such a pair. With A what ``.grad`` holds after the first half and B after
+    the whole (both divided by the whole batch's count), the halves' own means are ``2 A`` and ``2 (B - A)``; their
+    difference has the noise of half batches, twice the variance, hence the factor ``sqrt(1/2)``.
+    ``LayerwiseOptimizer.hold_half`` fills the buffer with A, then with ``2 A - B``.
+    """
+
+    warmup: int = 0
+
+    def allocate(self, param: Tensor) -> State:
+        return {"half_difference": torch.zeros_like(param)}
+
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        return state["half_difference"] * 2.0**0.5
+
+
+REFERENCES: dict[str, Reference] = {
+    "previous": PreviousGradient(),
+    "previous_bf16": PreviousGradient(torch.bfloat16),
+    "momentum": MomentumReference(),
+    "independent": IndependentHalf(),
+}
+
+
+@dataclass(frozen=True)
+class NoiseAdaptive(RateRule):
+    """LANTON's layer rates (arXiv 2510.14009): the noisier a unit's gradient, the smaller its rate.
+
+    With ``D`` the difference between the gradient and its reference, for each unit
+
+        H <- beta H + (1 - beta) ||D||_*^2          the dual norm of the unit's geometry; H starts at the first difference
+        a  = alpha / sqrt(alpha^2 + H)
+        multiplier = sqrt(a / a_ref) = ((alpha^2 + H_ref) / (alpha^2 + H))^(1/4)
+
+    where ``a_ref`` is the largest (``anchor="max"``, the paper's) or the mean (``"mean"``) ``a`` of the norm group. With
+    "max" the least noisy unit keeps 1 and every other slows down, so the base rate must be tuned again, upwards.
+
+    Args:
+        alpha: in units of a dual norm of the gradient (of ``size_normalised`` ones: of a gradient entry). It depends on
+            loss scale, clipping, batch and layer size, and the paper does not give one. 0 is the limit alpha -> 0,
+            ``(H_ref / H)^(1/4)``, free of any scale; there ``H`` is kept above ``floor`` times the group's mean.
+        beta: weight of the old average of H.
+        reference: ``"previous"`` (the step before; the paper's practical option), ``"previous_bf16"`` (its copy in
+            bfloat16), ``"momentum"`` (no buffer) or ``"independent"`` (two halves of the accumulated batch; the paper's
+            theoretical option, see ``LayerwiseOptimizer.hold_half``).
+        size_normalised: divide each dual norm by its value on white noise of unit deviation. Without it (the paper's) a
+            unit looks noisier for its shape alone: an MLP's up projection 4x, 16x in H.
+        anchor: the group's reference, ``"max"`` or ``"mean"``.
+        floor: see ``alpha``. The smallest multiplier that alpha = 0 can give is about ``floor ** 0.25``.
+    """
+
+    alpha: float = 0.0
+    beta: float = 0.95
+    reference: str = "previous"
+    size_normalised: bool = False
+    anchor: str = "max"
+    floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("alpha", self.alpha, 0.0, float("inf")),
+            ("beta", self.beta, 0.0, 1.0),
+            ("floor", self.floor, 0.0, 1.0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+                raise LayerwiseError(f"NoiseAdaptive({name}={value!r}): give a number in [{low:g}, {high:g})")
+        if self.reference not in REFERENCES:
+            raise LayerwiseError(
+                f"NoiseAdaptive(reference={self.reference!r}): give one of {', '.join(map(repr, REFERENCES))}"
+            )
+        if self.anchor not in ("max", "mean"):
+            raise LayerwiseError(f"NoiseAdaptive(anchor={self.anchor!r}): give 'max' or 'mean'")
+
+    @property
+    def needs_halves(self) -> bool:
+        """Whether ``LayerwiseOptimizer.hold_half`` has to be called before each step."""
+        return isinstance(self._reference, IndependentHalf)
+
+    @property
+    def _reference(self) -> Reference:
+        return REFERENCES[self.reference]
+
+    def allocate(self, param: Tensor, units: Sequence[str]) -> State:
+        state = super().allocate(param, units)
+        state["noise"] = torch.zeros_like(state["multiplier"])  # H
+        state["gradients_seen"] = torch.zeros_like(state["multiplier"])
+        return state | self._reference.allocate(param)
+
+    def noise(self, state: State) -> Tensor:
+        known: Tensor = state["gradients_seen"] > self._reference.warmup
+        return torch.where(known, state["noise"], float("nan"))
+
+    def readings(self, seen: Gradients, state: State) -> list[Reading]:
+        difference = lambda: self._reference.difference(seen, state)  # noqa: E731
+        seed = state["gradients_seen"][0].long()  # new probes each step, the same after a resume
+        return [Reading(seen.geometry, difference, self.size_normalised, seed)]
+
+    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
+        self._reference.remember(seen, state, keep)
+
+    def update(self, units: Sequence[UnitReadings], keep: Tensor | None) -> None:
+        dual, present = stack_readings(units, keep)
+        old, count = gather(units, "noise"), gather(units, "gradients_seen")
+        first = self._reference.warmup
+        square = dual[0].square()
+        average = torch.where(count <= first, square, torch.lerp(square, old, self.beta))
+        noise = torch.where(present & (count >= first), average, old)
+        count = count + present
+        known = count > first
+        scatter(units, "noise", noise)
+        scatter(units, "gradients_seen", count)
+        scatter(units, "multiplier", self._multiplier(noise, known))
+
+    def _multiplier(self, noise: Tensor, known: Tensor) -> Tensor:
+        number = known.sum()
+        if self.alpha > 0.0:
+            square = noise + self.alpha**2
+        else:
+            mean = torch.where(known, noise, 0.0).sum() / number.clamp(min=1)
+            # Where no unit has any noise the ratio is 0 / 0: all are equally noisy, every multiplier is 1.
+            square = torch.where(mean > 0, noise.clamp(min=self.floor * mean), 1.0)
+        rate = square.rsqrt()  # a / alpha
+        if self.anchor == "max":
+            reference = torch.where(known, rate, 0.0).max()
+        else:
+            reference = torch.where(known, rate, 0.0).sum() / number.clamp(min=1)
+        return torch.where(known, (rate / reference).sqrt(), 1.0)

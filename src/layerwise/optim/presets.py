@@ -1,0 +1,214 @@
+"""The optimizers of the field, each a few values for the options of one update rule.
+
+Definitions: Muon (Jordan 2024), D-Muon (Moonlight, arXiv 2502.16982), Scion (arXiv 2502.07529), LANTON
+(arXiv 2510.14009). Each takes the groups of :func:`layerwise.param_groups` and, as ``noise=``, any rate rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.geometry import Sign
+from layerwise.optim.base import LayerwiseOptimizer, Recipe
+from layerwise.optim.noise import NoiseAdaptive
+from layerwise.optim.rates import RateRule
+
+MATRIX_ROLES: Final = ("hidden", "conv", "experts", "lora_A", "lora_B")
+
+
+def _matrices_and_the_rest(matrices: Mapping[str, Any], rest: Mapping[str, Any]) -> Recipe:
+    return dict.fromkeys(MATRIX_ROLES, matrices) | {"default": {"update": "adamw", **rest}}
+
+
+class Muon(LayerwiseOptimizer):
+    """Jordan's Muon on matrices inside the network, AdamW on embeddings, head and vectors.
+
+    Step ``lr * sqrt(max(1, d_out / d_in)) * NS5(nesterov momentum)``. Unlike ``torch.optim.Muon`` it takes the whole
+    model, tells fused projections apart and knows which way round ``Conv1D`` keeps its weights.
+
+    Args:
+        params: ``layerwise.param_groups(model)``.
+        lr: of the matrices (per step, dimensionless: a step's spectral norm over the scaling).
+        momentum: weight of the old average.
+        nesterov: step along Nesterov's look-ahead.
+        weight_decay: decoupled, at ``lr``; for the AdamW groups at ``adamw_lr``.
+        adamw_lr, adamw_betas, adamw_eps: of the AdamW groups.
+        noise: a rate rule for the matrices, e.g. ``NoiseAdaptive()``.
+        nonfinite: ``"raise"`` or ``"skip"``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.02,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        adamw_lr: float | Tensor = 3e-4,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-10,
+        noise: RateRule | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        matrices = {"scaling": "floored", "momentum": momentum, "nesterov": nesterov, "noise": noise}
+        rest = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
+        super().__init__(
+            params,
+            _matrices_and_the_rest(matrices, rest),
+            nonfinite=nonfinite,
+            lr=lr,
+            weight_decay=weight_decay,
+        )
+
+
+class DMuon(LayerwiseOptimizer):
+    """Moonlight's Muon: matrix steps with entries of RMS 0.2, so that one AdamW-sized ``lr`` serves all groups.
+
+    Step ``lr * 0.2 sqrt(max(d_out, d_in)) * NS5(nesterov momentum)``, decoupled decay at plain ``lr``. Moonlight's
+    ``buf = momentum * buf + G`` is this average times ``1 / (1 - momentum)``, which the unit step does not see.
+
+    Args: as :class:`Muon`, with one ``lr`` for all groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        noise: RateRule | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        matrices = {"scaling": "rms_0.2", "momentum": momentum, "nesterov": nesterov, "noise": noise}
+        rest = {"betas": adamw_betas, "eps": adamw_eps}
+        super().__init__(
+            params,
+            _matrices_and_the_rest(matrices, rest),
+            nonfinite=nonfinite,
+            lr=lr,
+            weight_decay=weight_decay,
+        )
+
+
+#: Scion's radii in its nanoGPT set-up: 50 for the blocks, 3000 for the tied head. Vectors have none there; 1 is ours.
+SCION_RADIUS: Final[Mapping[str, float]] = {"hidden": 50.0, "embedding": 1.0, "head": 3000.0, "vector": 1.0}
+
+
+class Scion(LayerwiseOptimizer):
+    """Scion: the unit step of every layer's own norm, times a radius for each kind of layer. No AdamW anywhere.
+
+    Unconstrained form ``W <- W - lr * radius * lmo(M)``; ``weight_decay=1`` makes it the constrained one,
+    ``W <- (1 - lr) W - lr * radius * lmo(M)``, which keeps every weight's norm within its radius.
+
+    Args:
+        params: ``layerwise.param_groups(model)``; its geometries are used as they are.
+        lr: of every group, in units of the radii.
+        momentum: weight of the old average (Scion's paper gives 1 minus it, 0.1).
+        weight_decay: decoupled; 0 unconstrained, 1 constrained.
+        radius: by role; roles that are not named take that of ``"hidden"``.
+        noise, nonfinite: as in :class:`Muon`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 2**-12,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        radius: Mapping[str, float] = SCION_RADIUS,
+        noise: RateRule | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        radii = dict(SCION_RADIUS) | dict(radius)
+        unknown = set(radii) - {*SCION_RADIUS, *MATRIX_ROLES}
+        if unknown:
+            raise LayerwiseError(
+                f"Scion(radius=...) names {sorted(unknown)}: the roles are {', '.join([*SCION_RADIUS, *MATRIX_ROLES[1:]])}"
+            )
+        recipe: Recipe = {role: {"radius": value} for role, value in radii.items()} | {
+            "default": {"radius": radii["hidden"]}
+        }
+        super().__init__(
+            params,
+            recipe,
+            nonfinite=nonfinite,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            noise=noise,
+        )
+
+
+class Signum(LayerwiseOptimizer):
+    """Signum: the sign of the momentum for every parameter, the unit step of the max-abs norm.
+
+    Args: as :class:`Scion`; ``lr`` is the size of every entry's step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        noise: RateRule | None = None,
+        nonfinite: str = "raise",
+    ) -> None:
+        super().__init__(
+            params,
+            {"default": {"geometry": Sign()}},
+            nonfinite=nonfinite,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            noise=noise,
+        )
+
+
+class Lanton(LayerwiseOptimizer):
+    """LANTON: Scion's geometry in every layer, each unit's rate set by its gradient noise.
+
+    ``lr_unit = lr * ((alpha^2 + H_min) / (alpha^2 + H))^(1/4)``, see :class:`NoiseAdaptive`. The least noisy unit of a norm
+    group runs at ``lr``, every other slower: tune ``lr`` again, upwards, when coming from an optimizer without noise.
+
+    Args:
+        params: ``layerwise.param_groups(model)``; its geometries are used as they are.
+        lr: of every group; with ``scaling="rms_0.2"`` about the size of AdamW's.
+        momentum: weight of the old average.
+        weight_decay: decoupled, at ``lr`` without the multiplier. The paper does not say; 0 is Scion's form.
+        scaling: the static factor of each step, which the paper does not give: ``"rms_0.2"`` (entries of RMS 0.2, the
+            scale of its D-Muon baseline) or ``"unit"`` (norm one, Scion's, to be used with a ``radius`` in the groups).
+        noise, nonfinite: as in :class:`Muon`; ``noise=None`` is the same optimizer with every multiplier at 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 2e-3,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        scaling: str = "rms_0.2",
+        noise: RateRule | None = NoiseAdaptive(),  # noqa: B008 (frozen)
+        nonfinite: str = "raise",
+    ) -> None:
+        super().__init__(
+            params,
+            nonfinite=nonfinite,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            scaling=scaling,
+            noise=noise,
+        )

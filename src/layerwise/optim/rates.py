@@ -1,0 +1,95 @@
+"""Rate rules: what multiplies the learning rate of each unit.
+
+A rule reads some norms of each unit's gradients, keeps a few numbers per unit, and turns them into a multiplier. All of
+it happens on the device, on one concatenated vector for all the units that are compared with one another.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.geometry import Geometry
+
+State = dict[str, Any]
+
+
+class Reading(NamedTuple):
+    """A norm to be taken of each unit of a parameter-shaped tensor."""
+
+    geometry: Geometry
+    tensor: Callable[[], Tensor]  # made when it is needed, so that only one is alive at a time
+    per_white_noise: bool = False  # divided by the norm of white noise of unit deviation in that shape
+    seed: int | Tensor = 0  # of the probes, where the norm is a stochastic estimate
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a rule may look at, for one parameter at one step. All tensors have the parameter's shape."""
+
+    grad: Tensor
+    geometry: Geometry
+    momentum: Tensor  # the average after this step's gradient went in
+    direction_input: Callable[
+        [], Tensor
+    ]  # what the step will be taken along: the average, or Nesterov's look-ahead
+    beta: float  # the average's weight of the old
+
+
+class UnitReadings(NamedTuple):
+    """One parameter of a norm group."""
+
+    state: State
+    readings: Tensor | None  # [number of readings, units]; None where this step had no gradient
+
+
+class RateRule(ABC):
+    """Base of the rules that can be given as ``noise=`` to any preset."""
+
+    def allocate(self, param: Tensor, units: Sequence[str]) -> State:
+        """State for one parameter; every rule has ``multiplier``, one float32 entry per unit, 1 at first."""
+        return {"multiplier": torch.ones(len(units), dtype=torch.float32, device=param.device)}
+
+    def noise(self, state: State) -> Tensor:
+        """The noise measured so far, ``[units]``; nan where there is none."""
+        return torch.full_like(state["multiplier"], float("nan"))
+
+    def readings(self, seen: Gradients, state: State) -> list[Reading]:
+        """The norms this rule needs of one parameter."""
+        return []
+
+    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
+        """Keep what the next step's readings need. ``keep`` (0 or 1) forbids it where 0; None stands for 1."""
+
+    def update(self, units: Sequence[UnitReadings], keep: Tensor | None) -> None:
+        """Set ``multiplier`` in every state of one norm group. Where ``keep`` is 0 no state may change."""
+
+
+def gather(units: Sequence[UnitReadings], key: str) -> Tensor:
+    return torch.cat([unit.state[key] for unit in units])
+
+
+def scatter(units: Sequence[UnitReadings], key: str, values: Tensor) -> None:
+    targets = [unit.state[key] for unit in units]
+    torch._foreach_copy_(targets, list(values.split([t.numel() for t in targets])))
+
+
+def select(keep: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if keep is None else torch.where(keep.bool(), new, old)
+
+
+def stack_readings(units: Sequence[UnitReadings], keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All readings side by side ``[readings, units]`` and which units have one ``[units]``, bool."""
+    rows = max(unit.readings.shape[0] for unit in units if unit.readings is not None)
+    parts, present = [], []
+    for unit in units:
+        like = unit.state["multiplier"]
+        parts.append(like.new_zeros(rows, like.numel()) if unit.readings is None else unit.readings.float())
+        present.append(torch.full_like(like, unit.readings is not None, dtype=torch.bool))
+    there = torch.cat(present)
+    return torch.cat(parts, dim=1), there if keep is None else there & keep.bool()

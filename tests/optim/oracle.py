@@ -1,0 +1,124 @@
+"""A slow, literal twin of the algorithm: one matrix at a time, float64, SVD. Written from the papers, not from the code.
+
+It shares nothing with the package but the names of the parameters.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def polar(m: np.ndarray) -> np.ndarray:
+    u, s, vt = np.linalg.svd(m, full_matrices=False)
+    keep = s > s.max(initial=0.0) * max(m.shape) * np.finfo(np.float64).eps
+    return (u * keep) @ vt
+
+
+def nuclear(m: np.ndarray) -> float:
+    return float(np.linalg.svd(m, compute_uv=False).sum())
+
+
+class Lanton:
+    """LANTON on a dict of arrays; `kinds`: "hidden" (matrix), "embedding" (sign), "head" (sign / d_in) or "vector"."""
+
+    def __init__(
+        self,
+        weights,
+        kinds,
+        *,
+        lr,
+        momentum,
+        weight_decay,
+        alpha,
+        beta,
+        anchor="max",
+        reference="previous",
+        normalised=False,
+        scaling="rms_0.2",
+        floor=1e-4,
+        nesterov=False,
+    ):
+        self.w = {k: np.array(v, dtype=np.float64) for k, v in weights.items()}
+        self.kinds, self.lr, self.momentum, self.wd = kinds, lr, momentum, weight_decay
+        self.alpha, self.beta, self.anchor, self.reference = alpha, beta, anchor, reference
+        self.normalised, self.scaling, self.floor, self.nesterov = normalised, scaling, floor, nesterov
+        self.m = {k: np.zeros_like(v) for k, v in self.w.items()}
+        self.previous: dict[str, np.ndarray] = {}
+        self.h: dict[str, float] = {}
+        self.history: dict[str, list[np.ndarray]] = {k: [] for k in self.w}
+        self.multiplier = dict.fromkeys(self.w, 1.0)
+
+    def dual(self, name, d):
+        kind = self.kinds[name]
+        if kind == "hidden":
+            out, inn = d.shape
+            value = math.sqrt(out / inn) * nuclear(d)
+            white = math.sqrt(out / inn) * min(out, inn) * math.sqrt(max(out, inn))
+        elif kind == "embedding":
+            value, white = np.abs(d).sum(), math.sqrt(2 / math.pi) * d.size
+        elif kind == "head":
+            value, white = np.abs(d).sum() / d.shape[1], math.sqrt(2 / math.pi) * d.shape[0]
+        else:
+            value, white = math.sqrt(d.size) * np.linalg.norm(d), d.size
+        return value / white if self.normalised else value
+
+    def direction(self, name, u):
+        kind = self.kinds[name]
+        if not u.any():
+            return np.zeros_like(u)
+        if kind == "hidden":
+            out, inn = u.shape
+            scale = math.sqrt(out / inn) if self.scaling == "unit" else 0.2 * math.sqrt(max(out, inn))
+            return scale * polar(u)
+        if kind == "embedding":
+            return np.sign(u) * (1.0 if self.scaling == "unit" else 0.2)
+        if kind == "head":
+            return np.sign(u) * (1.0 / u.shape[1] if self.scaling == "unit" else 0.2)
+        return u / math.sqrt((u**2).mean()) * (1.0 if self.scaling == "unit" else 0.2)
+
+    def reference_gradient(self, name, g, independent):
+        if self.reference == "previous":
+            return self.previous.get(name)
+        if self.reference == "momentum":
+            past = self.history[name]
+            if not past:
+                return None
+            weights = np.array([(1 - self.momentum) * self.momentum**i for i in range(len(past))][::-1])
+            weights /= weights.sum()
+            return sum(w * p for w, p in zip(weights, past, strict=True)), math.sqrt(
+                2 / (1 + (weights**2).sum())
+            )
+        return independent[name]
+
+    def step(self, grads, independent=None):
+        for name, g in grads.items():
+            reference, scale = self.reference_gradient(name, g, independent), 1.0
+            if isinstance(reference, tuple):
+                reference, scale = reference
+            if reference is not None:
+                square = self.dual(name, scale * (g - reference)) ** 2
+                self.h[name] = (
+                    square if name not in self.h else self.beta * self.h[name] + (1 - self.beta) * square
+                )
+            self.previous[name] = g.copy()
+            self.history[name].append(g.copy())
+            self.m[name] = self.momentum * self.m[name] + (1 - self.momentum) * g
+        for kind in set(self.kinds.values()):
+            groups = {"head": "sign", "embedding": "sign"}
+            mates = [n for n in self.h if groups.get(self.kinds[n], self.kinds[n]) == groups.get(kind, kind)]
+            if not mates:
+                continue
+            if self.alpha > 0:
+                a = {n: self.alpha / math.sqrt(self.alpha**2 + self.h[n]) for n in mates}
+            else:
+                mean = sum(self.h[n] for n in mates) / len(mates)
+                a = {n: 1 / math.sqrt(max(self.h[n], self.floor * mean)) if mean > 0 else 1.0 for n in mates}
+            top = max(a.values()) if self.anchor == "max" else sum(a.values()) / len(a)
+            for n in mates:
+                self.multiplier[n] = math.sqrt(a[n] / top)
+        for name, g in grads.items():
+            u = self.momentum * self.m[name] + (1 - self.momentum) * g if self.nesterov else self.m[name]
+            step = self.lr * self.multiplier[name] * self.direction(name, u)
+            self.w[name] = self.w[name] * (1 - self.lr * self.wd) - step
