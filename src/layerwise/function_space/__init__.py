@@ -1,1 +1,6 @@
-""""""
+"""Function-space learning rates and FLeRM (arXiv 2502.17405), for any model and any torch optimizer."""
+
+from layerwise.function_space.measure import Measurement, function_space_rates
+from layerwise.function_space.rates import Rate, Rates
+
+__all__ = ["Measurement", "Rate", "Rates", "function_space_rates"]

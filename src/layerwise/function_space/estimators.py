@@ -1,0 +1,206 @@
+"""From one tensor's update and its probe gradients to its function-space learning rate.
+
+With `Z = dW * g` (elementwise; `g` the gradient of one probe, `E eps eps^T = I`) the rate of one tensor is
+built from means over probes of a few scalars, its *moments*:
+
+    total   (sum Z)^2                           E[total] is the squared rate, without any assumption
+    square  sum Z^2
+    K_d     sum of squares of Z summed over d
+
+Every estimator of arXiv 2502.17405 is a product of powers of these means, so an estimator is a table of
+exponents, and one formula serves the value and its standard error. Moments are kept as logarithms: updates of
+1e-12 times gradients of 1e-10 are far below what float32 can square.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+
+METHODS = ("exact", "kronecker", "full_cov", "iid")
+
+# Rows are taken in pieces of about this many entries: on a CPU a piece then stays in cache for all its sums,
+# and the temporary never grows with the tensor (an embedding can be a third of a model).
+_CPU_PIECE = 1 << 17
+_GPU_PIECE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """`value^2 = prod over moments of mean(moment)^exponent`, on the tensor seen in the shape `view`."""
+
+    name: str
+    view: tuple[int, ...]
+    total: int = 0
+    square: int = 0
+    per_dim: int = 0
+
+    @property
+    def exponents(self) -> tuple[int, ...]:
+        """Exponents of the moments that `log_moments` returns, in its order."""
+        powers = [p for p in (self.total, self.square) if p]
+        return tuple(powers + [self.per_dim] * (len(self.view) if self.per_dim else 0))
+
+
+def full_cov(shape: tuple[int, ...]) -> Estimator:
+    """`E[(sum Z)^2]`: unbiased, noisy: relative standard error about 1 / sqrt(2 probes)."""
+    return Estimator("full_cov", (shape[0] if shape else 1, math.prod(shape[1:])), total=1)
+
+
+def iid(shape: tuple[int, ...]) -> Estimator:
+    """`E[sum Z^2]`: reads low by a factor that depends on the width, so never for transfer across widths."""
+    return Estimator("iid", (shape[0] if shape else 1, math.prod(shape[1:])), square=1)
+
+
+def kronecker(view: tuple[int, ...]) -> Estimator:
+    """`prod_d K_d / square^(D-1)`, literally, for a tensor of any rank D >= 2 (the paper's default)."""
+    return Estimator("kronecker", view, square=-(len(view) - 1), per_dim=1)
+
+
+def estimator_for(method: str, shape: tuple[int, ...]) -> Estimator:
+    """The estimator that `method` means for a tensor of this shape.
+
+    `kronecker` is Kronecker for matrices, as in the paper, and the unbiased `full_cov` elsewhere: for vectors
+    and scalars the two are the same, and from rank 3 on Kronecker's assumption fails (see
+    docs/function-space.md).
+    """
+    if method == "iid":
+        return iid(shape)
+    if method == "kronecker" and len(shape) == 2:
+        return kronecker(shape)
+    if method in ("kronecker", "full_cov"):
+        return full_cov(shape)
+    raise LayerwiseError(f"method is {method!r}: use one of {', '.join(METHODS)}")
+
+
+@dataclass(frozen=True)
+class TensorUpdate:
+    """`dW` of one tensor: `new` itself, or `new - old`, plus `pull * old` (which takes weight decay out of
+    it).
+
+    The difference is formed piece by piece in float32 (float64 for float64 weights), so it costs no memory.
+    """
+
+    new: Tensor
+    old: Tensor | None = None
+    pull: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.new.dtype == torch.float64 else torch.float32
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of dW (of a scalar: itself as one row)."""
+        new = self.new.detach().reshape(1) if self.new.ndim == 0 else self.new.detach()
+        delta = new[start:stop].to(self.dtype)
+        if self.old is not None:
+            old = (self.old.detach().reshape(1) if self.old.ndim == 0 else self.old.detach())[start:stop]
+            delta = delta - old
+            if self.pull:
+                delta = delta.add_(old.to(self.dtype), alpha=self.pull)
+        return delta
+
+    def whole(self) -> Tensor:
+        """dW as one tensor, in the parameter's shape."""
+        return self.rows(0, max(1, self.new.shape[0] if self.new.ndim else 1)).reshape(self.new.shape)
+
+    def pieces(self, width: int = 1) -> list[tuple[int, int]]:
+        """Row ranges small enough to work on `width` gradients at a time."""
+        rows = self.new.shape[0] if self.new.ndim else 1
+        if self.new.numel() == 0:
+            return []
+        limit = _CPU_PIECE if self.new.device.type == "cpu" else _GPU_PIECE
+        count = max(1, limit // max(1, width * (self.new.numel() // rows)))
+        return [(start, min(start + count, rows)) for start in range(0, rows, count)]
+
+    def largest(self) -> Tensor:
+        """The largest absolute entry, a scalar on the tensor's device."""
+        peaks = [torch.linalg.vector_norm(self.rows(a, b), ord=math.inf) for a, b in self.pieces()]
+        return torch.stack(peaks).max() if peaks else self.new.new_zeros((), dtype=self.dtype)
+
+
+def _one_where_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def log_moments(estimator: Estimator, update: TensorUpdate, largest: Tensor, grads: Tensor) -> Tensor:
+    """Logarithms of the moments of one tensor for some probes.
+
+    `largest` is `update.largest()`; `grads` is `[probes, *shape]`, gradients in any float dtype. Returns
+    `[probes, len(estimator.exponents)]` in float64, on the tensor's device (float32 where float64 does not
+    exist).
+    """
+    probes = grads.shape[0]
+    wide = torch.float32 if grads.device.type == "mps" else torch.float64
+    rows_shape = grads.shape[1:] if grads.ndim > 1 else grads.new_empty(1).shape
+    grads = grads.reshape(probes, *rows_shape)
+    update_scale = _one_where_zero(largest)
+    flat = grads.flatten(1)
+    # Squares are taken of numbers of order one; the scales come back in as logarithms.
+    grad_scale = _one_where_zero(torch.linalg.vector_norm(flat, ord=math.inf, dim=1).to(update.dtype))
+
+    total = flat.new_zeros(probes, dtype=wide)
+    square, per_dim = torch.zeros_like(total), [torch.zeros_like(total) for _ in estimator.view]
+    columns: Tensor | None = None
+    for start, stop in update.pieces(probes):
+        delta = update.rows(start, stop) / update_scale
+        piece = grads[:, start:stop]
+        if not (estimator.square or estimator.per_dim):
+            piece = piece.flatten(1).to(update.dtype)
+            total += torch.mv(piece, delta.flatten()).to(wide) / grad_scale.to(wide)
+            continue
+        z = (piece * delta).div_(grad_scale.view(-1, *[1] * delta.ndim))
+        z = z.reshape(probes, stop - start, *estimator.view[1:])
+        square += torch.linalg.vector_norm(z.flatten(1), dim=1).to(wide).square()
+        if estimator.per_dim:
+            columns = z.sum(1) if columns is None else columns + z.sum(1)
+            for dim in range(1, len(estimator.view)):
+                sums = z.sum(dim + 1).flatten(1)
+                per_dim[dim] += torch.linalg.vector_norm(sums, dim=1).to(wide).square()
+    if columns is not None:
+        per_dim[0] = torch.linalg.vector_norm(columns.flatten(1), dim=1).to(wide).square()
+
+    kept = [total.square()] if estimator.total else []
+    kept += [square] if estimator.square else []
+    kept += per_dim if estimator.per_dim else []
+    scale = 2 * (update_scale.to(wide).log() + grad_scale.to(wide).log())
+    return torch.stack(kept, dim=1).log() + scale[:, None]
+
+
+def combine(
+    exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None = None
+) -> tuple[float, float]:
+    """A rate and its standard error from the log moments of all probes, `[probes, len(exponents)]`.
+
+    `weights` (one per probe) replaces the plain mean over probes: the official code's exponential average, in
+    tests.
+    The standard error is the jackknife's over probes, taken on the logarithm of the rate, where the
+    distribution is far closer to normal than that of a mean of squares. It is `nan` for one probe and 0 for a
+    rate of 0.
+    """
+    moments = moments.double().cpu()
+    probes = moments.shape[0]
+    powers = torch.tensor(exponents, dtype=torch.float64)
+    if torch.isnan(moments).any():
+        return math.nan, math.nan
+    peak = moments.amax(0)
+    if (peak[powers > 0] == -math.inf).any():
+        return 0.0, 0.0
+    scaled = (moments - peak).exp()
+    share = (
+        torch.full((probes,), 1 / probes).double() if weights is None else weights.double() / weights.sum()
+    )
+    mean = (share[:, None] * scaled).sum(0)
+    value = math.exp(0.5 * float((powers * (mean.log() + peak)).sum()))
+    if probes == 1:
+        return value, math.nan
+    # Leaving out the only probe that saw anything leaves nothing: the floor keeps its error huge, yet finite.
+    without = ((mean - share[:, None] * scaled) / (1 - share[:, None])).clamp_min(1e-300)
+    logs = 0.5 * (powers * (without.log() + peak)).sum(1)
+    spread = float((logs - logs.mean()).square().sum()) * (probes - 1) / probes
+    return value, value * math.sqrt(spread)

@@ -1,0 +1,306 @@
+"""Measuring: `function_space_rates`, and the settings that a recorder or FLeRM measures with."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space.estimators import METHODS, Estimator, TensorUpdate, combine, estimator_for
+from layerwise.function_space.exact import exact_log_squares, rate_of
+from layerwise.function_space.isolation import (
+    BatchNormMode,
+    call_with,
+    trainable,
+    untouched,
+    unwrap,
+)
+from layerwise.function_space.outputs import Forward, Outputs, as_outputs, resolve, space_name
+from layerwise.function_space.probes import Accumulator, Distribution, draw_probes, run_probes
+from layerwise.function_space.rates import Rate, Rates, shares
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How to measure: everything but the model, the update and the inputs.
+
+    forward: `forward(model, inputs) -> outputs` or `(outputs, mask)`; or `"log_softmax"`; default the model's output
+        (a tensor or `.logits`).
+    method: `"kronecker"`, `"full_cov"`, `"iid"` or `"exact"` (one forward-mode pass per tensor, no probes).
+    probes: how many, over all batches together. probe: their distribution. seed: of a generator of our own.
+    batch_norm: `"running"` (evaluation mode) or `"batch"` (the batch's statistics; the running ones do not
+    move).
+    autocast: a dtype to run the forward under; by default none, even inside the caller's autocast.
+    memory: bytes that gradients of probes taken together may use.
+    """
+
+    forward: Forward | str | None = None
+    method: str = "kronecker"
+    probes: int = 32
+    seed: int = 0
+    probe: Distribution = "rademacher"
+    batch_norm: BatchNormMode = "running"
+    autocast: torch.dtype | None = None
+    memory: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise LayerwiseError(f"method is {self.method!r}: use one of {', '.join(METHODS)}")
+        if self.probes < 1:
+            raise LayerwiseError(f"probes is {self.probes}: use at least 1")
+        if self.probe not in ("rademacher", "gaussian"):
+            raise LayerwiseError(f"probe is {self.probe!r}: use 'rademacher' or 'gaussian'")
+        resolve(self.forward)
+
+    @property
+    def space(self) -> str:
+        """The output space's name."""
+        return space_name(resolve(self.forward))
+
+    def rates(
+        self,
+        model: nn.Module,
+        updates: Mapping[str, TensorUpdate],
+        inputs: Any,
+        mask: Tensor | None = None,
+        at: Mapping[str, Tensor] | None = None,
+    ) -> Rates:
+        """Rates of `updates` on `inputs` (a list: several batches of equal weight), at the weights `at` (or
+        now).
+        """
+        model = unwrap(model)
+        batches = inputs if isinstance(inputs, list) else [inputs]
+        if not batches:
+            raise LayerwiseError("inputs is an empty list: pass at least one batch")
+        if isinstance(inputs, list) and mask is not None:
+            raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
+        points = dict(trainable(model)) if at is None else {**trainable(model), **at}
+        with untouched(model, self.batch_norm, self.autocast):
+            if self.method == "exact":
+                return self._exact(model, points, updates, batches, mask)
+            return self._probed(model, points, updates, batches, mask)
+
+    def _outputs(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], batch: Any, mask: Tensor | None
+    ) -> Outputs:
+        return as_outputs(call_with(model, resolve(self.forward), tensors, batch), mask)
+
+    def _probed(
+        self,
+        model: nn.Module,
+        points: Mapping[str, Tensor],
+        updates: Mapping[str, TensorUpdate],
+        batches: list[Any],
+        mask: Tensor | None,
+    ) -> Rates:
+        generators: dict[torch.device, torch.Generator] = {}
+        run = ProbeRun(self, updates)
+        for index, batch in enumerate(batches):
+            # Leaves of our own share the weights' memory, not their `.grad` and hooks.
+            leaves = {name: points[name].detach().requires_grad_() for name in updates}
+            fixed = {name: p.detach() for name, p in points.items() if name not in updates}
+            outputs = self._outputs(model, {**fixed, **leaves}, batch, mask)
+            device = outputs.values.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(self.seed)
+            count = self.probes // len(batches) + (index < self.probes % len(batches))
+            run.add(outputs, leaves, max(1, count), generators[device], streaming=True)
+        return run.rates()
+
+    def of_outputs(
+        self,
+        outputs: Any,
+        updates: Mapping[str, TensorUpdate],
+        leaves: Mapping[str, Tensor],
+        mask: Tensor | None = None,
+    ) -> Rates:
+        """Rates from outputs that the caller computed from `leaves` and whose graph still stands."""
+        if self.method == "exact":
+            raise LayerwiseError(
+                "method='exact' needs inputs, not outputs: it runs forward-mode passes of its own"
+            )
+        picked = as_outputs(outputs, mask)
+        run = ProbeRun(self, updates)
+        device = picked.values.device
+        run.add(
+            picked,
+            {name: leaves[name] for name in updates},
+            self.probes,
+            torch.Generator(device).manual_seed(self.seed),
+            streaming=False,
+        )
+        return run.rates()
+
+    def _exact(
+        self,
+        model: nn.Module,
+        points: Mapping[str, Tensor],
+        updates: Mapping[str, TensorUpdate],
+        batches: list[Any],
+        mask: Tensor | None,
+    ) -> Rates:
+        found: dict[str, list[Tensor]] = {name: [] for name in updates}
+        entries, classes, dtype = 0, 1, ""
+        plain = {name: p.detach() for name, p in points.items()}
+        for batch in batches:
+            sizes: list[Outputs] = []
+
+            def function(
+                name: str, tensor: Tensor, batch: Any = batch, sizes: list[Outputs] = sizes
+            ) -> tuple[Tensor, Tensor | None]:
+                outputs = self._outputs(model, {**plain, name: tensor}, batch, mask)
+                if not sizes:
+                    sizes.append(outputs)
+                return outputs.values, outputs.mask
+
+            for name, square in exact_log_squares(function, plain, updates).items():
+                found[name].append(square)
+            if sizes:
+                entries, classes = entries + sizes[0].entries, _classes(sizes[0])
+                dtype = _short(sizes[0].values.dtype)
+        pulled = _pull(found)
+        values = {name: (rate_of(squares[:, 0].tolist()), 0.0, "exact") for name, squares in pulled.items()}
+        return self._result(values, 0, entries, classes, dtype)
+
+    def _result(
+        self,
+        values: Mapping[str, tuple[float, float, str]],
+        probes: int,
+        entries: int,
+        classes: int,
+        dtype: str,
+    ) -> Rates:
+        part = shares({name: value for name, (value, _, _) in values.items()})
+        rates = {
+            name: Rate(value, stderr, part[name], estimator)
+            for name, (value, stderr, estimator) in values.items()
+        }
+        return Rates(rates, self.method, probes, self.seed, entries, self.space, classes, dtype)
+
+
+class ProbeRun:
+    """Collects probes over batches, then makes them into rates with one synchronisation with the device."""
+
+    def __init__(self, measurement: Measurement, updates: Mapping[str, TensorUpdate]) -> None:
+        self.measurement = measurement
+        self.updates = updates
+        self.estimators: dict[str, Estimator] = {
+            name: estimator_for(measurement.method, tuple(u.new.shape)) for name, u in updates.items()
+        }
+        self.moments: dict[str, list[Tensor]] = {name: [] for name in updates}
+        self.probes, self.entries, self.classes, self.dtype = 0, 0, 1, ""
+
+    def add(
+        self,
+        outputs: Outputs,
+        leaves: Mapping[str, Tensor],
+        count: int,
+        generator: torch.Generator,
+        streaming: bool,
+    ) -> None:
+        """Run `count` probes of these outputs."""
+        accumulator = Accumulator(self.updates, self.estimators, math.log(outputs.entries))
+        probes = draw_probes(outputs, count, self.measurement.probe, generator)
+        run_probes(outputs, leaves, probes, accumulator.add, self.measurement.memory, streaming)
+        for name, moments in accumulator.moments(count).items():
+            self.moments[name].append(moments)
+        self.probes += count
+        self.entries += outputs.entries
+        self.classes, self.dtype = _classes(outputs), _short(outputs.values.dtype)
+
+    def rates(self) -> Rates:
+        """The rates of all probes so far."""
+        values = {}
+        for name, moments in _pull(self.moments).items():
+            estimator = self.estimators[name]
+            values[name] = (*combine(estimator.exponents, moments), estimator.name)
+        return self.measurement._result(values, self.probes, self.entries, self.classes, self.dtype)
+
+
+def function_space_rates(
+    model: nn.Module,
+    update: Mapping[str, Tensor],
+    inputs: Any,
+    forward: Forward | str | None = None,
+    method: str = "kronecker",
+    probes: int = 32,
+    seed: int = 0,
+    *,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Rates:
+    """What an update does to the model's outputs, to first order, tensor by tensor (arXiv 2502.17405).
+
+    The rate of tensor l is the RMS over output entries of the derivative of the outputs along `dW_l`, the
+    other tensors staying at their present values. Nothing is touched: weights, `.grad`, buffers, train/eval
+    mode, global random state and autocast are as before.
+
+    Args:
+        model: any module; wrappers of torch.compile and data parallelism are seen through.
+        update: parameter name -> dW, in the parameter's shape. Names of frozen parameters are left out of the
+        result.
+        inputs: a tensor, a tuple (positional arguments), a dict (keywords), or a list of such batches.
+        forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; `"log_softmax"` by name.
+        method: `"kronecker"`, `"full_cov"`, `"iid"`, or `"exact"`.
+        probes: number of random probes, each one backward pass. seed: of the probes.
+        mask: which outputs count, of the shape that the outputs' shape begins with (such as `[batch,
+        positions]`).
+            For dict inputs with an `attention_mask` that mask is the default.
+        options: the other fields of `Measurement`.
+
+    Raises:
+        LayerwiseError: an unknown name, a wrong shape, or outputs that cannot be measured.
+    """
+    inner = unwrap(model)
+    known = dict(inner.named_parameters())
+    for name, delta in update.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ": use names of model.named_parameters()"
+            raise LayerwiseError(f"update holds {name!r}, which is no parameter of the model{hint}")
+        if delta.shape != known[name].shape:
+            raise LayerwiseError(
+                f"update[{name!r}] has shape {tuple(delta.shape)}, the parameter {tuple(known[name].shape)}"
+            )
+    free = trainable(inner)
+    updates = {name: TensorUpdate(update[name].to(p.device)) for name, p in free.items() if name in update}
+    measurement = Measurement(forward, method, probes, seed, **options)
+    return measurement.rates(inner, updates, inputs, mask)
+
+
+def _pull(found: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Bring `[rows, columns]` tensors of every name to the CPU in one copy."""
+    parts = {
+        name: torch.cat([t.reshape(t.shape[0] if t.ndim else 1, -1) for t in ts])
+        for name, ts in found.items()
+    }
+    if not parts:
+        return {}
+    devices = {t.device for t in parts.values()}
+    home = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+    flat = torch.cat(
+        [
+            t.detach().reshape(-1).to(home, torch.float32 if home.type == "mps" else torch.float64)
+            for t in parts.values()
+        ]
+    )
+    flat = flat.cpu().double()
+    result, position = {}, 0
+    for name, t in parts.items():
+        result[name] = flat[position : position + t.numel()].reshape(t.shape)
+        position += t.numel()
+    return result
+
+
+def _classes(outputs: Outputs) -> int:
+    return outputs.values.shape[-1] if outputs.values.ndim else 1
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

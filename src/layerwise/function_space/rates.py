@@ -1,0 +1,188 @@
+"""`Rates`: what an update does to the outputs, tensor by tensor; printed, plotted, saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+from layerwise.errors import LayerwiseError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The function-space learning rate of one parameter.
+
+    `value`: RMS change of an output entry that this tensor's update causes, to first order, in the outputs'
+    unit.
+    `stderr`: its standard error over the probes (0 for `exact`); it knows nothing of an estimator's bias.
+    `share`: its part of the sum over all tensors. `estimator`: the one used for this tensor's shape.
+    """
+
+    value: float
+    stderr: float
+    share: float
+    estimator: str
+
+
+@dataclass(frozen=True)
+class Rates(Mapping[str, Rate]):
+    """Rates by parameter name, and how they were measured.
+
+    `entries` is the number of output entries counted (masked ones are not), summed over batches. `space`
+    names the output. `classes` is the size of the outputs' last dimension.
+    """
+
+    rates: Mapping[str, Rate]
+    method: str
+    probes: int
+    seed: int
+    entries: int
+    space: str
+    classes: int
+    dtype: str
+
+    def __getitem__(self, name: str) -> Rate:
+        return self.rates[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rates)
+
+    def __len__(self) -> int:
+        return len(self.rates)
+
+    @property
+    def total(self) -> float:
+        """Sum of the values: by the triangle inequality, the most the outputs can move by."""
+        return sum(rate.value for rate in self.rates.values())
+
+    def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
+        """Confidence interval of a rate: symmetric in its logarithm, with Student's quantile for few
+        probes.
+        """
+        rate = self.rates[name]
+        if rate.stderr == 0:
+            return rate.value, rate.value
+        if math.isnan(rate.stderr):
+            return 0.0, math.inf
+        factor = math.exp(min(_student(level, self.probes - 1) * rate.stderr / rate.value, 700.0))
+        return rate.value / factor, rate.value * factor
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self, top: int | None = None) -> str:
+        """A table in the order of the model, or of the `top` largest rates."""
+        names = list(self.rates)
+        if top is not None:
+            names = sorted(names, key=lambda name: -self.rates[name].value)[:top]
+        width = max([len("parameter"), *(len(name) for name in names)])
+        lines = [f"{'parameter':<{width}}  {'rate':>10}  {'stderr':>9}  {'share':>6}  estimator"]
+        for name in names:
+            r = self.rates[name]
+            lines.append(
+                f"{name:<{width}}  {r.value:>10.4g}  {r.stderr:>9.2g}  {100 * r.share:>5.1f}%  {r.estimator}"
+            )
+        lines.append(
+            f"{'sum':<{width}}  {self.total:>10.4g}  {'':>9}  {'':>6}  RMS change of {self.space}, "
+            f"{self.entries} entries, {self.method}"
+            + ("" if self.method == "exact" else f", {self.probes} probes")
+        )
+        return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Horizontal bars with 95 % intervals on a logarithmic axis (needs matplotlib)."""
+        from matplotlib import pyplot as plt
+
+        shown = [name for name in reversed(list(self.rates)) if self.rates[name].value > 0]
+        axes = ax if ax is not None else plt.subplots(figsize=(7, 1 + 0.22 * len(shown)))[1]
+        values = [self.rates[name].value for name in shown]
+        bounds = [
+            self.interval(name) if self.rates[name].stderr >= 0 else (v, v)
+            for name, v in zip(shown, values, strict=True)
+        ]
+        below = [v - low for v, (low, _) in zip(values, bounds, strict=True)]
+        above = [high - v for v, (_, high) in zip(values, bounds, strict=True)]
+        axes.barh(shown, values, xerr=[below, above], color="#4477aa", ecolor="#888888")
+        axes.set_xscale("log")
+        axes.set_xlabel(f"RMS change of {self.space} in one step")
+        return axes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; a standard error that does not exist (one probe) is null."""
+        return {
+            "method": self.method,
+            "probes": self.probes,
+            "seed": self.seed,
+            "entries": self.entries,
+            "space": self.space,
+            "classes": self.classes,
+            "dtype": self.dtype,
+            "rates": {
+                name: {
+                    "value": _or_null(r.value),
+                    "stderr": _or_null(r.stderr),
+                    "share": _or_null(r.share),
+                    "estimator": r.estimator,
+                }
+                for name, r in self.rates.items()
+            },
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Rates:
+        """The inverse of `to_dict`."""
+        try:
+            rates = {
+                name: Rate(_or_nan(r["value"]), _or_nan(r["stderr"]), _or_nan(r["share"]), r["estimator"])
+                for name, r in data["rates"].items()
+            }
+            rest = {
+                key: data[key] for key in ("method", "probes", "seed", "entries", "space", "classes", "dtype")
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise LayerwiseError(
+                f"not function-space rates: {error!r} (made by Rates.to_dict or Rates.save)"
+            ) from error
+        return Rates(rates, **rest)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Rates:
+        """Read what `save` wrote."""
+        return Rates.from_dict(json.loads(Path(path).read_text()))
+
+
+def shares(values: Mapping[str, float]) -> dict[str, float]:
+    """Each value's part of their sum; 0 where the sum is 0."""
+    total = sum(values.values())
+    return {name: value / total if total else 0.0 for name, value in values.items()}
+
+
+def _student(level: float, freedom: int) -> float:
+    """Two-sided quantile of Student's t, by the Cornish-Fisher expansion (within 1 % from 4 degrees of
+    freedom on).
+    """
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)
