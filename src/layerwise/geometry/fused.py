@@ -1,7 +1,7 @@
 """Projections known to be several matrices in one weight: which rows are q, k, v, or gate and up.
 
-Known by the class that owns the projection, as each stores its parts in its own order; an unknown class stays whole, and the
-user may declare its split. Class names and not classes, so that transformers is never imported here.
+Known by the class that owns the projection, as each stores its parts in its own order; a class that is not known
+stays whole, and the user may declare its split. Names of classes and not classes: transformers is never imported.
 """
 
 from __future__ import annotations
@@ -133,26 +133,32 @@ _RULES: dict[tuple[str, str], Rule] = {
 }
 
 
-def known_split(owner: nn.Module | None, attribute: str) -> Split | None:
+def known_split(owner: nn.Module, attribute: str) -> Split | None:
     """The split of the projection `owner.attribute`, None when it is one matrix or its class is not known."""
-    rule = _RULES.get((attribute, type(owner).__name__))
-    if rule is None:
-        return None
-    try:
-        return rule(owner)
-    except (
-        AttributeError
-    ):  # another library's class of the same name, or a version that keeps its sizes elsewhere
-        return None
+    for base in type(owner).__mro__:  # bases too: FSDP2 and parametrizations make a subclass of another name
+        rule = _RULES.get((attribute, base.__name__))
+        if rule is not None:
+            try:
+                return rule(owner)
+            except AttributeError:  # another library's class of this name, or a version with other attributes
+                return None
+    return None
 
 
 def looks_fused(attribute: str) -> bool:
-    """Whether the name of a projection says that it is fused, for a note to the user when its split is not known."""
-    return attribute in {name for name, _ in _RULES} - {"in_proj", "Wi"} or "qkv" in attribute.lower()
+    """Whether a projection's name says that it is fused: for a note to the user when its split is not known."""
+    return "qkv" in attribute.lower() or attribute in (
+        "c_attn",
+        "att_proj",
+        "query_key_value",
+        "gate_up_proj",
+    )
 
 
-def recurrent_split(module: nn.Module) -> Split | None:
+def recurrent_split(module: nn.Module, attribute: str) -> Split | None:
     """Gates of torch's recurrent nets, stacked along d_out in torch's documented order."""
+    if attribute.startswith("weight_hr"):  # an LSTM's projection of its hidden state
+        return None
     if isinstance(module, (nn.LSTM, nn.LSTMCell)):
         return LSTM_GATES
     return GRU_GATES if isinstance(module, (nn.GRU, nn.GRUCell)) else None

@@ -1,4 +1,4 @@
-"""From a model to the parameter groups of an optimizer: roles, then the user's splits and overrides, then groups."""
+"""From a model to the groups of an optimizer: roles, then the user's splits and overrides, then groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.layout import ConvLayout, Layout, MatrixLayout, Split, TransposedLayout, VectorLayout
@@ -47,18 +47,19 @@ def param_groups(
     overrides: Mapping[str, Override] | None = None,
     splits: Mapping[str, SplitSpec] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a layerwise optimizer, one for every combination of role, layout, geometry and overrides.
+    """Parameter groups for a layerwise optimizer: one for each role, layout, geometry and set of overrides.
 
-    A group is `{"params": [(name, parameter), ...], "role": str, "layout": Layout, "geometry": Geometry, **overridden}`.
-    Groups and their parameters are in the order of `model.named_parameters()`; frozen parameters are left out.
+    A group is `{"params": [(name, parameter), ...], "role": str, "layout": Layout, "geometry": Geometry,
+    **overridden}`. Groups and their parameters keep the order of `model.named_parameters()`; frozen and empty
+    parameters are left out.
 
-    overrides: glob pattern on the full parameter name (any of its names if tied) -> a geometry, or a dict of group options
-        (`lr`, `weight_decay`, `geometry`, `role`, `layout`, `norm_group`, and whatever the optimizer knows).
-    splits: glob pattern -> how d_out divides into matrices: `{"q": 512, "k": 128, "v": 128}` (rows, in order), a number of
-        equal parts (1 leaves the parameter whole), or a `Split`.
+    overrides: glob pattern on the full parameter name (any of its names if tied) -> a geometry, or a dict of
+        group options: `geometry`, `role`, `layout`, and those of the optimizer, such as `lr` or `weight_decay`.
+    splits: glob pattern -> how d_out divides into matrices: `{"q": 512, "k": 128, "v": 128}` (rows, in order),
+        a number of equal parts (1 leaves the parameter whole), or a `Split`.
 
-    Raises LayerwiseError for a pattern that matches nothing, a parameter matched by two patterns, sizes that do not add up,
-    and a model without trainable floating-point parameters.
+    Raises LayerwiseError for a pattern that matches nothing, a parameter matched by two patterns, sizes that do
+    not add up, and a model without trainable floating-point parameters.
     """
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for assigned in assign(model, overrides, splits):
@@ -76,7 +77,7 @@ def assign(
     overrides: Mapping[str, Override] | None = None,
     splits: Mapping[str, SplitSpec] | None = None,
 ) -> list[Assigned]:
-    """Every trainable parameter of `model` with its role, layout, geometry and options. Arguments as in `param_groups`."""
+    """Every trainable parameter with its role, layout, geometry and options; arguments as in `param_groups`."""
     trainable = _trainable(model)
     names = [found.names for found in trainable]
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -91,10 +92,10 @@ def assign(
 
 
 def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-    """The groups of `param_groups` for plain `model.parameters()` or `model.named_parameters()`, by shape alone.
+    """Groups as of `param_groups` for plain `model.parameters()` or `model.named_parameters()`, by shape alone.
 
-    2-D tensors become hidden matrices, 0-D and 1-D ones vectors, all others convolutions. Warns once of what a shape
-    cannot tell. Parameters without names are called `param_0`, `param_1`, ...
+    2-D tensors become hidden matrices, 0-D and 1-D ones vectors, all others convolutions; a UserWarning says
+    what a shape cannot tell. Parameters without names are called `param_0`, `param_1`, ...
     """
     named = [item if isinstance(item, tuple) else (f"param_{i}", item) for i, item in enumerate(params)]
     if not named:
@@ -102,8 +103,9 @@ def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> l
     if len({id(p) for _, p in named}) < len(named):
         raise LayerwiseError("a parameter is given twice: give every tensor once")
     warnings.warn(
-        "parameters are grouped by shape alone, which cannot tell an embedding or an output head from a hidden matrix, "
-        "nor (in, out) storage from (out, in), nor q, k and v in one weight; give layerwise.param_groups(model) instead",
+        "parameters are grouped by shape alone, which cannot tell an embedding or an output head from a hidden "
+        "matrix, nor (in, out) storage (transformers' Conv1D) from (out, in), nor q, k and v in one weight, nor "
+        "experts from a convolution; give layerwise.param_groups(model) instead",
         UserWarning,
         stacklevel=2,
     )
@@ -128,12 +130,17 @@ def _by_shape(shape: tuple[int, ...]) -> tuple[str, Layout, tuple[int, ...]]:
 def _trainable(model: nn.Module) -> list[Found]:
     if not isinstance(model, nn.Module):
         raise LayerwiseError(
-            f"param_groups takes the model, got {type(model).__name__}; for plain parameters use group_by_shape"
+            f"expected the model (an nn.Module), got {type(model).__name__}; "
+            "for plain parameters use group_by_shape(parameters)"
         )
     for name, p in model.named_parameters():
-        if isinstance(p, UninitializedTensorMixin):
+        if is_lazy(p):
             raise LayerwiseError(
                 f"{name} has no shape yet (a lazy module): run the model once on a batch first"
+            )
+        if getattr(p, "_is_flat_param", False):
+            raise LayerwiseError(
+                f"{name} is flattened by FSDP1, its matrices are lost: use FSDP2's fully_shard"
             )
         if p.requires_grad:
             _check_dtype(name, p)
@@ -184,7 +191,7 @@ def _match(
 def _nearest(pattern: str, names: list[tuple[str, ...]]) -> str:
     every = [name for own in names for name in own]
     bare = pattern.replace("*", "").replace("?", "").strip(".")
-    # compare with the end of each name as long as the pattern is, so that "*.c_attn.wieght" finds "h.0.attn.c_attn.weight"
+    # compare with the end of each name that is as long: "*.c_attn.wieght" finds "h.0.attn.c_attn.weight"
     depth = bare.count(".") + 1
     ends: dict[str, str] = {}
     for name in every:
@@ -206,8 +213,8 @@ def _split_layout(found: Found, spec: SplitSpec) -> Layout:
             )
         if sum(spec.values()) != d_out:
             raise LayerwiseError(
-                f"splits: the sizes of {found.name}, {dict(spec)}, add up to {sum(spec.values())} and its d_out is {d_out} "
-                f"(shape {shape}, stored {whole}); give sizes that add up to {d_out}"
+                f"splits: the sizes of {found.name}, {dict(spec)}, add up to {sum(spec.values())}, "
+                f"but its d_out is {d_out} (shape {shape}, stored {whole}); give sizes that add up to {d_out}"
             )
         split = Split.of_sizes(spec) if len(spec) > 1 else None
     elif isinstance(spec, Split):

@@ -1,6 +1,7 @@
-"""Which modules are output heads.
+"""Which weight is the model's output head.
 
-1. Where a module of the model has `get_output_embeddings()` (transformers) and it gives a module with a weight, that is it.
+1. Where a module of the model has `get_output_embeddings()` (transformers) and it gives a module with a weight,
+   that is it.
 2. Else the last module in registration order that holds a matrix, if it is a linear projection and is not part of
    - a repeated block: an element of a ModuleList, or one of several siblings of the same structure,
    - one of torch's own Transformer or attention modules,
@@ -15,9 +16,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from layerwise.geometry.modules import is_linear, parents_of
+from layerwise.geometry.modules import is_linear
 
 _TORCH_BLOCKS = (
     nn.MultiheadAttention,
@@ -29,42 +30,39 @@ _TORCH_BLOCKS = (
 )
 
 
-def output_heads(model: nn.Module) -> list[nn.Module]:
-    """The modules whose weight is the output head: none or one by the rules above."""
-    declared = _declared_head(model)
-    if declared is not None:
-        return [declared]
-    last = _last_projection(model)
-    return [] if last is None else [last]
-
-
-def _declared_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> Tensor | None:
+    """The weight of the output head by the rules above, None where there is none."""
     for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        if not callable(getter):
-            continue
-        try:
-            head = getter()
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(head, nn.Module) and getattr(head, "weight", None) is not None:
-            return head
-    return None
+        weight = _declared_head(module)
+        if weight is not None:
+            return weight
+    return _last_projection(model)
 
 
-def _last_projection(model: nn.Module) -> nn.Module | None:
-    holders = [name for name, module in model.named_modules() if _holds_matrix(module)]
-    if not holders:
+def _declared_head(module: Any) -> Tensor | None:
+    getter = getattr(module, "get_output_embeddings", None)
+    if not callable(getter):
         return None
-    name = holders[-1]
-    module = model.get_submodule(name)
-    inside = parents_of(model, name)
-    if not is_linear(module) or any(
+    try:
+        weight = getattr(getter(), "weight", None)
+    except (AttributeError, NotImplementedError):  # what transformers' models without a head do
+        return None
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _last_projection(model: nn.Module) -> Tensor | None:
+    names = [name for name, module in model.named_modules() if _holds_matrix(module)]
+    if not names:
+        return None
+    module: Any = model.get_submodule(names[-1])
+    steps = names[-1].split(".")
+    inside = [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps))]
+    # The module itself may be an element (of a list of heads, of a flat Sequential): what counts is where it lies.
+    excluded = any(map(_repeats, inside, inside[1:])) or any(
         isinstance(parent, _TORCH_BLOCKS) or _is_base_model(parent) for parent in inside
-    ):
-        return None
-    # the module itself may be an element (a list of heads, a flat Sequential): only what it is inside of counts
-    return None if any(map(_is_block, inside, inside[1:])) else module
+    )
+    weight = module.weight if is_linear(module) and not excluded else None
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _holds_matrix(module: nn.Module) -> bool:
@@ -76,11 +74,10 @@ def _is_base_model(module: Any) -> bool:
     return isinstance(prefix, str) and bool(prefix) and getattr(module, "base_model", None) is module
 
 
-def _is_block(container: nn.Module, element: nn.Module) -> bool:
+def _repeats(container: nn.Module, element: nn.Module) -> bool:
     if isinstance(container, nn.ModuleList):
         return True
-    structures = Counter(map(_structure, container.children()))
-    return structures[_structure(element)] > 1
+    return Counter(map(_structure, container.children()))[_structure(element)] > 1
 
 
 def _structure(module: nn.Module) -> tuple[object, ...]:

@@ -1,7 +1,7 @@
 """How a parameter's tensor holds its units (matrices), and the way there and back.
 
-Every layout turns a tensor into stacks ``[k, d_out, d_in]``: `d_out` is the dimension the matrix maps *to*, whichever way
-round the module stores it. A `Split` then divides d_out among the several matrices of a fused projection.
+Every layout turns a tensor into stacks ``[k, d_out, d_in]``: `d_out` is the dimension the matrix maps *to*,
+whichever way round the module stores it. A `Split` then divides d_out among the parts of a fused projection.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from torch import Tensor, cat
+from torch import Tensor, cat, split, unflatten
 
 from layerwise.errors import LayerwiseError
 
@@ -24,9 +24,9 @@ Stack = tuple[int, int, int]
 class Split:
     """Named parts of d_out, in order, with sizes relative to one another.
 
-    The pattern of parts is repeated `blocks` times along d_out: 1 for ``[all q | all k | all v]``, the number of heads
-    for the interleaved ``[q1 k1 v1 | q2 k2 v2 | ...]``. Sizes are relative, so that layers of different width have the
-    same split: q, k, v of 512, 128, 128 rows are `(("q", 4), ("k", 1), ("v", 1))`.
+    The pattern of parts is repeated `blocks` times along d_out: 1 for ``[all q | all k | all v]``, the number
+    of heads for the interleaved ``[q1 k1 v1 | q2 k2 v2 | ...]``. Sizes are relative, so that layers of different
+    width have the same split: q, k, v of 512, 128, 128 rows are `(("q", 4), ("k", 1), ("v", 1))`.
     """
 
     parts: tuple[tuple[str, int], ...]
@@ -57,13 +57,20 @@ class Split:
 
     def rows(self, d_out: int) -> tuple[int, ...]:
         """Number of rows of each part. Raises LayerwiseError when the parts do not fill d_out exactly."""
-        total = self.blocks * sum(size for _, size in self.parts)
-        if d_out % total:
+        total = self._total()
+        if not self.divides(d_out):
             repeated = f" in {self.blocks} blocks" if self.blocks > 1 else ""
             raise LayerwiseError(
                 f"d_out = {d_out} cannot be divided as {self}{repeated}: not a multiple of {total}"
             )
         return tuple(self.blocks * size * (d_out // total) for _, size in self.parts)
+
+    def divides(self, d_out: int) -> bool:
+        """Whether the parts can fill d_out rows exactly."""
+        return d_out % self._total() == 0
+
+    def _total(self) -> int:
+        return self.blocks * sum(size for _, size in self.parts)
 
     def runs(self) -> tuple[tuple[str, ...], ...]:
         """Names of neighbouring parts of one size: each run shares a stack."""
@@ -77,12 +84,12 @@ class Split:
         return tuple((k * len(run), rows[run[0]], d_in) for run in self.runs())
 
     def divide(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``[k, d_out, d_in]`` to one stack ``[k * parts, rows, d_in]`` a run. Views where the strides allow it."""
+        """``[k, d_out, d_in]`` to a stack ``[k * parts, rows, d_in]`` a run; views where strides allow."""
         k, d_out, d_in = x.shape
         per_block = [k_run * rows // (k * self.blocks) for k_run, rows, _ in self.shapes((k, d_out, d_in))]
-        pieces = x.unflatten(1, (self.blocks, d_out // self.blocks)).split(per_block, dim=2)
+        pieces = split(unflatten(x, 1, (self.blocks, d_out // self.blocks)), per_block, dim=2)
         return tuple(
-            piece.unflatten(2, (len(run), -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+            unflatten(piece, 2, (len(run), -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
             for piece, run in zip(pieces, self.runs(), strict=True)
         )
 
@@ -90,7 +97,7 @@ class Split:
         """The inverse of `divide`: stacks of the runs back to ``[k, d_out, d_in]``."""
         k, _, _ = stack
         pieces = [
-            x.unflatten(0, (k, len(run))).unflatten(2, (self.blocks, -1)).transpose(1, 2).flatten(2, 3)
+            unflatten(unflatten(x, 0, (k, len(run))), 2, (self.blocks, -1)).transpose(1, 2).flatten(2, 3)
             for x, run in zip(stacks, self.runs(), strict=True)
         ]
         joined = pieces[0] if len(pieces) == 1 else cat(pieces, dim=2)
@@ -120,7 +127,7 @@ class Layout(ABC):
         """``[k, d_out, d_in]`` to the parameter's shape."""
 
     def _labels(self, shape: Shape) -> tuple[str, ...]:
-        """What tells the k matrices before the split apart; one empty label where there is nothing to tell."""
+        """What tells the k matrices apart before the split; one empty label where there is one."""
         k = self.stack_shape(shape)[0]
         return ("",) if k == 1 else tuple(str(i) for i in range(k))
 
@@ -136,7 +143,7 @@ class Layout(ABC):
         return (stack,) if self.split is None else self.split.divide(stack)
 
     def from_matrices(self, matrices: Sequence[Tensor], shape: Shape) -> Tensor:
-        """The inverse of `to_matrices`: a tensor of `shape` (not always contiguous, a view where it can be)."""
+        """The inverse of `to_matrices`: a tensor of `shape`; a view where it can be, not always contiguous."""
         if self.split is None:
             (stack,) = matrices
         else:
@@ -217,7 +224,7 @@ class MatrixLayout(Layout):
 
 @dataclass(frozen=True)
 class TransposedLayout(Layout):
-    """``[in, out]``: GPT-2's Conv1D, and nn.Embedding, whose ``[V, d]`` weight maps a one-hot of size V to d."""
+    """``[in, out]``: GPT-2's Conv1D, and nn.Embedding, whose ``[V, d]`` maps a one-hot of size V to d."""
 
     def stack_shape(self, shape: Shape) -> Stack:
         self._expect(len(shape) == 2, shape, "[in, out]")
@@ -240,9 +247,6 @@ class StackLayout(Layout):
     def stack_shape(self, shape: Shape) -> Stack:
         self._expect(len(shape) == 3, shape, "[k, out, in]")
         return shape[0], shape[1], shape[2]
-
-    def _labels(self, shape: Shape) -> tuple[str, ...]:
-        return tuple(str(i) for i in range(shape[0]))
 
     def _stack(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -274,7 +278,7 @@ class TransposedStackLayout(StackLayout):
 
 @dataclass(frozen=True)
 class ConvLayout(Layout):
-    """``[out, in/groups, *kernel]``, any number of kernel axes, as ``[groups, out/groups, in/groups * taps]``."""
+    """``[out, in/groups, *kernel]``, any number of axes, as ``[groups, out/groups, in/groups * taps]``."""
 
     groups: int = 1
 
@@ -307,11 +311,11 @@ class ConvTransposeLayout(Layout):
         return self.groups, shape[1], shape[0] // self.groups * math.prod(shape[2:])
 
     def _stack(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2)
+        return unflatten(tensor, 0, (self.groups, tensor.shape[0] // self.groups)).transpose(1, 2).flatten(2)
 
     def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
         d_in = shape[0] // self.groups
-        return stack.unflatten(2, (d_in, *shape[2:])).transpose(1, 2).flatten(0, 1)
+        return unflatten(stack, 2, (d_in, *shape[2:])).transpose(1, 2).flatten(0, 1)
 
     def __str__(self) -> str:
         grouped = "" if self.groups == 1 else f" groups={self.groups}"

@@ -29,9 +29,3 @@ def is_norm(module: nn.Module) -> bool:
 def holds_lora(module: nn.Module | None) -> bool:
     """A layer with a low-rank adapter (peft's LoraLayer, loralib): it has both factors."""
     return hasattr(module, "lora_A") and hasattr(module, "lora_B")
-
-
-def parents_of(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that module `name` is inside of, from the model down to its parent (for the root: the root alone)."""
-    steps = name.split(".")
-    return [model.get_submodule(".".join(steps[:depth])) for depth in range(max(len(steps), 1))]
