@@ -1,5 +1,6 @@
 """The geometry of layers: norms, polar factors and nuclear norms, and which parameter of a model is what."""
 
+from layerwise.geometry.describe import Description, describe
 from layerwise.geometry.groups import group_by_shape, param_groups
 from layerwise.geometry.layout import Layout, Split
 from layerwise.geometry.norms import (
@@ -17,6 +18,7 @@ from layerwise.geometry.polar import polar
 
 __all__ = [
     "ColNorm",
+    "Description",
     "Frobenius",
     "Geometry",
     "Layout",
@@ -25,6 +27,7 @@ __all__ = [
     "Spectral",
     "Split",
     "VectorRMS",
+    "describe",
     "group_by_shape",
     "nuclear_norm",
     "param_groups",

@@ -1,0 +1,179 @@
+"""What `param_groups` makes of a model, as rows, as a table of text, and as HTML for notebooks."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from html import escape
+
+from torch import nn
+
+from layerwise.geometry.groups import Override, SplitSpec, assign
+from layerwise.geometry.layout import Layout
+from layerwise.geometry.norms import Geometry
+from layerwise.geometry.roles import ROLES
+
+_HEADER = ("parameter", "role", "shape", "stored", "units", "geometry", "norm group")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted name: the index of a layer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trainable tensor. `units`: the names of its matrices; `note`: what was assumed about it, "" if nothing."""
+
+    name: str
+    tied: tuple[str, ...]
+    role: str
+    geometry: Geometry
+    norm_group: str
+    shape: tuple[int, ...]
+    layout: Layout
+    units: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Description:
+    """Every trainable parameter of a model. `str()` is a table with one line for layers that are alike."""
+
+    rows: tuple[Row, ...]
+    entries: int
+    frozen: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line: how many entries, of how many parameters, in which roles, and what was left out."""
+        count = Counter(row.role for row in self.rows)
+        units = Counter[str]()
+        for row in self.rows:
+            units[row.role] += len(row.units)
+        roles = [
+            f"{count[role]} {role}" + (f" ({units[role]} units)" if units[role] != count[role] else "")
+            for role in ROLES
+            if count[role]
+        ]
+        left_out = f"; {len(self.frozen)} frozen left out" if self.frozen else ""
+        assumed = sum(bool(row.note) for row in self.rows)
+        unsure = f"; {assumed} not certain" if assumed else ""
+        return f"{_short(self.entries)} entries in {len(self.rows)} parameters: {', '.join(roles)}{left_out}{unsure}"
+
+    def notes(self) -> tuple[str, ...]:
+        """One line for every tie and every assumption; layers that are alike share a line."""
+        lines = []
+        for name, rows in _alike(self.rows):
+            if rows[0].tied:
+                lines.append(f"{name} is tied to {', '.join(rows[0].tied)}")
+            if rows[0].note:
+                lines.append(f"{name}: {rows[0].note}")
+        return tuple(lines)
+
+    def full(self) -> str:
+        """The table with a line for every parameter."""
+        return _text([(row.name, [row]) for row in self.rows])
+
+    def __str__(self) -> str:
+        notes = [f"  {line}" for line in self.notes()]
+        return "\n".join([_text(_alike(self.rows)), "", self.summary(), *notes])
+
+    def _repr_html_(self) -> str:
+        lines = [_cells(name, rows) for name, rows in _alike(self.rows)]
+        head = "".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in _HEADER)
+        body = "".join(
+            "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in line) + "</tr>"
+            for line in lines
+        )
+        notes = "".join(f"<li>{escape(line)}</li>" for line in self.notes())
+        return (
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            f"<p>{escape(self.summary())}</p>" + (f"<ul>{notes}</ul>" if notes else "")
+        )
+
+
+def describe(
+    model: nn.Module,
+    overrides: Mapping[str, Override] | None = None,
+    splits: Mapping[str, SplitSpec] | None = None,
+) -> Description:
+    """Role, geometry, norm group, layout and units of every trainable parameter; arguments as in `param_groups`."""
+    rows, entries = [], 0
+    for assigned in assign(model, overrides, splits):
+        found = assigned.found
+        shape = tuple(found.parameter.shape)
+        entries += found.parameter.numel()
+        rows.append(
+            Row(
+                name=found.name,
+                tied=found.tied,
+                role=found.role,
+                geometry=assigned.geometry,
+                norm_group=assigned.norm_group,
+                shape=shape,
+                layout=found.layout,
+                units=found.layout.unit_names(found.name, shape),
+                note=found.note,
+            )
+        )
+    frozen = tuple(name for name, p in model.named_parameters() if not p.requires_grad)
+    return Description(tuple(rows), entries, frozen)
+
+
+def _alike(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows that differ in the numbers of their names alone, under one name: `h.{0-11}.mlp.c_fc.weight`."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        same = (row.role, repr(row.geometry), row.norm_group, row.shape, repr(row.layout), row.note)
+        groups.setdefault((_NUMBER.sub("#", row.name), *same), []).append(row)
+    return [(_common_name([row.name for row in group]), group) for group in groups.values()]
+
+
+def _common_name(names: list[str]) -> str:
+    steps = [_span(list(column)) for column in zip(*(name.split(".") for name in names), strict=True)]
+    return ".".join(steps)
+
+
+def _span(values: list[str]) -> str:
+    if len(set(values)) == 1:
+        return values[0]
+    numbers = sorted({int(value) for value in values})
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{{{numbers[0]}-{numbers[-1]}}}"
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def _cells(name: str, rows: list[Row]) -> tuple[str, ...]:
+    row = rows[0]
+    each = len(row.units)
+    return (
+        name + (" *" if row.note else ""),
+        row.role,
+        " x ".join(map(str, row.shape)) or "scalar",
+        str(row.layout),
+        f"{len(rows)} x {each}" if len(rows) > 1 else str(each),
+        _brief(row.geometry),
+        row.norm_group,
+    )
+
+
+def _brief(geometry: Geometry) -> str:
+    """The geometry with the options that are not its defaults."""
+    changed = [
+        f"{key}={value!r}"
+        for key, value in vars(geometry).items()
+        if value != getattr(type(geometry), key, None)
+    ]
+    return f"{type(geometry).__name__}({', '.join(changed)})"
+
+
+def _text(lines: list[tuple[str, list[Row]]]) -> str:
+    table = [_HEADER, *(_cells(name, rows) for name, rows in lines)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, tuple("-" * width for width in widths))
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+
+
+def _short(count: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
