@@ -1,0 +1,125 @@
+"""Names, colours and order: optimizers, layers of a network, kinds of tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from layerwise.lab.report.style import (
+    AMBER,
+    BLUE,
+    BROWN,
+    CYCLE,
+    GREEN,
+    GREY,
+    MARKERS,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    Look,
+)
+
+OPTIMIZER_TITLES = {
+    "adamw": "AdamW",
+    "sgd": "SGD",
+    "muon": "Muon",
+    "torch-muon": "torch Muon",
+    "d-muon": "D-Muon",
+    "scion": "Scion",
+    "signum": "Signum",
+    "lanton": "LANTON",
+    "namo": "NAMO",
+    "static": "Static",
+}
+_LOOKS = {
+    "adamw": Look(GREY, "o"),
+    "d-muon": Look(BLUE, "s"),
+    "scion": Look(GREEN, "D"),
+    "lanton": Look(VERMILLION, "o"),
+    "muon": Look(SKY, "^"),
+    "torch-muon": Look(PURPLE, "v"),
+    "namo": Look(AMBER, "P"),
+    "signum": Look(BROWN, "X"),
+}
+
+
+def optimizer_key(name: str) -> str:
+    """One spelling for one optimizer: `DMuon`, `d_muon` and `d-muon` are the same."""
+    key = name.strip().lower().replace("_", "-").replace(" ", "-")
+    return {"dmuon": "d-muon", "torchmuon": "torch-muon"}.get(key, key)
+
+
+def optimizer_title(name: str) -> str:
+    return OPTIMIZER_TITLES.get(optimizer_key(name), name)
+
+
+def looks(optimizers: Sequence[str]) -> list[Look]:
+    """A look for each contender, in order: an optimizer's own, and for its second entry a colour that none has."""
+    reserved = {_LOOKS[key].color for name in optimizers if (key := optimizer_key(name)) in _LOOKS}
+    free = [color for color in CYCLE if color not in reserved]
+    chosen: list[Look] = []
+    for i, name in enumerate(optimizers):
+        own = _LOOKS.get(optimizer_key(name))
+        if own is None or own in chosen:
+            own = Look(free.pop(0) if free else CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)])
+        chosen.append(own)
+    return chosen
+
+
+@dataclass(frozen=True)
+class UnitName:
+    """A unit's place in the network: `transformer.h.3.mlp.c_fc.weight` is block `h.3`, part `mlp.c_fc`."""
+
+    unit: str
+    block: str  # "h.3", or "" outside the blocks
+    part: str  # "mlp.c_fc", "attn.c_attn q", "ln_1 bias"
+
+    @property
+    def short(self) -> str:
+        return f"{self.block} {self.part}".strip()
+
+
+_PREFIX = re.compile(r"^(_orig_mod\.|module\.|base_model\.|model\.|transformer\.|gpt_neox\.)+")
+_BLOCK = re.compile(r"^(?P<block>(?:[A-Za-z_]\w*\.)*?(?P<stack>[A-Za-z_]\w*)\.(?P<index>\d+))\.(?P<part>.+)$")
+_UNIT = re.compile(r"^(?P<name>.*?)(?:\[(?P<index>[^\]]*)\])?$")
+
+
+def unit_name(unit: str) -> UnitName:
+    """Parse a unit's name into block and part, without what says nothing (`transformer.`, `.weight`)."""
+    match = _UNIT.match(unit)
+    name, index = (match["name"], match["index"]) if match else (unit, None)
+    name = _PREFIX.sub("", name)
+    block = ""
+    found = _BLOCK.match(name)
+    if found:
+        stack = found["block"].split(".")
+        block, name = ".".join(stack[-2:]), found["part"]
+    name = re.sub(r"\.bias$", " bias", re.sub(r"\.weight$", "", name))
+    return UnitName(unit, block, f"{name} {index}" if index else name)
+
+
+def network_order(units: Iterable[str], parameters: Sequence[str] = ()) -> list[UnitName]:
+    """Units from the input of the network to its output.
+
+    `parameters` are the model's parameters in the order the model has them; a unit follows its parameter. Without them:
+    what stands outside the blocks as it comes, blocks by number, a final norm and a head last.
+    """
+    rank = {name: i for i, name in enumerate(parameters)}
+    parsed = [unit_name(u) for u in units]
+    last = len(rank)
+
+    def fallback(name: UnitName) -> tuple[int, int]:
+        if name.block:
+            return 1, int(name.block.rsplit(".", 1)[1])
+        is_late = re.search(r"(^|\.)(lm_head|head|classifier|ln_f|norm|final\w*|score)($|[ .])", name.part)
+        return (2, 1 if is_late and "head" in name.part else 0) if is_late else (0, 0)
+
+    def key(item: tuple[int, UnitName]) -> tuple[float, ...]:
+        i, name = item
+        parameter = name.unit.split("[", 1)[0]
+        if rank:
+            return (rank.get(parameter, last), i)
+        return (*fallback(name), i)
+
+    return [name for _, name in sorted(enumerate(parsed), key=key)]

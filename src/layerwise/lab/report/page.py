@@ -1,0 +1,191 @@
+"""The report of one run or of several: one self-contained HTML file, and its figures as files beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.report import curves, function_space, heatmaps, rates, tables
+from layerwise.lab.report.load import Contender, RunData, contenders
+from layerwise.lab.report.style import save_figure, theme_css
+from layerwise.lab.report.transfer import RateCurve, loss_against_rate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILE_TYPES = ("png", "pdf", "svg")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A figure to be drawn: the name of its files, its section of the page, its caption, and how to draw it."""
+
+    name: str
+    section: str
+    caption: str
+    draw: Callable[[], Figure]
+    folded: str = ""  # a title under which the page folds it away
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a report says besides what is in the runs."""
+
+    title: str = "Training report"
+    notes: Sequence[str] = ()  # shown at the top: what a reader has to know before the numbers
+    command: str = ""
+    grid: Sequence[RateCurve] = ()  # losses on the grid of base rates, where one was run
+    grid_rows: Sequence[tuple[str, str, str]] = field(default=())  # (contender, base rate, losses over seeds)
+
+
+def write_report(runs: Sequence[RunData], folder: Path, story: Story | None = None) -> Path:
+    """Write `report.html` and `figures/` into `folder` and return the page's path. Raises LayerwiseError."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    story = story or Story()
+    groups = contenders(runs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = [
+            (plan, save_figure(plan.draw, folder / "figures", plan.name)) for plan in plans(groups, story)
+        ]
+        environment = Environment(
+            loader=PackageLoader("layerwise.lab", "report"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.globals.update(theme=theme_css())
+        page = environment.get_template("template.html").render(
+            story=story,
+            notes=[*story.notes, *warnings(runs)],
+            headline=tables.headline(runs),
+            results=tables.result_rows(groups),
+            groups=groups,
+            several_seeds=any(len(c.runs) > 1 for c in groups),
+            figures=figures,
+            sections=list(dict.fromkeys(plan.section for plan, _ in figures)),
+            file_types=FILE_TYPES,
+            parameters=tables.parameter_rows(runs),
+            settings=tables.settings(groups),
+            versions=tables.facts(runs, "versions"),
+            machine=tables.facts(runs, "machine"),
+            corpus=tables.facts(runs, "corpus"),
+            runs=runs,
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+        path = folder / "report.html"
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise LayerwiseError(
+            f"report {folder}: cannot be written ({reason}); choose another with -o"
+        ) from None
+    return path
+
+
+def plans(groups: Sequence[Contender], story: Story) -> Iterator[Plan]:
+    """The figures that these runs have data for, in the order of the page."""
+    if any(len(run.train_loss) or len(run.val_loss) for group in groups for run in group.runs):
+        yield Plan(
+            "loss", "Loss", "Training loss (line, smoothed; the raw values behind it) and validation loss (markers), "
+            "against training tokens and against training time. The first, steep part is cut off."
+            + (" Lighter lines are further seeds." if any(len(g.runs) > 1 for g in groups) else ""),
+            lambda: curves.loss_curves(groups),
+        )  # fmt: skip
+    if len(groups) > 1 and any(len(run.val_loss) for group in groups for run in group.runs):
+        yield Plan(
+            "final_loss", "Loss", "Validation loss at the end of training: a dot per seed, a bar at the mean.",
+            lambda: curves.final_losses(groups),
+        )  # fmt: skip
+    if story.grid:
+        yield Plan(
+            "loss_against_rate", "Learning rate", "Final validation loss on each optimizer's own grid of base rates, all "
+            "with the same schedule length: dots are seeds, the line their mean, the large dot the best rate. An open "
+            "ring marks an optimum at the end of its grid, which is then no optimum; a cross a rate that diverged.",
+            lambda: loss_against_rate(story.grid),
+        )  # fmt: skip
+    for group in groups:
+        yield from _layer_plans(group)
+        yield from _function_space_plans(group)
+
+
+def _layer_plans(group: Contender) -> Iterator[Plan]:
+    run = group.runs[0]
+    history = run.layers
+    if history is None or not (history.has_noise or history.has_multiplier):
+        return
+    roles = {str(row["name"]): row.get("role") for row in run.parameters}
+    vectors = [u for u in history.units if roles.get(u.split("[", 1)[0]) == "vector"]
+    matrices = [u for u in history.units if u not in set(vectors)]
+    slug = _slug(group.label)
+    section = f"Layers: {group.label}"
+    what = (
+        "Noise of each unit's gradient, on a log scale, over the median of its norm group (noise is measured in the dual "
+        "norm of the group, so only the ratio can be compared between groups), and the multiplier on the base "
+        "learning rate; rows from the input of the network to its output."
+    )
+    if matrices:
+        yield Plan(f"layers_{slug}", section, what, lambda: heatmaps.layer_heat_maps(run, matrices))
+    if vectors:
+        folded = "Gains and biases" if matrices else ""
+        yield Plan(f"vectors_{slug}", section, what, lambda: heatmaps.layer_heat_maps(run, vectors), folded)
+    if history.has_multiplier:
+        yield Plan(
+            f"rates_{slug}", section, "Effective learning rate and rate multiplier: a line per unit, coloured by kind of "
+            "tensor; the band is the spread inside the norm group. Groups without a spread are left out. "
+            "A name stands at the mean of its units at the last step.",
+            lambda: rates.effective_rates(run),
+        )  # fmt: skip
+
+
+def _function_space_plans(group: Contender) -> Iterator[Plan]:
+    run = group.runs[0]
+    if not any(line.get("rates") for line in run.run.function_space):
+        return
+    slug, section = _slug(group.label), f"Function space: {group.label}"
+    yield Plan(
+        f"function_space_{slug}", section, "Function-space learning rate of each parameter: how much one update of it "
+        "alone changes the outputs of the network. Log scale, a line per parameter.",
+        lambda: function_space.rate_per_layer(run),
+    )  # fmt: skip
+    yield Plan(
+        f"shares_{slug}", section, "Share of each block, and of each kind of tensor, in the sum of these rates.",
+        lambda: function_space.stacked_shares(run),
+    )  # fmt: skip
+
+
+def _slug(label: str) -> str:
+    return "".join(ch if ch.isalnum() else "_" for ch in label.lower()).strip("_")
+
+
+def warnings(runs: Sequence[RunData]) -> list[str]:
+    """What makes these runs incomparable or incomplete, in sentences."""
+    notes = []
+    if len({_corpus(run) for run in runs}) > 1:
+        notes.append("These runs were trained on different texts: their losses cannot be compared.")
+    models = {json.dumps(run.config.get("model"), sort_keys=True, default=str) for run in runs}
+    if len(models) > 1:
+        notes.append("These runs trained different models: compare their losses with that in mind.")
+    finished = {run.last("tokens") for run in runs if run.status == "finished"}
+    if len(finished) > 1:
+        notes.append(
+            "These runs differ in length, and with it in their schedules: equal tokens are not equal progress."
+        )
+    unfinished = "Not finished (still running, or killed: it can be resumed)"
+    for status, text in (("diverged", "Diverged"), ("running", unfinished)):
+        names = [run.name for run in runs if run.status == status]
+        if names:
+            notes.append(f"{text}: {', '.join(names)}.")
+    return notes
+
+
+def _corpus(run: RunData) -> str:
+    corpus = run.run.info.get("corpus") or {}
+    return str(corpus.get("sha256") or json.dumps(corpus, sort_keys=True, default=str))

@@ -1,0 +1,266 @@
+"""How every figure of the project looks: colours, type, sizes, and how a figure is saved.
+
+Figures are drawn in the light palette. In the page the same SVG follows the reader's light or dark theme: each colour of
+`THEME` is replaced by a CSS variable of its own (`themed_svg`), whose two values `theme_css` writes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+INK = "#1c2127"
+MUTED = "#666e78"
+GRID = "#e4e7eb"
+BAND = "#c9ced5"
+PAPER = "#ffffff"
+
+# Okabe and Ito's colour-blind safe colours, a few darkened for thin lines on white; the second value is for dark pages.
+BLUE, GREEN, VERMILLION, AMBER = "#0072b2", "#00916a", "#d4530a", "#d08c00"
+PURPLE, SKY, GREY, BROWN = "#b4568f", "#4aa3dc", "#70757c", "#8a6a3b"
+THEME = {
+    INK: "#e6e9ed",
+    MUTED: "#9aa3ad",
+    GRID: "#2d333a",
+    BAND: "#49515a",
+    PAPER: "#14181c",
+    BLUE: "#4ba8e3",
+    GREEN: "#2cc196",
+    VERMILLION: "#f47d3c",
+    AMBER: "#efb23c",
+    PURPLE: "#d98bbd",
+    SKY: "#86c8f2",
+    GREY: "#a2a9b1",
+    BROWN: "#c4a271",
+}
+CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, AMBER, SKY, BROWN, GREY)
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+
+WIDTH = 7.2  # inches: the text width of a two-column paper
+NOISE_MAP = "magma"
+RATE_MAP = "layerwise_rate"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one contender is drawn: the same in every figure."""
+
+    color: str
+    marker: str = "o"
+
+
+_FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
+
+_RC: dict[str, Any] = {
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.05,
+    "figure.constrained_layout.h_pad": 0.05,
+    "figure.dpi": 100,
+    "savefig.dpi": 220,
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.titlepad": 6,
+    "axes.labelsize": 8.5,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "xtick.minor.size": 1.8,
+    "ytick.minor.size": 1.8,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "text.color": INK,
+    "svg.hashsalt": "layerwise",  # the same figure is the same file
+    "svg.fonttype": "path",
+    "pdf.fonttype": 42,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw inside with the project's style; matplotlib's own settings are as before afterwards. Needs no display."""
+    import matplotlib as mpl
+    from matplotlib import font_manager
+    from matplotlib.colors import LinearSegmentedColormap
+
+    if RATE_MAP not in mpl.colormaps:
+        # 1, an untouched rate, is nearly the paper; the slower a layer, the deeper the colour.
+        stops = ["#0b2545", "#134b7a", "#2f7fb3", "#79b4d4", "#c3dcea", "#f4f1ea"]
+        mpl.colormaps.register(LinearSegmentedColormap.from_list(RATE_MAP, stops))
+    known = set(font_manager.get_font_names())
+    with mpl.rc_context({**_RC, "font.sans-serif": [f for f in _FONTS if f in known]}):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, without pyplot's global state: nothing to close, no window system needed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(draw: Callable[[], Figure], folder: Path, name: str) -> str:
+    """Draw in the project's style, save `name` as PNG, PDF and SVG in `folder`, and return the SVG for the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it reports every font subset of a PDF
+    with styled():
+        figure = draw()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, for all three files
+        figure.savefig(folder / f"{name}.png", facecolor=PAPER)
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    return themed_svg(svg, name)
+
+
+def themed_svg(svg: str, name: str) -> str:
+    """The SVG as an element of a page: ids of its own, colours as CSS variables, width from the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for color in THEME:
+        svg = svg.replace(color, f"var(--c{color[1:]})")
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
+        count=1,
+    )
+
+
+def theme_css() -> str:
+    """The two values of each colour variable."""
+    light = "".join(f"--c{c[1:]}:{c};" for c in THEME)
+    dark = "".join(f"--c{c[1:]}:{d};" for c, d in THEME.items())
+    return f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+
+
+_GAPS = {"shrinkA": 1, "shrinkB": 2}  # points between a leader line and what it joins
+
+
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, height: float, size: float = 8
+) -> None:
+    """Name lines at the right edge: one (x, y, text, colour) for each line, moved apart where they would overlap.
+
+    `height` is the height of the axes in inches, about; axis limits and scales must be set before.
+    """
+    if not ends:
+        return
+    to_fraction = axes.transScale + axes.transLimits
+    fractions = [float(to_fraction.transform((x, y))[1]) for x, y, _, _ in ends]
+    placed = spread_apart(fractions, gap=size * 1.25 / 72 / height)
+    for (_, _, text, color), at, wanted in zip(ends, placed, fractions, strict=True):
+        arrow = None
+        if abs(at - wanted) > 0.01:
+            arrow = {"arrowstyle": "-", "color": color, "lw": 0.6, "alpha": 0.6, "relpos": (0, 0.5), **_GAPS}
+        axes.annotate(
+            text,
+            xy=(1.0, min(max(wanted, 0.0), 1.0)),
+            xycoords="axes fraction",
+            xytext=(9, (at - min(max(wanted, 0.0), 1.0)) * height * 72),
+            textcoords="offset points",
+            color=color,
+            fontsize=size,
+            ha="left",
+            va="center",
+            arrowprops=arrow,
+            annotation_clip=False,
+        )
+
+
+def spread_apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """Positions within 0 and 1 in the order of `wanted`, `gap` apart, as near to the wanted ones as pooling makes them.
+
+    Where there is no room for all, they leave the range at both sides.
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    # Pool neighbours that collide; a pool of n sits at the mean of what its members want.
+    pools: list[list[int]] = []
+
+    def span(pool: list[int]) -> tuple[float, float]:
+        middle = sum(wanted[i] for i in pool) / len(pool)
+        half = (len(pool) - 1) * gap / 2
+        middle = 0.5 if half > 0.5 else min(max(middle, half), 1 - half)
+        return middle - half, middle + half
+
+    for i in order:
+        pools.append([i])
+        while len(pools) > 1 and span(pools[-2])[1] + gap > span(pools[-1])[0]:
+            last = pools.pop()
+            pools[-1] = pools[-1] + last
+    placed = [0.0] * len(wanted)
+    for pool in pools:
+        low, _ = span(pool)
+        for k, i in enumerate(pool):
+            placed[i] = low + k * gap
+    return placed
+
+
+def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Few ticks on a log axis, at 1, 2, 5 of each decade (or decades alone), written as plain numbers."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        ticks = [d * 10.0**e for e in decades for d in digits if low <= d * 10.0**e <= high]
+        if len(ticks) <= 6:
+            break
+    if len(ticks) > 6:
+        ticks = ticks[:: -(-len(ticks) // 6)]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda x, _: plain(x))
+
+
+def plain(x: float) -> str:
+    """A tick label: `0.002`, `5`, and powers of ten only far from one."""
+    if x == 0 or 1e-4 <= abs(x) < 1e5:
+        return f"{x:g}"
+    exponent = math.floor(math.log10(abs(x)))
+    mantissa = x / 10.0**exponent
+    head = "" if abs(mantissa - 1) < 1e-9 else f"{mantissa:g}\u00b7"
+    return f"${head}10^{{{exponent}}}$"

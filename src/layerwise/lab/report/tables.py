@@ -1,0 +1,190 @@
+"""The tables of a report: results per contender, parameters, and what ran."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from layerwise.lab.report.curves import count
+from layerwise.lab.report.load import Contender, RunData, number
+from layerwise.lab.resume import flatten
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One contender's line in the summary, as text."""
+
+    label: str
+    color: str
+    lr: str
+    seeds: int
+    final: str
+    spread: str
+    best: str
+    tokens: str
+    seconds: str
+    speed: str
+    status: str
+    leads: bool
+
+
+def result_rows(contenders: Sequence[Contender]) -> list[ResultRow]:
+    """Contenders from the lowest final validation loss to the highest; those that diverged last."""
+    ranked = sorted(contenders, key=lambda c: _or_inf(_mean(c.final_losses)))
+    contest = len(ranked) > 1 and all(run.status != "running" for c in ranked for run in c.runs)
+    return [_result_row(c, leads=contest and i == 0) for i, c in enumerate(ranked)]
+
+
+def _result_row(contender: Contender, *, leads: bool) -> ResultRow:
+    runs = contender.runs
+    finite = [v for v in contender.final_losses if math.isfinite(v)]
+    states = [run.status if run.status != "running" else "unfinished" for run in runs]
+    status = (
+        states[0]
+        if len(set(states)) == 1
+        else ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    )
+    return ResultRow(
+        label=contender.label,
+        color=contender.look.color,
+        lr=show(_mean([run.base_lr for run in runs]), "g"),
+        seeds=len(runs),
+        final=show(_mean(finite), ".4f"),
+        spread=f"{max(finite) - min(finite):.4f}" if len(finite) > 1 else "",
+        best=show(_mean([run.best_val_loss for run in runs]), ".4f"),
+        tokens=_count(_mean([run.last("tokens") for run in runs])),
+        seconds=duration(_mean([run.last("seconds") for run in runs])),
+        speed=_count(_mean([run.tokens_per_second for run in runs])),
+        status=status,
+        leads=leads,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [v for v in values if math.isfinite(v)]
+    return float(np.mean(finite)) if finite else math.nan
+
+
+def _or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def show(value: float, spec: str) -> str:
+    """A number, or a dash for what is not known."""
+    return format(value, spec) if math.isfinite(value) else "\u2013"
+
+
+def _count(value: float) -> str:
+    return count(float(f"{value:.3g}")) if math.isfinite(value) else "\u2013"
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3 min 05 s`, `2 h 10 min`."""
+    if not math.isfinite(seconds):
+        return "\u2013"
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def parameter_rows(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """The longest parameter table of the runs, its values as text."""
+    table = max((run.parameters for run in runs), key=len, default=())
+    return [
+        {
+            "name": row.get("name", ""),
+            "role": row.get("role", ""),
+            "geometry": row.get("geometry", ""),
+            "norm_group": row.get("norm_group", ""),
+            "shape": " \u00d7 ".join(str(n) for n in row.get("shape") or ()),
+            "layout": row.get("layout", ""),
+            "units": _units(row.get("units")),
+        }
+        for row in table
+    ]
+
+
+def _units(units: Any) -> str:
+    """How many units, and what they are called within the parameter where that is short."""
+    if not isinstance(units, list | tuple):
+        return "" if units is None else str(units)
+    inner = [str(u).split("[", 1)[1].rstrip("]") for u in units if "[" in str(u)]
+    return f"{len(units)}" + (f" ({', '.join(inner)})" if inner and len(inner) <= 6 else "")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of all runs: those they share, and those that differ, with a value for each contender."""
+
+    shared: list[tuple[str, str]]
+    differing: list[tuple[str, list[str]]]
+
+
+def settings(contenders: Sequence[Contender]) -> Settings:
+    """The resolved configs side by side. Where a run is written is no setting of it."""
+    flats = [flatten(c.runs[0].config) for c in contenders]
+    keys = [key for key in dict.fromkeys(k for flat in flats for k in flat) if not key.startswith("run.")]
+    shared, differing = [], []
+    for key in keys:
+        if key == "training.seed":
+            differing.append(
+                (key, [", ".join(_text(flatten(r.config).get(key)) for r in c.runs) for c in contenders])
+            )
+            continue
+        values = [_text(flat[key]) if key in flat else "\u2013" for flat in flats]
+        if len(set(values)) == 1:
+            shared.append((key, values[0]))
+        else:
+            differing.append((key, values))
+    seeds = [values for key, values in differing if key == "training.seed"]
+    if seeds and len(set(seeds[0])) == 1 and len(contenders) > 1:
+        differing = [item for item in differing if item[0] != "training.seed"]
+        shared.append(("training.seed", seeds[0][0]))
+    return Settings(shared, differing)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def facts(runs: Sequence[RunData], entry: str) -> list[tuple[str, str]]:
+    """One entry of run.json (`versions`, `machine`, `corpus`) as rows; where runs differ, all values."""
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        value = run.run.info.get(entry)
+        for key, item in flatten(value).items() if isinstance(value, dict) else ():
+            text = (
+                f"{item:,}"
+                if isinstance(item, int) and not isinstance(item, bool) and item >= 10_000
+                else _text(item)
+            )
+            if text not in rows.setdefault(key, []):
+                rows[key].append(text)
+    return [(key, "; ".join(values)) for key, values in rows.items()]
+
+
+def headline(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+    """A few facts for the top of the page: model, size, corpus, length, machine; what runs differ in is left out."""
+
+    def common(values: Sequence[str]) -> str:
+        return values[0] if values and len(set(values)) == 1 else ""
+
+    flats = [flatten(run.config) for run in runs]
+    counts = [number(run.run.info.get("parameter_count")) for run in runs]
+    devices = [str((run.run.info.get("machine") or {}).get("device", "")) for run in runs]
+    items = [
+        ("model", common([str(f.get("model.preset") or f.get("model.family") or "") for f in flats])),
+        ("parameters", common([_count(c) if math.isfinite(c) else "" for c in counts])),
+        ("text", common([str(f.get("data.source") or "") for f in flats])),
+        ("tokens per run", common([_count(run.last("tokens")) for run in runs])),
+        ("device", common(devices)),
+    ]
+    return [(name, text) for name, text in items if text]
