@@ -1,0 +1,69 @@
+"""The rooms: each imports only those before it, and `import layerwise` needs torch and numpy alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import layerwise
+
+ROOT = Path(layerwise.__file__).parent
+ALLOWED = {
+    "geometry": {"geometry", "errors"},
+    "optim": {"geometry", "optim", "errors"},
+    "function_space": {"function_space", "errors"},
+    "integrations": {"geometry", "optim", "function_space", "integrations", "errors"},
+}
+LIBRARIES = {
+    "geometry": {"torch", "numpy"},
+    "optim": {"torch", "numpy"},
+    "function_space": {"torch", "numpy"},
+}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether imported when the file is) of every import statement."""
+    tree = ast.parse(path.read_text())
+    lazy = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node not in lazy) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.append((node.module or "", node not in lazy))
+    return found
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_the_rooms_before_it(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        for module, _ in imports(path):
+            if module.startswith("layerwise."):
+                assert module.split(".")[1] in ALLOWED[room], f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("room", LIBRARIES)
+def test_the_library_rooms_import_torch_and_numpy_alone(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        for module, eager in imports(path):
+            top = module.split(".")[0]
+            if eager and top not in sys.stdlib_module_names and top != "layerwise":
+                assert top in LIBRARIES[room], f"{path} imports {module}"
+
+
+def test_import_layerwise_loads_no_library_of_the_lab() -> None:
+    heavy = "transformers accelerate datasets peft matplotlib typer rich pydantic sklearn tokenizers lightning yaml"
+    code = f"import sys, layerwise; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in layerwise.__all__:
+        if name != "__version__":
+            assert getattr(layerwise, name).__doc__, f"layerwise.{name} has no docstring"
