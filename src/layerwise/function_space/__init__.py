@@ -2,5 +2,14 @@
 
 from layerwise.function_space.measure import Measurement, function_space_rates
 from layerwise.function_space.rates import Rate, Rates
+from layerwise.function_space.recorder import FunctionSpaceRecorder, JsonLines, Record
 
-__all__ = ["Measurement", "Rate", "Rates", "function_space_rates"]
+__all__ = [
+    "FunctionSpaceRecorder",
+    "JsonLines",
+    "Measurement",
+    "Rate",
+    "Rates",
+    "Record",
+    "function_space_rates",
+]

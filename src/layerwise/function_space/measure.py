@@ -30,7 +30,8 @@ from layerwise.function_space.rates import Rate, Rates, shares
 class Measurement:
     """How to measure: everything but the model, the update and the inputs.
 
-    forward: `forward(model, inputs) -> outputs` or `(outputs, mask)`; or `"log_softmax"`; default the model's output
+    forward: `forward(model, inputs) -> outputs` or `(outputs, mask)`; or `"log_softmax"`; default the model's
+    output
         (a tensor or `.logits`).
     method: `"kronecker"`, `"full_cov"`, `"iid"` or `"exact"` (one forward-mode pass per tensor, no probes).
     probes: how many, over all batches together. probe: their distribution. seed: of a generator of our own.

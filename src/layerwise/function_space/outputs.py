@@ -96,7 +96,8 @@ def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
         return Outputs(values, None)
     if mask.shape != values.shape[: mask.ndim]:
         raise LayerwiseError(
-            f"the mask has shape {tuple(mask.shape)}, the outputs {tuple(values.shape)}: the mask's shape must be the "
+            f"the mask has shape {tuple(mask.shape)}, the outputs {tuple(values.shape)}: the mask's shape "
+            f"must be the "
             "beginning of the outputs' shape"
         )
     full = (
@@ -125,5 +126,6 @@ def _tensor_of(result: Any) -> Tensor:
     if isinstance(logits, Tensor):
         return logits
     raise LayerwiseError(
-        f"the model returned {type(result).__name__}: pass forward=lambda model, inputs: ... that returns the output tensor"
+        f"the model returned {type(result).__name__}: pass forward=lambda model, inputs: ... that returns "
+        f"the output tensor"
     )

@@ -157,10 +157,7 @@ def _stream(
 
         return hook
 
-    handles = [
-        leaf.register_post_accumulate_grad_hook(use(name))
-        for name, leaf in leaves.items()
-    ]
+    handles = [leaf.register_post_accumulate_grad_hook(use(name)) for name, leaf in leaves.items()]
     try:
         torch.autograd.backward(values, probe, retain_graph=True, inputs=list(leaves.values()))
     finally:
