@@ -25,10 +25,15 @@ LIBRARIES = {
 }
 
 
+def _for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports(path: Path) -> list[tuple[str, bool]]:
     """(module, whether imported when the file is) of every import statement."""
     tree = ast.parse(path.read_text())
-    lazy = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    later = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) or _for_types_only(node)]
+    lazy = {n for node in later for n in ast.walk(node)}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
