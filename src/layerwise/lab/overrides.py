@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config import Config
+from layerwise.lab.runs import read_run
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -67,6 +68,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise LayerwiseError(
             f"config {path}: expected sections such as `optimizer:`, found {type(tree).__name__}"
         )
+    return tree
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The sections in a YAML file or, for the folder of a run, the config it was started with."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return read_yaml(path)
+    tree = read_run(folder).config
+    tree.setdefault("run", {}).update(dir=str(folder.parent), name=folder.name)
     return tree
 
 
@@ -143,10 +154,10 @@ def load_config(
     overrides: Iterable[str] = (),
     schema: type[ConfigT] = Config,  # type: ignore[assignment]
 ) -> ConfigT:
-    """A validated config from a YAML file (none: the defaults) and `key=value` overrides.
+    """A validated config from a YAML file or a run's folder (none: the defaults) and `key=value` overrides.
 
     `schema` may be a subclass of `Config` with further sections. Raises LayerwiseError.
     """
-    tree = {} if path is None else read_yaml(path)
+    tree = {} if path is None else read_tree(path)
     apply_overrides(tree, overrides)
     return validate(schema, tree)

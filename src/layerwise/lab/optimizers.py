@@ -1,0 +1,161 @@
+"""Optimizers by name, their keywords checked against their signatures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import layerwise.optim as lw
+from layerwise.errors import LayerwiseError
+from layerwise.geometry import param_groups
+from layerwise.lab.overrides import nearest
+from layerwise.lab.runs import read_run
+from layerwise.lab.torch_muon import TorchMuon
+
+if TYPE_CHECKING:
+    from layerwise.lab.config import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An optimizer a config can name."""
+
+    build: Callable[..., Optimizer]  # (groups of a model, lr=, weight_decay=, keywords)
+    groups: Callable[[nn.Module], Iterable[Any]]
+    lr: float  # default base rate: the best on the grid of `gpt2-tiny`'s built-in run (docs/configuration.md)
+    weight_decay: float
+    rule: str | None = None  # layer rates it has by definition
+
+    def keywords(self) -> set[str]:
+        """The names a config may give besides those that every optimizer has."""
+        parameters = inspect.signature(self.build).parameters.values()
+        named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        return named - {"self", "params", "lr", "weight_decay", "noise"} - _NOT_SETTINGS
+
+    @property
+    def takes_noise(self) -> bool:
+        return "noise" in inspect.signature(self.build).parameters
+
+
+# Implementation switches of torch's optimizers that a config has no use for.
+_NOT_SETTINGS = {"foreach", "maximize", "capturable", "differentiable", "work"}
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices in one group, gains and biases in another without weight decay: the usual groups of AdamW."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if p.ndim >= 2]
+    vectors = [(name, p) for name, p in named if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+OPTIMIZERS: dict[str, Preset] = {
+    "adamw": Preset(torch.optim.AdamW, decay_groups, 4e-3, 0.1),
+    "torch-muon": Preset(TorchMuon, param_groups, 4e-3, 0.1),
+    "muon": Preset(lw.Muon, param_groups, 0.02, 0.0),
+    "d-muon": Preset(lw.DMuon, param_groups, 4e-3, 0.1),
+    "scion": Preset(lw.Scion, param_groups, 2**-12, 0.0),
+    "signum": Preset(lw.Signum, param_groups, 1e-3, 0.0),
+    "lanton": Preset(lw.Lanton, param_groups, 4e-3, 0.1, rule="noise_adaptive"),
+    "namo": Preset(lw.DMuon, param_groups, 4e-3, 0.1, rule="norm_adaptive"),
+    "static": Preset(lw.Lanton, param_groups, 4e-3, 0.1, rule="static"),
+}
+
+RULES: dict[str, type[lw.RateRule]] = {
+    "noise_adaptive": lw.NoiseAdaptive,
+    "norm_adaptive": lw.NormAdaptive,
+    "static": lw.StaticRates,
+}
+
+
+def find_preset(config: OptimizerConfig) -> Preset:
+    """The preset a config names, its keywords checked. Raises LayerwiseError naming the nearest valid key."""
+    preset = OPTIMIZERS.get(config.name)
+    if preset is None:
+        raise LayerwiseError(f"optimizer.name={config.name!r}: {nearest(config.name, OPTIMIZERS)}")
+    valid = preset.keywords()
+    for key in config.settings:
+        if key not in valid:
+            known = valid | set(type(config).model_fields)
+            raise LayerwiseError(f"unknown key `optimizer.{key}` of {config.name}: {nearest(key, known)}")
+    if config.noise is not None and not preset.takes_noise:
+        able = ", ".join(name for name, other in OPTIMIZERS.items() if other.takes_noise)
+        raise LayerwiseError(f"optimizer.noise: {config.name} has no layer rates; those that have: {able}")
+    if config.noise is not None:
+        _check_rule(preset, config.noise)
+    return preset
+
+
+def _rule_name(preset: Preset, noise: dict[str, Any]) -> str:
+    return str(noise.get("rule") or preset.rule or "noise_adaptive")
+
+
+def _check_rule(preset: Preset, noise: dict[str, Any]) -> None:
+    name = _rule_name(preset, noise)
+    if name not in RULES:
+        raise LayerwiseError(f"optimizer.noise.rule={name!r}: {nearest(name, RULES)}")
+    valid = set(inspect.signature(RULES[name]).parameters)
+    for key in noise:
+        if key not in valid | {"rule"}:
+            raise LayerwiseError(f"unknown key `optimizer.noise.{key}` of rule {name}: {nearest(key, valid)}")
+
+
+def with_defaults(config: OptimizerConfig) -> OptimizerConfig:
+    """The config with the preset's rate and decay written out, so that the record of a run holds them."""
+    preset = find_preset(config)
+    return config.model_copy(
+        update={
+            "lr": preset.lr if config.lr is None else config.lr,
+            "weight_decay": preset.weight_decay if config.weight_decay is None else config.weight_decay,
+        }
+    )
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """The optimizer of a config for a model's trainable parameters. Raises LayerwiseError."""
+    config = with_defaults(config)
+    preset = find_preset(config)
+    keywords = {key: tuple(v) if isinstance(v, list) else v for key, v in config.settings.items()}
+    if preset.takes_noise and (config.noise is not None or preset.rule is not None):
+        keywords["noise"] = _build_rule(preset, config.noise or {})
+    try:
+        return preset.build(preset.groups(model), lr=config.lr, weight_decay=config.weight_decay, **keywords)
+    except LayerwiseError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise LayerwiseError(f"optimizer {config.name}: {error}") from None
+
+
+def _build_rule(preset: Preset, noise: dict[str, Any]) -> lw.RateRule:
+    name = _rule_name(preset, noise)
+    keywords = {key: value for key, value in noise.items() if key != "rule"}
+    if isinstance(multipliers := keywords.get("multipliers"), str):
+        keywords["multipliers"] = mean_multipliers(multipliers)
+    try:
+        return RULES[name](**keywords)
+    except LayerwiseError as error:
+        raise LayerwiseError(f"optimizer.noise: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise LayerwiseError(f"optimizer.noise: {name}: {error}") from None
+
+
+def mean_multipliers(run: str) -> dict[str, float]:
+    """Unit -> the mean of its multiplier over a run's records: the static control of an adaptive rule."""
+    rows = read_run(run).layers
+    if not rows:
+        raise LayerwiseError(f"optimizer.noise.multipliers: run {run} recorded no layer rates")
+    units = rows[-1]["layers"]
+    return {unit: sum(row["layers"][unit]["multiplier"] for row in rows) / len(rows) for unit in units}
+
+
+def needs_halves(optimizer: Optimizer) -> bool:
+    """Whether the loop has to show the optimizer the two halves of an accumulated batch."""
+    rules = (group.get("noise") for group in optimizer.param_groups)
+    return any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_halves for rule in rules)

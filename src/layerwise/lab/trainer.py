@@ -1,0 +1,297 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab import record
+from layerwise.lab.checkpoint import random_state, save_checkpoint, set_random_state
+from layerwise.lab.config import Config
+from layerwise.lab.data import Batch, TextData
+from layerwise.lab.device import make_accelerator, set_seed
+from layerwise.lab.models import build_model, loss
+from layerwise.lab.observers import Observer
+from layerwise.lab.optimizers import build_optimizer, needs_halves
+from layerwise.lab.progress import Progress
+from layerwise.lab.runs import RunWriter
+from layerwise.lab.schedules import build_scheduler
+
+
+class DivergedError(Exception):
+    """The loss or a gradient is not finite: the end of a run, not a fault of the program."""
+
+
+class Trainer:
+    """One run in progress."""
+
+    def __init__(
+        self, config: Config, writer: RunWriter, progress: Progress, observers: Sequence[Observer] = ()
+    ) -> None:
+        self.config, self.writer, self.progress, self.observers = config, writer, progress, observers
+        training = config.training
+        self.accelerator = make_accelerator(training)
+        self.data = TextData(config)
+        self.model = build_model(
+            config.model, vocab_size=self.data.vocab_size, seq_len=config.data.seq_len, seed=training.seed
+        )
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
+        self._halves = needs_halves(self.optimizer)
+        if self._halves and (training.accumulation % 2 or training.precision == "fp16"):
+            raise LayerwiseError(
+                "optimizer.noise.reference=independent compares the two halves of the accumulated batch:"
+                f" training.accumulation={training.accumulation} must be even,"
+                f" and training.precision={training.precision} not fp16"
+            )
+        self._wrapped, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+        self.device = self.accelerator.device
+        self.tensorboard: record.TensorBoard | None = None
+
+        self.step = 0  # optimizer steps taken
+        self.seconds = 0.0  # of training alone: no set-up, evaluation or checkpoints
+        self.result: dict[str, Any] = {}
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._loss_steps = 0
+        self._grad_norm: torch.Tensor | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run belongs to."""
+        return {"config": self.config.model_dump(), "corpus": self.data.info["sha256"]}
+
+    # ------------------------------------------------------------------ start and end
+
+    def start(self, state: dict[str, Any] | None) -> None:
+        """Takes up `state`, or begins at step 0."""
+        set_seed(self.config.training.seed)
+        if state is None:
+            shutil.rmtree(self.writer.path / "checkpoints", ignore_errors=True)
+            shutil.rmtree(self.writer.path / "tensorboard", ignore_errors=True)
+            self.writer.truncate({})
+        else:
+            self._load(state)
+        if self.config.run.tensorboard:
+            self.tensorboard = record.TensorBoard(self.writer.path / "tensorboard", self.step)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.writer.update(
+            name=self.config.run_name,
+            status="running",
+            config=self.config.model_dump(),
+            versions=record.versions(),
+            machine=record.machine(self.device),
+            corpus=self.data.info,
+            parameters=record.parameter_table(self.model),
+            parameter_count=parameters,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            result={},
+        )
+        for observer in self.observers:
+            observer.begin(self)
+        self.progress.start(self.config.run_name, self.config.steps, self.step)
+
+    def run(self) -> None:
+        """Trains to the end and writes down how it ended."""
+        status = "finished"
+        try:
+            self._loop()
+        except DivergedError as reason:
+            status = "diverged"
+            self.result["reason"] = f"step {self.step}: {reason}"
+            self.progress.note(f"{self.config.run_name} diverged at step {self.step}: {reason}")
+        tokens = self.step * self.config.tokens_per_step
+        self.result |= {
+            "steps": self.step,
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / self.seconds if self.seconds else None,
+        }
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        self.writer.update(status=status, result=self.result, finished=finished)
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    # ------------------------------------------------------------------ the loop
+
+    def _loop(self) -> None:
+        training, steps = self.config.training, self.config.steps
+        self._wrapped.train()
+        if self.step == 0 and training.eval_every:
+            self._write({"step": 0, "tokens": 0, "seconds": 0.0, "val_loss": self._evaluate()})
+        started, logged_at, logged_step = self._now(), self.seconds, self.step
+        while self.step < steps:
+            self._train_step(self.data.batch(self.step).to(self.device))
+            self.step += 1
+            last = self.step == steps
+            log = last or self._due(training.log_every)
+            evaluate = last or self._due(training.eval_every)
+            record_rates = self._due(training.record_every)
+            checkpoint = last or self._due(training.checkpoint_every)
+            if not (log or evaluate or record_rates or checkpoint):
+                self.progress.step(self.step)
+                continue
+            self.seconds += self._now() - started
+            row: dict[str, Any] = {
+                "step": self.step,
+                "tokens": self.step * self.config.tokens_per_step,
+                "seconds": self.seconds,
+            }
+            if log:
+                speed = (self.step - logged_step) * self.config.tokens_per_step / (self.seconds - logged_at)
+                row |= {**self._numbers(), "tokens_per_second": speed}
+                logged_at, logged_step = self.seconds, self.step
+                self.progress.numbers(self.step, row["loss"], speed)
+            if evaluate:
+                row["val_loss"] = self._evaluate()
+            if log or evaluate:
+                self._write(row)
+            if record_rates:
+                self._record_rates()
+            if checkpoint:
+                self._check_finite()
+                self._save()
+            self.progress.step(self.step)
+            started = self._now()
+
+    def _train_step(self, batch: Batch) -> None:
+        """One optimizer step. Nothing here waits for the device."""
+        training = self.config.training
+        parts = batch.split(training.accumulation)
+        for number, part in enumerate(parts, start=1):
+            value = loss(self._wrapped, part.inputs, part.targets)
+            self.accelerator.backward(value)  # divides by the number of parts
+            self._loss_sum += value.detach() / len(parts)
+            if self._halves and 2 * number in (len(parts), 2 * len(parts)):
+                self.optimizer.hold_half()  # type: ignore[attr-defined]
+        if training.clip_norm is not None:
+            self._grad_norm = self.accelerator.clip_grad_norm_(self._wrapped.parameters(), training.clip_norm)
+        with ExitStack() as around:
+            for observer in self.observers:
+                around.enter_context(observer.around_step(self.step + 1, batch))
+            try:
+                self._stepper.step()
+            except LayerwiseError as error:
+                if "non-finite" in str(error):
+                    raise DivergedError(str(error).partition(";")[0]) from None
+                raise
+        self._stepper.zero_grad()
+        self.scheduler.step()
+        self._loss_steps += 1
+        for observer in self.observers:
+            observer.after_step(self.step + 1)
+
+    def _numbers(self) -> dict[str, Any]:
+        """The loss since the last line, and this step's rate and gradient norm."""
+        mean = float(self._loss_sum) / self._loss_steps
+        if not math.isfinite(mean):
+            raise DivergedError(f"the training loss is {mean}")
+        self._loss_sum.zero_()
+        self._loss_steps = 0
+        self.result["loss"] = mean
+        return {
+            "loss": mean,
+            "lr": (self.config.optimizer.lr or 0.0) * self.scheduler.lr_lambdas[0](self.step - 1),
+            "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
+        }
+
+    def _evaluate(self) -> float:
+        """Mean loss over the validation sequences, in nats per token."""
+        training = self.config.training
+        self._wrapped.eval()
+        total, sequences = torch.zeros((), device=self.device), 0
+        with torch.no_grad():
+            for batch in self.data.validation(training.batch_size // training.accumulation):
+                moved = batch.to(self.device)
+                total += loss(self._wrapped, moved.inputs, moved.targets) * len(moved.inputs)
+                sequences += len(moved.inputs)
+        self._wrapped.train()
+        value = float(total) / sequences
+        if not math.isfinite(value):
+            raise DivergedError(f"the validation loss is {value}")
+        self.result["val_loss"] = value
+        self.result["best_val_loss"] = min(value, self.result.get("best_val_loss", math.inf))
+        return value
+
+    def _check_finite(self) -> None:
+        """No checkpoint of a run that is lost already."""
+        if not math.isfinite(float(self._loss_sum)):
+            raise DivergedError("the training loss is not finite")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # ------------------------------------------------------------------ records and checkpoints
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.writer.append("metrics", row)
+        if self.tensorboard is not None:
+            self.tensorboard.metrics(row)
+
+    def _record_rates(self) -> None:
+        layer_rates = getattr(self.optimizer, "layer_rates", None)
+        if layer_rates is None:
+            return
+        row = {"step": self.step, "layers": {unit: rate._asdict() for unit, rate in layer_rates().items()}}
+        self.writer.append("layers", row)
+        if self.tensorboard is not None:
+            self.tensorboard.layers(row)
+
+    def _save(self) -> None:
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "result": self.result,
+            "loss_sum": self._loss_sum,
+            "loss_steps": self._loss_steps,
+            "lengths": self.writer.lengths(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": random_state(),
+            "observers": [observer.state_dict() for observer in self.observers],
+        }
+        folder = self.writer.path / "checkpoints"
+        save_checkpoint(folder, self.step, state, self.identity, self.config.training.keep)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise LayerwiseError(
+                f"checkpoint in {self.writer.path} is of another model or optimizer: {reason}"
+            ) from None
+        lambdas = [None] * len(self.scheduler.lr_lambdas)  # functions are not saved
+        self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if len(state["observers"]) != len(self.observers):
+            raise LayerwiseError(
+                f"checkpoint in {self.writer.path} was written with {len(state['observers'])} observers,"
+                f" this run has {len(self.observers)}: resume with the same ones"
+            )
+        for observer, saved in zip(self.observers, state["observers"], strict=True):
+            observer.load_state_dict(saved)
+        self.step, self.seconds, self.result = state["step"], state["seconds"], dict(state["result"])
+        self._loss_sum = state["loss_sum"].to(self.device)
+        self._loss_steps = state["loss_steps"]
+        self.writer.truncate(state["lengths"])
+        set_random_state(state["random"])
