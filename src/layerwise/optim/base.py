@@ -14,7 +14,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.geometry import group_by_shape
 from layerwise.optim import adamw, checkpoint
 from layerwise.optim.guard import NonFiniteGuard
-from layerwise.optim.matrix_work import LocalWork, MatrixJob, MatrixWork
+from layerwise.optim.matrix_work import MatrixJob, MatrixWork, default_work, local_part
 from layerwise.optim.noise import NoiseAdaptive
 from layerwise.optim.options import DEFAULTS, check_gradient, check_group, check_parameter
 from layerwise.optim.rates import Gradients, RateRule, Reading, State, UnitReadings
@@ -36,9 +36,10 @@ class LayerRate(NamedTuple):
 class _Job(NamedTuple):
     name: str
     param: Tensor
-    grad: Tensor
+    local: Tensor  # this process's part of it: the parameter itself unless it is sharded
+    grad: Tensor  # likewise
     group: Group
-    state: State
+    state: State  # likewise
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -59,6 +60,8 @@ class LayerwiseOptimizer(Optimizer):
         params: the groups of :func:`layerwise.param_groups`, or parameters (then treated by shape, with a warning).
         recipe: group options by role; the presets' definition.
         nonfinite: ``"raise"`` (default) or ``"skip"`` for a step with a NaN or inf gradient; see ``optim.guard``.
+        work: where the work on whole matrices happens, as the attribute ``work``, which can be set later too. None: over
+            all processes of torch.distributed where it is initialised at the first step, else on this one.
         defaults: group options (``layerwise.optim.options.DEFAULTS``) for what neither a group nor the recipe gives.
 
     Raises:
@@ -77,7 +80,7 @@ class LayerwiseOptimizer(Optimizer):
         check_group(defaults)
         self.recipe: Recipe = recipe or {}
         self.guard = NonFiniteGuard(nonfinite)
-        self.work: MatrixWork = work or LocalWork()
+        self._work = work
         self._named = 0
         self._halves_held = 0
         groups = _as_groups(params)
@@ -123,13 +126,17 @@ class LayerwiseOptimizer(Optimizer):
                 state |= rule.allocate(param, group["layout"].unit_names(name, param.shape))
             return state
 
-    def _state_on_device(self, param: Tensor) -> State:
-        """The state beside its parameter: frameworks move a model after the optimizer was made."""
+    def _local_state(self, param: Tensor) -> State:
+        """This process's part of the state, beside its parameter: frameworks move a model after the optimizer was made."""
         state = self.state[param]
         for key, value in state.items():
             if isinstance(value, Tensor) and value.device != param.device:
                 state[key] = value.to(param.device)
-        return state
+        if local_part(param) is param:
+            return state
+        return {
+            key: local_part(value) if isinstance(value, Tensor) else value for key, value in state.items()
+        }
 
     @staticmethod
     def _factors(group: Group, param: Tensor) -> tuple[float, ...]:
@@ -153,25 +160,36 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        jobs = [
-            _Job(name, param, param.grad, group, self._state_on_device(param))
-            for group in self.param_groups
-            for name, param in zip(group["param_names"], group["params"], strict=True)
-            if param.grad is not None
-        ]
-        for job in jobs:
-            check_gradient(job.name, job.grad)
-        verdict = self.guard.check([job.name for job in jobs], [job.grad for job in jobs])
+        states = {param: self._local_state(param) for group in self.param_groups for param in group["params"]}
+        jobs = self._jobs(states)
+        verdict = self.guard.check([job.name for job in jobs], [job.grad for job in jobs], self.work.anywhere)
         if verdict is False:
             return loss
         keep = verdict if isinstance(verdict, Tensor) else None
         lmo = [job for job in jobs if job.group["update"] == "lmo"]
         self._close_halves(lmo)
         self._update_momentum(lmo, keep)
-        self._update_rates(lmo, keep)
+        self._update_rates(lmo, states, keep)
         self._apply_directions(lmo, keep)
         self._adamw([job for job in jobs if job.group["update"] == "adamw"], keep)
         return loss
+
+    def _jobs(self, states: Mapping[Tensor, State]) -> list[_Job]:
+        """The parameters that have a gradient on any process; where this one has none it stands for zero."""
+        rows = [
+            (name, param, group)
+            for group in self.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        ]
+        present = self.work.anywhere(torch.tensor([param.grad is not None for _, param, _ in rows])).tolist()
+        jobs = []
+        for (name, param, group), here in zip(rows, present, strict=True):
+            if here:
+                local = local_part(param)
+                grad = torch.zeros_like(local) if param.grad is None else param.grad
+                check_gradient(name, grad)
+                jobs.append(_Job(name, param, local, local_part(grad), group, states[param]))
+        return jobs
 
     @staticmethod
     def _update_momentum(jobs: Sequence[_Job], keep: Tensor | None) -> None:
@@ -186,7 +204,9 @@ class LayerwiseOptimizer(Optimizer):
         for weight, (buffers, grads) in by_weight.items():
             torch._foreach_lerp_(buffers, grads, weight)
 
-    def _update_rates(self, jobs: Sequence[_Job], keep: Tensor | None) -> None:
+    def _update_rates(
+        self, jobs: Sequence[_Job], states: Mapping[Tensor, State], keep: Tensor | None
+    ) -> None:
         adaptive = [(job, _gradients(job)) for job in jobs if job.group["noise"] is not None]
         wanted = [
             (job.param, _norm_job(job, reading))
@@ -200,9 +220,7 @@ class LayerwiseOptimizer(Optimizer):
             ):
                 read.setdefault(param, []).append(norms)
             for rule, params in self._norm_groups():
-                units = [
-                    UnitReadings(self.state[p], torch.stack(read[p]) if p in read else None) for p in params
-                ]
+                units = [UnitReadings(states[p], torch.stack(read[p]) if p in read else None) for p in params]
                 if any(unit.readings is not None for unit in units):
                     rule.update(units, keep)
         for job, gradients in adaptive:
@@ -230,7 +248,7 @@ class LayerwiseOptimizer(Optimizer):
             for job in jobs
         ]
         for i, direction in self.work.directions(matrices):
-            param, lr, decay = jobs[i].param, jobs[i].group["lr"], jobs[i].group["weight_decay"]
+            param, lr, decay = jobs[i].local, jobs[i].group["lr"], jobs[i].group["weight_decay"]
             if keep is not None:
                 lr = lr * keep
             if decay != 0.0:
@@ -247,7 +265,7 @@ class LayerwiseOptimizer(Optimizer):
             by_group.setdefault(id(job.group), []).append(job)
         for members in by_group.values():
             params, grads, states = (
-                [j.param for j in members],
+                [j.local for j in members],
                 [j.grad for j in members],
                 [j.state for j in members],
             )
@@ -274,8 +292,8 @@ class LayerwiseOptimizer(Optimizer):
 
     @torch.no_grad()
     def _hold_half(self, param: Tensor) -> None:
-        half = self._state_on_device(param)["half_difference"]
-        grad = torch.zeros_like(half) if param.grad is None else param.grad
+        half = self._local_state(param)["half_difference"]
+        grad = torch.zeros_like(half) if param.grad is None else local_part(param.grad)
         if self._halves_held == 0:
             half.copy_(grad)
         elif self._halves_held == 1:
@@ -294,6 +312,17 @@ class LayerwiseOptimizer(Optimizer):
             self.hold_half()
         self._halves_held = 0
 
+    @property
+    def work(self) -> MatrixWork:
+        """Where the work on whole matrices happens; set it to choose otherwise."""
+        if self._work is None:
+            self._work = default_work()
+        return self._work
+
+    @work.setter
+    def work(self, work: MatrixWork) -> None:
+        self._work = work
+
     def layer_rates(self) -> dict[str, LayerRate]:
         """Unit name -> noise, multiplier and effective learning rate (reading them waits for the device once)."""
         rows: list[tuple[str, float, int]] = []
@@ -301,7 +330,7 @@ class LayerwiseOptimizer(Optimizer):
         for group in self.param_groups:
             lr = float(group["lr"])
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                state = self._state_on_device(param)
+                state = self._local_state(param)
                 if group["update"] == "adamw":
                     rows.append((name, lr, -1))
                     continue
@@ -326,7 +355,7 @@ class LayerwiseOptimizer(Optimizer):
     # ---------------------------------------------------------------------------------------- saving and loading
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"recipe": self.recipe, "guard": self.guard, "work": self.work, "_named": self._named}
+        own = {"recipe": self.recipe, "guard": self.guard, "_work": self._work, "_named": self._named}
         return super().__getstate__() | own | {"_halves_held": 0}
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ between has used a non-finite number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -47,17 +47,30 @@ class NonFiniteGuard:
     def __getstate__(self) -> dict[str, object]:
         return {"policy": self.policy, "_skipped": self.skipped_steps, "_findings": []}
 
-    def check(self, names: Sequence[str], gradients: Sequence[Tensor]) -> Tensor | bool:
-        """True: go on. False: skip this step. A 0/1 tensor: go on, with every update selected by it."""
+    def check(
+        self,
+        names: Sequence[str],
+        gradients: Sequence[Tensor],
+        anywhere: Callable[[Tensor], Tensor] = lambda flags: flags,
+    ) -> Tensor | bool:
+        """True: go on. False: skip this step. A 0/1 tensor: go on, with every update selected by it.
+
+        ``anywhere`` makes flags true that are true on any process, so that all of them come to one verdict.
+        """
         self._raise_arrived()
-        pairs = [(n, g) for n, g in zip(names, gradients, strict=True) if g.numel()]
-        if not pairs:
+        if not gradients:
             return True
+        device = gradients[0].device
         # The largest entry, not the 2-norm: it is non-finite exactly when an entry is, and never by overflow.
-        norms = torch._foreach_norm([g for _, g in pairs], float("inf"))
-        device = norms[0].device
-        bad = ~torch.stack([n.to(device, torch.float32, non_blocking=True) for n in norms]).isfinite()
-        found = tuple(n for n, _ in pairs)
+        filled = [g for g in gradients if g.numel()]
+        norms = iter(torch._foreach_norm(filled, float("inf")) if filled else ())
+        nothing = torch.zeros(
+            (), device=device
+        )  # the part of a sharded gradient that this process has none of
+        largest = [next(norms) if g.numel() else nothing for g in gradients]
+        bad = ~torch.stack([n.to(device, torch.float32, non_blocking=True) for n in largest]).isfinite()
+        bad = anywhere(bad)
+        found = tuple(names)
         if device.type == "cpu":
             return self._check_now(found, bad)
         any_bad = bad.any()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from layerwise.geometry import Geometry, Layout
@@ -26,7 +27,9 @@ class MatrixJob:
     param: Tensor
     layout: Layout
     geometry: Geometry
-    tensor: Callable[[], Tensor]  # made when the work starts, so that few are alive at a time
+    tensor: Callable[
+        [], Tensor
+    ]  # this process's part of it; made when the work starts, so that few are alive
     factors: tuple[float, ...]  # per stack of the layout: what a norm or a unit step is multiplied by
     multiplier: Tensor | None = None  # [units]: what a unit step is multiplied by as well
     seed: int | Tensor = 0  # of the probes, where a norm is a stochastic estimate
@@ -39,7 +42,13 @@ class MatrixWork(Protocol):
         """The dual norm of every unit, ``[units]`` in float32 or better, for each job in order."""
 
     def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[tuple[int, Tensor]]:
-        """``(index of the job, its unit step times its factors in the parameter's shape)``, in any order."""
+        """``(index of the job, its unit step times its factors in the parameter's shape)``, in any order.
+
+        Of a sharded parameter, the part that this process holds.
+        """
+
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """``flags`` (bool, any device), true where they are true on any process that takes this step."""
 
 
 class LocalWork:
@@ -55,6 +64,9 @@ class LocalWork:
             else:
                 yield from self._batched(jobs, batch)
 
+    def anywhere(self, flags: Tensor) -> Tensor:
+        return flags
+
     @staticmethod
     def _norm(job: MatrixJob) -> Tensor:
         stacks = zip(job.layout.to_matrices(job.tensor()), job.factors, strict=True)
@@ -68,6 +80,21 @@ class LocalWork:
         for i, steps in zip(batch, together.split([s.shape[0] for s in stacks]), strict=True):
             _scale(steps, factor, jobs[i].multiplier)
             yield i, jobs[i].layout.from_matrices((steps,), jobs[i].param.shape)
+
+
+def default_work() -> MatrixWork:
+    """Over all processes where torch.distributed is initialised with more than one, else on this one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        from layerwise.optim.distributed import DistributedWork
+
+        return DistributedWork()
+    return LocalWork()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)  # torch.distributed.tensor is slow to import
+    return tensor if to_local is None else to_local()
 
 
 def unit_steps(job: MatrixJob) -> Tensor:
