@@ -34,6 +34,10 @@ def _up_gate(owner: Any) -> Split:
     return Split.equal("up", "gate")
 
 
+def _input_gate(owner: Any) -> Split:
+    return Split.equal("input", "gate")
+
+
 def _gpt2(owner: Any) -> Split:
     return KV if getattr(owner, "is_cross_attention", False) else QKV
 
@@ -95,18 +99,20 @@ _RULES: dict[tuple[str, str], Rule] = {
     ("Wqkv", "ModernBertAttention"): _whole_parts,
     ("Wqkv", "DbrxAttention"): _grouped,
     ("kv_proj", "JetMoeAttention"): lambda owner: KV,
-    ("Wi", "ModernBertMLP"): _up_gate,
-    ("Wi", "ModernBertDecoderMLP"): _up_gate,
+    ("Wi", "ModernBertMLP"): _input_gate,
+    ("Wi", "ModernBertDecoderMLP"): _input_gate,
     ("gate_up_proj", "Phi4MultimodalAudioMLP"): _up_gate,
     ("gate_up_proj", "Zamba2MLP"): _gate_up,
     ("gate_up_proj", "DiaMLP"): _gate_up,
+    ("gate_up_proj", "EsmFold2SwiGLU"): _gate_up,
+    ("gate_up_proj", "MiniMaxM3VLDenseMLP"): _gate_up,
     **{
         ("gate_up_proj", f"{family}MLP"): _gate_up
         for family in ("Phi3", "Phi4Multimodal", "Glm", "Glm4", "Glm4vText", "GlmOcrText", "GlmImageText")
     },
     **{
         ("input_linear", f"{family}MLP"): _gate_up
-        for family in ("GraniteMoeShared", "GraniteMoeHybrid", "GraniteMoeSwa")
+        for family in ("GraniteMoeShared", "GraniteMoeHybrid", "GraniteMoeSWA")
     },
     # vision towers: the projection is reshaped to (..., 3, heads, d)
     **{

@@ -59,10 +59,7 @@ class Split:
         """Number of rows of each part. Raises LayerwiseError when the parts do not fill d_out exactly."""
         total = self._total()
         if not self.divides(d_out):
-            repeated = f" in {self.blocks} blocks" if self.blocks > 1 else ""
-            raise LayerwiseError(
-                f"d_out = {d_out} cannot be divided as {self}{repeated}: not a multiple of {total}"
-            )
+            raise LayerwiseError(f"d_out = {d_out} cannot be divided as {self}: it is no multiple of {total}")
         return tuple(self.blocks * size * (d_out // total) for _, size in self.parts)
 
     def divides(self, d_out: int) -> bool:
@@ -105,7 +102,8 @@ class Split:
 
     def __str__(self) -> str:
         even = len(self.runs()) == 1
-        return "|".join(name if even else f"{name}:{size}" for name, size in self.parts)
+        pattern = "|".join(name if even else f"{name}:{size}" for name, size in self.parts)
+        return pattern if self.blocks == 1 else f"({pattern}) x {self.blocks}"
 
 
 @dataclass(frozen=True)

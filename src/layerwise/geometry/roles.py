@@ -29,6 +29,7 @@ from layerwise.geometry.layout import (
 from layerwise.geometry.modules import holds_lora, is_hf_conv1d, is_linear, is_norm
 
 ROLES = ("embedding", "head", "hidden", "conv", "experts", "vector", "lora_A", "lora_B")
+_ENTRY_BY_ENTRY = ("A_log",)  # the decay rates of Mamba's states: a table of numbers, multiplied with nothing
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _classify_unknown(place: _Place, owner: nn.Module, attribute: str) -> Found:
     """A parameter of a module of no known class: experts by their make, the rest by shape, with a note."""
     shape = tuple(place.parameter.shape)
     kind = type(owner).__name__.lower()
-    if sum(size > 1 for size in shape) <= 1:
+    if sum(size > 1 for size in shape) <= 1 or attribute in _ENTRY_BY_ENTRY:
         return place.found("vector", VectorLayout())
     if len(shape) == 3 and holds_experts(owner, shape[0]):
         return place.found("experts", expert_layout(owner, attribute, shape))
