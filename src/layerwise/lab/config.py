@@ -35,8 +35,22 @@ def _shorthand(key: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters by peft: only they are trained."""
+
+    rank: int = Field(default=8, ge=1, description="rank of every adapter")
+    alpha: float = Field(default=8.0, gt=0, description="adapters are multiplied by alpha / rank")
+    targets: list[str] | None = Field(
+        default=None, description="module names that get an adapter; null: peft's choice for the model"
+    )
+    fixed: Literal["A", "B"] | None = Field(
+        default=None,
+        description="the factor that is not trained (with B fixed it starts from noise, not at 0)",
+    )
+
+
 class ModelConfig(OpenSection):
-    """What is trained. Further keys are settings of the transformers config (`n_layer: 2`)."""
+    """What is trained. Further keys are settings of the model (`n_layer: 2`)."""
 
     preset: str | None = Field(
         default="gpt2-tiny",
@@ -44,8 +58,14 @@ class ModelConfig(OpenSection):
     )
     family: str | None = Field(
         default=None,
-        description="`gpt2` or `llama`: where no preset is named, the further keys are all its settings",
+        description="`gpt2`, `llama`, `resmlp` or `decoder`: where no preset is named, the further keys are all"
+        " its settings",
     )
+    start: str | None = Field(
+        default=None,
+        description="folder of a run of the same model, whose last checkpoint's weights it starts from",
+    )
+    lora: LoraConfig | None = Field(default=None, description="train low-rank adapters instead of the model")
     attention: Literal["sdpa", "eager"] = Field(default="sdpa", description="attention implementation")
 
     @model_validator(mode="after")
@@ -56,13 +76,14 @@ class ModelConfig(OpenSection):
 
 
 class DataConfig(Section):
-    """The text, how it becomes token ids, and what is held out."""
+    """The text, how it becomes token ids, and what is held out; or images, for `resmlp`."""
 
-    source: Literal["builtin", "files", "dataset", "tokens"] = Field(
+    source: Literal["builtin", "files", "dataset", "tokens", "digits", "fashion-mnist"] = Field(
         default="builtin",
         description="`builtin`: the Python standard library's source; `files`: text files and folders"
         " in `paths`; `dataset`: a name for the datasets library; `tokens`: one .npy or .bin file of token"
-        " ids in `paths`",
+        " ids in `paths`; `digits`: scikit-learn's images; `fashion-mnist`: Debian's package of them, or the"
+        " folder of its files in `paths`",
     )
     paths: list[str] = Field(
         default=[], description="files and folders (folders: every text file below, in sorted order)"
@@ -84,7 +105,12 @@ class DataConfig(Section):
         " largest id + 1; bytes always have 257 (256 bytes and the end of a document)",
     )
     seq_len: int = Field(default=128, ge=1, description="tokens per sequence")
-    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction of the text held out")
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction held out")
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether an example is an image and its class, not a row of tokens."""
+        return self.source in ("digits", "fashion-mnist")
 
 
 class OptimizerConfig(OpenSection):
@@ -102,6 +128,11 @@ class OptimizerConfig(OpenSection):
     noise: Annotated[dict[str, Any] | None, _shorthand("rule")] = Field(
         default=None,
         description="layer rates on top: `rule` (noise_adaptive, norm_adaptive, static) and its keywords",
+    )
+    role_factors: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="factor on the rate of every parameter of a role (`{hidden: 0.125}`); the roles are those of"
+        " `layerwise.describe`",
     )
 
 
@@ -169,6 +200,39 @@ class TrainingConfig(Section):
         return self
 
 
+class FunctionSpaceConfig(Section):
+    """Measuring what each layer's update does to the outputs, and matching it to a base (FLeRM)."""
+
+    record_every: int = Field(
+        default=0,
+        ge=0,
+        description="steps between lines of function_space.jsonl, from the first one on; 0: none",
+    )
+    space: Literal["output", "log_softmax"] = Field(
+        default="output", description="the outputs: the model's own (logits), or their log-softmax"
+    )
+    method: Literal["kronecker", "full_cov", "iid", "exact"] = Field(
+        default="kronecker", description="estimator of the rates"
+    )
+    probes: int = Field(default=32, ge=1, description="random probes, over all batches together")
+    batches: int = Field(
+        default=4, ge=1, description="batches to measure on: training batches from after the last step"
+    )
+    match: str | None = Field(
+        default=None, description="a base file that `layerwise record` wrote, or `uniform`; null: no matching"
+    )
+    match_step: int = Field(
+        default=1,
+        ge=1,
+        description="step at which rates are matched (adapters: 5 or later, after B has moved)",
+    )
+    match_every: int = Field(default=0, ge=0, description="steps between further matchings; 0: once")
+    depth: dict[str, str] | None = Field(
+        default=None,
+        description="depth map for a base of fewer blocks, `{blocks.*: split}`; null: inferred where it can be",
+    )
+
+
 class RunConfig(Section):
     """Where the run is written: the directory `dir/name`."""
 
@@ -189,6 +253,7 @@ class Config(Section):
     optimizer: Annotated[OptimizerConfig, _shorthand("name")] = Field(default_factory=OptimizerConfig)
     schedule: Annotated[ScheduleConfig, _shorthand("name")] = Field(default_factory=ScheduleConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    function_space: FunctionSpaceConfig = Field(default_factory=FunctionSpaceConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
     @property
@@ -200,8 +265,8 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Training tokens of one optimizer step."""
-        return self.training.batch_size * self.data.seq_len
+        """Training tokens of one optimizer step; an image counts as one."""
+        return self.training.batch_size * (1 if self.data.holds_images else self.data.seq_len)
 
     @property
     def run_name(self) -> str:

@@ -72,6 +72,8 @@ def gather(ids: Ids, starts: Starts, seq_len: int) -> Batch:
 class TextData:
     """The batches of a run. Steps count from 0: `batch(0)` is the first optimizer step's."""
 
+    features: int | None = None  # an example is a row of tokens
+
     def __init__(self, config: Config) -> None:
         """Raises LayerwiseError where the text is too short for one batch."""
         files = load_tokens(config.data)

@@ -65,12 +65,14 @@ class ImageData:
         held_out = round(config.data.validation_fraction * len(labels))
         self._held_out, self._train = order[:held_out], order[held_out:]
         self._images, self._labels = images, labels
-        self.features, self.vocab_size = images.shape[1], int(labels.max()) + 1
+        self.features: int | None = images.shape[1]
+        self.vocab_size = int(labels.max()) + 1
         self.seed, self.batch_size = config.training.seed, config.training.batch_size
         self._evaluated = min(held_out, config.training.eval_batches * self.batch_size)
         if len(self._train) < self.batch_size:
             raise LayerwiseError(
-                f"training.batch_size={self.batch_size}: data.source={config.data.source} has only {len(self._train)} training images"
+                f"training.batch_size={self.batch_size}: data.source={config.data.source} has only"
+                f" {len(self._train)} training images"
             )
         self.info: dict[str, Any] = {
             "source": config.data.source,

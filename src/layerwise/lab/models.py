@@ -1,35 +1,97 @@
-"""Models by preset name: transformers' GPT-2 and Llama, randomly initialised, built without a network."""
+"""Models by preset name, randomly initialised, built without a network.
+
+transformers' GPT-2 and Llama, and the two models of the function-space paper.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.adapters import add_adapters, load_weights
 from layerwise.lab.overrides import nearest
+from layerwise.lab.paper_models import Decoder, ResMLP
 
 if TYPE_CHECKING:
     from layerwise.lab.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Family:
-    """A kind of decoder: its transformers classes, and what it calls its longest sequence."""
+class Examples:
+    """What the data gives a model: token ids of `vocab_size` kinds, or rows of `features` in `vocab_size` classes."""
+
+    vocab_size: int
+    seq_len: int
+    features: int | None = None
+
+
+class Family(Protocol):
+    """A kind of model."""
+
+    def setting_names(self) -> set[str]:
+        """Keywords of the architecture that a config may set."""
+        ...
+
+    def build(self, settings: dict[str, Any], examples: Examples, attention: str) -> nn.Module:
+        """A model from the global random state. Raises LayerwiseError."""
+        ...
+
+
+@dataclass(frozen=True)
+class TransformersFamily:
+    """A decoder of transformers: its classes, and what it calls its longest sequence."""
 
     config_class: Callable[[], Any]
     model_class: Callable[[], Any]
     positions: str
 
     def setting_names(self) -> set[str]:
-        """Keywords of the architecture that a config may set."""
         parameters = inspect.signature(self.config_class()).parameters.values()
         own = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         return own - {"vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+    def build(self, settings: dict[str, Any], examples: Examples, attention: str) -> nn.Module:
+        """Its longest sequence is the data's unless the settings have one."""
+        if examples.features is not None:
+            raise LayerwiseError("this model reads token ids, data.source gives images: use model=resmlp")
+        positions = settings.setdefault(self.positions, examples.seq_len)
+        if isinstance(positions, int) and positions < examples.seq_len:
+            raise LayerwiseError(
+                f"model.{self.positions}={positions} is shorter than data.seq_len={examples.seq_len}:"
+                " raise the one or lower the other"
+            )
+        ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
+        made = self.config_class()(vocab_size=examples.vocab_size, **settings, **ends)
+        made._attn_implementation = attention
+        model = self.model_class()(made)
+        assert isinstance(model, nn.Module)
+        return model
+
+
+@dataclass(frozen=True)
+class PaperFamily:
+    """A model of the function-space paper: its keywords are its settings."""
+
+    model_class: type[ResMLP] | type[Decoder]
+
+    def setting_names(self) -> set[str]:
+        parameters = inspect.signature(self.model_class).parameters.values()
+        return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} - {"attention"}
+
+    def build(self, settings: dict[str, Any], examples: Examples, attention: str) -> nn.Module:
+        if self.model_class is ResMLP:
+            if examples.features is None:
+                raise LayerwiseError("model=resmlp reads images: set data.source to digits or fashion-mnist")
+            return ResMLP(examples.features, examples.vocab_size, **settings)
+        if examples.features is not None:
+            raise LayerwiseError("model=decoder reads token ids, data.source gives images: use model=resmlp")
+        return Decoder(examples.vocab_size, attention=attention, **settings)
 
 
 def _gpt2_config() -> Any:
@@ -56,9 +118,11 @@ def _llama_model() -> Any:
     return LlamaForCausalLM
 
 
-FAMILIES = {
-    "gpt2": Family(_gpt2_config, _gpt2_model, "n_positions"),
-    "llama": Family(_llama_config, _llama_model, "max_position_embeddings"),
+FAMILIES: dict[str, Family] = {
+    "gpt2": TransformersFamily(_gpt2_config, _gpt2_model, "n_positions"),
+    "llama": TransformersFamily(_llama_config, _llama_model, "max_position_embeddings"),
+    "resmlp": PaperFamily(ResMLP),
+    "decoder": PaperFamily(Decoder),
 }
 
 # Pretraining on more text than is seen twice needs no dropout.
@@ -98,6 +162,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 4,
         },
     ),
+    "resmlp": ("resmlp", {}),
+    "decoder": ("decoder", {}),
 }
 
 
@@ -120,41 +186,35 @@ def model_settings(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     return family, {**settings, **config.settings}
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, seq_len: int, seed: int) -> nn.Module:
+def build_model(config: ModelConfig, examples: Examples, seed: int) -> nn.Module:
     """A model in float32 on the CPU, initialised from `seed` alone; the global random state stays as it was.
 
-    Its longest sequence is `seq_len` unless the config sets it. Raises LayerwiseError.
+    Raises LayerwiseError.
     """
     name, settings = model_settings(config)
-    family = FAMILIES[name]
-    positions = settings.setdefault(family.positions, seq_len)
-    if isinstance(positions, int) and positions < seq_len:
-        raise LayerwiseError(
-            f"model.{family.positions}={positions} is shorter than data.seq_len={seq_len}:"
-            " raise the one or lower the other"
-        )
-    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            settings_object = family.config_class()(vocab_size=vocab_size, **settings, **ends)
-            settings_object._attn_implementation = config.attention
-            model = family.model_class()(settings_object)
+            model = FAMILIES[name].build(settings, examples, config.attention)
+        except LayerwiseError:
+            raise
         except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise LayerwiseError(f"model: {name} cannot be built with these settings: {reason}") from None
-    assert isinstance(model, nn.Module)
-    return model
+        if config.start is not None:
+            load_weights(model, config.start)
+        return model if config.lora is None else add_adapters(model, config.lora)
 
 
 def logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Token ids [batch, seq] to logits [batch, seq, vocabulary]."""
-    output = model(input_ids=inputs, use_cache=False).logits
-    assert isinstance(output, Tensor)
-    return output
+    """Token ids [batch, seq] or features [batch, features] to logits [..., vocabulary]."""
+    output = model(inputs)
+    values = output if isinstance(output, Tensor) else output.logits
+    assert isinstance(values, Tensor)
+    return values
 
 
 def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token; `targets` [batch, seq] are the next tokens of `inputs`."""
+    """Mean cross-entropy in nats; `targets` are the next tokens of `inputs` [batch, seq], or classes [batch]."""
     predicted = logits(model, inputs)
-    return nn.functional.cross_entropy(predicted.flatten(0, 1).float(), targets.flatten())
+    return nn.functional.cross_entropy(predicted.flatten(0, -2).float(), targets.flatten())

@@ -15,6 +15,7 @@ import layerwise.optim as lw
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import param_groups
 from layerwise.lab.overrides import nearest
+from layerwise.lab.role_factors import scale_roles
 from layerwise.lab.runs import read_run
 from layerwise.lab.torch_muon import TorchMuon
 
@@ -28,7 +29,7 @@ class Preset:
 
     build: Callable[..., Optimizer]  # (groups of a model, lr=, weight_decay=, keywords)
     groups: Callable[[nn.Module], Iterable[Any]]
-    lr: float  # default base rate: the best on the grid of `gpt2-tiny`'s built-in run (docs/configuration.md)
+    lr: float  # default base rate: a starting value, to be tuned
     weight_decay: float
     rule: str | None = None  # layer rates it has by definition
 
@@ -126,7 +127,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if preset.takes_noise and (config.noise is not None or preset.rule is not None):
         keywords["noise"] = _build_rule(preset, config.noise or {})
     try:
-        return preset.build(preset.groups(model), lr=config.lr, weight_decay=config.weight_decay, **keywords)
+        groups = scale_roles(model, preset.groups(model), config.lr or 0.0, config.role_factors)
+        return preset.build(groups, lr=config.lr, weight_decay=config.weight_decay, **keywords)
     except LayerwiseError:
         raise
     except (ValueError, TypeError) as error:

@@ -152,9 +152,11 @@ class Decoder(nn.Module):
     """A decoder of `base_blocks * depth` blocks and size `base_width * width`: token ids to log-probabilities.
 
     With `n` a LayerNorm without gain and bias, f a branch and m the depth multiplier, a branch is added as
-    `post`: `n(x + f(x) / sqrt(m))`; `pre`: `x + f(n(x)) / sqrt(m)`; `pre_post_mod`: `x + n(f(x)) / sqrt(m)`. Positions are
-    sinusoidal, so the model has no longest sequence. The head is untied and has a bias. Heads grow in number with the width, their size
-    stays.
+
+        post: n(x + f(x) / sqrt(m))    pre: x + f(n(x)) / sqrt(m)    pre_post_mod: x + n(f(x)) / sqrt(m)
+
+    Positions are sinusoidal, so the model has no longest sequence. The head is untied and has a bias. Heads grow in
+    number with the width, their size stays.
     """
 
     def __init__(
@@ -185,7 +187,12 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(vocab_size, d)
         self.blocks = nn.ModuleList(
             DecoderBlock(
-                d, base_heads * width, norm=norm, branch_scale=depth**-0.5, init_scale=init_scale, kind=attention
+                d,
+                base_heads * width,
+                norm=norm,
+                branch_scale=depth**-0.5,
+                init_scale=init_scale,
+                kind=attention,
             )
             for _ in range(base_blocks * depth)
         )

@@ -18,7 +18,8 @@ from layerwise.lab.checkpoint import random_state, save_checkpoint, set_random_s
 from layerwise.lab.config import Config
 from layerwise.lab.data import Batch, TextData
 from layerwise.lab.device import make_accelerator, set_seed
-from layerwise.lab.models import build_model, loss
+from layerwise.lab.images import ImageData
+from layerwise.lab.models import Examples, build_model, loss
 from layerwise.lab.observers import Observer
 from layerwise.lab.optimizers import build_optimizer, needs_halves
 from layerwise.lab.progress import Progress
@@ -39,10 +40,9 @@ class Trainer:
         self.config, self.writer, self.progress, self.observers = config, writer, progress, observers
         training = config.training
         self.accelerator = make_accelerator(training)
-        self.data = TextData(config)
-        self.model = build_model(
-            config.model, vocab_size=self.data.vocab_size, seq_len=config.data.seq_len, seed=training.seed
-        )
+        self.data = ImageData(config) if config.data.holds_images else TextData(config)
+        examples = Examples(self.data.vocab_size, config.data.seq_len, self.data.features)
+        self.model = build_model(config.model, examples, training.seed)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
         self._halves = needs_halves(self.optimizer)
