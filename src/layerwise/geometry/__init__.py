@@ -2,7 +2,18 @@
 
 from layerwise.geometry.describe import Description, describe
 from layerwise.geometry.groups import group_by_shape, param_groups
-from layerwise.geometry.layout import Layout, Split
+from layerwise.geometry.layout import (
+    ConvLayout,
+    ConvTransposeLayout,
+    Layout,
+    MatrixLayout,
+    Split,
+    StackLayout,
+    TransposedLayout,
+    TransposedStackLayout,
+    VectorLayout,
+    VectorStackLayout,
+)
 from layerwise.geometry.norms import (
     ColNorm,
     Frobenius,
@@ -18,15 +29,23 @@ from layerwise.geometry.polar import polar
 
 __all__ = [
     "ColNorm",
+    "ConvLayout",
+    "ConvTransposeLayout",
     "Description",
     "Frobenius",
     "Geometry",
     "Layout",
+    "MatrixLayout",
     "RowNorm",
     "Sign",
     "Spectral",
     "Split",
+    "StackLayout",
+    "TransposedLayout",
+    "TransposedStackLayout",
+    "VectorLayout",
     "VectorRMS",
+    "VectorStackLayout",
     "describe",
     "group_by_shape",
     "nuclear_norm",

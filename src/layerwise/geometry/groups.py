@@ -156,7 +156,9 @@ def _trainable(model: nn.Module) -> list[Found]:
     return trainable
 
 
-def _check_dtype(name: str, p: Tensor) -> None:
+def _check_dtype(name: str, p: Any) -> None:
+    if not isinstance(p, Tensor):
+        raise LayerwiseError(f"{name} is {type(p).__name__}; parameters are tensors or (name, tensor) pairs")
     if p.is_complex():
         raise LayerwiseError(f"{name} is complex ({p.dtype}): train its view_as_real, or freeze it")
     if not p.is_floating_point():
@@ -182,7 +184,7 @@ def _match(
             if name in matched_by:
                 raise LayerwiseError(
                     f"{argument}: {name} is matched by {matched_by[name]!r} and by {pattern!r}; "
-                    "a parameter can be in one group only, so make the patterns disjoint"
+                    "a parameter takes one pattern, so make them disjoint"
                 )
             matched_by[name] = pattern
     return {name: patterns[pattern] for name, pattern in matched_by.items()}
