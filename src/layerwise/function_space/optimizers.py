@@ -5,7 +5,7 @@ u.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +14,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space.isolation import trainable
 
 Group = dict[str, Any]
+Decay = Literal["scaled", "constant"]
 
 #: Group keys that say nothing about what an update is: rates, bookkeeping, and how it is computed.
 _NOT_SETTINGS = frozenset(
@@ -131,3 +132,24 @@ def require_linear(optimizer: Optimizer) -> None:
             reason = "its groups have no lr"
         if reason:
             raise LayerwiseError(f"FLeRM needs updates proportional to lr; {kind} (group {index}): {reason}")
+
+
+def decay_pulls(optimizer: Optimizer, parameters: Mapping[str, Tensor], decay: Decay) -> dict[str, float]:
+    """`lr * weight_decay` by name where decay is to be held constant: that much of the weights is no part of
+    dW.
+    """
+    if decay not in ("scaled", "constant"):
+        raise LayerwiseError(f"decay is {decay!r}: use 'scaled' or 'constant'")
+    if decay == "scaled":
+        return {}
+    pulls = {}
+    for name, group in group_of(optimizer, parameters).items():
+        if group.get("weight_decay"):
+            if not decoupled(optimizer, group):
+                raise LayerwiseError(
+                    f"decay='constant' needs decoupled weight decay, and {type(optimizer).__name__} adds "
+                    f"its own to "
+                    "the gradient: use decay='scaled' or AdamW"
+                )
+            pulls[name] = learning_rate(group) * float(group["weight_decay"])
+    return pulls

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.capture import GraphCapture, StepCapture
 from layerwise.function_space.measure import Measurement
-from layerwise.function_space.optimizers import optimized, unwrap_optimizer
+from layerwise.function_space.optimizers import Decay, decay_pulls, optimized, unwrap_optimizer
 from layerwise.function_space.outputs import Forward
 from layerwise.function_space.rates import Rates
 
@@ -71,6 +71,7 @@ class FunctionSpaceRecorder:
         one.
         every: measure steps 0, every, 2 * every, ... (steps are counted by `step`).
         sink: called with each `Record`, or a path to append JSON lines to.
+        decay: `"constant"` leaves decoupled weight decay out of the update, for `FLeRM(decay="constant")`.
         forward, method, probes, seed, options: see `Measurement`.
     """
 
@@ -85,6 +86,7 @@ class FunctionSpaceRecorder:
         probes: int = 32,
         seed: int = 0,
         sink: Callable[[Record], object] | str | Path | None = None,
+        decay: Decay = "scaled",
         **options: Any,
     ) -> None:
         if every < 1:
@@ -93,6 +95,7 @@ class FunctionSpaceRecorder:
         self.optimizer = unwrap_optimizer(optimizer)
         optimized(model, self.optimizer)
         self.every = every
+        self.decay = decay
         self.measurement = Measurement(forward, method, probes, seed, **options)
         self.sink = JsonLines(sink) if isinstance(sink, (str, Path)) else sink
         self.records: list[Record] = []
@@ -134,7 +137,8 @@ class FunctionSpaceRecorder:
             if reason is None:
                 inputs = outputs if outputs is not None else batch() if is_supplier(batch) else batch
                 settings = dataclasses.replace(self.measurement, seed=self.measurement.seed + scheduled)
-                rates = capture.measure(settings, inputs, mask)
+                pulls = decay_pulls(self.optimizer, capture.parameters, self.decay)
+                rates = capture.measure(settings, inputs, mask, pulls)
         finally:
             capture.release()
         self.pending = None if reason is None else scheduled
