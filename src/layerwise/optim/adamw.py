@@ -28,19 +28,23 @@ def step(
     group: Mapping[str, Any],
     keep: Tensor | None,
 ) -> None:
-    """One AdamW step of a group, in place. Where ``keep`` is 0 nothing changes."""
+    """One AdamW step of a group, in place. Where ``keep`` is false nothing changes."""
+    for param, state in zip(params, states, strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            if state[key].dtype != param.dtype:  # the model was cast after the optimizer was made
+                state[key] = state[key].to(param.dtype)
     lr = group["lr"]
     # The fused kernel can be told on the device to do nothing, which is what `keep` needs.
     fused = keep is not None or isinstance(lr, Tensor)
     adamw(
         list(params),
-        list(grads),
+        [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)],
         [s["exp_avg"] for s in states],
         [s["exp_avg_sq"] for s in states],
         [],
         [s["step"] for s in states],
         fused=fused or None,
-        found_inf=None if keep is None else 1.0 - keep,
+        found_inf=None if keep is None else 1.0 - keep.float(),
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],

@@ -26,9 +26,10 @@ def to_plain(state_dict: dict[str, Any], skipped: int) -> dict[str, Any]:
     for group in state_dict["param_groups"]:
         for key in DESCRIBED:
             group[key] = repr(group[key])
-        group["lr"] = float(
-            group["lr"]
-        )  # a float whatever it is while running: every scheduler and tool expects one
+        for key, value in group.items():
+            # The rate may be a tensor while running, and so what schedulers keep of it; every tool expects a float.
+            if isinstance(value, Tensor):
+                group[key] = float(value)
     state_dict[_SKIPPED] = skipped
     return state_dict
 
@@ -50,19 +51,26 @@ def _pairs(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[s
 
 def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Raise :class:`LayerwiseError` where ``state_dict`` belongs to another model or another optimizer."""
-    groups, saved_groups = optimizer.param_groups, state_dict.get("param_groups", [])
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        has = (
+            f"has the keys {sorted(map(str, state_dict))}"
+            if isinstance(state_dict, dict)
+            else f"is {state_dict!r:.80}"
+        )
+        raise LayerwiseError(
+            f"not the state of an optimizer: it {has}, and 'state' and 'param_groups' are needed; "
+            "give what optimizer.state_dict() returned"
+        )
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise _other(f"it has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
     for group, saved in zip(groups, saved_groups, strict=True):
-        _check_names(
-            group["param_names"], saved.get("param_names"), len(group["params"]), len(saved["params"])
-        )
+        _check_names(group["param_names"], saved.get("param_names"), len(saved["params"]))
         for key in KEPT:
             live = repr(group[key]) if key in DESCRIBED else group[key]
             if key not in saved or saved[key] != live:
-                raise _other(
-                    f"{key} of {group['param_names'][0]!r} is {saved.get(key)} in it and {live} here"
-                )
+                first = next(iter(group["param_names"]), "an empty group")
+                raise _other(f"{key} of {first!r} is {saved.get(key)} in it and {live} here")
     for name, param, state in _pairs(optimizer, state_dict):
         here = optimizer.state[param]
         if here.keys() != state.keys():
@@ -74,10 +82,11 @@ def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 )
 
 
-def _check_names(here: list[str], saved: list[str] | None, count: int, saved_count: int) -> None:
-    if count != saved_count:
+def _check_names(here: list[str], saved: list[str] | None, saved_count: int) -> None:
+    if len(here) != saved_count:
+        first = next(iter(here), "no parameter")
         raise _other(
-            f"a group that starts with {here[0]!r} has {saved_count} parameters in it and {count} here"
+            f"a group that starts with {first!r} has {saved_count} parameters in it and {len(here)} here"
         )
     for mine, theirs in zip(here, saved or here, strict=True):
         if mine != theirs:

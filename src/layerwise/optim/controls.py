@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from layerwise.optim.rates import (
     Reading,
     State,
     UnitReadings,
+    check_number,
     gather,
     scatter,
     stack_readings,
@@ -35,6 +37,14 @@ class NormAdaptive(RateRule):
     eps: float = 1e-8
     ceiling: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("beta2", self.beta2, 0.0, 1.0),
+            ("eps", self.eps, 0.0, float("inf")),
+            ("ceiling", self.ceiling, 0.0, float("inf")),
+        ):
+            check_number("NormAdaptive", name, value, low, high)
+
     def allocate(self, param: Tensor, units: Sequence[str]) -> State:
         state = super().allocate(param, units)
         for key in ("second_moment", "gradients_seen", "beta1_power"):
@@ -43,22 +53,23 @@ class NormAdaptive(RateRule):
         return state
 
     def readings(self, seen: Gradients, state: State) -> list[Reading]:
-        state["beta1"] = seen.beta
         return [Reading(Frobenius(), lambda: seen.grad), Reading(Frobenius(), seen.direction_input)]
 
     def update(self, units: Sequence[UnitReadings], keep: Tensor | None) -> None:
-        norms, present = stack_readings(units, keep)
-        beta1 = torch.cat([torch.full_like(u.state["multiplier"], u.state.pop("beta1", 0.0)) for u in units])
-        old, count = gather(units, "second_moment"), gather(units, "gradients_seen") + present
+        norms, present = stack_readings(units)
+        old, power = gather(units, "second_moment"), gather(units, "beta1_power")
+        beta1 = torch.cat([torch.full_like(unit.state["multiplier"], unit.momentum) for unit in units]).to(
+            power
+        )
+        count = gather(units, "gradients_seen") + present
         second = torch.where(present, torch.lerp(norms[0].square(), old, self.beta2), old)
-        power = gather(units, "beta1_power")
         power = torch.where(present, power * beta1, power)
-        correction = (1.0 - self.beta2**count).sqrt() / (1.0 - power).clamp(min=1e-12)
+        correction = (1.0 - self.beta2**count).sqrt() / (1.0 - power)
         multiplier = (correction * norms[1] / (second.sqrt() + self.eps)).clamp(max=self.ceiling)
-        scatter(units, "multiplier", torch.where(present, multiplier, gather(units, "multiplier")))
-        scatter(units, "second_moment", second)
-        scatter(units, "gradients_seen", count)
-        scatter(units, "beta1_power", power)
+        new = {"second_moment": second, "gradients_seen": count, "beta1_power": power}
+        new["multiplier"] = torch.where(present, multiplier, gather(units, "multiplier"))
+        for key, values in new.items():
+            scatter(units, key, values, keep)
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,19 @@ class StaticRates(RateRule):
 
     def __post_init__(self) -> None:
         for name, value in self.multipliers.items():
-            if not 0.0 <= float(value) < float("inf"):
+            check_number("StaticRates", f"multipliers[{name!r}]", value, 0.0, float("inf"))
+
+    def check(self, ruled: Sequence[str], others: Sequence[str]) -> None:
+        for name, value in self.multipliers.items():
+            if name in ruled or (name in others and value == 1.0):
+                continue
+            if name in others:
                 raise LayerwiseError(
-                    f"StaticRates: the multiplier of {name!r} is {value!r}: give a finite number >= 0"
+                    f"StaticRates: {name!r} is given {value:g}, but its group has other rates or AdamW: leave it out"
                 )
+            near = difflib.get_close_matches(name, [*ruled, *others], n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"units look like {ruled[0]!r}"
+            raise LayerwiseError(f"StaticRates: no unit is named {name!r} (given {value:g}): {hint}")
 
     def allocate(self, param: Tensor, units: Sequence[str]) -> State:
         state = super().allocate(param, units)

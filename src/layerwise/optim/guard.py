@@ -1,7 +1,7 @@
 """No non-finite gradient reaches the weights in silence, and finding one never waits for the device.
 
 On a CPU the gradients are looked at before anything else happens. On a GPU looking would stall the queue, so the step
-is made harmless on the device itself: every update is selected by a 0/1 tensor ``keep``. With ``nonfinite="raise"`` the
+is made harmless on the device itself: every update is selected by a bool tensor ``keep``. With ``nonfinite="raise"`` the
 finding is copied to the host in the background and raised by the first later step that finds it there; no step in
 between has used a non-finite number.
 """
@@ -53,7 +53,7 @@ class NonFiniteGuard:
         gradients: Sequence[Tensor],
         anywhere: Callable[[Tensor], Tensor] = lambda flags: flags,
     ) -> Tensor | bool:
-        """True: go on. False: skip this step. A 0/1 tensor: go on, with every update selected by it.
+        """True: go on. False: skip this step. A 0-dim bool tensor: go on, with every update selected by it.
 
         ``anywhere`` makes flags true that are true on any process, so that all of them come to one verdict.
         """
@@ -64,14 +64,12 @@ class NonFiniteGuard:
         # The largest entry, not the 2-norm: it is non-finite exactly when an entry is, and never by overflow.
         filled = [g for g in gradients if g.numel()]
         norms = iter(torch._foreach_norm(filled, float("inf")) if filled else ())
-        nothing = torch.zeros(
-            (), device=device
-        )  # the part of a sharded gradient that this process has none of
+        nothing = torch.zeros((), device=device)  # a sharded gradient of which this process holds no part
         largest = [next(norms) if g.numel() else nothing for g in gradients]
-        bad = ~torch.stack([n.to(device, torch.float32, non_blocking=True) for n in largest]).isfinite()
+        bad = ~torch.stack([n.to(device, torch.float32) for n in largest]).isfinite()
         bad = anywhere(bad)
         found = tuple(names)
-        if device.type == "cpu":
+        if device.type != "cuda":  # elsewhere there is nothing to run ahead, or no event to wait for
             return self._check_now(found, bad)
         any_bad = bad.any()
         if self.policy == "skip":
@@ -82,7 +80,7 @@ class NonFiniteGuard:
             arrived = torch.cuda.Event()
             arrived.record()
             self._findings.append(_Finding(found, host, arrived))
-        return (~any_bad).float()
+        return ~any_bad
 
     def _check_now(self, names: Sequence[str], bad: Tensor) -> bool:
         if not bool(bad.any()):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from layerwise.optim.rates import (
     Reading,
     State,
     UnitReadings,
+    check_number,
     gather,
     scatter,
     select,
@@ -57,7 +59,7 @@ class PreviousGradient(Reference):
 
     def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
         previous = state["previous_gradient"]
-        previous.copy_(select(keep, seen.grad, previous))
+        previous.copy_(select(keep, seen.grad.to(previous.dtype), previous))
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,15 @@ class MomentumReference(Reference):
 
     def difference(self, seen: Gradients, state: State) -> Tensor:
         beta = seen.beta
-        if beta == 0.0:
-            raise LayerwiseError(
-                "noise reference 'momentum' needs momentum > 0: with 0 there is no average to compare with"
-            )
         old = beta ** state["gradients_seen"][0].clamp(min=1)  # beta^k; on the first step nothing is read
         variance = (1 - beta) / (1 + beta) * (1 + old) / (1 - old)
         scale = (2 / (1 + variance)).sqrt()
         weight = 1 / (beta * (1 - old))
-        dtype = seen.grad.dtype
+        # 0-dim float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
+        dtype = torch.promote_types(seen.momentum.dtype, torch.float32)
         return torch.sub(
-            seen.grad * (scale * (1 + (1 - beta) * weight)).to(dtype),
-            seen.momentum * (scale * weight).to(dtype),
+            seen.grad.to(dtype) * (scale * (1 + (1 - beta) * weight)),
+            seen.momentum.to(dtype) * (scale * weight),
         )
 
 
@@ -107,6 +106,9 @@ class IndependentHalf(Reference):
     def difference(self, seen: Gradients, state: State) -> Tensor:
         return state["half_difference"] * 2.0**0.5
 
+
+#: Below it a floor would not keep a unit of no noise at all from an infinite rate.
+SMALLEST_FLOOR = 1e-12
 
 REFERENCES: dict[str, Reference] = {
     "previous": PreviousGradient(),
@@ -140,7 +142,7 @@ class NoiseAdaptive(RateRule):
         size_normalised: divide each dual norm by its value on white noise of unit deviation. Without it (the paper's) a
             unit looks noisier for its shape alone: an MLP's up projection 4x, 16x in H.
         anchor: the group's reference, ``"max"`` or ``"mean"``.
-        floor: see ``alpha``. The smallest multiplier that alpha = 0 can give is about ``floor ** 0.25``.
+        floor: see ``alpha``. The smallest multiplier that alpha = 0 can give to one of n units is ``(floor / n) ** 0.25``.
     """
 
     alpha: float = 0.0
@@ -151,13 +153,14 @@ class NoiseAdaptive(RateRule):
     floor: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name, value, low, high in (
-            ("alpha", self.alpha, 0.0, float("inf")),
-            ("beta", self.beta, 0.0, 1.0),
-            ("floor", self.floor, 0.0, 1.0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-                raise LayerwiseError(f"NoiseAdaptive({name}={value!r}): give a number in [{low:g}, {high:g})")
+        check_number("NoiseAdaptive", "alpha", self.alpha, 0.0, 1e15)
+        check_number("NoiseAdaptive", "beta", self.beta, 0.0, 1.0)
+        check_number("NoiseAdaptive", "floor", self.floor, SMALLEST_FLOOR, 1.0)
+        if 0.0 < self.alpha < 1e-15:
+            raise LayerwiseError(
+                f"NoiseAdaptive(alpha={self.alpha!r}): its square is lost in float32; give 0, which is the limit of it, "
+                "or at least 1e-15"
+            )
         if self.reference not in REFERENCES:
             raise LayerwiseError(
                 f"NoiseAdaptive(reference={self.reference!r}): give one of {', '.join(map(repr, REFERENCES))}"
@@ -174,6 +177,13 @@ class NoiseAdaptive(RateRule):
     def _reference(self) -> Reference:
         return REFERENCES[self.reference]
 
+    def fits(self, group: Mapping[str, Any]) -> None:
+        if isinstance(self._reference, MomentumReference) and group["momentum"] == 0.0:
+            raise LayerwiseError(
+                "NoiseAdaptive(reference='momentum') in a group with momentum=0: there is no average to compare the "
+                "gradient with; give momentum > 0 or reference='previous'"
+            )
+
     def allocate(self, param: Tensor, units: Sequence[str]) -> State:
         state = super().allocate(param, units)
         state["noise"] = torch.zeros_like(state["multiplier"])  # H
@@ -185,7 +195,9 @@ class NoiseAdaptive(RateRule):
         return torch.where(known, state["noise"], float("nan"))
 
     def readings(self, seen: Gradients, state: State) -> list[Reading]:
-        difference = lambda: self._reference.difference(seen, state)  # noqa: E731
+        def difference() -> Tensor:
+            return self._reference.difference(seen, state)
+
         seed = state["gradients_seen"][0].long()  # new probes each step, the same after a resume
         return [Reading(seen.geometry, difference, self.size_normalised, seed)]
 
@@ -193,29 +205,27 @@ class NoiseAdaptive(RateRule):
         self._reference.remember(seen, state, keep)
 
     def update(self, units: Sequence[UnitReadings], keep: Tensor | None) -> None:
-        dual, present = stack_readings(units, keep)
+        dual, present = stack_readings(units)
         old, count = gather(units, "noise"), gather(units, "gradients_seen")
         first = self._reference.warmup
-        square = dual[0].square()
+        # At most so large that the sum over units stays finite.
+        square = dual[0].square().clamp(max=torch.finfo(torch.float32).max / old.numel())
         average = torch.where(count <= first, square, torch.lerp(square, old, self.beta))
         noise = torch.where(present & (count >= first), average, old)
         count = count + present
-        known = count > first
-        scatter(units, "noise", noise)
-        scatter(units, "gradients_seen", count)
-        scatter(units, "multiplier", self._multiplier(noise, known))
+        scatter(units, "noise", noise, keep)
+        scatter(units, "gradients_seen", count, keep)
+        scatter(units, "multiplier", self._multiplier(noise, count > first), keep)
 
     def _multiplier(self, noise: Tensor, known: Tensor) -> Tensor:
-        number = known.sum()
+        number = known.sum().clamp(min=1)
         if self.alpha > 0.0:
             square = noise + self.alpha**2
         else:
-            mean = torch.where(known, noise, 0.0).sum() / number.clamp(min=1)
-            # Where no unit has any noise the ratio is 0 / 0: all are equally noisy, every multiplier is 1.
-            square = torch.where(mean > 0, noise.clamp(min=self.floor * mean), 1.0)
+            mean = torch.where(known, noise, 0.0).sum() / number
+            # In units of the mean nothing leaves float32's range. Where no unit has any noise all are equally noisy.
+            square = torch.where(mean > 0, (noise / mean).clamp(min=self.floor), 1.0)
         rate = square.rsqrt()  # a / alpha
-        if self.anchor == "max":
-            reference = torch.where(known, rate, 0.0).max()
-        else:
-            reference = torch.where(known, rate, 0.0).sum() / number.clamp(min=1)
+        among = torch.where(known, rate, 0.0)
+        reference = among.max() if self.anchor == "max" else among.sum() / number
         return torch.where(known, (rate / reference).sqrt(), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 from layerwise.optim.rates import RateRule
+from layerwise.optim.scaling import SCALINGS
 
 UPDATES: Final = ("lmo", "adamw")
 
@@ -68,18 +70,22 @@ def _fail(key: str, value: object, mend: str) -> LayerwiseError:
 
 
 def _as_number(key: str, value: object, mend: str) -> float:
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            raise _fail(key, value, mend)
-        # Reading a device tensor would wait for the device; a finite range is then the caller's to keep.
-        return float(value) if value.device.type == "cpu" else 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _fail(key, value, mend)
     return float(value)
 
 
-def _at_least_zero(key: str, value: object) -> None:
-    mend = "give a finite number of at least 0" + (" (or a tensor holding one)" if key == "lr" else "")
+def _learning_rate(key: str, value: object) -> None:
+    mend = "give a finite number of at least 0, or a floating-point tensor holding one"
+    if not isinstance(value, Tensor):
+        _at_least_zero(key, value, mend)
+    elif value.numel() != 1 or not value.is_floating_point():
+        raise _fail(key, value, mend)
+    elif value.device.type == "cpu":  # reading it elsewhere would wait for the device
+        _at_least_zero(key, float(value), mend)
+
+
+def _at_least_zero(key: str, value: object, mend: str = "give a finite number of at least 0") -> None:
     if not 0.0 <= _as_number(key, value, mend) < math.inf:
         raise _fail(key, value, mend)
 
@@ -101,7 +107,7 @@ def _betas(key: str, value: object) -> None:
 
 def _one_of(*choices: object) -> Callable[[str, object], None]:
     def check(key: str, value: object) -> None:
-        if value not in choices:
+        if not isinstance(value, (str, bool)) or value not in choices:
             raise _fail(key, value, f"give one of {', '.join(map(repr, choices))}")
 
     return check
@@ -116,13 +122,16 @@ def _instance(kind: type, what: str) -> Callable[[str, object], None]:
 
 
 _CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
-    "lr": _at_least_zero,
+    "lr": _learning_rate,
     "weight_decay": _at_least_zero,
     "radius": _at_least_zero,
     "eps": _at_least_zero,
     "momentum": _fraction,
     "nesterov": _one_of(True, False),
     "update": _one_of(*UPDATES),
+    "scaling": _one_of(*SCALINGS),
+    "role": _instance(str, "the role's name"),
+    "norm_group": _instance(str, "a name shared by the groups whose noise is to be compared"),
     "betas": _betas,
     "geometry": _instance(Geometry, "a layerwise.geometry.Geometry such as Spectral()"),
     "layout": _instance(Layout, "the Layout that layerwise.param_groups(model) found"),
@@ -130,8 +139,15 @@ _CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
 }
 
 
-def check_parameter(name: str, param: Tensor) -> None:
-    """Raise :class:`LayerwiseError` for a parameter no geometry is defined on."""
+def check_parameter(name: str, param: object) -> None:
+    """Raise :class:`LayerwiseError` for what is no leaf tensor of real floating-point numbers."""
+    if not isinstance(param, Tensor):
+        raise LayerwiseError(f"parameter {name!r} is {param!r}: give a tensor, such as nn.Parameter")
+    if not (param.is_leaf or param.retains_grad):
+        raise LayerwiseError(
+            f"parameter {name!r} is the result of a computation ({param.grad_fn}), which never gets a .grad: "
+            "give the tensor it was computed from"
+        )
     if param.is_complex() or not param.is_floating_point():
         raise LayerwiseError(
             f"parameter {name!r} has dtype {param.dtype}: only real floating-point parameters have a geometry; "

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Sign
-from layerwise.optim.base import LayerwiseOptimizer, Recipe
+from layerwise.optim.base import LayerwiseOptimizer
+from layerwise.optim.groups import Recipe
 from layerwise.optim.noise import NoiseAdaptive
 from layerwise.optim.rates import RateRule
 

@@ -7,13 +7,14 @@ it happens on the device, on one concatenated vector for all the units that are 
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry
 
 State = dict[str, Any]
@@ -35,9 +36,7 @@ class Gradients:
     grad: Tensor
     geometry: Geometry
     momentum: Tensor  # the average after this step's gradient went in
-    direction_input: Callable[
-        [], Tensor
-    ]  # what the step will be taken along: the average, or Nesterov's look-ahead
+    direction_input: Callable[[], Tensor]  # what the step goes along: the average, or Nesterov's look-ahead
     beta: float  # the average's weight of the old
 
 
@@ -46,6 +45,7 @@ class UnitReadings(NamedTuple):
 
     state: State
     readings: Tensor | None  # [number of readings, units]; None where this step had no gradient
+    momentum: float  # the weight of the old average in this parameter's group
 
 
 class RateRule(ABC):
@@ -64,32 +64,49 @@ class RateRule(ABC):
         return []
 
     def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
-        """Keep what the next step's readings need. ``keep`` (0 or 1) forbids it where 0; None stands for 1."""
+        """Keep what the next step's readings need, unless ``keep`` (a 0-dim bool; None stands for true) forbids it."""
 
     def update(self, units: Sequence[UnitReadings], keep: Tensor | None) -> None:
-        """Set ``multiplier`` in every state of one norm group. Where ``keep`` is 0 no state may change."""
+        """Set ``multiplier`` in every state of one norm group. Where ``keep`` is false no state may change."""
+
+    def fits(self, group: Mapping[str, Any]) -> None:
+        """Raise :class:`LayerwiseError` where this rule cannot serve a group of these options."""
+
+    def check(self, ruled: Sequence[str], others: Sequence[str]) -> None:
+        """Raise :class:`LayerwiseError` where the rule names a unit that is neither among those it rules nor the others."""
 
 
 def gather(units: Sequence[UnitReadings], key: str) -> Tensor:
-    return torch.cat([unit.state[key] for unit in units])
+    device = units[0].state[key].device  # parameters of one model may be on several
+    return torch.cat([unit.state[key].to(device) for unit in units])
 
 
-def scatter(units: Sequence[UnitReadings], key: str, values: Tensor) -> None:
+def scatter(units: Sequence[UnitReadings], key: str, values: Tensor, keep: Tensor | None) -> None:
+    """Write one concatenated vector back into the states, where ``keep`` allows it."""
+    values = select(keep, values, gather(units, key))
     targets = [unit.state[key] for unit in units]
     torch._foreach_copy_(targets, list(values.split([t.numel() for t in targets])))
 
 
-def select(keep: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    return new if keep is None else torch.where(keep.bool(), new, old)
+def select(keep: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
+    """``new`` where ``keep`` allows it, else ``old``: a choice and no product, so that NaN cannot pass."""
+    return new if keep is None else torch.where(keep.to(new.device), new, old)
 
 
-def stack_readings(units: Sequence[UnitReadings], keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def stack_readings(units: Sequence[UnitReadings]) -> tuple[Tensor, Tensor]:
     """All readings side by side ``[readings, units]`` and which units have one ``[units]``, bool."""
+    device = units[0].state["multiplier"].device
     rows = max(unit.readings.shape[0] for unit in units if unit.readings is not None)
     parts, present = [], []
     for unit in units:
         like = unit.state["multiplier"]
-        parts.append(like.new_zeros(rows, like.numel()) if unit.readings is None else unit.readings.float())
-        present.append(torch.full_like(like, unit.readings is not None, dtype=torch.bool))
-    there = torch.cat(present)
-    return torch.cat(parts, dim=1), there if keep is None else there & keep.bool()
+        none = torch.zeros(rows, like.numel(), device=device)
+        parts.append(none if unit.readings is None else unit.readings.to(device, torch.float32))
+        present.append(torch.full((like.numel(),), unit.readings is not None, device=device))
+    return torch.cat(parts, dim=1), torch.cat(present)
+
+
+def check_number(rule: str, name: str, value: object, low: float, high: float) -> None:
+    """Raise :class:`LayerwiseError` unless ``low <= value < high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+        raise LayerwiseError(f"{rule}({name}={value!r}): give a number in [{low:g}, {high:g})")
