@@ -410,11 +410,16 @@ def test_parameters_of_unknown_modules_are_assumed_and_say_so():
     model = Net(out=nn.Linear(4, 2))
     model.mystery = nn.Parameter(torch.zeros(3, 4))
     model.stack = nn.Parameter(torch.zeros(2, 3, 4))
+    model.pos_embed = nn.Parameter(torch.zeros(3, 4))
+    model.gate_bias = nn.Parameter(torch.zeros(2, 3))
     table = rows(model)
     assert (table["mystery"].role, table["stack"].role) == ("hidden", "experts")
+    assert (table["pos_embed"].role, table["pos_embed"].layout) == ("embedding", TransposedLayout())
+    assert table["gate_bias"].role == "vector"
+    assert all("assumed" in table[name].note for name in ("pos_embed", "gate_bias"))
     assert "assumed" in table["mystery"].note
     assert "assumed" in table["stack"].note
-    assert "2 not certain" in str(describe(model))
+    assert "4 not certain" in str(describe(model))
 
 
 def test_unknown_fused_projection_stays_whole_and_says_so():

@@ -141,14 +141,23 @@ def _classify_unknown(place: _Place, owner: nn.Module, attribute: str) -> Found:
         return place.found("experts", expert_layout(owner, attribute, shape))
     if len(shape) == 2 and "bias" in attribute and holds_experts(owner, shape[0]):
         return place.found("vector", VectorStackLayout())
-    if len(shape) == 2:
-        known = "router" in kind or "gate" in kind  # transformers' routers: logits = linear(x, weight)
-        return place.found(
-            "hidden", MatrixLayout(), note="" if known else "assumed a matrix stored (out, in)"
-        )
-    if len(shape) == 3 and shape[0] == 1:
-        return place.found("embedding", TransposedStackLayout(), note="assumed a table of learned positions")
-    if len(shape) == 3:
+    if len(shape) == 2 and ("router" in kind or "gate" in kind):  # transformers' routers: linear(x, weight)
+        return place.found("hidden", MatrixLayout())
+    return _assume(place, attribute)
+
+
+def _assume(place: _Place, attribute: str) -> Found:
+    """A parameter that nothing but its name and shape tells of. Always with a note."""
+    dimensions = place.parameter.ndim
+    if "pos" in attribute or (dimensions == 3 and place.parameter.shape[0] == 1):
+        tables = {2: TransposedLayout(), 3: TransposedStackLayout()}
+        note = "assumed a table of learned positions"
+        return place.found("embedding", tables.get(dimensions, VectorLayout()), note=note)
+    if attribute.endswith("bias"):
+        return place.found("vector", VectorLayout(), note="assumed a bias")
+    if dimensions == 2:
+        return place.found("hidden", MatrixLayout(), note="assumed a matrix stored (out, in)")
+    if dimensions == 3:
         return place.found("experts", StackLayout(), note="assumed a stack of matrices stored (k, out, in)")
     return place.found("hidden", ConvLayout(), note="assumed a matrix stored (out, rest)")
 
