@@ -164,7 +164,7 @@ def test_user_hooks_and_state_survive_errors():
     model[6].weight.register_hook(calls.append)
     modes = [m.training for m in model.modules()]
     recorder = FunctionSpaceRecorder(model, optimizer, every=1, probes=2)
-    x, y, other = data(0, torch.float32)
+    x, y, _other = data(0, torch.float32)
     outputs = model(x)
     nn.functional.cross_entropy(outputs, y).backward(retain_graph=True)
     assert len(calls) == 1
@@ -181,7 +181,7 @@ def test_user_hooks_and_state_survive_errors():
     outputs = model(x)
     nn.functional.cross_entropy(outputs, y).backward()
     assert len(calls) == 2
-    with pytest.raises(LayerwiseError, match="retain_graph=recorder.due"), recorder.step(outputs=outputs):
+    with pytest.raises(LayerwiseError, match=r"retain_graph=recorder\.due"), recorder.step(outputs=outputs):
         optimizer.step()
 
 
