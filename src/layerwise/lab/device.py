@@ -27,6 +27,10 @@ def make_accelerator(training: TrainingConfig) -> Accelerator:
         )
     except (ValueError, RuntimeError) as error:
         raise LayerwiseError(f"training.precision={training.precision}: {error}") from None
+    if training.precision == "fp16" and accelerator.device.type != "cuda":
+        raise LayerwiseError(
+            f"training.precision=fp16 needs a GPU, this device is {accelerator.device.type}: use bf16 or no"
+        )
     if accelerator.num_processes > 1:
         raise LayerwiseError(
             f"{accelerator.num_processes} processes: this version trains in one process; start it without a launcher"

@@ -66,8 +66,13 @@ class TransformersFamily:
                 f"model.{self.positions}={positions} is shorter than data.seq_len={examples.seq_len}:"
                 " raise the one or lower the other"
             )
+        from huggingface_hub.errors import StrictDataclassError  # how transformers refuses a setting's type
+
         ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
-        made = self.config_class()(vocab_size=examples.vocab_size, **settings, **ends)
+        try:
+            made = self.config_class()(vocab_size=examples.vocab_size, **settings, **ends)
+        except StrictDataclassError as error:
+            raise TypeError(str(error)) from None
         made._attn_implementation = attention
         model = self.model_class()(made)
         assert isinstance(model, nn.Module)

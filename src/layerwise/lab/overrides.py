@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -121,11 +121,13 @@ def _section_at(schema: type[BaseModel], location: Sequence[int | str]) -> type[
     """The section class in which a validation error lies."""
     for part in location:
         field = schema.model_fields.get(str(part))
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        kinds = (
+            [] if field is None else [field.annotation, *get_args(field.annotation)]
+        )  # `Section | None` too
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not sections:
             break
-        schema = field.annotation
+        schema = sections[0]
     return schema
 
 

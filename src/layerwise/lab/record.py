@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.geometry import describe
+
 _PACKAGES = ("layerwise", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
@@ -41,11 +43,6 @@ def _processor() -> str:
 
 def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
     """The rows of `describe(model)` in plain values."""
-    import layerwise.geometry
-
-    if not hasattr(layerwise.geometry, "describe"):
-        return []
-    describe = layerwise.geometry.describe
     return [
         {
             "name": row.name,

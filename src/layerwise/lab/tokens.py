@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
 
-    def encode(self, documents: list[str]) -> list[list[int]]: ...
+    def encode(self, documents: list[str]) -> list[Ids]: ...
 
 
 class ByteTokenizer:
@@ -47,8 +47,9 @@ class ByteTokenizer:
 
     vocab_size = 257
 
-    def encode(self, documents: list[str]) -> list[list[int]]:
-        return [[*document.encode("utf-8", errors="replace"), 256] for document in documents]
+    def encode(self, documents: list[str]) -> list[Ids]:
+        texts = (document.encode("utf-8", errors="replace") for document in documents)
+        return [np.append(np.frombuffer(text, np.uint8), np.uint16(256)) for text in texts]
 
 
 class BPETokenizer:
@@ -76,11 +77,9 @@ class BPETokenizer:
         backend.train_from_iterator(documents, trainer)
         return cls(backend)
 
-    def encode(self, documents: list[str]) -> list[list[int]]:
-        return [
-            [*encoding.ids, 0]
-            for encoding in self.tokenizer.encode_batch(documents, add_special_tokens=False)
-        ]
+    def encode(self, documents: list[str]) -> list[Ids]:
+        encodings = self.tokenizer.encode_batch(documents, add_special_tokens=False)
+        return [np.array([*encoding.ids, 0], np.uint32) for encoding in encodings]
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _tokenise(config: DataConfig, corpus: Corpus, vocab_size: int, folder: Path)
             for (text, held_out), ids in zip(
                 chunk, tokenizer.encode([text for text, _ in chunk]), strict=True
             ):
-                files[held_out].write(np.asarray(ids, dtype=dtype).tobytes())
+                files[held_out].write(ids.astype(dtype).tobytes())
                 counts[held_out] += len(ids)
                 text_bytes[held_out] += len(text.encode("utf-8", errors="replace"))
     return {

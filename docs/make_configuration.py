@@ -1,0 +1,117 @@
+"""Writes docs/configuration.md from the config classes: `python docs/make_configuration.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from layerwise.lab.config import Config
+from layerwise.lab.models import FAMILIES, PRESETS
+from layerwise.lab.optimizers import OPTIMIZERS, RULES
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+INTRODUCTION = """# Configuration
+
+This page is made from the code: `python docs/make_configuration.py`.
+
+    layerwise train [CONFIG] [KEY=VALUE]... [--resume | --overwrite]
+
+`CONFIG` is a YAML file with the sections below, or the folder of an earlier run, whose config is then taken.
+Without it every key has its default: a small GPT-2 trained on the source of the Python standard library.
+Overrides are dotted keys with YAML values, applied in order after the file:
+
+    layerwise train my.yaml optimizer.lr=1e-3 model.n_layer=2 training.precision=bf16
+
+A section written as one word sets its first key: `optimizer=lanton` is `optimizer.name=lanton`, `model=llama-tiny`
+is `model.preset=llama-tiny`, `data=files` is `data.source=files`, `schedule=wsd` is `schedule.name=wsd`. Unknown keys
+are errors that name the nearest valid one.
+
+`--resume` goes on from the newest good checkpoint and ends with the numbers of a run that was never interrupted, bit
+for bit (on the same machine, with the same thread count and package versions). Only the `run` section, `training.keep`,
+`training.checkpoint_every` and `data.paths` may differ from the interrupted run's. A damaged checkpoint is reported
+and passed over for the one before it.
+
+Tokenised text is cached in `~/.cache/layerwise`, or where the environment variable `LAYERWISE_CACHE` says.
+"""
+
+AFTER = {
+    "model": "Presets:\n\n| preset | family | settings |\n|---|---|---|\n"
+    + "\n".join(
+        f"| `{name}` | {family} | {', '.join(f'`{k}={v}`' for k, v in settings.items())} |"
+        for name, (family, settings) in PRESETS.items()
+    )
+    + "\n\nThe vocabulary is the tokenizer's, and the longest sequence `data.seq_len`, unless set. Further keys, as"
+    " transformers names them:\n\n"
+    + "\n".join(
+        f"- `{name}`: {', '.join(f'`{key}`' for key in sorted(family.setting_names()))}"
+        for name, family in FAMILIES.items()
+    ),
+    "data": "The built-in text is every `.py` file of the standard library in sorted order, without tests, `encodings`,"
+    " `idlelib`, `tkinter`, `lib2to3`, `turtledemo` and generated files; its hash goes into the record of the run. Every"
+    " n-th document is held out, n = 1 / `validation_fraction`; where there are fewer than 2 n documents, the end of the"
+    " text is. A BPE is trained on the training part only.\n\nBatches are a function of `training.seed` and the step"
+    " alone: runs that differ in the optimizer see the same sequences. Each pass over the text cuts it into sequences at"
+    " a new random phase and shuffles them.",
+    "optimizer": "| name | class | default `lr` | default `weight_decay` | layer rates | further keys |\n|---|---|---|---|---|---|\n"
+    + "\n".join(
+        f"| `{name}` | `{preset.build.__module__.removesuffix('.adamw').split('.')[0]}.{preset.build.__name__}`"
+        f" | {preset.lr:g} | {preset.weight_decay:g}"
+        f" | {preset.rule or ('none, unless `noise` is given' if preset.takes_noise else 'none')}"
+        f" | {', '.join(f'`{key}`' for key in sorted(preset.keywords()))} |"
+        for name, preset in OPTIMIZERS.items()
+    )
+    + "\n\nThe rules of `optimizer.noise`, whose keys are their arguments:\n\n"
+    + "\n".join(
+        f"- `{name}`: `{rule.__name__}`, keys {', '.join(f'`{key}`' for key in rule.__dataclass_fields__)}"
+        for name, rule in RULES.items()
+    )
+    + "\n\n`multipliers` of `static` is a mapping from unit names, or the folder of a run whose mean multipliers are"
+    " taken. `reference: independent` of `noise_adaptive` needs an even `training.accumulation`.",
+}
+
+
+def _type(field: FieldInfo) -> str:
+    text = str(field.annotation if not isinstance(field.annotation, type) else field.annotation.__name__)
+    text = (
+        text.replace("typing.", "").removeprefix("Literal[").removesuffix("]") if "Literal" in text else text
+    )
+    return text.replace("|", "or").replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+
+
+def _limits(field: FieldInfo) -> str:
+    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return ", ".join(
+        f"{signs[name]} {value}"
+        for limit in field.metadata
+        for name in signs
+        if (value := getattr(limit, name, None)) is not None
+    )
+
+
+def _row(section: str, key: str, field: FieldInfo) -> str:
+    limits = _limits(field)
+    kind = _type(field) + (f", {limits}" if limits else "")
+    return f"| `{section}.{key}` | {kind} | `{json.dumps(field.default)}` | {field.description} |"
+
+
+def page() -> str:
+    """The text of the page."""
+    parts = [INTRODUCTION]
+    for name, outer in Config.model_fields.items():
+        section = outer.annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        rows = "\n".join(_row(name, key, field) for key, field in section.model_fields.items())
+        after = f"\n{AFTER[name]}\n" if name in AFTER else ""
+        parts.append(
+            f"## {name}\n\n{section.__doc__}\n\n| key | type | default | meaning |\n|---|---|---|---|\n{rows}\n{after}"
+        )
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import tiny_tree
+
+import layerwise
+from layerwise.errors import LayerwiseError
+from layerwise.lab.cli import main, split_words
+from layerwise.lab.models import PRESETS
+from layerwise.lab.optimizers import OPTIMIZERS
+
+
+def call(*words: str) -> int:
+    """The exit code of the command line."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(words))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tiny_tree(tmp_path)))
+    return file
+
+
+def test_train_resume_and_train_again_from_the_runs_folder(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", str(config), "training.steps=4", "optimizer=lanton") == 0
+    out = capsys.readouterr().out
+    assert "4 steps, 256 tokens" in out
+    assert "validation loss" in out
+    folder = tmp_path / "runs" / "gpt2-tiny-lanton"
+    assert call("train", str(config), "training.steps=4", "optimizer=lanton") == 2
+    assert "--resume continues it" in capsys.readouterr().err
+    assert call("train", str(folder), "--resume") == 0
+    assert call("train", str(folder), "run.name=again") == 0
+    metrics = [
+        [
+            line.split('"seconds"')[0]
+            for line in (folder.parent / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in (folder.name, "again")
+    ]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optimzer=lanton"], "unknown key `optimzer`: did you mean `optimizer`?"),
+        (["training.batch_size=4000"], "one batch of training.batch_size=4000"),
+        (["other.yaml"], "one config at most"),
+        (["optimizer.lr=1e30", "training.clip_norm=null"], "diverged"),
+        (["run.dir=/dev/null/x"], "cannot make"),
+    ],
+)
+def test_faults_are_one_line_and_exit_code_2(
+    config: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", str(config), *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert error[-1].startswith("layerwise: ")
+    assert not any("Traceback" in line for line in error)
+
+
+def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--resme") == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_help_names_every_model_and_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in (*PRESETS, *OPTIMIZERS):
+        assert name in text
+
+
+def test_words() -> None:
+    assert split_words(["a.yaml", "x=1"]) == ("a.yaml", ["x=1"])
+    assert split_words([]) == (None, [])
+    with pytest.raises(LayerwiseError):
+        split_words(["a", "b"])
+
+
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "layerwise", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == (
+        f"layerwise {layerwise.__version__}\n"
+    )

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import tiny_config
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.checkpoint import list_checkpoints, load_checkpoint
+from layerwise.lab.config import Config, ScheduleConfig
+from layerwise.lab.data import Batch, TextData
+from layerwise.lab.models import Examples, build_model, loss
+from layerwise.lab.observers import Observer
+from layerwise.lab.optimizers import OPTIMIZERS, build_optimizer
+from layerwise.lab.progress import QuietProgress, make_progress
+from layerwise.lab.runs import Run, RunWriter, find_runs, read_run
+from layerwise.lab.schedules import schedule_factor
+from layerwise.lab.train import train
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = load_checkpoint(list_checkpoints(run.path / "checkpoints")[0])["model"]
+    return state
+
+
+def literal_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Training as anybody would write it, with torch alone."""
+    data = TextData(config)
+    model = build_model(config.model, Examples(data.vocab_size, config.data.seq_len), config.training.seed)
+    optimizer = build_optimizer(model, config.optimizer)
+    base = [group["lr"] for group in optimizer.param_groups]
+    factor, losses = schedule_factor(config.schedule, config.steps), []
+    for step in range(config.steps):
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * factor(step)
+        batch = data.batch(step)
+        value = loss(model, batch.inputs, batch.targets)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    return losses, model.state_dict()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_is_the_literal_loop(tmp_path: Path, name: str) -> None:
+    config = tiny_config(tmp_path, optimizer__name=name, training__log_every=1, training__clip_norm=0.5)
+    run = train(config, progress="quiet")
+    losses, final = literal_loop(config)
+    assert run.status == "finished"
+    assert run.series("loss")[1] == losses
+    assert all(torch.equal(value, final[key]) for key, value in weights(run).items())
+
+
+def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tmp_path: Path) -> None:
+    whole = train(tiny_config(tmp_path, run__name="whole", optimizer__eps=1e-3), progress="quiet")
+    parts = train(
+        tiny_config(tmp_path, run__name="parts", optimizer__eps=1e-3, training__accumulation=4),
+        progress="quiet",
+    )
+    # Sums in another order: float32 rounding, over 12 steps of AdamW with an eps that does not amplify it.
+    for key, value in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[key], value, rtol=1e-4, atol=2e-6)
+    assert parts.result["tokens"] == whole.result["tokens"] == 12 * 4 * 16
+
+
+def test_the_record_is_complete(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, optimizer__name="lanton", run__tensorboard=True)
+    run = train(config, progress="quiet")
+    assert run.path == tmp_path / "runs" / "gpt2-tiny-lanton"
+    info = run.info
+    assert info["config"]["optimizer"]["lr"] is not None
+    assert {"python", "torch", "transformers", "layerwise"} <= info["versions"].keys()
+    assert len(info["corpus"]["sha256"]) == 64
+    assert info["parameter_count"] == sum(math.prod(row["shape"]) for row in info["parameters"])
+    assert [row["step"] for row in run.metrics] == [0, 2, 4, 5, 6, 8, 10, 12]
+    assert [row["step"] for row in run.metrics if "val_loss" in row] == [0, 5, 10, 12]
+    assert [row["step"] for row in run.layers] == [3, 6, 9, 12]
+    units = {unit for row in info["parameters"] for unit in row["units"]}
+    assert run.layers[-1]["layers"].keys() == units
+    assert run.layers[-1]["layers"]["transformer.h.0.mlp.c_fc.weight"].keys() == {"noise", "multiplier", "lr"}
+    last = run.metrics[-1]
+    assert last["tokens"] == run.result["tokens"] == 12 * 4 * 16
+    assert last["val_loss"] == run.result["val_loss"]
+    assert run.result["best_val_loss"] == min(run.series("val_loss")[1])
+    assert list((run.path / "tensorboard").iterdir())
+    assert [path.name for path in list_checkpoints(run.path / "checkpoints")] == [
+        "step-00000012",
+        "step-00000008",
+    ]
+    assert "nan" not in (run.path / "layers.jsonl").read_text().lower()
+    assert list(find_runs(tmp_path)) == [run.path]
+
+
+def test_all_contenders_start_from_the_same_weights_and_validation_loss(tmp_path: Path) -> None:
+    starts = {
+        train(tiny_config(tmp_path, optimizer__name=name, training__steps=1), progress="quiet").metrics[0][
+            "val_loss"
+        ]
+        for name in ("adamw", "muon", "lanton")
+    }
+    assert len(starts) == 1
+
+
+def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+    first = train(tiny_config(tmp_path), progress="quiet")
+    with pytest.raises(LayerwiseError, match=r"exists \(finished\): --resume"):
+        train(tiny_config(tmp_path), progress="quiet")
+    shorter = train(tiny_config(tmp_path, training__steps=3), overwrite=True, progress="quiet")
+    assert shorter.metrics[-1]["step"] == 3
+    assert len(shorter.metrics) < len(first.metrics)
+    assert [path.name for path in list_checkpoints(shorter.path / "checkpoints")] == ["step-00000003"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lanton"])
+def test_too_large_a_rate_ends_as_diverged(tmp_path: Path, name: str) -> None:
+    config = tiny_config(tmp_path, optimizer__name=name, optimizer__lr=1e30, training__clip_norm=None)
+    run = train(config, progress="quiet")
+    assert run.status == "diverged"
+    assert "step" in run.result["reason"]
+    assert run.result["steps"] < 12
+    assert json.loads((run.path / "run.json").read_text())["status"] == "diverged"
+    assert train(config, resume=True, progress="quiet").status == "diverged"  # not repeated
+
+
+def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
+    exact = train(tiny_config(tmp_path, run__name="a"), progress="quiet")
+    mixed = train(tiny_config(tmp_path, run__name="b", training__precision="bf16"), progress="quiet")
+    assert mixed.status == "finished"
+    assert mixed.result["loss"] != exact.result["loss"]
+    # bfloat16 keeps 8 bits: a relative 2**-8 in each product, and losses here are near 5.
+    assert mixed.result["loss"] == pytest.approx(exact.result["loss"], rel=2**-6)
+    assert all(value.dtype == torch.float32 for value in weights(mixed).values())
+
+
+def test_fp16_without_a_gpu_is_one_line(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(LayerwiseError, match=r"training\.precision=fp16"):
+        train(tiny_config(tmp_path, training__precision="fp16"), progress="quiet")
+
+
+def test_independent_noise_takes_the_two_halves_of_the_batch(tmp_path: Path) -> None:
+    noise = {"rule": "noise_adaptive", "reference": "independent"}
+    changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__noise": noise}
+    with pytest.raises(LayerwiseError, match=r"training.accumulation=1 must be even"):
+        train(tiny_config(tmp_path, run__name="odd", **changes), progress="quiet")
+    run = train(tiny_config(tmp_path, training__accumulation=2, **changes), progress="quiet")
+    assert run.status == "finished"
+    assert min(rate["noise"] for rate in run.layers[0]["layers"].values()) > 0
+
+
+class Watcher(Observer):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.moved: list[bool] = []
+
+    def begin(self, trainer: Any) -> None:
+        self.weight = next(trainer.model.parameters())
+
+    @contextmanager
+    def around_step(self, step: int, batch: Batch) -> Iterator[None]:
+        assert batch.inputs.shape == (4, 16)
+        assert self.weight.grad is not None
+        before = self.weight.detach().clone()
+        yield
+        self.moved.append(not torch.equal(before, self.weight))
+
+    def after_step(self, step: int) -> None:
+        self.steps.append(step)
+
+
+def test_observers_stand_around_the_step(tmp_path: Path) -> None:
+    watcher = Watcher()
+    watched = train(tiny_config(tmp_path, run__name="a"), progress="quiet", observers=[watcher])
+    plain = train(tiny_config(tmp_path, run__name="b"), progress="quiet")
+    assert watcher.steps == list(range(1, 13))
+    assert all(watcher.moved)
+    assert all(torch.equal(value, weights(plain)[key]) for key, value in weights(watched).items())
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "wsd"])
+def test_schedules(name: Any) -> None:
+    config = ScheduleConfig(name=name, warmup_steps=4, final_fraction=0.1, decay_fraction=0.25)
+    factor = schedule_factor(config, 41)
+    values = [factor(step) for step in range(41)]
+    assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert max(values) == 1.0
+    assert all(a >= b for a, b in pairwise(values[4:]))
+    assert values[-1] == pytest.approx(1.0 if name == "constant" else 0.1)
+    middle = {"constant": 1.0, "cosine": 0.55, "linear": 0.55, "wsd": 1.0}[name]
+    assert values[22] == pytest.approx(middle)  # half way between 4 and 40
+
+
+def test_progress_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    train(tiny_config(tmp_path), progress="plain")
+    lines = capsys.readouterr().err.splitlines()
+    assert "step 12/12" in lines[-1]
+    assert "tokens/s" in lines[-1]
+    assert isinstance(make_progress("quiet"), QuietProgress)
+    with pytest.raises(LayerwiseError, match="progress='loud'"):
+        make_progress("loud")  # type: ignore[arg-type]
+
+
+def test_reading_a_run_that_was_cut_short(tmp_path: Path) -> None:
+    with RunWriter(tmp_path / "run") as writer:
+        writer.update(status="running", name="x")
+        writer.append("metrics", {"step": 1, "loss": math.nan})
+        writer.append("metrics", {"step": 2, "loss": 3.0})
+        with pytest.raises(LayerwiseError, match="another process"):
+            RunWriter(tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step":3,"lo')
+    run = read_run(tmp_path / "run")
+    assert run.metrics == [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}]
+    assert run.series("loss") == ([2.0], [3.0])
+    with pytest.raises(LayerwiseError, match=r"no run\.json there"):
+        read_run(tmp_path)
+    (tmp_path / "run" / "run.json").write_text('{"format": 1,')
+    with pytest.raises(LayerwiseError, match="damaged"):
+        read_run(tmp_path / "run")
