@@ -80,8 +80,7 @@ class Fingerprint:
                 if value != self.entries:
                     warnings.warn(
                         f"the base was measured on {self.entries} output entries, this model on {value}: "
-                        f"the same "
-                        "batch shape compares better",
+                        "the same batch shape compares better",
                         stacklevel=4,
                     )
             elif getattr(self, key) != value:
@@ -122,7 +121,7 @@ class BaseRates:
         if step not in self.records:
             raise LayerwiseError(
                 f"the base has no record of step {step}, only of {sorted(self.records)}: record it at the "
-                f"steps where "
+                "steps where "
                 "it is to be matched, or change at= and every="
             )
         return self.records[step]

@@ -69,7 +69,7 @@ def sources(names: Collection[str], base: Collection[str] | None, depth: DepthMa
         if base_blocks < 1 or blocks % base_blocks:
             raise LayerwiseError(
                 f"depth[{pattern!r}]: the model has {blocks} blocks, the base {base_blocks}: make the "
-                f"model's depth a "
+                "model's depth a "
                 "multiple of the base's"
             )
         times = blocks // base_blocks

@@ -277,7 +277,7 @@ class FLeRM:
                 f"the base had other rates between parameters: {low!r} has lr {self.nominal[low]:g} (base "
                 f"{base[low]:g}), "
                 f"{high!r} {self.nominal[high]:g} (base {base[high]:g}): give the groups the base's rates "
-                f"up to one "
+                "up to one "
                 "factor, or pass lr='base'"
             )
 

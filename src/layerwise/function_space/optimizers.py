@@ -16,13 +16,17 @@ from layerwise.function_space.isolation import trainable
 Group = dict[str, Any]
 Decay = Literal["scaled", "constant"]
 
-#: Group keys that say nothing about what an update is: rates, bookkeeping, and how it is computed.
+#: Group keys that say nothing about what an update is: rates, schedulers' and bookkeeping, how it is computed.
 _NOT_SETTINGS = frozenset(
     (
         "params",
         "param_names",
         "lr",
         "initial_lr",
+        "max_lr",
+        "min_lr",
+        "base_momentum",
+        "max_momentum",
         "foreach",
         "fused",
         "capturable",
@@ -148,7 +152,7 @@ def decay_pulls(optimizer: Optimizer, parameters: Mapping[str, Tensor], decay: D
             if not decoupled(optimizer, group):
                 raise LayerwiseError(
                     f"decay='constant' needs decoupled weight decay, and {type(optimizer).__name__} adds "
-                    f"its own to "
+                    "its own to "
                     "the gradient: use decay='scaled' or AdamW"
                 )
             pulls[name] = learning_rate(group) * float(group["weight_decay"])

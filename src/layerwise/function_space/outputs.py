@@ -97,7 +97,7 @@ def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
     if mask.shape != values.shape[: mask.ndim]:
         raise LayerwiseError(
             f"the mask has shape {tuple(mask.shape)}, the outputs {tuple(values.shape)}: the mask's shape "
-            f"must be the "
+            "must be the "
             "beginning of the outputs' shape"
         )
     full = (
@@ -127,5 +127,5 @@ def _tensor_of(result: Any) -> Tensor:
         return logits
     raise LayerwiseError(
         f"the model returned {type(result).__name__}: pass forward=lambda model, inputs: ... that returns "
-        f"the output tensor"
+        "the output tensor"
     )
