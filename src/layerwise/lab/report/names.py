@@ -33,11 +33,11 @@ OPTIMIZER_TITLES = {
     "static": "Static",
 }
 _LOOKS = {
-    "adamw": Look(GREY, "o"),
+    "adamw": Look(GREY, "^"),
     "d-muon": Look(BLUE, "s"),
     "scion": Look(GREEN, "D"),
     "lanton": Look(VERMILLION, "o"),
-    "muon": Look(SKY, "^"),
+    "muon": Look(SKY, "p"),
     "torch-muon": Look(PURPLE, "v"),
     "namo": Look(AMBER, "P"),
     "signum": Look(BROWN, "X"),

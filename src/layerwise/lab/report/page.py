@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import curves, function_space, heatmaps, rates, tables
-from layerwise.lab.report.load import Contender, RunData, contenders
+from layerwise.lab.report.load import Contender, RunData
 from layerwise.lab.report.style import save_figure, theme_css
 from layerwise.lab.report.transfer import RateCurve, loss_against_rate
 
@@ -43,12 +43,12 @@ class Story:
     grid_rows: Sequence[tuple[str, str, str]] = field(default=())  # (contender, base rate, losses over seeds)
 
 
-def write_report(runs: Sequence[RunData], folder: Path, story: Story | None = None) -> Path:
+def write_report(groups: Sequence[Contender], folder: Path, story: Story | None = None) -> Path:
     """Write `report.html` and `figures/` into `folder` and return the page's path. Raises LayerwiseError."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     story = story or Story()
-    groups = contenders(runs)
+    runs = [run for group in groups for run in group.runs]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         figures = [

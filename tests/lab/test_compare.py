@@ -1,0 +1,236 @@
+"""`layerwise compare`: what is run, what is not run again, what is tuned, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab import compare as module
+from layerwise.lab.cli import main
+from layerwise.lab.compare import CompareConfig, base_rates, compare, entries, identity, rates_file
+from layerwise.lab.optimizers import OPTIMIZERS
+from layerwise.lab.overrides import load_config, nearest
+from layerwise.lab.runs import read_run, write_json
+
+FAST = [
+    "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "data.source=files", "data.tokenizer=byte", "data.seq_len=16",
+    "training.batch_size=2", "training.steps=4", "training.log_every=1", "training.eval_every=2", "training.record_every=1",
+    "training.eval_batches=1", "schedule.warmup_steps=1", "run.tensorboard=false",
+]  # fmt: skip
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of a text that is long enough\n" for i in range(300)))
+    return [*FAST, f"data.paths=[{text}]", f"run.dir={tmp_path / 'runs'}"]
+
+
+def configured(words: list[str], *more: str) -> CompareConfig:
+    return load_config(None, [*words, *more], CompareConfig)
+
+
+class FakeTraining:
+    """Stands for `train`: writes the record of a run whose loss is a parabola in log2 of the rate, and counts."""
+
+    def __init__(self, best: float, diverges_above: float = math.inf) -> None:
+        self.best, self.diverges_above = best, diverges_above
+        self.rates: list[float] = []
+
+    def __call__(self, config: Any, *, resume: bool, progress: Any) -> Any:
+        assert resume
+        config = module.complete(config)
+        path = config.run_path
+        if (path / "run.json").exists():
+            return read_run(path)
+        path.mkdir(parents=True)
+        rate = config.optimizer.lr
+        self.rates.append(rate)
+        diverged = rate > self.diverges_above
+        loss = 3 + math.log2(rate / self.best) ** 2 + 0.01 * config.training.seed
+        status = "diverged" if diverged else "finished"
+        write_json(
+            path / "run.json",
+            {"format": 1, "name": path.name, "status": status, "config": config.model_dump()},
+        )
+        line = {"step": 4, "tokens": 128, "seconds": 1.0, "loss": loss, "val_loss": loss}
+        (path / "metrics.jsonl").write_text("" if diverged else json.dumps(line) + "\n")
+        return read_run(path)
+
+
+# ------------------------------------------------------------------ the real thing, small
+
+
+def test_contenders_share_weights_and_text_and_nothing_runs_twice(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["compare", *words, "--optimizers", "adamw,lanton"]
+    monkeypatch.setattr("sys.argv", ["layerwise", "compare", "--optimizers", "adamw,lanton"])
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    folder = tmp_path / "runs" / "compare"
+    found = {run.config["optimizer"]["name"]: run for run in map(read_run, sorted(folder.glob("*-1")))}
+    assert set(found) == {"adamw", "lanton"}
+    # Before the first step there is nothing but the initial weights and the text in the validation loss.
+    first = [run.metrics[0] for run in found.values()]
+    assert first[0]["step"] == 0
+    assert first[0]["val_loss"] == first[1]["val_loss"]
+    assert len({json.dumps(run.info["corpus"], sort_keys=True) for run in found.values()}) == 1
+    assert [run.config["training"]["seed"] for run in found.values()] == [0, 0]
+    page = (folder / "report.html").read_text()
+    assert "not tuned in this run" in page
+    assert "layerwise compare --optimizers adamw,lanton" in page
+    output = capsys.readouterr().out
+    assert "LANTON" in output
+    assert "report.html" in output
+
+    before = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+    said: list[str] = []
+    compare(configured(words, "compare.optimizers=[adamw, lanton]"), progress="quiet", say=said.append)
+    assert sum("done before" in line for line in said) == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*.jsonl")} == before
+    adamw = next(path for path in folder.glob("adamw-*"))
+    with pytest.raises(SystemExit):
+        main(["report", str(adamw)])
+    assert (adamw / "report.html").is_file()
+
+
+def test_an_interrupted_run_goes_on(words: list[str], tmp_path: Path) -> None:
+    config = configured(words, "compare.optimizers=[lanton]", "training.checkpoint_every=2")
+
+    real = module.train
+
+    def interrupted(config: Any, **keywords: Any) -> Any:
+        class Stopping(module._Titled):
+            def numbers(self, done: int, loss: float, speed: float) -> None:
+                if done == 3:
+                    raise KeyboardInterrupt
+
+        return real(config, **{**keywords, "progress": Stopping(module.make_progress("quiet"), "")})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config, progress="quiet")
+    folder = tmp_path / "runs" / "compare"
+    assert read_run(folder / "lanton-1").status == "running"
+    result = compare(config, progress="quiet")
+    assert [path.name for path in folder.glob("lanton-*")] == ["lanton-1"]
+    run = result.contenders[0].runs[0]
+    assert run.status == "finished"
+    assert [line["step"] for line in run.run.metrics] == [0, 1, 2, 3, 4]
+
+
+# ------------------------------------------------------------------ grids
+
+
+def test_an_automatic_grid_grows_until_the_best_lies_inside(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = base_rates()["gpt2-tiny"]["rates"]["lanton"]
+    fake = FakeTraining(best=start * 8)
+    monkeypatch.setattr(module, "train", fake)
+    config = configured(words, "compare.optimizers=[lanton]", "compare.lr_grid=auto", "compare.seeds=2")
+    result = compare(config, progress="quiet")
+    curve = result.curves[0]
+    assert curve.rates == pytest.approx([start * 2.0**k for k in range(-2, 5)])
+    assert curve.best == pytest.approx(start * 8)
+    assert curve.edge is None
+    assert len(result.contenders[0].runs) == 2
+    assert result.contenders[0].final_losses == pytest.approx([3.0, 3.01])
+    assert yaml.safe_load(rates_file(config, result, "layerwise compare --lr-grid auto")) == {
+        "gpt2-tiny": {"command": "layerwise compare --lr-grid auto", "rates": {"lanton": start * 8}}
+    }
+    ran = len(fake.rates)
+    compare(config, progress="quiet")
+    assert len(fake.rates) == ran  # everything was there
+    compare(configured(words, "compare.optimizers=[lanton]", "compare.seeds=3"), progress="quiet")
+    assert fake.rates[ran:] == [start]  # of three seeds at the default rate, two were there from the grid
+
+
+def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "train", FakeTraining(best=1e-3, diverges_above=0.1))
+    config = configured(
+        words,
+        "compare.optimizers=[lanton, adamw]",
+        "compare.lanton=[4e-3, 2e-3]",
+        "compare.lr_grid.adamw=[0.2, 0.4]",
+    )
+    result = compare(config, progress="quiet")
+    lanton, adamw = result.curves
+    assert lanton.rates == [2e-3, 4e-3]
+    assert lanton.edge == "lowest"
+    assert adamw.best is None
+    notes = " ".join(result.notes)
+    assert "LANTON: the best rate, 0.002, is the lowest of its grid" in notes
+    assert "AdamW: diverged at every rate" in notes
+    assert "lanton" not in rates_file(config, result, "")  # no rate that a longer grid would not confirm
+
+
+def test_identity_is_the_config_apart_from_where_it_is_written(words: list[str]) -> None:
+    config = configured(words).model_dump(exclude={"compare"})
+    moved = json.loads(json.dumps(config))
+    moved["run"]["dir"], moved["training"]["keep"] = "elsewhere", 7
+    assert identity(moved) == identity(config)
+    moved["training"]["seed"] = 1
+    assert identity(moved) != identity(config)
+
+
+def test_contenders_may_be_settings_of_an_optimizer(words: list[str]) -> None:
+    config = configured(
+        words, "compare.optimizers=[adamw]", "compare.contenders.calm={name: lanton, lr: 1e-3}"
+    )
+    found = entries(config)
+    assert [(e.name, e.optimizer.name, e.rates) for e in found][1] == ("calm", "lanton", (1e-3,))
+
+
+def test_every_optimizer_has_a_rate_in_the_one_file() -> None:
+    for preset, entry in base_rates().items():
+        assert set(entry) == {"command", "rates"}, preset
+        assert set(entry["rates"]) <= set(OPTIMIZERS), nearest(preset, OPTIMIZERS)
+        assert all(rate > 0 for rate in entry["rates"].values())
+    assert set(base_rates()["gpt2-tiny"]["rates"]) == set(OPTIMIZERS)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compare.optimizers=[lantom]", "did you mean `lanton`"),
+        ("compare.optimizers=[adamw, adamw]", "each contender once"),
+        ("compare.lr_grid.lantom=[1e-3]", "did you mean `lanton`"),
+        ("compare.lr_grid.lanton=[-1]", "positive rates"),
+        ("compare.contenders.x={name: adam}", "did you mean `adamw`"),
+        ("compare.contenders.adamw={momentun: 1}", "momentun"),
+        ("optimizer.lr=1e-3", "compare.contenders.NAME"),
+        ("compare.seedz=2", "did you mean `seeds`"),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_trained(
+    words: list[str], override: str, message: str
+) -> None:
+    with pytest.raises(LayerwiseError, match=message):
+        entries(configured(words, override))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["report"], ["report", "nowhere"], ["compare", "--optimizers", "lantom"]]
+)
+def test_the_command_line_says_it_in_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,281 @@
+"""The report on run directories made up by formula: order, labels, curves, figures, the page, and what can be wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fabricated_runs import fabricate
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.report import RateCurve, Story, contenders, load_runs, write_report
+from layerwise.lab.report.curves import loss_limits, smooth
+from layerwise.lab.report.heatmaps import relative_noise
+from layerwise.lab.report.load import RunData
+from layerwise.lab.report.names import looks, network_order, unit_name
+from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, themed_svg
+from layerwise.lab.report.tables import duration, parameter_rows, result_rows, settings
+
+SHORT = {"steps": 60, "blocks": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunData]:
+    folder = tmp_path_factory.mktemp("runs")
+    fabricate(folder / "adamw", "adamw", final=3.5, with_layers=False, **SHORT)
+    fabricate(folder / "lanton", "lanton", final=3.2, with_function_space=True, **SHORT)
+    fabricate(folder / "lanton-s1", "lanton", final=3.2, seed=1, **SHORT)
+    return {run.name: run for run in load_runs([folder])}
+
+
+# ------------------------------------------------------------------ names and order
+
+
+@pytest.mark.parametrize(
+    ("unit", "short"),
+    [
+        ("transformer.h.3.mlp.c_fc.weight", "h.3 mlp.c_fc"),
+        ("transformer.h.0.attn.c_attn.weight[q]", "h.0 attn.c_attn q"),
+        ("transformer.h.0.ln_1.bias", "h.0 ln_1 bias"),
+        ("model.layers.12.self_attn.q_proj.weight", "layers.12 self_attn.q_proj"),
+        ("model.layers.0.mlp.experts.down_proj[3]", "layers.0 mlp.experts.down_proj 3"),
+        ("transformer.wte.weight", "wte"),
+        ("lm_head.weight", "lm_head"),
+    ],
+)
+def test_units_have_short_names(unit: str, short: str) -> None:
+    assert unit_name(unit).short == short
+
+
+def test_units_follow_the_models_order_and_blocks_count_as_numbers() -> None:
+    parameters = [
+        "wte.weight",
+        *(f"h.{b}.{part}.weight" for b in range(12) for part in ("attn", "mlp")),
+        "lm_head.weight",
+    ]
+    shuffled = sorted(parameters)  # as text: h.10 before h.2, and lm_head before wte
+    assert [n.unit for n in network_order(shuffled, parameters)] == parameters
+    blocks = [
+        n.block
+        for n in network_order(
+            ["lm_head.weight", "h.10.a.weight", "h.2.a.weight", "ln_f.weight", "wte.weight"]
+        )
+    ]
+    assert blocks == ["", "h.2", "h.10", "", ""]
+
+
+def test_every_contender_has_a_look_of_its_own() -> None:
+    names = ["adamw", "lanton", "lanton", "scion", "DMuon", "unheard-of", "lanton"]
+    chosen = looks(names)
+    assert len({look.color for look in chosen}) == len(names)
+    assert chosen[4] == looks(["d-muon"])[0]
+
+
+# ------------------------------------------------------------------ numbers behind the figures
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=12),
+    st.floats(0.01, 0.08),
+)
+def test_labels_are_apart_in_order_and_inside(wanted: list[float], gap: float) -> None:
+    placed = spread_apart(wanted, gap)
+    order = np.argsort(wanted, kind="stable")
+    assert all(np.diff(np.array(placed)[order]) >= gap - 1e-9)
+    if (len(wanted) - 1) * gap <= 1:
+        assert min(placed) >= -1e-9
+        assert max(placed) <= 1 + 1e-9
+    if len(wanted) == 1:
+        assert placed == pytest.approx(wanted)
+
+
+def test_smoothing_keeps_lines_and_reduces_noise() -> None:
+    line = np.linspace(9.0, 3.0, 200)
+    np.testing.assert_allclose(smooth(line), line, atol=1e-9)  # a local line reproduces lines, ends included
+    noise = np.random.default_rng(0).normal(size=2000)
+    # Gaussian weights of deviation s = 60 points leave 1 / (2 s sqrt(pi)) of the variance: a deviation of 0.07.
+    assert np.std(smooth(noise)[200:-200]) < 0.12
+    holes = line.copy()
+    holes[[3, 50]] = np.nan
+    smoothed = smooth(holes)
+    assert np.isnan(smoothed[[3, 50]]).all()
+    np.testing.assert_allclose(np.delete(smoothed, [3, 50]), np.delete(line, [3, 50]), atol=1e-9)
+
+
+def test_loss_limits_leave_out_the_first_fall(runs: dict[str, RunData]) -> None:
+    low, high = loss_limits(contenders(list(runs.values())))
+    first = runs["adamw"].train_loss.values[0]
+    last = min(run.val_loss.values[-1] for run in runs.values())
+    assert low < last < high < first
+
+
+def test_noise_is_relative_to_the_median_of_its_group(runs: dict[str, RunData]) -> None:
+    run = runs["lanton"]
+    history = run.layers
+    assert history is not None
+    groups = [run.norm_groups[u.split("[")[0]] for u in history.units]
+    relative = relative_noise(history, range(len(history.units)), groups)
+    for group in set(groups):
+        members = [i for i, g in enumerate(groups) if g == group]
+        assert np.nanmedian(relative[members]) == pytest.approx(1)
+    rows = [i for i, g in enumerate(groups) if g == "spectral"]
+    np.testing.assert_allclose(
+        relative[rows] / relative[rows[0]], history.noise[rows] / history.noise[rows[0]]
+    )
+
+
+def test_a_curve_knows_its_best_rate_and_whether_it_is_at_the_end() -> None:
+    look = Look(GREY)
+    inside = RateCurve("a", look, {1e-3: [3.0], 2e-3: [2.0, 2.2], 4e-3: [2.5]})
+    assert (inside.best, inside.mean(2e-3), inside.edge) == (2e-3, pytest.approx(2.1), None)
+    assert RateCurve("a", look, {1e-3: [1.0], 2e-3: [2.0]}).edge == "lowest"
+    assert RateCurve("a", look, {1e-3: [3.0], 2e-3: [2.0]}).edge == "highest"
+    bracketed = RateCurve("a", look, {1e-3: [3.0], 2e-3: [2.0], 4e-3: [1.0, math.inf]})
+    assert (bracketed.best, bracketed.edge) == (2e-3, None)  # one seed diverged: not a rate to choose
+    assert RateCurve("a", look, {1e-3: [math.inf]}).best is None
+    assert RateCurve("a", look, {1e-3: [1.0]}).edge is None  # a single rate is no grid
+
+
+# ------------------------------------------------------------------ reading and grouping
+
+
+def test_seeds_are_one_contender_and_other_settings_are_another(tmp_path: Path) -> None:
+    for name, lr, seed in (("a", 0.01, 0), ("b", 0.01, 1), ("c", 0.02, 0)):
+        fabricate(tmp_path / name, "lanton", lr=lr, seed=seed, with_layers=False, **SHORT)
+    fabricate(tmp_path / "d", "adamw", with_layers=False, **SHORT)
+    groups = contenders(load_runs([tmp_path]))
+    assert {g.label: len(g.runs) for g in groups} == {"LANTON lr 0.01": 2, "LANTON lr 0.02": 1, "AdamW": 1}
+
+
+def test_half_written_lines_are_left_out(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "killed", "lanton", status="running", **SHORT)
+    whole = RunData(load_runs([run])[0].run)
+    for stream in ("metrics", "layers"):
+        file = run / f"{stream}.jsonl"
+        file.write_text(file.read_text()[:-40])
+    cut = load_runs([run])[0]
+    assert len(cut.train_loss) == len(whole.train_loss) - 1
+    assert cut.layers is not None
+    assert whole.layers is not None
+    assert cut.layers.noise.shape[1] == whole.layers.noise.shape[1] - 1
+
+
+def test_results_rank_by_loss_with_the_spread_over_seeds(runs: dict[str, RunData]) -> None:
+    first, second = result_rows(contenders(list(runs.values())))
+    assert (first.label, first.leads, first.seeds) == ("LANTON", True, 2)
+    losses = [runs[name].val_loss.values[-1] for name in ("lanton", "lanton-s1")]
+    assert float(first.final) == pytest.approx(np.mean(losses), abs=1e-4)
+    assert float(first.spread) == pytest.approx(max(losses) - min(losses), abs=1e-4)
+    assert (second.label, second.leads, second.spread) == ("AdamW", False, "")
+
+
+def test_settings_are_shared_or_differ(runs: dict[str, RunData]) -> None:
+    found = settings(contenders([runs["adamw"], runs["lanton"]]))
+    assert dict(found.differing) == {"optimizer.name": ["adamw", "lanton"]}
+    assert ("training.steps", "60") in found.shared
+    row = next(r for r in parameter_rows([runs["lanton"]]) if r["name"].endswith("h.0.attn.c_attn.weight"))
+    assert (row["units"], row["norm_group"]) == ("3 (q, k, v)", "spectral")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.2, "3.2 s"), (48, "48 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# ------------------------------------------------------------------ the page
+
+
+class _Page(HTMLParser):
+    """Collects ids, and whatever a browser would load by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href") and tag != "a":
+                self.loads.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_self_contained_and_its_figures_are_files_too(
+    runs: dict[str, RunData], tmp_path: Path
+) -> None:
+    curve = RateCurve("LANTON", Look(GREY), {1e-3: [3.4, 3.5], 2e-3: [3.2, 3.3], 4e-3: [math.inf, 3.6]})
+    story = Story(
+        title="A <title>", notes=["Rates were not tuned."], command="layerwise compare", grid=[curve]
+    )
+    path = write_report(contenders(list(runs.values())), tmp_path, story)
+    page = path.read_text()
+    parsed = _Page()
+    parsed.feed(page)
+    assert all(target.startswith(("data:", "#")) for target in parsed.loads), "a request would leave the page"
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+    assert len(parsed.ids) == len(set(parsed.ids)), "figures must not share ids"
+    for text in (
+        "A <title>",
+        "Rates were not tuned.",
+        "layerwise compare",
+        "h.1.mlp.c_proj.weight",
+        "Spread over seeds",
+    ):
+        assert text in parsed.text
+    names = {file.stem for file in (tmp_path / "figures").iterdir()}
+    expected = {"loss", "final_loss", "loss_against_rate", "layers_lanton", "vectors_lanton", "rates_lanton"}
+    assert names == expected | {"function_space_lanton", "shares_lanton"}
+    for name in names:
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_figures_follow_the_theme() -> None:
+    light = next(iter(THEME))
+    svg = f'<?xml?><svg width="5pt" height="3pt" viewBox="0 0 5 3"><g id="a" style="fill: {light}"/></svg>'
+    themed = themed_svg(svg, "loss")
+    assert themed == f'<svg viewBox="0 0 5 3"><g id="loss-a" style="fill: var(--c{light[1:]})"/></svg>'
+
+
+def test_a_run_without_evaluations_or_layers_still_has_a_page(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "bare", "adamw", with_layers=False, status="diverged", **SHORT)
+    (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "seconds": 0.1, "loss": null}\n')
+    page = write_report(contenders(load_runs([run])), run).read_text()
+    assert "Diverged: bare." in page
+
+
+def test_different_texts_and_models_are_called_incomparable(tmp_path: Path) -> None:
+    fabricate(tmp_path / "a", "adamw", with_layers=False, **SHORT)
+    fabricate(tmp_path / "b", "lanton", with_layers=False, corpus="b" * 64, **SHORT)
+    fabricate(tmp_path / "c", "scion", with_layers=False, steps=30)
+    page = write_report(contenders(load_runs([tmp_path])), tmp_path / "out").read_text()
+    assert "different texts: their losses cannot be compared" in page
+    assert "differ in length" in page
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LayerwiseError, match="no such directory"):
+        load_runs([tmp_path / "missing"])
+    with pytest.raises(LayerwiseError, match=r"no run\.json there or below"):
+        load_runs([tmp_path])
+    with pytest.raises(LayerwiseError, match="no run was named"):
+        load_runs([])
+    damaged = fabricate(tmp_path / "damaged", "adamw", with_layers=False, **SHORT)
+    (damaged / "run.json").write_text(json.dumps({"format": 1})[:-3])
+    with pytest.raises(LayerwiseError, match=r"run\.json is damaged"):
+        load_runs([damaged])
