@@ -7,7 +7,8 @@ optimizer.layer_rates()
 """
 
 from layerwise.errors import LayerwiseError
-from layerwise.geometry import param_groups
+from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Rates, function_space_rates
+from layerwise.geometry import describe, group_by_shape, param_groups
 from layerwise.optim import (
     DMuon,
     Lanton,
@@ -24,6 +25,8 @@ from layerwise.optim import (
 __version__ = "0.1.0"
 __all__ = [
     "DMuon",
+    "FLeRM",
+    "FunctionSpaceRecorder",
     "Lanton",
     "LayerRate",
     "LayerwiseError",
@@ -31,9 +34,13 @@ __all__ = [
     "Muon",
     "NoiseAdaptive",
     "NormAdaptive",
+    "Rates",
     "Scion",
     "Signum",
     "StaticRates",
     "__version__",
+    "describe",
+    "function_space_rates",
+    "group_by_shape",
     "param_groups",
 ]

@@ -32,7 +32,7 @@ class Assigned:
     @property
     def norm_group(self) -> str:
         """Units of one norm group have their noise compared: the geometry's family unless overridden."""
-        return str(self.options.get("norm_group") or self.geometry.family)
+        return str(self.options.get("norm_group") or self.geometry.norm_group)
 
 
 def default_geometry(role: str, kernel: tuple[int, ...] = ()) -> Geometry:
