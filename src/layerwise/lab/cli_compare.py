@@ -123,7 +123,7 @@ def print_table(comparison: Comparison) -> None:
     table.add_column("optimizer")
     for name in (
         "base rate",
-        "final val. loss",
+        "val. loss",
         *(("spread", "seeds") if several else ()),
         "tokens",
         "time",

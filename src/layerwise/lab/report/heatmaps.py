@@ -37,6 +37,8 @@ def layer_heat_maps(run: RunData, units: Sequence[str]) -> Figure:
     Norm groups measure noise in different norms, so only their relative noise can share a colour scale.
     """
     history = run.layers
+    from matplotlib.colors import LogNorm
+
     assert history is not None
     names = network_order(units, [str(row["name"]) for row in run.parameters])
     rows = [history.units.index(name.unit) for name in names]
@@ -64,7 +66,7 @@ def layer_heat_maps(run: RunData, units: Sequence[str]) -> Figure:
         bar = figure.colorbar(
             image, ax=axes, location="top", pad=0.02, aspect=34, extend=_clipped(image, values)
         )
-        if title == "Gradient noise":
+        if isinstance(image.norm, LogNorm) and image.norm.vmin and image.norm.vmax:
             plain_log_ticks(bar.ax.xaxis, image.norm.vmin, image.norm.vmax)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=2, labelsize=7.5, pad=1)
@@ -116,8 +118,10 @@ def _image(axes: Axes, values: Array, steps: Array, *, is_noise: bool) -> Any:
         reach = max(finite.max(), 1.01)
         norm, colors = TwoSlopeNorm(1.0, min(finite.min(), 0.99), reach), "RdBu_r"
     else:
-        low = float(finite.min()) if finite.size else 0.0
-        norm, colors = Normalize(min(np.floor(low * 10) / 10, 0.9), 1.0), RATE_MAP
+        low = float(finite[finite > 0].min()) if (finite > 0).any() else 0.0
+        linear = low > 0.25 or low == 0  # below, a linear scale would have one colour for all small rates
+        norm = Normalize(min(np.floor(low * 10) / 10, 0.9), 1.0) if linear else LogNorm(low, 1.0)
+        colors = RATE_MAP
     edges = np.concatenate([[steps[0]], (steps[1:] + steps[:-1]) / 2, [steps[-1]]])
     if len(steps) == 1:
         edges = np.array([steps[0] - 0.5, steps[0] + 0.5])

@@ -16,6 +16,7 @@ from layerwise.lab.report.style import save_figure, theme_css
 from layerwise.lab.report.transfer import RateCurve, loss_against_rate
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.figure import Figure
 
 FILE_TYPES = ("png", "pdf", "svg")
@@ -62,6 +63,7 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
             lstrip_blocks=True,
         )
         environment.globals.update(theme=theme_css())
+        environment.filters["code"] = code_spans
         page = environment.get_template("template.html").render(
             story=story,
             notes=[*story.notes, *warnings(runs)],
@@ -90,12 +92,23 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
     return path
 
 
+def code_spans(text: str) -> Markup:
+    """A sentence whose `words in backticks` are set as code."""
+    from markupsafe import Markup, escape
+
+    parts = [
+        f"<code>{escape(part)}</code>" if i % 2 else str(escape(part))
+        for i, part in enumerate(text.split("`"))
+    ]
+    return Markup("".join(parts))
+
+
 def plans(groups: Sequence[Contender], story: Story) -> Iterator[Plan]:
     """The figures that these runs have data for, in the order of the page."""
     if any(len(run.train_loss) or len(run.val_loss) for group in groups for run in group.runs):
         yield Plan(
             "loss", "Loss", "Training loss (line, smoothed; the raw values behind it) and validation loss (markers), "
-            "against training tokens and against training time. The first, steep part is cut off."
+            "against training tokens and against training time. Losses of the first fifth may lie above the axis."
             + (" Lighter lines are further seeds." if any(len(g.runs) > 1 for g in groups) else ""),
             lambda: curves.loss_curves(groups),
         )  # fmt: skip

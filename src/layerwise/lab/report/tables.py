@@ -52,7 +52,7 @@ def _result_row(contender: Contender, *, leads: bool) -> ResultRow:
     return ResultRow(
         label=contender.label,
         color=contender.look.color,
-        lr=show(_mean([run.base_lr for run in runs]), "g"),
+        lr=show(_mean([run.base_lr for run in runs]), ".3g"),
         seeds=len(runs),
         final=show(_mean(finite), ".4f"),
         spread=f"{max(finite) - min(finite):.4f}" if len(finite) > 1 else "",
