@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import layerwise as lw
-from layerwise.optim.matrix_work import LocalWork
+from layerwise.geometry import Spectral
+from layerwise.geometry.layout import MatrixLayout
+from layerwise.optim.distributed import DistributedWork
+from layerwise.optim.matrix_work import LocalWork, local_part
+
+LAYOUT = {"role": "hidden", "layout": MatrixLayout(), "geometry": Spectral()}
 
 BATCH = 64  # at least every d_in, so that gradients have full rank
 VOCABULARY = 19  # four processes hold 5, 5, 5 and 4 rows
@@ -64,7 +76,7 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shard(model: nn.Module, mesh: Any) -> nn.Module:
-    for block in model.blocks:
+    for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -92,7 +104,7 @@ RULES = {
     "namo": lw.NormAdaptive(),
 }
 RATES = {"Muon": 0.02, "DMuon": 0.005, "Scion": 2**-11, "Signum": 0.002, "Lanton": 0.01}
-SPLITS = {"blocks.*.qkv.*": 3}
+SPLITS: dict[str, int] = {"blocks.*.qkv.*": 3}
 
 
 def make_optimizer(model: nn.Module, preset: str, rule: str) -> lw.LayerwiseOptimizer:
@@ -135,11 +147,201 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}
 
 
-def trained(how: str, preset: str, rule: str, steps: int = 20) -> dict[str, Any]:
-    """Weights, noise and rates after some steps."""
+def make(how: str, preset: str = "Lanton", rule: str = "previous") -> tuple[nn.Module, lw.LayerwiseOptimizer]:
     model = distribute(make_model(), how)
-    optimizer = make_optimizer(model, preset, rule)
-    if how == "single":
-        optimizer.work = LocalWork()
-    train(model, optimizer, range(steps))
+    return model, make_optimizer(model, preset, rule)
+
+
+def results(model: nn.Module, optimizer: lw.LayerwiseOptimizer) -> dict[str, Any]:
     return {"weights": weights(model), "rates": dict(optimizer.layer_rates())}
+
+
+def trained(how: str, preset: str, rule: str, steps: int, bucket_bytes: int = 4000) -> dict[str, Any]:
+    """Weights, noise and rates after some steps; the small buckets make many rounds."""
+    model, optimizer = make(how, preset, rule)
+    if how != "single":
+        optimizer.work = DistributedWork(bucket_bytes=bucket_bytes)
+    train(model, optimizer, range(steps))
+    return results(model, optimizer)
+
+
+def saved(how: str, folder: str, steps: range, load: bool) -> dict[str, Any]:
+    """Train for some steps, from the checkpoint in ``folder`` if ``load``, and save there; what the model is then."""
+    model, optimizer = make(how)
+    if load:
+        module_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": module_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    keys = {name: sorted(optimizer.state[p]) for name, p in model.named_parameters()}
+    train(model, optimizer, steps)
+    module_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": module_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    return results(model, optimizer) | {"keys": keys}
+
+
+def saved_whole(how: str, file: str, steps: range) -> None:
+    """Train under ``how`` and save one ordinary file of whole tensors."""
+    model, optimizer = make(how)
+    train(model, optimizer, steps)
+    whole_state = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=whole_state)
+    if dist.get_rank() == 0:
+        torch.save({"model": model_state, "optimizer": optimizer_state}, file)
+    dist.barrier()
+
+
+def loaded_whole(how: str, file: str, steps: range) -> dict[str, Any]:
+    model, optimizer = make(how)
+    state = torch.load(file, weights_only=True)
+    whole_state = StateDictOptions(full_state_dict=True)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=whole_state,
+    )
+    train(model, optimizer, steps)
+    return results(model, optimizer)
+
+
+class Tower(nn.Module):
+    """Two layers with the shapes of a transformer's: four processes can share them evenly."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        shapes = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
+        self.layers = nn.ModuleList([nn.Linear(*shape, bias=False) for shape in shapes * 2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def counted(how: str) -> dict[str, Any]:
+    """FLOPs of one optimizer step on this process and the bytes it sent in it, by collective."""
+    model = distribute(Tower(), how)
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    optimizer = lw.Lanton(lw.param_groups(module, overrides={"*": {"role": "hidden"}}))
+    sent: dict[str, int] = {}
+    for _ in range(2):
+        model(torch.ones(8, 16)).sum().backward()
+        sent.clear()
+        with counting_bytes(sent), FlopCounterMode(display=False) as flops:
+            optimizer.step()
+    return {"flops": flops.get_total_flops(), "sent": sent}
+
+
+@contextmanager
+def counting_bytes(sent: dict[str, int]) -> Iterator[None]:
+    """Counts what this process puts into each collective. Of an all-to-all, what leaves the process."""
+    import layerwise.optim.distributed.exchange as exchange
+
+    to_all, gather, reduce = dist.all_to_all_single, exchange._all_gather_flat, dist.all_reduce
+
+    def count(name: str, number: int) -> None:
+        sent[name] = sent.get(name, 0) + number
+
+    def all_to_all_single(received, given, lengths, sizes, group, async_op):
+        others = sum(sizes) - sizes[dist.get_rank(group)]
+        count("all_to_all", others * given.element_size())
+        return to_all(received, given, lengths, sizes, group=group, async_op=async_op)
+
+    def all_gather_flat(received, given, group, async_op):
+        count("all_gather", given.numel() * given.element_size() * (dist.get_world_size(group) - 1))
+        return gather(received, given, group=group, async_op=async_op)
+
+    def all_reduce(tensor, *args, **kwargs):
+        count("all_reduce", tensor.numel() * tensor.element_size())
+        return reduce(tensor, *args, **kwargs)
+
+    dist.all_to_all_single, exchange._all_gather_flat, dist.all_reduce = (
+        all_to_all_single,
+        all_gather_flat,
+        all_reduce,
+    )
+    try:
+        yield
+    finally:
+        dist.all_to_all_single, exchange._all_gather_flat, dist.all_reduce = to_all, gather, reduce
+
+
+def poisoned(how: str, policy: str) -> str | dict[str, Any]:
+    """A step in which one entry of one gradient is not finite, on the last process alone."""
+    model, optimizer = make(how)
+    optimizer.guard.policy = policy
+    train(model, optimizer, range(2))
+    backward(model, optimizer, 2)
+    before = results(model, optimizer)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        local_part(next(p for name, p in model.named_parameters() if "square" in name).grad)[-1, 0] = math.nan
+    try:
+        optimizer.step()
+    except lw.LayerwiseError as error:
+        return str(error)
+    after = results(model, optimizer)
+    same = all(torch.equal(after["weights"][k], before["weights"][k]) for k in before["weights"])
+    return {"untouched": same, "skipped": optimizer.skipped_steps}
+
+
+def partly_missing() -> dict[str, Tensor]:
+    """Plain replicas, averaged by hand, where one process has no gradient of one matrix and others have none of another."""
+    model = make_model()
+    optimizer = make_optimizer(model, "Lanton", "previous")
+    rank = dist.get_rank() if dist.is_initialized() else None
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(*batch(step)[:2]), batch(step)[2])
+        loss.backward()
+        model.square.weight.grad = None  # nobody has it: left alone
+        if rank is None:
+            model.wide.weight.grad.zero_()  # what an absent gradient stands for
+        elif rank == 0:
+            model.wide.weight.grad = None
+        else:
+            model.wide.weight.grad.zero_()
+        optimizer.step()
+    return weights(model)
+
+
+def different_models() -> str:
+    model = Model(12 if dist.get_rank() else 16).double()
+    optimizer = make_optimizer(model, "Lanton", "none")
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    try:
+        optimizer.step()
+    except lw.LayerwiseError as error:
+        return str(error)
+    return ""
+
+
+def two_dimensional_shards() -> str:
+    mesh = init_device_mesh("cpu", (2, 2))
+    param = nn.Parameter(distribute_tensor(torch.eye(8), mesh, [Shard(0), Shard(1)]))
+    optimizer = lw.Muon([{"params": [("weight", param)], **LAYOUT}])
+    param.grad = torch.ones_like(param)
+    try:
+        optimizer.step()
+    except lw.LayerwiseError as error:
+        return str(error)
+    return ""
+
+
+def tensor_parallel() -> bool:
+    """One dimension of tensor parallelism, by columns: as good as any other sharding."""
+    torch.manual_seed(0)
+    start, grad = torch.randn(10, 8), torch.randn(10, 8)
+    alone = nn.Parameter(start.clone())
+    cut = nn.Parameter(
+        distribute_tensor(start, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(1)])
+    )
+    for param in (alone, cut):
+        optimizer = lw.Muon([{"params": [("weight", param)], **LAYOUT}])
+        param.grad = grad.clone() if param is alone else distribute_tensor(grad, cut.device_mesh, [Shard(1)])
+        if param is alone:
+            optimizer.work = LocalWork()
+        optimizer.step()
+    return torch.allclose(whole(cut), alone.detach(), atol=1e-6)

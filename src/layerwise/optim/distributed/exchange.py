@@ -14,6 +14,9 @@ from layerwise.optim.distributed.domain import Shape
 #: What every process holds after an exchange, by the process it came from; calling it waits for that.
 Pending = Callable[[], list[list[Tensor]]]
 
+# its name until torch 2.12, and since
+_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def all_to_all(
     group: dist.ProcessGroup,
@@ -51,7 +54,7 @@ def all_gather(
     longest = max(map(_length, shapes))
     sent = _pack(mine, like, longest)
     received = like.new_empty(longest * len(shapes))
-    work = dist.all_gather_into_tensor(received, sent, group=group, async_op=True)
+    work = _all_gather_flat(received, sent, group=group, async_op=True)
 
     def wait() -> list[list[Tensor]]:
         _wait(work, sent)

@@ -1,0 +1,26 @@
+"""Checkpoints cross world sizes and ways of sharding, and the run goes on as if nothing had happened."""
+
+import pytest
+from distributed_runs import loaded_whole, saved, saved_whole, trained
+from test_parity import same
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster):
+    return cluster.run(1, trained, "single", "Lanton", "previous", 4)[0]
+
+
+def test_sharded_checkpoints_move_between_world_sizes(cluster, uninterrupted, tmp_path):
+    (first, *others) = cluster.run(4, saved, "fsdp", str(tmp_path), range(1), False)
+    assert all(other["keys"] == first["keys"] for other in others)
+    assert "previous_gradient" in first["keys"]["square.weight"]  # before any step
+    cluster.run(2, saved, "fsdp", str(tmp_path), range(1, 2), True)
+    cluster.run(1, saved, "single", str(tmp_path), range(2, 3), True)
+    same(uninterrupted, cluster.run(4, saved, "hsdp", str(tmp_path), range(3, 4), True))
+
+
+@pytest.mark.parametrize(("there", "back"), [(("fsdp", 4), ("single", 1)), (("ddp", 2), ("fsdp", 2))])
+def test_one_file_of_whole_tensors_loads_anywhere(cluster, uninterrupted, tmp_path, there, back):
+    file = str(tmp_path / "state.pt")
+    cluster.run(there[1], saved_whole, there[0], file, range(2))
+    same(uninterrupted, cluster.run(back[1], loaded_whole, back[0], file, range(2, 4)))
