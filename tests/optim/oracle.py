@@ -1,6 +1,7 @@
 """A slow, literal twin of the algorithm: one matrix at a time, float64, SVD. Written from the papers, not from the code.
 
-It shares nothing with the package but the names of the parameters.
+It shares nothing with the package but the names of the matrices. Weights and gradients are NumPy arrays of
+[d_out, d_in] (vectors: [d]); a fused projection is as many entries as it has parts.
 """
 
 from __future__ import annotations
@@ -20,8 +21,19 @@ def nuclear(m: np.ndarray) -> float:
     return float(np.linalg.svd(m, compute_uv=False).sum())
 
 
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounded to bfloat16, to nearest and ties to even, by the bits of a float32."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
 class Lanton:
-    """LANTON on a dict of arrays; `kinds`: "hidden" (matrix), "embedding" (sign), "head" (sign / d_in) or "vector"."""
+    """LANTON on a dict of arrays.
+
+    `kinds`: "hidden" (matrix), "embedding" (sign), "head" (sign / d_in) or "vector"; the matrices of one kind have
+    their noise compared with one another.
+    """
 
     def __init__(
         self,
@@ -45,9 +57,8 @@ class Lanton:
         self.alpha, self.beta, self.anchor, self.reference = alpha, beta, anchor, reference
         self.normalised, self.scaling, self.floor, self.nesterov = normalised, scaling, floor, nesterov
         self.m = {k: np.zeros_like(v) for k, v in self.w.items()}
-        self.previous: dict[str, np.ndarray] = {}
-        self.h: dict[str, float] = {}
         self.history: dict[str, list[np.ndarray]] = {k: [] for k in self.w}
+        self.h: dict[str, float] = {}
         self.multiplier = dict.fromkeys(self.w, 1.0)
 
     def dual(self, name, d):
@@ -78,47 +89,49 @@ class Lanton:
             return np.sign(u) * (1.0 / u.shape[1] if self.scaling == "unit" else 0.2)
         return u / math.sqrt((u**2).mean()) * (1.0 if self.scaling == "unit" else 0.2)
 
-    def reference_gradient(self, name, g, independent):
+    def difference(self, name, g, halves):
+        """G - G', brought to the variance 2 sigma^2 that two gradients of noise sigma^2 each would have."""
+        if self.reference == "independent":
+            first, second = halves[name]  # means over half batches: noise 2 sigma^2 each
+            return math.sqrt(1 / 2) * (first - second)
+        past = self.history[name]
+        if not past:
+            return None
         if self.reference == "previous":
-            return self.previous.get(name)
-        if self.reference == "momentum":
-            past = self.history[name]
-            if not past:
-                return None
-            weights = np.array([(1 - self.momentum) * self.momentum**i for i in range(len(past))][::-1])
-            weights /= weights.sum()
-            return sum(w * p for w, p in zip(weights, past, strict=True)), math.sqrt(
-                2 / (1 + (weights**2).sum())
-            )
-        return independent[name]
+            return g - past[-1]
+        if self.reference == "previous_bf16":
+            return g - to_bfloat16(past[-1])
+        # "momentum": the exponential average of all gradients before this one, its weights summing to one
+        weights = np.array([self.momentum**age for age in range(len(past))][::-1])
+        weights /= weights.sum()
+        average = sum(weight * gradient for weight, gradient in zip(weights, past, strict=True))
+        return math.sqrt(2 / (1 + (weights**2).sum())) * (g - average)
 
-    def step(self, grads, independent=None):
+    def step(self, grads, halves=None):
+        """One step; a matrix that `grads` does not name has no gradient."""
         for name, g in grads.items():
-            reference, scale = self.reference_gradient(name, g, independent), 1.0
-            if isinstance(reference, tuple):
-                reference, scale = reference
-            if reference is not None:
-                square = self.dual(name, scale * (g - reference)) ** 2
-                self.h[name] = (
-                    square if name not in self.h else self.beta * self.h[name] + (1 - self.beta) * square
-                )
-            self.previous[name] = g.copy()
+            d = self.difference(name, g, halves)
+            if d is not None:
+                square = self.dual(name, d) ** 2
+                first = name not in self.h
+                self.h[name] = square if first else self.beta * self.h[name] + (1 - self.beta) * square
             self.history[name].append(g.copy())
             self.m[name] = self.momentum * self.m[name] + (1 - self.momentum) * g
         for kind in set(self.kinds.values()):
-            groups = {"head": "sign", "embedding": "sign"}
-            mates = [n for n in self.h if groups.get(self.kinds[n], self.kinds[n]) == groups.get(kind, kind)]
-            if not mates:
-                continue
-            if self.alpha > 0:
-                a = {n: self.alpha / math.sqrt(self.alpha**2 + self.h[n]) for n in mates}
-            else:
-                mean = sum(self.h[n] for n in mates) / len(mates)
-                a = {n: 1 / math.sqrt(max(self.h[n], self.floor * mean)) if mean > 0 else 1.0 for n in mates}
-            top = max(a.values()) if self.anchor == "max" else sum(a.values()) / len(a)
-            for n in mates:
-                self.multiplier[n] = math.sqrt(a[n] / top)
+            mates = [name for name in self.h if self.kinds[name] == kind]
+            if mates:
+                self.compare(mates)
         for name, g in grads.items():
             u = self.momentum * self.m[name] + (1 - self.momentum) * g if self.nesterov else self.m[name]
             step = self.lr * self.multiplier[name] * self.direction(name, u)
             self.w[name] = self.w[name] * (1 - self.lr * self.wd) - step
+
+    def compare(self, mates):
+        if self.alpha > 0:
+            a = {n: self.alpha / math.sqrt(self.alpha**2 + self.h[n]) for n in mates}
+        else:
+            mean = sum(self.h[n] for n in mates) / len(mates)
+            a = {n: 1 / math.sqrt(max(self.h[n], self.floor * mean)) if mean > 0 else 1.0 for n in mates}
+        reference = max(a.values()) if self.anchor == "max" else sum(a.values()) / len(a)
+        for n in mates:
+            self.multiplier[n] = math.sqrt(a[n] / reference)

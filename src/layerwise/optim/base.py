@@ -211,11 +211,12 @@ class LayerwiseOptimizer(Optimizer):
         checkpoint.check(self, state_dict)
         live = [{key: group[key] for key in checkpoint.KEPT} for group in self.param_groups]
         lrs = [group["lr"] for group in self.param_groups]
+        own = {param: dict(state) for param, state in self.state.items()}
         super().load_state_dict(checkpoint.without_extras(state_dict))
         for group, kept, lr in zip(self.param_groups, live, lrs, strict=True):
             group.update(kept)
             if isinstance(lr, Tensor):
                 group["lr"] = lr.fill_(group["lr"])
-        checkpoint.restore_precision(self, state_dict)
+        checkpoint.copy_state(self, own, state_dict)
         self.guard.skipped_steps = checkpoint.skipped_steps(state_dict)
         self.halves.forget()

@@ -6,7 +6,7 @@ optimizer was made with: a checkpoint carries the state, the program carries the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -101,10 +101,18 @@ def _other(difference: str) -> LayerwiseError:
 
 
 @torch.no_grad()
-def restore_precision(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put back state in the dtype it was saved in: torch casts all of it to the parameter's."""
+def copy_state(
+    optimizer: Optimizer, own: Mapping[Tensor, dict[str, Any]], state_dict: dict[str, Any]
+) -> None:
+    """Put the saved numbers into the optimizer's ``own`` tensors, in the dtype they were saved in.
+
+    torch makes the state share memory with what was loaded, where it does not cast it to the parameter's dtype.
+    """
     for _, param, saved in _pairs(optimizer, state_dict):
         state = optimizer.state[param]
         for key, value in saved.items():
-            if isinstance(value, Tensor) and state[key].dtype != value.dtype:
-                state[key] = value.to(param.device).clone()
+            if isinstance(value, Tensor):
+                mine = own[param][key]
+                if mine.dtype != value.dtype or mine.device != param.device:
+                    mine = torch.empty_like(mine, dtype=value.dtype, device=param.device)
+                state[key] = mine.copy_(value)

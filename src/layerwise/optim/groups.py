@@ -81,9 +81,9 @@ def complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Group
 
 def _plain(value: Any) -> Any:
     """A NumPy number as Python's own: a state_dict holding it would not load with ``weights_only``."""
-    return (
-        float(value) if isinstance(value, numbers.Real) and type(value) not in (bool, int, float) else value
-    )
+    if isinstance(value, (bool, int)):
+        return value
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def check_parameters(

@@ -57,7 +57,7 @@ def find_jobs(groups: Sequence[Group], states: Mapping[Tensor, State], work: Mat
     for (name, param, group), there in zip(
         rows, here if anywhere is flags else anywhere.tolist(), strict=True
     ):
-        if there:
+        if there and param.numel():
             local = local_part(param)
             grad = torch.zeros_like(local) if param.grad is None else param.grad
             check_gradient(name, grad)
