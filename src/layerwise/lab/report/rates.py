@@ -20,6 +20,7 @@ LineStyle = str | tuple[int, tuple[float, float]]
 FAMILIES = {
     "spectral": "Spectral norm",
     "sign": "Max-abs norm",
+    "sign_per_input": "Max-abs norm, per input",
     "vector_rms": "Vectors (RMS norm)",
     "row_norm": "Row norm",
     "col_norm": "Column norm",
