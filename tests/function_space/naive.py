@@ -42,11 +42,11 @@ class NaiveFLeRM:
         self.calls += 1
         for (name, p), group in zip(self.params.items(), self.optimizer.param_groups, strict=True):
             z = (self.saved[name] - p.detach()) * p.grad
-            self.delta[name] = self.estimate(name, z).sqrt().item() / group["lr"]
+            self.delta[name] = (self.estimate(name, z).sqrt() / torch.tensor(group["lr"])).item()
         self.swap()
         if modify:
             for name, group, base in zip(self.params, self.optimizer.param_groups, self.base, strict=True):
-                group["lr"] = self.outer_lr * base / self.delta[name]
+                group["lr"] = (self.outer_lr * base / torch.tensor(self.delta[name])).item()
 
     def estimate(self, name: str, z: Tensor) -> Tensor:
         if self.method == "iid":

@@ -18,7 +18,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space.base import BaseRates, settings_by_name
 from layerwise.function_space.capture import GraphCapture, StepCapture
 from layerwise.function_space.depth import DepthMap, infer_depth, sources
-from layerwise.function_space.match import Matched, MatchReport, decide, rescale
+from layerwise.function_space.match import Matched, MatchReport, decide, noise_floor, rescale, rounding_noise
 from layerwise.function_space.measure import Measurement
 from layerwise.function_space.named_rates import NamedRates
 from layerwise.function_space.optimizers import (
@@ -29,7 +29,7 @@ from layerwise.function_space.optimizers import (
     learning_rate,
     optimized,
     require_linear,
-    schedule_free_rate,
+    unscheduled_rate,
     unwrap_optimizer,
 )
 from layerwise.function_space.outputs import NAMED, Forward
@@ -72,7 +72,7 @@ class FLeRM:
         stays.
         near_zero: a rate below this part of all rates' root sum of squares counts as rounding noise, and its
         parameter
-            keeps its learning rate. Default: 4 roundings of the coarsest dtype at work.
+            keeps its learning rate. Default: `match.rounding_noise` of the coarsest dtype at work.
         forward, method: default what the base was recorded with. probes, seed, options: see `Measurement`.
 
     Raises:
@@ -123,7 +123,7 @@ class FLeRM:
             self.depth = {}
         self.sources = sources(list(self.parameters), base_names, self.depth)
         groups = group_of(self.optimizer, self.parameters)
-        self.nominal = {name: schedule_free_rate(group) for name, group in groups.items()}
+        self.nominal = {name: unscheduled_rate(group) for name, group in groups.items()}
         self._check_base()
 
         self.named = NamedRates(self.optimizer, self.parameters, decay)
@@ -206,7 +206,7 @@ class FLeRM:
         self._check_measured(rates)
         measured = {name: rate.value for name, rate in rates.items()}
         targets, negligible = self._targets(scheduled)
-        relative = self._roundings(rates) if self.near_zero is None else self.near_zero
+        relative = self._rounding_noise(rates) if self.near_zero is None else self.near_zero
         decided = decide(measured, targets, {**negligible, **self.fixed}, relative, self.max_change)
         updates = capture.updates(pulls)
         for name, (change, _) in decided.items():
@@ -231,7 +231,8 @@ class FLeRM:
             count = len({source.name for source in self.sources.values()})
             return {name: now[name] / count / self.sources[name].share for name in self.parameters}, {}
         record = self.base.at(scheduled)
-        floor = _base_floor([rate.value for rate in record.values()], self.base.fingerprint.dtype)
+        dtype = getattr(torch, self.base.fingerprint.dtype)
+        floor = noise_floor({name: rate.value for name, rate in record.items()}, rounding_noise({dtype}))
         targets, negligible = {}, {}
         for name, source in self.sources.items():
             base = record[source.name]
@@ -286,13 +287,8 @@ class FLeRM:
             found = {"classes": rates.classes, "dtype": rates.dtype, "entries": rates.entries}
             self.base.fingerprint.require({}, **found)
 
-    def _roundings(self, rates: Rates) -> float:
-        dtypes = {p.dtype for p in self.parameters.values()} | {getattr(torch, rates.dtype)}
-        return 4 * max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-def _base_floor(values: Sequence[float], dtype: str) -> float:
-    return 4 * float(torch.finfo(getattr(torch, dtype)).eps) * math.hypot(*values)
+    def _rounding_noise(self, rates: Rates) -> float:
+        return rounding_noise({p.dtype for p in self.parameters.values()} | {getattr(torch, rates.dtype)})
 
 
 def _fixed(parameters: Mapping[str, Tensor], patterns: Sequence[str]) -> dict[str, str]:

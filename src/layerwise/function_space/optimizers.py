@@ -18,22 +18,10 @@ Decay = Literal["scaled", "constant"]
 
 #: Group keys that say nothing about what an update is: rates, schedulers' and bookkeeping, how it is computed.
 _NOT_SETTINGS = frozenset(
-    (
-        "params",
-        "param_names",
-        "lr",
-        "initial_lr",
-        "max_lr",
-        "min_lr",
-        "base_momentum",
-        "max_momentum",
-        "foreach",
-        "fused",
-        "capturable",
-        "differentiable",
-        "step",
-        "k",
-    )
+    {
+        *("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"),
+        *("foreach", "fused", "capturable", "differentiable", "step", "k"),
+    }
 )
 #: Optimizers whose weight decay is decoupled (`W <- W - lr * wd * W`) without a group key that says so.
 _DECOUPLED = frozenset(("AdamW", "Muon", "Lion", "SGDW", "LayerwiseOptimizer"))
@@ -77,7 +65,7 @@ def learning_rate(group: Group) -> float:
     return float(lr)
 
 
-def schedule_free_rate(group: Group) -> float:
+def unscheduled_rate(group: Group) -> float:
     """The rate that the group's schedule multiplies: `initial_lr` where a scheduler has put it, else `lr`."""
     initial = group.get("initial_lr")
     return learning_rate(group) if initial is None else float(initial)
@@ -128,7 +116,7 @@ def require_linear(optimizer: Optimizer) -> None:
             reason = (
                 "it averages weights over the run (schedule-free): use the plain optimizer with a schedule"
             )
-        elif {"d", "d0"} <= set(group):
+        elif "d" in group:
             reason = "it estimates its own rate (D-Adaptation, Prodigy): use the plain optimizer"
         elif kind in ("LBFGS", "Rprop", "ASGD"):
             reason = "its step is not proportional to lr"
