@@ -77,7 +77,8 @@ def _lanczos(x: Tensor, seed: Seed, probes: int, steps: int) -> Tensor:
     """
     n = x.size(-2)
     steps = min(steps, n)
-    u = _rademacher((*x.shape[:-1], probes), seed, x) / n**0.5
+    # The same probes for every matrix of a stack: a value does not depend on which matrices are measured together.
+    u = _rademacher((n, probes), seed, x) / n**0.5
     lower = x.new_zeros((*x.shape[:-2], probes, steps, steps))
     v = x.mT @ u
     for k in range(steps):
