@@ -82,7 +82,9 @@ class Geometry(ABC):
 
 @dataclass(frozen=True)
 class Spectral(Geometry):
-    """RMS to RMS operator norm, `sqrt(d_in / d_out) sigma_max`; dual `sqrt(d_out / d_in)` nuclear; unit step `sqrt(d_out / d_in) U V^T`.
+    """RMS to RMS operator norm, `sqrt(d_in / d_out) sigma_max`; dual `sqrt(d_out / d_in)` nuclear.
+
+    The unit step is `sqrt(d_out / d_in) U V^T`.
 
     A convolution seen as a `[out, in * taps]` matrix (`taps` = the product of its kernel size) takes Scion's
     SpectralConv: with `in = d_in / taps` channels the unit step is `sqrt(out / in) / taps * U V^T`, so the norm is
@@ -215,7 +217,7 @@ class _SumOfLengths(Geometry):
         return scaled.mul_(self._length(*g.shape[-2:]) / torch.where(lengths > 0, lengths, 1.0)).to(g.dtype)
 
     def _lengths(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Largest entry of each part, length of the part divided by it, and the parts divided by it: squares stay in range."""
+        """Largest entry of each part, length of the part over it, and the part over it (so that squares stay in range)."""
         check_stack(x)
         x = x.to(working_dtype(x))
         largest = torch.linalg.vector_norm(x, torch.inf, dim=self._dims, keepdim=True)
