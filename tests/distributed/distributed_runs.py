@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import layerwise as lw
 from layerwise.geometry import Spectral
-from layerwise.geometry.layout import MatrixLayout
+from layerwise.geometry.layout import MatrixLayout, Split, StackLayout
 from layerwise.optim.distributed import DistributedWork
 from layerwise.optim.matrix_work import LocalWork, local_part
 
@@ -51,6 +51,7 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList([Block(width), Block(width)])
+        self.experts = nn.Parameter(torch.randn(5, 8, width) / width)  # 2, 2, 1 and 0 whole matrices
         self.wide = nn.Linear(width, 70)
         self.square = nn.Linear(70, 66, bias=False)
         self.norm = nn.LayerNorm(66)
@@ -60,6 +61,8 @@ class Model(nn.Module):
         x = self.embedding(tokens) + features
         for block in self.blocks:
             x = block(x)
+        gate, up = torch.einsum("koi,bi->bko", self.experts, x).chunk(2, dim=-1)
+        x = x + nn.functional.pad((torch.tanh(gate) * up).sum(1), (0, x.shape[1] - 4))
         return self.head(self.norm(self.square(torch.tanh(self.wide(x)))))
 
 
@@ -104,13 +107,14 @@ RULES = {
     "namo": lw.NormAdaptive(),
 }
 RATES = {"Muon": 0.02, "DMuon": 0.005, "Scion": 2**-11, "Signum": 0.002, "Lanton": 0.01}
+OVERRIDES = {"experts": {"role": "experts", "layout": StackLayout(Split.equal("gate", "up"))}}
 SPLITS: dict[str, int] = {"blocks.*.qkv.*": 3}
 
 
 def make_optimizer(model: nn.Module, preset: str, rule: str) -> lw.LayerwiseOptimizer:
     module = model.module if isinstance(model, DistributedDataParallel) else model
     options: dict[str, Any] = {"lr": RATES[preset], "noise": RULES[rule], "weight_decay": 0.1}
-    return getattr(lw, preset)(lw.param_groups(module, splits=SPLITS), **options)
+    return getattr(lw, preset)(lw.param_groups(module, OVERRIDES, SPLITS), **options)
 
 
 def mine(rows: Tensor) -> Tensor:

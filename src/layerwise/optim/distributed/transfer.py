@@ -5,6 +5,7 @@ Each function sends at once and returns what to call to wait for the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -26,6 +27,11 @@ class Task:
     job: MatrixJob
     placed: Placed
     owner: int = 0  # number of the process in the domain
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether this process has any entries of the parameter."""
+        return math.prod(self.placed.parts[self.placed.domain.shard]) > 0
 
 
 def _of_my_replica(domain: Domain, tasks: Sequence[Task]) -> list[list[Task]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.polar import working_dtype
-from layerwise.optim.distributed import shardwise
+from layerwise.optim.distributed import shardwise, stacks
 from layerwise.optim.distributed.domain import Domain, place
 from layerwise.optim.distributed.plan import assign, direction_cost, norm_cost, rounds
 from layerwise.optim.distributed.transfer import Task, fetch, give_back, spread
@@ -32,7 +32,8 @@ Cost = Callable[[MatrixJob], int]
 class DistributedWork:
     """Matrix work over the processes that hold the parameters; see the module.
 
-    What needs no whole matrix (sign and Euclidean geometries) is done where the entries are and never sent.
+    What needs no whole matrix (sign and Euclidean geometries), or has its matrices whole already (sharded experts), is
+    done where it is and never sent.
 
     Args:
         group: the processes that take the same step: where plain tensors are replicated. None: the default group.
@@ -82,11 +83,7 @@ class DistributedWork:
         alone, by_shard, shared = self._sorted(jobs)
         parts: Iterable[Iterator[Direction | None]] = chain(
             (self._shardwise_directions(domain, tasks) for domain, tasks in by_shard),
-            (
-                self._direction_round(domain, some)
-                for domain, tasks in shared
-                for some in self._rounds(domain, tasks, direction_cost)
-            ),
+            chain.from_iterable(self._shared_directions(domain, tasks) for domain, tasks in shared),
             (iter([(alone[i].index, step)]) for i, step in self._local.directions([t.job for t in alone])),
         )
         return overlapped(parts)
@@ -144,11 +141,16 @@ class DistributedWork:
         like = local_part(tasks[0].job.param)
         total = torch.zeros(sum(counts), dtype=working_dtype(like), device=like.device)
         slots = {task.index: slot for task, slot in zip(tasks, total.split(counts), strict=True)}
+        stacked, travelling = _stacked(tasks)
+        held = [task for task in stacked if task.holds_any]
+        owned = [stacks.own(task.job, task.placed) for task in held]
+        for task, norms in zip(held, self._local.norms(owned), strict=True):
+            stacks.place_units(task.job, task.placed, norms, slots[task.index])
         for _ in overlapped(
-            self._norm_round(domain, some, slots) for some in self._rounds(domain, tasks, norm_cost)
+            self._norm_round(domain, some, slots) for some in self._rounds(domain, travelling, norm_cost)
         ):
             pass
-        # Each slot was filled by its owner alone, so the sums are exact and the same everywhere.
+        # Each unit's norm was filled in by one process alone, so the sums are exact and the same everywhere.
         for group in (domain.shards, domain.replicas):
             if group is not None:
                 dist.all_reduce(total, group=group)
@@ -172,6 +174,18 @@ class DistributedWork:
         for task, step in zip(tasks, steps(), strict=True):
             yield task.index, step
 
+    def _shared_directions(
+        self, domain: Domain, tasks: Sequence[Task]
+    ) -> Iterator[Iterator[Direction | None]]:
+        stacked, travelling = _stacked(tasks)
+        for some in self._rounds(domain, travelling, direction_cost):
+            yield self._direction_round(domain, some)
+        held = [task for task in stacked if task.holds_any]
+        owned = [stacks.own(task.job, task.placed) for task in held]
+        for i, step in self._local.directions(owned):
+            yield iter([(held[i].index, step)])
+        yield iter([(task.index, task.job.tensor()) for task in stacked if not task.holds_any])
+
     def _direction_round(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Direction | None]:
         fetched = fetch(domain, tasks)
         yield None
@@ -186,6 +200,14 @@ class DistributedWork:
             yield None
             steps = shared()
         yield from steps.items()
+
+
+def _stacked(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    """Those of which each process does the matrices it holds, and those that travel to an owner."""
+    kinds: tuple[list[Task], list[Task]] = ([], [])
+    for task in tasks:
+        kinds[0 if stacks.applies(task.job, task.placed) else 1].append(task)
+    return kinds
 
 
 def overlapped(parts: Iterable[Iterator[Direction | None]]) -> Iterator[Direction]:
