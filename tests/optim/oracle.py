@@ -49,7 +49,7 @@ class Lanton:
         reference="previous",
         normalised=False,
         scaling="rms_0.2",
-        floor=1e-4,
+        floor=0.1,
         nesterov=False,
     ):
         self.w = {k: np.array(v, dtype=np.float64) for k, v in weights.items()}

@@ -125,7 +125,7 @@ def run(start, noise, options, missing=False):
         anchor=noise.get("anchor", "max"),
         reference=noise.get("reference", "previous"),
         normalised=noise.get("size_normalised", False),
-        floor=noise.get("floor", 1e-4),
+        floor=noise.get("floor", 0.1),
         scaling=options.get("scaling", "rms_0.2"),
         nesterov=options.get("nesterov", False),
     )

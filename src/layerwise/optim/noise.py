@@ -142,7 +142,9 @@ class NoiseAdaptive(RateRule):
         size_normalised: divide each dual norm by its value on white noise of unit deviation. Without it (the paper's) a
             unit looks noisier for its shape alone: an MLP's up projection 4x, 16x in H.
         anchor: the group's reference, ``"max"`` or ``"mean"``.
-        floor: see ``alpha``. The smallest multiplier that alpha = 0 can give to one of n units is ``(floor / n) ** 0.25``.
+        floor: see ``alpha``. A unit of the group's mean noise keeps at least ``floor ** 0.25``. It plays the part of an alpha
+            that follows the gradient's scale: without it the queries and keys of a fresh transformer, whose noise is
+            1e-4 of the other layers', would slow all of those ten-fold.
     """
 
     alpha: float = 0.0
@@ -150,7 +152,7 @@ class NoiseAdaptive(RateRule):
     reference: str = "previous"
     size_normalised: bool = False
     anchor: str = "max"
-    floor: float = 1e-4
+    floor: float = 0.1
 
     def __post_init__(self) -> None:
         check_number("NoiseAdaptive", "alpha", self.alpha, 0.0, 1e15)
