@@ -286,9 +286,10 @@ def kill_and_resume(tmp_path: Path, kills: int, steps: int) -> None:
 
 
 def test_killed_three_times(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, kills=3, steps=120)
+    kill_and_resume(tmp_path, kills=3, steps=60)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_ten_times(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, kills=10, steps=400)
+    kill_and_resume(tmp_path, kills=10, steps=300)

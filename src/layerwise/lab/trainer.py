@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab import record
@@ -52,7 +53,7 @@ class Trainer:
                 f" training.accumulation={training.accumulation} must be even,"
                 f" and training.precision={training.precision} not fp16"
             )
-        self._wrapped, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+        self._wrapped, _ = self.accelerator.prepare(self.model, self.optimizer)  # together, as FSDP needs
         self.device = self.accelerator.device
         self.tensorboard: record.TensorBoard | None = None
 
@@ -117,6 +118,13 @@ class Trainer:
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         self.writer.update(status=status, result=self.result, finished=finished)
 
+    def take_steps(self, count: int) -> None:
+        """Takes optimizer steps and nothing else: no metrics, evaluation or checkpoint."""
+        self._wrapped.train()
+        for _ in range(count):
+            self._train_step(self.data.batch(self.step).to(self.device))
+            self.step += 1
+
     def close(self) -> None:
         if self.tensorboard is not None:
             self.tensorboard.close()
@@ -165,30 +173,41 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> None:
         """One optimizer step. Nothing here waits for the device."""
-        training = self.config.training
+        training, scaler = self.config.training, self.accelerator.scaler
         parts = batch.split(training.accumulation)
         for number, part in enumerate(parts, start=1):
-            value = loss(self._wrapped, part.inputs, part.targets)
-            self.accelerator.backward(value)  # divides by the number of parts
-            self._loss_sum += value.detach() / len(parts)
+            value = loss(self._wrapped, part.inputs, part.targets) / len(parts)
+            # torch's own idioms: accelerate's backward() and step() look for packages on the disk every time.
+            (value if scaler is None else scaler.scale(value)).backward()
+            self._loss_sum += value.detach()
             if self._halves and 2 * number in (len(parts), 2 * len(parts)):
                 self.optimizer.hold_half()  # type: ignore[attr-defined]
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
         if training.clip_norm is not None:
-            self._grad_norm = self.accelerator.clip_grad_norm_(self._wrapped.parameters(), training.clip_norm)
+            self._grad_norm = clip_grad_norm_(self._wrapped.parameters(), training.clip_norm)
         with ExitStack() as around:
             for observer in self.observers:
                 around.enter_context(observer.around_step(self.step + 1, batch))
-            try:
-                self._stepper.step()
-            except LayerwiseError as error:
-                if "non-finite" in str(error):
-                    raise DivergedError(str(error).partition(";")[0]) from None
-                raise
-        self._stepper.zero_grad()
+            self._optimizer_step()
+        self.optimizer.zero_grad()
         self.scheduler.step()
         self._loss_steps += 1
         for observer in self.observers:
             observer.after_step(self.step + 1)
+
+    def _optimizer_step(self) -> None:
+        scaler = self.accelerator.scaler
+        try:
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.step(self.optimizer)  # leaves the step out where a gradient overflowed
+                scaler.update()
+        except LayerwiseError as error:
+            if "non-finite" in str(error):
+                raise DivergedError(str(error).partition(";")[0]) from None
+            raise
 
     def _numbers(self) -> dict[str, Any]:
         """The loss since the last line, and this step's rate and gradient norm."""
