@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +51,19 @@ class Corpus:
 def read_corpus(config: DataConfig) -> Corpus:
     """The corpus that `data.source` names (any but `tokens`). Raises LayerwiseError."""
     if config.source == "builtin":
-        return Corpus.of(
-            f"Python {platform.python_version()} standard library", _documents(_library_files(), "")
-        )
+        return _builtin()
     if config.source == "files":
         if not config.paths:
             raise LayerwiseError("data.paths is empty: name the text files or folders of data.source=files")
         files, root = _text_files(config.paths), ", ".join(config.paths)
         return Corpus.of(root, _documents(files, root))
     return Corpus.of(f"dataset {config.dataset}", _dataset(config))
+
+
+@cache
+def _builtin() -> Corpus:
+    """Read once in a process: a sweep trains on it many times."""
+    return Corpus.of(f"Python {platform.python_version()} standard library", _documents(_library_files(), ""))
 
 
 def _library_files() -> list[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config import Config
+from layerwise.lab.measuring import observers_of
 from layerwise.lab.models import model_settings
 from layerwise.lab.observers import Observer
 from layerwise.lab.optimizers import with_defaults
@@ -55,7 +56,7 @@ def train(
             return found
     shown = make_progress(progress)
     with RunWriter(path) as writer:
-        trainer = Trainer(config, writer, shown, observers)
+        trainer = Trainer(config, writer, shown, [*observers_of(config), *observers])
         state = latest_state(path, trainer.identity, shown.note) if resume else None
         trainer.start(state)
         try:

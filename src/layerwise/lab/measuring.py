@@ -1,0 +1,155 @@
+"""Function-space rates in a training run: observers that record them, and that match them to a base (FLeRM)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Record
+from layerwise.function_space.depth import DepthMap
+from layerwise.lab.observers import Observer
+
+if TYPE_CHECKING:
+    from layerwise.lab.config import Config, FunctionSpaceConfig
+    from layerwise.lab.data import Batch
+    from layerwise.lab.trainer import Trainer
+
+
+def observers_of(config: Config) -> list[Observer]:
+    """The observers that a config's `function_space` section asks for: what is recorded is the step as it was matched."""
+    settings = config.function_space
+    match = None if settings.match is None else MatchRates(settings)
+    found: list[Observer] = []
+    if settings.record_every:
+        found.append(RecordRates(settings, settings.record_every, match))
+    return found if match is None else [*found, match]
+
+
+def measuring_batches(trainer: Trainer, count: int) -> Callable[[], list[Tensor]]:
+    """Supplies inputs that no training step sees: those of the steps after the last one."""
+
+    def supply() -> list[Tensor]:
+        first = trainer.config.steps
+        return [trainer.data.batch(first + k).to(trainer.device).inputs for k in range(count)]
+
+    return supply
+
+
+class _Stateful(Observer):
+    """An observer around an object made in `begin`, whose state stands in every checkpoint."""
+
+    _saved: dict[str, Any] | None = None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._saved = state
+
+
+class RecordRates(_Stateful):
+    """Writes function_space.jsonl. `recorder` keeps the records too."""
+
+    recorder: FunctionSpaceRecorder
+
+    def __init__(self, settings: FunctionSpaceConfig, every: int, match: MatchRates | None = None) -> None:
+        self.settings, self.every, self.match = settings, every, match
+
+    def begin(self, trainer: Trainer) -> None:
+        self._writer, self._batches = trainer.writer, measuring_batches(trainer, self.settings.batches)
+        self.recorder = FunctionSpaceRecorder(
+            trainer.model,
+            trainer.optimizer,
+            self.every,
+            forward=self.settings.space,
+            method=self.settings.method,
+            probes=self.settings.probes,
+            seed=trainer.config.training.seed,
+            sink=self._write,
+        )
+        if self._saved is not None:
+            self.recorder.load_state_dict(self._saved)
+
+    def _write(self, record: Record) -> None:
+        row = record.to_dict()
+        if self.match is not None:
+            row["lrs"] = self.match.flerm.learning_rates()
+        # A run's steps count from 1, a recorder's from 0.
+        self._writer.append(
+            "function_space", {**row, "step": record.step + 1, "scheduled": record.scheduled + 1}
+        )
+
+    def around_step(self, step: int, batch: Batch) -> AbstractContextManager[Any]:
+        return self.recorder.step(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.recorder.state_dict()
+
+
+class MatchRates(_Stateful):
+    """Matches learning rates at the configured steps; what was decided goes into run.json as `matching`."""
+
+    flerm: FLeRM
+
+    def __init__(self, settings: FunctionSpaceConfig) -> None:
+        self.settings = settings
+        self._matchings: list[dict[str, Any]] = []
+
+    def begin(self, trainer: Trainer) -> None:
+        settings = self.settings
+        assert settings.match is not None
+        self._writer, self._batches = trainer.writer, measuring_batches(trainer, settings.batches)
+        self.flerm = FLeRM(
+            trainer.model,
+            trainer.optimizer,
+            settings.match,
+            depth_map(trainer.config),
+            at=settings.match_step - 1,
+            every=settings.match_every or None,
+            forward=settings.space,
+            method=settings.method,
+            probes=settings.probes,
+            seed=trainer.config.training.seed,
+        )
+        if self._saved is not None:
+            self._matchings = list(self._saved.pop("matchings"))
+            self.flerm.load_state_dict(self._saved)
+            self._writer.update(matching=self._matchings)
+
+    def around_step(self, step: int, batch: Batch) -> AbstractContextManager[Any]:
+        return self.flerm.step(self._batches)
+
+    def after_step(self, step: int) -> None:
+        if self.flerm.reports:
+            report = self.flerm.reports.pop()
+            rows = {name: asdict(row) for name, row in report.rows.items()}
+            self._matchings.append({"step": report.step + 1, "base": self.settings.match, "rates": rows})
+            self._writer.update(matching=self._matchings)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.flerm.state_dict(), "matchings": self._matchings}
+
+
+def depth_map(config: Config) -> DepthMap | None:
+    """The configured depth map; the stack of the paper's models is known."""
+    settings = config.function_space
+    if settings.depth is not None:
+        return settings.depth
+    own = {config.model.preset, config.model.family} & {"resmlp", "decoder"}
+    return {"blocks.*": "split"} if own and settings.match != "uniform" else None
+
+
+def steps_to_record(settings: FunctionSpaceConfig, steps: int) -> tuple[int, int]:
+    """How often a base has to be measured for its rates to be matched later, and in how many steps."""
+    at = settings.match_step - 1
+    if settings.match_every:
+        return math.gcd(at, settings.match_every), steps
+    return max(1, at), at + 1
+
+
+def quiet_matching() -> None:
+    """What FLeRM leaves alone is in run.json; a sweep does not repeat it for every trial."""
+    warnings.filterwarnings("ignore", message="FLeRM left")
