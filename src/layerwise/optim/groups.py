@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import group_by_shape
@@ -23,6 +23,10 @@ def as_groups(params: Iterable[Any]) -> list[Group]:
     if isinstance(params, Tensor):
         raise LayerwiseError(
             "params is a single tensor: pass layerwise.param_groups(model) or a list of parameters"
+        )
+    if isinstance(params, nn.Module) or not isinstance(params, Iterable):
+        raise LayerwiseError(
+            f"params is of type {type(params).__name__}: pass layerwise.param_groups(model) or a list of parameters"
         )
     given = list(params)
     dicts = [item for item in given if isinstance(item, dict)]

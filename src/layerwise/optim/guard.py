@@ -17,6 +17,8 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 
 POLICIES: Final = ("raise", "skip")
+#: Devices that run ahead of the host and can say, without being waited for, that a copy has arrived.
+WITH_EVENTS: Final = ("cuda",)
 
 
 class _Finding(NamedTuple):
@@ -69,7 +71,7 @@ class NonFiniteGuard:
         bad = ~torch.stack([n.to(device, torch.float32) for n in largest]).isfinite()
         bad = anywhere(bad)
         found = tuple(names)
-        if device.type != "cuda":  # elsewhere there is nothing to run ahead, or no event to wait for
+        if device.type not in WITH_EVENTS:
             return self._check_now(found, bad)
         any_bad = bad.any()
         if self.policy == "skip":

@@ -1,0 +1,55 @@
+"""`torch.compile(optimizer.step)`: the same numbers, and no recompilation when the learning rate changes."""
+
+import pytest
+import torch
+from tiny import make, net, set_gradients
+from torch._dynamo.testing import CompileCounterWithBackend
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("d-muon-noise", "eager"),  # the matrices' path and AdamW's, with noise
+        *(
+            pytest.param(name, backend, marks=SLOW)
+            for name in ("lanton", "lanton-momentum", "namo", "muon", "scion")
+            for backend in ("eager", "aot_eager")
+        ),
+    ],
+)
+def test_a_compiled_step_is_the_step_and_compiles_once(name, backend):
+    model, other = net(), net()
+    optimizer = make(name, model, lr=torch.tensor(0.01))
+    plain = make(name, other, lr=torch.tensor(0.01))
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], torch.Tensor):
+            group["lr"] = torch.tensor(group["lr"])
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(optimizer.step, backend=counter)
+    counts = []
+    for step in range(5):
+        set_gradients(model, step)
+        set_gradients(other, step)
+        for group in (*optimizer.param_groups, *plain.param_groups):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(0.01 / (step + 1))
+        if name == "muon":  # its AdamW groups have a rate of their own
+            for group in plain.param_groups:
+                group["lr"] = torch.tensor(0.01 / (step + 1))
+        compiled()
+        plain.step()
+        counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts[-1] == counts[1], counts  # the second step may still see a first gradient's strides
+    for (n, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=lambda m, n=n: f"{n} {m}")
