@@ -1,28 +1,42 @@
-"""The nuclear norm (sum of singular values) of a stack of matrices: the dual of the spectral norm, LANTON's measure of noise."""
+"""The nuclear norm (sum of singular values) of a stack of matrices: the dual of the spectral norm, LANTON's noise."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.geometry.polar import check_stack, polar, working_dtype
+from layerwise.geometry.newton_schulz import CHUNK_BYTES
+from layerwise.geometry.polar import check_stack, largest_entry, polar, working_dtype
 
 METHODS = ("auto", "svd", "gram", "polar", "lanczos")
 Seed = int | Tensor
 
+#: Up to this many rows or columns `auto` takes `polar`: products so small that they cost less than a quadrature.
+POLAR_UP_TO = 64
+#: Gauss quadrature is above the integral of a square root and Radau's below. Where between the two the truth lies, on
+#: gradient differences of a GPT-2: the bias of this mixture is below 2 % for 3 to 8 steps, against +44 % and -9 % (4 steps).
+GAUSS_SHARE = 0.15
 
+
+@torch.no_grad()
 def nuclear_norm(
-    g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int = 1, steps: int = 8
+    g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int = 4, steps: int = 4
 ) -> Tensor:
-    """The nuclear norm of each matrix of a stack.
+    """The nuclear norm of each matrix of a stack. Not differentiable.
 
     Args:
         g: `[..., d_out, d_in]`, real floating point.
-        method: `"svd"` (exact), `"gram"` (eigenvalues of the Gram matrix: exact but for singular values below
-            3e-4 of the largest), `"polar"` (`<G, P(G)>` with eight Polar Express steps), `"lanczos"` (stochastic
-            Lanczos quadrature, two passes over the matrix a step), or `"auto"`: `"polar"` for up to 64 rows or
-            columns, else `"lanczos"`.
+        method, with its relative error on gradient differences of a GPT-2 (float32):
+            `"svd"`: exact, to rounding.
+            `"gram"`: eigenvalues of the Gram matrix; up to 1.3 % too large (rounding hides singular values below
+            3e-4 of the largest, and lends as much to those that are zero).
+            `"polar"`: `<G, P(G)>` with eight Polar Express steps; up to 0.4 % too small.
+            `"lanczos"`: stochastic Lanczos quadrature; 9 % (standard deviation; 2 % on white noise), mean 1 %. It
+            reads the matrix `2 * steps` times and waits for nothing.
+            `"auto"`: `"polar"` for matrices of up to 64 rows or columns, else `"lanczos"`.
         seed: picks the random probes of `"lanczos"`: an int, or an integer tensor on the device (so that a compiled
             step takes a new value without recompiling). The global random state is neither read nor changed.
         probes, steps: of `"lanczos"`.
@@ -36,15 +50,17 @@ def nuclear_norm(
     check_stack(g)
     if method not in METHODS:
         raise LayerwiseError(f"nuclear norm method {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    g = g.to(working_dtype(g))
-    if g.numel() == 0:
-        return g.new_zeros(g.shape[:-2])
-    largest = torch.linalg.vector_norm(g, torch.inf, dim=(-2, -1), keepdim=True)
-    x = g / torch.where(largest > 0, largest, 1.0)
+    if probes < 1 or steps < 1:
+        raise LayerwiseError(f"nuclear_norm(probes={probes}, steps={steps}): both must be at least 1")
+    x = g.to(working_dtype(g))
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[:-2])
+    largest = largest_entry(x)
+    x = x / largest  # squares of the entries stay in range
     if x.size(-2) > x.size(-1):
         x = x.mT
     if method == "auto":
-        method = "polar" if x.size(-2) <= 64 else "lanczos"
+        method = "polar" if x.size(-2) <= POLAR_UP_TO else "lanczos"
     if method == "svd":
         value = torch.linalg.svdvals(x).sum(-1)
     elif method == "gram":
@@ -52,44 +68,80 @@ def nuclear_norm(
     elif method == "polar":
         value = (x * polar(x, "polar_express8")).sum((-2, -1))
     else:
-        value = _lanczos(x, seed, probes, steps)
+        value = _lanczos(x.reshape(-1, *x.shape[-2:]), seed, probes, steps).reshape(x.shape[:-2])
     return value * largest[..., 0, 0]
 
 
-def _rademacher(shape: tuple[int, ...], seed: Seed, like: Tensor) -> Tensor:
-    """Random signs from a hash of (seed, position): the same on every device, in every process, in any order of calls."""
-    count = 1
-    for size in shape:
-        count *= size
-    x = torch.arange(count, device=like.device) + (seed * 0x1E3779B1 + 0x1234567) % 0x7FFFFFFF
-    for multiplier in (0x7FEB352D, 0x45D9F3B, 0x119DE1F3):  # all below 2^31, so that no product leaves int64
-        x = x & 0xFFFFFFFF
-        x = (x ^ (x >> 16)) * multiplier
-    return ((x >> 20) & 1).to(like.dtype).mul_(2).sub_(1).reshape(shape)
-
-
 def _lanczos(x: Tensor, seed: Seed, probes: int, steps: int) -> Tensor:
-    """Stochastic Lanczos quadrature of `tr (X X^T)^(1/2)`, by Golub-Kahan bidiagonalisation, on `[..., n, m]`, `n <= m`.
+    """Stochastic Lanczos quadrature of `tr (X X^T)^(1/2)` on `[k, n, m]`, `n <= m`, entries up to one.
 
-    `X^T` is bidiagonalised from a random sign vector z; with L the lower bidiagonal matrix of its coefficients,
-    `z^T (X X^T)^(1/2) z ~ n e_1^T (L L^T)^(1/2) e_1 = n L_11 W_11`, W the polar factor of L: a few tiny products
-    instead of an eigendecomposition, which would make a GPU wait for the host.
+    For random signs z, `E z^T f(X X^T) z = tr f(X X^T)`. Golub-Kahan bidiagonalisation from `z / sqrt(n)` gives a
+    small matrix B whose `e_1^T f(B B^T) e_1` is a quadrature of `z^T f(X X^T) z / n`: Radau's (a node at zero) for
+    the `[steps + 1, steps]` matrix, Gauss's for its upper square.
+
+    Gradients are dominated by a few singular values, and whether z meets those makes plain estimates useless (error
+    70 % with 4 probes). But the same z gives an estimate of `tr X X^T = ||X||_F^2`, which is known: what it is off by is
+    taken out of the square root's estimate, times the regression slope `m_3 / m_4` of the measured spectrum (moments
+    in s). Exact for rank one. With this control variate the error is 9 %.
     """
-    n = x.size(-2)
-    steps = min(steps, n)
-    # The same probes for every matrix of a stack: a value does not depend on which matrices are measured together.
-    u = _rademacher((n, probes), seed, x) / n**0.5
-    lower = x.new_zeros((*x.shape[:-2], probes, steps, steps))
-    v = x.mT @ u
-    for k in range(steps):
-        if k > 0:
-            u = x @ v - u * alpha  # noqa: F821  (set in the step before)
-            beta = torch.linalg.vector_norm(u, dim=-2, keepdim=True)
-            u = u / torch.where(beta > 0, beta, 1.0)
-            v = x.mT @ u - v * beta
-            lower[..., k, k - 1] = beta.squeeze(-2)
-        alpha = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-        v = v / torch.where(alpha > 0, alpha, 1.0)
-        lower[..., k, k] = alpha.squeeze(-2)
-    quadrature = lower[..., 0, 0] * polar(lower, "polar_express8")[..., 0, 0]
-    return n * quadrature.mean(-1)
+    k, n, _ = x.shape
+    z = _random_signs((k, n, probes), seed, x)
+    chunk = k if x.device.type != "cpu" else max(1, CHUNK_BYTES // (x[0].numel() * x.element_size()))
+    bidiagonal = torch.cat(
+        [_bidiagonalise(part, u, steps) for part, u in zip(x.split(chunk), z.split(chunk), strict=True)]
+    )
+    square = bidiagonal.clone()
+    square[..., steps, :] = 0
+    both = torch.stack([square, bidiagonal])  # [2, k, probes, steps + 1, steps]
+    # e_1^T (B B^T)^(1/2) e_1 = B_11 W_11 with W the polar factor of B, whose first row has one entry: a few tiny products
+    # where an eigendecomposition would make a GPU wait for the host.
+    factor = polar(both, "polar_express8")
+    root = torch.einsum("skpij,skpj->skpi", both, factor[..., 0, :])  # (B B^T)^(1/2) e_1
+    tridiagonal = torch.einsum("kpij,kpj->kpi", bidiagonal, bidiagonal[..., 0, :])  # B B^T e_1
+    first = root[..., 0].mean(-1)
+    first = GAUSS_SHARE * first[0] + (1 - GAUSS_SHARE) * first[1]
+    second = tridiagonal[..., 0].mean(-1)
+    third = (tridiagonal * root[1]).sum(-1).mean(-1)
+    fourth = tridiagonal.square().sum(-1).mean(-1)
+    frobenius: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
+    slope = third / torch.where(fourth > 0, fourth, 1.0)
+    value = n * (first - slope * (second - frobenius.square() / n))
+    return torch.minimum(
+        torch.maximum(value, frobenius), math.sqrt(n) * frobenius
+    )  # bounds of any nuclear norm
+
+
+def _bidiagonalise(x: Tensor, z: Tensor, steps: int) -> Tensor:
+    """Golub-Kahan: the lower bidiagonal `[k, probes, steps + 1, steps]` of `X X^T` seen from the columns of z."""
+    out = x.new_zeros(x.size(0), z.size(-1), steps + 1, steps)
+    u = z / math.sqrt(x.size(-2))
+    v = torch.bmm(x.mT, u)
+    for i in range(steps):
+        v, alpha = _unit(v)
+        u, beta = _unit(torch.baddbmm(alpha * u, x, v, beta=-1))
+        out[..., i, i] = alpha[:, 0]
+        out[..., i + 1, i] = beta[:, 0]
+        if i < steps - 1:
+            v = torch.baddbmm(beta * v, x.mT, u, beta=-1)
+    return out
+
+
+def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of length one (zero stays zero), and their lengths `[k, 1, probes]`."""
+    length: Tensor = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    return v / torch.where(length > 0, length, 1.0), length
+
+
+def _random_signs(shape: tuple[int, ...], seed: Seed, like: Tensor) -> Tensor:
+    """Signs from a hash of (seed, position): the same on every device, in every process, in any order of calls."""
+    if isinstance(seed, Tensor):
+        seed = seed.to(like.device, torch.int64)
+    bits = torch.arange(math.prod(shape), device=like.device) + seed * 0x1E3779B1 % 0x7FFFFFFF
+    for multiplier in (
+        0x7FEB352D,
+        0x45D9F3B,
+        0x119DE1F3,
+    ):  # below 2^31, so that no product of 32 bits leaves int64
+        bits = bits & 0xFFFFFFFF
+        bits = (bits ^ (bits >> 16)) * multiplier
+    return ((bits >> 20) & 1).to(like.dtype).mul_(2).sub_(1).reshape(shape)
