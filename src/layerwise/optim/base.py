@@ -99,6 +99,21 @@ class LayerwiseOptimizer(Optimizer):
             state |= rule.allocate(param, group["layout"].unit_names(name, param.shape))
         return state
 
+    def _follow_parameters(self) -> None:
+        """Give state to tensors that were put in a parameter's place after this optimizer was made.
+
+        accelerate does that for FSDP2: it shards the model and hands the sharded parameters to the optimizer.
+        """
+        live = {param for group in self.param_groups for param in group["params"]}
+        if live == self.state.keys():
+            return
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                if param not in self.state:
+                    self.state[param] = self._allocate(group, name, param)
+        for param in self.state.keys() - live:
+            del self.state[param]
+
     def _check_rules(self) -> None:
         units = [
             (unit, group["noise"] if group["update"] == "lmo" else None)
@@ -125,6 +140,7 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_parameters()
         states = {
             param: local_state(param, self.state[param])
             for group in self.param_groups
@@ -181,6 +197,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def layer_rates(self) -> dict[str, LayerRate]:
         """Unit name -> noise, multiplier and effective learning rate (reading them waits for the device once)."""
+        self._follow_parameters()
         return report.layer_rates(self.param_groups, self.state)
 
     @property
@@ -200,6 +217,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, text and tensors: loads with ``torch.load(weights_only=True)``."""
+        self._follow_parameters()
         return checkpoint.to_plain(super().state_dict(), self.skipped_steps)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,6 +226,7 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             LayerwiseError: where it was made for other parameters, another geometry, layout, noise rule or update.
         """
+        self._follow_parameters()
         checkpoint.check(self, state_dict)
         live = [{key: group[key] for key in checkpoint.KEPT} for group in self.param_groups]
         lrs = [group["lr"] for group in self.param_groups]
