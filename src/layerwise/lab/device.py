@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,9 @@ def make_accelerator(training: TrainingConfig) -> Accelerator:
         raise LayerwiseError(
             f"training.precision=fp16 needs a GPU, this device is {accelerator.device.type}: use bf16 or no"
         )
+    if training.precision == "fp16":
+        # The first steps usually overflow and are left out; the schedule counts them all the same.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     if accelerator.num_processes > 1:
         raise LayerwiseError(
             f"{accelerator.num_processes} processes: this version trains in one process; start it without a launcher"

@@ -115,6 +115,8 @@ class Trainer:
             "seconds": self.seconds,
             "tokens_per_second": tokens / self.seconds if self.seconds else None,
         }
+        if skipped := getattr(self.optimizer, "skipped_steps", 0):
+            self.result["skipped_steps"] = skipped
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         self.writer.update(status=status, result=self.result, finished=finished)
 
@@ -245,6 +247,9 @@ class Trainer:
         """No checkpoint of a run that is lost already."""
         if not math.isfinite(float(self._loss_sum)):
             raise DivergedError("the training loss is not finite")
+        left_out = self.accelerator.scaler is not None  # a step whose gradients overflowed did no harm
+        if self._grad_norm is not None and not left_out and not math.isfinite(float(self._grad_norm)):
+            raise DivergedError("the gradient norm is not finite")
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
