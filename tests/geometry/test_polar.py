@@ -1,0 +1,143 @@
+"""Every method and path of the polar factor against a float64 SVD, and against one another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stacks import make, rounding, stacks
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.geometry import polar
+from layerwise.geometry.newton_schulz import BLOCKS_FROM, PATHS, POLYNOMIALS, symmetric_product
+
+examples = settings(max_examples=40, deadline=None)
+
+#: Singular values of the result for those of G above `floor` of its Frobenius norm: the extremes of each polynomial,
+#: computed in `test_stated_ranges_are_those_of_the_polynomials`, as the docstring of `polar` states them.
+RANGES = {
+    "quintic": (3e-3, 0.68, 1.21),
+    "quintic_tuned": (3e-3, 0.97, 1.15),
+    "polar_express": (3e-3, 0.87, 1.13),
+    "polar_express8": (3e-3, 1 - 1e-5, 1 + 1e-5),
+}
+
+
+@pytest.mark.parametrize("method", RANGES)
+def test_stated_ranges_are_those_of_the_polynomials(method: str) -> None:
+    floor, low, high = RANGES[method]
+    s = torch.linspace(floor, 1, 200_001, dtype=torch.float64)
+    for a, b, c in POLYNOMIALS[method]:
+        s = a * s + b * s**3 + c * s**5
+    assert low <= s.min()
+    assert s.max() <= high
+
+
+@pytest.mark.parametrize("method", RANGES)
+@pytest.mark.parametrize("shape", [(64, 64), (48, 160), (160, 48), (2, 33, 70)])
+def test_singular_vectors_are_those_of_the_svd(method: str, shape: tuple[int, ...]) -> None:
+    """With `G = U S V^T`, `U^T P(G) V` is diagonal, its diagonal the polynomial of S. Float32, against float64."""
+    g = make("gaussian", shape, 0)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    core = u.mT @ polar(g.float(), method).double() @ vh.mT
+    s = s / torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    for a, b, c in POLYNOMIALS[method]:
+        s = a * s + b * s**3 + c * s**5
+    # rounding of 1.2e-7 in G, times the slope of the polynomials at zero (485 to 1700), over sqrt(48) entries
+    torch.testing.assert_close(core, torch.diag_embed(s), rtol=0, atol=3e-5)
+
+
+@examples
+@given(g=stacks())
+def test_svd_is_the_polar_factor(g: Tensor) -> None:
+    """Exact on the row space, zero off it: `P P^T P = P`, `rank(P) = rank(G)`, `P^T G` symmetric positive semidefinite."""
+    p, x = polar(g, "svd").double(), g.double()
+    assert torch.isfinite(p).all()
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1.0)
+    tolerance = 64 * max(rounding(g), 1.2e-7 if g.dtype != torch.float64 else 0)
+    torch.testing.assert_close(p @ p.mT @ p, p, rtol=0, atol=tolerance)
+    inner = p.mT @ x
+    torch.testing.assert_close(inner, inner.mT, rtol=0, atol=tolerance * 8)
+    nuclear = torch.linalg.svdvals(x).sum(-1)
+    torch.testing.assert_close(
+        inner.diagonal(dim1=-2, dim2=-1).sum(-1), nuclear, rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("method", [*POLYNOMIALS, "svd"])
+@examples
+@given(g=stacks(), exponent=st.integers(-20, 20))
+def test_scale_zero_and_extremes(method: str, g: Tensor, exponent: int) -> None:
+    p = polar(g, method)
+    assert p.shape == g.shape
+    assert p.dtype == g.dtype
+    assert torch.isfinite(p).all()
+    assert (p[(g == 0).all(-1).all(-1)] == 0).all()
+    scaled = g * 2.0**exponent
+    if torch.equal(scaled / 2.0**exponent, g):  # nothing over- or underflowed
+        assert torch.equal(polar(scaled, method), p)
+
+
+@pytest.mark.parametrize("value", [1e-45, 1e-40, 1e38, 3.4e38])
+def test_the_ends_of_float32(value: float) -> None:
+    g = torch.tensor([[value, 0.0, 0.0], [0.0, -value, 0.0]])
+    torch.testing.assert_close(polar(g, "polar_express8"), torch.eye(2, 3) * torch.tensor([[1.0], [-1.0]]))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "steep", "low_rank"])
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize(
+    "shape", [(3, 40, 40), (2, 24, 96), (96, 24), (1, 7), (BLOCKS_FROM, BLOCKS_FROM + 7), (700, 660)]
+)
+def test_every_path_computes_the_published_iteration(path: str, shape: tuple[int, ...], kind: str) -> None:
+    g = make(kind, shape, 3)
+    x = g / torch.linalg.matrix_norm(g, keepdim=True)
+    for a, b, c in POLYNOMIALS["quintic"]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    # A float32 rounding in G is multiplied by up to 3.4445^5 = 485; a restarted Gram form sees at most three steps at once,
+    # where an error of 1.2e-7 in the square of a singular value has grown by 3.4445^6 = 1670.
+    error = torch.linalg.matrix_norm(polar(g.float(), path=path).double() - x, ord=2)
+    assert error.max() < 4e-4 if path == "gram" else error.max() < 1e-4
+
+
+@pytest.mark.parametrize("n", [5, BLOCKS_FROM, 650])
+def test_a_symmetric_product_computes_only_half_and_mirrors_it(n: int) -> None:
+    g = torch.randn(2, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a = g + g.mT
+    b = a @ a / n  # commutes with a
+    out = torch.full_like(a, torch.nan)
+    torch.testing.assert_close(symmetric_product(a, b, out), a @ b)
+    torch.testing.assert_close(
+        symmetric_product(a, b, torch.empty_like(a), add=a, beta=0.5, alpha=-2.0), 0.5 * a - 2 * a @ b
+    )
+
+
+def test_a_stack_is_its_matrices_and_the_input_is_left_alone() -> None:
+    g = make("gaussian", (2, 3, 20, 50), 0).float()
+    before = g.clone()
+    together = polar(g)
+    assert torch.equal(g, before)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(polar(g[i, j]), together[i, j], rtol=0, atol=2e-6)
+
+
+def test_half_precision_on_a_cpu_is_computed_in_float32() -> None:
+    g = make("gaussian", (30, 30), 0).bfloat16()
+    assert torch.equal(polar(g), polar(g.float()).bfloat16())
+
+
+def test_bad_values_are_named() -> None:
+    for call, words in (
+        (lambda: polar(torch.ones(2, 2), "newton"), "'newton'"),
+        (lambda: polar(torch.ones(2, 2), path="fast"), "'fast'"),
+        (lambda: polar(torch.ones(4)), r"\(4,\)"),
+        (lambda: polar(torch.ones(2, 2, dtype=torch.complex64)), "complex64"),
+    ):
+        with pytest.raises(LayerwiseError, match=words):
+            call()
+    assert polar(torch.ones(0, 3, 3)).shape == (0, 3, 3)
