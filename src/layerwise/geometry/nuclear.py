@@ -35,7 +35,8 @@ def nuclear_norm(
             3e-4 of the largest, and lends as much to those that are zero).
             `"polar"`: `<G, P(G)>` with eight Polar Express steps; up to 0.4 % too small.
             `"lanczos"`: stochastic Lanczos quadrature; 9 % (standard deviation; 2 % on white noise), mean 1 %. Its
-            worst case is a power law: singular values 1/i come out 20 % too small (8 steps: 15 %). It reads the matrix `2 * steps` times and waits for nothing.
+            worst case is a power law: singular values 1 / i come out 20 % too small (8 steps: 15 %). It reads the
+            matrix `2 * steps` times and waits for nothing.
             `"auto"`: `"polar"` for matrices of up to 64 rows or columns, else `"lanczos"`.
         seed: picks the random probes of `"lanczos"`: an int, or an integer tensor on the device (so that a compiled
             step takes a new value without recompiling). The global random state is neither read nor changed.
