@@ -75,10 +75,18 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")
     ] = False,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="Match layer rates to a file of `layerwise record`, or `uniform` (function_space.match)."
+        ),
+    ] = None,
 ) -> None:
     from layerwise.lab.train import train as run_training
 
     path, overrides = split_words(words or [])
+    if match is not None:
+        overrides.append(f"function_space.match={match}")
     run = run_training(load_config(path, overrides), resume=resume, overwrite=overwrite)
     if run.status == "diverged":
         raise LayerwiseError(f"run {run.path} diverged: {run.result.get('reason')}; lower optimizer.lr")
@@ -92,7 +100,7 @@ def train(
 
 def _register_others() -> None:
     """Commands of other modules: each has `register(app)`."""
-    for name in ("layerwise.lab.cli_compare",):
+    for name in ("layerwise.lab.cli_compare", "layerwise.lab.cli_function_space"):
         if importlib.util.find_spec(name) is not None:
             importlib.import_module(name).register(app)
 

@@ -31,11 +31,11 @@ def observers_of(config: Config) -> list[Observer]:
     return found if match is None else [*found, match]
 
 
-def measuring_batches(trainer: Trainer, count: int) -> Callable[[], list[Tensor]]:
-    """Supplies inputs that no training step sees: those of the steps after the last one."""
+def measuring_batches(trainer: Trainer, count: int, skip: int = 0) -> Callable[[], list[Tensor]]:
+    """Supplies inputs of the steps after the run's last one, which no step of it sees, but for the first `skip`."""
 
     def supply() -> list[Tensor]:
-        first = trainer.config.steps
+        first = trainer.config.steps + skip
         return [trainer.data.batch(first + k).to(trainer.device).inputs for k in range(count)]
 
     return supply
@@ -50,8 +50,16 @@ class _Stateful(Observer):
         self._saved = state
 
 
+# Far from the seeds that people choose.
+_OTHER_PROBES = 1 << 20
+
+
 class RecordRates(_Stateful):
-    """Writes function_space.jsonl. `recorder` keeps the records too."""
+    """Writes function_space.jsonl. `recorder` keeps the records too.
+
+    Matched steps are recorded on other batches and with other probes than they were matched on: what is recorded is
+    what the matching achieved, not what it aimed at.
+    """
 
     recorder: FunctionSpaceRecorder
 
@@ -59,7 +67,10 @@ class RecordRates(_Stateful):
         self.settings, self.every, self.match = settings, every, match
 
     def begin(self, trainer: Trainer) -> None:
-        self._writer, self._batches = trainer.writer, measuring_batches(trainer, self.settings.batches)
+        batches, seed = self.settings.batches, trainer.config.training.seed
+        matched = self.match is not None
+        self._writer = trainer.writer
+        self._batches = measuring_batches(trainer, batches, skip=batches if matched else 0)
         self.recorder = FunctionSpaceRecorder(
             trainer.model,
             trainer.optimizer,
@@ -67,7 +78,7 @@ class RecordRates(_Stateful):
             forward=self.settings.space,
             method=self.settings.method,
             probes=self.settings.probes,
-            seed=trainer.config.training.seed,
+            seed=seed + _OTHER_PROBES if matched else seed,
             sink=self._write,
         )
         if self._saved is not None:

@@ -1,0 +1,154 @@
+"""The commands of function-space rates: `record`, `sweep`, `check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.overrides import load_config
+
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A config and overrides.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.command(help=_RECORD)(record)
+    app.command(help=_SWEEP)(sweep)
+    app.command(help=_CHECK)(check)
+
+
+def _words(words: list[str] | None) -> tuple[str | None, list[str]]:
+    from layerwise.lab.cli import split_words  # which imports this module
+
+    return split_words(words or [])
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """`64,128,256` as numbers. Raises LayerwiseError."""
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise LayerwiseError(
+            f"{option} {text!r}: write numbers with commas between them, such as 64,128"
+        ) from None
+    return found
+
+
+_RECORD = """Record the function-space rates of a small model as a base file.
+
+A large model takes them over: `layerwise train LARGE --match base.json`. Only the steps that are matched are trained:
+one, unless `function_space.match_step` or `match_every` say otherwise.
+"""
+
+
+def record(
+    words: Words = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The base file to write.")] = Path(
+        "base.json"
+    ),
+    seeds: Annotated[str, typer.Option(help="Seeds the rates are averaged over.")] = "0,1,2,3",
+) -> None:
+    from layerwise.lab.base_file import record as run_recording
+
+    path, overrides = _words(words)
+    base = run_recording(load_config(path, overrides), [int(seed) for seed in numbers(seeds, "--seeds")])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    base.save(output)
+    for step, rates in base.records.items():
+        total = sum(rate.value for rate in rates.values())
+        print(
+            f"step {step + 1}: {len(rates)} rates, sum {total:.4g} (RMS change of {base.fingerprint.space})"
+        )
+    print(f"written to {output}")
+
+
+_SWEEP = """Sweep learning rates over sizes of a model, and show whether the best one carries over.
+
+CONFIG is a training config with a section `sweep`: what the sizes are, the grid of rates, the methods (standard, flerm,
+uniform, mup) and the seeds. Finished trials are never repeated: run the same command again to go on, or with more rates
+or sizes to add them. The folder `run.dir/run.name` holds results.jsonl, the transfer figure and the table.
+"""
+
+
+def sweep(
+    words: Words = None,
+    workers: Annotated[
+        int, typer.Option(help="Trials side by side, one thread each; 0: in this process.")
+    ] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many trials there are, and stop.")
+    ] = False,
+) -> None:
+    from rich.console import Console
+
+    from layerwise.lab.sweep.config import SweepConfig
+    from layerwise.lab.sweep.engine import RESULTS, run_sweep
+    from layerwise.lab.sweep.plan import make_plan
+    from layerwise.lab.sweep.report import write_report
+    from layerwise.lab.sweep.results import read_results
+    from layerwise.lab.sweep.table import terminal
+
+    path, overrides = _words(words)
+    config = load_config(path, overrides, SweepConfig)
+    if dry_run:
+        trials = make_plan(config).trials
+        done = read_results(config.run_path / RESULTS)
+        left = sum(id not in done for id in trials)
+        print(f"{config.run_name}: {len(trials)} trials, {left} of them to run, in {config.run_path}")
+        return
+    folder = run_sweep(config, workers)
+    rows = write_report(config, folder)
+    Console().print(terminal(rows, config.sweep.axis))
+    if any(row.edge for row in rows):
+        print(
+            "! the best rate is an end of its grid: the optimum may lie beyond it; widen sweep.lr or sweep.lr_of"
+        )
+    print(f"figure and table: {folder / 'transfer.png'}, {folder / 'table.md'}")
+
+
+_CHECK = """Check in seconds whether the layers' updates change the outputs as much at every size.
+
+The model takes a step at each size; the slope of each parameter's function-space rate against the size says whether
+one learning rate fits all. Exit code 0: every slope is within the tolerance, as far as its standard error can tell; 1:
+some are not.
+"""
+
+
+def check(
+    words: Words = None,
+    widths: Annotated[str | None, typer.Option(help="Hidden sizes, such as 64,128,256.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Numbers of blocks, instead of widths.")] = None,
+    match: Annotated[
+        str | None, typer.Option(help="Match rates to a base file, `uniform`, or `first` (the first size).")
+    ] = None,
+    step: Annotated[int, typer.Option(help="The optimizer step to measure.")] = 1,
+    seeds: Annotated[str, typer.Option(help="Seeds the rates are averaged over.")] = "0,1",
+    tolerance: Annotated[float, typer.Option(help="Largest slope that counts as flat.")] = 0.2,
+) -> None:
+    from rich.console import Console
+
+    from layerwise.lab.size_check import check_sizes, terminal
+
+    if (widths is None) == (depths is None):
+        raise LayerwiseError("check needs --widths or --depths, such as --widths 64,128,256")
+    path, overrides = _words(words)
+    found = check_sizes(
+        load_config(path, overrides),
+        numbers(widths or depths or "", "--widths" if widths else "--depths"),
+        axis="width" if widths else "depth",
+        match=match,
+        step=step,
+        seeds=[int(seed) for seed in numbers(seeds, "--seeds")],
+        tolerance=tolerance,
+    )
+    Console().print(terminal(found))
+    uneven = [trend for trend in found.trends if not trend.flat(tolerance)]
+    if uneven:
+        print(f"{len(uneven)} of {len(found.trends)} rates change with the size (slope beyond {tolerance:g})")
+        raise typer.Exit(1)
+    print(f"all {len(found.trends)} rates are flat (slope within {tolerance:g})")
