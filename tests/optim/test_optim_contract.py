@@ -344,3 +344,14 @@ def test_the_rates_are_finite_at_any_scale_of_the_gradients(scale, anchor):
     for unit, rate in optimizer.layer_rates().items():
         assert 0 < rate.multiplier < 20, (unit, rate)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_parameters_that_a_framework_replaced_get_fresh_state():
+    model = net()
+    optimizer = make("lanton-independent", model)
+    take_step(optimizer, model, 0)
+    replaced = net(seed=1)
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get_parameter(name) for name in group["param_names"]]
+    take_step(optimizer, replaced, 1)
+    assert optimizer.state.keys() == set(replaced.parameters())

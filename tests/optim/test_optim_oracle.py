@@ -80,7 +80,7 @@ CASES = {
     "paper": {"alpha": 0.1},
     "paper, small alpha": {"alpha": 1e-3},
     "scale free": {"alpha": 0.0},
-    "scale free, high floor": {"alpha": 0.0, "floor": 0.3},
+    "scale free, low floor": {"alpha": 0.0, "floor": 1e-6},
     "mean": {"alpha": 0.0, "anchor": "mean"},
     "paper, mean": {"alpha": 0.1, "anchor": "mean"},
     "previous_bf16": {"alpha": 0.0, "reference": "previous_bf16"},

@@ -177,6 +177,7 @@ class LayerwiseOptimizer(Optimizer):
         self.halves.hold(self._half_buffers())
 
     def _half_buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._follow_parameters()
         for group in self.param_groups:
             if needs_halves(group):
                 for param in group["params"]:

@@ -142,9 +142,9 @@ class NoiseAdaptive(RateRule):
         size_normalised: divide each dual norm by its value on white noise of unit deviation. Without it (the paper's) a
             unit looks noisier for its shape alone: an MLP's up projection 4x, 16x in H.
         anchor: the group's reference, ``"max"`` or ``"mean"``.
-        floor: see ``alpha``. A unit of the group's mean noise keeps at least ``floor ** 0.25``. It plays the part of an alpha
-            that follows the gradient's scale: without it the queries and keys of a fresh transformer, whose noise is
-            1e-4 of the other layers', would slow all of those ten-fold.
+        floor: see ``alpha``. A unit of the group's mean noise keeps at least ``floor ** 0.25``. It plays the part of an
+            alpha that follows the gradient's scale: without it the queries and keys of a fresh transformer, whose noise
+            is 1e-4 of the other layers', would slow all of those ten-fold.
     """
 
     alpha: float = 0.0
