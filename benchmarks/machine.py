@@ -1,0 +1,35 @@
+"""What a number was measured on: processor, threads, versions. No names or paths of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe() -> dict[str, str]:
+    info = {
+        "cpu": _cpu_model(),
+        "cores": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        info["gpu"] = torch.cuda.get_device_name()
+    return info
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        instructions = [
+            name for name in ("avx2", "avx512f", "amx_bf16") if name in fields.get("flags", "").split()
+        ]
+        family = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+        return f"{fields.get('model name', 'unknown')} ({family}; {', '.join(instructions)})"
+    return platform.processor() or "unknown"

@@ -1,0 +1,309 @@
+"""Time of one optimizer step, contenders taking turns in one run, on the matrices of real models.
+
+    python benchmarks/optimizer_step.py                                   # d = 384, about two minutes on two cores
+    python benchmarks/optimizer_step.py --sets d384,gpt2-small,llama-lora --repeats 15
+    python benchmarks/optimizer_step.py --device cuda                     # bfloat16, also launches and peak memory
+
+Writes `benchmarks/results/optimizer_step_DEVICE.{json,md,png}`. Every contender has its own copy of the weights and sees the
+same two sets of gradients in turn; the order of the contenders rotates, so that a noisy moment hits all alike.
+Published codes cast to bfloat16; on a CPU the cast is taken out ("float32"), since it would make them 28 to 49 times slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import layerwise as lw
+import literal
+import machine
+from layerwise.geometry import Spectral
+from layerwise.geometry.layout import MatrixLayout
+
+RESULTS = Path(__file__).parent / "results"
+Shapes = list[tuple[int, int]]
+Step = Callable[[], Any]
+
+
+def gpt_block(d: int) -> Shapes:
+    return [(d, d)] * 4 + [(4 * d, d), (d, 4 * d)]
+
+
+#: q, k, v, o, gate, up, down of TinyLlama's block, and rank-16 adapters on q and v of its 22 layers
+LLAMA_BLOCK: Shapes = [
+    (2048, 2048),
+    (256, 2048),
+    (256, 2048),
+    (2048, 2048),
+    (5632, 2048),
+    (5632, 2048),
+    (2048, 5632),
+]
+LORA: Shapes = [(16, 2048), (2048, 16), (16, 2048), (256, 16)] * 22
+SETS: dict[str, Shapes] = {
+    "tiny": gpt_block(64),  # to try the script
+    "d384": gpt_block(384) * 12,
+    "gpt2-small": gpt_block(768) * 12,
+    "llama-lora": LLAMA_BLOCK + LORA,
+}
+
+
+@dataclass
+class Row:
+    """One contender on one set: seconds per step, and on a GPU what one step launches and holds at its peak."""
+
+    name: str
+    median: float
+    low: float
+    high: float
+    launches: int | None = None
+    peak_mb: float | None = None
+
+
+def layerwise_groups(params: Sequence[Tensor]) -> list[dict[str, Any]]:
+    named = [(f"matrix.{i}", p) for i, p in enumerate(params)]
+    return [{"params": named, "role": "hidden", "layout": MatrixLayout(), "geometry": Spectral()}]
+
+
+def torch_muon(params: Sequence[Tensor], cast: bool) -> Step:
+    """torch.optim.Muon; without the cast its Newton-Schulz is ours in `literal.py`, which differs in nothing else."""
+    from torch.optim import _muon
+
+    optimizer, published = torch.optim.Muon(params, lr=0.02), _muon._zeropower_via_newtonschulz
+    if cast:
+        return optimizer.step
+
+    def step() -> None:
+        _muon._zeropower_via_newtonschulz = lambda g, *_: literal.torch_newton_schulz(g)
+        optimizer.step()
+        _muon._zeropower_via_newtonschulz = published
+
+    return step
+
+
+def pytorch_optimizer_step(name: str, params: Sequence[Tensor], cast: bool, **options: Any) -> Step:
+    """pytorch-optimizer's Muon or SCION; without the cast its Newton-Schulz is told to work in float32."""
+    import pytorch_optimizer
+
+    kind = getattr(pytorch_optimizer, name)
+    groups = [{"params": list(params), "use_muon": True}] if name == "Muon" else list(params)
+    optimizer = kind(groups, lr=0.02, **options)
+    if cast:
+        return optimizer.step
+    module = sys.modules[kind.__mro__[1].__module__ if name == "Muon" else kind.__module__]
+    published = {key: f for key, f in vars(module).items() if key.startswith("zero_power_via")}
+
+    def step() -> None:
+        vars(module).update({key: functools.partial(f, dtype=torch.float32) for key, f in published.items()})
+        optimizer.step()
+        vars(module).update(published)
+
+    return step
+
+
+def noise_alone(params: Sequence[Tensor]) -> Step:
+    """LANTON's dual norms of as many gradient differences, with nothing around them."""
+    geometry = Spectral()
+    differences = [(p.grad - p.grad.roll(1, 0))[None] for p in params]
+    return lambda: [geometry.dual_norm(d, seed=1) for d in differences]
+
+
+def dion_polar(params: Sequence[Tensor]) -> Step:
+    from dion.newton_schulz_triton import newton_schulz_triton
+
+    return lambda: [newton_schulz_triton(p.grad) for p in params]
+
+
+def gram_polar(params: Sequence[Tensor]) -> Step:
+    from gram_newton_schulz import GramNewtonSchulz
+
+    iterate = GramNewtonSchulz()
+    return lambda: [iterate(p.grad) for p in params]
+
+
+def contenders(device: str) -> dict[str, Callable[[Sequence[Tensor]], Step]]:
+    cast = device != "cpu"
+    kind = "as published" if cast else "float32"
+    dtype = torch.bfloat16 if cast else torch.float32
+    found: dict[str, Callable[[Sequence[Tensor]], Step]] = {
+        "AdamW (torch, fused)": lambda ps: torch.optim.AdamW(ps, fused=True).step,
+        f"Muon (torch.optim, {kind})": lambda ps: torch_muon(ps, cast),
+        f"Muon (Jordan, literal {kind})": lambda ps: literal.LiteralMuon(ps, dtype=dtype).step,
+        f"Scion (literal {kind})": lambda ps: literal.LiteralScion(ps, dtype=dtype).step,
+    }
+    if importlib.util.find_spec("pytorch_optimizer"):
+        found[f"Muon (pytorch-optimizer, {kind})"] = lambda ps: pytorch_optimizer_step("Muon", ps, cast)
+        found[f"Muon (pytorch-optimizer, Gram form, {kind})"] = lambda ps: pytorch_optimizer_step(
+            "Muon", ps, cast, ns_method="gram_newton_schulz"
+        )
+        found[f"SCION (pytorch-optimizer, {kind})"] = lambda ps: pytorch_optimizer_step("SCION", ps, cast)
+    if importlib.util.find_spec("heavyball"):
+        found["Muon (heavyball)"] = lambda ps: __import__("heavyball").Muon(ps, lr=0.02).step
+    if cast and importlib.util.find_spec("dion"):
+        found["Newton-Schulz alone (dion, Triton)"] = dion_polar
+    if cast and importlib.util.find_spec("gram_newton_schulz"):
+        found["Newton-Schulz alone (gram-newton-schulz)"] = gram_polar
+    return found | {
+        "Muon (layerwise)": lambda ps: lw.Muon(layerwise_groups(ps), lr=0.02).step,
+        "Lanton without noise (layerwise)": lambda ps: (
+            lw.Lanton(layerwise_groups(ps), lr=0.02, noise=None).step
+        ),
+        "Lanton (layerwise)": lambda ps: lw.Lanton(layerwise_groups(ps), lr=0.02).step,
+        "noise alone (layerwise)": noise_alone,
+    }
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(shapes: Shapes, device: str, repeats: int, only: str) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [[torch.randn(s, generator=generator).to(device) for s in shapes] for _ in range(2)]
+    entries: list[tuple[str, list[Tensor], Step]] = []
+    for name, build in contenders(device).items():
+        if only and not any(part in name for part in only.split(",")):
+            continue
+        params = [torch.nn.Parameter(torch.zeros(s, device=device)) for s in shapes]
+        for p, g in zip(params, gradients[0], strict=True):
+            p.grad = g
+        entries.append((name, params, build(params)))
+    seconds: dict[str, list[float]] = {name: [] for name, _, _ in entries}
+    for repeat in range(-2, repeats):  # two rounds of warm-up
+        turn = repeat % len(entries)
+        for name, params, step in entries[turn:] + entries[:turn]:
+            for p, g in zip(params, gradients[repeat % 2], strict=True):
+                p.grad = g
+            synchronise(device)
+            start = time.perf_counter()
+            step()
+            synchronise(device)
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, _, step in entries:
+        times = sorted(seconds[name])
+        row = Row(name, statistics.median(times), times[len(times) // 4], times[(3 * len(times)) // 4])
+        if device == "cuda":
+            row.launches, row.peak_mb = launches_and_peak(step)
+        rows.append(row)
+    return rows
+
+
+def launches_and_peak(step: Step) -> tuple[int, float]:
+    """Kernels launched by one step, and how far it raises the allocated memory above where it began."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    kernels = sum(e.count for e in trace.key_averages() if not e.key.startswith(("Memcpy", "Memset", "cuda")))
+    return kernels, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def fastest_muon(rows: list[Row]) -> Row:
+    """The fastest Muon that computes the standard iteration as published: what ratios are taken against."""
+    literal_ones = [
+        r for r in rows if r.name.startswith("Muon") and "layerwise" not in r.name and "Gram" not in r.name
+    ]
+    return min(literal_ones, key=lambda r: r.median)
+
+
+def table(results: dict[str, list[Row]], info: dict[str, str]) -> str:
+    lines = ["# Time of an optimizer step", "", "Written by `benchmarks/optimizer_step.py`."]
+    lines.append("Machine: " + "; ".join(f"{k} {v}" for k, v in info.items()) + ".")
+    for name, rows in results.items():
+        base = fastest_muon(rows)
+        gpu = rows[0].launches is not None
+        lines += [
+            "",
+            f"## {name}: {len(SETS[name])} matrices, {sum(a * b for a, b in SETS[name]) / 1e6:.1f}M entries",
+            "",
+        ]
+        lines.append(
+            "| contender | median, ms | quartiles, ms | against the fastest literal Muon |"
+            + (" launches | peak, MB |" if gpu else "")
+        )
+        lines.append("|---|---|---|---|" + ("---|---|" if gpu else ""))
+        for r in rows:
+            spread = f"{r.low * 1e3:.1f} to {r.high * 1e3:.1f}"
+            line = f"| {r.name} | {r.median * 1e3:.1f} | {spread} | {r.median / base.median:.3f} |"
+            lines.append(line + (f" {r.launches} | {r.peak_mb:.0f} |" if gpu else ""))
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict[str, list[Row]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(
+        1, len(results), figsize=(6.2 * len(results), 4), squeeze=False, layout="constrained"
+    )
+    for ax, (name, rows) in zip(axes[0], results.items(), strict=True):
+        base = fastest_muon(rows).median
+        rows = rows[::-1]
+        ratios = [r.median / base for r in rows]
+        spread = [[(r.median - r.low) / base for r in rows], [(r.high - r.median) / base for r in rows]]
+        colours = ["#1f6f8b" if "layerwise" in r.name else "#b8bec4" for r in rows]
+        ax.barh(
+            [r.name for r in rows], ratios, xerr=spread, color=colours, error_kw={"lw": 0.8, "ecolor": "#444"}
+        )
+        ax.axvline(1, color="#444", lw=0.8, ls=":")
+        ax.set_title(f"{name} ({len(SETS[name])} matrices)")
+        ax.set_xlabel("time of a step / fastest literal Muon (median, quartiles)")
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sets", default="d384", help=f"comma-separated: {', '.join(SETS)}")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", default="", help="comma-separated parts of contenders' names")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    unknown = set(args.sets.split(",")) - set(SETS)
+    if unknown:
+        parser.error(f"--sets {', '.join(sorted(unknown))}: choose from {', '.join(SETS)}")
+    info = machine.describe()
+    results = {}
+    for name in args.sets.split(","):
+        results[name] = measure(SETS[name], args.device, args.repeats, args.only)
+        for row in results[name]:
+            print(
+                f"{name:12s} {row.name:44s} {row.median * 1e3:9.1f} ms  ({row.low * 1e3:.1f} to {row.high * 1e3:.1f})",
+                flush=True,
+            )
+    args.out.mkdir(exist_ok=True)
+    stem = args.out / f"optimizer_step_{args.device}"
+    record = {
+        "machine": info,
+        "repeats": args.repeats,
+        "sets": {k: [asdict(r) for r in v] for k, v in results.items()},
+    }
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(table(results, info))
+    figure(results, stem.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
