@@ -10,7 +10,15 @@ from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import Rates, function_space_rates
-from layerwise.function_space.estimators import METHODS, TensorUpdate, combine, iid, kronecker, log_moments
+from layerwise.function_space.estimators import (
+    METHODS,
+    Moments,
+    TensorUpdate,
+    combine,
+    full_cov,
+    iid,
+    kronecker,
+)
 from layerwise.function_space.exact import derivative
 
 
@@ -117,14 +125,19 @@ def test_moments_are_their_definitions(probes, shape, seed, piece):
     kept = module._CPU_PIECE
     module._CPU_PIECE = piece
     try:
-        update = TensorUpdate(delta)
-        kron = log_moments(kronecker(tuple(shape)), update, update.largest(), grads).exp()
-        square = log_moments(iid(tuple(shape)), update, update.largest(), grads).exp()
+        logs = {}
+        for estimator in (kronecker(tuple(shape)), iid(tuple(shape)), full_cov(tuple(shape))):
+            moments = Moments(estimator, TensorUpdate(delta))
+            for some in grads.split([1, probes - 1] if probes > 1 else [1]):
+                moments.add(some)
+            logs[estimator.name] = moments.logs(probes).exp()
+        kron, square, total = logs["kronecker"], logs["iid"], logs["full_cov"]
     finally:
         module._CPU_PIECE = kept
     z = delta * grads
     dims = tuple(range(1, z.ndim))
     assert torch.allclose(square[:, 0], z.square().sum(dims))
+    assert torch.allclose(total[:, 0], z.sum(dims).square())
     assert torch.allclose(kron[:, 0], z.square().sum(dims))
     for d in dims:
         assert torch.allclose(kron[:, d], z.sum(d).square().flatten(1).sum(1))

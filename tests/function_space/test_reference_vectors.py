@@ -7,10 +7,10 @@ import torch
 from reference_model import VECTORS, adam, batch, build, loss
 from torch import Tensor
 
-from layerwise.function_space.estimators import Estimator, TensorUpdate, combine, estimator_for
+from layerwise.function_space.estimators import Estimator, Moments, TensorUpdate, combine, estimator_for
 from layerwise.function_space.isolation import call_with, trainable
 from layerwise.function_space.outputs import as_outputs, model_output
-from layerwise.function_space.probes import Accumulator, run_probes
+from layerwise.function_space.probes import run_probes
 
 Snapshot = dict[str, Tensor]
 
@@ -22,11 +22,10 @@ def moments_of_call(model, old: Snapshot, new: Snapshot, method: str, call: int,
     estimators: dict[str, Estimator] = {
         name: estimator_for(method, tuple(w.shape)) for name, w in old.items()
     }
-    updates = {name: TensorUpdate(new[name], old[name]) for name in old}
-    accumulator = Accumulator(updates, estimators, math.log(outputs.entries))
+    found = {name: Moments(estimators[name], TensorUpdate(new[name], old[name])) for name in old}
     probe = torch.tensor(eps, dtype=torch.float64).reshape(outputs.values.shape)
-    run_probes(outputs, leaves, [probe], accumulator.add, memory=0, streaming=True)
-    return estimators, accumulator.moments(1)
+    run_probes(outputs, leaves, [probe], lambda name, grads: found[name].add(grads), memory=0, streaming=True)
+    return estimators, {name: moments.logs(1) - math.log(outputs.entries) for name, moments in found.items()}
 
 
 def snapshot(model) -> Snapshot:

@@ -28,6 +28,8 @@ METHODS = ("exact", "kronecker", "full_cov", "iid")
 # and the temporary never grows with the tensor (an embedding can be a third of a model).
 _CPU_PIECE = 1 << 17
 _GPU_PIECE = 1 << 24
+# Updates of up to this many entries (biases, gains) are kept between probes: no memory to speak of, fewer operations.
+_SMALL = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -124,52 +126,79 @@ class TensorUpdate:
         return torch.stack(peaks).max() if peaks else self.new.new_zeros((), dtype=self.dtype)
 
 
+class Moments:
+    """The moments of one tensor, a row per probe, kept on the device until the end.
+
+    Products are formed of numbers of order one: the update over its largest entry, gradients over the largest of the
+    first one. Both scales come back in as logarithms.
+    """
+
+    def __init__(self, estimator: Estimator, update: TensorUpdate) -> None:
+        self.estimator = estimator
+        self.update = update
+        self.scales: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self._small: Tensor | None = None
+
+    def add(self, grads: Tensor) -> None:
+        """Take the gradients of some probes, `[probes, *shape]`, in any float dtype."""
+        probes = grads.shape[0]
+        grads = grads if grads.ndim > 1 else grads[:, None]
+        if not self.scales:
+            largest = grads[0].abs().amax() if grads.numel() else grads.new_zeros(())
+            self.scales = [_one_where_zero(s.to(self.update.dtype)) for s in (self.update.largest(), largest)]
+        total = square = columns = None
+        per_dim: dict[int, Tensor] = {}
+        pieces = self.update.pieces(probes)
+        for start, stop in pieces:
+            delta = self._scaled(start, stop, alone=len(pieces) == 1)
+            part = grads if len(pieces) == 1 else grads[:, start:stop]
+            if self.estimator.total:
+                total = _plus(total, torch.mv(part.flatten(1).to(delta.dtype), delta.flatten()))
+                continue
+            z = (part * delta).reshape(probes, stop - start, *self.estimator.view[1:])
+            square = _plus(square, _squares(z))
+            if self.estimator.per_dim:
+                columns = _plus(columns, z.sum(1))
+                for dim in range(1, len(self.estimator.view)):
+                    per_dim[dim] = _plus(per_dim.get(dim), _squares(z.sum(dim + 1)))
+        if columns is not None:
+            per_dim[0] = _squares(columns)
+        kept = [total.square()] if total is not None else []
+        kept += [square] if square is not None else []
+        kept += [per_dim[dim] for dim in sorted(per_dim)]
+        if kept:
+            self.rows.append(torch.stack(kept, dim=1))
+
+    def _scaled(self, start: int, stop: int, alone: bool) -> Tensor:
+        if self._small is not None:
+            return self._small[start:stop]
+        delta = self.update.rows(start, stop) / self.scales[0] / self.scales[1]
+        if alone and delta.numel() <= _SMALL:
+            self._small = delta
+        return delta
+
+    def logs(self, probes: int) -> Tensor:
+        """`[probes, len(exponents)]`, in float64 where the device has it; -inf if no gradient came."""
+        if not self.rows:
+            return torch.full((probes, len(self.estimator.exponents)), -math.inf)
+        wide = torch.float32 if self.rows[0].device.type == "mps" else torch.float64
+        scale = sum(2 * s.to(wide).log() for s in self.scales)
+        return torch.cat(self.rows).to(wide).log() + scale
+
+
 def _one_where_zero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def log_moments(estimator: Estimator, update: TensorUpdate, largest: Tensor, grads: Tensor) -> Tensor:
-    """Logarithms of the moments of one tensor for some probes.
+def _plus(sum_: Tensor | None, term: Tensor) -> Tensor:
+    return term if sum_ is None else sum_ + term
 
-    `largest` is `update.largest()`; `grads` is `[probes, *shape]`, gradients in any float dtype. Returns
-    `[probes, len(estimator.exponents)]` in float64, on the tensor's device (float32 where float64 does not
-    exist).
-    """
-    probes = grads.shape[0]
-    wide = torch.float32 if grads.device.type == "mps" else torch.float64
-    rows_shape = grads.shape[1:] if grads.ndim > 1 else grads.new_empty(1).shape
-    grads = grads.reshape(probes, *rows_shape)
-    update_scale = _one_where_zero(largest)
-    flat = grads.flatten(1)
-    # Squares are taken of numbers of order one; the scales come back in as logarithms.
-    grad_scale = _one_where_zero(torch.linalg.vector_norm(flat, ord=math.inf, dim=1).to(update.dtype))
 
-    total = flat.new_zeros(probes, dtype=wide)
-    square, per_dim = torch.zeros_like(total), [torch.zeros_like(total) for _ in estimator.view]
-    columns: Tensor | None = None
-    for start, stop in update.pieces(probes):
-        delta = update.rows(start, stop) / update_scale
-        piece = grads[:, start:stop]
-        if not (estimator.square or estimator.per_dim):
-            piece = piece.flatten(1).to(update.dtype)
-            total += torch.mv(piece, delta.flatten()).to(wide) / grad_scale.to(wide)
-            continue
-        z = (piece * delta).div_(grad_scale.view(-1, *[1] * delta.ndim))
-        z = z.reshape(probes, stop - start, *estimator.view[1:])
-        square += torch.linalg.vector_norm(z.flatten(1), dim=1).to(wide).square()
-        if estimator.per_dim:
-            columns = z.sum(1) if columns is None else columns + z.sum(1)
-            for dim in range(1, len(estimator.view)):
-                sums = z.sum(dim + 1).flatten(1)
-                per_dim[dim] += torch.linalg.vector_norm(sums, dim=1).to(wide).square()
-    if columns is not None:
-        per_dim[0] = torch.linalg.vector_norm(columns.flatten(1), dim=1).to(wide).square()
-
-    kept = [total.square()] if estimator.total else []
-    kept += [square] if estimator.square else []
-    kept += per_dim if estimator.per_dim else []
-    scale = 2 * (update_scale.to(wide).log() + grad_scale.to(wide).log())
-    return torch.stack(kept, dim=1).log() + scale[:, None]
+def _squares(x: Tensor) -> Tensor:
+    """Sum of squares of each of `[probes, ...]`, without a tensor of squares."""
+    flat = x.flatten(1)
+    return torch.bmm(flat[:, None, :], flat[:, :, None]).reshape(-1)
 
 
 def combine(

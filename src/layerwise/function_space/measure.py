@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.estimators import METHODS, Estimator, TensorUpdate, combine, estimator_for
+from layerwise.function_space.estimators import (
+    METHODS,
+    Estimator,
+    Moments,
+    TensorUpdate,
+    combine,
+    estimator_for,
+)
 from layerwise.function_space.exact import exact_log_squares, rate_of
 from layerwise.function_space.isolation import (
     BatchNormMode,
@@ -22,7 +29,7 @@ from layerwise.function_space.isolation import (
     unwrap,
 )
 from layerwise.function_space.outputs import Forward, Outputs, as_outputs, resolve, space_name
-from layerwise.function_space.probes import Accumulator, Distribution, draw_probes, run_probes
+from layerwise.function_space.probes import Distribution, draw_probes, run_probes
 from layerwise.function_space.rates import Rate, Rates, shares
 
 
@@ -206,11 +213,12 @@ class ProbeRun:
         streaming: bool,
     ) -> None:
         """Run `count` probes of these outputs."""
-        accumulator = Accumulator(self.updates, self.estimators, math.log(outputs.entries))
+        found = {name: Moments(self.estimators[name], update) for name, update in self.updates.items()}
         probes = draw_probes(outputs, count, self.measurement.probe, generator)
-        run_probes(outputs, leaves, probes, accumulator.add, self.measurement.memory, streaming)
-        for name, moments in accumulator.moments(count).items():
-            self.moments[name].append(moments)
+        memory = self.measurement.memory
+        run_probes(outputs, leaves, probes, lambda name, grads: found[name].add(grads), memory, streaming)
+        for name, moments in found.items():
+            self.moments[name].append(moments.logs(count) - math.log(outputs.entries))
         self.probes += count
         self.entries += outputs.entries
         self.classes, self.dtype = _classes(outputs), _short(outputs.values.dtype)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.estimators import Estimator, TensorUpdate, log_moments
 from layerwise.function_space.isolation import gradient_hooks_off
 from layerwise.function_space.outputs import Outputs
 
@@ -31,42 +28,19 @@ def draw_probes(
     like = outputs.values
     for _ in range(count):
         if distribution == "gaussian":
-            eps = torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32).to(
-                like.dtype
-            )
+            eps = torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)
         else:
-            signs = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
-            eps = signs.to(like.dtype).mul_(2).sub_(1)
+            eps = random_signs(like, generator)
         yield eps if outputs.mask is None else eps * outputs.mask
 
 
-@dataclass
-class Accumulator:
-    """Log moments by tensor, one row per probe, kept on the device until the end."""
-
-    updates: Mapping[str, TensorUpdate]
-    estimators: Mapping[str, Estimator]
-    log_entries: float
-    largest: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, name: str, grads: Tensor) -> None:
-        """`grads` is `[probes, *shape]`."""
-        if name not in self.largest:
-            self.largest[name] = self.updates[name].largest()
-        moments = log_moments(self.estimators[name], self.updates[name], self.largest[name], grads)
-        self.rows.setdefault(name, []).append(moments - self.log_entries)
-
-    def moments(self, probes: int) -> dict[str, Tensor]:
-        """`[probes, moments]` by tensor; one that no probe reached has all moments 0, in logarithms -inf."""
-        found = {}
-        for name, estimator in self.estimators.items():
-            rows = self.rows.get(name)
-            if rows is None:
-                found[name] = torch.full((probes, len(estimator.exponents)), -math.inf)
-            else:
-                found[name] = torch.cat(rows)
-        return found
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent +1 and -1, in the shape and dtype of `like`: eight from each random byte, as random numbers cost."""
+    count = like.numel()
+    bytes_ = torch.empty(-(-count // 8), dtype=torch.uint8, device=like.device).random_(generator=generator)
+    shifts = torch.arange(8, dtype=torch.uint8, device=like.device)
+    bits = (bytes_[:, None] >> shifts & 1).flatten()[:count]
+    return bits.to(like.dtype).mul_(2).sub_(1).reshape(like.shape)
 
 
 def probes_at_once(outputs: Outputs, leaves: Mapping[str, Tensor], memory: int) -> int:
