@@ -169,6 +169,20 @@ def trained(how: str, preset: str, rule: str, steps: int, bucket_bytes: int = 40
     return results(model, optimizer)
 
 
+def sharded_after(steps: int) -> dict[str, Any]:
+    """As accelerate does for FSDP2: the model is sharded after its optimizer was made, which gets the new parameters."""
+    model = make_model()
+    optimizer = make_optimizer(model, "Lanton", "previous")
+    names = {param: name for name, param in model.named_parameters()}
+    places = [[names[param] for param in group["params"]] for group in optimizer.param_groups]
+    sharded = dict(distribute(model, "fsdp").named_parameters())
+    for group, held in zip(optimizer.param_groups, places, strict=True):
+        group["params"] = [sharded[name] for name in held]
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(steps))
+    return results(model, optimizer)
+
+
 def saved(how: str, folder: str, steps: range, load: bool) -> dict[str, Any]:
     """Train for some steps, from the checkpoint in ``folder`` if ``load``, and save there; what the model is then."""
     model, optimizer = make(how)

@@ -1,0 +1,36 @@
+"""lightning: one optimizer from ``configure_optimizers``, and a callback that logs the layer rates.
+
+def configure_optimizers(self):
+    return lw.Lanton(lw.param_groups(self), lr=2e-3)
+
+Trainer(callbacks=[LayerRates()])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from layerwise.integrations.logged import rates_to_log
+
+
+class LayerRates(Callback):  # type: ignore[misc]
+    """Logs ``layer_lr/UNIT`` and ``layer_noise/UNIT`` every ``every`` optimizer steps (None: the trainer's own interval).
+
+    lightning moves the schedule on before callbacks see a step, so these are the rates of the step to come.
+    """
+
+    def __init__(self, every: int | None = None) -> None:
+        self.every = every
+        self._logged = 0  # with accumulation, several batches end at one step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step % (self.every or trainer.log_every_n_steps) or step == self._logged:
+            return
+        self._logged = step
+        if trainer.is_global_zero:
+            rates = {key: value for opt in trainer.optimizers for key, value in rates_to_log(opt).items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(rates, step=step)

@@ -1,0 +1,146 @@
+"""transformers' Trainer: an optimizer made from the model, layer rates in the logs, function-space rates and FLeRM.
+
+    trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=trainer_optimizer(lw.Lanton, lr=2e-3))
+    log_layer_rates(trainer)
+    trainer.train()
+
+The Trainer's accumulation, clipping (of gradients, before the step), mixed precision, schedule and resuming work as
+with any optimizer. ``TrainingArguments(learning_rate, weight_decay)`` are not used: give ``lr`` and ``weight_decay`` here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space import FLeRM, FunctionSpaceRecorder
+from layerwise.geometry import param_groups
+from layerwise.integrations.logged import layerwise_optimizer, rates_to_log
+from layerwise.optim import Lanton, LayerwiseOptimizer
+
+Observer = FunctionSpaceRecorder | FLeRM
+
+
+def trainer_optimizer(
+    preset: type[LayerwiseOptimizer] = Lanton,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    splits: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Callable[[], Callable[..., LayerwiseOptimizer]], dict[str, Any]]:
+    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
+
+    Args:
+        preset: ``lw.Lanton``, ``lw.Muon``, ...
+        overrides, splits: as for ``lw.param_groups``.
+        options: of the preset.
+    """
+
+    def build(model: nn.Module, **options: Any) -> LayerwiseOptimizer:
+        return preset(param_groups(model, overrides, splits), **options)
+
+    return lambda: build, options  # the Trainer calls the first for a factory, and that with its model
+
+
+class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
+    """Logs ``layer_lr/UNIT`` and ``layer_noise/UNIT`` at each of the trainer's logging steps, to all that it reports to."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._rates: dict[str, float] = {}
+
+    def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        layerwise_optimizer(optimizer)  # fails at once where there are no layer rates
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
+        # Read here, as the schedule moves on before the step is logged; and only if it will be, as reading waits.
+        step = state.global_step + 1
+        if step % state.logging_steps == 0 or (step == 1 and args.logging_first_step):
+            self._rates = rates_to_log(optimizer)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if control.should_log and self._rates:
+            self.trainer.log(self._rates)
+            control.should_log = True  # logging has cleared it, and the Trainer's own entry is still to come
+            self._rates = {}
+
+
+def log_layer_rates(trainer: Trainer) -> None:
+    """Have ``trainer`` log each layer's effective learning rate and noise."""
+    trainer.add_callback(LayerRatesCallback(trainer))
+
+
+class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
+    """Function-space rates (or FLeRM) around the Trainer's optimizer steps; they go on after a resume.
+
+        Trainer(..., callbacks=[FunctionSpaceCallback(partial(FunctionSpaceRecorder, every=100), batch)])
+
+    Args:
+        make: called with the model and the optimizer when training begins; makes a recorder or a FLeRM.
+        batch: what to measure on, as in ``FunctionSpaceRecorder.step``: inputs, or a function that returns them.
+
+    ``observer`` is what ``make`` made. One process only: probes over the batches of several are not built yet.
+    """
+
+    FILE = "function_space.pt"
+
+    def __init__(self, make: Callable[[nn.Module, Any], Observer], batch: Any) -> None:
+        self.make = make
+        self.batch = batch
+        self.observer: Observer | None = None
+        self._step: AbstractContextManager[None] | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
+        if args.world_size > 1:
+            raise LayerwiseError(
+                f"FunctionSpaceCallback on {args.world_size} processes: it measures on one; record there, or leave it out"
+            )
+        self.observer = self.make(model, optimizer)
+        saved = self._file(args, state)
+        if state.global_step and saved.exists():
+            self.observer.load_state_dict(torch.load(saved, weights_only=True))
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        assert self.observer is not None
+        self._step = self.observer.step(self.batch)
+        self._step.__enter__()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        assert self._step is not None
+        self._step.__exit__(None, None, None)
+        self._step = None
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        assert self.observer is not None
+        torch.save(self.observer.state_dict(), self._file(args, state))
+
+    def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE)
