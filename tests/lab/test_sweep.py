@@ -1,0 +1,206 @@
+"""Sweeps: what is planned, that nothing is run twice, and what the table says of known curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import tiny_tree
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.overrides import validate
+from layerwise.lab.sweep import engine
+from layerwise.lab.sweep.analysis import Curve, transfers
+from layerwise.lab.sweep.config import SweepConfig
+from layerwise.lab.sweep.plan import Point, make_plan
+from layerwise.lab.sweep.report import analyse, write_report
+from layerwise.lab.sweep.results import ResultsFile, loss_of, read_results
+from layerwise.lab.sweep.table import cells
+
+
+def sweep_config(folder: Path, **changes: Any) -> SweepConfig:
+    """A sweep of 12 trials of a fraction of a second each; changes are written `sweep__seeds=[0, 1]`."""
+    tree = tiny_tree(folder)
+    tree["model"] = {"preset": "decoder", "base_width": 4, "base_heads": 1, "base_blocks": 1}
+    tree["training"] |= {"steps": 3, "eval_every": 3}
+    tree["function_space"] = {"probes": 2, "batches": 1}
+    tree["run"]["name"] = "sweep"
+    tree["sweep"] = {"sizes": [4, 8], "lr": [0.01, 0.1], "seeds": [0], "base_seeds": [0]}
+    config = validate(SweepConfig, tree)
+    return config.replace({key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_a_grid_is_a_list_or_equal_factors() -> None:
+    sweep = SweepConfig.model_validate({"sweep": {"lr": {"low": 1e-3, "high": 1e-1, "count": 5}}}).sweep
+    assert sweep.grid("standard") == [0.001, 0.003162, 0.01, 0.03162, 0.1]
+    assert sweep.step_of("standard") == pytest.approx(math.sqrt(10), rel=1e-9)
+    sweep = SweepConfig.model_validate({"sweep": {"lr": [1, 2], "lr_of": {"uniform": [8, 4]}}}).sweep
+    assert (sweep.grid("flerm"), sweep.grid("uniform")) == ([1, 2], [4, 8])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"lr": {"low": 1, "high": 0.1, "count": 3}}, "a grid is a list of rates, or"),
+        ({"lr": [0.1, -1]}, "greater than 0"),
+        ({"seeds": [1, 1]}, "sweep.seeds=.* twice"),
+        ({"axis": "depth"}, "mup is a rule for widths"),
+        ({"methds": ["flerm"]}, "did you mean `methods`"),
+    ],
+)
+def test_sweeps_that_cannot_be(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayerwiseError, match=message):
+        validate(SweepConfig, {"sweep": section})
+
+
+def test_a_sweep_sets_rates_and_matches_itself(tmp_path: Path) -> None:
+    for key, value in (("optimizer.lr", 0.1), ("function_space.match", "uniform")):
+        with pytest.raises(LayerwiseError, match=f"{key}=.* leave the key out"):
+            make_plan(sweep_config(tmp_path).replace({key: value}))
+
+
+def test_equal_trials_are_one(tmp_path: Path) -> None:
+    plan = make_plan(sweep_config(tmp_path))
+    assert len(plan.points) == 4 * 2 * 2
+    at_base = {plan.points[Point(method, 4, 0.1, 0)].id for method in ("standard", "flerm", "mup")}
+    assert len(at_base) == 1  # the base model is trained plainly, whatever takes its rate over
+    assert len(plan.trials) == 2 * (2 + 4)
+    large = {
+        method: plan.points[Point(method, 8, 0.1, 0)] for method in ("standard", "flerm", "uniform", "mup")
+    }
+    assert large["mup"].config["optimizer"]["role_factors"] == {"hidden": 0.5, "head": 0.5}
+    assert large["flerm"].needs_base
+    assert not large["uniform"].needs_base
+    assert large["standard"].config["model"]["width"] == 2
+
+
+def test_the_identity_of_a_trial_is_all_that_its_result_depends_on(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path)
+    ids = set(make_plan(config).trials)
+    assert set(make_plan(config.replace({"run.name": "other", "run.dir": "elsewhere"})).trials) == ids
+    assert ids < set(make_plan(config.replace({"sweep.lr": [0.01, 0.1, 0.5]})).trials)
+    assert ids < set(make_plan(config.replace({"sweep.sizes": [4, 8, 16]})).trials)
+    for key, value in (
+        ("training.batch_size", 2),
+        ("data.seq_len", 8),
+        ("model.norm", "post"),
+        ("optimizer.eps", 1e-6),
+    ):
+        assert not ids & set(make_plan(config.replace({key: value})).trials), key
+    # What only the measurement depends on concerns the matched trials alone.
+    measured = ids - set(make_plan(config.replace({"sweep.base_seeds": [1]})).trials)
+    assert measured == {
+        t.id for p, t in make_plan(config).points.items() if (p.method, p.size) == ("flerm", 8)
+    }
+
+
+def test_half_a_last_line_is_cut_and_one_process_writes(tmp_path: Path) -> None:
+    path = tmp_path / "sweep" / "results.jsonl"
+    with ResultsFile(path) as file:
+        file.append({"id": "a", "status": "finished", "loss": 1.5})
+        with pytest.raises(LayerwiseError, match="another process is running it"):
+            ResultsFile(path)
+    with open(path, "a") as handle:
+        handle.write('{"id":"b","sta')
+    assert list(read_results(path)) == ["a"]
+    with ResultsFile(path) as file:
+        file.append({"id": "c", "status": "diverged", "loss": 0.1})
+    results = read_results(path)
+    assert [loss_of(row, "loss") for row in results.values()] == [1.5, math.inf]
+
+
+def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sweep_config(tmp_path, sweep__methods=["standard", "flerm"])
+    path = engine.run_sweep(config, workers=0, quiet=True) / "results.jsonl"
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2 + 2 * 2
+    rows = [json.loads(line) for line in lines]
+    assert all(row["status"] == "finished" and math.isfinite(row["val_loss"]) for row in rows)
+    matched = [row["matched"] for row in rows if "matched" in row]
+    assert len(matched) == 2
+    assert all(set(rates) >= {"embedding.weight", "head.bias"} for rates in matched)
+
+    ran = []
+    run = engine.run_trial
+    monkeypatch.setattr(engine, "run_trial", lambda trial, base: ran.append(trial.id) or run(trial, base))
+    engine.run_sweep(config, workers=0, quiet=True)
+    assert ran == []
+    # Killed in the middle of the last line: that trial alone is run again, and ends as it did.
+    path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
+    engine.run_sweep(config, workers=0, quiet=True)
+    assert ran == [rows[-1]["id"]]
+    again = json.loads(path.read_text().splitlines()[-1])
+    assert {**again, "seconds": 0} == {**rows[-1], "seconds": 0}
+
+    table = write_report(config, path.parent)
+    assert [(row.method, row.size) for row in table] == [
+        ("standard", 4),
+        ("standard", 8),
+        ("flerm", 4),
+        ("flerm", 8),
+    ]
+    assert table[0].best == table[2].best
+    assert all(row.edge for row in table)  # a grid of two rates has nothing but ends
+    for name in ("transfer.png", "transfer.svg", "table.md", "table.json"):
+        assert (path.parent / name).stat().st_size > 100
+
+
+def test_worker_processes_give_the_same_results(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path, sweep__methods=["flerm"], sweep__lr=[0.01, 0.02])
+    alone = engine.run_sweep(config, workers=0, quiet=True)
+    side_by_side = engine.run_sweep(config.replace({"run.name": "workers"}), workers=1, quiet=True)
+    one, other = (read_results(folder / "results.jsonl") for folder in (alone, side_by_side))
+    assert {id: row["loss"] for id, row in one.items()} == {id: row["loss"] for id, row in other.items()}
+
+
+def curve(method: Any, size: float, losses: dict[float, float], initial: float = 5.0) -> Curve:
+    return Curve(method, size, {lr: [loss - 0.1, loss + 0.1] for lr, loss in losses.items()}, initial)
+
+
+def test_the_table_of_known_curves() -> None:
+    inf = math.inf
+    base = curve("standard", 1, {1: 3, 2: 2, 4: 1, 8: 1.5, 16: 2.1})
+    large = curve("standard", 8, {1: 0.8, 2: 0.9, 4: 2, 8: inf, 16: inf})
+    middle = curve("standard", 2, {1: 2, 2: 0.9, 4: 1, 8: 3, 16: inf})
+    first, between, last = transfers([base, middle, large], {"standard": 2.0})
+
+    assert (first.best, first.shift, first.grid_steps, first.edge) == (4, 1, 0, False)
+    # 1 + a quarter of the way from 1 to 5 is 2: 16 is the first rate that fails, a factor of 4 from the best.
+    assert (first.to_failure, first.open_ended, first.safety) == (4, False, 1)
+    assert first.spread == pytest.approx(0.1)
+
+    assert (between.best, between.shift, between.grid_steps, between.carried_loss) == (2, 0.5, -1, 1)
+    assert (between.to_failure, between.safety) == (2, 2)  # 8 fails, twice the base's best
+
+    assert (last.best, last.grid_steps, last.edge) == (1, -2, True)
+    assert (last.own_loss, last.carried_loss) == (pytest.approx(0.8), pytest.approx(2))
+    assert (last.to_failure, last.safety) == (1, 4)  # the base's best itself fails: 2 > 0.8 + 4.2 / 4
+    assert cells(last)[:3] == ("1!", "0.25x!", "-2")
+
+
+def test_nothing_fails_or_everything_diverges() -> None:
+    flat = curve("mup", 1, {1: 1.0, 2: 0.9, 4: 1.0})
+    lost = curve("mup", 2, {1: math.inf, 2: math.inf, 4: math.nan})
+    open_ended, diverged = transfers([flat, lost], {"mup": 2.0})
+    # The grid ends a factor of 2 above the best: nothing is known of a factor of 4.
+    assert (open_ended.to_failure, open_ended.open_ended, open_ended.safety) == (2, True, None)
+    assert (diverged.best, diverged.shift, diverged.own_loss, diverged.carried_loss) == (
+        None,
+        None,
+        None,
+        None,
+    )
+    assert cells(diverged)[0] == "diverged"
+
+
+def test_unfinished_sweeps_can_be_looked_at(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path)
+    trial = make_plan(config).points[Point("standard", 4, 0.1, 0)]
+    with ResultsFile(config.run_path / engine.RESULTS) as file:
+        file.append({"id": trial.id, "status": "finished", "val_loss": 2.5, "first_val_loss": 5.0})
+    curves, rows = analyse(config, config.run_path)
+    assert {(c.method, c.size) for c in curves} == {("standard", 4), ("flerm", 4), ("mup", 4)}
+    assert all(row.own_loss == 2.5 for row in rows)
