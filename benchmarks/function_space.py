@@ -2,9 +2,10 @@
 
     python benchmarks/function_space.py [--width 128] [--rounds 5]
 
-All variants are timed in turn, round after round, on the same model and batch; the table gives medians over rounds of
-the ratio to the plain step of the same round, in processor time on one thread. Extra memory is the peak of a step less that of a plain step, as the
-allocator saw it, in copies of the parameters. The official procedure is a literal copy (tests/function_space/naive.py).
+All variants are timed in turn, round after round, on the same model and batch; the table gives medians over rounds
+of the ratio to the plain step of the same round, in processor time on one thread. Extra memory is the peak of a step
+less that of a plain step, as the allocator saw it, in copies of the parameters. The official procedure is a
+literal copy (tests/function_space/naive.py).
 """
 
 from __future__ import annotations
@@ -146,6 +147,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--only", nargs="*", help="keep the variants whose name holds one of these, and the plain step"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(args.width, args.batch, args.length)
@@ -161,6 +165,9 @@ def main() -> None:
         "kronecker, 16 probes": bench.ours("kronecker", 16),
         "kronecker, 8 probes, an eighth of the batch": bench.ours("kronecker", 8, part=8),
     }
+    if args.only:
+        kept = [name for name in variants if any(part in name for part in ("plain", "official", *args.only))]
+        variants = {name: variants[name] for name in kept}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for step in variants.values():
         step()

@@ -111,7 +111,7 @@ def test_the_redone_step_and_all_later_ones_are_those_of_an_optimizer_with_these
     """Against the same optimizer with one group per parameter at the matched rates from the start."""
     make = OPTIMIZERS[name]
     model = ResNet(24, 4)
-    twin = copy.deepcopy(model)
+    twin, fresh = copy.deepcopy(model), weights(model)
     optimizer = make(model)
     flerm = FLeRM(model, optimizer, base_of(make), {"blocks.*": "split"})
     reference = make(twin)
@@ -130,13 +130,16 @@ def test_the_redone_step_and_all_later_ones_are_those_of_an_optimizer_with_these
                 part["param_names"] = [group["param_names"][index]]
             split.append(part)
     reference.param_groups = split
+    # Rounding only: the redone step is old + m * (new - old) in float32; training amplifies it a little, and
+    # torch's Muon, which orthogonalises in bfloat16 (a rounding of 2^-8 of each step), a lot.
+    close = 2**-8 if name == "torch Muon" else 1e-4
     for t in range(4):
         reference.zero_grad()
-        # Rounding only: the redone step is old + m * (new - old) in float32; training amplifies it a little.
-        assert backward(twin, t) == pytest.approx(losses[t], rel=1e-4)
+        assert backward(twin, t) == pytest.approx(losses[t], rel=close)
         reference.step()
     for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=1e-3, atol=2e-5), n
+        moved = (q - fresh[n]).norm()
+        assert (p - q).norm() <= 20 * close * moved + 1e-5, n
 
 
 @pytest.mark.parametrize("method", ["kronecker", "full_cov", "iid"])

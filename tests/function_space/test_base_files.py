@@ -1,0 +1,225 @@
+"""Base files and depth maps: what does not fit is refused, and the message names the difference."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from small_models import ResNet, backward, batch
+from torch import nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder, infer_depth, record_base
+from layerwise.function_space.depth import sources
+
+
+def recorded(seed=0, depth=2, lr=1e-2, **options) -> BaseRates:
+    model = ResNet(16, depth, seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
+    recorder = FunctionSpaceRecorder(model, optimizer, seed=seed, **options)
+    backward(model, 50 + seed)
+    with recorder.step(batch(seed)[2]):
+        optimizer.step()
+    return BaseRates.of(recorder)
+
+
+def test_a_base_file_is_read_back_as_it_was(tmp_path):
+    base = BaseRates.mean([recorded(0), recorded(1)])
+    base.save(tmp_path / "base.json")
+    assert BaseRates.load(tmp_path / "base.json") == base
+    data = json.loads((tmp_path / "base.json").read_text())
+    assert data["fingerprint"]["optimizer"] == "torch.Adam"
+    assert data["fingerprint"]["settings"][0]["settings"]["betas"] == "(0.9, 0.99)"
+    assert data["fingerprint"]["seeds"] == [0, 1]
+    one = recorded(0, probes=1)
+    one.save(tmp_path / "one.json")
+    assert "NaN" not in (tmp_path / "one.json").read_text()
+
+
+def test_seeds_are_averaged_and_their_spread_kept():
+    bases = [recorded(seed) for seed in range(3)]
+    mean = BaseRates.mean(bases)
+    values = [base.records[0]["inp.weight"].value for base in bases]
+    rate = mean.records[0]["inp.weight"]
+    assert rate.value == pytest.approx(sum(values) / 3)
+    assert rate.spread == pytest.approx(torch.tensor(values).std().item(), rel=1e-5)
+    assert rate.per_lr == pytest.approx(rate.value / 1e-2)
+    with pytest.raises(LayerwiseError, match="different learning rates"):
+        BaseRates.mean([recorded(0), recorded(1, lr=1e-3)])
+    with pytest.raises(LayerwiseError, match="method is 'iid', the base has 'kronecker'"):
+        BaseRates.mean([recorded(0), recorded(1, method="iid")])
+    with pytest.raises(LayerwiseError, match="at least one seed"):
+        record_base(lambda seed: None, seeds=())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (torch.optim.SGD, {}, "optimizer is 'torch.SGD', the base has 'torch.Adam'"),
+        (torch.optim.Adam, {"betas": (0.9, 0.95)}, r"betas is \(0.9, 0.95\), the base has \(0.9, 0.99\)"),
+    ],
+)
+def test_another_optimizer_is_refused(kind, options, message):
+    model = ResNet(16, 2)
+    with pytest.raises(LayerwiseError, match=message):
+        FLeRM(model, kind(model.parameters(), lr=1e-2, **options), recorded())
+
+
+def test_another_output_space_method_or_dtype_is_refused():
+    def start(dtype=torch.float32, **options):
+        model = ResNet(16, 2, dtype=dtype)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
+        return model, optimizer, FLeRM(model, optimizer, recorded(), **options)
+
+    with pytest.raises(LayerwiseError, match="space is 'log_softmax', the base has 'output'"):
+        start(forward="log_softmax")
+    with pytest.raises(LayerwiseError, match="method is 'full_cov', the base has 'kronecker'"):
+        start(method="full_cov")
+    model, optimizer, flerm = start(torch.float64)
+    backward(model, 0)
+    with pytest.raises(LayerwiseError, match="dtype is 'float64'"), flerm.step(batch(0, torch.float64)[2]):
+        optimizer.step()
+    model, optimizer, flerm = start()
+    backward(model, 0)
+    with pytest.warns(UserWarning, match="160 output entries, this model on 40"), flerm.step(batch(0)[2][:8]):
+        optimizer.step()
+    # What the base was measured with is the default.
+    assert FLeRM(*start()[:2], recorded(forward="log_softmax")).measurement.space == "log_softmax"
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    path = tmp_path / "base.json"
+    for text, message in [
+        (None, "does not exist"),
+        ("{", "not JSON"),
+        ("[]", "not a base file"),
+        ("{}", "format 1"),
+    ]:
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(LayerwiseError, match=message):
+            BaseRates.load(path)
+    path.write_text(json.dumps({"format": 1, "fingerprint": {"settings": []}, "records": {}}))
+    with pytest.raises(LayerwiseError, match="damaged"):
+        BaseRates.load(path)
+
+
+def test_depth_maps():
+    base = ["inp.w", "h.0.w", "h.1.w", "out.w"]
+    deep = ["inp.w", *(f"h.{i}.w" for i in range(6)), "out.w"]
+    found = sources(deep, base, {"h.*": "split"})
+    assert [(found[n].name, found[n].share) for n in deep] == [
+        ("inp.w", 1),
+        ("h.0.w", 3),
+        ("h.0.w", 3),
+        ("h.0.w", 3),
+        ("h.1.w", 3),
+        ("h.1.w", 3),
+        ("h.1.w", 3),
+        ("out.w", 1),
+    ]
+    assert {s.share for s in sources(deep, base, {"h.*": "copy"}).values()} == {1}
+    assert sources(deep, None, {"h.*": 3})["h.5.w"].name == "h.2.w"
+    for depth, message in [
+        ({}, r"pass depth=\{'h\.\*': 'split'\}"),
+        ({"x.*": "split"}, "fits no parameter of the model"),
+        ({"h": "split"}, "write one \\*"),
+        ({"h.*": "half"}, "'half'"),
+        ({"h.*": 4}, "says 4 base blocks, the base has 2"),
+    ]:
+        with pytest.raises(LayerwiseError, match=message):
+            sources(deep, base, depth)
+    with pytest.raises(LayerwiseError, match="6 blocks, the base 4"):
+        sources(deep, None, {"h.*": 4})
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_depth_is_inferred_for_transformers_models(family):
+    transformers = pytest.importorskip("transformers")
+
+    def build(width, layers):
+        torch.manual_seed(0)
+        if family == "GPT2":
+            config = transformers.GPT2Config(
+                n_layer=layers, n_head=2, n_embd=width, vocab_size=31, n_positions=12
+            )
+            return transformers.GPT2LMHeadModel(config)
+        config = transformers.LlamaConfig(
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            vocab_size=31,
+            max_position_embeddings=12,
+        )
+        return transformers.LlamaForCausalLM(config)
+
+    def train(model, around):
+        tokens = torch.randint(0, 31, (4, 8), generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        watcher = around(model, optimizer)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        with watcher.step({"input_ids": tokens.flip(0)}):
+            optimizer.step()
+        return watcher
+
+    base = BaseRates.of(train(build(16, 1), lambda m, o: FunctionSpaceRecorder(m, o, forward="log_softmax")))
+    big = build(32, 2)
+    stack = "transformer.h.*" if family == "GPT2" else "model.layers.*"
+    assert infer_depth(big) == {stack: "split"}
+    flerm = train(big, lambda m, o: FLeRM(m, o, base))
+    name = "transformer.h.1.mlp.c_fc.weight" if family == "GPT2" else "model.layers.1.mlp.up_proj.weight"
+    source = base.records[0][name.replace(".1.", ".0.")]
+    assert flerm.reports[0].rows[name].target == pytest.approx(source.value / 2)
+
+
+def test_lora_is_matched_once_b_has_moved():
+    """At step 0 `B = 0` and A has no effect; the user keeps A fixed or not."""
+
+    class LoRA(nn.Module):
+        def __init__(self, rank):
+            super().__init__()
+            torch.manual_seed(0)
+            self.A = nn.Parameter(torch.randn(rank, 12))
+            self.B = nn.Parameter(torch.zeros(5, rank))
+
+        def forward(self, x):
+            return x[:, :5] + 8 / len(self.A) * x @ self.A.T @ self.B.T
+
+    def train(rank, around, lr_a=1e-2):
+        model = LoRA(rank)
+        optimizer = torch.optim.AdamW([{"params": [model.A], "lr": lr_a}, {"params": [model.B]}], lr=1e-2)
+        watcher = around(model, optimizer)
+        for t in range(7):
+            optimizer.zero_grad()
+            backward(model, t)
+            with watcher.step(batch(t)[2]):
+                optimizer.step()
+        return watcher
+
+    base = BaseRates.of(train(2, lambda m, o: FunctionSpaceRecorder(m, o, every=5)))
+    with pytest.warns(UserWarning, match="A"):
+        early = train(8, lambda m, o: FLeRM(m, o, base))
+    assert early.reports[0].left_alone == {"A": "kept: its base rate is zero or rounding noise"}
+    late = train(8, lambda m, o: FLeRM(m, o, base, at=5))
+    assert late.reports[0].left_alone == {}
+    assert late.reports[0].rows["A"].target == pytest.approx(base.records[5]["A"].value)
+    fixed = train(8, lambda m, o: FLeRM(m, o, base, at=5, fixed=["A"]))
+    assert fixed.learning_rates()["A"] == 1e-2
+    frozen = train(8, lambda m, o: FLeRM(m, o, base, at=5), lr_a=0.0)
+    assert frozen.learning_rates()["A"] == 0.0
+    assert math.isfinite(frozen.learning_rates()["B"])
+
+
+def test_fingerprints_hold_what_was_measured():
+    print_ = recorded().fingerprint
+    assert print_.entries == 160
+    assert print_.classes == 5
+    assert print_.model == "ResNet"
+    assert print_.shapes != recorded(depth=3).fingerprint.shapes
+    assert set(print_.versions) == {"layerwise", "torch"}
+    with pytest.raises(LayerwiseError, match="classes is 7"):
+        print_.require({}, classes=7)
+    assert dataclasses.replace(print_, entries=3) != print_
