@@ -23,7 +23,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.geometry.nuclear import METHODS as NUCLEAR_METHODS
 from layerwise.geometry.nuclear import Seed, nuclear_norm
 from layerwise.geometry.polar import METHODS as POLAR_METHODS
-from layerwise.geometry.polar import check_stack, polar, working_dtype
+from layerwise.geometry.polar import check_stack, largest_entry, or_one, polar, working_dtype
 
 
 class Geometry(ABC):
@@ -170,9 +170,7 @@ class Sign(Geometry):
 
     def norm(self, x: Tensor) -> Tensor:
         check_stack(x)
-        return torch.linalg.vector_norm(x.to(working_dtype(x)), torch.inf, dim=(-2, -1)) * self._scale(
-            x.size(-1)
-        )
+        return largest_entry(x.to(working_dtype(x)))[..., 0, 0] * self._scale(x.size(-1))
 
     def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
         check_stack(g)
@@ -214,14 +212,14 @@ class _SumOfLengths(Geometry):
 
     def lmo(self, g: Tensor) -> Tensor:
         _, lengths, scaled = self._lengths(g)
-        return scaled.mul_(self._length(*g.shape[-2:]) / torch.where(lengths > 0, lengths, 1.0)).to(g.dtype)
+        return scaled.mul_(self._length(*g.shape[-2:]) / or_one(lengths)).to(g.dtype)
 
     def _lengths(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Largest entry of each part, length of the part over it, and the part over it (so that squares stay in range)."""
         check_stack(x)
         x = x.to(working_dtype(x))
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=self._dims, keepdim=True)
-        scaled = x / torch.where(largest > 0, largest, 1.0)
+        largest = largest_entry(x, self._dims)
+        scaled = x / or_one(largest)
         return largest, torch.linalg.vector_norm(scaled, dim=self._dims, keepdim=True), scaled
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.newton_schulz import CHUNK_BYTES
-from layerwise.geometry.polar import check_stack, largest_entry, polar, working_dtype
+from layerwise.geometry.polar import check_stack, largest_entry, or_one, polar, working_dtype
 
 METHODS = ("auto", "svd", "gram", "polar", "lanczos")
 Seed = int | Tensor
@@ -56,7 +56,7 @@ def nuclear_norm(
     x = g.to(working_dtype(g))
     if x.numel() == 0:
         return x.new_zeros(x.shape[:-2])
-    largest = largest_entry(x)
+    largest = or_one(largest_entry(x))
     x = x / largest  # squares of the entries stay in range
     if x.size(-2) > x.size(-1):
         x = x.mT
@@ -86,7 +86,7 @@ def _lanczos(x: Tensor, seed: Seed, probes: int, steps: int) -> Tensor:
     in s). Exact for rank one. With this control variate the error is 9 %.
     """
     k, n, _ = x.shape
-    z = _random_signs((k, n, probes), seed, x)
+    z = _random_signs((k, probes, n), seed, x)
     chunk = k if x.device.type != "cpu" else max(1, CHUNK_BYTES // (x[0].numel() * x.element_size()))
     bidiagonal = torch.cat(
         [_bidiagonalise(part, u, steps) for part, u in zip(x.split(chunk), z.split(chunk), strict=True)]
@@ -105,7 +105,7 @@ def _lanczos(x: Tensor, seed: Seed, probes: int, steps: int) -> Tensor:
     third = (tridiagonal * root[1]).sum(-1).mean(-1)
     fourth = tridiagonal.square().sum(-1).mean(-1)
     frobenius: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
-    slope = third / torch.where(fourth > 0, fourth, 1.0)
+    slope = third / or_one(fourth)
     value = n * (first - slope * (second - frobenius.square() / n))
     return torch.minimum(
         torch.maximum(value, frobenius), math.sqrt(n) * frobenius
@@ -113,24 +113,27 @@ def _lanczos(x: Tensor, seed: Seed, probes: int, steps: int) -> Tensor:
 
 
 def _bidiagonalise(x: Tensor, z: Tensor, steps: int) -> Tensor:
-    """Golub-Kahan: the lower bidiagonal `[k, probes, steps + 1, steps]` of `X X^T` seen from the columns of z."""
-    out = x.new_zeros(x.size(0), z.size(-1), steps + 1, steps)
+    """Golub-Kahan: the lower bidiagonal `[k, probes, steps + 1, steps]` of `X X^T` seen from the rows of z.
+
+    Vectors are rows: on a CPU `u X` is four to six times faster than `X^T u` with the vectors as columns.
+    """
+    out = x.new_zeros(*z.shape[:2], steps + 1, steps)
     u = z / math.sqrt(x.size(-2))
-    v = torch.bmm(x.mT, u)
+    v = torch.bmm(u, x)
     for i in range(steps):
         v, alpha = _unit(v)
-        u, beta = _unit(torch.baddbmm(alpha * u, x, v, beta=-1))
-        out[..., i, i] = alpha[:, 0]
-        out[..., i + 1, i] = beta[:, 0]
+        u, beta = _unit(torch.baddbmm(alpha * u, v, x.mT, beta=-1))
+        out[..., i, i] = alpha[..., 0]
+        out[..., i + 1, i] = beta[..., 0]
         if i < steps - 1:
-            v = torch.baddbmm(beta * v, x.mT, u, beta=-1)
+            v = torch.baddbmm(beta * v, u, x, beta=-1)
     return out
 
 
 def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of length one (zero stays zero), and their lengths `[k, 1, probes]`."""
-    length: Tensor = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-    return v / torch.where(length > 0, length, 1.0), length
+    """Rows of length one (zero stays zero), and their lengths `[k, probes, 1]`."""
+    length: Tensor = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return v / or_one(length), length
 
 
 def _random_signs(shape: tuple[int, ...], seed: Seed, like: Tensor) -> Tensor:

@@ -73,10 +73,14 @@ def iteration_dtype(g: Tensor) -> torch.dtype:
     return working_dtype(g)
 
 
-def largest_entry(g: Tensor) -> Tensor:
-    """`max |g|` of each matrix, `[..., 1, 1]`; 1 for a zero matrix, so that one can divide by it."""
-    largest: Tensor = torch.linalg.vector_norm(g, torch.inf, dim=(-2, -1), keepdim=True)
-    return torch.where(largest > 0, largest, 1.0)
+def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
+    """`max |g|` over dim, which is kept. A maximum and a minimum take a tenth of the time of a norm of order infinity."""
+    return torch.maximum(g.amax(dim, keepdim=True), -g.amin(dim, keepdim=True))
+
+
+def or_one(x: Tensor) -> Tensor:
+    """x, and 1 where it is zero, so that one can divide by it."""
+    return torch.where(x > 0, x, 1.0)
 
 
 def normalise(g: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ def normalise(g: Tensor) -> Tensor:
 
     The largest entry is divided out first: squares of entries beyond 1e19 or below 1e-23 would leave float32's range.
     """
-    x = g / largest_entry(g)
+    x = g / or_one(largest_entry(g))
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=working_dtype(g))
     return x.div_(norm.clamp_(min=1.0))  # at least 1 (the largest entry), except for a zero matrix
 
