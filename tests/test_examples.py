@@ -14,6 +14,17 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On small matrices more threads only wait for one another."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def main_of(name: str):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 

@@ -38,10 +38,10 @@ class DistributedWork:
     Args:
         group: the processes that take the same step: where plain tensors are replicated. None: the default group.
             DTensors bring their own, from their mesh.
-        bucket_bytes: how much one process sends in one round, at most, unless a single matrix is larger.
+        bucket_bytes: how much a process receives in one round, at most, unless one matrix from each is more.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, bucket_bytes: int = 32 * 2**20) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, bucket_bytes: int = 64 * 2**20) -> None:
         self.group = group
         self.bucket_bytes = bucket_bytes
         self._local = LocalWork()
@@ -115,7 +115,7 @@ class DistributedWork:
     def _rounds(self, domain: Domain, tasks: Sequence[Task], cost: Cost) -> Iterator[list[Task]]:
         owners = assign(tuple(cost(task.job) for task in tasks), domain.size)
         sizes = [math.prod(t.job.param.shape) * t.job.param.element_size() for t in tasks]
-        for numbers in rounds(owners, sizes, self.bucket_bytes):
+        for numbers in rounds(owners, sizes, self.bucket_bytes // domain.replica_count):
             yield [replace(tasks[i], owner=owners[i]) for i in numbers]
 
     def _agree(self, what: str, value: object) -> None:
