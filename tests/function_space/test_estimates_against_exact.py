@@ -72,7 +72,7 @@ def test_full_cov_is_within_its_error_on_ranks_0_to_5():
 
 @pytest.mark.parametrize("probe", ["gaussian", "rademacher"])
 def test_intervals_hold_the_truth_95_times_in_100(probe):
-    """200 seeds x 8 tensors. A coverage of 0.95 has a standard deviation of 0.015 over 200 independent seeds."""
+    """200 seeds x 6 tensors. A coverage of 0.95 has a standard deviation of 0.015 over 200 independent seeds."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
     update = {name: torch.randn_like(p) for name, p in model.named_parameters()}

@@ -29,9 +29,7 @@ class Source:
 
 
 def infer_depth(model: nn.Module) -> dict[str, str | int]:
-    """The block stacks of a transformers model: lists of `config.num_hidden_layers` modules with
-    parameters.
-    """
+    """The block stacks of a transformers model: lists of `config.num_hidden_layers` modules with parameters."""
     model = unwrap(model)
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     names = list(trainable(model))
@@ -50,8 +48,7 @@ def sources(names: Collection[str], base: Collection[str] | None, depth: DepthMa
     """Map every target name to its base tensor. `base` is None in uniform mode, which has no base model.
 
     Raises:
-        LayerwiseError: a pattern that fits nothing, depths that are no multiples, a target tensor without a
-        base.
+        LayerwiseError: a pattern that fits nothing, depths that are no multiples, a tensor without a base.
     """
     found = {name: Source(name, 1) for name in names}
     for pattern, rule in depth.items():

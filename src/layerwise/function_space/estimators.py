@@ -206,8 +206,7 @@ def combine(
 ) -> tuple[float, float]:
     """A rate and its standard error from the log moments of all probes, `[probes, len(exponents)]`.
 
-    `weights` (one per probe) replaces the plain mean over probes: the official code's exponential average, in
-    tests.
+    `weights` (one per probe) replaces the plain mean over probes (the official code averages exponentially).
     The standard error is the jackknife's over probes, taken on the logarithm of the rate, where the
     distribution is far closer to normal than that of a mean of squares. It is `nan` for one probe and 0 for a
     rate of 0.

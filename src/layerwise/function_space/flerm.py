@@ -55,24 +55,17 @@ class FLeRM:
 
     Args:
         model, optimizer: any torch optimizer whose step is proportional to `lr`, with any groups.
-        base: a base file, `BaseRates`, or `"uniform"`: every base tensor gets an equal part, `1 / number of
-        them`.
-        depth: which block of the base each block takes its rate from, such as `{"transformer.h.*": "split"}`;
-        in
-            uniform mode the base's number of blocks instead of `"split"`. Default: the block stacks of a
-            transformers model.
-        at: the first step that matches (LoRA: 5 or later, as A has no effect at step 0). every: again every
-        so many.
-        lr: `"groups"`: the groups' rates, which must then be the base's up to one factor; `"base"`: the
-        base's own rate
-            of each tensor (the groups give the schedule).
+        base: a base file, `BaseRates`, or `"uniform"`: every base tensor gets an equal part, 1 / their number.
+        depth: which base block each block takes its rates from, such as `{"transformer.h.*": "split"}`; in uniform
+            mode the base's number of blocks in place of `"split"`. Default: the block stacks of a transformers model.
+        at: the first step that matches (LoRA: 5 or later, as A has no effect at step 0). every: again every so many.
+        lr: `"groups"`: the groups' rates, which must be the base's up to one factor; `"base"`: the base's own rate of
+            each tensor (the groups give the schedule).
         fixed: name patterns of parameters that keep the groups' rates, such as `("*lora_A*",)`.
         max_change: largest factor, up or down, of one matching.
-        decay: `"scaled"`: decoupled weight decay follows the matched rate; `"constant"`: `lr * weight_decay`
-        stays.
+        decay: `"scaled"`: decoupled weight decay follows the matched rate; `"constant"`: `lr * weight_decay` stays.
         near_zero: a rate below this part of all rates' root sum of squares counts as rounding noise, and its
-        parameter
-            keeps its learning rate. Default: `match.rounding_noise` of the coarsest dtype at work.
+            parameter keeps its learning rate. Default: `match.rounding_noise` of the coarsest dtype at work.
         forward, method: default what the base was recorded with. probes, seed, options: see `Measurement`.
 
     Raises:
@@ -143,8 +136,7 @@ class FLeRM:
     def step(self, batch: Any = None, *, outputs: Any = None, mask: Tensor | None = None) -> Iterator[None]:
         """Surround one optimizer step; the arguments are those of `FunctionSpaceRecorder.step`.
 
-        A step that did not happen or moved nothing (GradScaler, a warm-up's rate of 0) is matched the next
-        time.
+        A step that did not happen or moved nothing (GradScaler, a warm-up's rate of 0) is matched next time.
         """
         if not self.due:
             try:

@@ -37,13 +37,11 @@ from layerwise.function_space.rates import Rate, Rates, shares
 class Measurement:
     """How to measure: everything but the model, the update and the inputs.
 
-    forward: `forward(model, inputs) -> outputs` or `(outputs, mask)`; or `"log_softmax"`; default the model's
-    output
-        (a tensor or `.logits`).
+    forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; or `"log_softmax"`; default the
+        model's output, a tensor or `.logits`.
     method: `"kronecker"`, `"full_cov"`, `"iid"` or `"exact"` (one forward-mode pass per tensor, no probes).
     probes: how many, over all batches together. probe: their distribution. seed: of a generator of our own.
-    batch_norm: `"running"` (evaluation mode) or `"batch"` (the batch's statistics; the running ones do not
-    move).
+    batch_norm: `"running"` (evaluation mode) or `"batch"`: the batch's statistics; the running ones do not move.
     autocast: a dtype to run the forward under; by default none, even inside the caller's autocast.
     memory: bytes that gradients of probes taken together may use.
     """
@@ -79,9 +77,7 @@ class Measurement:
         mask: Tensor | None = None,
         at: Mapping[str, Tensor] | None = None,
     ) -> Rates:
-        """Rates of `updates` on `inputs` (a list: several batches of equal weight), at the weights `at` (or
-        now).
-        """
+        """Rates of `updates` on `inputs` (a list: batches of equal weight), at the weights `at` (default: now)."""
         model = unwrap(model)
         batches = inputs if isinstance(inputs, list) else [inputs]
         if not batches:
@@ -252,8 +248,7 @@ def function_space_rates(
 
     Args:
         model: any module; wrappers of torch.compile and data parallelism are seen through.
-        update: parameter name -> dW, in the parameter's shape. Names of frozen parameters are left out of the
-        result.
+        update: parameter name -> dW, in the parameter's shape. Frozen parameters are left out of the result.
         inputs: a tensor, a tuple (positional arguments), a dict (keywords), or a list of such batches.
         forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; `"log_softmax"` by name.
         method: `"kronecker"`, `"full_cov"`, `"iid"`, or `"exact"`.

@@ -72,8 +72,7 @@ def unscheduled_rate(group: Group) -> float:
 
 
 def settings(group: Group) -> dict[str, str]:
-    """What an update depends on besides the gradients and the rate, as text: numbers, options, objects'
-    reprs.
+    """What an update depends on besides gradients and rate, as text: numbers, options, reprs of objects.
 
     Left out: lists and mappings, and `layout`, which says how one tensor's shape is read.
     """
@@ -100,9 +99,7 @@ def decoupled(optimizer: Optimizer, group: Group) -> bool:
 
 
 def require_linear(optimizer: Optimizer) -> None:
-    """Raise for an optimizer whose step is not proportional to `group["lr"]`: matching divides by that
-    rate.
-    """
+    """Raise for an optimizer whose step is not proportional to `group["lr"]`: matching divides by it."""
     kind = type(optimizer).__name__
     for index, group in enumerate(optimizer.param_groups):
         reason = None
