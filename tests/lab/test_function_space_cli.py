@@ -1,0 +1,178 @@
+"""Function-space rates in a run and on the command line: record, match, resume, check, sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_run import tiny_tree
+
+from layerwise.function_space import BaseRates
+from layerwise.lab.checkpoint import list_checkpoints, load_checkpoint
+from layerwise.lab.cli import main
+from layerwise.lab.config import Config
+from layerwise.lab.observers import Observer
+from layerwise.lab.overrides import validate
+from layerwise.lab.runs import read_run
+from layerwise.lab.size_check import check_sizes
+from layerwise.lab.train import train
+
+
+def call(*words: str) -> int:
+    """The exit code of the command line."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(words))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def decoder_tree(folder: Path, **training: Any) -> dict[str, Any]:
+    """A run on text of a decoder of size 8, with a constant rate."""
+    tree = tiny_tree(folder)
+    tree["model"] = {"preset": "decoder", "base_width": 8, "base_heads": 1, "base_blocks": 1}
+    tree["optimizer"] = {"name": "adamw", "lr": 0.01, "weight_decay": 0.0}
+    tree["schedule"] = {"name": "constant", "warmup_steps": 0}
+    tree["training"] |= training
+    return tree
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(decoder_tree(tmp_path)))
+    return file
+
+
+def test_record_on_a_small_model_and_match_a_wide_one(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.json"
+    assert call("record", str(config), "-o", str(base), "--seeds", "0,1", "function_space.probes=16") == 0
+    assert "step 1: 9 rates" in capsys.readouterr().out
+    recorded = BaseRates.load(base)
+    assert list(recorded.fingerprint.seeds) == [0, 1]
+    assert list(recorded.records) == [0]
+    assert all(rate.spread is not None for rate in recorded.at(0).values())
+
+    words = ["train", str(config), "--match", str(base), "model.width=4", "run.name=wide"]
+    assert call(*words, "training.steps=5", "function_space.record_every=2", "function_space.probes=16") == 0
+    run = read_run(tmp_path / "runs" / "wide")
+    [matching] = run.info["matching"]
+    assert (matching["step"], matching["base"]) == (1, str(base))
+    assert [row["step"] for row in run.function_space] == [1, 3, 5]
+    for name, rate in run.function_space[0]["rates"].items():
+        # Recorded on other batches and probes than it was matched on. With 16 probes each has an error of about 15 %,
+        # batches of 4 x 16 tokens differ by more; a width of 4 unmatched would be off by a factor of 4 in the blocks.
+        if name.startswith("blocks"):
+            assert rate["value"] == pytest.approx(recorded.at(0)[name].value, rel=0.6), name
+        assert matching["rates"][name]["target"] == pytest.approx(recorded.at(0)[name].value, rel=1e-5)
+        # Later steps go on at the matched rates.
+        assert run.function_space[2]["lrs"][name] == pytest.approx(0.01 * matching["rates"][name]["change"])
+
+
+class StopAfter(Observer):
+    """Interrupts a run."""
+
+    def __init__(self, step: int) -> None:
+        self.last = step
+
+    def after_step(self, step: int) -> None:
+        if step == self.last:
+            raise KeyboardInterrupt
+
+
+class Bystander(Observer):
+    """Stands where StopAfter stood: a resumed run has the same number of observers."""
+
+
+def test_a_matched_and_recorded_run_resumes_exactly(tmp_path: Path) -> None:
+    tree = decoder_tree(tmp_path, steps=12, checkpoint_every=4)
+    tree["function_space"] = {
+        "match": "uniform", "match_step": 3, "record_every": 3, "probes": 4, "batches": 1,
+    }  # fmt: skip
+    straight, stopped = (
+        validate(Config, {**tree, "run": {**tree["run"], "name": name}}) for name in ("straight", "stopped")
+    )
+    train(straight, progress="quiet", observers=[Bystander()])
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, progress="quiet", observers=[StopAfter(6)])
+    train(stopped, progress="quiet", observers=[Bystander()], resume=True)
+    one, other = (read_run(config.run_path) for config in (straight, stopped))
+    assert one.function_space == other.function_space
+    assert [row["step"] for row in one.function_space] == [1, 4, 7, 10]
+    assert one.info["matching"] == other.info["matching"]
+    weights = [
+        load_checkpoint(list_checkpoints(run.path / "checkpoints")[0])["model"] for run in (one, other)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_recording_does_not_change_a_run(tmp_path: Path) -> None:
+    tree = decoder_tree(tmp_path, steps=6)
+    losses = []
+    for name, every in (("plain", 0), ("recorded", 1)):
+        run = {**tree["run"], "name": name}
+        settings = {"record_every": every, "probes": 2, "batches": 1}
+        losses.append(
+            train(
+                validate(Config, {**tree, "run": run, "function_space": settings}), progress="quiet"
+            ).metrics
+        )
+    assert [row.get("val_loss") for row in losses[0]] == [row.get("val_loss") for row in losses[1]]
+
+
+def test_check_tells_a_plain_model_from_a_matched_one(tmp_path: Path) -> None:
+    tree = decoder_tree(tmp_path, batch_size=8)
+    tree["function_space"] = {"probes": 24, "batches": 2}
+    config = validate(Config, tree)
+    plain = check_sizes(config, [8, 16, 32])
+    slopes = {trend.name: trend.slope for trend in plain.trends}
+    assert not plain.passed
+    # Adam's step of fixed size on every entry: the change of a hidden layer's output grows with its fan-in.
+    assert 0.6 < (slopes["blocks.0.mlp.down.weight"] or 0) < 1.4
+    matched = check_sizes(config, [8, 16, 32], match="first", tolerance=0.3)
+    assert matched.passed, [trend for trend in matched.trends if not trend.flat(0.3)]
+
+
+def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["function_space.probes=8", "function_space.batches=1"]
+    assert call("check", str(config), "--widths", "8,32", "--seeds", "0", *few) == 1
+    out = capsys.readouterr().out
+    assert "grows" in out
+    assert "rates change with the size" in out
+    assert call("check", str(config), "--widths", "8,32", "--seeds", "0", "--tolerance", "9", *few) == 0
+    assert "are flat" in capsys.readouterr().out
+    for words, message in (
+        (["check", str(config)], "check needs --widths or --depths"),
+        (["check", str(config), "--widths", "8"], "give at least two"),
+        (["check", str(config), "--widths", "8,twelve"], "write numbers with commas"),
+        (["check", str(config), "--widths", "8,12"], "must be a multiple of 8"),
+        (["train", str(config), "--match", "none.json"], "does not exist"),
+        (["sweep", str(config), "optimizer.lr=null", "sweep.sizes=[8, 9]"], "must be a multiple of 8"),
+        (["sweep", str(config)], "leave the key out"),
+    ):
+        assert call(*words) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+
+
+def test_sweep_command_runs_reports_and_has_nothing_left(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "sweep", str(config), "optimizer.lr=null", "training.steps=2", "run.name=sweep", "sweep.sizes=[8, 16]",
+        "sweep.lr=[0.01, 0.1]", "sweep.methods=[standard]", "sweep.seeds=[0]",
+    ]  # fmt: skip
+    assert call(*words, "--dry-run") == 0
+    assert "4 trials, 4 of them to run" in capsys.readouterr().out
+    assert call(*words, "--workers", "0") == 0
+    assert "the best rate is an end of its grid" in capsys.readouterr().out
+    assert call(*words, "--dry-run") == 0
+    assert "4 trials, 0 of them to run" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "runs" / "sweep" / "table.json").read_text())
+    assert [(row["method"], row["size"]) for row in rows] == [("standard", 8), ("standard", 16)]
