@@ -2,7 +2,7 @@
 
 import pytest
 from distributed_runs import loaded_whole, saved, saved_whole, trained
-from test_parity import same
+from test_distributed_parity import same
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from distributed_runs import saved, trained
 from killed_run import KILLED_AT
-from test_parity import same
+from test_distributed_parity import same
 
 HERE = Path(__file__).parent
 
