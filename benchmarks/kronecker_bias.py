@@ -179,9 +179,9 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--probes", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--probes", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64])
     args = parser.parse_args()
     torch.set_num_threads(1)
     table: dict = defaultdict(lambda: defaultdict(list))
