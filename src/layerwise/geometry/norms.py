@@ -38,7 +38,7 @@ class Geometry(ABC):
 
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
-        """`[..., d_out, d_in] -> [...]`, in float32 (float64 for float64 input)."""
+        """`[..., d_out, d_in] -> [...]`, in float32 (float64 for float64 input); inf only where the value leaves it."""
 
     @abstractmethod
     def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
