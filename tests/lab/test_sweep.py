@@ -11,6 +11,7 @@ import pytest
 from tiny_run import tiny_tree
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config import Config
 from layerwise.lab.overrides import validate
 from layerwise.lab.sweep import engine
 from layerwise.lab.sweep.analysis import Curve, transfers
@@ -19,6 +20,7 @@ from layerwise.lab.sweep.plan import Point, make_plan
 from layerwise.lab.sweep.report import analyse, write_report
 from layerwise.lab.sweep.results import ResultsFile, loss_of, read_results
 from layerwise.lab.sweep.table import cells
+from layerwise.lab.train import train
 
 
 def sweep_config(folder: Path, **changes: Any) -> SweepConfig:
@@ -204,3 +206,42 @@ def test_unfinished_sweeps_can_be_looked_at(tmp_path: Path) -> None:
     curves, rows = analyse(config, config.run_path)
     assert {(c.method, c.size) for c in curves} == {("standard", 4), ("flerm", 4), ("mup", 4)}
     assert all(row.own_loss == 2.5 for row in rows)
+
+
+def test_depths_share_the_bases_rates(tmp_path: Path) -> None:
+    config = sweep_config(
+        tmp_path, sweep__axis="depth", sweep__sizes=[1, 2], sweep__methods=["flerm", "uniform"]
+    )
+    plan = make_plan(config)
+    uniform = plan.points[Point("uniform", 2, 0.1, 0)].config
+    assert uniform["function_space"]["depth"] == {"blocks.*": 1}
+    assert uniform["model"]["depth"] == 2
+    folder = engine.run_sweep(config, workers=0, quiet=True)
+    results = read_results(folder / engine.RESULTS)
+    matched = results[plan.points[Point("flerm", 2, 0.1, 0)].id]["matched"]
+    assert {name.split(".")[1] for name in matched if name.startswith("blocks")} == {"0", "1"}
+    assert len(results) == len(plan.trials)
+
+
+def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path)
+    pretrained = validate(
+        Config, {**config.model_dump(exclude={"sweep"}), "run": {"dir": str(tmp_path), "name": "start"}}
+    )
+    train(pretrained.replace({"optimizer.lr": 0.01, "run.tensorboard": False}), progress="quiet")
+    config = config.replace(
+        {
+            "model.start": str(tmp_path / "start"),
+            "model.lora": {"targets": ["query", "value"], "fixed": "A"},
+            "function_space.match_step": 2,
+            "sweep.axis": "lora_rank",
+            "sweep.sizes": [1, 4],
+            "sweep.methods": ["flerm"],
+        }
+    )
+    folder = engine.run_sweep(config, workers=0, quiet=True)
+    rows = list(read_results(folder / engine.RESULTS).values())
+    matched = [row["matched"] for row in rows if "matched" in row]
+    assert len(rows) == 4
+    assert len(matched) == 2
+    assert all("lora_B" in name for rates in matched for name in rates)

@@ -227,9 +227,10 @@ class FunctionSpaceConfig(Section):
         description="step at which rates are matched (adapters: 5 or later, after B has moved)",
     )
     match_every: int = Field(default=0, ge=0, description="steps between further matchings; 0: once")
-    depth: dict[str, str] | None = Field(
+    depth: dict[str, int | str] | None = Field(
         default=None,
-        description="depth map for a base of fewer blocks, `{blocks.*: split}`; null: inferred where it can be",
+        description="depth map for a base of fewer blocks, `{blocks.*: split}`, with `uniform` the base's number of"
+        " blocks, `{blocks.*: 2}`; null: inferred where it can be",
     )
 
 

@@ -16,7 +16,7 @@ from layerwise.function_space.depth import DepthMap
 from layerwise.lab.observers import Observer
 
 if TYPE_CHECKING:
-    from layerwise.lab.config import Config, FunctionSpaceConfig
+    from layerwise.lab.config import Config, FunctionSpaceConfig, ModelConfig
     from layerwise.lab.data import Batch
     from layerwise.lab.trainer import Trainer
 
@@ -147,10 +147,17 @@ class MatchRates(_Stateful):
 def depth_map(config: Config) -> DepthMap | None:
     """The configured depth map; the stack of the paper's models is known."""
     settings = config.function_space
-    if settings.depth is not None:
+    if settings.depth is not None or settings.match == "uniform":
         return settings.depth
-    own = {config.model.preset, config.model.family} & {"resmlp", "decoder"}
-    return {"blocks.*": "split"} if own and settings.match != "uniform" else None
+    pattern = block_pattern(config.model)
+    return None if pattern is None else {pattern: "split"}
+
+
+def block_pattern(model: ModelConfig) -> str | None:
+    """What the blocks of the paper's models are called, inside peft's wrapper too; None for other models."""
+    if not {model.preset, model.family} & {"resmlp", "decoder"}:
+        return None
+    return "blocks.*" if model.lora is None else "base_model.model.blocks.*"
 
 
 def steps_to_record(settings: FunctionSpaceConfig, steps: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config import Config
+from layerwise.lab.measuring import block_pattern
 from layerwise.lab.sizes import resized
 from layerwise.lab.sweep.config import Method, SweepConfig
 from layerwise.lab.train import complete
@@ -97,10 +98,9 @@ def _method(config: SweepConfig, method: Method, size: float) -> dict[str, Any]:
     """What a method changes in the config. The base model itself is trained plainly, unless rates are uniform."""
     base = config.sweep.sizes[0]
     if method == "uniform":
-        own = config.model.preset in ("resmlp", "decoder") or config.model.family in ("resmlp", "decoder")
-        depth = (
-            {"blocks.*": int(base)} if config.sweep.axis == "depth" and own else config.function_space.depth
-        )
+        depth, pattern = config.function_space.depth, block_pattern(config.model)
+        if config.sweep.axis == "depth" and pattern is not None:
+            depth = {pattern: int(base)}
         return {"function_space.match": "uniform", "function_space.depth": depth}
     if method == "flerm" and size != base:
         return {"function_space.match": BASE_FILE}
