@@ -106,10 +106,11 @@ def main() -> None:
             lab, bare, ratio = measure({**overrides, "optimizer.name": optimizer}, args.window, args.windows)
             rows.append(f"| {name} | {optimizer} | {1e3 * bare:.0f} | {1e3 * lab:.0f} | {ratio:.3f} |")
             print(rows[-1], flush=True)
+    where = "; ".join(f"{key} {value}" for key, value in machine.describe().items())
     lines = [
         "# The lab's training loop against a bare one",
         "",
-        f"`python benchmarks/training_loop.py --window {args.window} --windows {args.windows}`, {'; '.join(f'{k} {v}' for k, v in machine.describe().items())}.",
+        f"`python benchmarks/training_loop.py --window {args.window} --windows {args.windows}`, {where}.",
         "Milliseconds of processor time per optimizer step, one thread; the ratio is the median over windows in turns.",
         "",
         "| work | optimizer | bare, ms | lab, ms | ratio |",
