@@ -62,6 +62,12 @@ class SweepSection(Section):
     base_seeds: list[int] = Field(
         default=[0, 1, 2, 3], min_length=1, description="seeds the base rates are averaged over"
     )
+    base_lr: float = Field(
+        default=4e-3,
+        gt=0,
+        description="rate the base is recorded at: rates are taken per unit of it, and a first step does not depend"
+        " on it; a later one (function_space.match_step) does",
+    )
     loss: Literal["val_loss", "loss"] = Field(
         default="val_loss",
         description="what is compared: the last validation loss, or the mean training loss since the line of"

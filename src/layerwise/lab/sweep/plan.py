@@ -77,7 +77,7 @@ def make_plan(config: SweepConfig) -> Plan:
         if value is not None:
             raise LayerwiseError(f"{key}={value} in a sweep: it sets that itself; leave the key out")
     plain = Config.model_validate({**config.model_dump(exclude={"sweep"}), "run": {"tensorboard": False}})
-    base = at_size(plain, config, sweep.sizes[0])
+    base = at_size(plain, config, sweep.sizes[0]).replace({"optimizer.lr": sweep.base_lr})
     identity = {"config": _identity(base), "seeds": sweep.base_seeds}
     points = {}
     for method, size, seed in itertools.product(sweep.methods, sweep.sizes, sweep.seeds):
