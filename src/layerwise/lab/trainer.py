@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, NonFiniteError
 from layerwise.lab import record
 from layerwise.lab.checkpoint import random_state, save_checkpoint, set_random_state
 from layerwise.lab.config import Config
@@ -206,10 +206,8 @@ class Trainer:
             else:
                 scaler.step(self.optimizer)  # leaves the step out where a gradient overflowed
                 scaler.update()
-        except LayerwiseError as error:
-            if "non-finite" in str(error):
-                raise DivergedError(str(error).partition(";")[0]) from None
-            raise
+        except NonFiniteError as error:
+            raise DivergedError(str(error).partition(";")[0]) from None
 
     def _numbers(self) -> dict[str, Any]:
         """The loss since the last line, and this step's rate and gradient norm."""

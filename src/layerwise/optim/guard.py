@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, NonFiniteError
 
 POLICIES: Final = ("raise", "skip")
 #: Devices that run ahead of the host and can say, without being waited for, that a copy has arrived.
@@ -100,10 +100,10 @@ class NonFiniteGuard:
                 raise _error(finding.names, finding.bad)
 
 
-def _error(names: Sequence[str], bad: Tensor) -> LayerwiseError:
+def _error(names: Sequence[str], bad: Tensor) -> NonFiniteError:
     culprits = [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
     more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
-    return LayerwiseError(
+    return NonFiniteError(
         f"non-finite gradient in {', '.join(map(repr, culprits[:3]))}{more}; the weights were not touched. "
         "Lower the learning rate, clip or scale the loss, or pass nonfinite='skip' to skip and count such steps"
     )
