@@ -8,9 +8,10 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from layerwise.lab.base_rates import base_rates
 from layerwise.lab.config import Config
 from layerwise.lab.models import FAMILIES, PRESETS
-from layerwise.lab.optimizers import OPTIMIZERS, RULES
+from layerwise.lab.optimizers import OPTIMIZERS, RULES, Preset
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -38,6 +39,21 @@ and passed over for the one before it.
 Tokenised text is cached in `~/.cache/layerwise`, or where the environment variable `LAYERWISE_CACHE` says.
 """
 
+
+def _class(preset: Preset) -> str:
+    """Where a program imports the class of an optimizer from."""
+    module, name = preset.build.__module__, preset.build.__name__
+    public = next((p for p in ("torch.optim", "layerwise.optim") if module.startswith(p + ".")), module)
+    return f"{public.replace('layerwise.optim', 'layerwise')}.{name}"
+
+
+def _rates(optimizer: str) -> str:
+    """The default rate of an optimizer: its signature's, and beside it those of the data file."""
+    found = {model: entry["rates"].get(optimizer) for model, entry in base_rates().items()}
+    others = "".join(f", `{model}` {rate:g}" for model, rate in found.items() if rate is not None)
+    return f"{OPTIMIZERS[optimizer].lr:g}{others}"
+
+
 AFTER = {
     "model": "Presets:\n\n| preset | family | settings |\n|---|---|---|\n"
     + "\n".join(
@@ -56,14 +72,16 @@ AFTER = {
     " text is. A BPE is trained on the training part only.\n\nBatches are a function of `training.seed` and the step"
     " alone: runs that differ in the optimizer see the same sequences. Each pass over the text cuts it into sequences at"
     " a new random phase and shuffles them.",
-    "optimizer": "| name | class | default `lr` | default `weight_decay` | layer rates | further keys |\n|---|---|---|---|---|---|\n"
+    "optimizer": "| name | class | default `lr` | default `weight_decay` | layer rates | further keys |\n"
+    "|---|---|---|---|---|---|\n"
     + "\n".join(
-        f"| `{name}` | `{preset.build.__module__.removesuffix('.adamw').split('.')[0]}.{preset.build.__name__}`"
-        f" | {preset.lr:g} | {preset.weight_decay:g}"
+        f"| `{name}` | `{_class(preset)}`"
+        f" | {_rates(name)} | {preset.weight_decay:g}"
         f" | {preset.rule or ('none, unless `noise` is given' if preset.takes_noise else 'none')}"
         f" | {', '.join(f'`{key}`' for key in sorted(preset.keywords()))} |"
         for name, preset in OPTIMIZERS.items()
     )
+    + "\n\nThe default `lr` is that of the optimizer's signature; for the model presets named beside it, the other one."
     + "\n\nThe rules of `optimizer.noise`, whose keys are their arguments:\n\n"
     + "\n".join(
         f"- `{name}`: `{rule.__name__}`, keys {', '.join(f'`{key}`' for key in rule.__dataclass_fields__)}"

@@ -12,8 +12,9 @@ import yaml
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab import compare as module
+from layerwise.lab.base_rates import base_rates
 from layerwise.lab.cli import main
-from layerwise.lab.compare import CompareConfig, base_rates, compare, entries, identity, rates_file
+from layerwise.lab.compare import CompareConfig, compare, entries, identity, rates_file
 from layerwise.lab.optimizers import OPTIMIZERS
 from layerwise.lab.overrides import load_config, nearest
 from layerwise.lab.runs import read_run, write_json

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.base_rates import base_rates
 from layerwise.lab.config import Config
 from layerwise.lab.overrides import load_config, parse_yaml
 from layerwise.lab.train import complete
@@ -136,8 +137,10 @@ def test_replace_changes_a_copy_and_checks_it() -> None:
 
 def test_complete_writes_the_defaults_out() -> None:
     done = complete(load_config(None, ["optimizer=d-muon"]))
-    assert done.optimizer.lr is not None
+    assert done.optimizer.lr == base_rates()["gpt2-tiny"]["rates"]["d-muon"]
     assert done.optimizer.weight_decay == 0.1
+    other = complete(load_config(None, ["optimizer=d-muon", "model=gpt2-small"]))
+    assert other.optimizer.lr == 1e-3, "no rate was found for this model: the signature's default"
     assert done.training.steps == 300
     assert done.run.name == "gpt2-tiny-d-muon"
     assert complete(done) == done

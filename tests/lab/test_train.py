@@ -22,7 +22,7 @@ from layerwise.lab.optimizers import OPTIMIZERS, build_optimizer
 from layerwise.lab.progress import QuietProgress, make_progress
 from layerwise.lab.runs import Run, RunWriter, find_runs, read_run
 from layerwise.lab.schedules import schedule_factor
-from layerwise.lab.train import train
+from layerwise.lab.train import complete, train
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -34,7 +34,7 @@ def literal_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Training as anybody would write it, with torch alone."""
     data = TextData(config)
     model = build_model(config.model, Examples(data.vocab_size, config.data.seq_len), config.training.seed)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, complete(config).optimizer)
     base = [group["lr"] for group in optimizer.param_groups]
     factor, losses = schedule_factor(config.schedule, config.steps), []
     for step in range(config.steps):

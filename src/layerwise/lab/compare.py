@@ -11,17 +11,16 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.base_rates import base_rates, default_rate
 from layerwise.lab.config import Config, OptimizerConfig, Section
 from layerwise.lab.optimizers import OPTIMIZERS, find_preset
-from layerwise.lab.overrides import nearest, parse_yaml, validate
+from layerwise.lab.overrides import nearest, validate
 from layerwise.lab.progress import Progress, ProgressKind, make_progress
 from layerwise.lab.report import Contender, RateCurve, RunData
 from layerwise.lab.report.names import looks, optimizer_title
@@ -63,6 +62,11 @@ class CompareSection(Section):
         """`compare: {lanton: [1e-3, 2e-3]}` stands for `compare: {lr_grid: {lanton: [1e-3, 2e-3]}}`."""
         if not isinstance(data, dict):
             return data
+        grid = data.get("lr_grid")
+        if isinstance(grid, str) and grid != "auto":
+            raise ValueError(
+                f"compare.lr_grid={grid!r}: give auto, or rates by contender such as lanton=[2e-3, 4e-3]"
+            )
         known = set(OPTIMIZERS) | set(data.get("contenders") or {})
         grids = {k: v for k, v in data.items() if k in known and isinstance(v, list)}
         rest = {k: v for k, v in data.items() if k not in grids}
@@ -125,20 +129,6 @@ class Comparison:
     notes: list[str]
 
 
-@cache
-def base_rates() -> Mapping[str, Mapping[str, Any]]:
-    """The data file of default rates: model preset -> `rates` by optimizer, and the `command` that found them."""
-    text = resources.files("layerwise.lab").joinpath("base_rates.yaml").read_text(encoding="utf-8")
-    rates: dict[str, dict[str, Any]] = parse_yaml(text, "base_rates.yaml")
-    return rates
-
-
-def default_rate(config: Config, optimizer: str) -> float:
-    """The base rate for this model and optimizer: from the data file, else the optimizer's own default."""
-    known = base_rates().get(config.model.preset or "", {}).get("rates", {})
-    return float(known.get(optimizer, OPTIMIZERS[optimizer].lr))
-
-
 def entries(config: CompareConfig) -> list[Entry]:
     """The contenders of a config. Raises LayerwiseError for a name that is neither an optimizer nor a contender."""
     section = config.compare
@@ -169,7 +159,7 @@ def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]
             f"compare.contenders.{name}.name={optimizer.name!r}: {nearest(optimizer.name, OPTIMIZERS)}"
         )
     find_preset(optimizer)
-    start = optimizer.lr or default_rate(config, optimizer.name)
+    start = optimizer.lr or default_rate(config.model.preset, optimizer.name)
     if name in grids:
         return Entry(name, optimizer, tuple(sorted(set(grids[name]))), may_extend=False)
     if config.compare.lr_grid == "auto":

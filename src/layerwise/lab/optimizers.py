@@ -29,7 +29,6 @@ class Preset:
 
     build: Callable[..., Optimizer]  # (groups of a model, lr=, weight_decay=, keywords)
     groups: Callable[[nn.Module], Iterable[Any]]
-    lr: float  # default base rate: a starting value, to be tuned
     weight_decay: float
     rule: str | None = None  # layer rates it has by definition
 
@@ -38,6 +37,11 @@ class Preset:
         parameters = inspect.signature(self.build).parameters.values()
         named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
         return named - {"self", "params", "lr", "weight_decay", "noise"} - _NOT_SETTINGS
+
+    @property
+    def lr(self) -> float:
+        """The default of its signature."""
+        return float(inspect.signature(self.build).parameters["lr"].default)
 
     @property
     def takes_noise(self) -> bool:
@@ -58,15 +62,15 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 OPTIMIZERS: dict[str, Preset] = {
-    "adamw": Preset(torch.optim.AdamW, decay_groups, 4e-3, 0.1),
-    "torch-muon": Preset(TorchMuon, param_groups, 4e-3, 0.1),
-    "muon": Preset(lw.Muon, param_groups, 0.02, 0.0),
-    "d-muon": Preset(lw.DMuon, param_groups, 4e-3, 0.1),
-    "scion": Preset(lw.Scion, param_groups, 2**-12, 0.0),
-    "signum": Preset(lw.Signum, param_groups, 1e-3, 0.0),
-    "lanton": Preset(lw.Lanton, param_groups, 4e-3, 0.1, rule="noise_adaptive"),
-    "namo": Preset(lw.DMuon, param_groups, 4e-3, 0.1, rule="norm_adaptive"),
-    "static": Preset(lw.Lanton, param_groups, 4e-3, 0.1, rule="static"),
+    "adamw": Preset(torch.optim.AdamW, decay_groups, 0.1),
+    "torch-muon": Preset(TorchMuon, param_groups, 0.1),
+    "muon": Preset(lw.Muon, param_groups, 0.0),
+    "d-muon": Preset(lw.DMuon, param_groups, 0.1),
+    "scion": Preset(lw.Scion, param_groups, 0.0),
+    "signum": Preset(lw.Signum, param_groups, 0.0),
+    "lanton": Preset(lw.Lanton, param_groups, 0.1, rule="noise_adaptive"),
+    "namo": Preset(lw.DMuon, param_groups, 0.1, rule="norm_adaptive"),
+    "static": Preset(lw.Lanton, param_groups, 0.1, rule="static"),
 }
 
 RULES: dict[str, type[lw.RateRule]] = {
@@ -108,19 +112,26 @@ def _check_rule(preset: Preset, noise: dict[str, Any]) -> None:
             raise LayerwiseError(f"unknown key `optimizer.noise.{key}` of rule {name}: {nearest(key, valid)}")
 
 
-def with_defaults(config: OptimizerConfig) -> OptimizerConfig:
-    """The config with the preset's rate and decay written out, so that the record of a run holds them."""
+def with_defaults(config: OptimizerConfig, lr: float | None = None) -> OptimizerConfig:
+    """The config with rate and decay written out, so that the record of a run holds them.
+
+    `lr` is the rate where the config gives none; None: that of the optimizer's signature.
+    """
     preset = find_preset(config)
+    default = preset.lr if lr is None else lr
     return config.model_copy(
         update={
-            "lr": preset.lr if config.lr is None else config.lr,
+            "lr": default if config.lr is None else config.lr,
             "weight_decay": preset.weight_decay if config.weight_decay is None else config.weight_decay,
         }
     )
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer of a config for a model's trainable parameters. Raises LayerwiseError."""
+    """The optimizer of a config for a model's trainable parameters. Raises LayerwiseError.
+
+    Where the config gives no rate it is the signature's: rates found for a model preset come in by `train.complete`.
+    """
     config = with_defaults(config)
     preset = find_preset(config)
     keywords = {key: tuple(v) if isinstance(v, list) else v for key, v in config.settings.items()}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.base_rates import default_rate
 from layerwise.lab.config import Config
 from layerwise.lab.measuring import observers_of
 from layerwise.lab.models import model_settings
 from layerwise.lab.observers import Observer
-from layerwise.lab.optimizers import with_defaults
+from layerwise.lab.optimizers import find_preset, with_defaults
 from layerwise.lab.progress import Progress, ProgressKind, make_progress
 from layerwise.lab.resume import check_same_run, latest_state
 from layerwise.lab.runs import RUN_FILE, Run, RunWriter, read_run
@@ -19,10 +20,12 @@ from layerwise.lab.trainer import Trainer
 def complete(config: Config) -> Config:
     """The config with everything filled in that would otherwise depend on this version's defaults, and checked."""
     model_settings(config.model)
+    find_preset(config.optimizer)
+    rate = default_rate(config.model.preset, config.optimizer.name)
     training = config.training.model_copy(update={"steps": config.steps, "tokens": None})
     run = config.run.model_copy(update={"name": config.run_name})
     return config.model_copy(
-        update={"optimizer": with_defaults(config.optimizer), "training": training, "run": run}
+        update={"optimizer": with_defaults(config.optimizer, rate), "training": training, "run": run}
     )
 
 
