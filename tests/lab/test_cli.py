@@ -72,6 +72,24 @@ def test_faults_are_one_line_and_exit_code_2(
     assert not any("Traceback" in line for line in error)
 
 
+def test_a_run_that_cannot_begin_leaves_no_folder(config: Path, tmp_path: Path) -> None:
+    assert call("train", str(config), f"run.dir={tmp_path}", "run.name=x", "data.seq_len=1000000") == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layerwise.lab.train.train", interrupted)
+    assert call("train", str(config)) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "layerwise: interrupted; what is finished is kept (`train`: --resume goes on)"
+    ]
+
+
 def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "--resme") == 2
     assert "--resume" in capsys.readouterr().err

@@ -22,6 +22,9 @@ def with_option(**options):
 
 
 BAD = {
+    "radius for all roles": (lambda: lw.Scion(groups(), radius=50), ["radius=50", "by role"]),
+    "multipliers without names": (lambda: lw.StaticRates(0.5), ["0.5", "by unit name"]),
+    "a preset's own name": (lambda: lw.Muon(groups(), adamw_lr=-1.0), ["adamw_lr=-1.0", "at least 0"]),
     "negative lr": (lambda: lw.Muon(groups(), lr=-1.0), ["lr=-1.0", "at least 0"]),
     "nan lr": (lambda: lw.DMuon(groups(), lr=math.nan), ["lr=nan", "finite"]),
     "infinite lr": (lambda: lw.Scion(groups(), lr=math.inf), ["lr=inf", "finite"]),

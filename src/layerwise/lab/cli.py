@@ -25,6 +25,10 @@ app = typer.Typer(
 )
 
 
+#: The exit code that typer makes of Ctrl-C (128 + SIGINT), and all that is seen of it here.
+INTERRUPTED = 130
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"layerwise {__version__}")
@@ -67,7 +71,7 @@ All keys are in docs/configuration.md.
 @app.command(help=_TRAIN_HELP.format(models=", ".join(PRESETS), optimizers=", ".join(OPTIMIZERS)))
 def train(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A config and overrides.")
+        list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="A config and overrides.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with this run from its last checkpoint, bit for bit.")
@@ -115,6 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
     except LayerwiseError as error:
         print(f"layerwise: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("layerwise: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            print(
+                "layerwise: interrupted; what is finished is kept (`train`: --resume goes on)",
+                file=sys.stderr,
+            )
+        raise

@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 def compare(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A config and overrides.")
+        list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="A config and overrides.")
     ] = None,
     optimizers: Annotated[
         str | None, typer.Option("--optimizers", metavar="A,B,C", help="Contenders, separated by commas.")

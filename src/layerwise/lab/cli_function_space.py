@@ -11,7 +11,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.overrides import load_config
 
 Words = Annotated[
-    list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A config and overrides.")
+    list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="A config and overrides.")
 ]
 
 

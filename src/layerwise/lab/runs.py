@@ -19,6 +19,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -124,7 +125,9 @@ def read_run(path: str | Path) -> Run:
             f"run {folder}: no {RUN_FILE} there; name a folder that `layerwise train` wrote"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LayerwiseError(f"run {folder}: {RUN_FILE} is damaged ({error})") from None
+        raise LayerwiseError(
+            f"run {folder}: {RUN_FILE} is damaged ({error}); move the folder away, or train again with --overwrite"
+        ) from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise LayerwiseError(f"run {folder}: {RUN_FILE} is not of format {FORMAT}, which this version reads")
     metrics, layers, function_space = (read_lines(folder / f"{stream}.jsonl") for stream in STREAMS)
@@ -145,7 +148,12 @@ class RunWriter:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LayerwiseError(f"run.dir, run.name: cannot make {self.path}: {error.strerror}") from None
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until close()
+        try:
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until close()
+        except OSError as error:
+            raise LayerwiseError(
+                f"run.dir, run.name: cannot write in {self.path}: {error.strerror}"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -191,6 +199,10 @@ class RunWriter:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+        if not (self.path / RUN_FILE).exists():  # ended before it began: leave no folder behind
+            (self.path / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: it was there before
+                self.path.rmdir()
         self._lock.close()
 
     def __enter__(self) -> Self:

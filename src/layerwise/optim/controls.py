@@ -79,6 +79,10 @@ class StaticRates(RateRule):
     multipliers: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.multipliers, Mapping):
+            raise LayerwiseError(
+                f"StaticRates({self.multipliers!r}): give multipliers by unit name, such as {{'head.weight': 0.5}}"
+            )
         for name, value in self.multipliers.items():
             check_number("StaticRates", f"multipliers[{name!r}]", value, 0.0, float("inf"))
 

@@ -65,6 +65,11 @@ def check_group(group: Mapping[str, Any]) -> None:
             check(key, group[key])
 
 
+def check_option(key: str, value: object, called: str) -> None:
+    """Check one option that a preset has under another name, ``called``, which the error then gives."""
+    _CHECKS[key](called, value)
+
+
 def _fail(key: str, value: object, mend: str) -> LayerwiseError:
     return LayerwiseError(f"{key}={value!r} in a parameter group: {mend}")
 

@@ -16,12 +16,15 @@ from layerwise.geometry import Sign
 from layerwise.optim.base import LayerwiseOptimizer
 from layerwise.optim.groups import Recipe
 from layerwise.optim.noise import NoiseAdaptive
+from layerwise.optim.options import check_option
 from layerwise.optim.rates import RateRule
 
 MATRIX_ROLES: Final = ("hidden", "conv", "experts", "lora_A", "lora_B")
 
 
 def _matrices_and_the_rest(matrices: Mapping[str, Any], rest: Mapping[str, Any]) -> Recipe:
+    for key, value in rest.items():
+        check_option(key, value, called=f"adamw_{key}")
     return dict.fromkeys(MATRIX_ROLES, matrices) | {"default": {"update": "adamw", **rest}}
 
 
@@ -130,6 +133,10 @@ class Scion(LayerwiseOptimizer):
         noise: RateRule | None = None,
         nonfinite: str = "raise",
     ) -> None:
+        if not isinstance(radius, Mapping):
+            raise LayerwiseError(
+                f"Scion(radius={radius!r}): give radii by role, such as {{'hidden': 50.0, 'head': 3000.0}}"
+            )
         radii = dict(SCION_RADIUS) | dict(radius)
         unknown = set(radii) - {*SCION_RADIUS, *MATRIX_ROLES}
         if unknown:
