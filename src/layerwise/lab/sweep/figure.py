@@ -116,7 +116,7 @@ def _curve(axes: Axes, curve: Curve, colour: str, marker: str) -> None:
             axes.plot([lr], [1], ls="none", marker="x", ms=4.5, color=colour, transform=top, clip_on=False)
     if curve.best is not None:
         axes.plot(
-            [curve.best], [curve.mean(curve.best)], ls="none", marker="o", ms=7, mec=colour, mew=1.4, zorder=5,
+            [curve.best], [curve.mean(curve.best)], ls="none", marker="o", ms=5.5, mec=colour, mew=1.4, zorder=5,
             mfc=style.PAPER if curve.at_edge else colour,
         )  # fmt: skip
 
