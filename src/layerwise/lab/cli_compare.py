@@ -119,7 +119,7 @@ def print_table(comparison: Comparison) -> None:
 
     rows = result_rows(comparison.contenders)
     several = any(row.seeds > 1 for row in rows)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0 if several else 1), pad_edge=False)  # 80 columns hold it
     table.add_column("optimizer")
     for name in (
         "base rate",
