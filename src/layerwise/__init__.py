@@ -6,8 +6,15 @@ optimizer = lw.Lanton(lw.param_groups(model), lr=2e-3, weight_decay=0.1)
 optimizer.layer_rates()
 """
 
-from layerwise.errors import LayerwiseError
-from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Rates, function_space_rates
+from layerwise.errors import LayerwiseError, NonFiniteError
+from layerwise.function_space import (
+    BaseRates,
+    FLeRM,
+    FunctionSpaceRecorder,
+    Rates,
+    function_space_rates,
+    record_base,
+)
 from layerwise.geometry import describe, group_by_shape, param_groups
 from layerwise.optim import (
     DMuon,
@@ -24,6 +31,7 @@ from layerwise.optim import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "BaseRates",
     "DMuon",
     "FLeRM",
     "FunctionSpaceRecorder",
@@ -33,6 +41,7 @@ __all__ = [
     "LayerwiseOptimizer",
     "Muon",
     "NoiseAdaptive",
+    "NonFiniteError",
     "NormAdaptive",
     "Rates",
     "Scion",
@@ -43,4 +52,5 @@ __all__ = [
     "function_space_rates",
     "group_by_shape",
     "param_groups",
+    "record_base",
 ]
