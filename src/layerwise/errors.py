@@ -1,4 +1,7 @@
-"""The errors users meet: each names the thing, its value and the mend."""
+"""What users are told: errors that name the thing, its value and the mend, and warnings that point at their line."""
+
+import sys
+import warnings
 
 
 class LayerwiseError(ValueError):
@@ -7,3 +10,14 @@ class LayerwiseError(ValueError):
 
 class NonFiniteError(LayerwiseError):
     """A gradient held NaN or inf, and the step was not taken. Training has diverged; nothing was wrong with the input."""
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the innermost line outside Layerwise and torch, whose constructors call back into Layerwise."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "layerwise",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -74,6 +74,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("run.name.x=3", ["run.name"]),
         ("data=[", ["not valid YAML"]),
         ("training=3", ["training=3"]),
+        ("run.name=1", ["run.name=1", "'run.name=\"1\"'"]),
     ],
 )
 def test_a_wrong_override_is_one_line_with_the_mend(override: str, words: list[str]) -> None:
@@ -139,11 +140,36 @@ def test_complete_writes_the_defaults_out() -> None:
     done = complete(load_config(None, ["optimizer=d-muon"]))
     assert done.optimizer.lr == base_rates()["gpt2-tiny"]["rates"]["d-muon"]
     assert done.optimizer.weight_decay == 0.1
-    other = complete(load_config(None, ["optimizer=d-muon", "model=gpt2-small"]))
-    assert other.optimizer.lr == 1e-3, "no rate was found for this model: the signature's default"
+    for changed in ("model=gpt2-small", "model.n_layer=1"):
+        other = complete(load_config(None, ["optimizer=d-muon", changed]))
+        assert other.optimizer.lr == 1e-3, "no rate was found for this model: the signature's default"
+    same = complete(load_config(None, ["optimizer=d-muon", "model.n_layer=4"]))
+    assert same.optimizer.lr == done.optimizer.lr, "the preset's own number of layers"
     assert done.training.steps == 300
     assert done.run.name == "gpt2-tiny-d-muon"
     assert complete(done) == done
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(1, 0), (9, 0), (19, 1), (20, 2), (199, 19), (200, 20), (300, 20)]
+)
+def test_the_default_warm_up_is_shorter_in_short_runs(steps: int, warmup: int) -> None:
+    done = complete(load_config(None, [f"training.steps={steps}"]))
+    assert done.schedule.warmup_steps == warmup
+    assert complete(done) == done
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
+    assert (
+        complete(load_config(None, ["training.steps=5", "schedule.warmup_steps=4"])).schedule.warmup_steps
+        == 4
+    )
+    assert (
+        complete(load_config(None, ["training.steps=1", "schedule.warmup_steps=0"])).schedule.warmup_steps
+        == 0
+    )
+    with pytest.raises(LayerwiseError, match=r"schedule\.warmup_steps=5 in a run of 5 steps.*never reached"):
+        complete(load_config(None, ["training.steps=5", "schedule.warmup_steps=5"]))
 
 
 def test_the_page_is_the_one_that_the_code_makes() -> None:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import RateCurve, Story, contenders, load_runs, write_report
 from layerwise.lab.report.curves import loss_limits, smooth
-from layerwise.lab.report.heatmaps import relative_noise
-from layerwise.lab.report.load import RunData
+from layerwise.lab.report.heatmaps import layer_heat_maps, relative_noise
+from layerwise.lab.report.load import LayerHistory, RunData
 from layerwise.lab.report.names import looks, network_order, unit_name
-from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, themed_svg
+from layerwise.lab.report.rates import effective_rates
+from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, styled, themed_svg
 from layerwise.lab.report.tables import duration, parameter_rows, result_rows, settings
 
 SHORT = {"steps": 60, "blocks": 2}
@@ -275,7 +276,44 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         load_runs([tmp_path])
     with pytest.raises(LayerwiseError, match="no run was named"):
         load_runs([])
+    (tmp_path / "file.txt").write_text("text")
+    with pytest.raises(LayerwiseError, match="a file, not a run directory"):
+        load_runs([tmp_path / "file.txt"])
     damaged = fabricate(tmp_path / "damaged", "adamw", with_layers=False, **SHORT)
     (damaged / "run.json").write_text(json.dumps({"format": 1})[:-3])
-    with pytest.raises(LayerwiseError, match=r"run\.json is damaged"):
-        load_runs([damaged])
+    for path in (damaged, tmp_path):  # by itself, and as all there is
+        with pytest.raises(LayerwiseError, match=r"run\.json is damaged"):
+            load_runs([path])
+
+
+def test_a_damaged_run_among_others_is_left_out_with_a_note(tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        fabricate(tmp_path / name, "adamw", with_layers=False, **SHORT)
+    (tmp_path / "bad" / "run.json").write_text("{")
+    notes: list[str] = []
+    assert [run.name for run in load_runs([tmp_path], notes.append)] == ["good"]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"left out: run {tmp_path / 'bad'}: run.json is damaged")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        load_runs([tmp_path])
+    assert caught[0].filename == __file__
+
+
+def test_steps_of_short_runs_are_whole_numbers(runs: dict[str, RunData]) -> None:
+    history = runs["lanton"].layers
+    assert history is not None
+    first = LayerHistory(
+        history.units,
+        np.arange(1.0, 4.0),
+        history.noise[:, :3],
+        history.multiplier[:, :3] * 0.9,
+        history.lr[:, :3],
+    )
+    short = RunData(runs["lanton"].run)
+    short.__dict__["layers"] = first
+    with styled():
+        for figure in (effective_rates(short), layer_heat_maps(short, history.units)):
+            labelled = [axes for axes in figure.axes if axes.get_xlabel() == "Step"]
+            assert labelled
+            for axes in labelled:
+                assert all(tick == round(tick) for tick in axes.get_xticks())

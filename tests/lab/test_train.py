@@ -102,12 +102,21 @@ def test_the_record_is_complete(tmp_path: Path) -> None:
 
 def test_all_contenders_start_from_the_same_weights_and_validation_loss(tmp_path: Path) -> None:
     starts = {
-        train(tiny_config(tmp_path, optimizer__name=name, training__steps=1), progress="quiet").metrics[0][
-            "val_loss"
-        ]
+        train(
+            tiny_config(tmp_path, optimizer__name=name, training__steps=1, schedule__warmup_steps=0),
+            progress="quiet",
+        ).metrics[0]["val_loss"]
         for name in ("adamw", "muon", "lanton")
     }
     assert len(starts) == 1
+
+
+@pytest.mark.parametrize(("every", "recorded"), [(10, [4]), (3, [3, 4]), (2, [2, 4]), (0, [])])
+def test_layer_rates_are_recorded_at_the_last_step_too(
+    tmp_path: Path, every: int, recorded: list[int]
+) -> None:
+    config = tiny_config(tmp_path, optimizer__name="lanton", training__steps=4, training__record_every=every)
+    assert [row["step"] for row in train(config, progress="quiet").layers] == recorded
 
 
 def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
@@ -263,7 +272,11 @@ def test_loss_scaling_changes_nothing_and_observers_see_true_gradients(
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_steps_whose_scaled_gradients_overflow_are_left_out(tmp_path: Path) -> None:
     scaler = WithScaler(2.0**127)
-    run = train(tiny_config(tmp_path, training__steps=2), progress="quiet", observers=[scaler])
+    run = train(
+        tiny_config(tmp_path, training__steps=2, schedule__warmup_steps=1),
+        progress="quiet",
+        observers=[scaler],
+    )
     assert run.status == "finished"
     # A loss near 5.5 overflows float32 at a scale of 2**127, and at 2**126 after the first step is left out.
     assert not any(map(math.isfinite, scaler.largest))

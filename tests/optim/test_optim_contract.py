@@ -216,6 +216,7 @@ def test_plain_parameters_warn_once_and_work(give):
     with pytest.warns(UserWarning, match="param_groups") as caught:
         optimizer = lw.Lanton(give(model))
     assert len(caught) == 1
+    assert caught[0].filename == __file__, "the warning points at the user's line"
     before = twin(model)
     set_gradients(model, 0)
     optimizer.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.layout import ConvLayout, Layout, MatrixLayout, Split, TransposedLayout, VectorLayout
 from layerwise.geometry.norms import Geometry, Sign, Spectral, VectorRMS, spectral_conv
 from layerwise.geometry.roles import ROLES, Found, find_roles
@@ -102,12 +101,10 @@ def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> l
         raise LayerwiseError("no parameters: give model.parameters() of a model that has some")
     if len({id(p) for _, p in named}) < len(named):
         raise LayerwiseError("a parameter is given twice: give every tensor once")
-    warnings.warn(
+    warn(
         "parameters are grouped by shape alone, which cannot tell an embedding or an output head from a hidden "
         "matrix, nor (in, out) storage (transformers' Conv1D) from (out, in), nor q, k and v in one weight, nor "
-        "experts from a convolution; give layerwise.param_groups(model) instead",
-        UserWarning,
-        stacklevel=2,
+        "experts from a convolution; give layerwise.param_groups(model) instead"
     )
     groups: dict[str, dict[str, Any]] = {}
     for name, p in named:

@@ -7,6 +7,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from layerwise.lab.config import ModelConfig
+from layerwise.lab.models import PRESETS, model_settings
 from layerwise.lab.optimizers import OPTIMIZERS
 from layerwise.lab.overrides import parse_yaml
 
@@ -19,7 +21,13 @@ def base_rates() -> Mapping[str, Mapping[str, Any]]:
     return rates
 
 
-def default_rate(model: str | None, optimizer: str) -> float:
-    """The base rate of an optimizer by name: the data file's for this model preset, else its signature's."""
-    known = base_rates().get(model or "", {}).get("rates", {})
+def plain_preset(model: ModelConfig) -> str | None:
+    """The preset that a model is, with every setting its own; None for any other model, to which its rates say nothing."""
+    preset = model.preset
+    return preset if preset in PRESETS and model_settings(model) == PRESETS[preset] else None
+
+
+def default_rate(model: ModelConfig, optimizer: str) -> float:
+    """The base rate of an optimizer by name: the data file's where the model is a preset as it is, else its signature's."""
+    known = base_rates().get(plain_preset(model) or "", {}).get("rates", {})
     return float(known.get(optimizer, OPTIMIZERS[optimizer].lr))

@@ -62,6 +62,8 @@ def compare(
     path, overrides = split_words(words or [])
     if optimizers is not None:
         names = [name.strip() for name in optimizers.split(",") if name.strip()]
+        if not names:
+            raise LayerwiseError(f"--optimizers {optimizers!r}: name one or more, such as adamw,lanton")
         overrides.append(f"compare.optimizers=[{', '.join(names)}]")
     if lr_grid is not None:
         overrides.append(f"compare.lr_grid.{lr_grid}" if "=" in lr_grid else f"compare.lr_grid={lr_grid}")
@@ -78,10 +80,9 @@ def compare(
         grid_rows=curve_rows(comparison) if comparison.tuned else (),
     )
     page = write_report(comparison.contenders, output or config.folder, story)
-    if comparison.tuned:
-        (config.folder / "base_rates.yaml").write_text(
-            rates_file(config, comparison, command), encoding="utf-8"
-        )
+    rates = rates_file(config, comparison, command)
+    if rates is not None:
+        (config.folder / "base_rates.yaml").write_text(rates, encoding="utf-8")
     print_table(comparison)
     _say(f"report: {page}")
 
@@ -103,9 +104,12 @@ def report(
         raise LayerwiseError(
             "report: no run was named; name one run directory or more, such as runs/gpt2-tiny-lanton"
         )
-    found = load_runs(runs)
+    notes: list[str] = []
+    found = load_runs(runs, notes.append)
+    for note in notes:
+        print(note, file=sys.stderr)
     command = shlex.join(["layerwise", *sys.argv[1:]])
-    page = write_report(contenders(found), output or runs[0], Story(title=title, command=command))
+    page = write_report(contenders(found), output or runs[0], Story(title, notes, command))
     _say(f"report: {page}")
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.base_rates import base_rates, default_rate
+from layerwise.lab.base_rates import base_rates, default_rate, plain_preset
 from layerwise.lab.config import Config, OptimizerConfig, Section
 from layerwise.lab.optimizers import OPTIMIZERS, find_preset
 from layerwise.lab.overrides import nearest, validate
@@ -153,13 +153,10 @@ def entries(config: CompareConfig) -> list[Entry]:
 
 def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]]) -> Entry:
     settings = {"name": name, **config.compare.contenders.get(name, {})}
-    optimizer = validate(OptimizerConfig, settings)
-    if optimizer.name not in OPTIMIZERS:
-        raise LayerwiseError(
-            f"compare.contenders.{name}.name={optimizer.name!r}: {nearest(optimizer.name, OPTIMIZERS)}"
-        )
-    find_preset(optimizer)
-    start = optimizer.lr or default_rate(config.model.preset, optimizer.name)
+    section = f"compare.contenders.{name}"
+    optimizer = validate(OptimizerConfig, settings, f"{section}.")
+    find_preset(optimizer, section)
+    start = optimizer.lr or default_rate(config.model, optimizer.name)
     if name in grids:
         return Entry(name, optimizer, tuple(sorted(set(grids[name]))), may_extend=False)
     if config.compare.lr_grid == "auto":
@@ -306,7 +303,7 @@ def _notes(config: CompareConfig, curves: Sequence[RateCurve], tuned: bool) -> I
             if curve.best is None:
                 yield f"{curve.label}: diverged at every rate; it is shown at the lowest."
         return
-    entry = base_rates().get(config.model.preset or "", {})
+    entry = base_rates().get(plain_preset(config.model) or "", {})
     if entry.get("command"):
         yield (
             "Base rates were not tuned in this run: they are the defaults for this model, found by "
@@ -332,10 +329,16 @@ def curve_rows(comparison: Comparison) -> list[tuple[str, str, str]]:
     ]
 
 
-def rates_file(config: CompareConfig, comparison: Comparison, command: str) -> str:
-    """The best rates as an entry of base_rates.yaml; those at the end of a grid are left out."""
+def rates_file(config: CompareConfig, comparison: Comparison, command: str) -> str | None:
+    """The best rates as an entry of base_rates.yaml; those at the end of a grid are left out.
+
+    None where no rate was tuned, or where the model is no preset as it is, so that no entry could stand for it.
+    """
+    preset = plain_preset(config.model)
+    if preset is None or not comparison.tuned:
+        return None
     lines = [
-        f"{config.model.preset or config.model.family}:",
+        f"{preset}:",
         f"  command: {json.dumps(command)}",
         "  rates:",
     ]

@@ -142,13 +142,22 @@ class ScheduleConfig(Section):
     name: Literal["constant", "cosine", "linear", "wsd"] = Field(
         default="cosine", description="`wsd`: warm up, stay, then decay linearly"
     )
-    warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up, of any schedule")
+    warmup_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="steps of linear warm-up, of any schedule, fewer than the run's; null: 20, or a tenth of the run"
+        " where that is less",
+    )
     final_fraction: float = Field(
         default=0.1, ge=0, le=1, description="rate at the last step, as a fraction of the base rate"
     )
     decay_fraction: float = Field(
         default=0.2, gt=0, le=1, description="wsd: fraction of all steps spent in the decay"
     )
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps` steps."""
+        return min(20, steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
 class TrainingConfig(Section):
@@ -182,7 +191,9 @@ class TrainingConfig(Section):
         default=8, ge=1, description="validation batches of `batch_size` sequences, always the same"
     )
     log_every: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
-    record_every: int = Field(default=10, ge=0, description="steps between lines of layers.jsonl")
+    record_every: int = Field(
+        default=10, ge=0, description="steps between lines of layers.jsonl; the last step has one too"
+    )
     checkpoint_every: int = Field(
         default=100, ge=0, description="steps between checkpoints; the last step always has one"
     )

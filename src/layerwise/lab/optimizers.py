@@ -80,21 +80,21 @@ RULES: dict[str, type[lw.RateRule]] = {
 }
 
 
-def find_preset(config: OptimizerConfig) -> Preset:
-    """The preset a config names, its keywords checked. Raises LayerwiseError naming the nearest valid key."""
+def find_preset(config: OptimizerConfig, section: str = "optimizer") -> Preset:
+    """The preset a config names, its keywords checked. Raises LayerwiseError naming the key in `section` and the nearest."""
     preset = OPTIMIZERS.get(config.name)
     if preset is None:
-        raise LayerwiseError(f"optimizer.name={config.name!r}: {nearest(config.name, OPTIMIZERS)}")
+        raise LayerwiseError(f"{section}.name={config.name!r}: {nearest(config.name, OPTIMIZERS)}")
     valid = preset.keywords()
     for key in config.settings:
         if key not in valid:
             known = valid | set(type(config).model_fields)
-            raise LayerwiseError(f"unknown key `optimizer.{key}` of {config.name}: {nearest(key, known)}")
+            raise LayerwiseError(f"unknown key `{section}.{key}` of {config.name}: {nearest(key, known)}")
     if config.noise is not None and not preset.takes_noise:
         able = ", ".join(name for name, other in OPTIMIZERS.items() if other.takes_noise)
-        raise LayerwiseError(f"optimizer.noise: {config.name} has no layer rates; those that have: {able}")
+        raise LayerwiseError(f"{section}.noise: {config.name} has no layer rates; those that have: {able}")
     if config.noise is not None:
-        _check_rule(preset, config.noise)
+        _check_rule(preset, config.noise, section)
     return preset
 
 
@@ -102,14 +102,14 @@ def _rule_name(preset: Preset, noise: dict[str, Any]) -> str:
     return str(noise.get("rule") or preset.rule or "noise_adaptive")
 
 
-def _check_rule(preset: Preset, noise: dict[str, Any]) -> None:
+def _check_rule(preset: Preset, noise: dict[str, Any], section: str) -> None:
     name = _rule_name(preset, noise)
     if name not in RULES:
-        raise LayerwiseError(f"optimizer.noise.rule={name!r}: {nearest(name, RULES)}")
+        raise LayerwiseError(f"{section}.noise.rule={name!r}: {nearest(name, RULES)}")
     valid = set(inspect.signature(RULES[name]).parameters)
     for key in noise:
         if key not in valid | {"rule"}:
-            raise LayerwiseError(f"unknown key `optimizer.noise.{key}` of rule {name}: {nearest(key, valid)}")
+            raise LayerwiseError(f"unknown key `{section}.noise.{key}` of rule {name}: {nearest(key, valid)}")
 
 
 def with_defaults(config: OptimizerConfig, lr: float | None = None) -> OptimizerConfig:

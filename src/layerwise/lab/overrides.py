@@ -131,24 +131,29 @@ def _section_at(schema: type[BaseModel], location: Sequence[int | str]) -> type[
     return schema
 
 
-def _explain(schema: type[BaseModel], error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _explain(schema: type[BaseModel], error: Any, within: str) -> str:
+    key = within + ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         section = _section_at(schema, error["loc"][:-1])
         return f"unknown key `{key}`: {nearest(str(error['loc'][-1]), section.model_fields)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return str(message)
-    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"
+    mend = ""
+    if error["type"] == "string_type" and isinstance(error["input"], bool | int | float):
+        mend = f"; in quotes it is one: '{key}=\"{error['input']}\"'"
+    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}{mend}"
 
 
-def validate(schema: type[ConfigT], tree: Any) -> ConfigT:
-    """`tree` as a `schema`; what is wrong comes as one LayerwiseError line."""
+def validate(schema: type[ConfigT], tree: Any, within: str = "") -> ConfigT:
+    """`tree` as a `schema`; what is wrong comes as one LayerwiseError line, its keys prefixed by `within`."""
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False)
-        raise LayerwiseError("config: " + "; ".join(_explain(schema, fault) for fault in faults)) from None
+        raise LayerwiseError(
+            "config: " + "; ".join(_explain(schema, fault, within) for fault in faults)
+        ) from None
 
 
 def load_config(

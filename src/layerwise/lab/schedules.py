@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
     """The factor at step 0, 1, ..., steps - 1.
 
-    Warm-up rises linearly and reaches 1 after `warmup_steps` steps; then constant stays at 1, cosine and
+    Warm-up rises linearly and reaches 1 after `config.warmup(steps)` steps; then constant stays at 1, cosine and
     linear go down to `final_fraction`, reached at the last step; wsd stays at 1 and goes down linearly over
     the last `decay_fraction` of all steps.
     """
-    warmup, final = config.warmup_steps, config.final_fraction
+    warmup, final = config.warmup(steps), config.final_fraction
 
     def factor(step: int) -> float:
         if step < warmup:

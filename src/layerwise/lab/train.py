@@ -21,11 +21,22 @@ def complete(config: Config) -> Config:
     """The config with everything filled in that would otherwise depend on this version's defaults, and checked."""
     model_settings(config.model)
     find_preset(config.optimizer)
-    rate = default_rate(config.model.preset, config.optimizer.name)
+    rate = default_rate(config.model, config.optimizer.name)
     training = config.training.model_copy(update={"steps": config.steps, "tokens": None})
     run = config.run.model_copy(update={"name": config.run_name})
+    warmup = config.schedule.warmup(config.steps)
+    if warmup >= config.steps:
+        raise LayerwiseError(
+            f"schedule.warmup_steps={warmup} in a run of {config.steps} steps: the base rate is never reached;"
+            " set fewer, or null for a tenth of the run"
+        )
     return config.model_copy(
-        update={"optimizer": with_defaults(config.optimizer, rate), "training": training, "run": run}
+        update={
+            "optimizer": with_defaults(config.optimizer, rate),
+            "schedule": config.schedule.model_copy(update={"warmup_steps": warmup}),
+            "training": training,
+            "run": run,
+        }
     )
 
 

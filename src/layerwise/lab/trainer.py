@@ -145,7 +145,7 @@ class Trainer:
             last = self.step == steps
             log = last or self._due(training.log_every)
             evaluate = last or self._due(training.eval_every)
-            record_rates = self._due(training.record_every)
+            record_rates = self._due(training.record_every) or (last and training.record_every > 0)
             checkpoint = last or self._due(training.checkpoint_every)
             if not (log or evaluate or record_rates or checkpoint):
                 self.progress.step(self.step)

@@ -8,7 +8,7 @@ import numpy as np
 
 from layerwise.lab.report.load import Array, RunData, number
 from layerwise.lab.report.names import UnitName, network_order
-from layerwise.lab.report.style import CYCLE, MUTED, PAPER, WIDTH, label_ends, new_figure
+from layerwise.lab.report.style import CYCLE, MUTED, PAPER, WIDTH, label_ends, new_figure, step_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def rate_per_layer(run: RunData) -> Figure:
         axes.set_ylim(positive.min() / 1.3, positive.max() * 1.3)
     if len(steps) > 1:
         axes.set_xlim(steps[0], steps[-1])
-    axes.set_xlabel("Step")
+    step_axis(axes)
     axes.set_ylabel("Function-space learning rate")
     ends = []
     for part, color in colors.items():
@@ -64,7 +64,7 @@ def stacked_shares(run: RunData) -> Figure:
         axes.set_ylim(0, 1)
         if len(steps) > 1:
             axes.set_xlim(steps[0], steps[-1])
-        axes.set_xlabel("Step")
+        step_axis(axes)
         axes.set_title(title)
         middles = np.cumsum(sums[:, -1]) - sums[:, -1] / 2
         ends = [(float(steps[-1]), float(m), k, c) for k, m, c in zip(order, middles, colors, strict=True)]

@@ -18,6 +18,7 @@ from layerwise.lab.report.style import (
     WIDTH,
     new_figure,
     plain_log_ticks,
+    step_axis,
 )
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def layer_heat_maps(run: RunData, units: Sequence[str]) -> Figure:
         bar.ax.tick_params(length=2, labelsize=7.5, pad=1)
         bar.ax.set_title(f"{title}", loc="left", fontsize=9, pad=4)
         bar.ax.set_title(subtitle, loc="right", fontsize=7.5, color=MUTED, fontweight="normal", pad=4)
-        axes.set_xlabel("Step")
+        step_axis(axes)
         _separators(axes, names)
     _row_labels(columns[0], names, body)
     return figure

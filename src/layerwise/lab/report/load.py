@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 from layerwise.lab.report.names import looks, optimizer_title
 from layerwise.lab.report.style import Look
 from layerwise.lab.resume import flatten
@@ -171,22 +171,37 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def load_runs(paths: Iterable[str | Path]) -> list[RunData]:
-    """The runs at these paths; a folder stands for every run below it. Raises LayerwiseError where there is none."""
+def load_runs(paths: Iterable[str | Path], note: Callable[[str], None] = warn) -> list[RunData]:
+    """The runs at these paths; a folder stands for every run below it, less damaged ones, which `note` is told of.
+
+    Raises LayerwiseError where there is none, and for a damaged run that is named itself.
+    """
     runs: dict[Path, RunData] = {}
     for given in paths:
+        if Path(given).is_file():
+            raise LayerwiseError(
+                f"run {given}: a file, not a run directory; name a folder that `layerwise train` wrote"
+            )
         if not Path(given).is_dir():
             raise LayerwiseError(
                 f"run {given}: no such directory; name a folder that `layerwise train` wrote"
             )
-        found = [Path(given)] if (Path(given) / RUN_FILE).is_file() else list(find_runs(given))
+        named = (Path(given) / RUN_FILE).is_file()
+        found = [Path(given)] if named else list(find_runs(given))
         if not found:
             raise LayerwiseError(
                 f"run {given}: no {RUN_FILE} there or below; name a folder that `layerwise train` wrote"
             )
+        damaged = []
         for folder in found:
-            if folder.resolve() not in runs:
-                runs[folder.resolve()] = RunData(read_run(folder))
+            try:
+                runs.setdefault(folder.resolve(), RunData(read_run(folder)))
+            except LayerwiseError as error:
+                damaged.append(str(error))
+                if named or len(damaged) == len(found):
+                    raise
+        for message in damaged:
+            note(f"left out: {message}")
     if not runs:
         raise LayerwiseError(
             "report: no run was named; name one run directory or more, such as runs/gpt2-tiny-lanton"

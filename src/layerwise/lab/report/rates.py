@@ -8,7 +8,16 @@ import numpy as np
 
 from layerwise.lab.report.load import Array, RunData
 from layerwise.lab.report.names import network_order
-from layerwise.lab.report.style import BAND, CYCLE, MUTED, WIDTH, label_ends, new_figure, plain_log_ticks
+from layerwise.lab.report.style import (
+    BAND,
+    CYCLE,
+    MUTED,
+    WIDTH,
+    label_ends,
+    new_figure,
+    plain_log_ticks,
+    step_axis,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +81,7 @@ def effective_rates(run: RunData) -> Figure:
             ]
             label_ends(right, ends, height=height * 0.72, size=7.2 if len(ends) <= 9 else 6.5)
     for axes in panels[-1]:
-        axes.set_xlabel("Step")
+        step_axis(axes)
     return figure
 
 
@@ -94,7 +103,8 @@ def _band(axes: Axes, steps: Array, values: Array, styles: list[tuple[str, LineS
     axes.fill_between(x, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=BAND, alpha=0.4, lw=0)
     for line, (color, style) in zip(values, styles, strict=True):
         axes.plot(x, line, color=color, ls=style, lw=0.9, alpha=0.8 if len(values) <= 60 else 0.4)
-    axes.set_xlim(x[0], x[-1])
+    if len(x) > 1:
+        axes.set_xlim(x[0], x[-1])
     axes.set_ylim(0, float(np.nanmax(values)) * 1.06 or 1.0)
 
 

@@ -256,6 +256,14 @@ def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
     axis.set_major_formatter(lambda x, _: plain(x))
 
 
+def step_axis(axes: Axes) -> None:
+    """An x axis of optimizer steps: whole numbers, however short the run."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("Step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+
+
 def plain(x: float) -> str:
     """A tick label: `0.002`, `5`, and powers of ten only far from one."""
     if x == 0 or 1e-4 <= abs(x) < 1e5:
