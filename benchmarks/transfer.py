@@ -3,7 +3,7 @@
     python benchmarks/transfer.py
 
 ResMLP width x16 on digits and the three decoders of arXiv 2502.17405 width x8 on bytes of the standard library, each with
-{standard, FLeRM, uniform, 1/width} x learning rates x 2 seeds: 468 trials, about 25 minutes of two idle cores. Finished
+{standard, FLeRM, uniform, 1/width} x learning rates x 2 seeds: 468 trials, about 15 minutes of CPU time. Finished
 trials, those committed included, are not repeated. The byte corpus is the running Python's own library: on another
 version of Python the losses differ a little.
 """

@@ -170,7 +170,7 @@ def test_the_table_of_known_curves() -> None:
     first, between, last = transfers([base, middle, large], {"standard": 2.0})
 
     assert (first.best, first.shift, first.grid_steps, first.edge) == (4, 1, 0, False)
-    # 1 + a quarter of the way from 1 to 5 is 2: 16 is the first rate that fails, a factor of 4 from the best.
+    # 1 + 0.15 of the way from 1 to 5 is 1.6: 16 is the first rate that fails, a factor of 4 from the best.
     assert (first.to_failure, first.open_ended, first.safety) == (4, False, 1)
     assert first.spread == pytest.approx(0.1)
 
@@ -179,7 +179,7 @@ def test_the_table_of_known_curves() -> None:
 
     assert (last.best, last.grid_steps, last.edge) == (1, -2, True)
     assert (last.own_loss, last.carried_loss) == (pytest.approx(0.8), pytest.approx(2))
-    assert (last.to_failure, last.safety) == (1, 4)  # the base's best itself fails: 2 > 0.8 + 4.2 / 4
+    assert (last.to_failure, last.safety) == (1, 4)  # the base's best itself fails: 2 > 0.8 + 0.15 * 4.2
     assert cells(last)[:3] == ("1!", "0.25x!", "-2")
 
 

@@ -15,7 +15,7 @@ from layerwise.lab.sweep.results import loss_of
 Results = Mapping[str, Mapping[str, Any]]
 
 #: A rate fails where it loses this part of the way from the initial loss to the size's best one.
-LOST = 0.25
+LOST = 0.15
 #: The advised rate is this factor below the first that fails: the paper's transfers fail from one grid step away.
 MARGIN = 4.0
 
