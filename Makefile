@@ -11,7 +11,7 @@ run: $(READY)
 	$(BIN)/layerwise compare
 
 test: $(READY) lint types
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2   # two processes of one thread each, for two cores
 
 lint: $(READY)
 	$(BIN)/ruff check .
