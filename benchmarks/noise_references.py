@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layerwise.lab.runs import Run, find_runs
+from layerwise.lab.runs import Run, find_runs, read_run
 
 RESULTS = Path(__file__).parent / "results"
 OPTIONS = {
@@ -48,7 +48,8 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    found = {(option(run), run.config["optimizer"]["lr"]): run for run in find_runs([folder]) if option(run)}
+    runs = [read_run(path) for path in find_runs(folder)]
+    found = {(option(run), run.config["optimizer"]["lr"]): run for run in runs if option(run)}
     rates = [{lr for name, lr in found if name == wanted} for wanted in OPTIONS]
     lr = max(set.intersection(*rates))
     truth = multipliers(found["previous", lr])
