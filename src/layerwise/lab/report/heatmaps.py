@@ -93,6 +93,8 @@ def relative_noise(history: LayerHistory, rows: Sequence[int], groups: Sequence[
 
 def _clipped(image: Any, values: Array) -> str:
     """Which ends of the colour scale stand for more than their value."""
+    if not np.isfinite(values).any():  # multipliers without noise: static ones
+        return "neither"
     low, high = (
         np.nanmin(values) < image.norm.vmin * (1 - 1e-9),
         np.nanmax(values) > image.norm.vmax * (1 + 1e-9),
