@@ -196,10 +196,15 @@ def test_identity_is_the_config_apart_from_where_it_is_written(words: list[str])
 
 def test_contenders_may_be_settings_of_an_optimizer(words: list[str]) -> None:
     config = configured(
-        words, "compare.optimizers=[adamw]", "compare.contenders.calm={name: lanton, lr: 1e-3}"
+        words, "compare.optimizers=[adamw, calm]", "compare.contenders.calm={name: lanton, lr: 1e-3}"
     )
     found = entries(config)
     assert [(e.name, e.optimizer.name, e.rates) for e in found][1] == ("calm", "lanton", (1e-3,))
+
+
+def test_a_list_of_optimizers_is_meant_as_it_stands(words: list[str]) -> None:
+    calm = "compare.contenders.calm={name: lanton, lr: 1e-3}"
+    assert [e.name for e in entries(configured(words, "compare.optimizers=[adamw]", calm))] == ["adamw"]
 
 
 def test_the_default_contenders_have_tuned_rates_in_the_one_file() -> None:

@@ -41,7 +41,8 @@ class CompareSection(Section):
     optimizers: list[str] = Field(
         list(DEFAULT),
         min_length=1,
-        description="contenders: optimizers by name, or names given in `contenders`",
+        description="contenders: optimizers by name, or names given in `contenders`; where none are listed,"
+        " the defaults and all of those",
     )
     contenders: dict[str, dict[str, Any]] = Field(
         {},
@@ -137,10 +138,9 @@ def entries(config: CompareConfig) -> list[Entry]:
             "optimizer: `compare` sets it for each contender; write compare.contenders.NAME instead,"
             " for example compare.contenders.adamw.lr=1e-3"
         )
-    names = [
-        *section.optimizers,
-        *(n for n in section.contenders if n not in section.optimizers and n not in OPTIMIZERS),
-    ]
+    names = list(section.optimizers)
+    if "optimizers" not in section.model_fields_set:  # a list of one's own is meant as it stands
+        names += [name for name in section.contenders if name not in OPTIMIZERS]
     grids = section.lr_grid if isinstance(section.lr_grid, dict) else {}
     for name in [*names, *grids]:
         if name not in OPTIMIZERS and name not in section.contenders:

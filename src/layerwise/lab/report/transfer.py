@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerwise.lab.report.style import MUTED, PAPER, WIDTH, Look, new_figure, plain, plain_log_ticks
+from layerwise.lab.report.style import MUTED, PAPER, WIDTH, Look, new_figure, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def loss_against_rate(
 
     An optimum at the end of its grid has an open ring and an arrow that points to where the optimum may be.
     """
-    height = 3.3
+    height = max(3.3, 0.36 * len(curves) + 0.3)  # the legend gives each curve two lines
     figure = new_figure(WIDTH, height)
     axes = figure.subplots()
     rates = [lr for curve in curves for lr in curve.rates if lr > 0]
@@ -102,7 +102,7 @@ def _entry(curve: RateCurve) -> Line2D:
     best = (
         "diverged at every rate"
         if curve.best is None
-        else f"best {plain(curve.best)}: {curve.mean(curve.best):.3f}"
+        else f"best {curve.best:.3g}: {curve.mean(curve.best):.3f}"
     )
     return Line2D(
         [], [], color=curve.look.color, marker=curve.look.marker, ms=4, label=f"{curve.label}\n{best}"
