@@ -112,7 +112,8 @@ def main() -> None:
         "",
         f"`python benchmarks/training_loop.py --window {args.window} --windows {args.windows}`, {where}.",
         "Milliseconds of processor time per optimizer step, one thread; the ratio is the median over windows in turns.",
-        "Ratios below 1 are no gain of the lab's: the bare windows run while the lab's gradients are held, the others do not.",
+        "Ratios below 1 are no gain of the lab's: the bare windows run while the lab's gradients are held,"
+        " the others do not.",
         "",
         "| work | optimizer | bare, ms | lab, ms | ratio |",
         "|---|---|---|---|---|",
