@@ -112,8 +112,7 @@ def main() -> None:
         "",
         f"`python benchmarks/training_loop.py --window {args.window} --windows {args.windows}`, {where}.",
         "Milliseconds of processor time per optimizer step, one thread; the ratio is the median over windows in turns.",
-        "Ratios below 1 are no gain of the lab's: the bare windows run while the lab's gradients are held,"
-        " the others do not.",
+        "Ratios below 1 are no gain of the lab's; one difference is that the bare windows run while its gradients are held.",
         "",
         "| work | optimizer | bare, ms | lab, ms | ratio |",
         "|---|---|---|---|---|",
