@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.function_space import function_space_rates
+from layerwise.function_space.collect import Collector
 from layerwise.function_space.estimators import (
     Estimator,
     Moments,
@@ -161,15 +162,16 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
         for which, estimator in estimators.items()
     }
 
-    def add(name: str, grads: Tensor) -> None:
-        for which, estimator in chosen[name].items():
-            rows[name, which].add(grads.reshape(-1, *estimator.view))
+    class AllEstimators(Collector):
+        def add(self, name: str, grads: Tensor) -> None:
+            for which, estimator in chosen[name].items():
+                rows[name, which].add(grads.reshape(-1, *estimator.view))
 
     with untouched(model):
         leaves = {name: p.detach().requires_grad_() for name, p in trainable(model).items()}
         outputs = as_outputs(call_with(model, resolve(forward), leaves, inputs))
-        drawn = draw_probes(outputs, probes, "rademacher", torch.Generator().manual_seed(0))
-        run_probes(outputs, leaves, drawn, add, memory=64 << 20, streaming=True)
+        drawn = draw_probes(outputs, probes, "rademacher", seed=0)
+        run_probes(outputs, leaves, drawn, AllEstimators({}, {}), memory=64 << 20, streaming=True)
     found: dict = defaultdict(dict)
     for (name, which), moments in rows.items():
         logs = moments.logs(probes) - math.log(outputs.entries)

@@ -7,7 +7,8 @@ import torch
 from reference_model import VECTORS, adam, batch, build, loss
 from torch import Tensor
 
-from layerwise.function_space.estimators import Estimator, Moments, TensorUpdate, combine, estimator_for
+from layerwise.function_space.collect import Collector
+from layerwise.function_space.estimators import Estimator, TensorUpdate, combine, estimator_for
 from layerwise.function_space.isolation import call_with, trainable
 from layerwise.function_space.outputs import as_outputs, model_output
 from layerwise.function_space.probes import run_probes
@@ -22,10 +23,12 @@ def moments_of_call(model, old: Snapshot, new: Snapshot, method: str, call: int,
     estimators: dict[str, Estimator] = {
         name: estimator_for(method, tuple(w.shape)) for name, w in old.items()
     }
-    found = {name: Moments(estimators[name], TensorUpdate(new[name], old[name])) for name in old}
+    found = Collector(estimators, {name: TensorUpdate(new[name], old[name]) for name in old})
     probe = torch.tensor(eps, dtype=torch.float64).reshape(outputs.values.shape)
-    run_probes(outputs, leaves, [probe], lambda name, grads: found[name].add(grads), memory=0, streaming=True)
-    return estimators, {name: moments.logs(1) - math.log(outputs.entries) for name, moments in found.items()}
+    run_probes(outputs, leaves, [probe], found, memory=0, streaming=True)
+    return estimators, {
+        name: moments.logs(1) - math.log(outputs.entries) for name, moments in found.moments.items()
+    }
 
 
 def snapshot(model) -> Snapshot:

@@ -96,6 +96,11 @@ class TensorUpdate:
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.new.dtype == torch.float64 else torch.float32
 
+    @property
+    def row_count(self) -> int:
+        """Size of the first dimension (1 of a scalar)."""
+        return self.new.shape[0] if self.new.ndim else 1
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start:stop` of dW (of a scalar: itself as one row)."""
         new = self.new.detach().reshape(1) if self.new.ndim == 0 else self.new.detach()
@@ -107,13 +112,22 @@ class TensorUpdate:
                 delta = delta.add_(old.to(self.dtype), alpha=self.pull)
         return delta
 
+    def part(self, start: int, stop: int) -> TensorUpdate:
+        """The update of some rows alone."""
+        new, old = (
+            None if t is None else (t.reshape(1) if t.ndim == 0 else t)[start:stop]
+            for t in (self.new, self.old)
+        )
+        assert new is not None
+        return TensorUpdate(new, old, self.pull)
+
     def whole(self) -> Tensor:
         """dW as one tensor, in the parameter's shape."""
-        return self.rows(0, max(1, self.new.shape[0] if self.new.ndim else 1)).reshape(self.new.shape)
+        return self.rows(0, self.row_count).reshape(self.new.shape)
 
     def pieces(self, width: int = 1) -> list[tuple[int, int]]:
         """Row ranges small enough to work on `width` gradients at a time."""
-        rows = self.new.shape[0] if self.new.ndim else 1
+        rows = self.row_count
         if self.new.numel() == 0:
             return []
         limit = _CPU_PIECE if self.new.device.type == "cpu" else _GPU_PIECE
@@ -142,6 +156,14 @@ class Moments:
 
     def add(self, grads: Tensor) -> None:
         """Take the gradients of some probes, `[probes, *shape]`, in any float dtype."""
+        self.take(self.sums(grads))
+
+    def sums(self, grads: Tensor) -> Tensor:
+        """`[probes, sums]`: the sums of Z and its squares that moments are made of, additive over blocks of rows.
+
+        They are: the total; or the squares, those of Z summed over each dimension but the first, and Z summed over
+        the first (`view[1:]`, still to be squared: only there do blocks of rows meet).
+        """
         probes = grads.shape[0]
         grads = grads if grads.ndim > 1 else grads[:, None]
         if not self.scales:
@@ -162,13 +184,31 @@ class Moments:
                 columns = _plus(columns, z.sum(1))
                 for dim in range(1, len(self.estimator.view)):
                     per_dim[dim] = _plus(per_dim.get(dim), _squares(z.sum(dim + 1)))
-        if columns is not None:
-            per_dim[0] = _squares(columns)
-        kept = [total.square()] if total is not None else []
-        kept += [square] if square is not None else []
-        kept += [per_dim[dim] for dim in sorted(per_dim)]
-        if kept:
-            self.rows.append(torch.stack(kept, dim=1))
+        kept = [] if total is None else [total[:, None]]
+        kept += (
+            [] if square is None else [square[:, None], *(per_dim[dim][:, None] for dim in sorted(per_dim))]
+        )
+        kept += [] if columns is None else [columns.flatten(1)]
+        return torch.cat(kept, 1) if kept else grads.new_zeros(probes, self.count, dtype=self.update.dtype)
+
+    def take(self, sums: Tensor) -> None:
+        """Make `sums` of whole tensors into moments."""
+        if self.estimator.total:
+            self.rows.append(sums.square())
+        elif self.estimator.per_dim:
+            single = len(self.estimator.view)
+            self.rows.append(
+                torch.cat([sums[:, :1], _squares(sums[:, single:])[:, None], sums[:, 1:single]], 1)
+            )
+        else:
+            self.rows.append(sums)
+
+    @property
+    def count(self) -> int:
+        """How many numbers `sums` has for each probe."""
+        return (
+            (len(self.estimator.view) + math.prod(self.estimator.view[1:])) if self.estimator.per_dim else 1
+        )
 
     def _scaled(self, start: int, stop: int, alone: bool) -> Tensor:
         if self._small is not None:
@@ -185,6 +225,24 @@ class Moments:
         wide = torch.float32 if self.rows[0].device.type == "mps" else torch.float64
         scale = sum(2 * s.to(wide).log() for s in self.scales)
         return torch.cat(self.rows).to(wide).log() + scale
+
+
+class BlockMoments(Moments):
+    """The same where this process has a block of the tensor's rows, or one of several terms of its gradient.
+
+    Scales differ between processes, so their sums are exchanged unscaled, in float64, which has room for their squares.
+    """
+
+    def sums(self, grads: Tensor) -> Tensor:
+        scaled = super().sums(grads).double()
+        scale = self.scales[0].double() * self.scales[1].double()
+        if self.estimator.total:
+            return scaled * scale
+        squares = len(self.estimator.view) if self.estimator.per_dim else 1
+        return torch.cat([scaled[:, :squares] * scale.square(), scaled[:, squares:] * scale], 1)
+
+    def logs(self, probes: int) -> Tensor:
+        return torch.cat(self.rows).log()
 
 
 def _one_where_zero(scale: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def exact_log_squares(
     points: Mapping[str, Tensor],
     updates: Mapping[str, TensorUpdate],
 ) -> dict[str, Tensor]:
-    """Logarithm of each tensor's mean square output change, a float64 scalar on the device.
+    """Logarithm of the sum of squares of each tensor's output change, a float64 scalar on the device.
 
     `function(name, tensor)` gives outputs and mask with that one tensor replaced.
     """
@@ -71,9 +71,7 @@ def exact_log_squares(
         mask = masks[-1]
         wide = torch.float32 if tangent.device.type == "mps" else torch.float64
         tangent = tangent if mask is None else torch.where(mask, tangent, torch.zeros_like(tangent))
-        entries = tangent.numel() if mask is None else mask.sum()
-        mean = tangent.to(wide).square().sum() / entries
-        found[name] = mean.log() + 2 * scale.to(wide).log()
+        found[name] = tangent.to(wide).square().sum().log() + 2 * scale.to(wide).log()
     return found
 
 

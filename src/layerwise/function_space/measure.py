@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
+from layerwise.function_space.collect import collector_for
 from layerwise.function_space.estimators import (
     METHODS,
     Estimator,
-    Moments,
     TensorUpdate,
     combine,
     estimator_for,
@@ -28,8 +28,16 @@ from layerwise.function_space.isolation import (
     untouched,
     unwrap,
 )
-from layerwise.function_space.outputs import Forward, Outputs, as_outputs, resolve, space_name
+from layerwise.function_space.outputs import (
+    Forward,
+    Outputs,
+    as_outputs,
+    global_rows,
+    resolve,
+    space_name,
+)
 from layerwise.function_space.probes import Distribution, draw_probes, run_probes
+from layerwise.function_space.processes import Processes, ProcessesOption, processes_of
 from layerwise.function_space.rates import Rate, Rates, shares
 
 
@@ -44,6 +52,8 @@ class Measurement:
     batch_norm: `"running"` (evaluation mode) or `"batch"`: the batch's statistics; the running ones do not move.
     autocast: a dtype to run the forward under; by default none, even inside the caller's autocast.
     memory: bytes that gradients of probes taken together may use.
+    processes: which processes hold parts of one global batch and measure together: `"auto"`, all of
+        torch.distributed where it is initialised; a process group; or `None`: this process by itself.
     """
 
     forward: Forward | str | None = None
@@ -54,6 +64,7 @@ class Measurement:
     batch_norm: BatchNormMode = "running"
     autocast: torch.dtype | None = None
     memory: int = 64 << 20
+    processes: ProcessesOption = "auto"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -103,18 +114,14 @@ class Measurement:
         batches: list[Any],
         mask: Tensor | None,
     ) -> Rates:
-        generators: dict[torch.device, torch.Generator] = {}
         run = ProbeRun(self, updates)
         for index, batch in enumerate(batches):
             # Leaves of our own share the weights' memory, not their `.grad` and hooks.
             leaves = {name: points[name].detach().requires_grad_() for name in updates}
             fixed = {name: p.detach() for name, p in points.items() if name not in updates}
             outputs = self._outputs(model, {**fixed, **leaves}, batch, mask)
-            device = outputs.values.device
-            if device not in generators:
-                generators[device] = torch.Generator(device).manual_seed(self.seed)
             count = self.probes // len(batches) + (index < self.probes % len(batches))
-            run.add(outputs, leaves, max(1, count), generators[device], streaming=True)
+            run.add(outputs, leaves, max(1, count), streaming=True)
         return run.rates()
 
     def of_outputs(
@@ -131,14 +138,7 @@ class Measurement:
             )
         picked = as_outputs(outputs, mask)
         run = ProbeRun(self, updates)
-        device = picked.values.device
-        run.add(
-            picked,
-            {name: leaves[name] for name in updates},
-            self.probes,
-            torch.Generator(device).manual_seed(self.seed),
-            streaming=False,
-        )
+        run.add(picked, {name: leaves[name] for name in updates}, self.probes, streaming=False)
         return run.rates()
 
     def _exact(
@@ -151,6 +151,7 @@ class Measurement:
     ) -> Rates:
         found: dict[str, list[Tensor]] = {name: [] for name in updates}
         entries, classes, dtype = 0, 1, ""
+        processes = processes_of(self.processes)
         plain = {name: p.detach() for name, p in points.items()}
         for batch in batches:
             sizes: list[Outputs] = []
@@ -163,12 +164,16 @@ class Measurement:
                     sizes.append(outputs)
                 return outputs.values, outputs.mask
 
-            for name, square in exact_log_squares(function, plain, updates).items():
-                found[name].append(square)
+            squares = exact_log_squares(function, plain, updates)
             if sizes:
-                entries, classes = entries + sizes[0].entries, _classes(sizes[0])
+                _, counted = global_rows(sizes[0], processes)
+                entries, classes = entries + counted, _classes(sizes[0])
                 dtype = _short(sizes[0].values.dtype)
-        pulled = _pull(found)
+            for name, square in squares.items():
+                if processes.count > 1:
+                    square = processes.sum_(square.double().exp()).log()
+                found[name].append(square - math.log(counted))
+        pulled = _pull(found, processes)
         values = {name: (rate_of(squares[:, 0].tolist()), 0.0, "exact") for name, squares in pulled.items()}
         return self._result(values, 0, entries, classes, dtype)
 
@@ -198,6 +203,7 @@ class ProbeRun:
             name: estimator_for(measurement.method, tuple(u.new.shape)) for name, u in updates.items()
         }
         self.moments: dict[str, list[Tensor]] = {name: [] for name in updates}
+        self.processes = processes_of(measurement.processes)
         self.probes, self.entries, self.classes, self.dtype = 0, 0, 1, ""
 
     def add(
@@ -205,24 +211,24 @@ class ProbeRun:
         outputs: Outputs,
         leaves: Mapping[str, Tensor],
         count: int,
-        generator: torch.Generator,
         streaming: bool,
     ) -> None:
         """Run `count` probes of these outputs."""
-        found = {name: Moments(self.estimators[name], update) for name, update in self.updates.items()}
-        probes = draw_probes(outputs, count, self.measurement.probe, generator)
-        memory = self.measurement.memory
-        run_probes(outputs, leaves, probes, lambda name, grads: found[name].add(grads), memory, streaming)
-        for name, moments in found.items():
-            self.moments[name].append(moments.logs(count) - math.log(outputs.entries))
+        first_row, entries = global_rows(outputs, self.processes)
+        collector = collector_for(self.processes, self.estimators, self.updates)
+        settings = self.measurement
+        probes = draw_probes(outputs, count, settings.probe, settings.seed, self.probes, first_row)
+        run_probes(outputs, leaves, probes, collector, settings.memory, streaming)
+        for name, moments in collector.moments.items():
+            self.moments[name].append(moments.logs(count) - math.log(entries))
         self.probes += count
-        self.entries += outputs.entries
+        self.entries += entries
         self.classes, self.dtype = _classes(outputs), _short(outputs.values.dtype)
 
     def rates(self) -> Rates:
         """The rates of all probes so far."""
         values = {}
-        for name, moments in _pull(self.moments).items():
+        for name, moments in _pull(self.moments, self.processes).items():
             estimator = self.estimators[name]
             values[name] = (*combine(estimator.exponents, moments), estimator.name)
         return self.measurement._result(values, self.probes, self.entries, self.classes, self.dtype)
@@ -278,8 +284,8 @@ def function_space_rates(
     return measurement.rates(inner, updates, inputs, mask)
 
 
-def _pull(found: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Bring `[rows, columns]` tensors of every name to the CPU in one copy."""
+def _pull(found: Mapping[str, list[Tensor]], processes: Processes) -> dict[str, Tensor]:
+    """Bring `[rows, columns]` tensors of every name to the CPU in one copy, the same on every process."""
     parts = {
         name: torch.cat([t.reshape(t.shape[0] if t.ndim else 1, -1) for t in ts])
         for name, ts in found.items()
@@ -294,7 +300,7 @@ def _pull(found: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
             for t in parts.values()
         ]
     )
-    flat = flat.cpu().double()
+    flat = processes.same(flat).cpu().double()
     result, position = {}, 0
     for name, t in parts.items():
         result[name] = flat[position : position + t.numel()].reshape(t.shape)

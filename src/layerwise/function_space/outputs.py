@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
+from layerwise.function_space.processes import Processes
 
 #: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`.
 Forward = Callable[[nn.Module, Any], Any]
@@ -21,6 +22,11 @@ class Outputs:
 
     values: Tensor
     mask: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Size of the first dimension, the batch (1 of a scalar)."""
+        return self.values.shape[0] if self.values.ndim else 1
 
     @property
     def entries(self) -> int:
@@ -90,8 +96,6 @@ def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
         raise LayerwiseError(
             f"the outputs are {values.dtype}: pass forward= that picks real floating-point outputs"
         )
-    if values.numel() == 0:
-        raise LayerwiseError("the outputs are empty: there is nothing to measure on")
     if mask is None:
         return Outputs(values, None)
     if mask.shape != values.shape[: mask.ndim]:
@@ -106,11 +110,24 @@ def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
         .reshape(*mask.shape, *[1] * (values.ndim - mask.ndim))
         .expand(values.shape)
     )
-    if not bool(full.any()):
-        raise LayerwiseError(
-            "the mask leaves no output entry: pass inputs with at least one position that counts"
-        )
     return Outputs(values, full)
+
+
+def global_rows(outputs: Outputs, processes: Processes) -> tuple[int, int]:
+    """How many rows of the global batch are before this process's, and how many entries of it count.
+
+    Raises:
+        LayerwiseError: on every process, if none does.
+    """
+    sizes = processes.gather([outputs.rows, outputs.entries])
+    entries = sum(size[1] for size in sizes)
+    if not entries:
+        raise LayerwiseError(
+            "the outputs are empty: there is nothing to measure on"
+            if outputs.mask is None
+            else "the mask leaves no output entry: pass inputs with at least one position that counts"
+        )
+    return sum(size[0] for size in sizes[: processes.rank]), entries
 
 
 def _is_mask(mask: Any, values: Any) -> bool:

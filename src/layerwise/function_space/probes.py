@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from contextlib import suppress
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,35 +13,33 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.isolation import gradient_hooks_off
 from layerwise.function_space.outputs import Outputs
+from layerwise.function_space.random_rows import random_normals, random_signs
 
 Distribution = Literal["rademacher", "gaussian"]
 
 
 def draw_probes(
-    outputs: Outputs, count: int, distribution: Distribution, generator: torch.Generator
+    outputs: Outputs,
+    count: int,
+    distribution: Distribution,
+    seed: int,
+    first_probe: int = 0,
+    first_row: int = 0,
 ) -> Iterator[Tensor]:
     """Independent probes with `E eps eps^T = I` on the entries that count, 0 elsewhere, in the outputs'
     shape.
 
+    An entry's number depends on the seed, the probe's number and the entry's place in the global batch, of which the
+    outputs' rows are those from `first_row` on: not on how the batch is spread over processes, nor on the device.
     They are not divided by sqrt(N): half precision would lose them. `log N` is subtracted from the log
     moments.
     """
-    like = outputs.values
-    for _ in range(count):
-        if distribution == "gaussian":
-            eps = torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)
-        else:
-            eps = random_signs(like, generator)
+    values = outputs.values.detach()
+    draw = random_normals if distribution == "gaussian" else random_signs
+    rows = range(first_row, first_row + outputs.rows)
+    for probe in range(first_probe, first_probe + count):
+        eps = draw((seed, probe), rows, values if values.ndim else values[None]).reshape(values.shape)
         yield eps if outputs.mask is None else eps * outputs.mask
-
-
-def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Independent +1 and -1, in the shape and dtype of `like`: eight from each random byte, as random numbers cost."""
-    count = like.numel()
-    bytes_ = torch.empty(-(-count // 8), dtype=torch.uint8, device=like.device).random_(generator=generator)
-    shifts = torch.arange(8, dtype=torch.uint8, device=like.device)
-    bits = (bytes_[:, None] >> shifts & 1).flatten()[:count]
-    return bits.to(like.dtype).mul_(2).sub_(1).reshape(like.shape)
 
 
 def probes_at_once(outputs: Outputs, leaves: Mapping[str, Tensor], memory: int) -> int:
@@ -49,15 +48,28 @@ def probes_at_once(outputs: Outputs, leaves: Mapping[str, Tensor], memory: int) 
     return max(1, memory // max(1, parameters + 4 * outputs.values.numel() * outputs.values.element_size()))
 
 
+class Sink(Protocol):
+    """Where the gradients of probes go (`collect.Collector`)."""
+
+    def add(self, name: str, grads: Tensor) -> None:
+        """The gradients of one tensor under some probes, `[probes, *shape]`."""
+
+    def done(self, probes: int) -> None:
+        """Those of all tensors have come under these many probes; the absent ones are 0."""
+
+    def agree(self, number: int) -> int:
+        """The least of a number over the processes that run the same probes: they take as many at once."""
+
+
 def run_probes(
     outputs: Outputs,
     leaves: Mapping[str, Tensor],
     probes: Sequence[Tensor] | Iterator[Tensor],
-    add: Callable[[str, Tensor], None],
+    sink: Sink,
     memory: int,
     streaming: bool,
 ) -> None:
-    """Differentiate the outputs along each probe and hand every tensor's gradients to `add`.
+    """Differentiate the outputs along each probe and hand every tensor's gradients to `sink`.
 
     Several probes go through one batched backward where `memory` bytes allow it. Otherwise, with `streaming`
     (leaves of our own, whose `.grad` nobody else sees), each gradient is used and freed as soon as it is
@@ -67,46 +79,48 @@ def run_probes(
         raise LayerwiseError(
             "the outputs do not depend on any trainable parameter: does forward detach them?"
         )
-    at_once = probes_at_once(outputs, leaves, memory)
+    at_once = sink.agree(probes_at_once(outputs, leaves, memory))
     pending: list[Tensor] = []
     with gradient_hooks_off(leaves):
         for probe in probes:
             pending.append(probe)
             if len(pending) == at_once:
-                at_once = _differentiate(outputs.values, leaves, pending, add, at_once, streaming)
+                at_once = _differentiate(outputs.values, leaves, pending, sink, at_once, streaming)
                 pending = []
         if pending:
-            _differentiate(outputs.values, leaves, pending, add, len(pending), streaming)
+            _differentiate(outputs.values, leaves, pending, sink, len(pending), streaming)
 
 
 def _differentiate(
     values: Tensor,
     leaves: Mapping[str, Tensor],
     probes: list[Tensor],
-    add: Callable[[str, Tensor], None],
+    sink: Sink,
     at_once: int,
     streaming: bool,
 ) -> int:
     """One batch of probes; returns how many to take next time (1 once an operation proves not to batch)."""
     if len(probes) > 1:
-        try:
-            grads = _batched_gradients(values, leaves, torch.stack(probes))
-        except RuntimeError:
-            at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
-        else:
-            for name, grad in grads.items():
-                add(name, grad)
+        batched: dict[str, Tensor] | None = None
+        with suppress(RuntimeError):
+            batched = _batched_gradients(values, leaves, torch.stack(probes))
+        if sink.agree(batched is not None) and batched is not None:
+            for name, grad in batched.items():
+                sink.add(name, grad)
+            sink.done(len(probes))
             return at_once
+        at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
     for probe in probes:
         if streaming:
-            _stream(values, leaves, probe, add)
+            _stream(values, leaves, probe, sink.add)
         else:
-            grads_ = torch.autograd.grad(
+            grads = torch.autograd.grad(
                 values, list(leaves.values()), probe, retain_graph=True, allow_unused=True
             )
-            for name, one in zip(leaves, grads_, strict=True):
+            for name, one in zip(leaves, grads, strict=True):
                 if one is not None:
-                    add(name, one[None])
+                    sink.add(name, one[None])
+        sink.done(1)
     return at_once
 
 
