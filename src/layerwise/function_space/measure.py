@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from layerwise.function_space.outputs import (
 from layerwise.function_space.probes import Distribution, draw_probes, run_probes
 from layerwise.function_space.processes import Processes, ProcessesOption, processes_of
 from layerwise.function_space.rates import Rate, Rates, shares
+from layerwise.function_space.slices import Slices, graphs
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Measurement:
     probes: how many, over all batches together. probe: their distribution. seed: of a generator of our own.
     batch_norm: `"running"` (evaluation mode) or `"batch"`: the batch's statistics; the running ones do not move.
     autocast: a dtype to run the forward under; by default none, even inside the caller's autocast.
+    slices: how many slices of whole examples to cut a batch into; each probe differentiates one of them, so that 32
+        probes on 8 slices cost four backwards of the batch. The estimators' means stay the same. `"auto"`: four probes a
+        slice where examples do not depend on one another, one slice where they do.
     memory: bytes that gradients of probes taken together may use.
     processes: which processes hold parts of one global batch and measure together: `"auto"`, all of
         torch.distributed where it is initialised; a process group; or `None`: this process by itself.
@@ -65,6 +71,7 @@ class Measurement:
     autocast: torch.dtype | None = None
     memory: int = 64 << 20
     processes: ProcessesOption = "auto"
+    slices: Slices = "auto"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -73,6 +80,8 @@ class Measurement:
             raise LayerwiseError(f"probes is {self.probes}: use at least 1")
         if self.probe not in ("rademacher", "gaussian"):
             raise LayerwiseError(f"probe is {self.probe!r}: use 'rademacher' or 'gaussian'")
+        if self.slices != "auto" and (not isinstance(self.slices, int) or self.slices < 1):
+            raise LayerwiseError(f"slices is {self.slices!r}: use 'auto' or a number from 1 on")
         resolve(self.forward)
 
     @property
@@ -115,13 +124,20 @@ class Measurement:
         mask: Tensor | None,
     ) -> Rates:
         run = ProbeRun(self, updates)
+        slices: Slices = self.slices if run.processes.count == 1 else 1
+        if self.slices not in ("auto", slices):
+            raise LayerwiseError(
+                f"slices is {self.slices}: several processes measure with slices=1 or 'auto'"
+            )
+        # Leaves of our own share the weights' memory, not their `.grad` and hooks.
+        leaves = {name: points[name].detach().requires_grad_() for name in updates}
+        tensors = {name: leaves[name] if name in leaves else p.detach() for name, p in points.items()}
         for index, batch in enumerate(batches):
-            # Leaves of our own share the weights' memory, not their `.grad` and hooks.
-            leaves = {name: points[name].detach().requires_grad_() for name in updates}
-            fixed = {name: p.detach() for name, p in points.items() if name not in updates}
-            outputs = self._outputs(model, {**fixed, **leaves}, batch, mask)
-            count = self.probes // len(batches) + (index < self.probes % len(batches))
-            run.add(outputs, leaves, max(1, count), streaming=True)
+            count = max(1, self.probes // len(batches) + (index < self.probes % len(batches)))
+            forward = partial(self._outputs, model, tensors)
+            for outputs, probes in graphs(forward, batch, mask, slices, count):
+                run.add(outputs, leaves, probes, streaming=True, batch=index)
+                del outputs
         return run.rates()
 
     def of_outputs(
@@ -135,6 +151,10 @@ class Measurement:
         if self.method == "exact":
             raise LayerwiseError(
                 "method='exact' needs inputs, not outputs: it runs forward-mode passes of its own"
+            )
+        if self.slices not in ("auto", 1):
+            raise LayerwiseError(
+                f"slices is {self.slices}, and outputs= has one graph for all examples: use slices=1, or pass the batch"
             )
         picked = as_outputs(outputs, mask)
         run = ProbeRun(self, updates)
@@ -204,7 +224,8 @@ class ProbeRun:
         }
         self.moments: dict[str, list[Tensor]] = {name: [] for name in updates}
         self.processes = processes_of(measurement.processes)
-        self.probes, self.entries, self.classes, self.dtype = 0, 0, 1, ""
+        self.parts: list[tuple[int, int, int]] = []  # batch, entries, probes
+        self.classes, self.dtype = 1, ""
 
     def add(
         self,
@@ -212,26 +233,41 @@ class ProbeRun:
         leaves: Mapping[str, Tensor],
         count: int,
         streaming: bool,
+        batch: int = 0,
     ) -> None:
-        """Run `count` probes of these outputs."""
+        """Run `count` probes of these outputs: all of a batch's, or those of one slice of it."""
         first_row, entries = global_rows(outputs, self.processes)
         collector = collector_for(self.processes, self.estimators, self.updates)
-        settings = self.measurement
-        probes = draw_probes(outputs, count, settings.probe, settings.seed, self.probes, first_row)
+        settings, before = self.measurement, sum(probes for *_, probes in self.parts)
+        probes = draw_probes(outputs, count, settings.probe, settings.seed, before, first_row)
         run_probes(outputs, leaves, probes, collector, settings.memory, streaming)
         for name, moments in collector.moments.items():
             self.moments[name].append(moments.logs(count) - math.log(entries))
-        self.probes += count
-        self.entries += entries
+        self.parts.append((batch, entries, count))
         self.classes, self.dtype = _classes(outputs), _short(outputs.values.dtype)
 
     def rates(self) -> Rates:
         """The rates of all probes so far."""
-        values = {}
+        values, weights = {}, self.weights()
         for name, moments in _pull(self.moments, self.processes).items():
             estimator = self.estimators[name]
-            values[name] = (*combine(estimator.exponents, moments), estimator.name)
-        return self.measurement._result(values, self.probes, self.entries, self.classes, self.dtype)
+            values[name] = (*combine(estimator.exponents, moments, weights), estimator.name)
+        entries = sum(entries for _, entries, _ in self.parts)
+        return self.measurement._result(values, len(weights), entries, self.classes, self.dtype)
+
+    def weights(self) -> Tensor:
+        """Of each probe: batches count alike, slices of a batch by their entries, probes of a slice alike."""
+        totals: dict[int, int] = defaultdict(int)
+        for batch, entries, _ in self.parts:
+            totals[batch] += entries
+        return torch.tensor(
+            [
+                entries / totals[batch] / len(totals) / count
+                for batch, entries, count in self.parts
+                for _ in range(count)
+            ],
+            dtype=torch.float64,
+        )
 
 
 def function_space_rates(

@@ -1,0 +1,168 @@
+"""Probes on slices of the batch: the same means, batches that cannot be cut, and what is asked for and cannot be."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space import FunctionSpaceRecorder, function_space_rates, measure
+
+
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    return model, {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+
+def all_signs(outputs, count, *_):
+    """Every sign vector on the entries that count, over and over: means over them are exact expectations."""
+    counted = torch.ones_like(outputs.values) if outputs.mask is None else outputs.mask.to(outputs.values)
+    vectors = itertools.cycle(itertools.product([-1.0, 1.0], repeat=outputs.entries))
+    for signs in itertools.islice(vectors, count):
+        probe = torch.zeros_like(outputs.values)
+        probe[counted.bool()] = torch.tensor(signs, dtype=probe.dtype)
+        yield probe
+
+
+@pytest.mark.parametrize("method", ["kronecker", "full_cov", "iid"])
+def test_expectations_are_those_of_the_whole_batch(method, monkeypatch):
+    """All sign vectors of 6 entries against all of 4 and of 2: moments are quadratic in the probe, so this is exact.
+
+    One of the four examples is padding, so that the slices count differently.
+    """
+    monkeypatch.setattr(measure, "draw_probes", all_signs)
+    model, update = network()
+    x, mask = torch.randn(4, 3).double(), torch.tensor([1, 1, 1, 0])
+    whole = function_space_rates(model, update, x, method=method, probes=128, mask=mask, slices=1)
+    sliced = function_space_rates(model, update, x, method=method, probes=128, mask=mask, slices=2)
+    assert sliced.entries == whole.entries == 6
+    assert sliced.probes == whole.probes
+    for name in whole:
+        # Float64 rounding over a few hundred terms.
+        assert sliced[name].value == pytest.approx(whole[name].value, rel=1e-12)
+    unweighted = [
+        function_space_rates(model, update, x[a:b], method=method, probes=16, mask=mask[a:b], slices=1)
+        for a, b in ((0, 2), (2, 4))
+    ]
+    naive = sum(part["0.weight"].value ** 2 for part in unweighted) / 2
+    assert naive**0.5 != pytest.approx(whole["0.weight"].value, rel=1e-3)
+
+
+def test_uneven_shares_of_probes_do_not_weigh_batches(monkeypatch):
+    """Batches of equal weight at 3 and 2 probes each: every sign gives the same moment of one output entry."""
+    monkeypatch.setattr(measure, "draw_probes", all_signs)
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    batches = [torch.randn(1, 3).double() for _ in range(2)]
+    exact = function_space_rates(model, update, batches, method="exact")
+    found = function_space_rates(model, update, batches, method="full_cov", probes=5)
+    assert found["weight"].value == pytest.approx(exact["weight"].value, rel=1e-12)
+
+
+class Sizes:
+    """A forward that notes how many examples it was given with a graph to build."""
+
+    def __init__(self, function):
+        self.function, self.seen = function, []
+
+    def __call__(self, model, inputs):
+        outputs = self.function(model, inputs)
+        if torch.is_grad_enabled():
+            self.seen.append(len(outputs))
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("inputs", "function"),
+    [
+        (lambda x: x, lambda m, x: m(x)),
+        (lambda x: (x, 2 * x, None), lambda m, xs: m(xs[0] + xs[1])),
+        (lambda x: {"x": x, "y": [x, 3.0]}, lambda m, xs: m(xs["x"] + xs["y"][0] * xs["y"][1])),
+    ],
+)
+def test_tensors_tuples_and_mappings_are_cut(inputs, function):
+    model, update = network()
+    x = torch.randn(7, 3).double()
+    forward = Sizes(function)
+    found = function_space_rates(model, update, inputs(x), forward, "full_cov", 400, slices=3)
+    assert forward.seen == [3, 2, 2]
+    exact = function_space_rates(model, update, inputs(x), function, "exact")
+    for name in exact:  # four intervals of 4 standard errors
+        assert abs(found[name].value - exact[name].value) < 4 * found[name].stderr
+    forward = Sizes(function)
+    function_space_rates(model, update, inputs(x), forward, probes=13)
+    assert forward.seen == [3, 2, 2]  # four probes for each
+    forward = Sizes(function)
+    function_space_rates(model, update, inputs(x), forward, probes=7)
+    assert forward.seen == [7]
+
+
+class TimeFirst(nn.Module):
+    """Looks like a batch of examples and is not: each entry of the leading dimension sees those before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2)
+
+    def forward(self, x):
+        return self.lstm(x[:, None])[0]
+
+
+@pytest.mark.parametrize("slices", [2, 6])
+@pytest.mark.parametrize(
+    "case", ["batch statistics", "time first", "mean over examples", "whole batches only"]
+)
+def test_examples_that_depend_on_one_another_are_measured_together(case, slices):
+    torch.manual_seed(0)
+    options, forward = {}, None
+    model = nn.Sequential(nn.Linear(3, 2))
+    if case == "batch statistics":
+        model.append(nn.BatchNorm1d(2))
+        options = {"batch_norm": "batch"}
+    elif case == "time first":
+        model = TimeFirst()
+    elif case == "mean over examples":
+        forward = lambda m, x: m(x).mean(0)  # noqa: E731
+    else:
+        forward = lambda m, x: m(x.reshape(6, 3))  # noqa: E731
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    x = torch.randn(6, 3)
+    whole = function_space_rates(model, update, x, forward, slices=1, **options)
+    assert function_space_rates(model, update, x, forward, **options) == whole
+    with pytest.raises(LayerwiseError, match="depend on the other examples") as error:
+        function_space_rates(model, update, x, forward, slices=slices, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_slices_of_padding_alone_are_passed_over():
+    model, update = network()
+    x = torch.randn(4, 3).double()
+    found = function_space_rates(model, update, x, mask=torch.tensor([0, 1, 1, 0]), slices=4)
+    assert found.entries == 4
+    assert found.probes == 16  # those of the two slices that count
+    with pytest.raises(LayerwiseError, match="no output entry"):
+        function_space_rates(model, update, x, mask=torch.zeros(4), slices=4)
+
+
+def test_slices_that_cannot_be_had_are_refused():
+    model, update = network()
+    x = torch.randn(4, 3).double()
+    for inputs, options, text in [
+        (x, {"slices": 5}, "4 at most"),
+        (x, {"slices": 4, "probes": 3}, "3 at most"),
+        (x, {"slices": 0}, "slices is 0"),
+        (x, {"slices": "many"}, "'many'"),
+        ((x, x[:2]), {"slices": 2}, "share their leading dimension"),
+        (x, {"slices": 2, "mask": torch.ones(())}, "share their leading dimension"),
+    ]:
+        with pytest.raises(LayerwiseError, match=text):
+            function_space_rates(model, update, inputs, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = FunctionSpaceRecorder(model, optimizer, every=1, slices=2)
+    outputs = model(x)
+    outputs.square().mean().backward(retain_graph=True)
+    with pytest.raises(LayerwiseError, match="one graph"), recorder.step(outputs=outputs):
+        optimizer.step()
