@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_runs import batch, distribute, make_model
+from distributed_runs import batch, distribute, make_model, weights
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import layerwise as lw
+from layerwise.function_space.processes import local_part, placed_as
+
+sys.path.append(str(Path(__file__).parents[1] / "function_space"))
+from naive import NaiveFLeRM
 
 # How a global batch of 64 rows is spread: evenly, or with ranks that have few or no rows.
 SPREADS = {
@@ -43,7 +56,9 @@ def measured(how: str, method: str, rows: str = "even", masked: bool = False, **
     tokens, features, _ = batch(0)
     inputs = spread((tokens, features), rows)
     mask = spread((mask_of(),), rows)[0] if masked else None
-    return lw.function_space_rates(model, update, inputs, method=method, probes=5, mask=mask, **options)
+    return lw.function_space_rates(
+        model, update, inputs, method=method, probes=5, mask=mask, slices=1, **options
+    )
 
 
 class Forking(nn.Module):
@@ -67,4 +82,174 @@ def forked(method: str, memory: int) -> lw.Rates:
     model = Forking()
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mine = x.chunk(world)[rank]
-    return lw.function_space_rates(model, update_of(model), mine, method=method, probes=4, memory=memory)
+    return lw.function_space_rates(
+        model, update_of(model), mine, method=method, probes=4, memory=memory, slices=1
+    )
+
+
+OBSERVERS = {
+    "recorder": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=3, slices=1),
+    "full_cov": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=3, slices=1, method="full_cov"),
+    "flerm": functools.partial(lw.FLeRM, base="uniform", every=2, probes=3, slices=1),
+}
+
+
+def observed(how: str, observer: str, on: str = "batch", steps: int = 3) -> dict[str, Any]:
+    """Some steps of AdamW, each measured or matched on another batch, or on the loop's own outputs."""
+    model = distribute(make_model(), how)
+    # A large eps: entries with a gradient of rounding noise do not move by a whole step.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3, weight_decay=0.1)
+    watcher = OBSERVERS[observer](model, optimizer)
+    for step in range(steps):
+        optimizer.zero_grad()
+        *inputs, targets = spread(batch(step), "even")
+        outputs = model(*inputs)
+        nn.functional.cross_entropy(outputs, targets).backward(retain_graph=on == "outputs")
+        other = tuple(spread(batch(100 + step)[:2], "uneven"))
+        with watcher.step(**({"outputs": outputs} if on == "outputs" else {"batch": other})):
+            optimizer.step()
+    found: dict[str, Any] = {"weights": weights(model)}
+    if isinstance(watcher, lw.FLeRM):
+        return found | {"lrs": watcher.learning_rates(), "reports": watcher.reports}
+    return found | {"rates": [record.rates for record in watcher.records]}
+
+
+class Noisy(nn.Module):
+    """Dropout, BatchNorm, a buffer that is replaced, and a parameter that is not sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
+        self.norm, self.drop, self.out = nn.BatchNorm1d(12), nn.Dropout(0.3), nn.Linear(12, 5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.out(self.drop(self.norm(x)))
+
+
+def trace(how: str, watched: str) -> dict[str, Tensor]:
+    """All that a user could see after some steps with accumulated gradients."""
+    model = distribute(Noisy(), how)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recorder = lw.FunctionSpaceRecorder(model, optimizer, every=1, probes=2)
+    torch.manual_seed(3 + (dist.get_rank() if dist.is_initialized() else 0))
+    for step in range(3):
+        optimizer.zero_grad()
+        for micro in range(2):
+            unsynced = model.no_sync() if how == "ddp" and not micro else nullcontext()
+            if how == "fsdp":
+                model.set_requires_gradient_sync(bool(micro))
+            with unsynced:
+                outputs = model(torch.randn(8, 12))
+                keep = watched == "outputs" and bool(micro)
+                outputs.square().mean().backward(retain_graph=keep)
+        if how == "fsdp" and step == 1:
+            model.set_requires_gradient_sync(False)  # as a loop may have it for the next accumulation
+        if watched == "no":
+            optimizer.step()
+        else:
+            what = {"outputs": outputs} if watched == "outputs" else {"batch": torch.ones(4, 12) * (step + 1)}
+            with recorder.step(**what):
+                optimizer.step()
+    state = {f"w.{n}": local_part(p.detach()).clone() for n, p in model.named_parameters()}
+    state |= {f"g.{n}": local_part(p.grad).clone() for n, p in model.named_parameters()}
+    state |= {f"b.{n}": b.clone() for n, b in model.named_buffers()}
+    state |= {"random": torch.get_rng_state(), "modes": torch.tensor([m.training for m in model.modules()])}
+    if how == "fsdp":
+        groups = [
+            g
+            for m in model.modules()
+            if isinstance(m, FSDPModule)
+            for g in m._get_fsdp_state()._fsdp_param_groups
+        ]
+        state["sync"] = torch.tensor([g.reduce_grads for g in groups])
+    return state | {"measured": torch.tensor(len(recorder.records))}
+
+
+class FirstInputs(nn.Module):
+    """The model on one tensor, as the naive procedure calls it."""
+
+    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
+        super().__init__()
+        self.model, self.tokens = model, tokens
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.model(self.tokens, features)
+
+
+def naive(how: str, probes: int) -> dict[str, float]:
+    """The official procedure's rates, each process drawing for its own part of the batch."""
+    tokens, features = spread(batch(0)[:2], "even")
+    model = distribute(make_model(), how)
+    update = update_of(make_model())
+    optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=1.0)
+    procedure = NaiveFLeRM(FirstInputs(model, tokens), optimizer, [], 1.0, method="full_cov", beta=1 - 1e-9)
+    procedure.save_weights()
+    with torch.no_grad():
+        for p, delta in zip(model.parameters(), update.values(), strict=True):
+            p.add_(delta)
+    torch.manual_seed(100 + (dist.get_rank() if dist.is_initialized() else 0))
+    for _ in range(probes):
+        procedure.call(features, modify=False)
+    return {
+        name.removeprefix("model.").removeprefix("module."): rate for name, rate in procedure.delta.items()
+    }
+
+
+def naive_of_shards(how: str) -> dict[str, float]:
+    """Its Kronecker rates where each process takes its shard for the whole tensor (of right gradients)."""
+    model = distribute(make_model(), how)
+    update = update_of(make_model())
+    inputs = spread(batch(0)[:2], "even")
+    procedure = NaiveFLeRM(nn.Module(), None, [], 1.0, beta=1 - 1e-9)
+    scale = dist.get_world_size() if dist.is_initialized() else 1
+    rates = {}
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(20):
+        eps = torch.randn(64, 19, generator=generator, dtype=torch.float64)
+        outputs = model(*inputs)
+        outputs.backward(spread((eps,), "even")[0] / math.sqrt(eps.numel()))
+        procedure.calls += 1
+        for name, p in model.named_parameters():
+            if name.endswith(("wide.weight", "up.weight")):
+                delta = local_part(placed_as(update[name], p))
+                rates[name] = math.sqrt(procedure.estimate(name, delta * local_part(p.grad) * scale))
+            p.grad = None
+    return rates
+
+
+def _message(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except lw.LayerwiseError as error:
+        return str(error)
+    return ""
+
+
+def tensor_parallel_rates() -> str:
+    model = nn.Linear(6, 4)
+    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), ColwiseParallel())
+    update = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+    return _message(lambda: lw.function_space_rates(model, update, torch.ones(3, 6)))
+
+
+def unsynchronised() -> str:
+    model = distribute(Noisy(), "fsdp")
+    update = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+    model.set_requires_gradient_sync(False)
+    model(torch.ones(4, 12)).sum().backward()
+    return _message(lambda: lw.function_space_rates(model, update, torch.ones(3, 12)))
+
+
+def nothing_counts() -> str:
+    model = nn.Linear(6, 4)
+    update = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+    return _message(
+        lambda: lw.function_space_rates(
+            model, update, torch.ones(3, 6), mask=torch.zeros(3, dtype=torch.bool)
+        )
+    )

@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.estimators import TensorUpdate
-from layerwise.function_space.isolation import unwrap
+from layerwise.function_space.isolation import trainable, unwrap
 from layerwise.function_space.measure import Measurement
 from layerwise.function_space.optimizers import group_of, learning_rate, optimized
+from layerwise.function_space.processes import Processes, is_sharded, local_part, processes_of
 from layerwise.function_space.rates import Rates
+from layerwise.function_space.runners import GraphRunner, runner_for
 
 
 class StepCapture:
@@ -52,6 +54,9 @@ class StepCapture:
     def _note(self, *_: Any) -> None:
         self.stepped = True
 
+    def _cuda_devices(self) -> list[int]:
+        return sorted({p.device.index or 0 for p in self.parameters.values() if p.device.type == "cuda"})
+
     def release(self) -> None:
         """Free the copy."""
         self.old = {}
@@ -66,17 +71,19 @@ class StepCapture:
             for name, p in self.parameters.items()
         }
 
-    def why_not(self) -> str | None:
-        """Why this step has nothing to measure, if so. Waits for the device once."""
-        if not self.stepped:
+    def why_not(self, processes: Processes) -> str | None:
+        """Why this step has nothing to measure, if so, on any of the processes. Waits for the device once."""
+        blocks = [update.block() for update in self.updates().values()]
+        moved = torch.stack([block.largest().double().cpu() for block in blocks]).amax()
+        mine = [not self.stepped, not torch.isfinite(moved), bool(moved > 0)]
+        stayed, infinite, changed = map(
+            any, zip(*processes.gather([int(flag) for flag in mine]), strict=True)
+        )
+        if stayed:
             return "optimizer.step() was not run (GradScaler skips steps with inf or nan gradients)"
-        moved = torch.stack([update.largest().double().cpu() for update in self._sample()]).amax()
-        if not torch.isfinite(moved):
+        if infinite:
             return "the update is not finite"
-        return None if bool(moved > 0) else "no weight moved (a learning rate of 0, or no gradients)"
-
-    def _sample(self) -> list[TensorUpdate]:
-        return list(self.updates().values())
+        return None if changed else "no weight moved (a learning rate of 0, or no gradients)"
 
     def measure(
         self,
@@ -154,17 +161,85 @@ class GraphCapture(StepCapture):
                 name: TensorUpdate(tensor, self.original[name], pulled.get(name, 0.0))
                 for name, tensor in new.items()
             }
-            try:
-                with torch.enable_grad():
-                    return measurement.of_outputs(inputs, updates, self.parameters, mask)
-            except RuntimeError as error:
-                if "backward through the graph a second time" not in str(error):
-                    raise
-                raise LayerwiseError(
-                    "the graph of outputs= was freed: call loss.backward(retain_graph=recorder.due) before "
-                    "the step, "
-                    "or pass the batch instead"
-                ) from error
+            with _kept_graph():
+                return measurement.of_outputs(inputs, updates, GraphRunner(self.parameters), mask)
 
-    def _cuda_devices(self) -> list[int]:
-        return sorted({p.device.index or 0 for p in self.parameters.values() if p.device.type == "cuda"})
+
+class ShardedCapture(StepCapture):
+    """The same for parameters that FSDP2 shards, which are measured in place: the old shards go back into the parameters.
+
+    What is held besides is a copy of the shards, as elsewhere of the weights.
+    """
+
+    @contextmanager
+    def _as_before(self, pulls: Mapping[str, float] | None) -> Iterator[dict[str, TensorUpdate]]:
+        """The old weights in the parameters, the new ones in `old`."""
+        self._exchange()
+        pulled = pulls or {}
+        try:
+            yield {
+                name: TensorUpdate(self.old[name], p.detach(), pulled.get(name, 0.0))
+                for name, p in self.parameters.items()
+            }
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        with _unsafe_preserve_version_counter(tuple(self.parameters.values())):
+            for name, p in self.parameters.items():
+                one, other = local_part(p.detach()), local_part(self.old[name])
+                kept = one.clone()
+                one.copy_(other)
+                other.copy_(kept)
+
+    def measure(
+        self,
+        measurement: Measurement,
+        inputs: Any,
+        mask: Tensor | None,
+        pulls: Mapping[str, float] | None = None,
+    ) -> Rates:
+        with self._as_before(pulls) as updates:
+            return measurement.rates(self.model, updates, inputs, mask)
+
+
+class ShardedGraphCapture(ShardedCapture):
+    """For outputs whose graph the loop kept: FSDP gathers the weights again in each backward, so the old ones."""
+
+    def measure(
+        self,
+        measurement: Measurement,
+        inputs: Any,
+        mask: Tensor | None,
+        pulls: Mapping[str, float] | None = None,
+    ) -> Rates:
+        with (
+            self._as_before(pulls) as updates,
+            torch.random.fork_rng(devices=self._cuda_devices()),
+            runner_for(self.model, self.parameters, updates, processes_of(measurement.processes)) as runner,
+            _kept_graph(),
+        ):
+            return measurement.of_outputs(inputs, updates, runner, mask)
+
+
+def capture_for(model: nn.Module, optimizer: Optimizer, outputs: Any) -> StepCapture:
+    """What watches a step that is measured on `outputs`, or on a batch where they are None."""
+    sharded = any(is_sharded(p) for p in trainable(model).values())
+    if outputs is None:
+        return (ShardedCapture if sharded else StepCapture)(model, optimizer)
+    return (ShardedGraphCapture if sharded else GraphCapture)(model, optimizer)
+
+
+@contextmanager
+def _kept_graph() -> Iterator[None]:
+    try:
+        with torch.enable_grad():
+            yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise LayerwiseError(
+            "the graph of outputs= was freed: call loss.backward(retain_graph=recorder.due) before the step, "
+            "or pass the batch instead"
+        ) from error

@@ -7,8 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from layerwise.function_space.estimators import BlockMoments, Estimator, Moments, TensorUpdate
-from layerwise.function_space.processes import Processes
+from layerwise.function_space.estimators import (
+    BlockMoments,
+    Estimator,
+    Moments,
+    TensorUpdate,
+    estimator_for,
+)
+from layerwise.function_space.processes import Processes, is_sharded
 
 
 class Collector:
@@ -44,20 +50,16 @@ class ReplicaCollector(Collector):
         self.processes = processes
         self.updates = updates
         # Gradients are complete in about the reverse order of the parameters.
-        self._order = [name for name in reversed(list(updates)) if not estimators[name].total]
+        self._order = [name for name in reversed(list(updates)) if self._in_parts(name, estimators[name])]
         self.moments = {
-            name: BlockMoments(
-                estimators[name],
-                update.part(*processes.rows(update.row_count)) if name in self._order else update,
-            )
-            for name, update in updates.items()
+            name: self._moments(name, estimators[name], update) for name, update in updates.items()
         }
         self._turn = 0
         self._waiting: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, grads: Tensor) -> None:
-        if self.moments[name].estimator.total:
+        if name not in self._order:
             self._sums[name] = self.moments[name].sums(grads)
             return
         self._waiting[name] = grads
@@ -75,6 +77,14 @@ class ReplicaCollector(Collector):
 
     def agree(self, number: int) -> int:
         return self.processes.least(number)
+
+    def _in_parts(self, name: str, estimator: Estimator) -> bool:
+        """Whether this tensor's gradients are added up, and each process works on some of their rows."""
+        return not estimator.total
+
+    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> BlockMoments:
+        rows = self.processes.rows(update.row_count) if name in self._order else (0, update.row_count)
+        return BlockMoments(estimator, update.part(*rows))
 
     def _exchange(self, grads: Tensor) -> None:
         """Sum the next tensor's gradients over processes, each keeping its rows."""
@@ -100,10 +110,56 @@ class ReplicaCollector(Collector):
             m.take(part)
 
 
+class ShardCollector(ReplicaCollector):
+    """Over processes that hold shards of the parameters and of gradients that are added up already (FSDP2).
+
+    Sums over a shard's own rows are complete; whatever else is made of several shards is added up like the rest.
+    Parameters that are not sharded are replicas.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        estimators: Mapping[str, Estimator],
+        updates: Mapping[str, TensorUpdate],
+        method: str,
+    ) -> None:
+        from layerwise.function_space.fsdp import placement
+
+        self._places = {
+            name: placement(name, u.new, processes) for name, u in updates.items() if is_sharded(u.new)
+        }
+        self._method = method
+        super().__init__(processes, estimators, updates)
+
+    def add(self, name: str, grads: Tensor) -> None:
+        if name not in self._places:
+            super().add(name, grads)
+            return
+        dim, replicas = self._places[name]
+        sums = self.moments[name].sums(grads.movedim(dim + 1, 1) if grads.ndim > 1 else grads)
+        self._sums[name] = sums / replicas  # each of them adds the same
+
+    def _in_parts(self, name: str, estimator: Estimator) -> bool:
+        return name not in self._places and super()._in_parts(name, estimator)
+
+    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> BlockMoments:
+        if name not in self._places:
+            return super()._moments(name, estimator, update)
+        block = update.block(self._places[name][0])
+        # An estimator says of a matrix and of its transpose the same.
+        return BlockMoments(estimator_for(self._method, tuple(block.new.shape)), block)
+
+
 def collector_for(
-    processes: Processes, estimators: Mapping[str, Estimator], updates: Mapping[str, TensorUpdate]
+    processes: Processes,
+    estimators: Mapping[str, Estimator],
+    updates: Mapping[str, TensorUpdate],
+    method: str,
 ) -> Collector:
     """What takes the gradients, on these processes."""
+    if any(is_sharded(update.new) for update in updates.values()):
+        return ShardCollector(processes, estimators, updates, method)
     if processes.count == 1:
         return Collector(estimators, updates)
     return ReplicaCollector(processes, estimators, updates)

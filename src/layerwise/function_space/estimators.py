@@ -15,6 +15,7 @@ exponents, and one formula serves the value and its standard error. Moments are 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
+from layerwise.function_space.processes import local_part
 
 METHODS = ("exact", "kronecker", "full_cov", "iid")
 
@@ -86,7 +88,8 @@ class TensorUpdate:
     """`dW` of one tensor: `new` itself, or `new - old`, plus `pull * old` (which takes weight decay out of
     it).
 
-    The difference is formed piece by piece in float32 (float64 for float64 weights), so it costs no memory.
+    The difference is formed piece by piece in float32 (float64 for float64 weights), so it costs no memory. Of sharded
+    tensors (DTensors) take the `block` that this process holds first.
     """
 
     new: Tensor
@@ -115,12 +118,16 @@ class TensorUpdate:
 
     def part(self, start: int, stop: int) -> TensorUpdate:
         """The update of some rows alone."""
-        new, old = (
-            None if t is None else (t.reshape(1) if t.ndim == 0 else t)[start:stop]
-            for t in (self.new, self.old)
+        return self._each(lambda t: (t.reshape(1) if t.ndim == 0 else t)[start:stop])
+
+    def block(self, dim: int = 0) -> TensorUpdate:
+        """What this process holds of a sharded tensor's update, its dimension `dim` put first."""
+        return self._each(
+            lambda t: local_part(t.detach()).movedim(dim, 0) if t.ndim else local_part(t.detach())
         )
-        assert new is not None
-        return TensorUpdate(new, old, self.pull)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> TensorUpdate:
+        return TensorUpdate(function(self.new), None if self.old is None else function(self.old), self.pull)
 
     def whole(self) -> Tensor:
         """dW as one tensor, in the parameter's shape."""
@@ -174,7 +181,7 @@ class Moments:
         grads = grads if grads.ndim > 1 else grads[:, None]
         if not self.scales:
             largest = grads[0].abs().amax() if grads.numel() else grads.new_zeros(())
-            self.scales = [_one_where_zero(s.to(self.update.dtype)) for s in (self.update.largest(), largest)]
+            self.scales = [one_where_zero(s.to(self.update.dtype)) for s in (self.update.largest(), largest)]
         total = square = columns = None
         per_dim: dict[int, Tensor] = {}
         pieces = self.update.pieces(probes)
@@ -251,7 +258,8 @@ class BlockMoments(Moments):
         return torch.cat(self.rows).log()
 
 
-def _one_where_zero(scale: Tensor) -> Tensor:
+def one_where_zero(scale: Tensor) -> Tensor:
+    """A scale to divide by: 1 where there is nothing to scale."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 

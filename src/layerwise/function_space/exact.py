@@ -5,13 +5,15 @@ pass each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerwise.function_space.estimators import TensorUpdate
+from layerwise.function_space.estimators import TensorUpdate, one_where_zero
+from layerwise.function_space.outputs import Outputs
 
 
 def derivative(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
@@ -46,33 +48,35 @@ def _twice_reverse(function: Callable[[Tensor], Tensor], point: Tensor, directio
     return torch.zeros_like(values) if tangent is None else tangent
 
 
-def exact_log_squares(
-    function: Callable[[str, Tensor], tuple[Tensor, Tensor | None]],
-    points: Mapping[str, Tensor],
-    updates: Mapping[str, TensorUpdate],
-) -> dict[str, Tensor]:
-    """Logarithm of the sum of squares of each tensor's output change, a float64 scalar on the device.
+@dataclass(frozen=True)
+class Derivative:
+    """The derivative of the outputs along an update divided by `scale`, in the place of the outputs' values."""
 
-    `function(name, tensor)` gives outputs and mask with that one tensor replaced.
-    """
-    found = {}
-    for name, update in updates.items():
-        point = points[name].detach()
-        largest = update.largest()
-        scale = torch.where(largest == 0, torch.ones_like(largest), largest)
-        masks: list[Tensor | None] = []
+    outputs: Outputs
+    scale: Tensor
 
-        def outputs(tensor: Tensor, name: str = name, masks: list[Tensor | None] = masks) -> Tensor:
-            values, mask = function(name, tensor)
-            masks.append(mask)
-            return values
-
-        tangent = derivative(outputs, point, (update.whole() / scale).to(point.dtype)).detach()
-        mask = masks[-1]
+    def log_square(self) -> Tensor:
+        """Logarithm of the sum of squares of the output change, a float64 scalar on the device."""
+        tangent, mask = self.outputs.values.detach(), self.outputs.mask
         wide = torch.float32 if tangent.device.type == "mps" else torch.float64
         tangent = tangent if mask is None else torch.where(mask, tangent, torch.zeros_like(tangent))
-        found[name] = tangent.to(wide).square().sum().log() + 2 * scale.to(wide).log()
-    return found
+        return tangent.to(wide).square().sum().log() + 2 * self.scale.to(wide).log()
+
+
+def exact_derivative(
+    function: Callable[[Tensor], Outputs], point: Tensor, update: TensorUpdate
+) -> Derivative:
+    """Of `function`, which gives the outputs with one tensor replaced, at `point` along `update`."""
+    scale = one_where_zero(update.largest())
+    masks: list[Tensor | None] = []
+
+    def values(tensor: Tensor) -> Tensor:
+        outputs = function(tensor)
+        masks.append(outputs.mask)
+        return outputs.values
+
+    tangent = derivative(values, point.detach(), (update.whole() / scale).to(point.dtype))
+    return Derivative(Outputs(tangent, masks[-1]), scale)
 
 
 def rate_of(log_squares: list[float]) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.base import BaseRates, settings_by_name
-from layerwise.function_space.capture import GraphCapture, StepCapture
+from layerwise.function_space.capture import StepCapture, capture_for
 from layerwise.function_space.depth import DepthMap, infer_depth, sources
 from layerwise.function_space.match import Matched, MatchReport, decide, noise_floor, rescale, rounding_noise
 from layerwise.function_space.measure import Measurement
@@ -33,6 +33,7 @@ from layerwise.function_space.optimizers import (
     unwrap_optimizer,
 )
 from layerwise.function_space.outputs import NAMED, Forward
+from layerwise.function_space.processes import processes_of
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.recorder import is_supplier
 
@@ -150,14 +151,14 @@ class FLeRM:
                 f"step {self.steps} is to be matched: flerm.step needs one of batch and outputs="
             )
         scheduled = self.steps if self.pending is None else self.pending
-        capture = (StepCapture if outputs is None else GraphCapture)(self.model, self.optimizer)
+        capture = capture_for(self.model, self.optimizer, outputs)
         with capture:
             try:
                 yield
             finally:
                 self.named.restore()
         try:
-            reason = capture.why_not()
+            reason = capture.why_not(processes_of(self.measurement.processes))
             if reason is None:
                 inputs = outputs if outputs is not None else batch() if is_supplier(batch) else batch
                 self._match(capture, inputs, mask, scheduled)

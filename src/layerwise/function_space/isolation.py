@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.outputs import Forward
@@ -106,16 +107,34 @@ def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 
 
 @contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers come back as they were, also those that the model replaces."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad(), _unsafe_preserve_version_counter(tuple(buffer for _, _, buffer, _ in kept)):
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer.copy_(value)
+
+
+@contextmanager
 def gradient_hooks_off(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Silence the gradient hooks that the user put on parameters (clipping, logging): a probe is not a
-    gradient.
+    """Silence the gradient hooks that the user put on parameters (clipping, logging, optimizers that step in the
+    backward): a probe is not a gradient.
     """
     silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []
     for tensor in tensors.values():
-        hooks = cast("dict[int, Any] | None", tensor._backward_hooks)
-        if hooks:
-            silenced.append((hooks, dict(hooks)))
-            hooks.clear()
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            hooks: dict[int, Any] | None = getattr(tensor, kind, None)
+            if hooks:
+                silenced.append((hooks, dict(hooks)))
+                hooks.clear()
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.function_space.estimators import TensorUpdate
+from layerwise.function_space.processes import local_part
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ def rescale(param: Tensor, update: TensorUpdate, change: float) -> None:
     """
     if change == 1.0 or update.old is None:
         return
-    target = param.detach().reshape(1) if param.ndim == 0 else param.detach()
+    param, update = local_part(param.detach()), update.block()
+    assert update.old is not None
+    target = param.reshape(1) if param.ndim == 0 else param
     old = update.old.reshape(1) if update.old.ndim == 0 else update.old
     for start, stop in update.pieces():
         before = old[start:stop].to(update.dtype) * (1.0 - update.pull)

@@ -22,10 +22,9 @@ from layerwise.function_space.estimators import (
     combine,
     estimator_for,
 )
-from layerwise.function_space.exact import exact_log_squares, rate_of
+from layerwise.function_space.exact import rate_of
 from layerwise.function_space.isolation import (
     BatchNormMode,
-    call_with,
     trainable,
     untouched,
     unwrap,
@@ -38,9 +37,10 @@ from layerwise.function_space.outputs import (
     resolve,
     space_name,
 )
-from layerwise.function_space.probes import Distribution, draw_probes, run_probes
-from layerwise.function_space.processes import Processes, ProcessesOption, processes_of
+from layerwise.function_space.probes import Distribution, draw_probes
+from layerwise.function_space.processes import Processes, ProcessesOption, placed_as, processes_of
 from layerwise.function_space.rates import Rate, Rates, shares
+from layerwise.function_space.runners import Prober, Runner, runner_for
 from layerwise.function_space.slices import Slices, graphs
 
 
@@ -105,23 +105,18 @@ class Measurement:
         if isinstance(inputs, list) and mask is not None:
             raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
         points = dict(trainable(model)) if at is None else {**trainable(model), **at}
-        with untouched(model, self.batch_norm, self.autocast):
-            if self.method == "exact":
-                return self._exact(model, points, updates, batches, mask)
-            return self._probed(model, points, updates, batches, mask)
+        measure = self._exact if self.method == "exact" else self._probed
+        with (
+            untouched(model, self.batch_norm, self.autocast),
+            runner_for(model, points, updates, processes_of(self.processes)) as runner,
+        ):
+            return measure(runner, updates, batches, mask)
 
-    def _outputs(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], batch: Any, mask: Tensor | None
-    ) -> Outputs:
-        return as_outputs(call_with(model, resolve(self.forward), tensors, batch), mask)
+    def _outputs(self, runner: Runner, batch: Any, mask: Tensor | None) -> Outputs:
+        return as_outputs(runner.outputs(resolve(self.forward), batch), mask)
 
     def _probed(
-        self,
-        model: nn.Module,
-        points: Mapping[str, Tensor],
-        updates: Mapping[str, TensorUpdate],
-        batches: list[Any],
-        mask: Tensor | None,
+        self, runner: Runner, updates: Mapping[str, TensorUpdate], batches: list[Any], mask: Tensor | None
     ) -> Rates:
         run = ProbeRun(self, updates)
         slices: Slices = self.slices if run.processes.count == 1 else 1
@@ -129,14 +124,10 @@ class Measurement:
             raise LayerwiseError(
                 f"slices is {self.slices}: several processes measure with slices=1 or 'auto'"
             )
-        # Leaves of our own share the weights' memory, not their `.grad` and hooks.
-        leaves = {name: points[name].detach().requires_grad_() for name in updates}
-        tensors = {name: leaves[name] if name in leaves else p.detach() for name, p in points.items()}
         for index, batch in enumerate(batches):
             count = max(1, self.probes // len(batches) + (index < self.probes % len(batches)))
-            forward = partial(self._outputs, model, tensors)
-            for outputs, probes in graphs(forward, batch, mask, slices, count):
-                run.add(outputs, leaves, probes, streaming=True, batch=index)
+            for outputs, probes in graphs(partial(self._outputs, runner), batch, mask, slices, count):
+                run.add(outputs, runner, probes, batch=index)
                 del outputs
         return run.rates()
 
@@ -144,10 +135,10 @@ class Measurement:
         self,
         outputs: Any,
         updates: Mapping[str, TensorUpdate],
-        leaves: Mapping[str, Tensor],
+        prober: Prober,
         mask: Tensor | None = None,
     ) -> Rates:
-        """Rates from outputs that the caller computed from `leaves` and whose graph still stands."""
+        """Rates from outputs that the caller computed and whose graph still stands, which `prober` differentiates."""
         if self.method == "exact":
             raise LayerwiseError(
                 "method='exact' needs inputs, not outputs: it runs forward-mode passes of its own"
@@ -158,41 +149,27 @@ class Measurement:
             )
         picked = as_outputs(outputs, mask)
         run = ProbeRun(self, updates)
-        run.add(picked, {name: leaves[name] for name in updates}, self.probes, streaming=False)
+        run.add(picked, prober, self.probes)
         return run.rates()
 
     def _exact(
-        self,
-        model: nn.Module,
-        points: Mapping[str, Tensor],
-        updates: Mapping[str, TensorUpdate],
-        batches: list[Any],
-        mask: Tensor | None,
+        self, runner: Runner, updates: Mapping[str, TensorUpdate], batches: list[Any], mask: Tensor | None
     ) -> Rates:
         found: dict[str, list[Tensor]] = {name: [] for name in updates}
         entries, classes, dtype = 0, 1, ""
         processes = processes_of(self.processes)
-        plain = {name: p.detach() for name, p in points.items()}
         for batch in batches:
-            sizes: list[Outputs] = []
-
-            def function(
-                name: str, tensor: Tensor, batch: Any = batch, sizes: list[Outputs] = sizes
-            ) -> tuple[Tensor, Tensor | None]:
-                outputs = self._outputs(model, {**plain, name: tensor}, batch, mask)
-                if not sizes:
-                    sizes.append(outputs)
-                return outputs.values, outputs.mask
-
-            squares = exact_log_squares(function, plain, updates)
-            if sizes:
-                _, counted = global_rows(sizes[0], processes)
-                entries, classes = entries + counted, _classes(sizes[0])
-                dtype = _short(sizes[0].values.dtype)
-            for name, square in squares.items():
+            counted = 0
+            for name, update in updates.items():
+                derivative = runner.derivative(resolve(self.forward), batch, mask, name, update)
+                if not counted:
+                    _, counted = global_rows(derivative.outputs, processes)
+                    classes, dtype = _classes(derivative.outputs), _short(derivative.outputs.values.dtype)
+                square = derivative.log_square()
                 if processes.count > 1:
                     square = processes.sum_(square.double().exp()).log()
                 found[name].append(square - math.log(counted))
+            entries += counted
         pulled = _pull(found, processes)
         values = {name: (rate_of(squares[:, 0].tolist()), 0.0, "exact") for name, squares in pulled.items()}
         return self._result(values, 0, entries, classes, dtype)
@@ -227,20 +204,13 @@ class ProbeRun:
         self.parts: list[tuple[int, int, int]] = []  # batch, entries, probes
         self.classes, self.dtype = 1, ""
 
-    def add(
-        self,
-        outputs: Outputs,
-        leaves: Mapping[str, Tensor],
-        count: int,
-        streaming: bool,
-        batch: int = 0,
-    ) -> None:
+    def add(self, outputs: Outputs, prober: Prober, count: int, batch: int = 0) -> None:
         """Run `count` probes of these outputs: all of a batch's, or those of one slice of it."""
         first_row, entries = global_rows(outputs, self.processes)
-        collector = collector_for(self.processes, self.estimators, self.updates)
+        collector = collector_for(self.processes, self.estimators, self.updates, self.measurement.method)
         settings, before = self.measurement, sum(probes for *_, probes in self.parts)
         probes = draw_probes(outputs, count, settings.probe, settings.seed, before, first_row)
-        run_probes(outputs, leaves, probes, collector, settings.memory, streaming)
+        prober.probe(outputs, probes, collector, settings.memory)
         for name, moments in collector.moments.items():
             self.moments[name].append(moments.logs(count) - math.log(entries))
         self.parts.append((batch, entries, count))
@@ -315,7 +285,7 @@ def function_space_rates(
                 f"update[{name!r}] has shape {tuple(delta.shape)}, the parameter {tuple(known[name].shape)}"
             )
     free = trainable(inner)
-    updates = {name: TensorUpdate(update[name].to(p.device)) for name, p in free.items() if name in update}
+    updates = {name: TensorUpdate(placed_as(update[name], p)) for name, p in free.items() if name in update}
     measurement = Measurement(forward, method, probes, seed, **options)
     return measurement.rates(inner, updates, inputs, mask)
 

@@ -20,6 +20,28 @@ from layerwise.errors import LayerwiseError
 ProcessesOption = Literal["auto"] | dist.ProcessGroup | None
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)  # torch.distributed.tensor is slow to import
+    return tensor if to_local is None else to_local()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor on the device of another, and sharded as that is. A whole one must be the same on every process."""
+    tensor = tensor.to(like.device)
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
 class Processes:
     """A process by itself: there is nothing to ask."""
 

@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.capture import GraphCapture, StepCapture
+from layerwise.function_space.capture import capture_for
 from layerwise.function_space.measure import Measurement
 from layerwise.function_space.optimizers import Decay, decay_pulls, optimized, unwrap_optimizer
 from layerwise.function_space.outputs import Forward
+from layerwise.function_space.processes import processes_of
 from layerwise.function_space.rates import Rates
 
 
@@ -70,7 +71,8 @@ class FunctionSpaceRecorder:
         model, optimizer: any torch optimizer over some or all of the model's parameters, or a wrapper around
         one.
         every: measure steps 0, every, 2 * every, ... (steps are counted by `step`).
-        sink: called with each `Record`, or a path to append JSON lines to.
+        sink: called with each `Record` (on every process that measures), or a path to append JSON lines to (which the
+            first of them does).
         decay: `"constant"` leaves decoupled weight decay out of the update, for `FLeRM(decay="constant")`.
         forward, method, probes, seed, options: see `Measurement`.
     """
@@ -129,11 +131,12 @@ class FunctionSpaceRecorder:
         if (batch is None) == (outputs is None):
             raise LayerwiseError("recorder.step needs one of batch and outputs=, to measure on")
         scheduled = self.steps if self.pending is None else self.pending
-        capture = (StepCapture if outputs is None else GraphCapture)(self.model, self.optimizer)
+        capture = capture_for(self.model, self.optimizer, outputs)
         with capture:
             yield
         try:
-            reason = capture.why_not()
+            processes = processes_of(self.measurement.processes)
+            reason = capture.why_not(processes)
             if reason is None:
                 inputs = outputs if outputs is not None else batch() if is_supplier(batch) else batch
                 settings = dataclasses.replace(self.measurement, seed=self.measurement.seed + scheduled)
@@ -145,7 +148,7 @@ class FunctionSpaceRecorder:
         if reason is None:
             record = Record(self.steps, scheduled, rates, capture.rates_before)
             self.records.append(record)
-            if self.sink is not None:
+            if self.sink is not None and (not isinstance(self.sink, JsonLines) or processes.rank == 0):
                 self.sink(record)
         else:
             self.skipped[self.steps] = reason

@@ -1,0 +1,86 @@
+"""Running a model and differentiating its outputs, at weights of our choice and without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from layerwise.function_space.estimators import TensorUpdate
+from layerwise.function_space.exact import Derivative, exact_derivative
+from layerwise.function_space.isolation import call_with
+from layerwise.function_space.outputs import Forward, Outputs, as_outputs
+from layerwise.function_space.probes import Sink, run_probes
+from layerwise.function_space.processes import Processes, is_sharded
+
+if TYPE_CHECKING:
+    from layerwise.function_space.fsdp import ShardedRunner
+
+
+class Prober(Protocol):
+    """How outputs are differentiated along probes."""
+
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
+        """Hand the gradients of every measured tensor under each probe to `sink`."""
+
+
+class Runner(Prober, Protocol):
+    """How a model is run besides."""
+
+    def outputs(self, forward: Forward, batch: Any) -> Any:
+        """What `forward(model, batch)` returns."""
+
+    def derivative(
+        self, forward: Forward, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate
+    ) -> Derivative:
+        """The exact derivative of the outputs along one tensor's update."""
+
+
+class LeafRunner:
+    """On leaves of our own in the place of the parameters: they share the weights' memory, not their `.grad` and hooks."""
+
+    def __init__(self, model: nn.Module, points: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        self.model = model
+        self.points = {name: p.detach() for name, p in points.items()}
+        self.leaves = {name: points[name].detach().requires_grad_() for name in names}
+
+    def outputs(self, forward: Forward, batch: Any) -> Any:
+        return call_with(self.model, forward, {**self.points, **self.leaves}, batch)
+
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
+        run_probes(outputs, self.leaves, probes, sink, memory, streaming=True)
+
+    def derivative(
+        self, forward: Forward, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate
+    ) -> Derivative:
+        def outputs(tensor: Tensor) -> Outputs:
+            return as_outputs(call_with(self.model, forward, {**self.points, name: tensor}, batch), mask)
+
+        return exact_derivative(outputs, self.points[name], update)
+
+
+@contextmanager
+def runner_for(
+    model: nn.Module, points: Mapping[str, Tensor], names: Iterable[str], processes: Processes
+) -> Iterator[LeafRunner | ShardedRunner]:
+    """What runs this model at the weights `points`; sharded parameters are measured where they are."""
+    parameters = dict(model.named_parameters())
+    if not any(is_sharded(p) for p in parameters.values()):
+        yield LeafRunner(model, points, names)
+        return
+    from layerwise.function_space.fsdp import ShardedRunner
+
+    with ShardedRunner(model, {name: parameters[name] for name in names}, processes) as runner:
+        yield runner
+
+
+class GraphRunner:
+    """On outputs that the caller computed from `leaves`, whose graph still stands."""
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        self.leaves = leaves
+
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
+        run_probes(outputs, self.leaves, probes, sink, memory, streaming=False)
