@@ -49,6 +49,7 @@ class Model(nn.Module):
 
     def __init__(self, width: int = 12) -> None:
         super().__init__()
+        self.use_experts = True
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.experts = nn.Parameter(torch.randn(5, 8, width) / width)  # 2, 2, 1 and 0 whole matrices
@@ -61,8 +62,9 @@ class Model(nn.Module):
         x = self.embedding(tokens) + features
         for block in self.blocks:
             x = block(x)
-        gate, up = torch.einsum("koi,bi->bko", self.experts, x).chunk(2, dim=-1)
-        x = x + nn.functional.pad((torch.tanh(gate) * up).sum(1), (0, x.shape[1] - 4))
+        if self.use_experts:
+            gate, up = torch.einsum("koi,bi->bko", self.experts, x).chunk(2, dim=-1)
+            x = x + nn.functional.pad((torch.tanh(gate) * up).sum(1), (0, x.shape[1] - 4))
         return self.head(self.norm(self.square(torch.tanh(self.wide(x)))))
 
 

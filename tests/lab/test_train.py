@@ -167,6 +167,13 @@ def test_independent_noise_takes_the_two_halves_of_the_batch(tmp_path: Path) -> 
     assert min(rate["noise"] for rate in run.layers[0]["layers"].values()) > 0
 
 
+def test_noise_between_replicas_wants_several_processes(tmp_path: Path) -> None:
+    noise = {"rule": "noise_adaptive", "reference": "replicas"}
+    changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__noise": noise}
+    with pytest.raises(LayerwiseError, match=r"optimizer\.noise\.reference=replicas .* this run has one"):
+        train(tiny_config(tmp_path, **changes), progress="quiet")
+
+
 class Watcher(Observer):
     def __init__(self) -> None:
         self.steps: list[int] = []

@@ -1,6 +1,8 @@
 """What every torch optimizer promises."""
 
 import math
+import re
+import warnings
 
 import pytest
 import torch
@@ -347,12 +349,49 @@ def test_the_rates_are_finite_at_any_scale_of_the_gradients(scale, anchor):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_parameters_that_a_framework_replaced_get_fresh_state():
+def replace_parameters(optimizer, model):
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(name) for name in group["param_names"]]
+
+
+@every_optimizer
+def test_parameters_that_a_framework_replaced_keep_their_state(name):
+    model, replaced, untouched = net(), net(), net()
+    optimizer, other = make(name, model), make(name, untouched)
+    take_step(optimizer, model, 0)
+    take_step(other, untouched, 0)
+    replaced.load_state_dict(model.state_dict())
+    replace_parameters(optimizer, replaced)
+    for step in (1, 2):
+        take_step(optimizer, replaced, step)
+        take_step(other, untouched, step)
+    assert optimizer.state.keys() == set(replaced.parameters())
+    assert_same_bits(tensors(replaced, optimizer), tensors(untouched, other))
+
+
+def test_state_that_cannot_be_kept_is_named():
     model = net()
     optimizer = make("lanton-independent", model)
-    take_step(optimizer, model, 0)
-    replaced = net(seed=1)
-    for group in optimizer.param_groups:
-        group["params"] = [replaced.get_parameter(name) for name in group["param_names"]]
-    take_step(optimizer, replaced, 1)
-    assert optimizer.state.keys() == set(replaced.parameters())
+    name = optimizer.param_groups[0]["param_names"][0]
+    old = model.get_parameter(name)
+    owner, _, last = name.rpartition(".")
+
+    def replace_by(param):
+        setattr(model.get_submodule(owner), last, torch.nn.Parameter(param))
+        replace_parameters(optimizer, model)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replace_by(torch.cat([old, old]))  # before the first step there is nothing to keep
+        optimizer.layer_rates()
+        replace_by(old.detach().clone())
+        take_step(optimizer, model, 0)
+    moved = optimizer.state_dict()
+    replace_by(torch.cat([old, old]))
+    with pytest.warns(UserWarning, match=rf"momentum, noise\) of '{re.escape(name)}' begins afresh"):
+        optimizer.layer_rates()
+    replace_by(old.detach().clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(moved)
+    assert optimizer.state[model.get_parameter(name)]["momentum_buffer"].any()

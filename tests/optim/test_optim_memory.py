@@ -16,7 +16,7 @@ RULES = {
     "NormAdaptive": lw.NormAdaptive,
     **{
         reference: lambda reference=reference: lw.NoiseAdaptive(reference=reference)
-        for reference in ("previous", "previous_bf16", "momentum", "independent")
+        for reference in ("previous", "previous_bf16", "momentum", "independent", "replicas")
     },
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -172,3 +173,17 @@ def needs_halves(optimizer: Optimizer) -> bool:
     """Whether the loop has to show the optimizer the two halves of an accumulated batch."""
     rules = (group.get("noise") for group in optimizer.param_groups)
     return any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_halves for rule in rules)
+
+
+def watch_replicas(optimizer: Optimizer, model: nn.Module) -> None:
+    """Where the noise is measured between replicas, have `model` (as it runs, wrapped) show their gradients."""
+    rules = (group.get("noise") for group in optimizer.param_groups)
+    if not any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_replicas for rule in rules):
+        return
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        raise LayerwiseError(
+            "optimizer.noise.reference=replicas compares the gradients of data-parallel processes, and this run has one:"
+            " give independent (two halves of the accumulated batch) or previous, or launch several processes"
+        )
+    assert isinstance(optimizer, lw.LayerwiseOptimizer)
+    optimizer.watch_replicas(model)

@@ -22,7 +22,7 @@ from layerwise.lab.device import make_accelerator, set_seed
 from layerwise.lab.images import ImageData
 from layerwise.lab.models import Examples, build_model, loss
 from layerwise.lab.observers import Observer
-from layerwise.lab.optimizers import build_optimizer, needs_halves
+from layerwise.lab.optimizers import build_optimizer, needs_halves, watch_replicas
 from layerwise.lab.progress import Progress
 from layerwise.lab.runs import RunWriter
 from layerwise.lab.schedules import build_scheduler
@@ -54,6 +54,7 @@ class Trainer:
                 f" and training.precision={training.precision} not fp16"
             )
         self._wrapped, _ = self.accelerator.prepare(self.model, self.optimizer)  # together, as FSDP needs
+        watch_replicas(self.optimizer, self._wrapped)
         self.device = self.accelerator.device
         self.tensorboard: record.TensorBoard | None = None
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.optim import adamw, checkpoint, report
 from layerwise.optim.groups import Group, Recipe, as_groups, check_parameters, complete, factors, with_layouts
 from layerwise.optim.guard import NonFiniteGuard
-from layerwise.optim.halves import Halves, needs_halves
+from layerwise.optim.halves import Halves, needs_halves, needs_replicas
 from layerwise.optim.matrix_work import MatrixWork, default_work
 from layerwise.optim.options import DEFAULTS, check_group
 from layerwise.optim.rates import RateRule, State
+from layerwise.optim.replaced import carry_over, has_moved, warn_of_fresh_state
 from layerwise.optim.report import LayerRate
 from layerwise.optim.update import (
+    Job,
     apply_adamw,
     apply_directions,
     find_jobs,
@@ -25,6 +27,9 @@ from layerwise.optim.update import (
     update_momentum,
     update_rates,
 )
+
+if TYPE_CHECKING:  # it is slow to import
+    from layerwise.optim.distributed.replicas import Replicas
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -66,6 +71,7 @@ class LayerwiseOptimizer(Optimizer):
         self.recipe: Recipe = recipe or {}
         self.guard = NonFiniteGuard(nonfinite)
         self.halves = Halves()
+        self._replicas: Replicas | None = None
         self._work = work
         super().__init__(as_groups(params), DEFAULTS | defaults)
         self._check_rules()
@@ -85,6 +91,7 @@ class LayerwiseOptimizer(Optimizer):
             params = [param for _, param in group["params"]]
             super().add_param_group(group)
             self.state.update(zip(params, states, strict=True))
+        self._note_holders()
 
     @torch.no_grad()
     def _allocate(self, group: Group, name: str, param: Tensor) -> State:
@@ -100,19 +107,37 @@ class LayerwiseOptimizer(Optimizer):
         return state
 
     def _follow_parameters(self) -> None:
-        """Give state to tensors that were put in a parameter's place after this optimizer was made.
+        """Give state to tensors that were put in a parameter's place after this optimizer was made: its old one if it fits.
 
         accelerate does that for FSDP2: it shards the model and hands the sharded parameters to the optimizer.
         """
+        warn_of_fresh_state(self._replace_state())
+
+    def _replace_state(self) -> list[str]:
+        """The names of the parameters whose state could not be carried over."""
+        lost: list[str] = []
         live = {param for group in self.param_groups for param in group["params"]}
         if live == self.state.keys():
-            return
+            return lost
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 if param not in self.state:
-                    self.state[param] = self._allocate(group, name, param)
+                    new, old = self._allocate(group, name, param), self.state.get(self._holders[name], {})
+                    if has_moved(old) and not carry_over(old, new):
+                        lost.append(name)
+                    self.state[param] = new
         for param in self.state.keys() - live:
             del self.state[param]
+        self._note_holders()
+        return lost
+
+    def _note_holders(self) -> None:
+        """Which tensor each name stands for, to know it again once it is replaced."""
+        self._holders = {
+            name: param
+            for group in self.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        }
 
     def _check_rules(self) -> None:
         units = [
@@ -149,22 +174,31 @@ class LayerwiseOptimizer(Optimizer):
         jobs = find_jobs(self.param_groups, states, self.work)
         verdict = self.guard.check([job.name for job in jobs], [job.grad for job in jobs], self.work.anywhere)
         if verdict is False:
-            self.halves.forget()
+            self._end_batch()
             return loss
         keep = verdict if isinstance(verdict, Tensor) else None
         lmo = [job for job in jobs if job.group["update"] == "lmo"]
         if any(needs_halves(job.group) for job in lmo):
             self.halves.close(self._half_buffers())
-        self.halves.forget()
+        if self._replicas is not None:
+            lmo = self._with_deviations(lmo, self._replicas)
         update_momentum(lmo, keep)
         update_rates(lmo, self.param_groups, states, self.work, keep)
         apply_directions(lmo, self.work, keep)
         apply_adamw([job for job in jobs if job.group["update"] == "adamw"], keep)
+        self._end_batch()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and with them the halves noted by :meth:`hold_half`."""
+    def _end_batch(self) -> None:
         self.halves.forget()
+        if self._replicas is not None:
+            self._replicas.next_turn()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and with them what :meth:`hold_half` and :meth:`watch_replicas` noted."""
+        self.halves.forget()
+        if self._replicas is not None:
+            self._replicas.forget()
         super().zero_grad(set_to_none)
 
     def hold_half(self) -> None:
@@ -182,6 +216,51 @@ class LayerwiseOptimizer(Optimizer):
             if needs_halves(group):
                 for param in group["params"]:
                     yield param, local_state(param, self.state[param])["half_difference"]
+
+    def watch_replicas(
+        self, model: nn.Module, comm_hook: Callable[..., Any] | None = None, state: Any = None
+    ) -> None:
+        """Let ``NoiseAdaptive(reference="replicas")`` see each process's own gradients before they are averaged.
+
+        Call it once, any time before the first backward pass, with the model that does the forward passes:
+
+            model = DistributedDataParallel(model)         # or fully_shard(model)
+            optimizer.watch_replicas(model)
+
+        Accumulation, with ``no_sync`` or without, clipping by the global norm and a GradScaler need nothing more. Between
+        backward and step a process keeps copies of 1/W of all gradients, W processes. It changes nothing for groups
+        with other rules.
+
+        Args:
+            model: a ``DistributedDataParallel`` model, or one under ``fully_shard``.
+            comm_hook, state: for a ``DistributedDataParallel`` that is to average by a communication hook, such as torch's
+                ``fp16_compress_hook``: it holds one hook, and this one calls yours. It has to average, not add.
+
+        Raises:
+            LayerwiseError: where the replicas cannot be seen, or there is only one; it names the alternatives.
+        """
+        from layerwise.optim.distributed.replicas import Replicas
+
+        watcher = self._replicas or Replicas(self._between_replicas, self._steps_tried)
+        watcher.watch(model, comm_hook, state)
+        self._replicas = watcher
+
+    def _between_replicas(self) -> list[Tensor]:
+        return [param for group in self.param_groups if needs_replicas(group) for param in group["params"]]
+
+    def _steps_tried(self) -> int:
+        seen = [
+            self.state[param]["gradients_seen"].max() for param in self._between_replicas() if param.numel()
+        ]
+        return self.skipped_steps + (int(torch.stack([n.cpu() for n in seen]).max()) if seen else 0)
+
+    def _with_deviations(self, jobs: list[Job], replicas: Replicas) -> list[Job]:
+        wanted = [job for job in jobs if needs_replicas(job.group)]
+        if not wanted:
+            return jobs
+        found = replicas.deviations([(job.name, job.param) for job in wanted], self.work)
+        by_param = {job.param: deviation for job, deviation in zip(wanted, found, strict=True)}
+        return [job._replace(deviation=by_param.get(job.param)) for job in jobs]
 
     @property
     def work(self) -> MatrixWork:
@@ -210,10 +289,12 @@ class LayerwiseOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"recipe": self.recipe, "guard": self.guard, "_work": self._work, "halves": Halves()}
+        own["_replicas"] = None  # the copy watches no model
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._note_holders()
         self.defaults.pop("differentiable", None)  # torch adds it here, and groups added later would take it
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,7 +308,7 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             LayerwiseError: where it was made for other parameters, another geometry, layout, noise rule or update.
         """
-        self._follow_parameters()
+        self._replace_state()  # what it lost comes now
         checkpoint.check(self, state_dict)
         live = [{key: group[key] for key in checkpoint.KEPT} for group in self.param_groups]
         lrs = [group["lr"] for group in self.param_groups]
@@ -240,3 +321,5 @@ class LayerwiseOptimizer(Optimizer):
         checkpoint.copy_state(self, own, state_dict)
         self.guard.skipped_steps = checkpoint.skipped_steps(state_dict)
         self.halves.forget()
+        if self._replicas is not None:
+            self._replicas.restart()

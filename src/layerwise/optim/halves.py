@@ -19,6 +19,12 @@ def needs_halves(group: dict[str, Any]) -> bool:
     return group["update"] == "lmo" and isinstance(rule, NoiseAdaptive) and rule.needs_halves
 
 
+def needs_replicas(group: dict[str, Any]) -> bool:
+    """Whether the noise of a group is measured between data-parallel replicas."""
+    rule = group["noise"]
+    return group["update"] == "lmo" and isinstance(rule, NoiseAdaptive) and rule.needs_replicas
+
+
 class Halves:
     """What ``.grad`` held after each half. A buffer goes from A (after the first) to 2 A - B (B: after both)."""
 

@@ -33,6 +33,14 @@ class MatrixJob:
     factors: tuple[float, ...]  # per stack of the layout: what a norm or a unit step is multiplied by
     multiplier: Tensor | None = None  # [units]: what a unit step is multiplied by as well
     seed: int | Tensor = 0  # of the probes, where a norm is a stochastic estimate
+    owner: int | None = None  # number of the process that has to do it, where only one can
+    finish: Callable[[Tensor], Tensor] | None = (
+        None  # from the whole tensor to the one worked on; on the owner
+    )
+
+    def whole(self) -> Tensor:
+        """The tensor to work on, where this process holds all of it."""
+        return self.tensor() if self.finish is None else self.finish(self.tensor())
 
 
 class MatrixWork(Protocol):
@@ -69,7 +77,7 @@ class LocalWork:
 
     @staticmethod
     def _norm(job: MatrixJob) -> Tensor:
-        stacks = zip(job.layout.to_matrices(job.tensor()), job.factors, strict=True)
+        stacks = zip(job.layout.to_matrices(job.whole()), job.factors, strict=True)
         return torch.cat([job.geometry.dual_norm(stack, seed=job.seed) * factor for stack, factor in stacks])
 
     @staticmethod

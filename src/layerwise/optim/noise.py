@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rates import (
+    Deviation,
     Gradients,
     RateRule,
     Reading,
@@ -34,6 +35,10 @@ class Reference(ABC):
     @abstractmethod
     def difference(self, seen: Gradients, state: State) -> Tensor:
         """G - G', scaled so that for white noise of deviation sigma its squared norm is that of 2 sigma^2."""
+
+    def reading(self, seen: Gradients, state: State) -> Reading:
+        """The norm of the difference."""
+        return Reading(seen.geometry, lambda: self.difference(seen, state))
 
     def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
         """Keep what the next step needs."""
@@ -107,6 +112,41 @@ class IndependentHalf(Reference):
         return state["half_difference"] * 2.0**0.5
 
 
+@dataclass(frozen=True)
+class ReplicaGradient(Reference):
+    """One replica's own gradient against the mean of all W, which is the gradient G of the step: no buffer in the state.
+
+    Replicas see independent minibatches. With ``sigma^2`` the variance of their mean, one has ``W sigma^2``, and its
+    difference from the mean ``(W - 1) sigma^2``: ``sqrt(2 / (W - 1))`` puts it on the scale of the other options. With two
+    replicas that is exactly what the halves of ``IndependentHalf`` give. One process keeps its own gradient of each
+    parameter and takes its norm; which one changes from step to step (``layerwise.optim.distributed.replicas``).
+    """
+
+    warmup: int = 0
+
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        deviation = self._deviation(seen)
+        return deviation.subtract(seen.grad) * (2 / (deviation.replicas - 1)) ** 0.5
+
+    def reading(self, seen: Gradients, state: State) -> Reading:
+        def from_whole(mean: Tensor) -> Tensor:
+            return self.difference(replace(seen, grad=mean), state)
+
+        owner = self._deviation(seen).owner
+        return Reading(seen.geometry, lambda: seen.grad, owner=owner, finish=from_whole)
+
+    @staticmethod
+    def _deviation(seen: Gradients) -> Deviation:
+        if seen.deviation is None:
+            raise LayerwiseError(
+                "noise reference 'replicas' compares the gradients of data-parallel processes: call "
+                "optimizer.watch_replicas(model) with the DistributedDataParallel or fully_shard model before the first "
+                "backward(), or, on one process, use reference='independent' (two halves of an accumulated batch) or "
+                "'previous'"
+            )
+        return seen.deviation
+
+
 #: Below it a floor would not keep a unit of no noise at all from an infinite rate.
 SMALLEST_FLOOR = 1e-12
 
@@ -115,6 +155,7 @@ REFERENCES: dict[str, Reference] = {
     "previous_bf16": PreviousGradient(torch.bfloat16),
     "momentum": MomentumReference(),
     "independent": IndependentHalf(),
+    "replicas": ReplicaGradient(),
 }
 
 
@@ -138,7 +179,8 @@ class NoiseAdaptive(RateRule):
         beta: weight of the old average of H.
         reference: ``"previous"`` (the step before; the paper's practical option), ``"previous_bf16"`` (its copy in
             bfloat16), ``"momentum"`` (no buffer) or ``"independent"`` (two halves of the accumulated batch; the paper's
-            theoretical option, see ``LayerwiseOptimizer.hold_half``).
+            theoretical option, see ``LayerwiseOptimizer.hold_half``) or ``"replicas"`` (the theoretical option from
+            the processes of DDP or FSDP2, see ``LayerwiseOptimizer.watch_replicas``).
         size_normalised: divide each dual norm by its value on white noise of unit deviation. Without it (the paper's) a
             unit looks noisier for its shape alone: an MLP's up projection 4x, 16x in H.
         anchor: the group's reference, ``"max"`` or ``"mean"``.
@@ -176,6 +218,11 @@ class NoiseAdaptive(RateRule):
         return isinstance(self._reference, IndependentHalf)
 
     @property
+    def needs_replicas(self) -> bool:
+        """Whether ``LayerwiseOptimizer.watch_replicas`` has to be called before training."""
+        return isinstance(self._reference, ReplicaGradient)
+
+    @property
     def _reference(self) -> Reference:
         return REFERENCES[self.reference]
 
@@ -197,11 +244,9 @@ class NoiseAdaptive(RateRule):
         return torch.where(known, state["noise"], float("nan"))
 
     def readings(self, seen: Gradients, state: State) -> list[Reading]:
-        def difference() -> Tensor:
-            return self._reference.difference(seen, state)
-
         seed = state["gradients_seen"][0].long()  # new probes each step, the same after a resume
-        return [Reading(seen.geometry, difference, self.size_normalised, seed)]
+        reading = self._reference.reading(seen, state)
+        return [reading._replace(per_white_noise=self.size_normalised, seed=seed)]
 
     def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
         self._reference.remember(seen, state, keep)

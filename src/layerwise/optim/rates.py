@@ -27,6 +27,18 @@ class Reading(NamedTuple):
     tensor: Callable[[], Tensor]  # made when it is needed, so that only one is alive at a time
     per_white_noise: bool = False  # divided by the norm of white noise of unit deviation in that shape
     seed: int | Tensor = 0  # of the probes, where the norm is a stochastic estimate
+    owner: int | None = None  # the process that has to take it, where only one can
+    finish: Callable[[Tensor], Tensor] | None = (
+        None  # from the whole tensor to the one whose norm is taken; there
+    )
+
+
+class Deviation(NamedTuple):
+    """What one replica's gradient of a parameter differs by from the mean over all replicas, the gradient of the step."""
+
+    owner: int  # the process that kept its own gradient
+    replicas: int
+    subtract: Callable[[Tensor], Tensor]  # from the whole mean to own gradient minus mean; on the owner alone
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Gradients:
     momentum: Tensor  # the average after this step's gradient went in
     direction_input: Callable[[], Tensor]  # what the step goes along: the average, or Nesterov's look-ahead
     beta: float  # the average's weight of the old
+    deviation: Deviation | None = None  # where replicas are watched
 
 
 class UnitReadings(NamedTuple):

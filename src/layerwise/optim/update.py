@@ -16,7 +16,7 @@ from layerwise.optim import adamw
 from layerwise.optim.groups import Group, factors
 from layerwise.optim.matrix_work import MatrixJob, MatrixWork, local_part
 from layerwise.optim.options import check_gradient
-from layerwise.optim.rates import Gradients, RateRule, Reading, State, UnitReadings, select
+from layerwise.optim.rates import Deviation, Gradients, RateRule, Reading, State, UnitReadings, select
 
 #: Momentum of many small tensors goes in one launch; a chunk bounds the copies that `keep` makes.
 CHUNK_BYTES = 64 * 2**20
@@ -31,6 +31,7 @@ class Job(NamedTuple):
     grad: Tensor  # likewise
     group: Group
     state: State  # likewise
+    deviation: Deviation | None = None  # where the replicas' own gradients are watched
 
 
 def local_state(param: Tensor, state: State) -> State:
@@ -194,7 +195,7 @@ def _gradients(job: Job) -> Gradients:
         return buffer
 
     ahead = look_ahead if job.group["nesterov"] else average
-    return Gradients(job.grad, job.group["geometry"], buffer, ahead, beta)
+    return Gradients(job.grad, job.group["geometry"], buffer, ahead, beta, job.deviation)
 
 
 def _norm_job(job: Job, reading: Reading) -> MatrixJob:
@@ -203,4 +204,13 @@ def _norm_job(job: Job, reading: Reading) -> MatrixJob:
         1.0 / geometry.white_noise_dual(d_out, d_in) if reading.per_white_noise and k * d_out * d_in else 1.0
         for k, d_out, d_in in layout.shapes(job.param.shape)
     )
-    return MatrixJob(job.param, layout, geometry, reading.tensor, scales, seed=reading.seed)
+    return MatrixJob(
+        job.param,
+        layout,
+        geometry,
+        reading.tensor,
+        scales,
+        seed=reading.seed,
+        owner=reading.owner,
+        finish=reading.finish,
+    )

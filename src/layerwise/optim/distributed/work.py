@@ -103,7 +103,9 @@ class DistributedWork:
         for i, job in enumerate(jobs):
             task = Task(i, job, place(job.param, self.group))
             domain = task.placed.domain
-            if domain.shard_count > 1 and shardwise.applies(job):
+            if job.owner is not None:
+                shared.setdefault((domain, job.param.dtype, job.param.device), []).append(task)
+            elif domain.shard_count > 1 and shardwise.applies(job):
                 by_shard.setdefault(domain, []).append(task)
             elif domain.size == 1 or (domain.shard_count == 1 and job.geometry.family != "spectral"):
                 alone.append(task)  # nothing to send, or cheaper to do than to send
@@ -113,7 +115,11 @@ class DistributedWork:
         return alone, list(by_shard.items()), [(domain, tasks) for (domain, _, _), tasks in shared.items()]
 
     def _rounds(self, domain: Domain, tasks: Sequence[Task], cost: Cost) -> Iterator[list[Task]]:
-        owners = assign(tuple(cost(task.job) for task in tasks), domain.size)
+        planned = assign(tuple(cost(task.job) for task in tasks), domain.size)
+        owners = [
+            owner if task.job.owner is None else task.job.owner
+            for task, owner in zip(tasks, planned, strict=True)
+        ]
         sizes = [math.prod(t.job.param.shape) * t.job.param.element_size() for t in tasks]
         for numbers in rounds(owners, sizes, self.bucket_bytes // domain.replica_count):
             yield [replace(tasks[i], owner=owners[i]) for i in numbers]
@@ -206,7 +212,7 @@ def _stacked(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     """Those of which each process does the matrices it holds, and those that travel to an owner."""
     kinds: tuple[list[Task], list[Task]] = ([], [])
     for task in tasks:
-        kinds[0 if stacks.applies(task.job, task.placed) else 1].append(task)
+        kinds[0 if task.job.owner is None and stacks.applies(task.job, task.placed) else 1].append(task)
     return kinds
 
 
