@@ -1,11 +1,14 @@
 """Your own loop with accelerate: accumulation, clipping, a schedule and checkpoints, on one process or many.
 
 torchrun --nproc_per_node 2 examples/accelerate_loop.py OUTPUT_DIR
+
+Killed and started again, it goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -46,21 +49,23 @@ class Run:
         self.logs.append({"loss": loss.item(), **rates})
 
 
-def main(folder: str) -> list[dict[str, float]]:
+def train(folder: str, epochs: int = 2) -> Run:
     run = Run()
-    run.epoch()
-    run.accelerator.save_state(f"{folder}/after-1")
-    run.epoch()
-    again = Run()
-    again.accelerator.load_state(f"{folder}/after-1")
-    again.epoch()
-    for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    return run.logs
+    done = sorted(Path(folder).glob("after-*"))
+    if done:
+        run.accelerator.load_state(str(done[-1]))
+    for epoch in range(len(done), epochs):
+        run.epoch()
+        run.accelerator.save_state(f"{folder}/unfinished")
+        run.accelerator.wait_for_everyone()
+        if run.accelerator.is_main_process:
+            Path(folder, "unfinished").rename(Path(folder, f"after-{epoch + 1}"))
+        run.accelerator.wait_for_everyone()
+    return run
 
 
 if __name__ == "__main__":
-    logs = main(sys.argv[1])
+    logs = train(sys.argv[1]).logs
     if PartialState().is_main_process:
         for entry in logs:
             print(entry)

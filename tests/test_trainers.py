@@ -1,0 +1,248 @@
+"""Trainers give what a loop of one's own gives: accumulation, clipping, a schedule, a kill and a resume included.
+
+All in float64 and in the same order of data. A trainer may divide and add in another order: gradients differ by some
+1e-16 of themselves, which five quintic Newton-Schulz steps amplify by 3.4445^5 = 485 at most and eight steps of length 0.02
+hand on: 1e-10 is far above that and far below the 1e-3 of a step left out, a clip after the step, or a rate off by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain, cycle, islice
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from accelerate import Accelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import layerwise as lw
+from layerwise.integrations.transformers import trainer_optimizer
+from test_examples import Killed
+
+STEPS, ACCUMULATION, CLIP = 8, 2, 0.05
+OPTIONS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+PRESETS = pytest.mark.parametrize("preset", [lw.Lanton, lw.DMuon])  # noise; AdamW beside the matrices
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def own_loop(
+    model: nn.Module,
+    optimizer: lw.LayerwiseOptimizer,
+    schedule: LRScheduler,
+    batches: Iterator[Any],
+    loss_of: Callable[[nn.Module, list[Any]], Iterator[Tensor]],
+) -> nn.Module:
+    """`loss_of` yields the losses of the micro-batches of a step, each already divided."""
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for loss in loss_of(model, list(islice(batches, ACCUMULATION))):
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        assert norm > CLIP  # it does clip
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def assert_same(trained: nn.Module, own: nn.Module) -> None:
+    for name, weight in own.named_parameters():
+        assert_close(
+            trained.get_parameter(name), weight, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- transformers
+
+TOKENS = (
+    torch.arange(48)[:, None] * 5 + torch.arange(12)
+) % 32  # 6 steps an epoch: the second one is cut short
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=32, n_positions=12, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).double()
+
+
+class KillIn(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.step:
+            raise Killed
+
+
+def hf_trainer(folder: str, preset: Any, *callbacks: TrainerCallback) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=ACCUMULATION,
+        max_grad_norm=CLIP,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        save_steps=4,
+        train_sampling_strategy="sequential",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    return Trainer(
+        model=gpt2(),
+        args=arguments,
+        train_dataset=rows,
+        optimizer_cls_and_kwargs=trainer_optimizer(preset, **OPTIONS),
+        callbacks=list(callbacks),
+    )
+
+
+def token_losses(model: nn.Module, micro: list[Tensor]) -> Iterator[Tensor]:
+    """The mean over the tokens of the whole step, as the Trainer counts them: every label, the first of a row too."""
+    tokens = sum(rows.numel() for rows in micro)
+    for rows in micro:
+        logits = model(input_ids=rows).logits[:, :-1]
+        # The loss is taken in float32 by the model's own function, and so here.
+        yield (
+            nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+            / tokens
+        )
+
+
+@PRESETS
+def test_hf_trainer_equals_a_loop_of_ones_own(tmp_path, preset):
+    with pytest.raises(Killed):
+        hf_trainer(str(tmp_path), preset, KillIn(7)).train()
+    trainer = hf_trainer(str(tmp_path), preset)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path)))
+    model = gpt2()
+    optimizer = preset(lw.param_groups(model), **OPTIONS)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2, STEPS)
+    assert_same(trainer.model, own_loop(model, optimizer, schedule, cycle(TOKENS.split(4)), token_losses))
+
+
+# ------------------------------------------------------------------------------------------ lightning and accelerate
+
+
+def regression() -> tuple[nn.Module, TensorDataset]:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)
+    ).double()
+    x = torch.randn(64, 8, dtype=torch.float64)
+    return network, TensorDataset(x, x[:, :1].sin())
+
+
+def error(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+def mean_errors(model: nn.Module, micro: list[list[Tensor]]) -> Iterator[Tensor]:
+    return (error(model, batch) / len(micro) for batch in micro)
+
+
+def linear(optimizer: lw.LayerwiseOptimizer) -> LRScheduler:
+    return LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS)
+
+
+def own_regression(preset: Any) -> nn.Module:
+    network, data = regression()
+    optimizer = preset(lw.param_groups(network), **OPTIONS)
+    batches = chain.from_iterable(iter(DataLoader(data, batch_size=8)) for _ in range(STEPS))
+    return own_loop(network, optimizer, linear(optimizer), batches, mean_errors)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, preset: Any, killed_in: int | None) -> None:
+        super().__init__()
+        self.network, self.data = regression()
+        self.preset, self.killed_in = preset, killed_in
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return error(self.network, batch)
+
+    def on_before_optimizer_step(self, _: Any) -> None:
+        if self.global_step + 1 == self.killed_in:
+            raise Killed
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.preset(lw.param_groups(self), **OPTIONS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": linear(optimizer), "interval": "step"}}
+
+
+@PRESETS
+def test_lightning_equals_a_loop_of_ones_own(tmp_path, preset):
+    def fit(killed_in: int | None) -> Module:
+        trainer = lightning.Trainer(
+            max_epochs=2,  # of 4 steps; with max_steps alone lightning takes one batch too many after a resume
+            accelerator="cpu",
+            precision="64-true",
+            accumulate_grad_batches=ACCUMULATION,
+            gradient_clip_val=CLIP,
+            callbacks=[ModelCheckpoint(tmp_path, save_last=True)],  # after each epoch
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        module = Module(preset, killed_in)
+        trainer.fit(
+            module, DataLoader(module.data, batch_size=8), ckpt_path="last" if killed_in is None else None
+        )
+        return module
+
+    with pytest.raises(Killed):
+        fit(7)
+    assert_same(fit(None).network, own_regression(preset))
+
+
+@PRESETS
+def test_accelerate_equals_a_loop_of_ones_own(tmp_path, preset):
+    def run(first: int, last: int) -> nn.Module:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
+        network, data = regression()
+        optimizer = preset(lw.param_groups(network), **OPTIONS)
+        model, wrapped, loader, schedule = accelerator.prepare(
+            network, optimizer, DataLoader(data, batch_size=8), linear(optimizer)
+        )
+        if first:
+            accelerator.load_state(str(tmp_path / "saved"))
+        for _ in range(first, last):  # epochs of 4 steps
+            for batch in loader:
+                with accelerator.accumulate(model):
+                    accelerator.backward(error(model, batch))
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                    wrapped.step()
+                    schedule.step()
+                    wrapped.zero_grad()
+        accelerator.save_state(str(tmp_path / "saved"))
+        return network
+
+    run(0, 1)
+    assert_same(run(1, 2), own_regression(preset))
