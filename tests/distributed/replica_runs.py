@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_runs import OVERRIDES, RATES, SPLITS, batch, distribute, make_model, results
+from distributed_runs import OVERRIDES, RATES, SPLITS, batch, distribute, make_model, mine, results
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import layerwise as lw
+from layerwise.function_space import FunctionSpaceRecorder
 from layerwise.geometry import Sign, Spectral
 from layerwise.geometry.layout import MatrixLayout
 from layerwise.optim.distributed import DistributedWork
@@ -38,6 +39,7 @@ class Case:
     partial: bool = False  # the first replica does not use the experts
     bucket_view: bool = False
     hook: str = ""
+    measured: bool = False  # function-space rates around each step: their probes are no gradients
     loss_scale: float = 1.0  # and gradients divided by it before the step, as a GradScaler does
 
 
@@ -83,6 +85,7 @@ def watched(case: Case, steps: int) -> dict[str, Any]:
         optimizer.watch_replicas(model, HOOKS[case.hook])
     else:
         optimizer.watch_replicas(model)
+    recorder = FunctionSpaceRecorder(model, optimizer, every=1, probes=1) if case.measured else None
     held = 0
     for step in range(steps):
         model.zero_grad()  # as transformers' Trainer does it: not through the optimizer
@@ -95,7 +98,8 @@ def watched(case: Case, steps: int) -> dict[str, Any]:
         if case.clip:
             clip_grad_norm_(model.parameters(), case.clip)
         held = optimizer._replicas.bytes_held()
-        optimizer.step()
+        with recorder.step(tuple(mine(data) for data in batch(step)[:2])) if recorder else nullcontext():
+            optimizer.step()
     return results(model, optimizer) | {"held": held}
 
 

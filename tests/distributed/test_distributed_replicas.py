@@ -16,6 +16,8 @@ CASES = [
     (Case("ddp", parts=2, clip=0.05, loss_scale=1024.0), 2),
     (Case("ddp", parts=2, synced=True, bucket_view=True), 2),
     (Case("ddp", partial=True, hook="allreduce"), 2),
+    (Case("ddp", measured=True), 2),
+    (Case("fsdp", measured=True), 2),
     (Case("fsdp", clip=0.05), 4),
     (Case("fsdp", parts=2), 2),
     (Case("fsdp", parts=2, synced=True, clip=0.05), 2),

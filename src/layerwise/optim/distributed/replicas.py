@@ -118,8 +118,14 @@ class Replicas:
         for module, name, sharded in slots:
             whole = getattr(module, name)
             if whole is not sharded and whole.requires_grad and sharded not in self._watched:
-                whole.register_hook(partial(self._add, sharded))
+                whole.register_hook(partial(self._add_whole, sharded))
                 self._watched.add(sharded)
+
+    def _add_whole(self, sharded: Tensor, grad: Tensor) -> None:
+        # Where somebody has silenced the hooks of the parameter, ours on its whole form has to be silent too: function-space
+        # probes go backward through the model, and are no gradients.
+        if sharded._post_accumulate_grad_hooks:
+            self._add(sharded, grad)
 
     def _after_shard(self, param: Tensor) -> None:
         if self._owners is not None and param in self._owners:
