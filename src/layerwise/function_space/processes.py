@@ -107,7 +107,7 @@ class Group(Processes):
             padding = sent.new_zeros(step * self.count - sent.shape[0], *sent.shape[1:])
             sent = torch.cat([sent, padding])
         received = sent.new_empty(step, *sent.shape[1:])
-        dist.reduce_scatter_tensor(received, sent.contiguous(), group=self.group)
+        _reduce_scatter(received, sent.contiguous(), group=self.group)
         first, last = self.rows(tensor.shape[0])
         return received[: last - first].to(tensor.device)
 
@@ -124,6 +124,9 @@ class Group(Processes):
     def _sendable(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.device.type in self._devices else tensor.to(self._devices[0])
 
+
+# Its name from torch 2.13 on, and before.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 ALONE = Processes()
 

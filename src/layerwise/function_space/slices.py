@@ -17,6 +17,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.outputs import Outputs
+from layerwise.function_space.processes import Processes
 
 Slices = int | Literal["auto"]
 
@@ -129,6 +130,15 @@ def examples_of(inputs: Any) -> int | None:
 def take(inputs: Any, mask: Tensor | None, start: int, stop: int) -> Slice:
     """The examples `start:stop`."""
     return Slice(_rows(inputs, start, stop), None if mask is None else mask[start:stop], stop - start)
+
+
+def share(inputs: Any, processes: Processes) -> Any:
+    """This process's part of inputs that all processes hold: its consecutive examples, or all where they have none."""
+    examples = examples_of(inputs)
+    if processes.count == 1 or examples is None:
+        return inputs
+    bounds = [rank * examples // processes.count for rank in (processes.rank, processes.rank + 1)]
+    return take(inputs, None, *bounds).inputs
 
 
 def same_last_example(one: Outputs, examples: int, other: Outputs, others: int) -> bool:

@@ -10,6 +10,7 @@ with any optimizer. ``TrainingArguments(learning_rate, weight_decay)`` are not u
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from layerwise.errors import LayerwiseError
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder
+from layerwise.function_space.processes import processes_of
+from layerwise.function_space.recorder import is_supplier
+from layerwise.function_space.slices import share
 from layerwise.geometry import param_groups
 from layerwise.integrations.logged import layerwise_optimizer, rates_to_log
 from layerwise.optim import Lanton, LayerwiseOptimizer
@@ -94,9 +97,11 @@ class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         make: called with the model and the optimizer when training begins; makes a recorder or a FLeRM.
-        batch: what to measure on, as in ``FunctionSpaceRecorder.step``: inputs, or a function that returns them.
+        batch: what to measure on, as in ``FunctionSpaceRecorder.step``: inputs, or a function that returns them. Over
+            several processes inputs are the global batch, the same everywhere, of which each takes its part; a function
+            returns the process's part.
 
-    ``observer`` is what ``make`` made. One process only: probes over the batches of several are not built yet.
+    ``observer`` is what ``make`` made. Over several processes all of them measure, DDP or FSDP2, and have the same rates.
     """
 
     FILE = "function_space.pt"
@@ -117,18 +122,24 @@ class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
         optimizer: Any,
         **_: Any,
     ) -> None:
-        if args.world_size > 1:
-            raise LayerwiseError(
-                f"FunctionSpaceCallback on {args.world_size} processes: it measures on one; record there, or leave it out"
-            )
         self.observer = self.make(model, optimizer)
         saved = self._file(args, state)
-        if state.global_step and saved.exists():
+        if not state.global_step:
+            return
+        if saved.exists():
             self.observer.load_state_dict(torch.load(saved, weights_only=True))
+        else:
+            warnings.warn(
+                f"resumed at step {state.global_step}, and {saved} is not there: FunctionSpaceCallback starts afresh, "
+                "counting steps from 0 (resume in the output_dir of the run, or copy the file)",
+                stacklevel=2,
+            )
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         assert self.observer is not None
-        self._step = self.observer.step(self.batch)
+        processes = processes_of(self.observer.measurement.processes)
+        batch = self.batch if is_supplier(self.batch) else share(self.batch, processes)
+        self._step = self.observer.step(batch)
         self._step.__enter__()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -140,7 +151,8 @@ class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         assert self.observer is not None
-        torch.save(self.observer.state_dict(), self._file(args, state))
+        if args.should_save:  # on the first process
+            torch.save(self.observer.state_dict(), self._file(args, state))
 
     def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
         return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE)
