@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from layerwise.function_space.collect import Collector
 from layerwise.function_space.estimators import TensorUpdate
 from layerwise.function_space.exact import Derivative, exact_derivative
 from layerwise.function_space.isolation import call_with
 from layerwise.function_space.outputs import Forward, Outputs, as_outputs
-from layerwise.function_space.probes import Sink, run_probes
+from layerwise.function_space.probes import Sink, probes_at_once, run_probes
 from layerwise.function_space.processes import Processes, is_sharded
+from layerwise.function_space.products import Products, SlotMoments, only_products
 
 if TYPE_CHECKING:
     from layerwise.function_space.fsdp import ShardedRunner
@@ -61,6 +63,25 @@ class LeafRunner:
         return exact_derivative(outputs, self.points[name], update)
 
 
+class ProductRunner(LeafRunner):
+    """The same on one process: weights used in one product alone are measured from its factors."""
+
+    def outputs(self, forward: Forward, batch: Any) -> Any:
+        with Products(self.leaves):
+            return super().outputs(forward, batch)
+
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
+        assert isinstance(sink, Collector)
+        products = only_products(outputs.values, self.leaves)
+        leaves = {**self.leaves, **{name: product.slot for name, product in products.items()}}
+        together = probes_at_once(outputs, leaves, memory)
+        for name, product in products.items():
+            moments = sink.moments[name]
+            product.watch(moments.estimator, moments.update, together)
+            sink.moments[name] = SlotMoments(moments.estimator, moments.update)
+        run_probes(outputs, leaves, probes, sink, memory, streaming=True)
+
+
 @contextmanager
 def runner_for(
     model: nn.Module, points: Mapping[str, Tensor], names: Iterable[str], processes: Processes
@@ -68,7 +89,7 @@ def runner_for(
     """What runs this model at the weights `points`; sharded parameters are measured where they are."""
     parameters = dict(model.named_parameters())
     if not any(is_sharded(p) for p in parameters.values()):
-        yield LeafRunner(model, points, names)
+        yield (LeafRunner if processes.count > 1 else ProductRunner)(model, points, names)
         return
     from layerwise.function_space.fsdp import ShardedRunner
 
