@@ -16,9 +16,10 @@ from pathlib import Path
 from layerwise.lab.overrides import load_config
 from layerwise.lab.report.style import save_figure
 from layerwise.lab.sweep.config import SweepConfig
-from layerwise.lab.sweep.engine import run_sweep
+from layerwise.lab.sweep.engines.local import LocalEngine
 from layerwise.lab.sweep.figure import Panels, transfer_figure
 from layerwise.lab.sweep.report import LOSS_NAMES, analyse
+from layerwise.lab.sweep.run import run_sweep
 from layerwise.lab.sweep.table import markdown
 
 HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ def main() -> None:
     )
     for name in options.only:
         config = config_of(name, options.out)
-        folder = run_sweep(config, options.workers)
+        folder = run_sweep(config, LocalEngine(options.workers)).folder
         curves, table = analyse(config, folder)
         title = SWEEPS[name][0]
         rows.append(Panels(title, curves, config.sweep.axis, LOSS_NAMES[config.sweep.loss]))

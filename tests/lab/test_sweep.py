@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny_run import tiny_tree
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.base_file import record
 from layerwise.lab.config import Config
 from layerwise.lab.overrides import validate
-from layerwise.lab.sweep import engine
+from layerwise.lab.sweep import run
 from layerwise.lab.sweep.analysis import Curve, transfers
 from layerwise.lab.sweep.config import SweepConfig
+from layerwise.lab.sweep.engines.local import LocalEngine
 from layerwise.lab.sweep.plan import Point, make_plan
 from layerwise.lab.sweep.report import analyse, write_report
 from layerwise.lab.sweep.results import ResultsFile, loss_of, read_results
-from layerwise.lab.sweep.table import cells
+from layerwise.lab.sweep.table import cells, terminal
 from layerwise.lab.train import train
 
 
@@ -116,7 +120,7 @@ def test_half_a_last_line_is_cut_and_one_process_writes(tmp_path: Path) -> None:
 
 def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sweep_config(tmp_path, sweep__methods=["standard", "flerm"])
-    path = engine.run_sweep(config, workers=0, quiet=True) / "results.jsonl"
+    path = run.run_sweep(config, LocalEngine(0), quiet=True).folder / "results.jsonl"
     lines = path.read_text().splitlines()
     assert len(lines) == 2 + 2 * 2
     rows = [json.loads(line) for line in lines]
@@ -126,13 +130,13 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
     assert all(set(rates) >= {"embedding.weight", "head.bias"} for rates in matched)
 
     ran = []
-    run = engine.run_trial
-    monkeypatch.setattr(engine, "run_trial", lambda trial, base: ran.append(trial.id) or run(trial, base))
-    engine.run_sweep(config, workers=0, quiet=True)
+    run_trial = run.run_trial
+    monkeypatch.setattr(run, "run_trial", lambda trial, base: ran.append(trial.id) or run_trial(trial, base))
+    run.run_sweep(config, LocalEngine(0), quiet=True)
     assert ran == []
     # Killed in the middle of the last line: that trial alone is run again, and ends as it did.
     path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
-    engine.run_sweep(config, workers=0, quiet=True)
+    run.run_sweep(config, LocalEngine(0), quiet=True)
     assert ran == [rows[-1]["id"]]
     again = json.loads(path.read_text().splitlines()[-1])
     assert {**again, "seconds": 0} == {**rows[-1], "seconds": 0}
@@ -152,8 +156,8 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
 
 def test_worker_processes_give_the_same_results(tmp_path: Path) -> None:
     config = sweep_config(tmp_path, sweep__methods=["flerm"], sweep__lr=[0.01, 0.02])
-    alone = engine.run_sweep(config, workers=0, quiet=True)
-    side_by_side = engine.run_sweep(config.replace({"run.name": "workers"}), workers=1, quiet=True)
+    alone = run.run_sweep(config, LocalEngine(0), quiet=True).folder
+    side_by_side = run.run_sweep(config.replace({"run.name": "workers"}), LocalEngine(1), quiet=True).folder
     one, other = (read_results(folder / "results.jsonl") for folder in (alone, side_by_side))
     assert {id: row["loss"] for id, row in one.items()} == {id: row["loss"] for id, row in other.items()}
 
@@ -182,6 +186,12 @@ def test_the_table_of_known_curves() -> None:
     assert (last.to_failure, last.safety) == (1, 4)  # the base's best itself fails: 2 > 0.8 + 0.15 * 4.2
     assert cells(last)[:3] == ("1!", "0.25x!", "-2")
 
+    console = Console(width=80)
+    with console.capture() as printed:
+        console.print(terminal([first, between, last], "init_scale"))
+    assert "…" not in printed.get()
+    assert all(cell in printed.get() for row in (first, between, last) for cell in cells(row))
+
 
 def test_nothing_fails_or_everything_diverges() -> None:
     flat = curve("mup", 1, {1: 1.0, 2: 0.9, 4: 1.0})
@@ -201,26 +211,55 @@ def test_nothing_fails_or_everything_diverges() -> None:
 def test_unfinished_sweeps_can_be_looked_at(tmp_path: Path) -> None:
     config = sweep_config(tmp_path)
     trial = make_plan(config).points[Point("standard", 4, 0.1, 0)]
-    with ResultsFile(config.run_path / engine.RESULTS) as file:
+    with ResultsFile(config.run_path / run.RESULTS) as file:
         file.append({"id": trial.id, "status": "finished", "val_loss": 2.5, "first_val_loss": 5.0})
     curves, rows = analyse(config, config.run_path)
     assert {(c.method, c.size) for c in curves} == {("standard", 4), ("flerm", 4), ("mup", 4)}
     assert all(row.own_loss == 2.5 for row in rows)
 
 
-def test_depths_share_the_bases_rates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", ["depth", "init_scale", "lora_rank"])
+def test_every_axis_changes_the_model_and_matches_it_to_the_base(tmp_path: Path, axis: str) -> None:
     config = sweep_config(
-        tmp_path, sweep__axis="depth", sweep__sizes=[1, 2], sweep__methods=["flerm", "uniform"]
+        tmp_path,
+        sweep__axis=axis,
+        sweep__sizes=[1, 4],
+        sweep__methods=["flerm", "uniform"],
+        function_space__method="exact",
+        schedule={"name": "constant", "warmup_steps": 0},
     )
+    if axis == "lora_rank":
+        changes = {"model.lora": {"targets": ["query"]}, "function_space.match_step": 2}
+        config = config.replace(changes)
     plan = make_plan(config)
-    uniform = plan.points[Point("uniform", 2, 0.1, 0)].config
-    assert uniform["function_space"]["depth"] == {"blocks.*": 1}
-    assert uniform["model"]["depth"] == 2
-    folder = engine.run_sweep(config, workers=0, quiet=True)
-    results = read_results(folder / engine.RESULTS)
-    matched = results[plan.points[Point("flerm", 2, 0.1, 0)].id]["matched"]
-    assert {name.split(".")[1] for name in matched if name.startswith("blocks")} == {"0", "1"}
-    assert len(results) == len(plan.trials)
+    file = tmp_path / "base.json"
+    base = record(plan.base, [0], "quiet")
+    base.save(file)
+    targets = {}
+    for method, match in (("flerm", str(file)), ("uniform", "uniform")):
+        trial = plan.points[Point(method, 4, 0.1, 0)]  # type: ignore[arg-type]
+        trained = validate(Config, {**trial.config, "run": {"dir": str(tmp_path), "name": method}})
+        run_info = train(trained.replace({"function_space.match": match}), progress="quiet").info
+        shapes = {row["name"]: row["shape"] for row in run_info["parameters"]}
+        [matching] = run_info["matching"]
+        targets[method] = {name: row["target"] for name, row in matching["rates"].items()}
+        if axis == "depth":
+            assert {name.split(".")[1] for name in shapes if "blocks" in name} == set("0123")
+        if axis == "lora_rank":
+            assert {min(shape) for name, shape in shapes.items() if "lora" in name} == {4}
+
+    rates = base.at(config.function_space.match_step - 1)
+    known = {name: 0.1 / config.sweep.base_lr * rate.value for name, rate in rates.items() if rate.value}
+    if axis != "depth":
+        assert targets["flerm"] == pytest.approx(known)
+        assert set(targets["uniform"]) == set(known)
+        return
+    # One block becomes four, each with a quarter of its rates; the rest keeps its own.
+    for name, target in targets["flerm"].items():
+        inside = name.startswith("blocks.")
+        source = re.sub(r"^blocks\.\d", "blocks.0", name)
+        assert target == pytest.approx(known[source] / (4 if inside else 1)), name
+        assert targets["uniform"][name] == pytest.approx(0.1 / len(known) / (4 if inside else 1)), name
 
 
 def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
@@ -239,8 +278,8 @@ def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
             "sweep.methods": ["flerm"],
         }
     )
-    folder = engine.run_sweep(config, workers=0, quiet=True)
-    rows = list(read_results(folder / engine.RESULTS).values())
+    folder = run.run_sweep(config, LocalEngine(0), quiet=True).folder
+    rows = list(read_results(folder / run.RESULTS).values())
     matched = [row["matched"] for row in rows if "matched" in row]
     assert len(rows) == 4
     assert len(matched) == 2

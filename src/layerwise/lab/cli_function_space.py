@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.overrides import load_config
+
+if TYPE_CHECKING:
+    from layerwise.lab.sweep.engines import Engine
 
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="A config and overrides.")
@@ -71,15 +75,34 @@ _SWEEP = """Sweep learning rates over sizes of a model, and show whether the bes
 
 CONFIG is a training config with a section `sweep`: what the sizes are, the grid of rates, the methods (standard, flerm,
 uniform, mup) and the seeds. Finished trials are never repeated: run the same command again to go on, or with more rates
-or sizes to add them. The folder `run.dir/run.name` holds results.jsonl, the transfer figure and the table.
+or sizes to add them, under either engine. The folder `run.dir/run.name` holds results.jsonl, the transfer figure and the
+table. Exit code 1: some trials died and gave no result.
 """
 
 
 def sweep(
     words: Words = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where trials run: this machine, or a Ray cluster.")
+    ] = "local",
     workers: Annotated[
-        int, typer.Option(help="Trials side by side, one thread each; 0: in this process.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            help="Trials side by side, one thread each (default 2; ray: as many as fit); 0: in this process."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="ray: a running cluster, or `auto`; else RAY_ADDRESS, else Ray is started here for the sweep."
+        ),
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option(help="ray: cores, and threads, of a trial (default 1).")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="ray: GPUs of a trial, such as 0.25 (default 0: it sees none).")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how many trials there are, and stop.")
     ] = False,
@@ -87,10 +110,10 @@ def sweep(
     from rich.console import Console
 
     from layerwise.lab.sweep.config import SweepConfig
-    from layerwise.lab.sweep.engine import RESULTS, run_sweep
     from layerwise.lab.sweep.plan import make_plan
     from layerwise.lab.sweep.report import write_report
     from layerwise.lab.sweep.results import read_results
+    from layerwise.lab.sweep.run import RESULTS, run_sweep
     from layerwise.lab.sweep.table import terminal
 
     path, overrides = _words(words)
@@ -101,14 +124,39 @@ def sweep(
         left = sum(id not in done for id in trials)
         print(f"{config.run_name}: {len(trials)} trials, {left} of them to run, in {config.run_path}")
         return
-    folder = run_sweep(config, workers)
-    rows = write_report(config, folder)
+    swept = run_sweep(config, _engine(engine, workers, address=address, cpus=cpus, gpus=gpus))
+    if swept.failures and not read_results(swept.folder / RESULTS):
+        raise LayerwiseError(
+            f"all {len(swept.failures)} trials died, the last of: {list(swept.failures.values())[-1]}"
+        )
+    rows = write_report(config, swept.folder)
     Console().print(terminal(rows, config.sweep.axis))
     if any(row.edge for row in rows):
         print(
             "! the best rate is an end of its grid: the optimum may lie beyond it; widen sweep.lr or sweep.lr_of"
         )
-    print(f"figure and table: {folder / 'transfer.png'}, {folder / 'table.md'}")
+    print(f"figure and table: {swept.folder / 'transfer.png'}, {swept.folder / 'table.md'}")
+    if swept.failures:
+        count = f"{len(swept.failures)} trials died" if len(swept.failures) > 1 else "a trial died"
+        print(
+            f"layerwise: {count} and gave no result (above); the same command runs them again",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
+def _engine(name: str, workers: int | None, **ray_options: Any) -> Engine:
+    """The engine that the options ask for. Raises LayerwiseError for options of another one."""
+    given = {key: value for key, value in ray_options.items() if value is not None}
+    if name == "ray":
+        from layerwise.lab.sweep.engines.ray import RayEngine
+
+        return RayEngine(workers=workers, **given)
+    from layerwise.lab.sweep.engines.local import LocalEngine
+
+    if given:
+        raise LayerwiseError(f"--{next(iter(given))} is an option of --engine ray")
+    return LocalEngine() if workers is None else LocalEngine(workers)
 
 
 _CHECK = """Check in seconds whether the layers' updates change the outputs as much at every size.

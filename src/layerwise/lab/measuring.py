@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Record
 from layerwise.function_space.depth import DepthMap
+from layerwise.lab.models import model_settings
 from layerwise.lab.observers import Observer
 
 if TYPE_CHECKING:
@@ -145,19 +146,21 @@ class MatchRates(_Stateful):
 
 
 def depth_map(config: Config) -> DepthMap | None:
-    """The configured depth map; the stack of the paper's models is known."""
+    """The configured depth map, or the one that every model of ours has."""
     settings = config.function_space
     if settings.depth is not None or settings.match == "uniform":
         return settings.depth
-    pattern = block_pattern(config.model)
-    return None if pattern is None else {pattern: "split"}
+    return {block_pattern(config.model): "split"}
 
 
-def block_pattern(model: ModelConfig) -> str | None:
-    """What the blocks of the paper's models are called, inside peft's wrapper too; None for other models."""
-    if not {model.preset, model.family} & {"resmlp", "decoder"}:
-        return None
-    return "blocks.*" if model.lora is None else "base_model.model.blocks.*"
+#: What each family calls its blocks.
+_BLOCKS = {"resmlp": "blocks.*", "decoder": "blocks.*", "gpt2": "transformer.h.*", "llama": "model.layers.*"}
+
+
+def block_pattern(model: ModelConfig) -> str:
+    """What the model's blocks are called, inside peft's wrapper too."""
+    family, _ = model_settings(model)
+    return _BLOCKS[family] if model.lora is None else f"base_model.model.{_BLOCKS[family]}"
 
 
 def steps_to_record(settings: FunctionSpaceConfig, steps: int) -> tuple[int, int]:

@@ -28,6 +28,9 @@ class Point:
     lr: float
     seed: int
 
+    def __str__(self) -> str:
+        return f"{self.method}, size {self.size:g}, lr {self.lr:g}, seed {self.seed}"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -98,9 +101,9 @@ def _method(config: SweepConfig, method: Method, size: float) -> dict[str, Any]:
     """What a method changes in the config. The base model itself is trained plainly, unless rates are uniform."""
     base = config.sweep.sizes[0]
     if method == "uniform":
-        depth, pattern = config.function_space.depth, block_pattern(config.model)
-        if config.sweep.axis == "depth" and pattern is not None:
-            depth = {pattern: int(base)}
+        depth = config.function_space.depth
+        if config.sweep.axis == "depth" and depth is None:
+            depth = {block_pattern(config.model): int(base)}
         return {"function_space.match": "uniform", "function_space.depth": depth}
     if method == "flerm" and size != base:
         return {"function_space.match": BASE_FILE}

@@ -45,6 +45,15 @@ class SweepProgress:
             text = f"{self.title}: {self.done}/{self.total} trials, {left / 60:.1f} min left"
             print(text, file=sys.stderr, flush=True)
 
+    def failed(self, text: str) -> None:
+        """One that gave no result: said at once, since the rest may fail likewise."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done)
+            self._bar.console.print(f"failed: {text}", highlight=False, markup=False)
+        elif not self.quiet:
+            print(f"{self.title}: failed: {text}", file=sys.stderr, flush=True)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

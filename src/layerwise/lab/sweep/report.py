@@ -7,9 +7,9 @@ from pathlib import Path
 from layerwise.lab.runs import write_json
 from layerwise.lab.sweep.analysis import Curve, Transfer, curves_of, transfers
 from layerwise.lab.sweep.config import SweepConfig
-from layerwise.lab.sweep.engine import RESULTS
 from layerwise.lab.sweep.plan import make_plan
 from layerwise.lab.sweep.results import read_results
+from layerwise.lab.sweep.run import RESULTS
 from layerwise.lab.sweep.table import markdown
 
 LOSS_NAMES = {"val_loss": "Final validation loss", "loss": "Final training loss"}

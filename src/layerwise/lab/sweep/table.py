@@ -6,6 +6,7 @@ over the base's best. safety: what to divide the base's best rate by. See `Trans
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -48,13 +49,14 @@ def markdown(rows: Sequence[Transfer], axis: Axis) -> str:
 
 
 def terminal(rows: Sequence[Transfer], axis: Axis) -> Table:
-    """A table for rich to print."""
+    """A table for rich to print, in 80 columns: where that is not enough, the losses are broken."""
     from rich.table import Table
 
-    table = Table("method", AXIS_NAMES[axis], *COLUMNS, box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-        column.no_wrap = True
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for title in ("method", AXIS_NAMES[axis], *COLUMNS):
+        head = "\n".join(textwrap.wrap(title, 9))
+        table.add_column(head, justify="right", vertical="bottom", no_wrap=title != "loss at own best")
+    table.columns[0].justify = "left"
     previous = None
     for row in rows:
         table.add_row("" if row.method == previous else row.method, f"{row.size:g}", *cells(row))

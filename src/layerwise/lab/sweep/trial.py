@@ -1,34 +1,48 @@
-"""One trial, in a process of its own or in this one."""
+"""One trial, wherever an engine runs it."""
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layerwise.errors import LayerwiseError
 from layerwise.lab.config import Config
 from layerwise.lab.measuring import quiet_matching
+from layerwise.lab.record import versions
 from layerwise.lab.runs import Run
-from layerwise.lab.sweep.plan import Trial
+from layerwise.lab.sweep.plan import BASE_FILE, Trial
 from layerwise.lab.train import train
 
 
-def start_worker() -> None:
-    """A worker has one thread: trials run side by side."""
+def start_worker(threads: int, wanted: Mapping[str, str]) -> None:
+    """Prepares a process for trials. Raises LayerwiseError where it has other versions than are wanted: results of one
+    table come from one set. Builds of a version (`+cpu`) count as equal.
+    """
     import torch
 
-    torch.set_num_threads(1)
+    found = versions()
+    for name, version in wanted.items():
+        if found[name].partition("+")[0] != version.partition("+")[0]:
+            raise LayerwiseError(
+                f"a machine of the sweep has {name} {found[name]}, the one it was started on {version}: install the same"
+            )
+    torch.set_num_threads(threads)
     quiet_matching()
 
 
-def run_trial(trial: Trial, base_file: Path) -> dict[str, Any]:
-    """Trains it in a folder that is removed afterwards and returns its line of the results."""
+def run_trial(trial: Trial, base: str | None) -> dict[str, Any]:
+    """Trains it in a folder that is removed afterwards and returns its line of the results. `base`: a base file's text."""
     config = Config.model_validate({**trial.config, "run": {"name": "trial", "tensorboard": False}})
     changes: dict[str, Any] = {"training.checkpoint_every": 0}
-    if trial.needs_base:
-        changes["function_space.match"] = str(base_file)
     with tempfile.TemporaryDirectory() as folder:
+        if trial.needs_base:
+            assert base is not None
+            base_file = Path(folder) / BASE_FILE
+            base_file.write_text(base, encoding="utf-8")
+            changes["function_space.match"] = str(base_file)
         run = train(config.replace({**changes, "run.dir": folder}), progress="quiet")
         return {"id": trial.id, **summary(run)}
 

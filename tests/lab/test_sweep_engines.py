@@ -1,0 +1,141 @@
+"""Engines of a sweep: one death takes nothing else with it, and each engine gives the same results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mortal
+import pytest
+import yaml
+from test_function_space_cli import call
+from test_sweep import sweep_config
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.record import versions
+from layerwise.lab.sweep.engines import Engine, Failure
+from layerwise.lab.sweep.engines.local import LocalEngine
+from layerwise.lab.sweep.engines.ray import ATTEMPTS, RayEngine
+from layerwise.lab.sweep.results import read_results
+from layerwise.lab.sweep.run import RESULTS, Sweep, run_sweep
+from layerwise.lab.sweep.trial import start_worker
+
+
+@pytest.fixture(scope="module")
+def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray for this module, which engines use as they find it."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAYERWISE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.cloudpickle.register_pickle_by_value(mortal)  # which Ray's processes cannot import
+        with RayEngine(workers=2)._connected(ray):
+            yield
+
+
+ITEMS = ("raises", "a", "dies once", "dies")
+
+
+def check_that_one_death_is_one_failure(engine: Engine, folder: Path) -> None:
+    found = list(engine.results(partial(mortal.work, folder=folder), ITEMS, mortal.start))
+    failures = {row.item: row.reason for row in found if isinstance(row, Failure)}
+    assert sorted(row["item"] for row in found if not isinstance(row, Failure)) == ["a", "dies once"]
+    assert failures.keys() == {"raises", "dies"}
+    assert failures["raises"] == "ValueError: 7 is odd"
+    assert "died" in failures["dies"] or "killed" in failures["dies"]
+    assert [(folder / item).read_text() for item in ("raises", "a", "dies once")] == ["x", "x", "xx"]
+
+
+def test_a_death_is_one_failure_here(tmp_path: Path) -> None:
+    check_that_one_death_is_one_failure(LocalEngine(1), tmp_path)
+
+
+def test_a_death_is_one_failure_on_ray(ray_here: None, tmp_path: Path) -> None:
+    check_that_one_death_is_one_failure(RayEngine(), tmp_path)
+    assert (tmp_path / "dies").read_text() == "x" * ATTEMPTS
+    with pytest.raises(LayerwiseError, match="--cpus 100 --gpus 0: no machine has as many, there are 2 CPUs"):
+        list(RayEngine(cpus=100).results(mortal.work, ["a"], mortal.start))
+
+
+def rows(sweep: Sweep) -> dict[str, Any]:
+    """Results without what differs from run to run."""
+    assert not sweep.failures
+    return {id: {**row, "seconds": 0} for id, row in read_results(sweep.folder / RESULTS).items()}
+
+
+class NoEngine:
+    """Is never asked for anything."""
+
+    def results(self, function: Any, items: Any, start: Any) -> Iterator[Any]:
+        raise AssertionError
+
+
+def test_ray_gives_the_results_of_this_process(ray_here: None, tmp_path: Path) -> None:
+    config = sweep_config(tmp_path, sweep__methods=["flerm"])
+    here = run_sweep(config, LocalEngine(0), quiet=True)
+    there = run_sweep(config.replace({"run.name": "ray"}), RayEngine(), quiet=True)
+    assert rows(there) == rows(here)
+    assert len(rows(there)) == 2 * 2
+    run_sweep(config.replace({"run.name": "ray"}), NoEngine(), quiet=True)  # all of it has results
+
+    # Interrupted after two results, under one engine; finished under the other.
+    lines = (there.folder / RESULTS).read_text().splitlines(keepends=True)
+    (there.folder / RESULTS).write_text("".join(lines[:2]))
+    again = run_sweep(config.replace({"run.name": "ray"}), LocalEngine(0), quiet=True)
+    assert rows(again) == rows(here)
+    assert (again.folder / RESULTS).read_text().splitlines(keepends=True)[:2] == lines[:2]
+
+
+def test_failed_trials_are_said_and_left_to_be_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerwise.lab.sweep import run
+
+    config = sweep_config(tmp_path, sweep__methods=["standard"], sweep__sizes=[4], sweep__lr=[0.01, 0.1])
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump()))
+    run_trial, broken = run.run_trial, True
+
+    def sometimes(trial: Any, base: str | None) -> dict[str, Any]:
+        if broken and trial.config["optimizer"]["lr"] == 0.1:
+            raise LayerwiseError("no luck")
+        return run_trial(trial, base)
+
+    monkeypatch.setattr(run, "run_trial", sometimes)
+    words = ("sweep", str(file), "--workers", "0")
+    assert call(*words) == 1
+    said = capsys.readouterr()
+    assert "failed: standard, size 4, lr 0.1, seed 0: no luck" in said.err
+    assert "a trial died and gave no result" in said.err
+    assert "transfer.png" in said.out
+    assert len(read_results(config.run_path / RESULTS)) == 1
+    broken = False
+    assert call(*words) == 0
+    assert len(read_results(config.run_path / RESULTS)) == 2
+
+
+def test_options_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, message in (
+        ({"workers": 0}, "--workers 0: use 1 or more with --engine ray"),
+        ({"gpus": 1.5}, "--gpus 1.5: use a whole number or a fraction below 1"),
+        ({"cpus": -1.0}, "--cpus -1: use"),
+    ):
+        with pytest.raises(LayerwiseError, match=message):
+            RayEngine(**options)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(LayerwiseError, match=r"pip install 'layerwise\[ray\]'"):
+        list(RayEngine().results(mortal.work, ["a"], mortal.start))
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(sweep_config(tmp_path).model_dump()))
+    assert call("sweep", str(file), "--address", "auto") == 2
+
+
+def test_versions_must_agree() -> None:
+    with pytest.raises(
+        LayerwiseError, match=r"has torch 2[.0-9+a-z]*, the one it was started on 2.12.1: install"
+    ):
+        start_worker(1, {**versions(), "torch": "2.12.1"})
