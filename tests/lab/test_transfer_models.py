@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,6 +194,29 @@ def test_resized_models_have_the_size_asked_for() -> None:
     for axis, value, message in (("width", 24, "multiple of 16"), ("lora_rank", 4, "needs adapters")):
         with pytest.raises(LayerwiseError, match=message):
             resized(decoder, axis, value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preset", ["resmlp", "decoder", "gpt2-tiny", "llama-tiny"])
+def test_initial_scales_multiply_initial_weights(preset: str) -> None:
+    settings: dict[str, Any] = {"preset": preset}
+    if preset == "gpt2-tiny":
+        settings |= {"n_layer": 1, "n_embd": 16, "initializer_range": 0.125}
+    config = Config.model_validate({"model": settings})
+    examples = Examples(9, 8, 4 if preset == "resmlp" else None)
+    plain, scaled = (
+        dict(
+            build_model(
+                config.replace(resized(config.model, "init_scale", scale)).model, examples, 0
+            ).named_parameters()
+        )
+        for scale in (1, 4)
+    )
+    # The paper's models keep the layers into and out of the stack, transformers' scale every matrix. Factors of two
+    # are exact; gains of 1 and biases of 0 have no deviation.
+    everywhere = preset.endswith("tiny")
+    for name, p in plain.items():
+        factor = 4 if p.ndim == 2 and (everywhere or name.startswith("blocks")) else 1
+        assert torch.equal(scaled[name], factor * p), name
 
 
 def test_role_factors_set_the_rates_of_roles_and_nothing_else() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,9 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> nn.Module:
         r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, init_lora_weights="gaussian"
     )
     try:
-        adapted = peft.get_peft_model(model, settings)
+        with warnings.catch_warnings():  # peft sees by itself that GPT-2's weights are (in, out)
+            warnings.filterwarnings("ignore", "fan_in_fan_out")
+            adapted = peft.get_peft_model(model, settings)
     except (ValueError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LayerwiseError(
