@@ -1,11 +1,12 @@
-"""Does the best learning rate carry over? The sweeps of docs/transfer.md, their figure and their table.
+"""Does the best learning rate carry over? The sweeps of docs/transfer.md, their figures and their tables.
 
     python benchmarks/transfer.py
 
-ResMLP width x16 on digits and the three decoders of arXiv 2502.17405 width x8 on bytes of the standard library, each with
-{standard, FLeRM, uniform, 1/width} x learning rates x 2 seeds: 468 trials, about 15 minutes of CPU time. Finished
-trials, those committed included, are not repeated. The byte corpus is the running Python's own library: on another
-version of Python the losses differ a little.
+Four figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
+depth x8, the initial scale 1/4 and 4, and LoRA rank x8 on a GPT-2 that is trained here first. Each with {standard,
+FLeRM, uniform, and for widths 1/width} x learning rates x 2 seeds: 1386 trials, about 40 minutes of CPU time. Finished
+trials, those committed included, are not repeated. The texts are the running Python's own library and manual: on
+another version of Python the losses differ a little.
 """
 
 from __future__ import annotations
@@ -18,25 +19,77 @@ from layerwise.lab.report.style import save_figure
 from layerwise.lab.sweep.config import SweepConfig
 from layerwise.lab.sweep.engines.local import LocalEngine
 from layerwise.lab.sweep.figure import Panels, transfer_figure
+from layerwise.lab.sweep.plan import make_plan
 from layerwise.lab.sweep.report import LOSS_NAMES, analyse
-from layerwise.lab.sweep.run import run_sweep
+from layerwise.lab.sweep.results import read_results
+from layerwise.lab.sweep.run import RESULTS, run_sweep
 from layerwise.lab.sweep.table import markdown
+from layerwise.lab.train import train
 
-HERE = Path(__file__).parent
-SWEEPS = {
-    "resmlp": ("ResMLP", "resmlp.yaml", []),
-    "post": ("PostNorm", "decoder.yaml", ["model.norm=post"]),
-    "pre": ("PreNorm", "decoder.yaml", ["model.norm=pre"]),
-    "pre_post_mod": ("PreNormPostMod", "decoder.yaml", ["model.norm=pre_post_mod"]),
+CONFIGS = Path(__file__).parent / "transfer"
+METHODS = "sweep.methods=[standard, flerm, uniform]"  # 1/width is a rule for widths
+DEPTH = ["sweep.axis=depth", METHODS]
+SCALE = ["sweep.axis=init_scale", "sweep.sizes=[1, 0.25, 4]", METHODS]
+# ResMLP has no norms: four times the weights is another range of rates.
+HIGHER = [
+    "sweep.lr={low: 0.00006103515625, high: 1, count: 15}",
+    "sweep.lr_of.uniform={low: 0.015625, high: 256, count: 15}",
+]
+
+#: Figure -> sweep -> its title, its config and what is changed in it.
+SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
+    "width": {
+        "resmlp": ("ResMLP", "resmlp.yaml", []),
+        "post": ("PostNorm", "decoder.yaml", ["model.norm=post"]),
+        "pre": ("PreNorm", "decoder.yaml", ["model.norm=pre"]),
+        "pre_post_mod": ("PreNormPostMod", "decoder.yaml", ["model.norm=pre_post_mod"]),
+    },
+    "depth": {
+        "resmlp_depth": ("ResMLP", "resmlp.yaml", [*DEPTH, "sweep.sizes=[4, 32]"]),
+        "post_depth": ("PostNorm", "decoder.yaml", [*DEPTH, "sweep.sizes=[2, 16]", "model.norm=post"]),
+        "pre_depth": ("PreNorm", "decoder.yaml", [*DEPTH, "sweep.sizes=[2, 16]", "model.norm=pre"]),
+    },
+    "init_scale": {
+        "resmlp_init": ("ResMLP", "resmlp.yaml", [*SCALE, *HIGHER]),
+        "post_init": ("PostNorm", "decoder.yaml", [*SCALE, "model.norm=post"]),
+        "pre_init": ("PreNorm", "decoder.yaml", [*SCALE, "model.norm=pre"]),
+    },
+    "lora": {"lora": ("LoRA on GPT-2", "lora.yaml", [])},
 }
 
 
-def config_of(name: str, folder: Path) -> SweepConfig:
+def config_of(figure: str, name: str, folder: Path) -> SweepConfig:
     """One of the sweeps, in a folder of its own below `folder`."""
-    _, file, overrides = SWEEPS[name]
-    return load_config(
-        HERE / "transfer" / file, [*overrides, f"run.dir={folder}", f"run.name={name}"], SweepConfig
-    )
+    _, file, overrides = SWEEPS[figure][name]
+    return load_config(CONFIGS / file, [*overrides, f"run.dir={folder}", f"run.name={name}"], SweepConfig)
+
+
+def prepare_adapters(config: SweepConfig) -> None:
+    """The model that the adapters are put on and the text they are trained on, where trials are missing."""
+    if make_plan(config).trials.keys() <= read_results(config.run_path / RESULTS).keys():
+        return
+    from pydoc_data.topics import topics
+
+    [text] = map(Path, config.data.paths)
+    text.parent.mkdir(parents=True, exist_ok=True)
+    text.write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    assert config.model.start is not None
+    if not Path(config.model.start).exists():
+        train(load_config(CONFIGS / "pretrained.yaml"))
+
+
+def draw(figure: str, folder: Path, workers: int) -> str:
+    """Runs what is missing of a figure's sweeps and draws it; returns its tables."""
+    rows, text = [], []
+    for name, (title, _, _) in SWEEPS[figure].items():
+        config = config_of(figure, name, folder)
+        if config.model.lora is not None:
+            prepare_adapters(config)
+        curves, table = analyse(config, run_sweep(config, LocalEngine(workers)).folder)
+        rows.append(Panels(title, curves, config.sweep.axis, LOSS_NAMES[config.sweep.loss]))
+        text += [f"## {title}\n", markdown(table, config.sweep.axis)]
+    save_figure(lambda: transfer_figure(rows), folder, figure)
+    return "\n".join(text)
 
 
 def main() -> None:
@@ -47,23 +100,13 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/transfer"), help="folder of results"
     )
-    parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="some of the sweeps")
+    parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="some of the figures")
     options = parser.parse_args()
-
-    rows, text = (
-        [],
-        ["Made by `python benchmarks/transfer.py`; the columns are explained in docs/transfer.md.\n"],
-    )
-    for name in options.only:
-        config = config_of(name, options.out)
-        folder = run_sweep(config, LocalEngine(options.workers)).folder
-        curves, table = analyse(config, folder)
-        title = SWEEPS[name][0]
-        rows.append(Panels(title, curves, config.sweep.axis, LOSS_NAMES[config.sweep.loss]))
-        text += [f"## {title}\n", markdown(table, config.sweep.axis)]
-    save_figure(lambda: transfer_figure(rows), options.out, "transfer")
-    (options.out / "table.md").write_text("\n".join(text), encoding="utf-8")
-    print("\n".join(text))
+    for figure in options.only:
+        tables = draw(figure, options.out, options.workers)
+        made = f"Made by `python benchmarks/transfer.py --only {figure}`; docs/transfer.md explains the columns.\n\n"
+        (options.out / f"{figure}.md").write_text(made + tables, encoding="utf-8")
+        print(tables)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def transfer_figure(rows: Sequence[Panels]) -> Figure:
         sizes = list(dict.fromkeys(curve.size for curve in row.curves))
         line[-1].legend(
             handles=[_entry(size, colour, marker) for size, (colour, marker) in _looks(sizes).items()],
-            title=AXIS_NAMES[row.axis].capitalize(), loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.2,
+            title=AXIS_NAMES[row.axis][0].upper() + AXIS_NAMES[row.axis][1:], loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.2,
             title_fontsize=8, alignment="left",
         )  # fmt: skip
     return figure

@@ -65,10 +65,6 @@ class Plan:
             first.setdefault(trial.id, trial)
         return first
 
-    @property
-    def needs_base(self) -> bool:
-        return any(trial.needs_base for trial in self.points.values())
-
 
 def make_plan(config: SweepConfig) -> Plan:
     """Every trial, resolved. Raises LayerwiseError where a size cannot be built or a key is wrong."""

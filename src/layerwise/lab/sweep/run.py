@@ -44,7 +44,8 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None, quiet: bool = F
         done = read_results(file.path)
         todo = [trial for id, trial in plan.trials.items() if id not in done]
         write_json(folder / "sweep.json", {"config": config.model_dump(), "versions": versions()})
-        work = partial(run_trial, base=_record_base(plan, config, folder / BASE_FILE))
+        needs_base = any(trial.needs_base for trial in todo)
+        work = partial(run_trial, base=_record_base(plan, config, folder / BASE_FILE) if needs_base else None)
         start = partial(start_worker, wanted=versions())
         with SweepProgress(config.run_name, len(plan.trials), len(plan.trials) - len(todo), quiet) as shown:
             for row in (engine or LocalEngine()).results(work, todo, start) if todo else ():
@@ -58,9 +59,7 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None, quiet: bool = F
     return Sweep(folder, failures)
 
 
-def _record_base(plan: Plan, config: SweepConfig, path: Path) -> str | None:
+def _record_base(plan: Plan, config: SweepConfig, path: Path) -> str:
     """The text of the base file of this plan, made anew each time: a matter of seconds, and of a plan always the same."""
-    if not plan.needs_base:
-        return None
     record(plan.base, config.sweep.base_seeds, "quiet").save(path)
     return path.read_text(encoding="utf-8")
