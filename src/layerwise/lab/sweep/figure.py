@@ -48,9 +48,10 @@ def transfer_figure(rows: Sequence[Panels]) -> Figure:
         label = f"{row.ylabel}, nats"
         line[0].set_ylabel(f"{row.title}\n{label}" if row.title else label)
         sizes = list(dict.fromkeys(curve.size for curve in row.curves))
+        axis = AXIS_NAMES[row.axis]
         line[-1].legend(
             handles=[_entry(size, colour, marker) for size, (colour, marker) in _looks(sizes).items()],
-            title=AXIS_NAMES[row.axis][0].upper() + AXIS_NAMES[row.axis][1:], loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.2,
+            title=axis[0].upper() + axis[1:], loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.2,
             title_fontsize=8, alignment="left",
         )  # fmt: skip
     return figure
