@@ -240,11 +240,14 @@ class Tower(nn.Module):
         return x
 
 
-def counted(how: str) -> dict[str, Any]:
+def counted(how: str, reference: str = "previous") -> dict[str, Any]:
     """FLOPs of one optimizer step on this process and the bytes it sent in it, by collective."""
     model = distribute(Tower(), how)
     module = model.module if isinstance(model, DistributedDataParallel) else model
-    optimizer = lw.Lanton(lw.param_groups(module, overrides={"*": {"role": "hidden"}}))
+    rule = lw.NoiseAdaptive(reference=reference)
+    optimizer = lw.Lanton(lw.param_groups(module, overrides={"*": {"role": "hidden"}}), noise=rule)
+    if rule.needs_replicas:
+        optimizer.watch_replicas(model)
     sent: dict[str, int] = {}
     for _ in range(2):
         model(torch.ones(8, 16)).sum().backward()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from distributed_runs import OVERRIDES, RATES, SPLITS, batch, distribute, make_model, mine, results
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -38,6 +39,8 @@ class Case:
     synced: bool = False  # average after each of them, not only after the last
     partial: bool = False  # the first replica does not use the experts
     bucket_view: bool = False
+    static: bool = False  # DDP's static_graph
+    mixed: bool = False  # FSDP2 computes in bfloat16 and averages in float32
     hook: str = ""
     measured: bool = False  # function-space rates around each step: their probes are no gradients
     loss_scale: float = 1.0  # and gradients divided by it before the step, as a GradScaler does
@@ -50,6 +53,9 @@ def optimizer_of(model: nn.Module) -> lw.LayerwiseOptimizer:
 
 
 def wrapped(case: Case) -> nn.Module:
+    if case.mixed:
+        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return fully_shard(make_model(), mp_policy=half)
     if case.how != "ddp":
         return distribute(make_model(), case.how)
     return DistributedDataParallel(
@@ -57,6 +63,7 @@ def wrapped(case: Case) -> nn.Module:
         bucket_cap_mb=0.01,  # several buckets, in another order after the first step
         find_unused_parameters=case.partial,
         gradient_as_bucket_view=case.bucket_view,
+        static_graph=case.static,
     )
 
 

@@ -75,6 +75,10 @@ def test_bytes_sent_are_those_the_docs_give(cluster):
     # The same within two halves of each replica, each matrix once, and then every shard over to its replica.
     assert total("hsdp", "all_to_all") == 3 * 1 / 2 * n
     assert n <= total("hsdp", "all_gather") <= 1.2 * n
+    # Between replicas it is the means that go to their owners, instead of differences; and within one replica of HSDP.
+    for how in ("fsdp", "hsdp"):
+        results = cluster.run(4, counted, how, "replicas")
+        assert sum(result["sent"].get("all_to_all", 0) for result in results) == total(how, "all_to_all")
     # What is reduced is flags and norms: a few bytes a matrix.
     assert total("fsdp", "all_reduce") <= 4 * 12 * 16
 

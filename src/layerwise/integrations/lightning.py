@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from layerwise.integrations.logged import rates_to_log
+from layerwise.integrations.logged import layerwise_optimizer, rates_to_log
 
 
 class LayerRates(Callback):  # type: ignore[misc]
@@ -34,3 +34,11 @@ class LayerRates(Callback):  # type: ignore[misc]
             rates = {key: value for opt in trainer.optimizers for key, value in rates_to_log(opt).items()}
             for logger in trainer.loggers:
                 logger.log_metrics(rates, step=step)
+
+
+class WatchReplicas(Callback):  # type: ignore[misc]
+    """Shows the optimizers each process's own gradients, for ``NoiseAdaptive(reference="replicas")`` under DDP."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            layerwise_optimizer(optimizer).watch_replicas(trainer.strategy.model)

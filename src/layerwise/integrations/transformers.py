@@ -90,6 +90,21 @@ def log_layer_rates(trainer: Trainer) -> None:
     trainer.add_callback(LayerRatesCallback(trainer))
 
 
+class ReplicasCallback(TrainerCallback):  # type: ignore[misc]
+    """Shows the optimizer each process's own gradients, for ``NoiseAdaptive(reference="replicas")`` under DDP or FSDP2."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        layerwise_optimizer(optimizer).watch_replicas(self.trainer.model_wrapped)
+
+
+def watch_replicas(trainer: Trainer) -> None:
+    """Have ``trainer`` show its optimizer each process's own gradients; see ``LayerwiseOptimizer.watch_replicas``."""
+    trainer.add_callback(ReplicasCallback(trainer))
+
+
 class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
     """Function-space rates (or FLeRM) around the Trainer's optimizer steps; they go on after a resume.
 
