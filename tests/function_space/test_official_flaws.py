@@ -75,9 +75,31 @@ class ZeroProjection(nn.Module):
         return self.out(x + self.down(self.up(x).relu()))
 
 
+class UnusedExpert(nn.Module):
+    """Two experts, of which no row of the data goes to the second: its gradient is there, and is 0."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x):
+        second = x[:, 0] > 100
+        h = torch.zeros_like(x)
+        for expert, rows in zip(self.experts, (~second, second), strict=True):
+            h = h.index_add(0, rows.nonzero()[:, 0], expert(x[rows]))
+        return self.out(h)
+
+
 @pytest.mark.parametrize(
     ("build", "without"),
-    [(Adapter, {"A"}), (DeadUnits, {"dead.weight", "dead.bias"}), (ZeroProjection, {"up.weight", "up.bias"})],
+    [
+        (Adapter, {"A"}),
+        (DeadUnits, {"dead.weight", "dead.bias"}),
+        (ZeroProjection, {"up.weight", "up.bias"}),
+        (UnusedExpert, {"experts.1.weight", "experts.1.bias"}),
+    ],
 )
 def test_a_rate_of_zero_keeps_its_learning_rate(build, without):
     x, y, other = batch(0)
@@ -366,3 +388,147 @@ def test_optimizers_that_are_not_proportional_to_lr_are_refused():
         optimizer.step()
         steps.append((twin.inp.weight - model.inp.weight).norm().item())
     assert steps[1] < 1.5 * steps[0]
+
+
+def test_moments_in_half_precision_do_not_underflow():
+    """Naive: `dW * g` is squared in float16, whose smallest number is 6e-8: no rate is left, and base / 0 is inf."""
+    _, _, other = batch(0, torch.float16)
+    model = ResNet(8, 1, dtype=torch.float16)
+    update = {n: torch.full_like(p, 2.0**-14) for n, p in model.named_parameters()}
+    naive = NaiveFLeRM(model, singles(model, kind=torch.optim.SGD), [1.0] * 6, 1e-2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(update[name])
+    naive.call(other, modify=False)
+    assert naive.delta["inp.weight"] == 0 or not math.isfinite(naive.delta["inp.weight"])
+
+    ours = function_space_rates(ResNet(8, 1, dtype=torch.float16), update, other)
+    full = function_space_rates(ResNet(8, 1), {n: u.float() for n, u in update.items()}, other.float())
+    # The initial weights differ by a rounding to float16, 5e-4, and so do gradients.
+    assert ours["inp.weight"].value == pytest.approx(full["inp.weight"].value, rel=0.01)
+
+
+def test_model_outputs_of_transformers():
+    """Naive: `eps * outputs` of a `ModelOutput` is no tensor."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=6)
+    model = transformers.GPT2LMHeadModel(config)
+    tokens = torch.randint(0, 11, (2, 6))
+    naive = NaiveFLeRM(model, singles(model), [1.0] * len(list(model.parameters())), 1e-2)
+    with pytest.raises(TypeError):
+        naive.call(tokens, modify=False)
+    update = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    assert function_space_rates(model, update, tokens, probes=2)["transformer.wte.weight"].value > 0
+
+
+def test_the_output_layers_own_formula():
+    """Official: it crashes. Ours: `exact`, which is that formula's value on logits, and stays right behind a log-softmax.
+
+    The formula: `sum over k of (sum over j of Z_kj)^2`, and `sum over k of Z_k^2` for the bias, averaged over probes.
+    """
+    _, _, other = batch(0, torch.float64)
+    model = ResNet(8, 1, dtype=torch.float64)
+    update = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    leaves = [model.out.weight, model.out.bias]
+    exact = {
+        forward: function_space_rates(model, update, other, forward, "exact")
+        for forward in ("output", "log_softmax")
+    }
+    found = {}
+    for forward in exact:
+        outputs = model(other) if forward == "output" else model(other).log_softmax(-1)
+        sums = torch.zeros(2, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(400):
+            eps = torch.randint(0, 2, outputs.shape, generator=generator).double() * 2 - 1
+            weight, bias = torch.autograd.grad(
+                outputs, leaves, eps / outputs.numel() ** 0.5, retain_graph=True
+            )
+            sums[0] += (update["out.weight"] * weight).sum(1).square().sum() / 400
+            sums[1] += (update["out.bias"] * bias).square().sum() / 400
+        found[forward] = sums.sqrt().tolist()
+    # Squares of 5 classes and 400 probes: 1 / sqrt(2 * 5 * 400) = 1.6 % a standard error, here four of them.
+    for value, name in zip(found["output"], ("out.weight", "out.bias"), strict=True):
+        assert value == pytest.approx(exact["output"][name].value, rel=0.064)
+    h = model.inp(other)
+    moved = (h + model.blocks[0](h.relu())) @ update["out.weight"].T
+    assert exact["output"]["out.weight"].value == pytest.approx(
+        moved.square().mean().sqrt().item(), rel=1e-12
+    )
+    truth = (moved - (model(other).softmax(-1) * moved).sum(-1, keepdim=True)).square().mean().sqrt().item()
+    # The log-softmax is taken in float32.
+    assert exact["log_softmax"]["out.weight"].value == pytest.approx(truth, rel=1e-6)
+    assert (
+        found["log_softmax"][0] / truth - 1 < -0.04
+    )  # the formula's own bias there, beyond the error of 400 probes
+
+
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts numbers read from tensors, each a synchronisation with a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_cost_of_more_probes(monkeypatch):
+    """Naive: a forward, and a read of every tensor's rate, for each probe; ours: one forward and no read."""
+    from layerwise.function_space import measure
+
+    monkeypatch.setattr(measure, "combine", lambda *args: (1.0, 0.1))  # on the CPU, after the one transfer
+    _, _, other = batch(0)
+    counts = {}
+    for probes in (4, 8):
+        for depth in (1, 3):
+            model = ResNet(8, depth)
+            calls = []
+            model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            naive = NaiveFLeRM(model, singles(model), [1.0] * len(list(model.parameters())), 1e-2)
+            with Reads() as theirs:
+                for _ in range(probes):
+                    naive.call(other, modify=False)
+            assert len(calls) == probes
+            assert theirs.count >= probes * len(list(model.parameters()))
+            calls.clear()
+            update = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+            with Reads() as ours:
+                function_space_rates(model, update, other, probes=probes, slices=1)
+            assert len(calls) == 1
+            counts[probes, depth] = ours.count
+    assert len(set(counts.values())) == 1
+
+
+def test_the_copy_of_the_weights_is_freed_after_the_measurement():
+    """Naive: it stands for ever."""
+    import gc
+    import weakref
+
+    from layerwise.function_space import capture
+
+    x, y, other = batch(0)
+    model = ResNet(8, 1)
+    optimizer = singles(model)
+    copies = []
+    enter = capture.StepCapture.__enter__
+
+    def watched(self):
+        enter(self)
+        copies.extend(weakref.ref(old) for old in self.old.values())
+        return self
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture.StepCapture, "__enter__", watched)
+        recorder = FunctionSpaceRecorder(model, optimizer, every=1, probes=4)
+        nn.functional.cross_entropy(model(x), y).backward()
+        with recorder.step(other):
+            optimizer.step()
+    gc.collect()
+    assert len(copies) == 6
+    assert not any(copy() is not None for copy in copies)
+    naive = naive_step(model, optimizer, 1, None, x, y, other)
+    assert sum(p.numel() for p in naive.saved.values()) == sum(p.numel() for p in model.parameters())

@@ -150,7 +150,8 @@ class Products(TorchFunctionMode):
         parts = _PRODUCTS.get(func) if torch.is_grad_enabled() else None
         if parts is not None:
             x, weight, bias = parts(*args, **(kwargs or {}))
-            ours = weight is not None and id(weight) in self.names
+            # An expert without tokens has an empty product, whose scale would be that of nothing.
+            ours = weight is not None and id(weight) in self.names and x.numel() > 0
             if ours and not torch.is_autocast_enabled(weight.device.type):
                 product = Product(self.names[id(weight)], weight, func is torch.nn.functional.linear)
                 return _Multiply.apply(x, weight, bias, product.slot, product)  # type: ignore[no-untyped-call]

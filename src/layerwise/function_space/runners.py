@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class LeafRunner:
 
 
 class ProductRunner(LeafRunner):
-    """The same on one process: weights used in one product alone are measured from its factors."""
+    """The same on one process: weights used in one product alone are measured from its factors, `full_cov`'s always."""
 
     def outputs(self, forward: Forward, batch: Any) -> Any:
         with Products(self.leaves):
@@ -72,13 +73,21 @@ class ProductRunner(LeafRunner):
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         assert isinstance(sink, Collector)
-        products = only_products(outputs.values, self.leaves)
+        # Whole gradients of several probes are quicker to square, where there is room for them.
+        tight = probes_at_once(outputs, self.leaves, memory) == 1
+        products = {
+            name: product
+            for name, product in only_products(outputs.values, self.leaves).items()
+            if tight or sink.moments[name].estimator.total
+        }
         leaves = {**self.leaves, **{name: product.slot for name, product in products.items()}}
-        together = probes_at_once(outputs, leaves, memory)
+        first = list(islice(probes, probes_at_once(outputs, leaves, memory)))
         for name, product in products.items():
             moments = sink.moments[name]
-            product.watch(moments.estimator, moments.update, together)
+            product.watch(moments.estimator, moments.update, len(first))
             sink.moments[name] = SlotMoments(moments.estimator, moments.update)
+        probes = chain(first, probes)
+        del first
         run_probes(outputs, leaves, probes, sink, memory, streaming=True)
 
 
