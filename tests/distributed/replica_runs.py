@@ -92,6 +92,7 @@ def watched(case: Case, steps: int) -> dict[str, Any]:
         optimizer.watch_replicas(model, HOOKS[case.hook])
     else:
         optimizer.watch_replicas(model)
+        optimizer.watch_replicas(model)  # once more does nothing
     recorder = FunctionSpaceRecorder(model, optimizer, every=1, probes=1) if case.measured else None
     held = 0
     for step in range(steps):

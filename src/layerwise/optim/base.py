@@ -222,7 +222,7 @@ class LayerwiseOptimizer(Optimizer):
     ) -> None:
         """Let ``NoiseAdaptive(reference="replicas")`` see each process's own gradients before they are averaged.
 
-        Call it once, any time before the first backward pass, with the model that does the forward passes:
+        Call it any time before the first backward pass (again does nothing), with the model that does the forward passes:
 
             model = DistributedDataParallel(model)         # or fully_shard(model)
             optimizer.watch_replicas(model)

@@ -45,6 +45,7 @@ class Replicas:
         self._read_turn = turn
         self._turn: int | None = None
         self._group: dist.ProcessGroup | None = None
+        self._models: set[nn.Module] = set()
         self._watched: set[Tensor] = set()
         self._owners: dict[Tensor, tuple[int, Domain]] | None = (
             None  # of this batch; None before its first gradient
@@ -56,6 +57,8 @@ class Replicas:
 
     def watch(self, model: nn.Module, comm_hook: CommHook | None, state: Any) -> None:
         """See ``LayerwiseOptimizer.watch_replicas``."""
+        if model in self._models:
+            return
         if isinstance(model, DistributedDataParallel):
             self._watch_ddp(model, comm_hook, state)
         elif any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -69,6 +72,7 @@ class Replicas:
                 f"watch_replicas({type(model).__name__}): the replicas' gradients can be seen in a "
                 f"DistributedDataParallel model and under fully_shard; for any other {_INSTEAD}"
             )
+        self._models.add(model)
 
     def _watch_ddp(self, model: DistributedDataParallel, comm_hook: CommHook | None, state: Any) -> None:
         if dist.get_world_size(model.process_group) < 2:
