@@ -56,9 +56,7 @@ def measured(how: str, method: str, rows: str = "even", masked: bool = False, **
     tokens, features, _ = batch(0)
     inputs = spread((tokens, features), rows)
     mask = spread((mask_of(),), rows)[0] if masked else None
-    return lw.function_space_rates(
-        model, update, inputs, method=method, probes=5, mask=mask, slices=1, **options
-    )
+    return lw.function_space_rates(model, update, inputs, method=method, probes=9, mask=mask, **options)
 
 
 class Forking(nn.Module):
@@ -75,7 +73,7 @@ class Forking(nn.Module):
         return h.index_add(0, some.nonzero()[:, 0], self.rare(h[some])) if some.any() else h
 
 
-def forked(method: str, memory: int) -> lw.Rates:
+def forked(method: str, memory: int, slices: int) -> lw.Rates:
     """Two rows a process at world size 4; only the last two take the branch."""
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x[:, 0] = torch.tensor([-1.0] * 6 + [1.0] * 2)
@@ -83,14 +81,14 @@ def forked(method: str, memory: int) -> lw.Rates:
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mine = x.chunk(world)[rank]
     return lw.function_space_rates(
-        model, update_of(model), mine, method=method, probes=4, memory=memory, slices=1
+        model, update_of(model), mine, method=method, probes=4, memory=memory, slices=slices
     )
 
 
 OBSERVERS = {
-    "recorder": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=3, slices=1),
-    "full_cov": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=3, slices=1, method="full_cov"),
-    "flerm": functools.partial(lw.FLeRM, base="uniform", every=2, probes=3, slices=1),
+    "recorder": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=8),
+    "full_cov": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=8, method="full_cov"),
+    "flerm": functools.partial(lw.FLeRM, base="uniform", every=2, probes=8),
 }
 
 

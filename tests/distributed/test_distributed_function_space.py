@@ -1,4 +1,4 @@
-"""Function-space rates are those of the global batch, at any world size.
+"""Function-space rates are those of the global batch, at any world size: with 8 or 9 probes, in two slices of it.
 
 All in float64. A rate is made of sums of products whose order depends on the world size: a probe's gradient adds up 64
 rows, its product with the update as many terms as the tensor has entries (4620 at most). Rounding then differs by about
@@ -77,11 +77,13 @@ def test_processes_with_few_rows_or_none_that_count(cluster, single, memory):
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 20])
-def test_a_tensor_without_a_gradient_on_some_processes(cluster, single, memory):
-    expected = single(forked, "kronecker", memory)
+@pytest.mark.parametrize("slices", [1, 4])
+def test_a_tensor_without_a_gradient_on_some_processes(cluster, single, memory, slices):
+    """With four slices of two rows each process has rows of two of them."""
+    expected = single(forked, "kronecker", memory, slices)
     assert expected["rare.weight"].value > 0
     assert expected["never.weight"].value == 0
-    same(expected, cluster.run(4, forked, "kronecker", memory))
+    same(expected, cluster.run(4, forked, "kronecker", memory, slices))
 
 
 @pytest.mark.parametrize("on", ["batch", "outputs"])

@@ -17,8 +17,8 @@ from layerwise.integrations.transformers import FunctionSpaceCallback
 
 BATCH, ACCUMULATION = 8, 2
 OBSERVERS = {
-    "recorder": partial(lw.FunctionSpaceRecorder, every=2, probes=4, slices=1),
-    "flerm": partial(lw.FLeRM, base="uniform", probes=4, slices=1),
+    "recorder": partial(lw.FunctionSpaceRecorder, every=2, probes=8),
+    "flerm": partial(lw.FLeRM, base="uniform", probes=8),
 }
 
 

@@ -119,14 +119,10 @@ class Measurement:
         self, runner: Runner, updates: Mapping[str, TensorUpdate], batches: list[Any], mask: Tensor | None
     ) -> Rates:
         run = ProbeRun(self, updates)
-        slices: Slices = self.slices if run.processes.count == 1 else 1
-        if self.slices not in ("auto", slices):
-            raise LayerwiseError(
-                f"slices is {self.slices}: several processes measure with slices=1 or 'auto'"
-            )
         for index, batch in enumerate(batches):
             count = max(1, self.probes // len(batches) + (index < self.probes % len(batches)))
-            for outputs, probes in graphs(partial(self._outputs, runner), batch, mask, slices, count):
+            forward = partial(self._outputs, runner)
+            for outputs, probes in graphs(forward, batch, mask, self.slices, count, run.processes):
                 run.add(outputs, runner, probes, batch=index)
                 del outputs
         return run.rates()

@@ -36,7 +36,7 @@ def draw_probes(
     """
     values = outputs.values.detach()
     draw = random_normals if distribution == "gaussian" else random_signs
-    rows = range(first_row, first_row + outputs.rows)
+    rows = range(first_row, first_row + (values.shape[0] if values.ndim else 1))
     for probe in range(first_probe, first_probe + count):
         eps = draw((seed, probe), rows, values if values.ndim else values[None]).reshape(values.shape)
         yield eps if outputs.mask is None else eps * outputs.mask

@@ -7,7 +7,6 @@ the outputs of an example do not depend on the other examples, which is checked.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.outputs import Outputs
-from layerwise.function_space.processes import Processes
+from layerwise.function_space.processes import ALONE, Processes
 
 Slices = int | Literal["auto"]
 
@@ -27,11 +26,32 @@ _SETTINGS = (type(None), bool, int, float, str)
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive examples of a batch: inputs for the forward, and the mask that goes with them."""
+    """Some examples of a batch: inputs for the forward, and the mask that goes with them.
+
+    Where a process has none of a slice's `examples`, the inputs are those of another, whose outputs do not count: the
+    processes that run a model together have to run it equally often.
+    """
 
     inputs: Any
     mask: Tensor | None
     examples: int
+
+    def outputs(self, forward: Callable[[Any, Tensor | None], Outputs]) -> Outputs:
+        """What the forward makes of it."""
+        found = forward(self.inputs, self.mask)
+        return (
+            found
+            if self.examples
+            else StandIn(found.values, torch.zeros_like(found.values, dtype=torch.bool))
+        )
+
+
+class StandIn(Outputs):
+    """Outputs in the place of none: they count no entry, and no row of the global batch."""
+
+    @property
+    def rows(self) -> int:
+        return 0
 
 
 def graphs(
@@ -40,21 +60,23 @@ def graphs(
     mask: Tensor | None,
     slices: Slices,
     probes: int,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[Outputs, int]]:
-    """The outputs of each slice in turn, with their graph, and how many probes to run on them.
+    """This process's outputs of each slice in turn, with their graph, and how many probes to run on them.
 
     Drop the outputs before asking for the next: then one slice's graph stands at a time.
     """
-    parts = cut(inputs, mask, slices, probes)
-    found = None if parts is None else _independent(forward, parts, inputs, mask, slices)
+    parts = cut(inputs, mask, slices, probes, processes)
+    found = None if parts is None else _independent(forward, inputs, mask, parts[-1], slices, processes)
     if parts is None or found is None:
         yield forward(inputs, mask), probes
         return
     counted = False
     for done, part in enumerate(reversed(parts)):
-        outputs, found = found or forward(part.inputs, part.mask), None
+        outputs, found = found or take(inputs, mask, part).outputs(forward), None
+        entries = sum(entries for (entries,) in processes.gather([outputs.entries]))
         # Padding alone has nothing to probe; a batch of nothing else is for the caller to refuse.
-        if outputs.entries or (done == len(parts) - 1 and not counted):
+        if entries or (done == len(parts) - 1 and not counted):
             counted = True
             yield outputs, probes // len(parts) + (done < probes % len(parts))
         del outputs
@@ -62,27 +84,31 @@ def graphs(
 
 def _independent(
     forward: Callable[[Any, Tensor | None], Outputs],
-    parts: list[Slice],
     inputs: Any,
     mask: Tensor | None,
+    rows: range,
     slices: Slices,
+    processes: Processes,
 ) -> Outputs | None:
-    """The outputs of the last slice, if its last example has the same ones in other company (or alone).
+    """The outputs of the slice, if its last example has the same ones in other company, or alone.
 
     The last, as time in the leading dimension of a causal model shows there and not in the first.
     """
-    examples, size = sum(part.examples for part in parts), parts[-1].examples
-    others = 1 if size > 1 else 2
     problem: Exception | None = None
+    found: Outputs | None = None
+    company = rows[-1:]
+    if len(rows) == 1 and rows[0]:
+        company = range(rows[0] - 1, rows[0] + 1)
     try:
-        outputs = forward(parts[-1].inputs, parts[-1].mask)
-        company = take(inputs, mask, examples - others, examples)
         with torch.no_grad():
-            reference = forward(company.inputs, company.mask)
-        if same_last_example(outputs, size, reference, others):
-            return outputs
+            reference = take(inputs, mask, company).outputs(forward)
+        outputs = take(inputs, mask, rows).outputs(forward)
+        if not rows or same_last_example(outputs, len(rows), reference, len(company)):
+            found = outputs
     except Exception as error:  # a forward that takes whole batches only can fail in any way
         problem = error
+    if processes.least(int(found is not None)):
+        return found
     if slices == "auto":
         return None
     raise LayerwiseError(
@@ -90,17 +116,23 @@ def _independent(
     ) from problem
 
 
-def cut(inputs: Any, mask: Tensor | None, slices: Slices, probes: int) -> list[Slice] | None:
-    """Slices of about equal size; `None` where a batch is to be left whole.
+def cut(
+    inputs: Any, mask: Tensor | None, slices: Slices, probes: int, processes: Processes = ALONE
+) -> list[range] | None:
+    """Which of this process's examples are in each slice of the global batch; `None` where it is to be left whole.
 
-    `"auto"` makes as many as leave four probes for each, and leaves whole what has no common leading dimension.
+    Example i of the global batch is in slice i modulo their number: so all processes have examples of a slice, and
+    slices do not depend on how the batch is spread. `"auto"` makes as many as leave four probes for each, and leaves
+    whole what has no common leading dimension.
 
     Raises:
         LayerwiseError: that many slices are asked for and cannot be had.
     """
     if slices == 1:
         return None
-    examples = examples_of(inputs if mask is None else (inputs, mask))
+    mine = examples_of(inputs if mask is None else (inputs, mask))
+    sizes = [size for (size,) in processes.gather([-1 if mine is None else mine])]
+    examples = None if -1 in sizes else sum(sizes)
     if slices == "auto":
         count = 1 if examples is None else min(examples, probes // 4)
     elif examples is None:
@@ -116,9 +148,9 @@ def cut(inputs: Any, mask: Tensor | None, slices: Slices, probes: int) -> list[S
         count = slices
     if count < 2:
         return None
-    assert examples is not None
-    bounds = [index * examples // count for index in range(count + 1)]
-    return [take(inputs, mask, a, b) for a, b in itertools.pairwise(bounds)]
+    assert mine is not None
+    before = sum(sizes[: processes.rank])
+    return [range((k - before) % count, mine, count) for k in range(count)]
 
 
 def examples_of(inputs: Any) -> int | None:
@@ -127,9 +159,10 @@ def examples_of(inputs: Any) -> int | None:
     return sizes.pop() if sizes is not None and len(sizes) == 1 else None
 
 
-def take(inputs: Any, mask: Tensor | None, start: int, stop: int) -> Slice:
-    """The examples `start:stop`."""
-    return Slice(_rows(inputs, start, stop), None if mask is None else mask[start:stop], stop - start)
+def take(inputs: Any, mask: Tensor | None, rows: range) -> Slice:
+    """The examples in these rows; the first in their place if there are none."""
+    held = rows or range(1)
+    return Slice(_rows(inputs, held), None if mask is None else mask[_as_slice(held)], len(rows))
 
 
 def share(inputs: Any, processes: Processes) -> Any:
@@ -137,8 +170,12 @@ def share(inputs: Any, processes: Processes) -> Any:
     examples = examples_of(inputs)
     if processes.count == 1 or examples is None:
         return inputs
+    if examples < processes.count:
+        raise LayerwiseError(
+            f"the batch to measure on has {examples} examples, and {processes.count} processes share it: give it more"
+        )
     bounds = [rank * examples // processes.count for rank in (processes.rank, processes.rank + 1)]
-    return take(inputs, None, *bounds).inputs
+    return _rows(inputs, range(*bounds))
 
 
 def same_last_example(one: Outputs, examples: int, other: Outputs, others: int) -> bool:
@@ -176,11 +213,15 @@ def _leading_sizes(inputs: Any) -> set[int] | None:
     return found
 
 
-def _rows(inputs: Any, start: int, stop: int) -> Any:
+def _rows(inputs: Any, rows: range) -> Any:
     if isinstance(inputs, Tensor):
-        return inputs[start:stop]
+        return inputs[_as_slice(rows)]
     if isinstance(inputs, Mapping):
-        return {key: _rows(value, start, stop) for key, value in inputs.items()}
+        return {key: _rows(value, rows) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_rows(value, start, stop) for value in inputs)
+        return type(inputs)(_rows(value, rows) for value in inputs)
     return inputs
+
+
+def _as_slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop, rows.step)
