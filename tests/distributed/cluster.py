@@ -17,6 +17,8 @@ PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
     "distributed_runs",
+    "lab_runs",
+    "transformers.models.gpt2.modeling_gpt2",
 ]
 
 

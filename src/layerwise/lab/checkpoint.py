@@ -79,6 +79,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Only tensors and plain values are unpickled (`weights_only`), so that a checkpoint from elsewhere runs no code.
     """
+    check_hash(path)
+    return read_state(path)
+
+
+def check_hash(path: Path) -> None:
+    """Raises DamagedCheckpointError where a checkpoint is not byte for byte what was written."""
     manifest, file = read_manifest(path), path / _STATE
     try:
         found = _fingerprint(file)
@@ -88,13 +94,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             )
         if found["sha256"] != manifest["sha256"]:
             raise DamagedCheckpointError(f"checkpoint {file} is damaged: its hash differs; delete its folder")
+    except (OSError, KeyError) as error:
+        raise _unreadable(file, error) from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint folder whose hash was checked."""
+    file = path / _STATE
+    try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise DamagedCheckpointError(
-            f"checkpoint {file} cannot be read: {' '.join(str(error).split())[:200]}"
-        ) from None
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise _unreadable(file, error) from None
     assert isinstance(state, dict)
     return state
+
+
+def _unreadable(file: Path, error: Exception) -> DamagedCheckpointError:
+    reason = " ".join(str(error).split())[:200]
+    return DamagedCheckpointError(f"checkpoint {file} cannot be read: {reason}")
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
@@ -121,13 +138,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global generator, in tensors and plain values."""
+    """The state of this process's global generators, in tensors and plain values."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of this process's device
     }
 
 
@@ -138,5 +155,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])

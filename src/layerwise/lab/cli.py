@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 
 from layerwise import __version__
 from layerwise.errors import LayerwiseError
+from layerwise.lab import processes
 from layerwise.lab.models import PRESETS
 from layerwise.lab.optimizers import OPTIMIZERS
 from layerwise.lab.overrides import load_config
@@ -37,11 +39,13 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "train":
+        processes.refuse_several(f"layerwise {context.invoked_subcommand}")
 
 
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:
@@ -92,8 +96,11 @@ def train(
     if match is not None:
         overrides.append(f"function_space.match={match}")
     run = run_training(load_config(path, overrides), resume=resume, overwrite=overwrite)
+    processes.leave()
     if run.status == "diverged":
         raise LayerwiseError(f"run {run.path} diverged: {run.result.get('reason')}; lower optimizer.lr")
+    if processes.rank() > 0:
+        return
     result = run.result
     print(
         f"{run.name}: {result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s"
@@ -117,7 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments, prog_name="layerwise", standalone_mode=True)
     except LayerwiseError as error:
-        print(f"layerwise: {' '.join(str(error).split())}", file=sys.stderr)
+        if rank := processes.rank():
+            time.sleep(5)  # what the first process says too is said once: its launcher ends the others
+        where = f" (process {rank})" if rank else ""
+        print(f"layerwise{where}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:

@@ -31,8 +31,8 @@ from layerwise.lab.train import complete, train
 DEFAULT = ("adamw", "d-muon", "scion", "lanton")
 AUTO_STEPS = 2  # grid points on each side of the default rate, a factor of two apart
 AUTO_EXTENSIONS = 4  # further points at most, where the best lies at an end
-# What a run is written to and how often it is saved does not change what it is.
-_NOT_IDENTITY = ("run.", "training.keep", "training.checkpoint_every")
+# What a run is written to, how often it is saved and by how many processes does not change what it is.
+_NOT_IDENTITY = ("run.", "parallel.", "training.keep", "training.checkpoint_every")
 
 
 class CompareSection(Section):

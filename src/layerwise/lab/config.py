@@ -245,6 +245,21 @@ class FunctionSpaceConfig(Section):
     )
 
 
+class ParallelConfig(Section):
+    """How several processes, started by torchrun or `accelerate launch`, share a run. One process takes no notice."""
+
+    strategy: Literal["ddp", "fsdp2"] = Field(
+        default="ddp",
+        description="`ddp`: every process holds the model; `fsdp2`: a shard of every parameter and of its state",
+    )
+    timeout: float = Field(
+        default=1800.0,
+        gt=0,
+        description="seconds a process waits for the others before it ends with an error: more than tokenising the"
+        " text, an evaluation or writing a checkpoint takes",
+    )
+
+
 class RunConfig(Section):
     """Where the run is written: the directory `dir/name`."""
 
@@ -266,6 +281,7 @@ class Config(Section):
     schedule: Annotated[ScheduleConfig, _shorthand("name")] = Field(default_factory=ScheduleConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     function_space: FunctionSpaceConfig = Field(default_factory=FunctionSpaceConfig)
+    parallel: Annotated[ParallelConfig, _shorthand("strategy")] = Field(default_factory=ParallelConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
     @property

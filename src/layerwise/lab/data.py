@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -34,6 +34,21 @@ class Batch:
             Batch(inputs, targets)
             for inputs, targets in zip(self.inputs.chunk(parts), self.targets.chunk(parts), strict=True)
         ]
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.inputs)
+
+    @classmethod
+    def join(cls, parts: Sequence[Batch]) -> Batch:
+        """One batch of several, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
+
+    def share(self, rank: int, world: int) -> Batch:
+        """The part of process `rank` of `world`, in order; they differ by one sequence at most."""
+        return Batch(self.inputs.tensor_split(world)[rank], self.targets.tensor_split(world)[rank])
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))

@@ -14,6 +14,7 @@ from torch import Tensor
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Record
 from layerwise.function_space.depth import DepthMap
 from layerwise.lab.models import model_settings
+from layerwise.lab import processes
 from layerwise.lab.observers import Observer
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def observers_of(config: Config) -> list[Observer]:
     found: list[Observer] = []
     if settings.record_every:
         found.append(RecordRates(settings, settings.record_every, match))
+    if match is not None or found:
+        processes.refuse_several("function_space.record_every and function_space.match: measuring")
     return found if match is None else [*found, match]
 
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 class Observer:
     """Hooks of a training run; each does nothing until it is overridden.
 
-    A trainer shows its parts as attributes: `config`, `model` (as it was built, not wrapped), `optimizer` (torch's, not
-    accelerate's wrapper), `scheduler`, `accelerator`, `writer` (its `append("function_space", row)` adds a record), `step`.
+    A trainer shows its parts as attributes: `config`, `model` (not wrapped; its parameters are DTensors under FSDP2),
+    `optimizer`, `scheduler`, `accelerator`, `writer` (its `append("function_space", row)` adds a record), `step`, and of
+    several processes `rank` and `world`. Each process has its observers: they must do the same on all.
     """
 
     def begin(self, trainer: Trainer) -> None:
@@ -31,7 +32,7 @@ class Observer:
         """After the scheduler moved and gradients were cleared."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, kept in every checkpoint."""
+        """Tensors and plain values, kept in every checkpoint: those of the first process."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

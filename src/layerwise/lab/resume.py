@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.checkpoint import DamagedCheckpointError, list_checkpoints, load_checkpoint, read_manifest
+from layerwise.lab.checkpoint import DamagedCheckpointError, check_hash, list_checkpoints, read_manifest
 
-# What may differ between a run and its continuation without changing a single number of it. A file of text may have
-# moved: its hash is compared instead.
-_FREE = ("run.", "training.keep", "training.checkpoint_every", "data.paths")
+# What may differ between a run and its continuation without changing what it computes; with the processes only the order
+# of sums changes. A file of text may have moved: its hash is compared instead.
+_FREE = ("run.", "parallel.", "training.keep", "training.checkpoint_every", "data.paths")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -39,8 +39,8 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any], what: str) -> 
         )
 
 
-def latest_state(run: Path, identity: dict[str, Any], note: Callable[[str], None]) -> dict[str, Any] | None:
-    """The state of the newest good checkpoint of a run, or None where it has none yet.
+def latest_checkpoint(run: Path, identity: dict[str, Any], note: Callable[[str], None]) -> Path | None:
+    """The newest good checkpoint of a run, or None where it has none yet.
 
     A damaged checkpoint is reported through `note` and passed over for the one before it. Raises LayerwiseError where
     every checkpoint is damaged, or where they are of another run.
@@ -54,13 +54,13 @@ def latest_state(run: Path, identity: dict[str, Any], note: Callable[[str], None
                 raise LayerwiseError(
                     f"checkpoint {path} was trained on another text: its hash differs from this one's"
                 )
-            state = load_checkpoint(path)
+            check_hash(path)
         except DamagedCheckpointError as error:
             damage.append(error)
             continue
         for skipped in damage:
             note(f"{skipped}; going on from {path.name}")
-        return state
+        return path
     if damage:
         raise LayerwiseError(f"{damage[0]}; no older one is good: --overwrite starts anew")
     return None

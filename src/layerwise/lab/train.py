@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab import processes
 from layerwise.lab.base_rates import default_rate
+from layerwise.lab.checkpoint import read_state
 from layerwise.lab.config import Config
 from layerwise.lab.measuring import observers_of
 from layerwise.lab.models import model_settings
 from layerwise.lab.observers import Observer
 from layerwise.lab.optimizers import find_preset, with_defaults
 from layerwise.lab.progress import Progress, ProgressKind, make_progress
-from layerwise.lab.resume import check_same_run, latest_state
-from layerwise.lab.runs import RUN_FILE, Run, RunWriter, read_run
+from layerwise.lab.resume import check_same_run, latest_checkpoint
+from layerwise.lab.runs import RUN_FILE, Run, RunWriter, SilentWriter, read_run
 from layerwise.lab.trainer import Trainer
 
 
@@ -54,28 +57,46 @@ def train(
     bit as if the run had never been interrupted; a run that has ended is returned as it is. `overwrite` starts anew
     over an older run. A run whose loss stops being finite ends with status "diverged".
 
+    Under torchrun or `accelerate launch` every process calls this with the same arguments, on a file system they all
+    see: they train one run together, which the first of them writes and shows. They can be others when it is resumed.
+
     Raises LayerwiseError for a config that cannot be run and for a directory that holds another run.
     """
     config = complete(config)
     path = config.run_path
-    if (path / RUN_FILE).exists() and not overwrite:
-        found = read_run(path)
-        if not resume:
-            raise LayerwiseError(
-                f"run {path} exists ({found.status}): --resume continues it, --overwrite replaces it,"
-                " run.name=NAME starts another"
-            )
-        check_same_run(found.config, config.model_dump(), f"run {path}")
-        if found.status != "running":
-            return found
-    shown = make_progress(progress)
-    with RunWriter(path) as writer:
+    processes.join(config.parallel.timeout)
+    if processes.first_says(processes.on_first(lambda: _has_ended(config, resume, overwrite))):
+        return read_run(path)
+    shown = make_progress(progress if processes.rank() == 0 else "quiet")
+    with processes.on_first(lambda: RunWriter(path)) or SilentWriter(path) as writer:
         trainer = Trainer(config, writer, shown, [*observers_of(config), *observers])
-        state = latest_state(path, trainer.identity, shown.note) if resume else None
-        trainer.start(state)
+        trainer.start(_state_to_resume(trainer) if resume else None)
         try:
             trainer.run()
         finally:
             shown.stop()
             trainer.close()
+    processes.wait_for_all()  # until it is written
     return read_run(path)
+
+
+def _has_ended(config: Config, resume: bool, overwrite: bool) -> bool:
+    """Whether there is nothing left to do. Raises LayerwiseError where there is something else in the run's place."""
+    path = config.run_path
+    if overwrite or not (path / RUN_FILE).exists():
+        return False
+    found = read_run(path)
+    if not resume:
+        raise LayerwiseError(
+            f"run {path} exists ({found.status}): --resume continues it, --overwrite replaces it,"
+            " run.name=NAME starts another"
+        )
+    check_same_run(found.config, config.model_dump(), f"run {path}")
+    return found.status != "running"
+
+
+def _state_to_resume(trainer: Trainer) -> dict[str, Any] | None:
+    """The state in the newest good checkpoint, on every process; the first one chooses it."""
+    path, identity, note = trainer.writer.path, trainer.identity, trainer.progress.note
+    found = processes.first_says(processes.on_first(lambda: latest_checkpoint(path, identity, note)))
+    return None if found is None else read_state(found)

@@ -11,10 +11,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from layerwise.errors import LayerwiseError, NonFiniteError
-from layerwise.lab import record
+from layerwise.lab import parallel, processes, record
 from layerwise.lab.checkpoint import random_state, save_checkpoint, set_random_state
 from layerwise.lab.config import Config
 from layerwise.lab.data import Batch, TextData
@@ -33,17 +32,23 @@ class DivergedError(Exception):
 
 
 class Trainer:
-    """One run in progress."""
+    """One run in progress, or this process's part of it."""
 
     def __init__(
         self, config: Config, writer: RunWriter, progress: Progress, observers: Sequence[Observer] = ()
     ) -> None:
         self.config, self.writer, self.progress, self.observers = config, writer, progress, observers
         training = config.training
-        self.accelerator = make_accelerator(training)
-        self.data = ImageData(config) if config.data.holds_images else TextData(config)
+        self.accelerator = make_accelerator(training, config.parallel)
+        self.device = self.accelerator.device
+        self.rank, self.world = processes.rank(), processes.world()
+        self._check_shares()
+        source = ImageData if config.data.holds_images else TextData
+        # The first process fills the cache of token ids, the others read it.
+        self.data = processes.on_first(lambda: source(config)) or source(config)
         examples = Examples(self.data.vocab_size, config.data.seq_len, self.data.features)
-        self.model = build_model(config.model, examples, training.seed)
+        model = build_model(config.model, examples, training.seed)
+        self.model = parallel.place(model, self.device, config.parallel)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
         self._halves = needs_halves(self.optimizer)
@@ -53,9 +58,9 @@ class Trainer:
                 f" training.accumulation={training.accumulation} must be even,"
                 f" and training.precision={training.precision} not fp16"
             )
-        self._wrapped, _ = self.accelerator.prepare(self.model, self.optimizer)  # together, as FSDP needs
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # mixed precision and nothing else
+        self._wrapped = parallel.wrap(self.model, self.device, config.parallel)
         watch_replicas(self.optimizer, self._wrapped)
-        self.device = self.accelerator.device
         self.tensorboard: record.TensorBoard | None = None
 
         self.step = 0  # optimizer steps taken
@@ -74,14 +79,14 @@ class Trainer:
 
     def start(self, state: dict[str, Any] | None) -> None:
         """Takes up `state`, or begins at step 0."""
-        set_seed(self.config.training.seed)
-        if state is None:
+        set_seed(processes.own_seed(self.config.training.seed))
+        if state is not None:
+            self._load(state)
+        elif self.rank == 0:
             shutil.rmtree(self.writer.path / "checkpoints", ignore_errors=True)
             shutil.rmtree(self.writer.path / "tensorboard", ignore_errors=True)
             self.writer.truncate({})
-        else:
-            self._load(state)
-        if self.config.run.tensorboard:
+        if self.config.run.tensorboard and self.rank == 0:
             self.tensorboard = record.TensorBoard(self.writer.path / "tensorboard", self.step)
         parameters = sum(p.numel() for p in self.model.parameters())
         self.writer.update(
@@ -90,6 +95,7 @@ class Trainer:
             config=self.config.model_dump(),
             versions=record.versions(),
             machine=record.machine(self.device),
+            parallel={"processes": self.world, "strategy": parallel.strategy_of(self.config.parallel)},
             corpus=self.data.info,
             parameters=record.parameter_table(self.model),
             parameter_count=parameters,
@@ -125,7 +131,7 @@ class Trainer:
         """Takes optimizer steps and nothing else: no metrics, evaluation or checkpoint."""
         self._wrapped.train()
         for _ in range(count):
-            self._train_step(self.data.batch(self.step).to(self.device))
+            self._train_step()
             self.step += 1
 
     def close(self) -> None:
@@ -141,7 +147,7 @@ class Trainer:
             self._write({"step": 0, "tokens": 0, "seconds": 0.0, "val_loss": self._evaluate()})
         started, logged_at, logged_step = self._now(), self.seconds, self.step
         while self.step < steps:
-            self._train_step(self.data.batch(self.step).to(self.device))
+            self._train_step()
             self.step += 1
             last = self.step == steps
             log = last or self._due(training.log_every)
@@ -174,24 +180,29 @@ class Trainer:
             self.progress.step(self.step)
             started = self._now()
 
-    def _train_step(self, batch: Batch) -> None:
+    def _train_step(self) -> None:
         """One optimizer step. Nothing here waits for the device."""
         training, scaler = self.config.training, self.accelerator.scaler
-        parts = batch.split(training.accumulation)
-        for number, part in enumerate(parts, start=1):
-            value = loss(self._wrapped, part.inputs, part.targets) / len(parts)
-            # torch's own idioms: accelerate's backward() and step() look for packages on the disk every time.
-            (value if scaler is None else scaler.scale(value)).backward()
+        wholes = self.data.batch(self.step).split(training.accumulation)
+        parts = [batch.share(self.rank, self.world).to(self.device) for batch in wholes]
+        for number, (whole, part) in enumerate(zip(wholes, parts, strict=True), start=1):
+            half = self._halves and 2 * number in (len(parts), 2 * len(parts))
+            with parallel.gradients_shared(self._wrapped, half or number == len(parts)):
+                # Averaging over the processes makes means over the whole batch of these, equal shares or not.
+                divisor = len(parts) * len(whole) / (len(part) * self.world)
+                value = loss(self._wrapped, part.inputs, part.targets) / divisor
+                # torch's own idioms: accelerate's backward() and step() look for packages on the disk every time.
+                (value if scaler is None else scaler.scale(value)).backward()
             self._loss_sum += value.detach()
-            if self._halves and 2 * number in (len(parts), 2 * len(parts)):
+            if half:
                 self.optimizer.hold_half()  # type: ignore[attr-defined]
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         if training.clip_norm is not None:
-            self._grad_norm = clip_grad_norm_(self._wrapped.parameters(), training.clip_norm)
+            self._grad_norm = parallel.clip(self.model, training.clip_norm)
         with ExitStack() as around:
             for observer in self.observers:
-                around.enter_context(observer.around_step(self.step + 1, batch))
+                around.enter_context(observer.around_step(self.step + 1, Batch.join(parts)))
             self._optimizer_step()
         self.optimizer.zero_grad()
         self.scheduler.step()
@@ -212,7 +223,7 @@ class Trainer:
 
     def _numbers(self) -> dict[str, Any]:
         """The loss since the last line, and this step's rate and gradient norm."""
-        mean = float(self._loss_sum) / self._loss_steps
+        mean = float(self._agreed_loss_sum()) / self._loss_steps
         if not math.isfinite(mean):
             raise DivergedError(f"the training loss is {mean}")
         self._loss_sum.zero_()
@@ -231,20 +242,37 @@ class Trainer:
         total, sequences = torch.zeros((), device=self.device), 0
         with torch.no_grad():
             for batch in self.data.validation(training.batch_size // training.accumulation):
-                moved = batch.to(self.device)
-                total += loss(self._wrapped, moved.inputs, moved.targets) * len(moved.inputs)
-                sequences += len(moved.inputs)
+                share = batch.share(self.rank, self.world)
+                # Every process makes every pass, as FSDP2 needs: one that has no share of it repeats another's.
+                moved = (share if len(share) else batch.share(0, self.world)).to(self.device)
+                total += loss(self._wrapped, moved.inputs, moved.targets) * len(share)
+                sequences += len(batch)
         self._wrapped.train()
-        value = float(total) / sequences
+        value = float(processes.total(total)) / sequences
         if not math.isfinite(value):
             raise DivergedError(f"the validation loss is {value}")
         self.result["val_loss"] = value
         self.result["best_val_loss"] = min(value, self.result.get("best_val_loss", math.inf))
         return value
 
+    def _agreed_loss_sum(self) -> torch.Tensor:
+        """The sum of losses of the whole batches, and from now on every process's."""
+        if self.world > 1:
+            self._loss_sum = processes.total(self._loss_sum) / self.world
+        return self._loss_sum
+
+    def _check_shares(self) -> None:
+        training = self.config.training
+        sequences = training.batch_size // training.accumulation
+        if sequences < self.world:
+            raise LayerwiseError(
+                f"training.batch_size={training.batch_size} in training.accumulation={training.accumulation} parts"
+                f" leaves {sequences} sequences a part for {self.world} processes: raise the one or lower the other"
+            )
+
     def _check_finite(self) -> None:
         """No checkpoint of a run that is lost already."""
-        if not math.isfinite(float(self._loss_sum)):
+        if not math.isfinite(float(self._agreed_loss_sum())):
             raise DivergedError("the training loss is not finite")
         left_out = self.accelerator.scaler is not None  # a step whose gradients overflowed did no harm
         if self._grad_norm is not None and not left_out and not math.isfinite(float(self._grad_norm)):
@@ -267,7 +295,7 @@ class Trainer:
 
     def _record_rates(self) -> None:
         layer_rates = getattr(self.optimizer, "layer_rates", None)
-        if layer_rates is None:
+        if layer_rates is None or self.rank > 0:
             return
         row = {"step": self.step, "layers": {unit: rate._asdict() for unit, rate in layer_rates().items()}}
         self.writer.append("layers", row)
@@ -276,6 +304,7 @@ class Trainer:
 
     def _save(self) -> None:
         scaler = self.accelerator.scaler
+        random = processes.from_all(random_state())
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -283,20 +312,22 @@ class Trainer:
             "loss_sum": self._loss_sum,
             "loss_steps": self._loss_steps,
             "lengths": self.writer.lengths(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": parallel.whole(self.model.state_dict()),
+            "optimizer": parallel.whole(self.optimizer.state_dict()),
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "random": random_state(),
+            "random": random[0],
+            "random_of_others": random[1:],
             "observers": [observer.state_dict() for observer in self.observers],
         }
-        folder = self.writer.path / "checkpoints"
-        save_checkpoint(folder, self.step, state, self.identity, self.config.training.keep)
+        if self.rank == 0:
+            folder = self.writer.path / "checkpoints"
+            save_checkpoint(folder, self.step, state, self.identity, self.config.training.keep)
 
     def _load(self, state: dict[str, Any]) -> None:
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            parallel.load_model(self.model, state["model"])
+            parallel.load_optimizer(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise LayerwiseError(
@@ -317,4 +348,8 @@ class Trainer:
         self._loss_sum = state["loss_sum"].to(self.device)
         self._loss_steps = state["loss_steps"]
         self.writer.truncate(state["lengths"])
-        set_random_state(state["random"])
+        random = [state["random"], *state["random_of_others"]]
+        if self.rank < len(random):
+            set_random_state(random[self.rank])
+        else:
+            set_seed(processes.own_seed(self.config.training.seed, self.step))

@@ -1,0 +1,76 @@
+"""`layerwise train` with one process that stops at a chosen moment: killed_lab.py MOMENT RANK train CONFIG ..."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from layerwise.lab import checkpoint, processes
+from layerwise.lab.cli import main
+from layerwise.lab.trainer import Trainer
+
+STEP = 6  # a checkpoint of step 3 stands, the next one is due now
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, act: Callable[[], None], due: Callable[..., bool]) -> None:
+    """Puts `act` before a function, for the calls that are due."""
+    real = getattr(owner, name)
+
+    def changed(*args: Any, **keywords: Any) -> Any:
+        if due(*args, **keywords):
+            act()
+        return real(*args, **keywords)
+
+    setattr(owner, name, changed)
+
+
+def half_written(real: Callable[..., None], step: int) -> Callable[..., None]:
+    def save(state: Any, file: Any) -> None:
+        if state["step"] != step:
+            return real(state, file)
+        whole = io.BytesIO()
+        real(state, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        die()
+
+    return save
+
+
+def prepare(moment: str, step: int) -> None:
+    """This process will be killed, or hang, at the moment."""
+    name = f"step-{step:08d}"
+    if moment == "train":
+        before(Trainer, "_optimizer_step", die, lambda trainer: trainer.step == step - 1)
+    elif moment == "hang":
+        before(Trainer, "_optimizer_step", lambda: time.sleep(1e6), lambda trainer: trainer.step == step - 1)
+    elif moment == "gather":  # while the others wait for this one's part of the checkpoint
+        before(Trainer, "_save", die, lambda trainer: trainer.step == step)
+    elif moment == "write":
+        torch.save = half_written(torch.save, step)
+    elif moment == "manifest":  # the state is written, and nothing says that it is complete
+        before(checkpoint, "write_json", die, lambda path, value: value.get("step") == step)
+    elif moment == "rename":  # all is written, under another name
+        before(checkpoint, "_remove", die, lambda path: path.name == name)
+    else:
+        assert moment == "renamed"  # and the older ones not yet removed
+        before(checkpoint, "_sync_folder", die, lambda folder: (folder / name).exists())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    if processes.rank() == int(sys.argv[2]):
+        prepare(sys.argv[1], STEP)
+    main(sys.argv[3:])
