@@ -36,9 +36,10 @@ def before(owner: Any, name: str, act: Callable[[], None], due: Callable[..., bo
 
 
 def half_written(real: Callable[..., None], step: int) -> Callable[..., None]:
-    def save(state: Any, file: Any) -> None:
-        if state["step"] != step:
-            return real(state, file)
+    def save(state: Any, file: Any, **keywords: Any) -> None:
+        if not (isinstance(state, dict) and state.get("step") == step):  # tensors are pickled by it too
+            real(state, file, **keywords)
+            return
         whole = io.BytesIO()
         real(state, whole)
         file.write(whole.getvalue()[: len(whole.getvalue()) // 2])

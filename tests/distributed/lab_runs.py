@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,10 +15,10 @@ import torch.distributed as dist
 from layerwise.errors import LayerwiseError
 from layerwise.lab.checkpoint import list_checkpoints, load_checkpoint
 from layerwise.lab.config import Config
-from layerwise.lab.observers import Observer
 from layerwise.lab.overrides import validate
 from layerwise.lab.runs import read_run
 from layerwise.lab.train import train
+from layerwise.lab.trainer import Trainer
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -24,15 +27,18 @@ class CrashError(Exception):
     pass
 
 
-class CrashAfter(Observer):
+@contextmanager
+def stopping_after(step: int) -> Iterator[None]:
     """Stops the program after a step, as far as the run can tell."""
+    real = Trainer._train_step
 
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def after_step(self, step: int) -> None:
-        if step == self.step:
+    def take_step(trainer: Trainer) -> None:
+        real(trainer)
+        if trainer.step + 1 == step:
             raise CrashError
+
+    with mock.patch.object(Trainer, "_train_step", take_step):
+        yield
 
 
 def tree(folder: Path) -> dict[str, Any]:
@@ -73,9 +79,8 @@ def lab_run(folder: str, changes: dict[str, Any], crash_after: int = 0, resume: 
     os.environ["LAYERWISE_CACHE"] = str(Path(folder) / "cache")
     torch.set_default_dtype(torch.float64)
     try:
-        run = train(
-            config(Path(folder), changes), resume=resume, progress="quiet", observers=[CrashAfter(crash_after)]
-        )
+        with stopping_after(crash_after):
+            run = train(config(Path(folder), changes), resume=resume, progress="quiet")
     except CrashError:
         return "crashed"
     except LayerwiseError as error:

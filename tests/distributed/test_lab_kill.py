@@ -13,12 +13,16 @@ import yaml
 from lab_runs import lab_run, results, tree
 
 from layerwise.lab.checkpoint import list_checkpoints
+from layerwise.lab.runs import read_run
 
 HERE = Path(__file__).parent
 TIMEOUT = 15  # seconds that a process waits for another
+LONGEST = TIMEOUT + 60  # what is more than the timeout is starting and ending on a busy machine
 
 
-def launched(folder: Path, moment: str, rank: int, strategy: str, processes: int = 2) -> tuple[int, str, float]:
+def launched(
+    folder: Path, moment: str, rank: int, strategy: str, processes: int = 2
+) -> tuple[int, str, float]:
     """Exit code, error output and seconds of a run under torchrun in which one process stops at the moment."""
     settings = {**tree(folder), "parallel": {"strategy": strategy, "timeout": TIMEOUT}}
     settings["run"]["name"] = "killed"
@@ -28,9 +32,7 @@ def launched(folder: Path, moment: str, rank: int, strategy: str, processes: int
     script = [str(HERE / "killed_lab.py"), moment, str(rank), "train", str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERWISE_CACHE": str(folder / "cache")}
     began = time.monotonic()
-    ended = subprocess.run(
-        [*command, *script], env=environment, capture_output=True, text=True, timeout=150
-    )
+    ended = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=150)
     return ended.returncode, ended.stderr, time.monotonic() - began
 
 
@@ -58,9 +60,10 @@ CASES = [
 
 @pytest.mark.parametrize(("moment", "rank", "strategy"), CASES)
 def test_one_process_killed(cluster, tmp_path, moment, rank, strategy):
-    code, errors, _ = launched(tmp_path, moment, rank, strategy)
+    code, _, seconds = launched(tmp_path, moment, rank, strategy)
     assert code != 0
-    assert "Signal 9 (SIGKILL)" in errors
+    assert seconds < LONGEST
+    assert read_run(tmp_path / "runs" / "killed").status == "running"
     good = list_checkpoints(tmp_path / "runs" / "killed" / "checkpoints")
     assert [path.name for path in good] == ["step-00000003"]
     goes_on(cluster, tmp_path, strategy)
@@ -71,7 +74,7 @@ def test_a_process_that_hangs_ends_the_run_in_time(cluster, tmp_path):
     code, errors, seconds = launched(tmp_path, "hang", 1, "ddp")
     assert code != 0
     assert "imed out" in errors
-    assert seconds < TIMEOUT + 60  # what is more than the timeout is starting and ending on a busy machine
+    assert seconds < LONGEST
     goes_on(cluster, tmp_path, "ddp")
 
 

@@ -15,6 +15,8 @@ from lab_runs import lab_run, results
 from torch import Tensor
 from torch.testing import assert_close
 
+from layerwise.lab.runs import read_run
+
 TIMINGS = ("seconds", "tokens_per_second")
 SETUPS = [("ddp", 2), ("fsdp2", 4)]
 
@@ -30,7 +32,9 @@ def close(a, b, where=""):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             close(x, y, f"{where}.{i}")
     elif isinstance(a, Tensor):
-        assert_close(a, b, rtol=1e-7, atol=1e-7 if a.dtype.itemsize > 4 else 1e-5, msg=lambda m: f"{where}: {m}")
+        assert_close(
+            a, b, rtol=1e-7, atol=1e-7 if a.dtype.itemsize > 4 else 1e-5, msg=lambda m: f"{where}: {m}"
+        )
     elif isinstance(a, float):
         assert math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9), (where, a, b)
     else:
@@ -114,9 +118,27 @@ def test_what_ends_a_run_ends_it_on_every_process(cluster, tmp_path):
         " raise the one or lower the other"
     )
     assert "data.validation_fraction" in ends({"data.validation_fraction": 0.001})
-    assert "runs in one process" in ends({"function_space.record_every": 1})
+    assert "sharded parameters are not measured" in ends(
+        {"function_space.record_every": 1, "parallel.strategy": "fsdp2"}
+    )
     assert not (tmp_path / "runs" / "gpt2-tiny-lanton").exists()
 
 
 def results_status(folder: Path, name: str) -> str:
     return json.loads((folder / "runs" / name / "run.json").read_text())["status"]
+
+
+def test_function_space_rates_are_recorded_and_matched_over_replicas(cluster, tmp_path):
+    rates = {"record_every": 4, "match": "uniform", "match_step": 2, "batches": 2, "probes": 4}
+    changes = {
+        **{f"function_space.{key}": value for key, value in rates.items()},
+        "model": {"preset": "decoder", "base_width": 8},
+        "training.batch_size": 7,
+    }
+    alone(cluster, tmp_path, changes)
+    assert cluster.run(2, lab_run, str(tmp_path), {**changes, "run.name": "shared"}) == ["finished"] * 2
+    same_run(tmp_path, "alone", "shared")
+    one, several = (read_run(tmp_path / "runs" / name) for name in ("alone", "shared"))
+    assert len(one.function_space) == 3
+    close(one.function_space, several.function_space, "function_space")
+    close(one.info["matching"], several.info["matching"], "matching")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from layerwise.errors import LayerwiseError
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Record
 from layerwise.function_space.depth import DepthMap
 from layerwise.lab.models import model_settings
-from layerwise.lab import processes
+from layerwise.lab import parallel
 from layerwise.lab.observers import Observer
 
 if TYPE_CHECKING:
@@ -30,17 +31,24 @@ def observers_of(config: Config) -> list[Observer]:
     found: list[Observer] = []
     if settings.record_every:
         found.append(RecordRates(settings, settings.record_every, match))
-    if match is not None or found:
-        processes.refuse_several("function_space.record_every and function_space.match: measuring")
+    if (found or match is not None) and parallel.strategy_of(config.parallel) == "fsdp2":
+        raise LayerwiseError(
+            "function_space.record_every, function_space.match: sharded parameters are not measured:"
+            " set parallel.strategy=ddp"
+        )
     return found if match is None else [*found, match]
 
 
 def measuring_batches(trainer: Trainer, count: int, skip: int = 0) -> Callable[[], list[Tensor]]:
-    """Supplies inputs of the steps after the run's last one, which no step of it sees, but for the first `skip`."""
+    """Supplies inputs of the steps after the run's last one, which no step of it sees, but for the first `skip`.
+
+    Of each batch, this process's share: all of them measure together.
+    """
 
     def supply() -> list[Tensor]:
         first = trainer.config.steps + skip
-        return [trainer.data.batch(first + k).to(trainer.device).inputs for k in range(count)]
+        batches = (trainer.data.batch(first + k).share(trainer.rank, trainer.world) for k in range(count))
+        return [batch.to(trainer.device).inputs for batch in batches]
 
     return supply
 
