@@ -28,13 +28,13 @@ Overrides are dotted keys with YAML values, applied in order after the file:
     layerwise train my.yaml optimizer.lr=1e-3 model.n_layer=2 training.precision=bf16
 
 A section written as one word sets its first key: `optimizer=lanton` is `optimizer.name=lanton`, `model=llama-tiny`
-is `model.preset=llama-tiny`, `data=files` is `data.source=files`, `schedule=wsd` is `schedule.name=wsd`, `parallel=fsdp2` is `parallel.strategy=fsdp2`.
-Unknown keys are errors that name the nearest valid one.
+is `model.preset=llama-tiny`, `data=files` is `data.source=files`, `schedule=wsd` is `schedule.name=wsd`, `parallel=fsdp2`
+is `parallel.strategy=fsdp2`. Unknown keys are errors that name the nearest valid one.
 
 `--resume` goes on from the newest good checkpoint and ends with the numbers of a run that was never interrupted, bit
 for bit (on the same machine, with the same thread count and package versions). Only the sections `run` and `parallel`,
-`training.keep`, `training.checkpoint_every` and `data.paths` may differ from the interrupted run's. A damaged checkpoint is reported
-and passed over for the one before it.
+`training.keep`, `training.checkpoint_every` and `data.paths` may differ from the interrupted run's. A damaged checkpoint
+is reported and passed over for the one before it.
 
 Tokenised text is cached in `~/.cache/layerwise`, or where the environment variable `LAYERWISE_CACHE` says.
 """

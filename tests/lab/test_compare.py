@@ -202,6 +202,13 @@ def test_contenders_may_be_settings_of_an_optimizer(words: list[str]) -> None:
     assert [(e.name, e.optimizer.name, e.rates) for e in found][1] == ("calm", "lanton", (1e-3,))
 
 
+def test_a_rate_of_zero_is_a_rate(words: list[str]) -> None:
+    still = ["compare.optimizers=[still]", "compare.contenders.still={name: lanton, lr: 0}"]
+    assert [entry.rates for entry in entries(configured(words, *still))] == [(0.0,)]
+    with pytest.raises(LayerwiseError, match=r"compare\.contenders\.still\.lr=0: compare\.lr_grid=auto"):
+        entries(configured(words, *still, "compare.lr_grid=auto"))
+
+
 def test_a_list_of_optimizers_is_meant_as_it_stands(words: list[str]) -> None:
     calm = "compare.contenders.calm={name: lanton, lr: 1e-3}"
     assert [e.name for e in entries(configured(words, "compare.optimizers=[adamw]", calm))] == ["adamw"]

@@ -156,10 +156,14 @@ def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]
     section = f"compare.contenders.{name}"
     optimizer = validate(OptimizerConfig, settings, f"{section}.")
     find_preset(optimizer, section)
-    start = optimizer.lr or default_rate(config.model, optimizer.name)
+    start = default_rate(config.model, optimizer.name) if optimizer.lr is None else optimizer.lr
     if name in grids:
         return Entry(name, optimizer, tuple(sorted(set(grids[name]))), may_extend=False)
     if config.compare.lr_grid == "auto":
+        if start == 0:
+            raise LayerwiseError(
+                f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out"
+            )
         points = range(-AUTO_STEPS, AUTO_STEPS + 1)
         return Entry(name, optimizer, tuple(start * 2.0**k for k in points), may_extend=True)
     return Entry(name, optimizer, (start,), may_extend=False)

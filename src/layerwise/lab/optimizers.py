@@ -162,11 +162,17 @@ def _build_rule(preset: Preset, noise: dict[str, Any]) -> lw.RateRule:
 
 def mean_multipliers(run: str) -> dict[str, float]:
     """Unit -> the mean of its multiplier over a run's records: the static control of an adaptive rule."""
-    rows = read_run(run).layers
+    found = read_run(run)
+    rows = found.layers
     if not rows:
         raise LayerwiseError(f"optimizer.noise.multipliers: run {run} recorded no layer rates")
-    units = rows[-1]["layers"]
-    return {unit: sum(row["layers"][unit]["multiplier"] for row in rows) / len(rows) for unit in units}
+    units_of = {row["name"]: row["units"] for row in found.info.get("parameters", [])}
+    means: dict[str, float] = {}
+    for name, last in rows[-1]["layers"].items():
+        mean = sum(row["layers"][name]["multiplier"] for row in rows) / len(rows)
+        # A parameter of many units is recorded by their mean: all of them get it.
+        means |= dict.fromkeys(units_of[name] if "units" in last else [name], mean)
+    return means
 
 
 def needs_halves(optimizer: Optimizer) -> bool:

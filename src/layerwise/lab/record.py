@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
 from layerwise.geometry import describe
+from layerwise.optim import LayerRate
 
 _PACKAGES = ("layerwise", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -57,6 +60,43 @@ def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+#: A parameter of more units has one entry in layers.jsonl: a depthwise convolution has a unit for every channel.
+MOST_UNITS = 64
+
+
+def layer_entries(rates: Mapping[str, LayerRate]) -> dict[str, dict[str, Any]]:
+    """Unit -> its noise, multiplier and rate, for layers.jsonl.
+
+    A parameter of more than `MOST_UNITS` units has one entry under its own name: their mean, with the number of `units` and
+    the `smallest` and `largest` of each.
+    """
+    units: dict[str, list[str]] = {}
+    for unit in rates:
+        units.setdefault(parameter_of(unit), []).append(unit)
+    entries: dict[str, dict[str, Any]] = {}
+    for name, members in units.items():
+        if len(members) <= MOST_UNITS:
+            entries |= {unit: rates[unit]._asdict() for unit in members}
+        else:
+            entries[name] = _summary([rates[unit] for unit in members])
+    return entries
+
+
+def parameter_of(unit: str) -> str:
+    """The parameter that a unit is of: `experts.up[3]` is of `experts.up`."""
+    return unit.split("[", 1)[0]
+
+
+def _summary(several: Sequence[LayerRate]) -> dict[str, Any]:
+    columns = dict(zip(LayerRate._fields, zip(*several, strict=True), strict=True))
+    return {
+        **{field: fmean(values) for field, values in columns.items()},
+        "units": len(several),
+        "smallest": {field: min(values) for field, values in columns.items()},
+        "largest": {field: max(values) for field, values in columns.items()},
+    }
+
+
 class TensorBoard:
     """Metrics and layer rates as TensorBoard events in a run's `tensorboard` folder."""
 
@@ -73,8 +113,8 @@ class TensorBoard:
 
     def layers(self, row: dict[str, Any]) -> None:
         for unit, rate in row["layers"].items():
-            for key, value in rate.items():
-                self._events.add_scalar(f"{key}/{unit}", value, row["step"])
+            for key in LayerRate._fields:
+                self._events.add_scalar(f"{key}/{unit}", rate[key], row["step"])
 
     def close(self) -> None:
         self._events.close()

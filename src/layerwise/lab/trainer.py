@@ -297,7 +297,7 @@ class Trainer:
         layer_rates = getattr(self.optimizer, "layer_rates", None)
         if layer_rates is None or self.rank > 0:
             return
-        row = {"step": self.step, "layers": {unit: rate._asdict() for unit, rate in layer_rates().items()}}
+        row = {"step": self.step, "layers": record.layer_entries(layer_rates())}
         self.writer.append("layers", row)
         if self.tensorboard is not None:
             self.tensorboard.layers(row)
