@@ -83,7 +83,9 @@ def _doomed(folder: str, moment: str) -> None:
     lab_run(folder, {"run.name": "killed"})
 
 
-@pytest.mark.parametrize("moment", ["write", "manifest", "rename", "renamed"])
+@pytest.mark.parametrize(
+    "moment", ["write", "rename", *(pytest.param(m, marks=pytest.mark.slow) for m in ("manifest", "renamed"))]
+)
 def test_a_single_process_killed_while_it_writes_a_checkpoint(cluster, tmp_path, moment):
     process = cluster.context.Process(target=_doomed, args=(str(tmp_path), moment))
     process.start()

@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from layerwise.lab.runs import read_run
 
 TIMINGS = ("seconds", "tokens_per_second")
-SETUPS = [("ddp", 2), ("fsdp2", 4)]
 
 
 def close(a, b, where=""):
@@ -61,12 +60,24 @@ CASES = {
         "optimizer.noise": {"reference": "independent"},
         "training.clip_norm": None,
     },
+    "adamw": {"optimizer.name": "adamw"},
+    "d-muon": {"optimizer.name": "d-muon", "optimizer.noise": "norm_adaptive"},
+    "adapters": {
+        "model": {"preset": "decoder", "base_width": 8, "lora": {"rank": 2, "targets": ["query", "value"]}},
+        "training.clip_norm": 0.1,
+    },
 }
 
 
-@pytest.mark.parametrize(("strategy", "world"), SETUPS)
-@pytest.mark.parametrize("case", CASES)
-def test_several_processes_train_what_one_does(cluster, tmp_path, strategy, world, case):
+QUICK = [("plain", "fsdp2", 4), ("uneven", "ddp", 2), ("halves", "ddp", 2)]
+ALL = [(case, strategy, world) for case in CASES for strategy in ("ddp", "fsdp2") for world in (2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("case", "strategy", "world"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in ALL],
+)
+def test_several_processes_train_what_one_does(cluster, tmp_path, case, strategy, world):
     alone(cluster, tmp_path, CASES[case])
     changes = {**CASES[case], "run.name": "shared", "parallel.strategy": strategy}
     assert cluster.run(world, lab_run, str(tmp_path), changes) == ["finished"] * world
@@ -118,9 +129,6 @@ def test_what_ends_a_run_ends_it_on_every_process(cluster, tmp_path):
         " raise the one or lower the other"
     )
     assert "data.validation_fraction" in ends({"data.validation_fraction": 0.001})
-    assert "sharded parameters are not measured" in ends(
-        {"function_space.record_every": 1, "parallel.strategy": "fsdp2"}
-    )
     assert not (tmp_path / "runs" / "gpt2-tiny-lanton").exists()
 
 
@@ -128,17 +136,29 @@ def results_status(folder: Path, name: str) -> str:
     return json.loads((folder / "runs" / name / "run.json").read_text())["status"]
 
 
-def test_function_space_rates_are_recorded_and_matched_over_replicas(cluster, tmp_path):
-    rates = {"record_every": 4, "match": "uniform", "match_step": 2, "batches": 2, "probes": 4}
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_function_space_rates_are_those_of_the_global_batch(cluster, tmp_path, strategy):
+    """Recorded, and matched, and both taken up again by another number of processes."""
+    rates = {
+        "record_every": 4,
+        "match": "uniform",
+        "match_step": 2,
+        "match_every": 5,
+        "batches": 2,
+        "probes": 4,
+    }
     changes = {
         **{f"function_space.{key}": value for key, value in rates.items()},
         "model": {"preset": "decoder", "base_width": 8},
         "training.batch_size": 7,
     }
     alone(cluster, tmp_path, changes)
-    assert cluster.run(2, lab_run, str(tmp_path), {**changes, "run.name": "shared"}) == ["finished"] * 2
+    changes |= {"run.name": "shared", "parallel.strategy": strategy}
+    assert cluster.run(2, lab_run, str(tmp_path), changes, 4) == ["crashed"] * 2
+    assert cluster.run(4, lab_run, str(tmp_path), changes, 0, True) == ["finished"] * 4
     same_run(tmp_path, "alone", "shared")
     one, several = (read_run(tmp_path / "runs" / name) for name in ("alone", "shared"))
     assert len(one.function_space) == 3
     close(one.function_space, several.function_space, "function_space")
+    assert [matching["step"] for matching in one.info["matching"]] == [2, 7]
     close(one.info["matching"], several.info["matching"], "matching")

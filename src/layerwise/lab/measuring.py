@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from layerwise.errors import LayerwiseError
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Record
 from layerwise.function_space.depth import DepthMap
 from layerwise.lab.models import model_settings
@@ -31,11 +30,6 @@ def observers_of(config: Config) -> list[Observer]:
     found: list[Observer] = []
     if settings.record_every:
         found.append(RecordRates(settings, settings.record_every, match))
-    if (found or match is not None) and parallel.strategy_of(config.parallel) == "fsdp2":
-        raise LayerwiseError(
-            "function_space.record_every, function_space.match: sharded parameters are not measured:"
-            " set parallel.strategy=ddp"
-        )
     return found if match is None else [*found, match]
 
 
