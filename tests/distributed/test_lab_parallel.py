@@ -128,6 +128,8 @@ def test_what_ends_a_run_ends_it_on_every_process(cluster, tmp_path):
         "training.batch_size=1 in training.accumulation=1 parts leaves 1 sequences a part for 2 processes:"
         " raise the one or lower the other"
     )
+    replicas = {"optimizer.noise": {"reference": "replicas"}}
+    assert "= 7 sequences are not a multiple of 2 processes" in ends({**replicas, "training.batch_size": 7})
     assert "data.validation_fraction" in ends({"data.validation_fraction": 0.001})
     assert not (tmp_path / "runs" / "gpt2-tiny-lanton").exists()
 
@@ -162,3 +164,16 @@ def test_function_space_rates_are_those_of_the_global_batch(cluster, tmp_path, s
     close(one.function_space, several.function_space, "function_space")
     assert [matching["step"] for matching in one.info["matching"]] == [2, 7]
     close(one.info["matching"], several.info["matching"], "matching")
+
+
+def test_noise_between_replicas_is_taken_up_again(cluster, tmp_path):
+    """Replicas are processes, so the run of one process is none to compare with: DDP and FSDP2 must agree."""
+    folder, noise = str(tmp_path), {"optimizer.noise": {"reference": "replicas"}, "training.accumulation": 2}
+    assert "this run has one" in cluster.run(1, lab_run, folder, noise)[0]
+    cluster.run(2, lab_run, folder, {**noise, "run.name": "whole"})
+    broken = {**noise, "run.name": "broken", "parallel.strategy": "fsdp2"}
+    assert cluster.run(2, lab_run, folder, broken, 5) == ["crashed"] * 2
+    assert cluster.run(2, lab_run, folder, broken, 0, True) == ["finished"] * 2
+    same_run(tmp_path, "whole", "broken")
+    last = results(tmp_path, "whole")["layers"][-1]["layers"]
+    assert all(unit["noise"] > 0 for unit in last.values())

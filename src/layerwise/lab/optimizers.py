@@ -21,7 +21,7 @@ from layerwise.lab.runs import read_run
 from layerwise.lab.torch_muon import TorchMuon
 
 if TYPE_CHECKING:
-    from layerwise.lab.config import OptimizerConfig
+    from layerwise.lab.config import OptimizerConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,36 @@ def needs_halves(optimizer: Optimizer) -> bool:
     return any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_halves for rule in rules)
 
 
+def needs_replicas(optimizer: Optimizer) -> bool:
+    """Whether the noise is measured between the gradients of data-parallel processes."""
+    rules = (group.get("noise") for group in optimizer.param_groups)
+    return any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_replicas for rule in rules)
+
+
+def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> None:
+    """Raises LayerwiseError where a batch cannot be shared out over `world` processes, or not as the noise rule needs."""
+    if needs_halves(optimizer) and (training.accumulation % 2 or training.precision == "fp16"):
+        raise LayerwiseError(
+            "optimizer.noise.reference=independent compares the two halves of the accumulated batch:"
+            f" training.accumulation={training.accumulation} must be even,"
+            f" and training.precision={training.precision} not fp16"
+        )
+    sequences = training.batch_size // training.accumulation
+    if sequences < world:
+        raise LayerwiseError(
+            f"training.batch_size={training.batch_size} in training.accumulation={training.accumulation} parts"
+            f" leaves {sequences} sequences a part for {world} processes: raise the one or lower the other"
+        )
+    if needs_replicas(optimizer) and sequences % world:
+        raise LayerwiseError(
+            "optimizer.noise.reference=replicas compares equal shares of a batch: training.batch_size /"
+            f" training.accumulation = {sequences} sequences are not a multiple of {world} processes"
+        )
+
+
 def watch_replicas(optimizer: Optimizer, model: nn.Module) -> None:
     """Where the noise is measured between replicas, have `model` (as it runs, wrapped) show their gradients."""
-    rules = (group.get("noise") for group in optimizer.param_groups)
-    if not any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_replicas for rule in rules):
+    if not needs_replicas(optimizer):
         return
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         raise LayerwiseError(

@@ -21,7 +21,7 @@ from layerwise.lab.device import make_accelerator, set_seed
 from layerwise.lab.images import ImageData
 from layerwise.lab.models import Examples, build_model, loss
 from layerwise.lab.observers import Observer
-from layerwise.lab.optimizers import build_optimizer, needs_halves, watch_replicas
+from layerwise.lab.optimizers import build_optimizer, check_batch, needs_halves, watch_replicas
 from layerwise.lab.progress import Progress
 from layerwise.lab.runs import RunWriter
 from layerwise.lab.schedules import build_scheduler
@@ -42,7 +42,6 @@ class Trainer:
         self.accelerator = make_accelerator(training, config.parallel)
         self.device = self.accelerator.device
         self.rank, self.world = processes.rank(), processes.world()
-        self._check_shares()
         source = ImageData if config.data.holds_images else TextData
         # The first process fills the cache of token ids, the others read it.
         self.data = processes.on_first(lambda: source(config)) or source(config)
@@ -52,12 +51,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
         self._halves = needs_halves(self.optimizer)
-        if self._halves and (training.accumulation % 2 or training.precision == "fp16"):
-            raise LayerwiseError(
-                "optimizer.noise.reference=independent compares the two halves of the accumulated batch:"
-                f" training.accumulation={training.accumulation} must be even,"
-                f" and training.precision={training.precision} not fp16"
-            )
+        check_batch(training, self.optimizer, self.world)
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # mixed precision and nothing else
         self._wrapped = parallel.wrap(self.model, self.device, config.parallel)
         watch_replicas(self.optimizer, self._wrapped)
@@ -260,15 +254,6 @@ class Trainer:
         if self.world > 1:
             self._loss_sum = processes.total(self._loss_sum) / self.world
         return self._loss_sum
-
-    def _check_shares(self) -> None:
-        training = self.config.training
-        sequences = training.batch_size // training.accumulation
-        if sequences < self.world:
-            raise LayerwiseError(
-                f"training.batch_size={training.batch_size} in training.accumulation={training.accumulation} parts"
-                f" leaves {sequences} sequences a part for {self.world} processes: raise the one or lower the other"
-            )
 
     def _check_finite(self) -> None:
         """No checkpoint of a run that is lost already."""
