@@ -88,8 +88,8 @@ AFTER = {
         for name, rule in RULES.items()
     )
     + "\n\n`multipliers` of `static` is a mapping from unit names, or the folder of a run whose mean multipliers are"
-    " taken. `reference: independent` of `noise_adaptive` needs an even `training.accumulation`, `reference: replicas` several"
-    " processes with equal shares of a micro-batch.",
+    " taken. `reference: independent` of `noise_adaptive` needs an even `training.accumulation`, `reference: replicas`"
+    " several processes with equal shares of a micro-batch.",
     "parallel": "`torchrun --nproc-per-node 2 -m layerwise train CONFIG parallel=fsdp2`; what several processes change, and"
     " what not, is in [distributed](distributed.md#the-lab).",
 }

@@ -14,7 +14,6 @@ from torch import Tensor
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Record
 from layerwise.function_space.depth import DepthMap
 from layerwise.lab.models import model_settings
-from layerwise.lab import parallel
 from layerwise.lab.observers import Observer
 
 if TYPE_CHECKING:
