@@ -27,9 +27,8 @@ from layerwise.lab.sweep.table import markdown
 from layerwise.lab.train import train
 
 CONFIGS = Path(__file__).parent / "transfer"
-METHODS = "sweep.methods=[standard, flerm, uniform]"  # 1/width is a rule for widths
-DEPTH = ["sweep.axis=depth", METHODS]
-SCALE = ["sweep.axis=init_scale", "sweep.sizes=[1, 0.25, 4]", METHODS]
+DEPTH = ["sweep.axis=depth"]
+SCALE = ["sweep.axis=init_scale", "sweep.sizes=[1, 0.25, 4]"]
 # ResMLP has no norms: four times the weights is another range of rates.
 HIGHER = [
     "sweep.lr={low: 0.00006103515625, high: 1, count: 15}",

@@ -138,6 +138,18 @@ def test_check_tells_a_plain_model_from_a_matched_one(tmp_path: Path) -> None:
     assert matched.passed, [trend for trend in matched.trends if not trend.flat(0.3)]
 
 
+def test_every_size_is_checked_at_one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def note(config: Config, match: str | None, step: int) -> dict[str, Any]:
+        seen[config.model.settings["n_embd"]] = config.optimizer.lr
+        return {}
+
+    monkeypatch.setattr("layerwise.lab.size_check._rates", note)
+    check_sizes(Config(), [64, 128])  # at 128 it is the preset itself, which has a default rate of its own
+    assert seen == {64: 0.002, 128: 0.002}
+
+
 def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["function_space.probes=8", "function_space.batches=1"]
     assert call("check", str(config), "--widths", "8,32", "--seeds", "0", *few) == 1

@@ -45,6 +45,8 @@ def test_a_grid_is_a_list_or_equal_factors() -> None:
     assert sweep.step_of("standard") == pytest.approx(math.sqrt(10), rel=1e-9)
     sweep = SweepConfig.model_validate({"sweep": {"lr": [1, 2], "lr_of": {"uniform": [8, 4]}}}).sweep
     assert (sweep.grid("flerm"), sweep.grid("uniform")) == ([1, 2], [4, 8])
+    deep = SweepConfig.model_validate({"sweep": {"axis": "depth"}}).sweep
+    assert deep.methods == ["standard", "flerm", "uniform"]  # what is not asked for and cannot be is left out
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_a_grid_is_a_list_or_equal_factors() -> None:
         ({"lr": {"low": 1, "high": 0.1, "count": 3}}, "a grid is a list of rates, or"),
         ({"lr": [0.1, -1]}, "greater than 0"),
         ({"seeds": [1, 1]}, "sweep.seeds=.* twice"),
-        ({"axis": "depth"}, "mup is a rule for widths"),
+        ({"axis": "depth", "methods": ["standard", "mup"]}, "mup is a rule for widths"),
         ({"methds": ["flerm"]}, "did you mean `methods`"),
     ],
 )

@@ -81,6 +81,7 @@ def check_sizes(
     if step < 1:
         raise LayerwiseError(f"step {step}: use 1 or more")
     quiet_matching()
+    config = complete(config)  # a preset's default rate is that of one size: all sizes take the same
     with tempfile.TemporaryDirectory() as folder:
         if match == FIRST:
             match = str(Path(folder) / "base.json")
@@ -153,6 +154,7 @@ def terminal(check: SizeCheck) -> Table:
     from rich.table import Table
 
     table = Table("parameter", *(f"{size:g}" for size in check.sizes), "slope", "", box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"  # the end of a name tells it from others
     for column in table.columns[1:-1]:
         column.justify = "right"
     for trend in check.trends:

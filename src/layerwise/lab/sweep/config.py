@@ -56,7 +56,9 @@ class SweepSection(Section):
         description="grids of single methods (a uniform rate is a change of the outputs, another unit)",
     )
     methods: list[Method] = Field(
-        default=["standard", "flerm", "uniform", "mup"], min_length=1, description=f"of {', '.join(METHODS)}"
+        default=["standard", "flerm", "uniform", "mup"],
+        min_length=1,
+        description=f"of {', '.join(METHODS)}; mup for widths alone",
     )
     seeds: list[int] = Field(default=[0, 1], min_length=1, description="seeds of every trial")
     base_seeds: list[int] = Field(
@@ -80,6 +82,8 @@ class SweepSection(Section):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"sweep.{name}={values}: a value stands in it twice")
+        if self.axis != "width" and "methods" not in self.model_fields_set:
+            self.methods = [method for method in self.methods if method != "mup"]
         if self.axis != "width" and "mup" in self.methods:
             raise ValueError(
                 f"sweep.methods: mup is a rule for widths, sweep.axis is {self.axis}: leave it out"
