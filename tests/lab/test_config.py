@@ -178,3 +178,8 @@ def test_the_page_is_the_one_that_the_code_makes() -> None:
     assert DOCS.read_text(encoding="utf-8") == made, "run: python docs/make_configuration.py"
     for name, section in Config.model_fields.items():
         assert all(f"| `{name}.{key}` | " in made for key in section.annotation.model_fields)  # type: ignore[union-attr]
+
+
+def test_a_strategy_by_one_word_and_a_key_beside_it() -> None:
+    config = load_config(None, ["parallel=fsdp2", "parallel.timeout=60"])
+    assert (config.parallel.strategy, config.parallel.timeout) == ("fsdp2", 60.0)

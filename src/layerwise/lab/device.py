@@ -48,7 +48,7 @@ def make_accelerator(training: TrainingConfig, parallel: ParallelConfig) -> Acce
     if accelerator.distributed_type not in _PLAIN:
         raise LayerwiseError(
             f"accelerate's configuration asks for {accelerator.distributed_type.value}: choose parallel.strategy"
-            " in the run's config, and launch with --multi_gpu or --cpu"
+            " in the run's config, and launch with --multi_gpu"
         )
     return accelerator
 

@@ -18,7 +18,13 @@ from layerwise.lab.runs import read_run
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 # `optimizer: lanton` stands for `optimizer: {name: lanton}`.
-SHORTHANDS = {"model": "preset", "data": "source", "optimizer": "name", "schedule": "name"}
+SHORTHANDS = {
+    "model": "preset",
+    "data": "source",
+    "optimizer": "name",
+    "schedule": "name",
+    "parallel": "strategy",
+}
 
 
 class _Loader(yaml.SafeLoader):
