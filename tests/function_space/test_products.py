@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from layerwise.function_space import estimators, function_space_rates, runners
@@ -81,3 +82,34 @@ def test_under_autocast_gradients_are_taken_whole(monkeypatch):
     update = {n: torch.randn_like(p) for n, p in model.named_parameters()}
     function_space_rates(model, update, torch.randn(3, 5), probes=2, autocast=torch.bfloat16)
     assert seen == [{}]
+
+
+class TwoSquare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def path(self, x):
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        # Its recomputation saves a square weight transposed, which nothing but the numbers would show.
+        lambda m, x: torch.utils.checkpoint.checkpoint(m.path, x, use_reentrant=False),
+        lambda m, x: torch.func.vmap(m.path)(x),
+        lambda m, x: torch.addmm(m.first(x), x, m.second.weight),
+    ],
+    ids=["checkpoint", "vmap", "addmm onto a matrix"],
+)
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_products_of_another_kind_are_left_to_autograd(forward, memory):
+    torch.manual_seed(0)
+    model = TwoSquare().double()
+    update = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    x = torch.randn(3, 4).double()
+    exact = function_space_rates(model, update, x, forward, "exact")
+    found = function_space_rates(model, update, x, forward, "full_cov", 400, memory=memory)
+    for name in exact:  # 4 standard errors
+        assert abs(found[name].value - exact[name].value) <= 4 * found[name].stderr, name

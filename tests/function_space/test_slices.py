@@ -111,9 +111,21 @@ class TimeFirst(nn.Module):
         return self.lstm(x[:, None])[0]
 
 
+class FaintlyMixed(nn.Module):
+    """A residual branch over the mean of the batch, which moves outputs by a per cent and is all there is to its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mixed = nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return x + 0.01 * self.mixed(x.mean(0))
+
+
 @pytest.mark.parametrize("slices", [2, 6])
 @pytest.mark.parametrize(
-    "case", ["batch statistics", "time first", "mean over examples", "whole batches only"]
+    "case", ["batch statistics", "time first", "mean over examples", "faint branch", "whole batches only"]
 )
 def test_examples_that_depend_on_one_another_are_measured_together(case, slices):
     torch.manual_seed(0)
@@ -124,6 +136,8 @@ def test_examples_that_depend_on_one_another_are_measured_together(case, slices)
         options = {"batch_norm": "batch"}
     elif case == "time first":
         model = TimeFirst()
+    elif case == "faint branch":
+        model = FaintlyMixed()
     elif case == "mean over examples":
         forward = lambda m, x: m(x).mean(0)  # noqa: E731
     else:

@@ -41,7 +41,7 @@ from layerwise.function_space.probes import Distribution, draw_probes
 from layerwise.function_space.processes import Processes, ProcessesOption, placed_as, processes_of
 from layerwise.function_space.rates import Rate, Rates, shares
 from layerwise.function_space.runners import Prober, Runner, runner_for
-from layerwise.function_space.slices import Slices, graphs
+from layerwise.function_space.slices import Slices, graphs, rounding_of
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,11 @@ class Measurement:
         self, runner: Runner, updates: Mapping[str, TensorUpdate], batches: list[Any], mask: Tensor | None
     ) -> Rates:
         run = ProbeRun(self, updates)
+        rounding = rounding_of(runner.model, self.autocast)
         for index, batch in enumerate(batches):
             count = max(1, self.probes // len(batches) + (index < self.probes % len(batches)))
             forward = partial(self._outputs, runner)
-            for outputs, probes in graphs(forward, batch, mask, self.slices, count, run.processes):
+            for outputs, probes in graphs(forward, batch, mask, self.slices, count, run.processes, rounding):
                 run.add(outputs, runner, probes, batch=index)
                 del outputs
         return run.rates()

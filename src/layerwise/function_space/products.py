@@ -128,6 +128,17 @@ def _addmm(input: Any, mat1: Any = None, mat2: Any = None, *_: Any, **scaled: An
     return (None, None, None) if scaled or _ else (mat1, mat2, input)
 
 
+def _plain(device: str) -> bool:
+    """Whether a product run now is differentiated as it stands.
+
+    Not under autocast or vmap; nor under hooks on saved tensors, as checkpointing has them: it runs the forward again
+    without us, and would take what that saves for what we saved.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    functorch = torch._C._are_functorch_transforms_active()
+    return hooks is None and not functorch and not torch.is_autocast_enabled(device)
+
+
 # Input, weight and bias in the arguments of the functions that make products.
 _PRODUCTS: dict[Any, Callable[..., tuple[Any, ...]]] = {
     torch.nn.functional.linear: _linear,
@@ -150,9 +161,10 @@ class Products(TorchFunctionMode):
         parts = _PRODUCTS.get(func) if torch.is_grad_enabled() else None
         if parts is not None:
             x, weight, bias = parts(*args, **(kwargs or {}))
-            # An expert without tokens has an empty product, whose scale would be that of nothing.
+            # An expert without tokens has an empty product, whose scale would be that of nothing. What `addmm` adds
+            # need not be a bias.
             ours = weight is not None and id(weight) in self.names and x.numel() > 0
-            if ours and not torch.is_autocast_enabled(weight.device.type):
+            if ours and (bias is None or bias.ndim == 1) and _plain(weight.device.type):
                 product = Product(self.names[id(weight)], weight, func is torch.nn.functional.linear)
                 return _Multiply.apply(x, weight, bias, product.slot, product)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))

@@ -32,6 +32,8 @@ class Prober(Protocol):
 class Runner(Prober, Protocol):
     """How a model is run besides."""
 
+    model: nn.Module
+
     def outputs(self, forward: Forward, batch: Any) -> Any:
         """What `forward(model, batch)` returns."""
 

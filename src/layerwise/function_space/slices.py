@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.outputs import Outputs
@@ -61,13 +61,20 @@ def graphs(
     slices: Slices,
     probes: int,
     processes: Processes = ALONE,
+    tolerance: float = 1e-4,
 ) -> Iterator[tuple[Outputs, int]]:
     """This process's outputs of each slice in turn, with their graph, and how many probes to run on them.
+
+    `tolerance`: how far rounding alone may move an example's outputs, relative to their norm (`rounding_of`).
 
     Drop the outputs before asking for the next: then one slice's graph stands at a time.
     """
     parts = cut(inputs, mask, slices, probes, processes)
-    found = None if parts is None else _independent(forward, inputs, mask, parts[-1], slices, processes)
+    found = (
+        None
+        if parts is None
+        else _independent(forward, inputs, mask, parts[-1], slices, processes, tolerance)
+    )
     if parts is None or found is None:
         yield forward(inputs, mask), probes
         return
@@ -89,6 +96,7 @@ def _independent(
     rows: range,
     slices: Slices,
     processes: Processes,
+    tolerance: float,
 ) -> Outputs | None:
     """The outputs of the slice, if its last example has the same ones in other company, or alone.
 
@@ -103,7 +111,7 @@ def _independent(
         with torch.no_grad():
             reference = take(inputs, mask, company).outputs(forward)
         outputs = take(inputs, mask, rows).outputs(forward)
-        if not rows or same_last_example(outputs, len(rows), reference, len(company)):
+        if not rows or same_last_example(outputs, len(rows), reference, len(company), tolerance):
             found = outputs
     except Exception as error:  # a forward that takes whole batches only can fail in any way
         problem = error
@@ -178,12 +186,23 @@ def share(inputs: Any, processes: Processes) -> Any:
     return _rows(inputs, range(*bounds))
 
 
-def same_last_example(one: Outputs, examples: int, other: Outputs, others: int) -> bool:
-    """Whether the last example has the same outputs in two forwards, of so many examples.
+def rounding_of(model: nn.Module, autocast: torch.dtype | None) -> float:
+    """How far rounding alone may move outputs, relative to their norm: 1e-4 in float32, 5 % in half precision.
 
-    A coupling between examples (a batch's statistics, experts with a capacity, time in the leading dimension) changes
-    outputs by far more than the few per cent of rounding allowed here.
+    As little as can be: a faint coupling between examples (a small residual branch that mixes them) is all there is to the
+    rates of the weights in it.
     """
+    dtypes = {p.dtype for p in model.parameters()} | ({autocast} if autocast else set())
+    if not all(dtype.is_floating_point for dtype in dtypes):  # quantised weights
+        return 0.05
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    # Convolutions on CUDA devices round to TF32 by default.
+    least = 5e-3 if any(p.is_cuda for p in model.parameters()) else 1e-6
+    return min(0.05, max(least, 1000 * eps))
+
+
+def same_last_example(one: Outputs, examples: int, other: Outputs, others: int, tolerance: float) -> bool:
+    """Whether the last example has the same outputs in two forwards, of so many examples, up to rounding."""
     first, second = one.values.detach().flatten(), other.values.detach().flatten()
     each = first.numel() // examples
     if first.numel() != each * examples or second.numel() != each * others:
@@ -193,7 +212,7 @@ def same_last_example(one: Outputs, examples: int, other: Outputs, others: int) 
         if outputs.mask is not None:
             counted = counted & outputs.mask.flatten()[-each:]
     first, second = (torch.where(counted, x[-each:].float(), 0.0) for x in (first, second))
-    return bool((first - second).norm() <= 0.05 * first.norm())
+    return bool((first - second).norm() <= tolerance * first.norm())
 
 
 def _leading_sizes(inputs: Any) -> set[int] | None:
