@@ -35,9 +35,9 @@ METHODS = {
     "gram": lambda d, _: nuclear_norm(d, "gram"),
     "polar": lambda d, _: nuclear_norm(d, "polar"),
     "<G, quintic(G)>": lambda d, _: quintic(d),
-    "lanczos, 4 probes, 4 steps (auto)": lambda d, t: nuclear_norm(d, "lanczos", seed=t),
-    "lanczos, 4 probes, 8 steps": lambda d, t: nuclear_norm(d, "lanczos", seed=t, steps=8),
-    "lanczos, 1 probe, 4 steps": lambda d, t: nuclear_norm(d, "lanczos", seed=t, probes=1),
+    "lanczos, 8 probes (auto)": lambda d, t: nuclear_norm(d, "lanczos", seed=t),
+    "lanczos, 4 probes": lambda d, t: nuclear_norm(d, "lanczos", seed=t, probes=4),
+    "lanczos, 16 probes": lambda d, t: nuclear_norm(d, "lanczos", seed=t, probes=16),
 }
 
 

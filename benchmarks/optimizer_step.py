@@ -1,12 +1,16 @@
 """Time of one optimizer step, contenders taking turns in one run, on the matrices of real models.
 
-    python benchmarks/optimizer_step.py                                   # d = 384, about two minutes on two cores
-    python benchmarks/optimizer_step.py --sets d384,gpt2-small,llama-lora --repeats 15
-    python benchmarks/optimizer_step.py --device cuda                     # bfloat16, also launches and peak memory
+    python benchmarks/optimizer_step.py                                   # d = 384, about three minutes on two cores
+    python benchmarks/optimizer_step.py --sets gpt2-small,llama-lora --repeats 3
+    python benchmarks/optimizer_step.py --device cuda --sets d384,gpt2-small,llama-lora
 
-Writes `benchmarks/results/optimizer_step_DEVICE.{json,md,png}`. Every contender has its own copy of the weights and sees the
-same two sets of gradients in turn; the order of the contenders rotates, so that a noisy moment hits all alike.
-Published codes cast to bfloat16; on a CPU the cast is taken out ("float32"), since it would make them 28 to 49 times slower.
+Writes `benchmarks/results/optimizer_step_DEVICE.{json,md,png}`; sets that were not asked for keep their numbers. On a GPU
+the iterations run in bfloat16, launches and peak memory are counted, and dion's Triton and gram-newton-schulz's kernels
+are compared with every path of `polar` where they are installed; `gpu_checks.py` has what else is asked of a GPU.
+
+Every contender has its own copy of the weights and sees the same two sets of gradients in turn; the order of the
+contenders rotates, so that a noisy moment hits all alike. Published codes cast to bfloat16; on a CPU the cast is taken out
+("float32"), since it would make them 28 to 49 times slower.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ from torch import Tensor
 import layerwise as lw
 import literal
 import machine
-from layerwise.geometry import Spectral
+from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
+from layerwise.optim.matrix_work import LocalWork, MatrixJob
 
 RESULTS = Path(__file__).parent / "results"
 Shapes = list[tuple[int, int]]
@@ -38,6 +43,12 @@ Step = Callable[[], Any]
 
 
 def gpt_block(d: int) -> Shapes:
+    """As GPT-2 holds them: q, k and v in one."""
+    return [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)]
+
+
+def split_block(d: int) -> Shapes:
+    """As `param_groups` has them worked on: q, k and v apart."""
     return [(d, d)] * 4 + [(4 * d, d), (d, 4 * d)]
 
 
@@ -54,7 +65,8 @@ LLAMA_BLOCK: Shapes = [
 LORA: Shapes = [(16, 2048), (2048, 16), (16, 2048), (256, 16)] * 22
 SETS: dict[str, Shapes] = {
     "tiny": gpt_block(64),  # to try the script
-    "d384": gpt_block(384) * 12,
+    "d384": gpt_block(384) * 12,  # 48 matrices, 190 GFLOP of standard Newton-Schulz
+    "d384-split": split_block(384) * 12,
     "gpt2-small": gpt_block(768) * 12,
     "llama-lora": LLAMA_BLOCK + LORA,
 }
@@ -114,23 +126,40 @@ def pytorch_optimizer_step(name: str, params: Sequence[Tensor], cast: bool, **op
 
 
 def noise_alone(params: Sequence[Tensor]) -> Step:
-    """LANTON's dual norms of as many gradient differences, with nothing around them."""
-    geometry = Spectral()
-    differences = [(p.grad - p.grad.roll(1, 0))[None] for p in params]
-    return lambda: [geometry.dual_norm(d, seed=1) for d in differences]
+    """What LANTON's noise adds to a step: the difference, its dual norms in the optimizer's batches, and the copy."""
+    geometry, work = Spectral(), LocalWork()
+    previous = [torch.zeros_like(p) for p in params]
+
+    def step() -> None:
+        jobs = [
+            MatrixJob(p, MatrixLayout(), geometry, lambda p=p, old=old: p.grad - old, (1.0,), seed=1)
+            for p, old in zip(params, previous, strict=True)
+        ]
+        work.norms(jobs)
+        for p, old in zip(params, previous, strict=True):
+            old.copy_(p.grad)
+
+    return step
+
+
+def in_stacks(params: Sequence[Tensor], iterate: Callable[[Tensor], Tensor]) -> Step:
+    """`iterate` on one stack for each shape, as its authors call it; copied first, since some work in place."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for p in params:
+        by_shape.setdefault(p.shape, []).append(p)
+    return lambda: [iterate(torch.stack([p.grad for p in same])) for same in by_shape.values()]
 
 
 def dion_polar(params: Sequence[Tensor]) -> Step:
     from dion.newton_schulz_triton import newton_schulz_triton
 
-    return lambda: [newton_schulz_triton(p.grad) for p in params]
+    return in_stacks(params, newton_schulz_triton)
 
 
 def gram_polar(params: Sequence[Tensor]) -> Step:
     from gram_newton_schulz import GramNewtonSchulz
 
-    iterate = GramNewtonSchulz()
-    return lambda: [iterate(p.grad) for p in params]
+    return in_stacks(params, GramNewtonSchulz())
 
 
 def contenders(device: str) -> dict[str, Callable[[Sequence[Tensor]], Step]]:
@@ -155,6 +184,10 @@ def contenders(device: str) -> dict[str, Callable[[Sequence[Tensor]], Step]]:
         found["Newton-Schulz alone (dion, Triton)"] = dion_polar
     if cast and importlib.util.find_spec("gram_newton_schulz"):
         found["Newton-Schulz alone (gram-newton-schulz)"] = gram_polar
+    for path in ("standard", "gram", "triton", "triton_gram") if cast else ():
+        found[f"Newton-Schulz alone (layerwise, {path})"] = lambda ps, path=path: in_stacks(
+            ps, functools.partial(polar, path=path)
+        )
     return found | {
         "Muon (layerwise)": lambda ps: lw.Muon(layerwise_groups(ps), lr=0.02).step,
         "Lanton without noise (layerwise)": lambda ps: (
@@ -252,9 +285,9 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(
-        1, len(results), figsize=(6.2 * len(results), 4), squeeze=False, layout="constrained"
+        len(results), 1, figsize=(8, 3.4 * len(results)), squeeze=False, layout="constrained"
     )
-    for ax, (name, rows) in zip(axes[0], results.items(), strict=True):
+    for ax, (name, rows) in zip(axes[:, 0], results.items(), strict=True):
         base = fastest_muon(rows).median
         rows = rows[::-1]
         ratios = [r.median / base for r in rows]
@@ -275,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sets", default="d384", help=f"comma-separated: {', '.join(SETS)}")
+    parser.add_argument("--sets", default="d384,d384-split", help=f"comma-separated: {', '.join(SETS)}")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", default="", help="comma-separated parts of contenders' names")
@@ -295,12 +328,13 @@ def main() -> None:
             )
     args.out.mkdir(exist_ok=True)
     stem = args.out / f"optimizer_step_{args.device}"
-    record = {
-        "machine": info,
-        "repeats": args.repeats,
-        "sets": {k: [asdict(r) for r in v] for k, v in results.items()},
-    }
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {name: {"repeats": args.repeats, "rows": [asdict(r) for r in v]} for name, v in results.items()}
+    old = json.loads(stem.with_suffix(".json").read_text()) if stem.with_suffix(".json").exists() else {}
+    if old.get("machine") == info:  # numbers of another machine or version are not mixed with these
+        record = old["sets"] | record
+    record = {name: record[name] for name in SETS if name in record}
+    results = {name: [Row(**row) for row in kept["rows"]] for name, kept in record.items()}
+    stem.with_suffix(".json").write_text(json.dumps({"machine": info, "sets": record}, indent=1) + "\n")
     stem.with_suffix(".md").write_text(table(results, info))
     figure(results, stem.with_suffix(".png"))
 

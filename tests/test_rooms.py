@@ -23,6 +23,8 @@ LIBRARIES = {
     "optim": {"torch", "numpy"},
     "function_space": {"torch", "numpy"},
 }
+#: The one file that needs more; nothing imports it before a path of its own is asked for.
+TRITON = "layerwise.geometry.triton_kernels"
 
 
 def _for_types_only(node: ast.AST) -> bool:
@@ -55,7 +57,10 @@ def test_a_room_imports_only_the_rooms_before_it(room: str) -> None:
 @pytest.mark.parametrize("room", LIBRARIES)
 def test_the_library_rooms_import_torch_and_numpy_alone(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
+        if path.stem == TRITON.rpartition(".")[2]:
+            continue
         for module, eager in imports(path):
+            assert module != TRITON or not eager, f"{path} imports {TRITON} at once"
             top = module.split(".")[0]
             if eager and top not in sys.stdlib_module_names and top != "layerwise":
                 assert top in LIBRARIES[room], f"{path} imports {module}"

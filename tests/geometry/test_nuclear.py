@@ -47,7 +47,8 @@ def test_the_estimate_is_exact_for_rank_one_and_for_orthogonal_matrices() -> Non
 
 @pytest.mark.parametrize(
     ("decay", "bias", "deviation"),
-    [(0.0, 0.01, 0.02), (0.5, 0.1, 0.05), (1.0, 0.25, 0.1), (2.0, 0.05, 0.1)],
+    # as measured over other seeds, and a margin of half
+    [(0.0, 0.01, 0.02), (0.5, 0.03, 0.03), (1.0, 0.1, 0.07), (2.0, 0.03, 0.09)],
 )
 def test_the_error_of_the_estimate_by_spectrum(decay: float, bias: float, deviation: float) -> None:
     """Singular values i^-decay, 192 x 256, 100 probes of the seed: mean and deviation stay within the stated."""
@@ -71,6 +72,15 @@ def test_the_seed_decides_alone() -> None:
     assert not torch.equal(nuclear_norm(g, "lanczos", seed=8), value)
 
 
+def test_a_matrix_in_a_batch_has_the_probes_it_has_alone() -> None:
+    g = make("gaussian", (3, 70, 90), 0).float()
+    seeds = torch.tensor([5, 9, 5])
+    together = nuclear_norm(g, "lanczos", seed=seeds)
+    for i, seed in enumerate(seeds.tolist()):
+        torch.testing.assert_close(nuclear_norm(g[i], "lanczos", seed=seed), together[i], rtol=1e-6, atol=0)
+    assert not torch.equal(nuclear_norm(g, "lanczos", seed=5)[1], together[1])
+
+
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30])
 def test_the_estimate_at_the_ends_of_float32(scale: float) -> None:
     g = make("steep", (70, 80), 0)
@@ -84,7 +94,7 @@ def test_the_estimate_at_the_ends_of_float32(scale: float) -> None:
 def test_bad_values_are_named() -> None:
     with pytest.raises(LayerwiseError, match="'trace'"):
         nuclear_norm(torch.ones(2, 2), "trace")
-    with pytest.raises(LayerwiseError, match="steps=0"):
-        nuclear_norm(torch.ones(2, 2), "lanczos", steps=0)
+    with pytest.raises(LayerwiseError, match="probes=0"):
+        nuclear_norm(torch.ones(2, 2), "lanczos", probes=0)
     with pytest.raises(LayerwiseError, match=r"\[d, 1\]"):
         nuclear_norm(torch.ones(4))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import polar
-from layerwise.geometry.newton_schulz import BLOCKS_FROM, PATHS, POLYNOMIALS, symmetric_product
+from layerwise.geometry.newton_schulz import BLOCKS_FROM, POLYNOMIALS, strip_product
 
 examples = settings(max_examples=40, deadline=None)
 
@@ -88,7 +88,7 @@ def test_the_ends_of_float32(value: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "steep", "low_rank"])
-@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("path", ["standard", "blocked", "gram"])
 @pytest.mark.parametrize(
     "shape", [(3, 40, 40), (2, 24, 96), (96, 24), (1, 7), (BLOCKS_FROM, BLOCKS_FROM + 7), (700, 660)]
 )
@@ -110,10 +110,8 @@ def test_a_symmetric_product_computes_only_half_and_mirrors_it(n: int) -> None:
     a = g + g.mT
     b = a @ a / n  # commutes with a
     out = torch.full_like(a, torch.nan)
-    torch.testing.assert_close(symmetric_product(a, b, out), a @ b)
-    torch.testing.assert_close(
-        symmetric_product(a, b, torch.empty_like(a), add=a, beta=0.5, alpha=-2.0), 0.5 * a - 2 * a @ b
-    )
+    torch.testing.assert_close(strip_product(a, b, out), a @ b)
+    torch.testing.assert_close(strip_product(a, b, add=a, beta=0.5, alpha=-2.0), 0.5 * a - 2 * a @ b)
 
 
 def test_a_stack_is_its_matrices_and_the_input_is_left_alone() -> None:

@@ -1,13 +1,15 @@
-"""Newton-Schulz iterations `X <- (a I + b X X^T + c (X X^T)^2) X`: three ways to compute the same numbers.
+"""Newton-Schulz iterations `X <- (a I + b X X^T + c (X X^T)^2) X`: several ways to compute the same numbers.
 
 All work on stacks `[k, n, m]` with `n <= m` and singular values in [0, 1], and on the polynomials below.
 Costs count multiplications of two n x n matrices (2 n^3 FLOP), with r = m / n and five steps:
 
-| path       | products          | square | m = 4 n | runs on                                              |
-|------------|-------------------|--------|---------|------------------------------------------------------|
-| `standard` | 10 r + 5          | 15     | 45      | GPUs; small matrices                                 |
-| `blocked`  | 10 r + 5          | 15     | 45      | CPU, nearly square: buffers, half of each symmetric  |
-| `gram`     | 4 r + 14          | 18     | 30      | CPU, m >= 1.5 n: buffers, half of each symmetric     |
+| path          | products   | square | m = 4 n | runs on                                                      |
+|---------------|------------|--------|---------|--------------------------------------------------------------|
+| `standard`    | 10 r + 5   | 15     | 45      | GPUs; small matrices                                         |
+| `blocked`     | 10 r + 5   | 15     | 45      | CPU, nearly square: buffers, a third of each symmetric saved |
+| `gram`        | 4 r + 14   | 18     | 30      | CPU, m >= 1.5 n: buffers, a third of each symmetric saved    |
+| `triton`      | 10 r + 5   | 15     | 45      | by name only: `standard`, half of each symmetric saved       |
+| `triton_gram` | 4 r + 14   | 18     | 30      | by name only: `gram`, half of each symmetric saved           |
 
 `docs/polar.md` has the measured times and errors.
 """
@@ -15,6 +17,7 @@ Costs count multiplications of two n x n matrices (2 n^3 FLOP), with r = m / n a
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,32 +56,60 @@ POLYNOMIALS: dict[str, tuple[Triple, ...]] = {
     "polar_express": tuple(_safe(triple) for triple in _POLAR_EXPRESS[:5]),
     "polar_express8": (*(_safe(triple) for triple in _POLAR_EXPRESS), (1.875, -1.25, 0.375)),
 }
-PATHS = ("auto", "standard", "blocked", "gram")
+PATHS = ("auto", "standard", "blocked", "gram", "triton", "triton_gram")
 
-#: Below this many rows a symmetric product by blocks is no faster (n = 256: 0.92 of a plain one against 0.91 in pairs).
-BLOCKS_FROM = 320
+#: Below this many rows a symmetric product by blocks is no faster (n = 320, four together: 0.96 against 0.85 of one plain).
+BLOCKS_FROM = 384
+#: A strip has at least so many rows, and there are at most so many strips: three at n = 384, four from 512 on.
+STRIP_ROWS, MOST_STRIPS = 128, 4
 #: The Gram path pays from this ratio m / n: 4 r + 14 < 10 r + 5.
 GRAM_FROM = 1.5
-#: Steps between fresh Gram matrices. Without a restart, real momentum matrices gave errors of 1.5e-2 in the spectral
-#: norm (a Gram matrix loses singular values below 3e-4, which five steps multiply by 485); with it 7e-5, standard 6e-5.
-RESTART_EVERY = 3
-#: What a chunk of a stack may occupy: a share of a last-level cache. Pairs of 384 x 384 take 0.95 of the time of one by
-#: one, but all of a large stack at once falls out of the cache.
+#: The Gram path takes a fresh Gram matrix after so many steps, and then after every three. Without a restart real momentum
+#: matrices gave errors of 1.5e-2 in the spectral norm (float32 loses the squares of singular values below 3e-4, which five
+#: steps multiply by 485). After two and not three, as Polar Express begins with the steepest steps.
+RESTART_AFTER, RESTART_EVERY = 2, 3
+#: What is worked on at once on a CPU: a share of a last-level cache. A few matrices together give every thread whole
+#: products of its own (n = 384, four: 0.77 of one plain product where one alone takes 0.85); more fall out of the cache.
 CHUNK_BYTES = 2**24
+
+
+class Product(Protocol):
+    """`alpha A B + beta add` into `out` (or a new tensor), where the result is known to be symmetric."""
+
+    def __call__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor | None = None,
+        *,
+        add: Tensor | None = None,
+        beta: float = 1.0,
+        alpha: float = 1.0,
+    ) -> Tensor: ...
 
 
 def newton_schulz(x: Tensor, triples: tuple[Triple, ...], path: str = "auto") -> Tensor:
     """All steps on `[k, n, m]`, `n <= m`, singular values in [0, 1]. `x` may be overwritten."""
     path = choose_path(x) if path == "auto" else path
     if path == "standard":
-        return _standard(x, triples)
+        return _standard(x, triples, plain_product)
+    if path.startswith("triton"):
+        from layerwise.geometry.triton_kernels import symmetric_product as product
+
+        return (_gram if path == "triton_gram" else _standard)(x, triples, product)
     steps = _gram if path == "gram" else _blocked
-    size = _chunk(x)
+    size = matrices_at_once(x.size(-2), x.size(-1), x.element_size())
     if size >= x.size(0):
-        return steps(x, triples)
+        return steps(x, triples, strip_product)
     for chunk in x.split(size):
-        chunk.copy_(steps(chunk, triples))
+        chunk.copy_(steps(chunk, triples, strip_product))
     return x
+
+
+def matrices_at_once(d_out: int, d_in: int, element_size: int) -> int:
+    """How many matrices a CPU should work on together: as many as stay in the cache with their buffers."""
+    n, m = min(d_out, d_in), max(d_out, d_in)
+    return max(1, CHUNK_BYTES // max(1, (2 * n * m + 4 * n * n) * element_size))
 
 
 def choose_path(x: Tensor) -> str:
@@ -91,76 +122,95 @@ def choose_path(x: Tensor) -> str:
     return "blocked" if n >= BLOCKS_FROM else "standard"
 
 
-def _standard(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
+def _standard(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor:
     """As published, sums folded into the products: three launches a step, nothing for a compiler to trip over."""
     for a, b, c in triples:
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = product(x, x.mT)
+        x = torch.baddbmm(x, product(gram, gram, add=gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _blocked(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
-    """The standard iteration with two of its three products symmetric (n = 384: 0.94 of the time, n = 768: 0.84)."""
+def _blocked(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor:
+    """The standard iteration in buffers that stay in the cache; two of its three products are symmetric."""
     k, n, _ = x.shape
     y, gram, p = torch.empty_like(x), x.new_empty(k, n, n), x.new_empty(k, n, n)
     for triple in triples:
-        symmetric_product(x, x.mT, out=gram)
-        _polynomial(gram, triple, out=p)
+        product(x, x.mT, gram)
+        _polynomial(gram, triple, product, out=p)
         x, y = _apply(p, x, out=y), x
     return x
 
 
-def _gram(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
+def _gram(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor:
     """Iterate on the n x n Gram matrix and touch the n x m matrix only at a restart (the idea of gram-newton-schulz).
 
     With `P = a I + b G + c G^2`, a step takes X to `P X` and so `G = X X^T` to `P G P`; the Ps are multiplied up in
     Q, and all of these are polynomials of one G, so they commute and every product is symmetric.
-    m = 4 n: 0.61 of the time of the standard path at n = 384.
     """
     k, n, _ = x.shape
     y = torch.empty_like(x)
     gram, p, q, spare = x.new_empty(4, k, n, n).unbind()
-    for start in range(0, len(triples), RESTART_EVERY):
-        segment = triples[start : start + RESTART_EVERY]
-        symmetric_product(x, x.mT, out=gram)
-        for step, triple in enumerate(segment):
-            _polynomial(gram, triple, out=p if step else q)
-            if step < len(segment) - 1:
-                symmetric_product(gram, p if step else q, out=spare)
-                symmetric_product(spare, p if step else q, out=gram)
-            if step:
-                q, spare = symmetric_product(q, p, out=spare), q
+    cuts = [0, *range(RESTART_AFTER, len(triples), RESTART_EVERY), len(triples)]
+    for start, end in pairwise(cuts):
+        product(x, x.mT, gram)
+        for step, triple in enumerate(triples[start:end], start):
+            new = _polynomial(gram, triple, product, out=q if step == start else p)
+            if step < end - 1:
+                product(gram, new, spare)
+                product(spare, new, gram)
+            if step > start:
+                q, spare = product(q, p, spare), q
         x, y = _apply(q, x, out=y), x
     return x
 
 
-def _polynomial(gram: Tensor, triple: Triple, out: Tensor) -> Tensor:
+def _polynomial(gram: Tensor, triple: Triple, product: Product, out: Tensor) -> Tensor:
     """`a I + b G + c G^2`."""
     a, b, c = triple
-    symmetric_product(gram, gram, out=out, add=gram, beta=b, alpha=c)
+    product(gram, gram, out, add=gram, beta=b, alpha=c)
     out.diagonal(dim1=-2, dim2=-1).add_(a)
     return out
 
 
-def symmetric_product(
-    a: Tensor, b: Tensor, out: Tensor, *, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+def plain_product(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None = None,
+    *,
+    add: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """`alpha A B + beta add` into `out`, where the result is known to be symmetric: only the upper half by blocks.
+    """All of it, by torch."""
+    if add is None:
+        return torch.bmm(a, b, out=out).mul_(alpha) if alpha != 1.0 else torch.bmm(a, b, out=out)
+    return torch.baddbmm(add, a, b, beta=beta, alpha=alpha, out=out)
 
-    Row strip i is multiplied with the columns from its own on; what is left of it is mirrored from above. With s strips
-    (s + 1) / 2s of the FLOPs. Against a plain product, two threads: n = 384, 2 strips: 0.85 (the mirror costs 0.06 and
-    smaller blocks run slower); n = 768, 4 strips: 0.73; X X^T with m = 4 n: 0.82 and 0.71.
+
+def strip_product(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None = None,
+    *,
+    add: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """The upper half by strips: strip i of the rows with the columns from its own on; what is left of it is mirrored.
+
+    With s strips (s + 1) / 2s of the FLOPs. Against a plain product, two threads, four matrices together: n = 384, 3
+    strips: 0.77 (the mirror costs 0.05 to 0.1, as torch transposes slowly), X X^T with m = 4 n: 0.76.
     """
-    n = out.size(-1)
-    strips = 1 if n < BLOCKS_FROM else 2 if n < 640 else 4
+    n = a.size(-2)
+    out = a.new_empty(a.size(0), n, n) if out is None else out
+    strips = max(1, min(n // STRIP_ROWS, MOST_STRIPS)) if n >= BLOCKS_FROM else 1
     edges = [n * i // strips for i in range(strips + 1)]
     for top, bottom in pairwise(edges):
-        rows, columns, target = a[:, top:bottom], b[:, :, top:], out[:, top:bottom, top:]
-        if add is None:
-            torch.bmm(rows, columns, out=target)
-        else:
-            torch.baddbmm(add[:, top:bottom, top:], rows, columns, beta=beta, alpha=alpha, out=target)
-        out[:, bottom:, top:bottom].copy_(target[:, :, bottom - top :].mT)
+        target = out[:, top:bottom, top:]
+        part = None if add is None else add[:, top:bottom, top:]
+        plain_product(a[:, top:bottom], b[:, :, top:], target, add=part, beta=beta, alpha=alpha)
+        if bottom < n:
+            out[:, bottom:, top:bottom].copy_(target[:, :, bottom - top :].mT)
     return out
 
 
@@ -171,9 +221,3 @@ def _apply(q: Tensor, x: Tensor, out: Tensor) -> Tensor:
     else:
         torch.bmm(x.mT, q, out=out.mT)
     return out
-
-
-def _chunk(x: Tensor) -> int:
-    """How many matrices of the stack are worked on at once: as many as stay in the cache with their buffers."""
-    _, n, m = x.shape
-    return max(1, CHUNK_BYTES // ((2 * n * m + 4 * n * n) * x.element_size()))

@@ -15,9 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from layerwise.geometry import Geometry, Layout
+from layerwise.geometry.newton_schulz import matrices_at_once
 
-#: On a GPU a batch fills the device where one small matrix cannot; above this size one matrix does.
+#: On a GPU a batch fills the device where one small matrix cannot; above this size one matrix does. Not yet measured
+#: here: the Muon literature's number.
 BATCH_BELOW = 1024
+#: What a batch whose norms are taken may hold: on a GPU little beside a model, on a CPU what stays in the cache (with 16
+#: MiB the C library hands the memory back after every batch, and 8,000 to 20,000 page faults a step get it again).
+NORM_BYTES = {"cpu": 5 * 2**20, "gpu": 2**28}
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,19 @@ class MatrixWork(Protocol):
 
 
 class LocalWork:
-    """Everything on this process: matrix by matrix on a CPU, equal small shapes in one batch on a GPU."""
+    """Everything on this process, equal shapes in batches."""
 
     def norms(self, jobs: Sequence[MatrixJob]) -> list[Tensor]:
-        return [self._norm(job) for job in jobs]
+        found: dict[int, Tensor] = {}
+        for batch in batches(jobs, norms_at_once):
+            if len(batch) == 1:
+                found[batch[0]] = self._norm(jobs[batch[0]])
+            else:
+                found |= self._batched_norms(jobs, batch)
+        return [found[i] for i in range(len(jobs))]
 
     def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[tuple[int, Tensor]]:
-        for batch in batches(jobs):
+        for batch in batches(jobs, directions_at_once):
             if len(batch) == 1:
                 yield batch[0], unit_steps(jobs[batch[0]])
             else:
@@ -81,11 +92,26 @@ class LocalWork:
         return torch.cat([job.geometry.dual_norm(stack, seed=job.seed) * factor for stack, factor in stacks])
 
     @staticmethod
+    def _batched_norms(jobs: Sequence[MatrixJob], batch: Sequence[int]) -> dict[int, Tensor]:
+        stacks = [jobs[i].layout.to_matrices(jobs[i].tensor())[0] for i in batch]
+        sizes = [stack.shape[0] for stack in stacks]
+        seeds = [
+            torch.as_tensor(jobs[i].seed, device=stacks[0].device).expand(k)
+            for i, k in zip(batch, sizes, strict=True)
+        ]
+        together = torch.cat(stacks)
+        del stacks  # the memory is used again in what follows
+        duals = jobs[batch[0]].geometry.dual_norm(together, seed=torch.cat(seeds))
+        return {i: dual * jobs[i].factors[0] for i, dual in zip(batch, duals.split(sizes), strict=True)}
+
+    @staticmethod
     def _batched(jobs: Sequence[MatrixJob], batch: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         geometry, factor = jobs[batch[0]].geometry, jobs[batch[0]].factors[0]
         stacks = [jobs[i].layout.to_matrices(jobs[i].tensor())[0] for i in batch]
-        together = geometry.lmo(torch.cat(stacks))
-        for i, steps in zip(batch, together.split([s.shape[0] for s in stacks]), strict=True):
+        sizes = [stack.shape[0] for stack in stacks]
+        together = torch.cat(stacks)
+        del stacks  # the memory is used again in what follows
+        for i, steps in zip(batch, geometry.lmo(together).split(sizes), strict=True):
             _scale(steps, factor, jobs[i].multiplier)
             yield i, jobs[i].layout.from_matrices((steps,), jobs[i].param.shape)
 
@@ -124,16 +150,35 @@ def _scale(steps: Tensor, factor: float, multiplier: Tensor | None) -> None:
         steps.mul_(factor)
 
 
-def batches(jobs: Sequence[MatrixJob]) -> list[list[int]]:
-    """Indices of jobs that are worked on together: alike in everything, small, and on a GPU; the rest alone.
-
-    On a CPU a loop is faster than a batch (24 matrices of 384 x 384: 1.48 s against 1.94 s with two threads).
-    """
-    together: dict[object, list[int]] = {}
+def batches(jobs: Sequence[MatrixJob], at_once: Callable[[MatrixJob], int]) -> list[list[int]]:
+    """Indices of jobs that are worked on together: alike in everything, up to ``at_once`` of their matrices."""
+    together: dict[object, list[list[int]]] = {}
+    held: dict[object, int] = {}
     for i, job in enumerate(jobs):
         shapes = job.layout.shapes(job.param.shape)
         key: object = i
-        if job.param.device.type != "cpu" and len(shapes) == 1 and min(shapes[0][1:]) < BATCH_BELOW:
+        if len(shapes) == 1:
             key = (job.geometry, shapes[0][1:], job.factors, job.param.dtype, job.param.device)
-        together.setdefault(key, []).append(i)
-    return list(together.values())
+        size = sum(k for k, _, _ in shapes)
+        found = together.setdefault(key, [])
+        if not found or held[key] + size > at_once(job):
+            found.append([])
+            held[key] = 0
+        found[-1].append(i)
+        held[key] += size
+    return [batch for found in together.values() for batch in found]
+
+
+def directions_at_once(job: MatrixJob) -> int:
+    """On a CPU what stays in the cache; on a GPU small matrices only, as one large matrix fills it."""
+    _, d_out, d_in = job.layout.shapes(job.param.shape)[0]
+    if job.param.device.type == "cpu":
+        return matrices_at_once(d_out, d_in, job.param.element_size())
+    return norms_at_once(job) if min(d_out, d_in) < BATCH_BELOW else 1
+
+
+def norms_at_once(job: MatrixJob) -> int:
+    """A norm is many small operations however large the matrix; what bounds a batch is that it is a copy."""
+    _, d_out, d_in = job.layout.shapes(job.param.shape)[0]
+    limit = NORM_BYTES["cpu" if job.param.device.type == "cpu" else "gpu"]
+    return max(1, limit // max(1, d_out * d_in * job.param.element_size()))

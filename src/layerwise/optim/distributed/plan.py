@@ -33,7 +33,7 @@ def _nuclear_cost(job: MatrixJob, small: int, large: int) -> int:
     lanczos = isinstance(job.geometry, Spectral) and (
         job.geometry.nuclear == "lanczos" or (job.geometry.nuclear == "auto" and small > 64)
     )
-    return 16 * small * large if lanczos else 8 * _polar_cost(small, large)
+    return 24 * small * large if lanczos else 8 * _polar_cost(small, large)
 
 
 @lru_cache(maxsize=64)
