@@ -1,7 +1,7 @@
 """Time of one optimizer step, contenders taking turns in one run, on the matrices of real models.
 
     python benchmarks/optimizer_step.py                                   # d = 384, about three minutes on two cores
-    python benchmarks/optimizer_step.py --sets gpt2-small,llama-lora --repeats 3
+    python benchmarks/optimizer_step.py --sets gpt2-small,llama-lora --repeats 3 --warm-up 1
     python benchmarks/optimizer_step.py --device cuda --sets d384,gpt2-small,llama-lora
 
 Writes `benchmarks/results/optimizer_step_DEVICE.{json,md,png}`; sets that were not asked for keep their numbers. On a GPU
@@ -65,6 +65,7 @@ LLAMA_BLOCK: Shapes = [
 LORA: Shapes = [(16, 2048), (2048, 16), (16, 2048), (256, 16)] * 22
 SETS: dict[str, Shapes] = {
     "tiny": gpt_block(64),  # to try the script
+    "tiny-split": split_block(64),
     "d384": gpt_block(384) * 12,  # 48 matrices, 190 GFLOP of standard Newton-Schulz
     "d384-split": split_block(384) * 12,
     "gpt2-small": gpt_block(768) * 12,
@@ -74,12 +75,17 @@ SETS: dict[str, Shapes] = {
 
 @dataclass
 class Row:
-    """One contender on one set: seconds per step, and on a GPU what one step launches and holds at its peak."""
+    """One contender on one set: seconds per step, and on a GPU what one step launches and holds at its peak.
+
+    `ratio` to the fastest literal Muon is the median over rounds of the ratio within a round: what slows the machine for
+    a while slows both.
+    """
 
     name: str
     median: float
     low: float
     high: float
+    ratio: float = 1.0
     launches: int | None = None
     peak_mb: float | None = None
 
@@ -123,6 +129,15 @@ def pytorch_optimizer_step(name: str, params: Sequence[Tensor], cast: bool, **op
         vars(module).update(published)
 
     return step
+
+
+def heavyball_muon(params: Sequence[Tensor], cast: bool) -> Step:
+    """heavyball's Muon, which compiles itself; without the cast its rounding to bfloat16 is left out for good."""
+    import heavyball
+
+    if not cast:
+        heavyball.utils.stochastic_round_ = lambda x, source=None: x if source is None else source
+    return heavyball.Muon(params, lr=0.02).step
 
 
 def noise_alone(params: Sequence[Tensor]) -> Step:
@@ -179,12 +194,13 @@ def contenders(device: str) -> dict[str, Callable[[Sequence[Tensor]], Step]]:
         )
         found[f"SCION (pytorch-optimizer, {kind})"] = lambda ps: pytorch_optimizer_step("SCION", ps, cast)
     if importlib.util.find_spec("heavyball"):
-        found["Muon (heavyball)"] = lambda ps: __import__("heavyball").Muon(ps, lr=0.02).step
+        found[f"Muon (heavyball, {kind})"] = lambda ps: heavyball_muon(ps, cast)
     if cast and importlib.util.find_spec("dion"):
         found["Newton-Schulz alone (dion, Triton)"] = dion_polar
     if cast and importlib.util.find_spec("gram_newton_schulz"):
         found["Newton-Schulz alone (gram-newton-schulz)"] = gram_polar
-    for path in ("standard", "gram", "triton", "triton_gram") if cast else ():
+    with_triton = ("triton", "triton_gram") if importlib.util.find_spec("triton") else ()
+    for path in ("standard", "gram", *with_triton) if cast else ():
         found[f"Newton-Schulz alone (layerwise, {path})"] = lambda ps, path=path: in_stacks(
             ps, functools.partial(polar, path=path)
         )
@@ -203,7 +219,7 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(shapes: Shapes, device: str, repeats: int, only: str) -> list[Row]:
+def measure(shapes: Shapes, device: str, repeats: int, warm_up: int, only: str) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     gradients = [[torch.randn(s, generator=generator).to(device) for s in shapes] for _ in range(2)]
     entries: list[tuple[str, list[Tensor], Step]] = []
@@ -213,9 +229,12 @@ def measure(shapes: Shapes, device: str, repeats: int, only: str) -> list[Row]:
         params = [torch.nn.Parameter(torch.zeros(s, device=device)) for s in shapes]
         for p, g in zip(params, gradients[0], strict=True):
             p.grad = g
-        entries.append((name, params, build(params)))
+        try:
+            entries.append((name, params, build(params)))
+        except ImportError as missing:  # installed, but not for this machine
+            print(f"{name}: left out, {missing}", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in entries}
-    for repeat in range(-2, repeats):  # two rounds of warm-up
+    for repeat in range(-warm_up, repeats):
         turn = repeat % len(entries)
         for name, params, step in entries[turn:] + entries[:turn]:
             for p, g in zip(params, gradients[repeat % 2], strict=True):
@@ -233,6 +252,9 @@ def measure(shapes: Shapes, device: str, repeats: int, only: str) -> list[Row]:
         if device == "cuda":
             row.launches, row.peak_mb = launches_and_peak(step)
         rows.append(row)
+    base = seconds[fastest_muon(rows).name]
+    for row in rows:
+        row.ratio = statistics.median(t / b for t, b in zip(seconds[row.name], base, strict=True))
     return rows
 
 
@@ -259,7 +281,6 @@ def table(results: dict[str, list[Row]], info: dict[str, str]) -> str:
     lines = ["# Time of an optimizer step", "", "Written by `benchmarks/optimizer_step.py`."]
     lines.append("Machine: " + "; ".join(f"{k} {v}" for k, v in info.items()) + ".")
     for name, rows in results.items():
-        base = fastest_muon(rows)
         gpu = rows[0].launches is not None
         lines += [
             "",
@@ -267,13 +288,13 @@ def table(results: dict[str, list[Row]], info: dict[str, str]) -> str:
             "",
         ]
         lines.append(
-            "| contender | median, ms | quartiles, ms | against the fastest literal Muon |"
+            "| contender | median, ms | quartiles, ms | to the fastest literal Muon, by round |"
             + (" launches | peak, MB |" if gpu else "")
         )
         lines.append("|---|---|---|---|" + ("---|---|" if gpu else ""))
         for r in rows:
             spread = f"{r.low * 1e3:.1f} to {r.high * 1e3:.1f}"
-            line = f"| {r.name} | {r.median * 1e3:.1f} | {spread} | {r.median / base.median:.3f} |"
+            line = f"| {r.name} | {r.median * 1e3:.1f} | {spread} | {r.ratio:.3f} |"
             lines.append(line + (f" {r.launches} | {r.peak_mb:.0f} |" if gpu else ""))
     return "\n".join(lines) + "\n"
 
@@ -288,17 +309,21 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
         len(results), 1, figsize=(8, 3.4 * len(results)), squeeze=False, layout="constrained"
     )
     for ax, (name, rows) in zip(axes[:, 0], results.items(), strict=True):
-        base = fastest_muon(rows).median
         rows = rows[::-1]
-        ratios = [r.median / base for r in rows]
-        spread = [[(r.median - r.low) / base for r in rows], [(r.high - r.median) / base for r in rows]]
+        ratios = [r.ratio for r in rows]
+        spread = [
+            [r.ratio * (1 - r.low / r.median) for r in rows],
+            [r.ratio * (r.high / r.median - 1) for r in rows],
+        ]
         colours = ["#1f6f8b" if "layerwise" in r.name else "#b8bec4" for r in rows]
         ax.barh(
             [r.name for r in rows], ratios, xerr=spread, color=colours, error_kw={"lw": 0.8, "ecolor": "#444"}
         )
         ax.axvline(1, color="#444", lw=0.8, ls=":")
         ax.set_title(f"{name} ({len(SETS[name])} matrices)")
-        ax.set_xlabel("time of a step / fastest literal Muon (median, quartiles)")
+        ax.set_xlabel(
+            "time of a step / fastest literal Muon in the same round (medians; bars: quartiles of the times)"
+        )
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=150)
     plt.close(fig)
@@ -310,6 +335,7 @@ def main() -> None:
     )
     parser.add_argument("--sets", default="d384,d384-split", help=f"comma-separated: {', '.join(SETS)}")
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds before the clock")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", default="", help="comma-separated parts of contenders' names")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -320,11 +346,11 @@ def main() -> None:
     info = machine.describe()
     results = {}
     for name in args.sets.split(","):
-        results[name] = measure(SETS[name], args.device, args.repeats, args.only)
+        results[name] = measure(SETS[name], args.device, args.repeats, args.warm_up, args.only)
         for row in results[name]:
+            spread = f"({row.low * 1e3:.1f} to {row.high * 1e3:.1f})"
             print(
-                f"{name:12s} {row.name:44s} {row.median * 1e3:9.1f} ms  ({row.low * 1e3:.1f} to {row.high * 1e3:.1f})",
-                flush=True,
+                f"{name:12s} {row.name:44s} {row.median * 1e3:9.1f} ms  {row.ratio:.3f}  {spread}", flush=True
             )
     args.out.mkdir(exist_ok=True)
     stem = args.out / f"optimizer_step_{args.device}"

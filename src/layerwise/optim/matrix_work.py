@@ -20,9 +20,9 @@ from layerwise.geometry.newton_schulz import matrices_at_once
 #: On a GPU a batch fills the device where one small matrix cannot; above this size one matrix does. Not yet measured
 #: here: the Muon literature's number.
 BATCH_BELOW = 1024
-#: What a batch whose norms are taken may hold: on a GPU little beside a model, on a CPU what stays in the cache (with 16
-#: MiB the C library hands the memory back after every batch, and 8,000 to 20,000 page faults a step get it again).
-NORM_BYTES = {"cpu": 5 * 2**20, "gpu": 2**28}
+#: What a batch whose norms are taken may hold: on a GPU little beside a model, on a CPU what stays in the cache (with
+#: 16 MiB the C library hands the memory back after every batch, and 8,000 to 20,000 page faults a step get it again).
+NORM_BYTES = {"cpu": 2**23, "gpu": 2**28}
 
 
 @dataclass(frozen=True)

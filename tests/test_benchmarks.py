@@ -1,0 +1,33 @@
+"""The benchmark scripts run from end to end, on sizes that say nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_optimizer_step_is_measured_and_earlier_sets_are_kept(tmp_path: Path) -> None:
+    common = ["--repeats", "1", "--only", "torch.optim,layerwise", "--out", str(tmp_path)]
+    run("optimizer_step.py", "--sets", "tiny", *common)
+    first = (tmp_path / "optimizer_step_cpu.md").read_text()
+    assert "| Muon (layerwise) |" in first
+    assert "| noise alone (layerwise) |" in first
+    run("optimizer_step.py", "--sets", "tiny-split", *common)
+    both = (tmp_path / "optimizer_step_cpu.md").read_text()
+    assert "## tiny:" in both
+    assert "## tiny-split:" in both
+    assert (tmp_path / "optimizer_step_cpu.png").stat().st_size > 0
+
+
+def test_what_is_asked_of_a_gpu_runs_dry_on_a_cpu(tmp_path: Path) -> None:
+    run("gpu_checks.py", "--device", "cpu", "--small", "--out", str(tmp_path))
+    page = (tmp_path / "gpu_checks_cpu.md").read_text()
+    for words in ("graphs compiled after each", "| 64 |", "| triton_gram |", "noise is", "calls that wait"):
+        assert words in page
