@@ -288,7 +288,7 @@ def table(results: dict[str, list[Row]], info: dict[str, str]) -> str:
             "",
         ]
         lines.append(
-            "| contender | median, ms | quartiles, ms | to the fastest literal Muon, by round |"
+            "| contender | median, ms | quartiles, ms | against the fastest literal Muon |"
             + (" launches | peak, MB |" if gpu else "")
         )
         lines.append("|---|---|---|---|" + ("---|---|" if gpu else ""))
