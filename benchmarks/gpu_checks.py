@@ -84,9 +84,9 @@ def synchronisation(device: str, shapes: Sequence[tuple[int, int]], trace: Path)
         step()
     trace_of.export_chrome_trace(str(trace))
     found = {e.key: e.count for e in trace_of.key_averages() if e.key in WAITS}
-    return (
+    return [
         f"warnings of torch's sync check: {len(waits)}; calls that wait, by the profiler: {found or 'none'}"
-    )
+    ]
 
 
 def recompilation(device: str, shapes: Sequence[tuple[int, int]], backend: str) -> list[str]:
