@@ -93,7 +93,7 @@ class LocalWork:
 
     @staticmethod
     def _batched_norms(jobs: Sequence[MatrixJob], batch: Sequence[int]) -> dict[int, Tensor]:
-        stacks = [jobs[i].layout.to_matrices(jobs[i].tensor())[0] for i in batch]
+        stacks = [jobs[i].layout.to_matrices(jobs[i].whole())[0] for i in batch]
         sizes = [stack.shape[0] for stack in stacks]
         seeds = [
             torch.as_tensor(jobs[i].seed, device=stacks[0].device).expand(k)
