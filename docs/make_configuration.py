@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from layerwise.lab.base_rates import base_rates
-from layerwise.lab.config import Config
+from layerwise.lab.config import LoraConfig
 from layerwise.lab.models import FAMILIES, PRESETS
 from layerwise.lab.optimizers import OPTIMIZERS, RULES, Preset
+from layerwise.lab.sweep.config import SweepConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -65,7 +68,8 @@ AFTER = {
     + "\n".join(
         f"- `{name}`: {', '.join(f'`{key}`' for key in sorted(family.setting_names()))}"
         for name, family in FAMILIES.items()
-    ),
+    )
+    + "\n\n`model.lora`, such as `model.lora.rank=4`. {lora}",
     "data": "The built-in text is every `.py` file of the standard library in sorted order, without tests, `encodings`,"
     " `idlelib`, `tkinter`, `lib2to3`, `turtledemo` and generated files; its hash goes into the record of the run. Every"
     " n-th document is held out, n = 1 / `validation_fraction`; where there are fewer than 2 n documents, the end of the"
@@ -92,15 +96,28 @@ AFTER = {
     " several processes with equal shares of a micro-batch.",
     "parallel": "`torchrun --nproc-per-node 2 -m layerwise train CONFIG parallel=fsdp2`; what several processes change, and"
     " what not, is in [distributed](distributed.md#the-lab).",
+    "sweep": "For `layerwise sweep` alone, which varies the run that the other sections describe"
+    " ([transfer](transfer.md#sizes-of-your-own-model)):\n\n"
+    "    sweep: {axis: width, sizes: [64, 256], lr: {low: 1e-4, high: 1e-1, count: 10}, methods: [standard, flerm]}\n\n"
+    "`layerwise sweep CONFIG --dry-run` says how many trials that is.",
 }
 
 
-def _type(field: FieldInfo) -> str:
-    text = str(field.annotation if not isinstance(field.annotation, type) else field.annotation.__name__)
-    text = (
-        text.replace("typing.", "").removeprefix("Literal[").removesuffix("]") if "Literal" in text else text
-    )
-    return text.replace("|", "or").replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+def _type(annotation: Any) -> str:
+    """A type in the words of the page; limits on elements (`Annotated`) are left to the error message."""
+    if annotation is None or annotation is NoneType:
+        return "null"
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin is Literal:
+        return " or ".join(repr(value) for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_type, arguments))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    name = str(getattr(annotation, "__name__", annotation))
+    return f"{name}[{', '.join(map(_type, arguments))}]" if arguments else name
 
 
 def _limits(field: FieldInfo) -> str:
@@ -115,22 +132,26 @@ def _limits(field: FieldInfo) -> str:
 
 def _row(section: str, key: str, field: FieldInfo) -> str:
     limits = _limits(field)
-    kind = _type(field) + (f", {limits}" if limits else "")
-    return f"| `{section}.{key}` | {kind} | `{json.dumps(field.default)}` | {field.description} |"
+    kind = _type(field.annotation) + (f", {limits}" if limits else "")
+    default = json.dumps(field.get_default(call_default_factory=True))
+    return f"| `{section}.{key}` | {kind} | `{default}` | {field.description} |"
+
+
+def _table(name: str, section: type[BaseModel]) -> str:
+    rows = "\n".join(_row(name, key, field) for key, field in section.model_fields.items())
+    return f"{section.__doc__}\n\n| key | type | default | meaning |\n|---|---|---|---|\n{rows}\n"
 
 
 def page() -> str:
     """The text of the page."""
     parts = [INTRODUCTION]
-    for name, outer in Config.model_fields.items():
+    for name, outer in SweepConfig.model_fields.items():
         section = outer.annotation
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
-        rows = "\n".join(_row(name, key, field) for key, field in section.model_fields.items())
         after = f"\n{AFTER[name]}\n" if name in AFTER else ""
-        parts.append(
-            f"## {name}\n\n{section.__doc__}\n\n| key | type | default | meaning |\n|---|---|---|---|\n{rows}\n{after}"
-        )
+        after = after.replace("{lora}", _table("model.lora", LoraConfig).rstrip())
+        parts.append(f"## {name}\n\n{_table(name, section)}{after}")
     return "\n".join(parts)
 
 

@@ -125,8 +125,8 @@ def test_what_ends_a_run_ends_it_on_every_process(cluster, tmp_path):
     assert results_status(tmp_path, "lost") == "diverged"
     assert "--overwrite replaces it" in ends({"run.name": "lost"})
     assert ends({"training.batch_size": 1}) == (
-        "training.batch_size=1 in training.accumulation=1 parts leaves 1 sequences a part for 2 processes:"
-        " raise the one or lower the other"
+        "training.batch_size=1 in training.accumulation=1 parts leaves 1 a part, fewer than 2 processes:"
+        " raise the batch size, or lower the accumulation or the number of processes"
     )
     replicas = {"optimizer.noise": {"reference": "replicas"}}
     assert "= 7 sequences are not a multiple of 2 processes" in ends({**replicas, "training.batch_size": 7})

@@ -199,7 +199,8 @@ def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> N
     if sequences < world:
         raise LayerwiseError(
             f"training.batch_size={training.batch_size} in training.accumulation={training.accumulation} parts"
-            f" leaves {sequences} sequences a part for {world} processes: raise the one or lower the other"
+            f" leaves {sequences} a part, fewer than {world} processes: raise the batch size, or lower the"
+            " accumulation or the number of processes"
         )
     if needs_replicas(optimizer) and sequences % world:
         raise LayerwiseError(
