@@ -93,27 +93,27 @@ class LocalWork:
 
     @staticmethod
     def _batched_norms(jobs: Sequence[MatrixJob], batch: Sequence[int]) -> dict[int, Tensor]:
-        stacks = [jobs[i].layout.to_matrices(jobs[i].whole())[0] for i in batch]
-        sizes = [stack.shape[0] for stack in stacks]
+        together, sizes = _together(jobs, batch)
         seeds = [
-            torch.as_tensor(jobs[i].seed, device=stacks[0].device).expand(k)
+            torch.as_tensor(jobs[i].seed, device=together.device).expand(k)
             for i, k in zip(batch, sizes, strict=True)
         ]
-        together = torch.cat(stacks)
-        del stacks  # the memory is used again in what follows
         duals = jobs[batch[0]].geometry.dual_norm(together, seed=torch.cat(seeds))
         return {i: dual * jobs[i].factors[0] for i, dual in zip(batch, duals.split(sizes), strict=True)}
 
     @staticmethod
     def _batched(jobs: Sequence[MatrixJob], batch: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         geometry, factor = jobs[batch[0]].geometry, jobs[batch[0]].factors[0]
-        stacks = [jobs[i].layout.to_matrices(jobs[i].tensor())[0] for i in batch]
-        sizes = [stack.shape[0] for stack in stacks]
-        together = torch.cat(stacks)
-        del stacks  # the memory is used again in what follows
+        together, sizes = _together(jobs, batch)
         for i, steps in zip(batch, geometry.lmo(together).split(sizes), strict=True):
             _scale(steps, factor, jobs[i].multiplier)
             yield i, jobs[i].layout.from_matrices((steps,), jobs[i].param.shape)
+
+
+def _together(jobs: Sequence[MatrixJob], batch: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """The matrices of a batch in one stack, and how many are of each job."""
+    stacks = [jobs[i].layout.to_matrices(jobs[i].whole())[0] for i in batch]
+    return torch.cat(stacks), [stack.shape[0] for stack in stacks]
 
 
 def default_work() -> MatrixWork:
