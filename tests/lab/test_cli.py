@@ -41,6 +41,7 @@ def test_train_resume_and_train_again_from_the_runs_folder(
     assert call("train", str(config), "training.steps=4", "optimizer=lanton") == 2
     assert "--resume continues it" in capsys.readouterr().err
     assert call("train", str(folder), "--resume") == 0
+    assert "had finished before" in capsys.readouterr().out
     assert call("train", str(folder), "run.name=again") == 0
     metrics = [
         [
@@ -56,6 +57,7 @@ def test_train_resume_and_train_again_from_the_runs_folder(
     ("words", "message"),
     [
         (["optimzer=lanton"], "unknown key `optimzer`: did you mean `optimizer`?"),
+        (["sweep.axis=width"], "section `sweep` is for `layerwise sweep`"),
         (["training.batch_size=4000"], "one batch of training.batch_size=4000"),
         (["other.yaml"], "one config at most"),
         (["optimizer.lr=1e30", "training.clip_norm=null"], "diverged"),

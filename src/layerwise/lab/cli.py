@@ -13,9 +13,11 @@ import typer
 from layerwise import __version__
 from layerwise.errors import LayerwiseError
 from layerwise.lab import processes
+from layerwise.lab.config import Config
 from layerwise.lab.models import PRESETS
 from layerwise.lab.optimizers import OPTIMIZERS
 from layerwise.lab.overrides import load_config
+from layerwise.lab.runs import has_ended
 
 app = typer.Typer(
     help="Layerwise learning rates: train and compare language models with noise-adaptive layer rates.",
@@ -95,7 +97,9 @@ def train(
     path, overrides = split_words(words or [])
     if match is not None:
         overrides.append(f"function_space.match={match}")
-    run = run_training(load_config(path, overrides), resume=resume, overwrite=overwrite)
+    config: Config = load_config(path, overrides)
+    ended = resume and not overwrite and has_ended(config.run_path)
+    run = run_training(config, resume=resume, overwrite=overwrite)
     processes.leave()
     if run.status == "diverged":
         raise LayerwiseError(f"run {run.path} diverged: {run.result.get('reason')}; lower optimizer.lr")
@@ -103,7 +107,8 @@ def train(
         return
     result = run.result
     print(
-        f"{run.name}: {result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s"
+        f"{run.name}{' had finished before' if ended else ''}: {result['steps']} steps,"
+        f" {result['tokens']:,} tokens in {result['seconds']:.0f} s"
         f" ({result['tokens_per_second']:,.0f} tokens/s), loss {result['loss']:.4f},"
         f" validation loss {result['val_loss']:.4f} nats per token; written to {run.path}"
     )

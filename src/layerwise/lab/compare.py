@@ -25,7 +25,7 @@ from layerwise.lab.progress import Progress, ProgressKind, make_progress
 from layerwise.lab.report import Contender, RateCurve, RunData
 from layerwise.lab.report.names import looks, optimizer_title
 from layerwise.lab.resume import flatten
-from layerwise.lab.runs import RUN_FILE, Run, find_runs, read_run
+from layerwise.lab.runs import Run, find_runs, has_ended, read_run
 from layerwise.lab.train import complete, train
 
 DEFAULT = ("adamw", "d-muon", "scion", "lanton")
@@ -265,7 +265,7 @@ def _run_seeds(
         tree["training"] |= {"seed": seed, "keep": 1}
         placed = store.place(validate(Config, tree), entry.name)
         title = f"{entry.label}, rate {rate:.3g}" + (f", seed {seed}" if config.compare.seeds > 1 else "")
-        ended = (placed.run_path / RUN_FILE).is_file() and read_run(placed.run_path).status != "running"
+        ended = has_ended(placed.run_path)
         shown: Any = _Titled(make_progress(progress), title)
         run = train(placed, resume=True, progress=shown)
         if ended:

@@ -26,6 +26,9 @@ SHORTHANDS = {
     "parallel": "strategy",
 }
 
+#: Sections of one command's configs, where another is given one.
+SECTIONS_OF = {"compare": "layerwise compare", "sweep": "layerwise sweep"}
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: `1e-3` is a number, `no` and `on` are words."""
@@ -140,6 +143,10 @@ def _section_at(schema: type[BaseModel], location: Sequence[int | str]) -> type[
 def _explain(schema: type[BaseModel], error: Any, within: str) -> str:
     key = within + ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
+        if key in SECTIONS_OF:
+            return (
+                f"section `{key}` is for `{SECTIONS_OF[key]}`: give it this config, or leave the section out"
+            )
         section = _section_at(schema, error["loc"][:-1])
         return f"unknown key `{key}`: {nearest(str(error['loc'][-1]), section.model_fields)}"
     message = error["msg"].removeprefix("Value error, ")

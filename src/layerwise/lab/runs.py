@@ -115,6 +115,11 @@ class Run:
         return [x for x, _ in pairs], [y for _, y in pairs]
 
 
+def has_ended(path: Path) -> bool:
+    """Whether there is a run in `path` with nothing left to do: finished or diverged."""
+    return (path / RUN_FILE).is_file() and read_run(path).status != "running"
+
+
 def read_run(path: str | Path) -> Run:
     """The run in a directory. Raises LayerwiseError where there is none or run.json is damaged."""
     folder = Path(path)

@@ -195,8 +195,10 @@ class Trainer:
         if training.clip_norm is not None:
             self._grad_norm = parallel.clip(self.model, training.clip_norm)
         with ExitStack() as around:
-            for observer in self.observers:
-                around.enter_context(observer.around_step(self.step + 1, Batch.join(parts)))
+            if self.observers:
+                batch = Batch.join(parts)
+                for observer in self.observers:
+                    around.enter_context(observer.around_step(self.step + 1, batch))
             self._optimizer_step()
         self.optimizer.zero_grad()
         self.scheduler.step()
