@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import layerwise as lw
+from layerwise.errors import LayerwiseError
 from layerwise.geometry import Spectral
 from layerwise.geometry.layout import MatrixLayout, Split, StackLayout
 from layerwise.optim.distributed import DistributedWork
@@ -368,3 +369,17 @@ def tensor_parallel() -> bool:
             optimizer.work = LocalWork()
         optimizer.step()
     return torch.allclose(whole(cut), alone.detach(), atol=1e-6)
+
+
+def halves_not_averaged() -> str:
+    """The usual loop of accumulation, whose first half stays on its process."""
+    model, optimizer = make("ddp", "Lanton", "independent")
+    assert isinstance(model, DistributedDataParallel)
+    tokens, features, targets = batch(0)
+    with model.no_sync():
+        nn.functional.cross_entropy(model(mine(tokens), mine(features)), mine(targets)).backward()
+    try:
+        optimizer.hold_half()
+    except LayerwiseError as error:
+        return str(error)
+    return ""

@@ -4,6 +4,7 @@ import pytest
 from distributed_runs import (
     counted,
     different_models,
+    halves_not_averaged,
     make,
     partly_missing,
     poisoned,
@@ -116,3 +117,8 @@ def test_tensor_parallelism_alone_works_and_under_sharding_is_refused(cluster):
     assert cluster.run(2, tensor_parallel) == [True, True]
     for message in cluster.run(4, two_dimensional_shards):
         assert "tensor parallelism is not supported" in message
+
+
+def test_halves_that_were_not_averaged_are_refused(cluster):
+    for message in cluster.run(2, halves_not_averaged):
+        assert "no_sync" in message

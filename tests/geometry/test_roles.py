@@ -398,6 +398,36 @@ def test_norms_of_any_shape_are_vectors():
     assert rows(model)["norm.weight"].role == "vector"
 
 
+def test_a_projection_whose_class_says_norm_is_a_projection():
+    class NormedLinear(nn.Linear):
+        pass
+
+    class LayerNormLinear(nn.Module):  # as transformer_engine's: a gain and a matrix in one module
+        def __init__(self):
+            super().__init__()
+            self.layer_norm_weight = nn.Parameter(torch.ones(8))
+            self.weight = nn.Parameter(torch.zeros(16, 8))
+
+    class HeadRMSNorm(nn.Module):  # a gain for every head
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 8))
+
+    table = rows(Net(a=NormedLinear(8, 8), b=LayerNormLinear(), c=HeadRMSNorm(), out=nn.Linear(8, 2)))
+    assert table["a.weight"].role == table["b.weight"].role == "hidden"
+    assert "assumed" in table["b.weight"].note
+    assert table["b.layer_norm_weight"].role == table["c.weight"].role == "vector"
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_torchs_older_weight_norm():
+    old = nn.utils.weight_norm
+    table = rows(Net(conv=old(nn.Conv1d(3, 8, 3)), hidden=old(nn.Linear(8, 8)), out=nn.Linear(8, 2)))
+    for name, role in (("conv", "conv"), ("hidden", "hidden")):
+        assert table[f"{name}.weight_g"].role == "vector"
+        assert table[f"{name}.weight_v"].role == role
+
+
 def test_attention_with_separate_projections_and_bilinear():
     table = rows(Net(a=nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True), b=nn.Bilinear(3, 4, 5)))
     assert table["a.k_proj_weight"].layout == MatrixLayout()

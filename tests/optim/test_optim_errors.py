@@ -26,6 +26,10 @@ BAD = {
     "multipliers without names": (lambda: lw.StaticRates(0.5), ["0.5", "by unit name"]),
     "a preset's own name": (lambda: lw.Muon(groups(), adamw_lr=-1.0), ["adamw_lr=-1.0", "at least 0"]),
     "negative lr": (lambda: lw.Muon(groups(), lr=-1.0), ["lr=-1.0", "at least 0"]),
+    "overridden lr": (
+        lambda: lw.Muon(lw.param_groups(net(), {"up.weight": {"lr": -1.0}})),
+        ["'up.weight'", "lr=-1.0"],
+    ),
     "nan lr": (lambda: lw.DMuon(groups(), lr=math.nan), ["lr=nan", "finite"]),
     "infinite lr": (lambda: lw.Scion(groups(), lr=math.inf), ["lr=inf", "finite"]),
     "text lr": (lambda: lw.Lanton(groups(), lr="1e-3"), ["lr='1e-3'", "number"]),
@@ -52,11 +56,11 @@ BAD = {
     "scaling": (lambda: lw.Lanton(groups(), scaling="muon"), ["scaling='muon'", "'floored'"]),
     "scaling that does not fit": (
         lambda: lw.Lanton(groups(), scaling="floored"),
-        ["'floored'", "spectral", "Sign", "'unit'"],
+        ["'embed.weight'", "'floored'", "spectral", "Sign", "'unit'"],
     ),
     "overridden geometry of muon": (
         lambda: lw.Muon(lw.param_groups(net(), overrides={"up.weight": Sign()})),
-        ["'floored'", "Sign", "'rms_0.2'"],
+        ["'up.weight'", "'floored'", "Sign", "'rms_0.2'"],
     ),
     "radius": (lambda: lw.Scion(groups(), radius={"hidden": -1.0}), ["radius=-1.0"]),
     "radius of no role": (lambda: lw.Scion(groups(), radius={"hiden": 1.0}), ["'hiden'", "hidden"]),
@@ -120,6 +124,25 @@ def test_each_bad_value_is_named_with_its_mend(case):
     assert len(message) < 400
     for part in parts:
         assert part in message, message
+
+
+def test_an_option_that_adamw_does_not_have_says_so():
+    with pytest.warns(
+        UserWarning, match=r"momentum=0.5 of the group of 'embed.weight' has no effect.*\"lmo\""
+    ):
+        lw.Muon(lw.param_groups(net(), {"embed.weight": {"momentum": 0.5}}))
+
+
+@pytest.mark.filterwarnings("ignore:parameters are grouped by shape")
+def test_groups_as_torch_takes_them():
+    """With generators, and with a group that is empty."""
+    model = net()
+    optimizer = lw.Lanton([{"params": model.up.parameters(), "lr": 0.5}, {"params": model.down.parameters()}])
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
+    optimizer = lw.Lanton([*groups(), {**groups()[0], "params": [], "param_names": []}])
+    set_gradients(model, 0)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:parameters are grouped by shape")

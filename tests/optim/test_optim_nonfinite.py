@@ -164,3 +164,31 @@ def test_a_device_is_asked_without_waiting_and_told_later(monkeypatch):
     with pytest.raises(lw.LayerwiseError, match="'b'"):
         guard.check(["d"], [good])
     assert guard.check(["e"], [good]).item() is True
+
+
+@pytest.mark.parametrize("name", ["lanton", "lanton-momentum", "namo"])
+def test_finite_gradients_whose_squares_or_differences_are_not(name):
+    """1e38 and -1e38 are finite; their squares, and their difference's norm, are not: rates must outlive them."""
+    model = net()
+    optimizer = make(name, model)
+    for scale in (1.0, 1e37, -1e37, 1.0, 1.0):
+        set_gradients(model, 0, scale=scale)
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(math.isfinite(rate.multiplier) for rate in optimizer.layer_rates().values())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_differences_that_leave_float16(alpha):
+    model = net(torch.float16)
+    optimizer = lw.Lanton(lw.param_groups(model), lr=1e-3, noise=lw.NoiseAdaptive(alpha=alpha))
+    for sign in (1, -1, 1):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, sign * 4e4)
+        optimizer.step()
+    rates = optimizer.layer_rates()
+    # All entries of the last difference are 8e4, and the nuclear norm of a rank-one matrix is its Frobenius norm. The dual
+    # of the RMS to RMS norm of a 10 x 6 matrix is sqrt(10 / 6) of it.
+    assert rates["up.weight"].noise == pytest.approx((8e4) ** 2 * 60 * 10 / 6, rel=0.01)
+    assert all(math.isfinite(rate.multiplier) for rate in rates.values())
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -93,6 +93,43 @@ def test_the_optimizer_itself_copies_and_pickles(name, way):
     again.load_state_dict(again.state_dict())
 
 
+def test_a_hook_may_change_what_is_loaded():
+    """torch's contract: what `register_load_state_dict_pre_hook` returns is loaded in place of what was given."""
+    optimizer, again = make("lanton", net()), make("lanton", net())
+    state = optimizer.state_dict()
+
+    def filled(_, given):
+        values = {
+            i: {**state, "momentum_buffer": state["momentum_buffer"] + 7}
+            for i, state in given["state"].items()
+        }
+        return {**given, "state": values, "skipped_steps": 3}
+
+    again.register_load_state_dict_pre_hook(filled)
+    again.load_state_dict(state)
+    assert all((state["momentum_buffer"] == 7).all() for state in again.state.values())
+    assert again.skipped_steps == 3
+    assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lw.NoiseAdaptive(alpha=0, beta=0), lw.NoiseAdaptive(alpha=0.0, beta=0.0)),
+        (lw.NormAdaptive(ceiling=2), lw.NormAdaptive(ceiling=2.0)),
+        (
+            lw.StaticRates({"up.weight": 1, "down.weight": 0.5}),
+            lw.StaticRates({"down.weight": 0.5, "up.weight": 1.0}),
+        ),
+    ],
+)
+def test_equal_rules_load_each_other(one, other):
+    assert one == other
+    lw.Lanton(lw.param_groups(net()), noise=other).load_state_dict(
+        lw.Lanton(lw.param_groups(net()), noise=one).state_dict()
+    )
+
+
 SCRIPT = """
 import sys, torch, tiny
 name, path = sys.argv[1:]
@@ -192,6 +229,28 @@ def _sign():
     from layerwise.geometry import Sign
 
     return Sign()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (lw.Muon, lw.DMuon, "scaling of 'up.weight' is floored in it"),
+        (
+            lw.Lanton,
+            lambda g: lw.Lanton(g, scaling="unit"),
+            "scaling of 'embed.weight' is rms_0.2 in it and unit",
+        ),
+        (lw.Scion, lambda g: lw.Scion(g, radius={"hidden": 7.0}), "radius of '(up|down).weight' is"),
+        (
+            lw.Muon,
+            lambda g: lw.Muon(g, nesterov=False),
+            "nesterov of 'up.weight' is True in it and False here",
+        ),
+    ],
+)
+def test_steps_of_another_size_or_direction_are_another_optimizer(one, other, message):
+    with pytest.raises(lw.LayerwiseError, match=message):
+        other(lw.param_groups(net())).load_state_dict(one(lw.param_groups(net())).state_dict())
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -18,12 +18,17 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_hf_conv1d(module)
 
 
+#: Parts of a class's name that say more than "norm" does: `LayerNormLinear` holds a projection.
+_MORE_THAN_NORM = ("linear", "mlp", "conv", "embed", "attention", "dense", "proj")
+
+
 def is_norm(module: nn.Module) -> bool:
     """A normalisation: its parameters are gains and biases whatever their shape."""
-    known = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
-    return isinstance(module, known) or (
-        "norm" in type(module).__name__.lower() and next(module.children(), None) is None
-    )
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)):
+        return True
+    name = type(module).__name__.lower()
+    holds_more = any(part in name for part in _MORE_THAN_NORM)
+    return "norm" in name and not holds_more and next(module.children(), None) is None
 
 
 def holds_lora(module: nn.Module | None) -> bool:

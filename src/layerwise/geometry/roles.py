@@ -100,7 +100,7 @@ def _tie(first: Found, second: Found) -> Found:
 def _classify(place: _Place, is_head: bool) -> Found:
     shape = tuple(place.parameter.shape)
     owner, attribute = _seen_through(place)
-    if len(shape) <= 1 or is_norm(owner):
+    if len(shape) <= 1 or is_norm(owner) or _is_magnitude(owner, attribute):
         return place.found("vector", VectorLayout())
     lora = _lora_factor(place)
     if lora is not None:
@@ -170,6 +170,11 @@ def _seen_through(place: _Place) -> tuple[nn.Module, str]:
     if steps[-2:-1] == ["parametrizations"] and place.attribute.startswith("original") and not is_gain:
         return place.path[-3][1], steps[-1]
     return place.path[-1][1], place.attribute
+
+
+def _is_magnitude(owner: nn.Module, attribute: str) -> bool:
+    """The gain of torch's older `weight_norm`, which makes `weight_g` and `weight_v` of `weight`."""
+    return attribute.endswith("_g") and f"{attribute[:-2]}_v" in owner._parameters
 
 
 def _lora_factor(place: _Place) -> str | None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layerwise.errors import LayerwiseError
 from layerwise.optim import adamw, checkpoint, report
 from layerwise.optim.groups import Group, Recipe, as_groups, check_parameters, complete, factors, with_layouts
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.halves import Halves, needs_halves, needs_replicas
-from layerwise.optim.matrix_work import MatrixWork, default_work
+from layerwise.optim.matrix_work import MatrixWork, default_work, local_part
 from layerwise.optim.options import DEFAULTS, check_group
 from layerwise.optim.rates import RateRule, State
 from layerwise.optim.replaced import carry_over, has_moved, warn_of_fresh_state
@@ -30,6 +31,11 @@ from layerwise.optim.update import (
 
 if TYPE_CHECKING:  # it is slow to import
     from layerwise.optim.distributed.replicas import Replicas
+
+_NOT_AVERAGED = (
+    "hold_half: the processes hold different gradients, so they have not been averaged and the weights would drift apart: "
+    "leave no_sync before the last backward() of each half, or use reference='replicas'"
+)
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -71,6 +77,7 @@ class LayerwiseOptimizer(Optimizer):
         self.recipe: Recipe = recipe or {}
         self.guard = NonFiniteGuard(nonfinite)
         self.halves = Halves()
+        self._halves_agree = False  # until the processes were asked
         self._replicas: Replicas | None = None
         self._work = work
         super().__init__(as_groups(params), DEFAULTS | defaults)
@@ -89,6 +96,8 @@ class LayerwiseOptimizer(Optimizer):
             ready.append((group, [self._allocate(group, name, param) for name, param in group["params"]]))
         for group, states in ready:
             params = [param for _, param in group["params"]]
+            if not params:
+                group["param_names"] = []  # torch makes none, and then misses them
             super().add_param_group(group)
             self.state.update(zip(params, states, strict=True))
         self._note_holders()
@@ -97,9 +106,10 @@ class LayerwiseOptimizer(Optimizer):
     def _allocate(self, group: Group, name: str, param: Tensor) -> State:
         if group["update"] == "adamw":
             return adamw.allocate(param)
-        factors(
-            group, tuple(param.shape)
-        )  # fails here, not in the first step, where the scaling does not fit
+        try:
+            factors(group, tuple(param.shape))  # fails here, not in the first step
+        except LayerwiseError as error:
+            raise LayerwiseError(f"parameter {name!r}: {error}") from None
         state: State = {"momentum_buffer": torch.zeros_like(param)}
         rule: RateRule | None = group["noise"]
         if rule is not None:
@@ -207,8 +217,19 @@ class LayerwiseOptimizer(Optimizer):
         Call it after the backward pass of the first half of the micro-batches, and again after the last one where
         gradients are clipped before the step. The two halves must be of equal size, each micro-batch's loss divided by
         the number of micro-batches. Not for gradients that a GradScaler will unscale: the halves would keep its scale.
+
+        Under DistributedDataParallel both halves have to be averaged over the processes: the backward pass before each
+        call must not be under ``no_sync``.
+
+        Raises:
+            LayerwiseError: at the first call, where the processes hold different gradients of one parameter.
         """
         self.halves.hold(self._half_buffers())
+        if not self._halves_agree:
+            self._halves_agree = True
+            whole = [buffer for param, buffer in self._half_buffers() if local_part(param) is param]
+            if whole:
+                self.work.check_same(whole, _NOT_AVERAGED)
 
     def _half_buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._follow_parameters()
@@ -289,7 +310,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"recipe": self.recipe, "guard": self.guard, "_work": self._work, "halves": Halves()}
-        own["_replicas"] = None  # the copy watches no model
+        own |= {"_halves_agree": False, "_replicas": None}  # the copy watches no model
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -306,20 +327,33 @@ class LayerwiseOptimizer(Optimizer):
         """Load what ``state_dict`` gave.
 
         Raises:
-            LayerwiseError: where it was made for other parameters, another geometry, layout, noise rule or update.
+            LayerwiseError: where it was made for other parameters or by another optimizer
+                (``layerwise.optim.checkpoint.KEPT`` are the options that have to be the same).
         """
         self._replace_state()  # what it lost comes now
-        checkpoint.check(self, state_dict)
+        checkpoint.check_kind(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def take(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            """After all other hooks, which may change what is loaded; and before anything of this optimizer changes."""
+            checkpoint.check(self, found)
+            loaded.update(found)
+            return checkpoint.without_extras(found)
+
         live = [{key: group[key] for key in checkpoint.KEPT} for group in self.param_groups]
         lrs = [group["lr"] for group in self.param_groups]
         own = {param: dict(state) for param, state in self.state.items()}
-        super().load_state_dict(checkpoint.without_extras(state_dict))
+        last = self.register_load_state_dict_pre_hook(take)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
         for group, kept, lr in zip(self.param_groups, live, lrs, strict=True):
             group.update(kept)
             if isinstance(lr, Tensor):
                 group["lr"] = lr.fill_(group["lr"])
-        checkpoint.copy_state(self, own, state_dict)
-        self.guard.skipped_steps = checkpoint.skipped_steps(state_dict)
+        checkpoint.copy_state(self, own, loaded)
+        self.guard.skipped_steps = checkpoint.skipped_steps(loaded)
         self.halves.forget()
         if self._replicas is not None:
             self._replicas.restart()

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from layerwise.errors import LayerwiseError
 from layerwise.optim.options import DESCRIBED
 
-#: Group options that loading leaves as they are.
-KEPT: Final = (*DESCRIBED, "update", "norm_group", "role")
+#: Group options that loading leaves as they are: what the optimizer is, where the others are how it is set.
+KEPT: Final = (*DESCRIBED, "update", "nesterov", "scaling", "radius", "norm_group", "role")
 _SKIPPED: Final = "skipped_steps"
 
 
@@ -49,18 +49,23 @@ def _pairs(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[s
             yield name, param, state_dict["state"].get(index, {})
 
 
+def check_kind(state_dict: object) -> None:
+    """Raise :class:`LayerwiseError` for what is no dict at all."""
+    if not isinstance(state_dict, dict):
+        raise _no_state(f"is {state_dict!r:.80}")
+
+
+def _no_state(what: str) -> LayerwiseError:
+    return LayerwiseError(
+        f"not the state of an optimizer: it {what}, and 'state' and 'param_groups' are needed; "
+        "give what optimizer.state_dict() returned"
+    )
+
+
 def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Raise :class:`LayerwiseError` where ``state_dict`` belongs to another model or another optimizer."""
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        has = (
-            f"has the keys {sorted(map(str, state_dict))}"
-            if isinstance(state_dict, dict)
-            else f"is {state_dict!r:.80}"
-        )
-        raise LayerwiseError(
-            f"not the state of an optimizer: it {has}, and 'state' and 'param_groups' are needed; "
-            "give what optimizer.state_dict() returned"
-        )
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise _no_state(f"has the keys {sorted(map(str, state_dict))}")
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise _other(f"it has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")

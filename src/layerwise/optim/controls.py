@@ -23,6 +23,9 @@ from layerwise.optim.rates import (
     stack_readings,
 )
 
+#: Its square is still a float32: an average that held an infinity once would be NaN ever after.
+LARGEST_NORM = 1e19
+
 
 @dataclass(frozen=True)
 class NormAdaptive(RateRule):
@@ -44,6 +47,7 @@ class NormAdaptive(RateRule):
             ("ceiling", self.ceiling, 0.0, float("inf")),
         ):
             check_number("NormAdaptive", name, value, low, high)
+            object.__setattr__(self, name, float(value))
 
     def allocate(self, param: Tensor, units: Sequence[str]) -> State:
         state = super().allocate(param, units)
@@ -57,6 +61,7 @@ class NormAdaptive(RateRule):
 
     def update(self, units: Sequence[UnitReadings], keep: Tensor | None) -> None:
         norms, present = stack_readings(units)
+        norms = norms.clamp(max=LARGEST_NORM)
         old, power = gather(units, "second_moment"), gather(units, "beta1_power")
         beta1 = torch.cat([torch.full_like(unit.state["multiplier"], unit.momentum) for unit in units]).to(
             power
@@ -85,6 +90,9 @@ class StaticRates(RateRule):
             )
         for name, value in self.multipliers.items():
             check_number("StaticRates", f"multipliers[{name!r}]", value, 0.0, float("inf"))
+        # In one order and as floats: a checkpoint tells rules apart by their text.
+        in_order = {name: float(self.multipliers[name]) for name in sorted(self.multipliers)}
+        object.__setattr__(self, "multipliers", in_order)
 
     def check(self, ruled: Sequence[str], others: Sequence[str]) -> None:
         for name, value in self.multipliers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -34,8 +35,12 @@ def as_groups(params: Iterable[Any]) -> list[Group]:
         raise LayerwiseError(
             "params mixes groups with parameters: pass groups (dicts) alone, or parameters alone"
         )
+    # Parameters may be a generator, as model.parameters() is.
+    dicts = [
+        {**group, "params": _as_list(group["params"])} if "params" in group else group for group in dicts
+    ]
     groups = dicts if dicts or not given else _by_shape(name_params(given, None, 0), {})
-    if not any(_as_list(group.get("params", ())) for group in groups):
+    if not any(group.get("params") for group in groups):
         raise LayerwiseError(
             "the optimizer got no parameters: pass layerwise.param_groups(model), or check requires_grad"
         )
@@ -66,6 +71,13 @@ def _by_shape(params: list[tuple[str, Tensor]], options: Group) -> list[Group]:
 
 def complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Group:
     """The group with every option set: its own, else the preset's for its role, else the default."""
+    try:
+        return _complete(group, recipe, defaults)
+    except LayerwiseError as error:
+        raise LayerwiseError(f"{_first_name(group)}: {error}") from None
+
+
+def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Group:
     check_group(group)
     preset = recipe.get(str(group.get("role")), recipe.get("default", {}))
     base = {key: defaults[key] for key in DEFAULTS if key in defaults}
@@ -77,10 +89,29 @@ def complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Group
             "give both, as layerwise.param_groups(model) does, or neither"
         )
     check_group(full)
-    if full["noise"] is not None and full["update"] == "lmo":
+    if full["update"] == "adamw":
+        _warn_of_unused(group, {**base, **preset})
+    elif full["noise"] is not None:
         full["noise"].fits(full)
     full["norm_group"] = full["norm_group"] or full["geometry"].norm_group
     return {key: _plain(value) for key, value in full.items()}
+
+
+def _warn_of_unused(group: Group, without: Mapping[str, Any]) -> None:
+    """A group that AdamW updates may be given what only a unit step has: say that it does nothing."""
+    for key in ("noise", "momentum", "nesterov", "scaling", "radius"):
+        if key in group and group[key] != without[key]:
+            warnings.warn(
+                f"{key}={group[key]!r} of {_first_name(group)} has no effect: AdamW updates it; "
+                'give "update": "lmo" as well for steps in its geometry',
+                stacklevel=6,  # whoever made the optimizer
+            )
+
+
+def _first_name(group: Group) -> str:
+    """Which group an error is about."""
+    names = [name for name, _ in group["params"]]
+    return f"the group of {names[0]!r}" if names else "an empty group"
 
 
 def _plain(value: Any) -> Any:

@@ -63,6 +63,10 @@ class MatrixWork(Protocol):
     def anywhere(self, flags: Tensor) -> Tensor:
         """``flags`` (bool, any device), true where they are true on any process that takes this step."""
 
+    def check_same(self, tensors: Sequence[Tensor], otherwise: str) -> None:
+        """Raise :class:`LayerwiseError` with the message ``otherwise`` where processes hold different values of one that
+        is not sharded. Waits for the device."""
+
 
 class LocalWork:
     """Everything on this process, equal shapes in batches."""
@@ -85,6 +89,9 @@ class LocalWork:
 
     def anywhere(self, flags: Tensor) -> Tensor:
         return flags
+
+    def check_same(self, tensors: Sequence[Tensor], otherwise: str) -> None:
+        """There is one process."""
 
     @staticmethod
     def _norm(job: MatrixJob) -> Tensor:

@@ -60,7 +60,9 @@ class PreviousGradient(Reference):
         return {"previous_gradient": torch.zeros_like(param, dtype=self.dtype or param.dtype)}
 
     def difference(self, seen: Gradients, state: State) -> Tensor:
-        return seen.grad - state["previous_gradient"]
+        # in float32 at least: the difference of two float16 gradients can leave float16
+        dtype = torch.promote_types(seen.grad.dtype, torch.float32)
+        return seen.grad.to(dtype) - state["previous_gradient"]
 
     def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
         previous = state["previous_gradient"]
@@ -197,9 +199,11 @@ class NoiseAdaptive(RateRule):
     floor: float = 0.1
 
     def __post_init__(self) -> None:
-        check_number("NoiseAdaptive", "alpha", self.alpha, 0.0, 1e15)
-        check_number("NoiseAdaptive", "beta", self.beta, 0.0, 1.0)
-        check_number("NoiseAdaptive", "floor", self.floor, SMALLEST_FLOOR, 1.0)
+        for name, low, high in (("alpha", 0.0, 1e15), ("beta", 0.0, 1.0), ("floor", SMALLEST_FLOOR, 1.0)):
+            check_number("NoiseAdaptive", name, getattr(self, name), low, high)
+            object.__setattr__(
+                self, name, float(getattr(self, name))
+            )  # a checkpoint tells rules apart by their text
         if 0.0 < self.alpha < 1e-15:
             raise LayerwiseError(
                 f"NoiseAdaptive(alpha={self.alpha!r}): its square is lost in float32; give 0, which is the limit of it, "
@@ -255,8 +259,9 @@ class NoiseAdaptive(RateRule):
         dual, present = stack_readings(units)
         old, count = gather(units, "noise"), gather(units, "gradients_seen")
         first = self._reference.warmup
-        # At most so large that the sum over units stays finite.
-        square = dual[0].square().clamp(max=torch.finfo(torch.float32).max / old.numel())
+        # At most so large that the sum over units stays finite; a difference beyond float32 has a norm of inf or nan.
+        most = torch.finfo(torch.float32).max / old.numel()
+        square = dual[0].square().nan_to_num(nan=most).clamp(max=most)
         average = torch.where(count <= first, square, torch.lerp(square, old, self.beta))
         noise = torch.where(present & (count >= first), average, old)
         count = count + present

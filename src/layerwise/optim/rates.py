@@ -62,7 +62,11 @@ class UnitReadings(NamedTuple):
 
 
 class RateRule(ABC):
-    """Base of the rules that can be given as ``noise=`` to any preset."""
+    """Base of the rules that can be given as ``noise=`` to any preset.
+
+    A checkpoint holds a rule's ``repr`` and loads where it is the same: make a rule a frozen dataclass, whose repr has
+    all its options.
+    """
 
     def allocate(self, param: Tensor, units: Sequence[str]) -> State:
         """State for one parameter; every rule has ``multiplier``, one float32 entry per unit, 1 at first."""
