@@ -7,6 +7,7 @@
 Writes `benchmarks/results/optimizer_step_DEVICE.{json,md,png}`; sets that were not asked for keep their numbers. On a GPU
 the iterations run in bfloat16, launches and peak memory are counted, and dion's Triton and gram-newton-schulz's kernels
 are compared with every path of `polar` where they are installed; `gpu_checks.py` has what else is asked of a GPU.
+heavyball takes part where it is installed (`pip install -c constraints.txt heavyball`).
 
 Every contender has its own copy of the weights and sees the same two sets of gradients in turn; the order of the
 contenders rotates, so that a noisy moment hits all alike. Published codes cast to bfloat16; on a CPU the cast is taken out
@@ -78,7 +79,7 @@ class Row:
     """One contender on one set: seconds per step, and on a GPU what one step launches and holds at its peak.
 
     `ratio` to the fastest literal Muon is the median over rounds of the ratio within a round: what slows the machine for
-    a while slows both.
+    a while slows both. `low` and `high` are quartiles of the times, `ratio_low` and `ratio_high` of the ratios.
     """
 
     name: str
@@ -86,6 +87,8 @@ class Row:
     low: float
     high: float
     ratio: float = 1.0
+    ratio_low: float = 1.0
+    ratio_high: float = 1.0
     launches: int | None = None
     peak_mb: float | None = None
 
@@ -247,15 +250,25 @@ def measure(shapes: Shapes, device: str, repeats: int, warm_up: int, only: str) 
                 seconds[name].append(time.perf_counter() - start)
     rows = []
     for name, _, step in entries:
-        times = sorted(seconds[name])
-        row = Row(name, statistics.median(times), times[len(times) // 4], times[(3 * len(times)) // 4])
+        low, median, high = quartiles(seconds[name])
+        row = Row(name, median, low, high)
         if device == "cuda":
             row.launches, row.peak_mb = launches_and_peak(step)
         rows.append(row)
     base = seconds[fastest_muon(rows).name]
     for row in rows:
-        row.ratio = statistics.median(t / b for t, b in zip(seconds[row.name], base, strict=True))
+        row.ratio_low, row.ratio, row.ratio_high = quartiles(
+            [t / b for t, b in zip(seconds[row.name], base, strict=True)]
+        )
     return rows
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, median, high = (
+        statistics.quantiles([*values], n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    )
+    return low, median, high
 
 
 def launches_and_peak(step: Step) -> tuple[int, float]:
@@ -288,13 +301,14 @@ def table(results: dict[str, list[Row]], info: dict[str, str]) -> str:
             "",
         ]
         lines.append(
-            "| contender | median, ms | quartiles, ms | against the fastest literal Muon |"
+            "| contender | median, ms | quartiles, ms | against the fastest literal Muon | quartiles |"
             + (" launches | peak, MB |" if gpu else "")
         )
-        lines.append("|---|---|---|---|" + ("---|---|" if gpu else ""))
+        lines.append("|---|---|---|---|---|" + ("---|---|" if gpu else ""))
         for r in rows:
             spread = f"{r.low * 1e3:.1f} to {r.high * 1e3:.1f}"
-            line = f"| {r.name} | {r.median * 1e3:.1f} | {spread} | {r.ratio:.3f} |"
+            ratios = f"{r.ratio:.3f} | {r.ratio_low:.2f} to {r.ratio_high:.2f}"
+            line = f"| {r.name} | {r.median * 1e3:.1f} | {spread} | {ratios} |"
             lines.append(line + (f" {r.launches} | {r.peak_mb:.0f} |" if gpu else ""))
     return "\n".join(lines) + "\n"
 
@@ -312,8 +326,8 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
         rows = rows[::-1]
         ratios = [r.ratio for r in rows]
         spread = [
-            [r.ratio * (1 - r.low / r.median) for r in rows],
-            [r.ratio * (r.high / r.median - 1) for r in rows],
+            [r.ratio - r.ratio_low for r in rows],
+            [r.ratio_high - r.ratio for r in rows],
         ]
         colours = ["#1f6f8b" if "layerwise" in r.name else "#b8bec4" for r in rows]
         ax.barh(
@@ -321,9 +335,7 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
         )
         ax.axvline(1, color="#444", lw=0.8, ls=":")
         ax.set_title(f"{name} ({len(SETS[name])} matrices)")
-        ax.set_xlabel(
-            "time of a step / fastest literal Muon in the same round (medians; bars: quartiles of the times)"
-        )
+        ax.set_xlabel("time of a step / fastest literal Muon in the same round (medians and quartiles)")
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=150)
     plt.close(fig)
@@ -348,7 +360,7 @@ def main() -> None:
     for name in args.sets.split(","):
         results[name] = measure(SETS[name], args.device, args.repeats, args.warm_up, args.only)
         for row in results[name]:
-            spread = f"({row.low * 1e3:.1f} to {row.high * 1e3:.1f})"
+            spread = f"({row.ratio_low:.3f} to {row.ratio_high:.3f})"
             print(
                 f"{name:12s} {row.name:44s} {row.median * 1e3:9.1f} ms  {row.ratio:.3f}  {spread}", flush=True
             )
