@@ -1,10 +1,10 @@
-"""The rounding error of each way to compute a polar factor, in float32 and in bfloat16.
+"""The rounding error of each way to compute a polar factor, in float32, bfloat16 and float16.
 
-    python benchmarks/polar_errors.py            # about two minutes on two cores
+    python benchmarks/polar_errors.py            # about four minutes on two cores
 
 Every path of `polar` against the same polynomials in float64: the largest singular value of the difference (those of the
-factor itself are near 1). bfloat16 is what a GPU computes in; here a CPU does the same, products summed in float32 and
-rounded, a few dozen times slower. Writes `benchmarks/results/polar_errors.md`.
+factor itself are near 1). A GPU computes in bfloat16, on the Gram paths in float16; here a CPU does the same, products summed
+in float32 and rounded, a few dozen times slower. Writes `benchmarks/results/polar_errors.md`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from noise_estimates import corpus, hidden_gradients
 
 RESULTS = Path(__file__).parent / "results"
 PATHS = ("standard", "blocked", "gram")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def momentum_matrices(width: int, steps: int) -> list[Tensor]:
@@ -68,7 +68,7 @@ def matrices(width: int, steps: int) -> dict[str, list[Tensor]]:
 def by_path(method: str, path: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     def compute(g: Tensor) -> Tensor:
         wide = g.size(0) <= g.size(1)
-        x = normalise((g if wide else g.T).to(dtype).unsqueeze(0))
+        x = normalise((g if wide else g.T).clone().unsqueeze(0)).to(dtype)
         factor = newton_schulz(x, POLYNOMIALS[method], path)[0]
         return factor if wide else factor.T
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     lines = [

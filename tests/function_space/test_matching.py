@@ -18,36 +18,14 @@ from layerwise.function_space import (
     function_space_rates,
     record_base,
 )
-
-
-def matrices_and_rest(model):
-    named = dict(model.named_parameters())
-    return [p for p in named.values() if p.ndim == 2], [p for p in named.values() if p.ndim != 2]
-
-
-class TorchMuon(torch.optim.Optimizer):
-    """Muon for the matrices and AdamW for the rest in one object, as `torch.optim.Muon` takes matrices only."""
-
-    def __init__(self, model, lr):
-        matrices, rest = matrices_and_rest(model)
-        self.parts = [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr)]
-        super().__init__([{"params": matrices}, {"params": rest}], {"lr": lr})
-
-    def step(self, closure=None):
-        for part, kind in zip(self.parts, (2, 1), strict=True):
-            groups = [g for g in self.param_groups if any(min(p.ndim, 2) == kind for p in g["params"])]
-            defaults = {
-                k: v for k, v in part.param_groups[0].items() if k not in ("params", "lr", "weight_decay")
-            }
-            part.param_groups = [{**defaults, "weight_decay": 0.1, **g} for g in groups]
-            part.step()
+from layerwise.lab.torch_muon import TorchMuon
 
 
 OPTIMIZERS = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-2),
     "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1),
-    "torch Muon": lambda m: TorchMuon(m, 1e-2),
+    "torch Muon": lambda m: TorchMuon(lw.param_groups(m), lr=1e-2),
     "Lanton": lambda m: lw.Lanton(lw.param_groups(m), lr=1e-2, weight_decay=0.1),
     "Muon": lambda m: lw.Muon(lw.param_groups(m), lr=1e-2, weight_decay=0.1),
     "Scion": lambda m: lw.Scion(lw.param_groups(m), lr=1e-4),
@@ -510,3 +488,42 @@ def test_tensor_rates_and_scalers_work():
     assert list(flerm.skipped) == [0]
     assert [report.step for report in flerm.reports] == [1]
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_later_steps_take_the_rates_that_are_claimed(name):
+    """Against twins that have the one rate in all groups, one for each parameter."""
+    model = ResNet(16, 2, 0)
+    flerm = FLeRM(model, OPTIMIZERS[name](model), "uniform", probes=8)
+    for step in range(2):
+        model.zero_grad()
+        backward(model, step)
+        with flerm.step(batch(0)[2]):
+            flerm.optimizer.step()
+    before, claimed = weights(model), flerm.learning_rates()
+    again, state = copy.deepcopy(model), copy.deepcopy(flerm.optimizer.state_dict())
+    model.zero_grad()
+    backward(model, 2)
+    with flerm.step(batch(0)[2]):
+        flerm.optimizer.step()
+    for parameter, rate in claimed.items():
+        twin = copy.deepcopy(again)
+        optimizer = OPTIMIZERS[name](twin)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        backward(twin, 2)
+        optimizer.step()
+        torch.testing.assert_close(weights(model)[parameter], weights(twin)[parameter], rtol=1e-6, atol=1e-7)
+        assert not torch.equal(before[parameter], weights(model)[parameter])
+
+
+def test_one_flerm_at_a_time():
+    """Two would split each other's groups, and rates would grow at every step."""
+    model = ResNet(16, 2, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = FLeRM(model, optimizer, "uniform", probes=2)
+    with pytest.raises(LayerwiseError, match=r"detach\(\)"):
+        FLeRM(model, optimizer, "uniform", probes=2)
+    first.detach()
+    FLeRM(model, optimizer, "uniform", probes=2)

@@ -74,6 +74,44 @@ def test_record_on_a_small_model_and_match_a_wide_one(
         assert run.function_space[2]["lrs"][name] == pytest.approx(0.01 * matching["rates"][name]["change"])
 
 
+def test_recorded_rates_are_those_that_the_steps_took(tmp_path: Path) -> None:
+    """Neither the next step's, nor without what FLeRM multiplies them by."""
+    tree = decoder_tree(tmp_path, steps=6, log_every=1, record_every=1)
+    tree["optimizer"] = {"name": "d-muon", "lr": 0.01}
+    tree["schedule"] = {"name": "cosine", "warmup_steps": 3}
+    tree["function_space"] = {"match": "uniform", "match_step": 2, "record_every": 1, "probes": 4}
+    run = train(validate(Config, tree), progress="quiet")
+    scheduled = {row["step"]: row["lr"] for row in run.metrics if "lr" in row}
+    measured = {row["step"]: row["lrs"] for row in run.function_space}
+    assert [row["step"] for row in run.layers] == [1, 2, 3, 4, 5, 6]
+    for row in run.layers:
+        for unit, rate in row["layers"].items():
+            parameter = unit.split("[")[0]
+            change = (
+                measured[row["step"]][parameter]
+                / measured[1][parameter]
+                * scheduled[1]
+                / scheduled[row["step"]]
+            )
+            assert rate["lr"] == pytest.approx(scheduled[row["step"]] * change, rel=1e-6)
+            assert (change == pytest.approx(1.0)) == (row["step"] == 1)
+
+
+def test_a_refused_match_leaves_an_older_run_alone(config: Path, tmp_path: Path) -> None:
+    assert call("train", str(config), "run.name=kept") == 0
+    folder = tmp_path / "runs" / "kept"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert call("train", str(config), "run.name=kept", "--overwrite", "--match", "none.json") == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert call("train", str(config), "run.name=new", "--match", "none.json") == 2
+    assert not (tmp_path / "runs" / "new").exists()
+
+
+def test_a_match_needs_the_bases_rate(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", str(config), "optimizer.lr=null", "--match", "base.json") == 2
+    assert "give the rate that the base was recorded with" in capsys.readouterr().err
+
+
 class StopAfter(Observer):
     """Interrupts a run."""
 

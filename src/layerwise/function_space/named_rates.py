@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from layerwise.errors import LayerwiseError
 from layerwise.function_space.optimizers import Decay, Group
 
+#: Optimizers whose rates are set by name: two that do so would multiply each other's split groups, more each step.
+_TAKEN: WeakSet[Optimizer] = WeakSet()
 _OURS = frozenset(("params", "param_names", "lr", "weight_decay"))
 
 
@@ -29,6 +33,11 @@ class NamedRates:
     def __init__(
         self, optimizer: Optimizer, parameters: Mapping[str, Tensor], decay: Decay = "scaled"
     ) -> None:
+        if optimizer in _TAKEN:
+            raise LayerwiseError(
+                "another FLeRM sets this optimizer's learning rates already: call detach() on that one first"
+            )
+        _TAKEN.add(optimizer)
         self.optimizer = optimizer
         self.ids = {id(p): name for name, p in parameters.items()}
         self.multipliers = dict.fromkeys(parameters, 1.0)
@@ -45,6 +54,7 @@ class NamedRates:
         self.restore()
         for hook in self._hooks:
             hook.remove()
+        _TAKEN.discard(self.optimizer)
 
     def _before(self, *_: Any) -> None:
         self.restore()  # a step that raised outside of our context left the groups split

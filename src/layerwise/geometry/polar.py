@@ -46,7 +46,7 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto") -> Tensor:
         return torch.zeros_like(g)
     if method == "svd":
         return _svd_polar(g)
-    x = normalise(g.to(iteration_dtype(g))).reshape(-1, *g.shape[-2:])
+    x = _normalised_in(g, iteration_dtype(g), path).reshape(-1, *g.shape[-2:])
     wide = x.size(-2) <= x.size(-1)
     x = newton_schulz(x if wide else x.mT, POLYNOMIALS["quintic" if method == "auto" else method], path)
     return (x if wide else x.mT).reshape(g.shape).to(g.dtype)
@@ -71,6 +71,17 @@ def iteration_dtype(g: Tensor) -> torch.dtype:
     if g.is_cuda and g.dtype != torch.float64 and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return working_dtype(g)
+
+
+def _normalised_in(g: Tensor, dtype: torch.dtype, path: str) -> Tensor:
+    """Singular values in [0, 1], in the dtype that the path iterates in.
+
+    That of the Gram paths is float16 where the others have bfloat16: they square singular values, and with bfloat16's 8
+    bits real momentum ended up to 2 off (`benchmarks/polar_errors.py`).
+    """
+    if dtype == torch.bfloat16 and path in ("gram", "triton_gram"):
+        return normalise(g.to(working_dtype(g))).half()  # in range once normalised
+    return normalise(g.to(dtype))
 
 
 def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:

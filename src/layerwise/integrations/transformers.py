@@ -137,6 +137,8 @@ class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
         optimizer: Any,
         **_: Any,
     ) -> None:
+        if isinstance(self.observer, FLeRM):  # of an earlier `train()`
+            self.observer.detach()
         self.observer = self.make(model, optimizer)
         saved = self._file(args, state)
         if not state.global_step:

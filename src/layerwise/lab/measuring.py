@@ -138,6 +138,9 @@ class MatchRates(_Stateful):
     def around_step(self, step: int, batch: Batch) -> AbstractContextManager[Any]:
         return self.flerm.step(self._batches)
 
+    def multiplier(self, parameter: str) -> float:
+        return self.flerm.named.multipliers.get(parameter, 1.0)
+
     def after_step(self, step: int) -> None:
         if self.flerm.reports:
             report = self.flerm.reports.pop()

@@ -28,6 +28,10 @@ class Observer:
         """
         return nullcontext()
 
+    def multiplier(self, parameter: str) -> float:
+        """What this observer multiplies the learning rate of a parameter by, beyond its group and layer rate."""
+        return 1.0
+
     def after_step(self, step: int) -> None:
         """After the scheduler moved and gradients were cleared."""
 

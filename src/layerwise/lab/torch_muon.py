@@ -68,12 +68,9 @@ class TorchMuon(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Both parts work on this optimizer's groups and state."""
-        count = len(self._muon.param_groups)
-        self._muon.param_groups, self._adamw.param_groups = (
-            self.param_groups[:count],
-            self.param_groups[count:],
-        )
+        """Both parts work on this optimizer's groups, those of Muon known by an option of its own, and state."""
+        self._muon.param_groups = [group for group in self.param_groups if "ns_steps" in group]
+        self._adamw.param_groups = [group for group in self.param_groups if "ns_steps" not in group]
         self._muon.state = self._adamw.state = self.state
 
     @torch.no_grad()
@@ -83,6 +80,7 @@ class TorchMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._share()  # the groups may be others for this step: FLeRM splits them
         self._muon.step()
         self._adamw.step()
         return loss

@@ -27,6 +27,12 @@ def complete(config: Config) -> Config:
     rate = default_rate(config.model, config.optimizer.name)
     training = config.training.model_copy(update={"steps": config.steps, "tokens": None})
     run = config.run.model_copy(update={"name": config.run_name})
+    match = config.function_space.match
+    if match not in (None, "uniform") and config.optimizer.lr is None:
+        raise LayerwiseError(
+            f"function_space.match={match} without optimizer.lr: give the rate that the base was recorded with"
+            " (a preset's own is tuned for its own size)"
+        )
     warmup = config.schedule.warmup(config.steps)
     if warmup >= config.steps:
         raise LayerwiseError(

@@ -25,6 +25,7 @@ from layerwise.lab.optimizers import build_optimizer, check_batch, needs_halves,
 from layerwise.lab.progress import Progress
 from layerwise.lab.runs import RunWriter
 from layerwise.lab.schedules import build_scheduler
+from layerwise.optim import LayerRate, LayerwiseOptimizer
 
 
 class DivergedError(Exception):
@@ -63,6 +64,7 @@ class Trainer:
         self._loss_sum = torch.zeros((), device=self.device)
         self._loss_steps = 0
         self._grad_norm: torch.Tensor | None = None
+        self._layers: dict[str, LayerRate] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -76,7 +78,9 @@ class Trainer:
         set_seed(processes.own_seed(self.config.training.seed))
         if state is not None:
             self._load(state)
-        elif self.rank == 0:
+        for observer in self.observers:
+            observer.begin(self)  # one that cannot work says so here, before an older run is cleared away
+        if state is None and self.rank == 0:
             shutil.rmtree(self.writer.path / "checkpoints", ignore_errors=True)
             shutil.rmtree(self.writer.path / "tensorboard", ignore_errors=True)
             self.writer.truncate({})
@@ -96,8 +100,6 @@ class Trainer:
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             result={},
         )
-        for observer in self.observers:
-            observer.begin(self)
         self.progress.start(self.config.run_name, self.config.steps, self.step)
 
     def run(self) -> None:
@@ -146,7 +148,7 @@ class Trainer:
             last = self.step == steps
             log = last or self._due(training.log_every)
             evaluate = last or self._due(training.eval_every)
-            record_rates = self._due(training.record_every) or (last and training.record_every > 0)
+            record_rates = self._records(self.step)
             checkpoint = last or self._due(training.checkpoint_every)
             if not (log or evaluate or record_rates or checkpoint):
                 self.progress.step(self.step)
@@ -201,6 +203,8 @@ class Trainer:
                     around.enter_context(observer.around_step(self.step + 1, batch))
             self._optimizer_step()
         self.optimizer.zero_grad()
+        if self._records(self.step + 1):
+            self._layers = self._layer_rates()  # now: the next step's rate is another
         self.scheduler.step()
         self._loss_steps += 1
         for observer in self.observers:
@@ -280,11 +284,24 @@ class Trainer:
         if self.tensorboard is not None:
             self.tensorboard.metrics(row)
 
+    def _records(self, step: int) -> bool:
+        every = self.config.training.record_every
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def _layer_rates(self) -> dict[str, LayerRate]:
+        """The rates of the step just taken, with what observers (FLeRM) multiply them by."""
+        if not isinstance(self.optimizer, LayerwiseOptimizer) or self.rank > 0:
+            return {}
+        rates = self.optimizer.layer_rates()
+        for observer in self.observers:
+            for unit, rate in rates.items():
+                rates[unit] = rate._replace(lr=rate.lr * observer.multiplier(record.parameter_of(unit)))
+        return rates
+
     def _record_rates(self) -> None:
-        layer_rates = getattr(self.optimizer, "layer_rates", None)
-        if layer_rates is None or self.rank > 0:
+        if not self._layers:
             return
-        row = {"step": self.step, "layers": record.layer_entries(layer_rates())}
+        row = {"step": self.step, "layers": record.layer_entries(self._layers)}
         self.writer.append("layers", row)
         if self.tensorboard is not None:
             self.tensorboard.layers(row)

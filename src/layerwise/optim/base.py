@@ -297,7 +297,11 @@ class LayerwiseOptimizer(Optimizer):
     # ------------------------------------------------------------------------------------- what users ask about
 
     def layer_rates(self) -> dict[str, LayerRate]:
-        """Unit name -> noise, multiplier and effective learning rate (reading them waits for the device once)."""
+        """Unit name -> noise, multiplier and effective learning rate (reading them waits for the device once).
+
+        The rates of the groups as they are: read before the scheduler moves on, and without what a ``FLeRM`` multiplies
+        them by (its ``learning_rates()``).
+        """
         self._follow_parameters()
         return report.layer_rates(self.param_groups, self.state)
 
