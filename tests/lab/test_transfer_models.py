@@ -162,6 +162,14 @@ def test_digits_come_once_in_a_pass_and_never_from_the_held_out_ones() -> None:
     assert torch.equal(data.batch(7).inputs, ImageData(config).batch(7).inputs)
 
 
+def test_a_fraction_that_holds_no_image_out_is_refused() -> None:
+    config = Config.model_validate(
+        {"model": "resmlp", "data": {"source": "digits", "validation_fraction": 0.0002}}
+    )
+    with pytest.raises(LayerwiseError, match="data.validation_fraction=0.0002 .* holds none out"):
+        ImageData(config)
+
+
 def test_fashion_mnist_is_read_from_its_files(tmp_path: Path) -> None:
     settings = Config.model_validate({"data": {"source": "fashion-mnist", "paths": [str(tmp_path)]}}).data
     with pytest.raises(LayerwiseError, match="dataset-fashion-mnist"):

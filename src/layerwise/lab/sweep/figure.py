@@ -82,8 +82,8 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
         if curve.method == base.method and base.best is not None and base.best in curve.losses
     ]
     reach = min(curve.ceiling for curve in curves if curve.best is not None)
-    shown = [value for value in carried if math.isfinite(value) and value <= 2 * reach]
-    low, high = min(bests), max([*shown, *bests, reach])
+    shown = [value for value in [*carried, reach] if math.isfinite(value) and value <= 2 * reach]
+    low, high = min(bests), max([*shown, *bests])
     margin = 0.08 * (high - low)
     return low - margin, high + 2 * margin
 
