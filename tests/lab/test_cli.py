@@ -112,7 +112,7 @@ def test_words() -> None:
         split_words(["a", "b"])
     long = f"data.paths=[{'a' * 300}.txt]"  # longer than a file's name can be
     assert split_words([long]) == (None, [long])
-    with pytest.raises(LayerwiseError, match="config aaa.* cannot be read"):
+    with pytest.raises(LayerwiseError, match=r"config aaa.* cannot be read"):
         load_config("a" * 300)
 
 

@@ -78,7 +78,10 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("data={source: digits, paths: [a]}", ["data.paths=['a']", "data.source=digits"]),
         ("data={source: fashion-mnist, paths: [a, b]}", ["data.paths=['a', 'b']", "one folder"]),
         ("data.dataset=imdb", ["data.dataset=imdb", "data.source=dataset"]),
-        ("data={source: files, paths: [a], dataset_config: b}", ["data.dataset_config=b", "data.source=files"]),
+        (
+            "data={source: files, paths: [a], dataset_config: b}",
+            ["data.dataset_config=b", "data.source=files"],
+        ),
         ("run.name=1", ["run.name=1", "'run.name=\"1\"'"]),
     ],
 )

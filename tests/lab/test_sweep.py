@@ -72,7 +72,7 @@ def test_a_sweep_sets_rates_and_matches_itself(tmp_path: Path) -> None:
 
 
 def test_a_sweep_evaluates(tmp_path: Path) -> None:
-    with pytest.raises(LayerwiseError, match="training.eval_every=0 in a sweep: .* set 1 or more"):
+    with pytest.raises(LayerwiseError, match=r"training.eval_every=0 in a sweep: .* set 1 or more"):
         make_plan(sweep_config(tmp_path, training__eval_every=0))
 
 

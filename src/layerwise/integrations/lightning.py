@@ -24,7 +24,9 @@ class LayerRates(Callback):  # type: ignore[misc]
 
     def __init__(self, every: int | None = None) -> None:
         if every is not None and every < 1:
-            raise LayerwiseError(f"LayerRates(every={every}): use 1 or more, or None for the trainer's interval")
+            raise LayerwiseError(
+                f"LayerRates(every={every}): use 1 or more, or None for the trainer's interval"
+            )
         self.every = every
         self._logged = 0  # with accumulation, several batches end at one step
 

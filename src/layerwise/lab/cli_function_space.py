@@ -50,7 +50,9 @@ def seeds_of(text: str) -> list[int]:
     """`0,1` as seeds: whole numbers, each once, as a mean over seeds would count one twice. Raises LayerwiseError."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
-        raise LayerwiseError(f"--seeds {text!r}: write whole numbers from 0 with commas between them, such as 0,1")
+        raise LayerwiseError(
+            f"--seeds {text!r}: write whole numbers from 0 with commas between them, such as 0,1"
+        )
     seeds = [int(word) for word in words]
     if len(set(seeds)) < len(seeds):
         raise LayerwiseError(f"--seeds {text!r}: a seed stands there twice; write each once, such as 0,1")
@@ -186,7 +188,8 @@ def check(
     widths: Annotated[str | None, typer.Option(help="Hidden sizes, such as 64,128,256.")] = None,
     depths: Annotated[str | None, typer.Option(help="Numbers of blocks, instead of widths.")] = None,
     match: Annotated[
-        str | None, typer.Option(
+        str | None,
+        typer.Option(
             help="Match rates to a base file, `uniform`, or `first` (the first size); default: what the config says."
         ),
     ] = None,

@@ -148,7 +148,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     except IndexError:  # a list shorter than the optimizer expects: its own words do not say which
         lists = {key: value for key, value in config.settings.items() if isinstance(value, list | tuple)}
         given = ", ".join(f"optimizer.{key}={list(value)}" for key, value in lists.items())
-        raise LayerwiseError(f"{given}: too few values for {config.name}, such as betas=[0.9,0.95]") from None
+        raise LayerwiseError(
+            f"{given or 'optimizer'}: too few values for {config.name}, give all of them"
+        ) from None
 
 
 def _build_rule(preset: Preset, noise: dict[str, Any]) -> lw.RateRule:
