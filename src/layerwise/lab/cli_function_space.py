@@ -13,6 +13,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.overrides import load_config
 
 if TYPE_CHECKING:
+    from layerwise.lab.sizes import Axis
     from layerwise.lab.sweep.engines import Engine
 
 Words = Annotated[
@@ -201,17 +202,22 @@ def check(
 
     from layerwise.lab.size_check import check_sizes, terminal
 
-    if widths is None and depths is None:
-        raise LayerwiseError("check needs --widths or --depths, such as --widths 64,128,256")
+    axis: Axis
     if widths is not None and depths is not None:
         raise LayerwiseError(
             f"--widths {widths} and --depths {depths}: check changes one of them at a time; give one"
         )
+    if widths is not None:
+        axis, sizes = "width", numbers(widths, "--widths")
+    elif depths is not None:
+        axis, sizes = "depth", numbers(depths, "--depths")
+    else:
+        raise LayerwiseError("check needs --widths or --depths, such as --widths 64,128,256")
     path, overrides = _words(words)
     found = check_sizes(
         load_config(path, overrides),
-        numbers(depths, "--depths") if widths is None else numbers(widths, "--widths"),
-        axis="depth" if widths is None else "width",
+        sizes,
+        axis=axis,
         match=match,
         step=step,
         seeds=seeds_of(seeds),
