@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle, islice
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -31,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import layerwise as lw
+from layerwise.integrations.lightning import LayerRates
 from layerwise.integrations.transformers import trainer_optimizer
 from test_examples import Killed
 
@@ -219,6 +221,25 @@ def test_lightning_equals_a_loop_of_ones_own(tmp_path, preset):
     with pytest.raises(Killed):
         fit(7)
     assert_same(fit(None).network, own_regression(preset))
+
+
+@pytest.mark.parametrize(("every", "interval", "steps"), [(None, 0, []), (None, 3, [3]), (2, 0, [2, 4])])
+def test_lightning_logs_at_its_own_interval_or_never(every, interval, steps):
+    logged: list[int] = []
+    optimizer = lw.Lanton(lw.param_groups(regression()[0]), **OPTIONS)
+    callback = LayerRates(every)
+    for step in (1, 2, 3, 4):
+        trainer = SimpleNamespace(
+            global_step=step, log_every_n_steps=interval, is_global_zero=True, optimizers=[optimizer],
+            loggers=[SimpleNamespace(log_metrics=lambda rates, step: logged.append(step))],
+        )  # fmt: skip
+        callback.on_train_batch_end(trainer, None)
+    assert logged == steps
+
+
+def test_lightning_cannot_log_every_no_step():
+    with pytest.raises(lw.LayerwiseError, match=r"every=0.* use 1 or more"):
+        LayerRates(0)
 
 
 @PRESETS

@@ -13,6 +13,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.cli import main, split_words
 from layerwise.lab.models import PRESETS
 from layerwise.lab.optimizers import OPTIMIZERS
+from layerwise.lab.overrides import load_config
 
 
 def call(*words: str) -> int:
@@ -109,6 +110,10 @@ def test_words() -> None:
     assert split_words([]) == (None, [])
     with pytest.raises(LayerwiseError):
         split_words(["a", "b"])
+    long = f"data.paths=[{'a' * 300}.txt]"  # longer than a file's name can be
+    assert split_words([long]) == (None, [long])
+    with pytest.raises(LayerwiseError, match=r"config aaa.* cannot be read"):
+        load_config("a" * 300)
 
 
 def test_the_module_is_the_command() -> None:

@@ -74,6 +74,14 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("run.name.x=3", ["run.name"]),
         ("data=[", ["not valid YAML"]),
         ("training=3", ["training=3"]),
+        ("data.paths=[my.txt]", ["data.paths=['my.txt']", "data.source=builtin", "files"]),
+        ("data={source: digits, paths: [a]}", ["data.paths=['a']", "data.source=digits"]),
+        ("data={source: fashion-mnist, paths: [a, b]}", ["data.paths=['a', 'b']", "one folder"]),
+        ("data.dataset=imdb", ["data.dataset=imdb", "data.source=dataset"]),
+        (
+            "data={source: files, paths: [a], dataset_config: b}",
+            ["data.dataset_config=b", "data.source=files"],
+        ),
         ("run.name=1", ["run.name=1", "'run.name=\"1\"'"]),
     ],
 )

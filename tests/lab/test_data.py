@@ -178,7 +178,7 @@ def test_a_local_dataset(tmp_path: Path) -> None:
         ({"data__tokenizer": "bpe", "data__vocab_size": 100}, "at least 257"),
         ({"data__source": "tokens"}, "one .npy or .bin file"),
         ({"data__source": "tokens", "data__paths": ["none.npy"]}, "no such file"),
-        ({"data__source": "dataset"}, "data.dataset is not given"),
+        ({"data__source": "dataset", "data__paths": []}, "data.dataset is not given"),
     ],
 )
 def test_bad_data_is_one_line(tmp_path: Path, changes: dict[str, object], words: str) -> None:

@@ -188,6 +188,20 @@ def test_every_size_is_checked_at_one_rate(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == {64: 0.002, 128: 0.002}
 
 
+def test_check_matches_as_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    def note(config: Config, match: str | None, step: int) -> dict[str, Any]:
+        seen.append(match)
+        return {}
+
+    monkeypatch.setattr("layerwise.lab.size_check._rates", note)
+    config = Config().replace({"function_space.match": "uniform"})
+    check_sizes(config, [64, 128])
+    check_sizes(config, [64, 128], match="base.json")
+    assert seen == ["uniform", "uniform", "base.json", "base.json"]
+
+
 def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["function_space.probes=8", "function_space.batches=1"]
     assert call("check", str(config), "--widths", "8,32", "--seeds", "0", *few) == 1
@@ -200,6 +214,11 @@ def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest
         (["check", str(config)], "check needs --widths or --depths"),
         (["check", str(config), "--widths", "8"], "give at least two"),
         (["check", str(config), "--widths", "8,twelve"], "write numbers with commas"),
+        (["check", str(config), "--widths", "8,nan"], "--widths '8,nan': write finite numbers"),
+        (["check", str(config), "--widths", "8,16", "--depths", "1,2"], "one of them at a time; give one"),
+        (["check", str(config), "--widths", "8,16", "--seeds", "1.5"], "--seeds '1.5': write whole numbers"),
+        (["record", str(config), "--seeds", "nan"], "--seeds 'nan': write whole numbers"),
+        (["record", str(config), "--seeds", "0,0"], "--seeds '0,0': a seed stands there twice"),
         (["check", str(config), "--widths", "8,12"], "must be a multiple of 8"),
         (["train", str(config), "--match", "none.json"], "does not exist"),
         (["sweep", str(config), "optimizer.lr=null", "sweep.sizes=[8, 9]"], "must be a multiple of 8"),

@@ -20,6 +20,7 @@ from layerwise.lab.sweep import run
 from layerwise.lab.sweep.analysis import Curve, transfers
 from layerwise.lab.sweep.config import SweepConfig
 from layerwise.lab.sweep.engines.local import LocalEngine
+from layerwise.lab.sweep.figure import Panels, transfer_figure
 from layerwise.lab.sweep.plan import Point, make_plan
 from layerwise.lab.sweep.report import analyse, write_report
 from layerwise.lab.sweep.results import ResultsFile, loss_of, read_results
@@ -68,6 +69,11 @@ def test_a_sweep_sets_rates_and_matches_itself(tmp_path: Path) -> None:
     for key, value in (("optimizer.lr", 0.1), ("function_space.match", "uniform")):
         with pytest.raises(LayerwiseError, match=f"{key}=.* leave the key out"):
             make_plan(sweep_config(tmp_path).replace({key: value}))
+
+
+def test_a_sweep_evaluates(tmp_path: Path) -> None:
+    with pytest.raises(LayerwiseError, match=r"training.eval_every=0 in a sweep: .* set 1 or more"):
+        make_plan(sweep_config(tmp_path, training__eval_every=0))
 
 
 def test_equal_trials_are_one(tmp_path: Path) -> None:
@@ -208,6 +214,13 @@ def test_nothing_fails_or_everything_diverges() -> None:
         None,
     )
     assert cells(diverged)[0] == "diverged"
+
+
+def test_a_diverged_rate_fails_where_the_initial_loss_is_unknown() -> None:
+    known = curve("standard", 1, {1: 1.0, 2: 0.9, 4: 1.1, 8: math.inf}, initial=math.inf)
+    assert known.failing == 8
+    low, high = transfer_figure([Panels("", [known], "width", "Loss")]).axes[0].get_ylim()
+    assert low < 0.9 < high < 2
 
 
 def test_unfinished_sweeps_can_be_looked_at(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny_run import tiny_config
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config import Config, ModelConfig
+from layerwise.lab.config import Config, ModelConfig, OptimizerConfig
 from layerwise.lab.images import ImageData, load_images
 from layerwise.lab.models import Examples, build_model
 from layerwise.lab.observers import Observer
@@ -162,6 +162,14 @@ def test_digits_come_once_in_a_pass_and_never_from_the_held_out_ones() -> None:
     assert torch.equal(data.batch(7).inputs, ImageData(config).batch(7).inputs)
 
 
+def test_a_fraction_that_holds_no_image_out_is_refused() -> None:
+    config = Config.model_validate(
+        {"model": "resmlp", "data": {"source": "digits", "validation_fraction": 0.0002}}
+    )
+    with pytest.raises(LayerwiseError, match=r"data.validation_fraction=0.0002 .* holds none out"):
+        ImageData(config)
+
+
 def test_fashion_mnist_is_read_from_its_files(tmp_path: Path) -> None:
     settings = Config.model_validate({"data": {"source": "fashion-mnist", "paths": [str(tmp_path)]}}).data
     with pytest.raises(LayerwiseError, match="dataset-fashion-mnist"):
@@ -236,6 +244,9 @@ def test_role_factors_set_the_rates_of_roles_and_nothing_else() -> None:
     wrong = config.optimizer.model_copy(update={"role_factors": {"hiden": 0.5}})
     with pytest.raises(LayerwiseError, match="did you mean `hidden`"):
         build_optimizer(model, wrong)
+    short = OptimizerConfig.model_validate({"name": "adamw", "betas": [0.9]})
+    with pytest.raises(LayerwiseError, match=r"optimizer.betas=\[0.9\]: too few values for adamw"):
+        build_optimizer(model, short)
 
 
 class KeepModel(Observer):

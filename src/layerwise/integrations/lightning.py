@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from layerwise.errors import LayerwiseError
 from layerwise.integrations.logged import layerwise_optimizer, rates_to_log
 
 
@@ -22,12 +23,17 @@ class LayerRates(Callback):  # type: ignore[misc]
     """
 
     def __init__(self, every: int | None = None) -> None:
+        if every is not None and every < 1:
+            raise LayerwiseError(
+                f"LayerRates(every={every}): use 1 or more, or None for the trainer's interval"
+            )
         self.every = every
         self._logged = 0  # with accumulation, several batches end at one step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step % (self.every or trainer.log_every_n_steps) or step == self._logged:
+        every = trainer.log_every_n_steps if self.every is None else self.every
+        if every == 0 or step % every or step == self._logged:  # 0: lightning logs nothing
             return
         self._logged = step
         if trainer.is_global_zero:

@@ -50,9 +50,17 @@ def _root(
         processes.refuse_several(f"layerwise {context.invoked_subcommand}")
 
 
+def _is_there(word: str) -> bool:
+    """Whether a word names a file or folder; one too long for a name does not."""
+    try:
+        return Path(word).exists()
+    except OSError:
+        return False
+
+
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     """`[CONFIG] [key=value...]` told apart: a word with `=` is an override, the one without is the config."""
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    overrides = [word for word in words if "=" in word and not _is_there(word)]
     configs = [word for word in words if word not in overrides]
     if len(configs) > 1:
         raise LayerwiseError(f"one config at most, got {', '.join(configs)}; overrides are written key=value")

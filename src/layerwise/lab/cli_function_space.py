@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +13,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.overrides import load_config
 
 if TYPE_CHECKING:
+    from layerwise.lab.sizes import Axis
     from layerwise.lab.sweep.engines import Engine
 
 Words = Annotated[
@@ -40,7 +42,22 @@ def numbers(text: str, option: str) -> list[float]:
         raise LayerwiseError(
             f"{option} {text!r}: write numbers with commas between them, such as 64,128"
         ) from None
+    if not all(map(math.isfinite, found)):
+        raise LayerwiseError(f"{option} {text!r}: write finite numbers, such as 64,128")
     return found
+
+
+def seeds_of(text: str) -> list[int]:
+    """`0,1` as seeds: whole numbers, each once, as a mean over seeds would count one twice. Raises LayerwiseError."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise LayerwiseError(
+            f"--seeds {text!r}: write whole numbers from 0 with commas between them, such as 0,1"
+        )
+    seeds = [int(word) for word in words]
+    if len(set(seeds)) < len(seeds):
+        raise LayerwiseError(f"--seeds {text!r}: a seed stands there twice; write each once, such as 0,1")
+    return seeds
 
 
 _RECORD = """Record the function-space rates of a small model as a base file.
@@ -60,7 +77,7 @@ def record(
     from layerwise.lab.base_file import record as run_recording
 
     path, overrides = _words(words)
-    base = run_recording(load_config(path, overrides), [int(seed) for seed in numbers(seeds, "--seeds")])
+    base = run_recording(load_config(path, overrides), seeds_of(seeds))
     output.parent.mkdir(parents=True, exist_ok=True)
     base.save(output)
     for step, rates in base.records.items():
@@ -172,7 +189,10 @@ def check(
     widths: Annotated[str | None, typer.Option(help="Hidden sizes, such as 64,128,256.")] = None,
     depths: Annotated[str | None, typer.Option(help="Numbers of blocks, instead of widths.")] = None,
     match: Annotated[
-        str | None, typer.Option(help="Match rates to a base file, `uniform`, or `first` (the first size).")
+        str | None,
+        typer.Option(
+            help="Match rates to a base file, `uniform`, or `first` (the first size); default: what the config says."
+        ),
     ] = None,
     step: Annotated[int, typer.Option(help="The optimizer step to measure.")] = 1,
     seeds: Annotated[str, typer.Option(help="Seeds the rates are averaged over.")] = "0,1",
@@ -182,16 +202,25 @@ def check(
 
     from layerwise.lab.size_check import check_sizes, terminal
 
-    if (widths is None) == (depths is None):
+    axis: Axis
+    if widths is not None and depths is not None:
+        raise LayerwiseError(
+            f"--widths {widths} and --depths {depths}: check changes one of them at a time; give one"
+        )
+    if widths is not None:
+        axis, sizes = "width", numbers(widths, "--widths")
+    elif depths is not None:
+        axis, sizes = "depth", numbers(depths, "--depths")
+    else:
         raise LayerwiseError("check needs --widths or --depths, such as --widths 64,128,256")
     path, overrides = _words(words)
     found = check_sizes(
         load_config(path, overrides),
-        numbers(widths or depths or "", "--widths" if widths else "--depths"),
-        axis="width" if widths else "depth",
+        sizes,
+        axis=axis,
         match=match,
         step=step,
-        seeds=[int(seed) for seed in numbers(seeds, "--seeds")],
+        seeds=seeds_of(seeds),
         tolerance=tolerance,
     )
     Console().print(terminal(found))

@@ -107,6 +107,24 @@ class DataConfig(Section):
     seq_len: int = Field(default=128, ge=1, description="tokens per sequence")
     validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction held out")
 
+    @model_validator(mode="after")
+    def _read_by_the_source(self) -> Self:
+        """Else a run would train on another text than the one that was named."""
+        if self.paths and self.source not in ("files", "tokens", "fashion-mnist"):
+            raise ValueError(
+                f"data.paths={self.paths} is not read by data.source={self.source}: set data.source to files or"
+                " tokens (fashion-mnist: the folder of its files), or leave data.paths out"
+            )
+        if len(self.paths) > 1 and self.source == "fashion-mnist":
+            raise ValueError(f"data.paths={self.paths}: data.source=fashion-mnist takes one folder")
+        for key, value in (("dataset", self.dataset), ("dataset_config", self.dataset_config)):
+            if value is not None and self.source != "dataset":
+                raise ValueError(
+                    f"data.{key}={value} is not read by data.source={self.source}: set data.source=dataset, or"
+                    f" leave data.{key} out"
+                )
+        return self
+
     @property
     def holds_images(self) -> bool:
         """Whether an example is an image and its class, not a row of tokens."""

@@ -68,6 +68,11 @@ class ImageData:
         self.features: int | None = images.shape[1]
         self.vocab_size = int(labels.max()) + 1
         self.seed, self.batch_size = config.training.seed, config.training.batch_size
+        if held_out < 1:
+            raise LayerwiseError(
+                f"data.validation_fraction={config.data.validation_fraction} of the {len(labels)} images of"
+                f" data.source={config.data.source} holds none out: raise data.validation_fraction"
+            )
         self._evaluated = min(held_out, config.training.eval_batches * self.batch_size)
         if len(self._train) < self.batch_size:
             raise LayerwiseError(

@@ -145,6 +145,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         raise
     except (ValueError, TypeError) as error:
         raise LayerwiseError(f"optimizer {config.name}: {error}") from None
+    except IndexError:  # a list shorter than the optimizer expects: its own words do not say which
+        lists = {key: value for key, value in config.settings.items() if isinstance(value, list | tuple)}
+        given = ", ".join(f"optimizer.{key}={list(value)}" for key, value in lists.items())
+        raise LayerwiseError(
+            f"{given or 'optimizer'}: too few values for {config.name}, give all of them"
+        ) from None
 
 
 def _build_rule(preset: Preset, noise: dict[str, Any]) -> lw.RateRule:

@@ -83,7 +83,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def read_tree(path: str | Path) -> dict[str, Any]:
     """The sections in a YAML file or, for the folder of a run, the config it was started with."""
     folder = Path(path)
-    if not folder.is_dir():
+    try:
+        is_run = folder.is_dir()
+    except OSError:  # too long for a name
+        is_run = False
+    if not is_run:
         return read_yaml(path)
     tree = read_run(folder).config
     tree.setdefault("run", {}).update(dir=str(folder.parent), name=folder.name)

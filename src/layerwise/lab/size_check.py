@@ -73,7 +73,8 @@ def check_sizes(
 ) -> SizeCheck:
     """Realised rates of step `step` at each size, averaged over seeds, and their trend.
 
-    match: a base file, `uniform`, or `first`: the first size's own rates, recorded here. tolerance: the largest slope
+    match: a base file, `uniform`, or `first`: the first size's own rates, recorded here; None: what the config's
+    `function_space.match` says. tolerance: the largest slope
     of log rate against log size that counts as flat. Raises LayerwiseError.
     """
     if len(set(sizes)) < 2:
@@ -82,6 +83,7 @@ def check_sizes(
         raise LayerwiseError(f"step {step}: use 1 or more")
     quiet_matching()
     config = complete(config)  # a preset's default rate is that of one size: all sizes take the same
+    match = match if match is not None else config.function_space.match
     with tempfile.TemporaryDirectory() as folder:
         if match == FIRST:
             match = str(Path(folder) / "base.json")

@@ -66,8 +66,12 @@ class Curve:
         """The lowest rate above the best that fails; None where none on the grid does."""
         if self.best is None:
             return min(self.losses)
-        above = [lr for lr in self.losses if lr > self.best and not self.mean(lr) <= self.ceiling]
+        above = [lr for lr in self.losses if lr > self.best and self._fails(self.mean(lr))]
         return min(above) if above else None
+
+    def _fails(self, mean: float) -> bool:
+        """A rate that diverged fails, though the ceiling is infinite where the initial loss is unknown."""
+        return not (math.isfinite(mean) and mean <= self.ceiling)
 
 
 @dataclass(frozen=True)

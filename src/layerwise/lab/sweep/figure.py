@@ -82,9 +82,9 @@ def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
         if curve.method == base.method and base.best is not None and base.best in curve.losses
     ]
     reach = min(curve.ceiling for curve in curves if curve.best is not None)
-    shown = [value for value in carried if math.isfinite(value) and value <= 2 * reach]
-    low, high = min(bests), max([*shown, *bests, reach])
-    margin = 0.08 * (high - low)
+    shown = [value for value in [*carried, reach] if math.isfinite(value) and value <= 2 * reach]
+    low, high = min(bests), max([*shown, *bests])
+    margin = 0.08 * (high - low or 1.0)  # one curve, of which nothing but its best is known
     return low - margin, high + 2 * margin
 
 
