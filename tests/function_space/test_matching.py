@@ -353,6 +353,8 @@ def test_matching_again_every_few_steps_uses_the_bases_record_of_that_step():
             assert row.measured * row.change == pytest.approx(row.target, rel=1e-9)
     with pytest.raises(LayerwiseError, match="no record of step 1"):
         FLeRM(model, optimizer, base, {"blocks.*": "split"}, at=1)
+    with pytest.raises(LayerwiseError, match="no record of step 3"):  # at once, not in step 3
+        FLeRM(model, optimizer, base, {"blocks.*": "split"}, every=3)
 
 
 def test_outputs_of_the_loop_can_be_matched_on():

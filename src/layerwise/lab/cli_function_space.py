@@ -57,11 +57,13 @@ def record(
     ),
     seeds: Annotated[str, typer.Option(help="Seeds the rates are averaged over.")] = "0,1,2,3",
 ) -> None:
+    from layerwise.lab.base_file import check_output
     from layerwise.lab.base_file import record as run_recording
 
     path, overrides = _words(words)
-    base = run_recording(load_config(path, overrides), [int(seed) for seed in numbers(seeds, "--seeds")])
-    output.parent.mkdir(parents=True, exist_ok=True)
+    config, chosen = load_config(path, overrides), [int(seed) for seed in numbers(seeds, "--seeds")]
+    check_output(output)
+    base = run_recording(config, chosen)
     base.save(output)
     for step, rates in base.records.items():
         total = sum(rate.value for rate in rates.values())
