@@ -61,7 +61,8 @@ def record(
     from layerwise.lab.base_file import record as run_recording
 
     path, overrides = _words(words)
-    config, chosen = load_config(path, overrides), [int(seed) for seed in numbers(seeds, "--seeds")]
+    config = load_config(path, overrides)
+    chosen = [int(seed) for seed in numbers(seeds, "--seeds")]
     check_output(output)
     base = run_recording(config, chosen)
     base.save(output)
