@@ -12,6 +12,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.overrides import load_config
 
 if TYPE_CHECKING:
+    from layerwise.lab.config import Config
     from layerwise.lab.sweep.engines import Engine
 
 Words = Annotated[
@@ -61,7 +62,7 @@ def record(
     from layerwise.lab.base_file import record as run_recording
 
     path, overrides = _words(words)
-    config = load_config(path, overrides)
+    config: Config = load_config(path, overrides)
     chosen = [int(seed) for seed in numbers(seeds, "--seeds")]
     check_output(output)
     base = run_recording(config, chosen)
