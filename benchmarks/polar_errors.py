@@ -3,8 +3,8 @@
     python benchmarks/polar_errors.py            # about four minutes on two cores
 
 Every path of `polar` against the same polynomials in float64: the largest singular value of the difference (those of the
-factor itself are near 1). A GPU computes in bfloat16, on the Gram paths in float16; here a CPU does the same, products summed
-in float32 and rounded, a few dozen times slower. Writes `benchmarks/results/polar_errors.md`.
+factor itself are near 1). A GPU computes in bfloat16, on the Gram paths in float16; here a CPU does the same, products
+summed in float32 and rounded, a few dozen times slower. Writes `benchmarks/results/polar_errors.md`.
 """
 
 from __future__ import annotations

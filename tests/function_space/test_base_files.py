@@ -85,24 +85,57 @@ def test_another_output_space_method_or_dtype_is_refused():
     with pytest.warns(UserWarning, match="160 output entries, this model on 40"), flerm.step(batch(0)[2][:8]):
         optimizer.step()
     # What the base was measured with is the default.
-    assert FLeRM(*start()[:2], recorded(forward="log_softmax")).measurement.space == "log_softmax"
+    model, optimizer, flerm = start()
+    flerm.detach()
+    assert FLeRM(model, optimizer, recorded(forward="log_softmax")).measurement.space == "log_softmax"
 
 
 def test_damaged_files_are_one_line(tmp_path):
     path = tmp_path / "base.json"
     for text, message in [
         (None, "does not exist"),
-        ("{", "not JSON"),
-        ("[]", "not a base file"),
-        ("{}", "format 1"),
+        (b"{", "not JSON"),
+        (b"\x80\x02\xff", "not a base file.*not text"),
+        (b"[]", "not a base file"),
+        (b'{"format": 1, "name": "a run"}', "not a base file: `layerwise record` writes one"),
+        (b'{"format": 2, "fingerprint": {}}', "format 2, not 1"),
+        (b'{"format": 1, "fingerprint": {"settings": []}, "records": {}}', "damaged"),
+        (b'{"format": 1, "fingerprint": [], "records": {}}', "damaged"),
     ]:
         if text is not None:
-            path.write_text(text)
-        with pytest.raises(LayerwiseError, match=message):
+            path.write_bytes(text)
+        with pytest.raises(LayerwiseError, match=message) as caught:
             BaseRates.load(path)
-    path.write_text(json.dumps({"format": 1, "fingerprint": {"settings": []}, "records": {}}))
-    with pytest.raises(LayerwiseError, match="damaged"):
+        assert "\n" not in str(caught.value)
+    with pytest.raises(LayerwiseError, match=r"cannot be read \(Is a directory\)"):
+        BaseRates.load(tmp_path)
+    recorded().save(path)
+    empty = json.loads(path.read_text()) | {"records": {}}
+    path.write_text(json.dumps(empty))
+    with pytest.raises(LayerwiseError, match="no records"):
         BaseRates.load(path)
+
+
+def test_a_base_file_is_written_as_a_whole(tmp_path, monkeypatch):
+    base, path, link = recorded(), tmp_path / "base.json", tmp_path / "link.json"
+    path.write_text("old")
+    link.symlink_to(path)
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(LayerwiseError, match=r"cannot be written.*No space left"):
+            base.save(path)
+    assert path.read_text() == "old"
+    base.save(link)
+    assert link.is_symlink()
+    assert BaseRates.load(path) == base
+    assert {file.name for file in tmp_path.iterdir()} == {"base.json", "link.json"}
+    for wrong in (tmp_path, tmp_path / "none" / "base.json", "/dev/null"):
+        with pytest.raises(LayerwiseError, match="cannot be written"):
+            base.save(wrong)
 
 
 def test_depth_maps():

@@ -20,7 +20,6 @@ from layerwise.function_space import (
 )
 from layerwise.lab.torch_muon import TorchMuon
 
-
 OPTIMIZERS = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=1e-2),
@@ -331,6 +330,8 @@ def test_matching_again_every_few_steps_uses_the_bases_record_of_that_step():
             assert row.measured * row.change == pytest.approx(row.target, rel=1e-9)
     with pytest.raises(LayerwiseError, match="no record of step 1"):
         FLeRM(model, optimizer, base, {"blocks.*": "split"}, at=1)
+    with pytest.raises(LayerwiseError, match="no record of step 3"):  # at once, not in step 3
+        FLeRM(model, optimizer, base, {"blocks.*": "split"}, every=3)
 
 
 def test_outputs_of_the_loop_can_be_matched_on():

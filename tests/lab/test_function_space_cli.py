@@ -112,6 +112,67 @@ def test_a_match_needs_the_bases_rate(config: Path, capsys: pytest.CaptureFixtur
     assert "give the rate that the base was recorded with" in capsys.readouterr().err
 
 
+def test_a_matching_that_could_not_happen_is_refused_before_the_run(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["function_space.probes=4", "function_space.batches=1"]
+    once, often = tmp_path / "once.json", tmp_path / "often.json"
+    assert call("record", str(config), "-o", str(once), "--seeds", "0", *few) == 0
+    every = ["function_space.match_every=2", *few]
+    assert call("record", str(config), "-o", str(often), "--seeds", "0", "training.steps=3", *every) == 0
+    capsys.readouterr()
+    large = ["train", str(config), "run.name=large"]
+    for words, message in (
+        (
+            [*large, "--match", str(once), "training.steps=6", *every],
+            "step 3 is to be matched, and base file {once} has only step 1; record the base with"
+            " function_space.match_step=1 function_space.match_every=2 and training.steps=5 or more",
+        ),
+        ([*large, "--match", str(often), "training.steps=5", *every], "step 5 is to be matched"),
+        (
+            [*large, "--match", str(once), "function_space.match_step=2", *few],
+            "step 2 is to be matched, and base file {once} has only step 1; record the base with"
+            " function_space.match_step=2 and training.steps=2",
+        ),
+        (
+            [*large, "--match", "uniform", "training.steps=2", "function_space.match_step=50"],
+            "function_space.match_step=50 in a run of 2 steps",
+        ),
+        (
+            ["record", str(config), "training.steps=2", "function_space.match_step=5", *every],
+            "function_space.match_step=5 in a run of 2 steps",
+        ),
+    ):
+        assert call(*words) == 2
+        captured = capsys.readouterr()
+        assert message.format(once=repr(str(once))) in captured.err
+        assert captured.err.count("\n") == 1
+        assert not (tmp_path / "runs" / "large" / "run.json").exists()
+    # Every matching that the run reaches is recorded.
+    assert call(*large, "--match", str(once), "training.steps=2", *every) == 0
+    assert call(*large, "--overwrite", "--match", str(often), "training.steps=4", *every) == 0
+    assert [row["step"] for row in read_run(tmp_path / "runs" / "large").info["matching"]] == [1, 3]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_training(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_training(*_: Any) -> None:
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr("layerwise.lab.base_file.record", no_training)
+    for output, message in (
+        (tmp_path, "is a folder: name a file, such as"),
+        (Path("/dev/null"), "is not a plain file"),
+        (config / "base.json", "cannot be written"),
+        (Path("/proc/base.json"), "cannot be written"),
+    ):
+        assert call("record", str(config), "-o", str(output)) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+
+
 class StopAfter(Observer):
     """Interrupts a run."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -164,12 +165,16 @@ class BaseRates:
         return BaseRates(records, replace(first.fingerprint, seeds=seeds))
 
     def save(self, path: str | Path) -> None:
-        """Write the base file."""
+        """Write the base file as a whole: where it fails, an older file stays as it was.
+
+        Raises:
+            LayerwiseError: it cannot be written there.
+        """
         data = asdict(self.fingerprint)
         data["settings"] = _by_settings(self.fingerprint.settings)
         records = {str(s): {n: asdict(r) for n, r in rates.items()} for s, rates in self.records.items()}
         text = json.dumps({"format": FORMAT, "fingerprint": data, "records": records}, indent=1)
-        Path(path).write_text(text + "\n")
+        _write_whole(path, text + "\n")
 
     @staticmethod
     def load(path: str | Path) -> BaseRates:
@@ -178,15 +183,28 @@ class BaseRates:
         Raises:
             LayerwiseError: not a base file, or one of another format.
         """
+        unlike = f"{str(path)!r} is not a base file: `layerwise record` writes one"
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             mend = "record one, or use base='uniform'"
             raise LayerwiseError(f"base file {str(path)!r} does not exist: {mend}") from None
+        except OSError as error:
+            mend = "give the file that `layerwise record` wrote"
+            raise LayerwiseError(
+                f"base file {str(path)!r} cannot be read ({error.strerror}): {mend}"
+            ) from None
+        except UnicodeDecodeError:
+            raise LayerwiseError(f"{unlike} (this is not text)") from None
         except json.JSONDecodeError as error:
-            raise LayerwiseError(f"base file {str(path)!r} is not JSON: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise LayerwiseError(f"{str(path)!r} is not a base file of format {FORMAT}: record it again")
+            raise LayerwiseError(f"{unlike} (this is not JSON: {error})") from None
+        # Other files of ours, such as a run's run.json, are JSON with a `format` too.
+        if not isinstance(data, dict) or "fingerprint" not in data:
+            raise LayerwiseError(unlike)
+        if data.get("format") != FORMAT:
+            raise LayerwiseError(
+                f"base file {str(path)!r} has format {data.get('format')!r}, not {FORMAT}: record it again"
+            )
         try:
             by_name = {
                 name: group["settings"]
@@ -197,7 +215,9 @@ class BaseRates:
             records = {
                 int(s): {n: BaseRate(**r) for n, r in rates.items()} for s, rates in data["records"].items()
             }
-        except (KeyError, TypeError, ValueError) as error:
+            if not records:
+                raise ValueError("no records")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LayerwiseError(f"base file {str(path)!r} is damaged ({error}): record it again") from None
         return BaseRates(records, found)
 
@@ -267,6 +287,25 @@ def _mean_rate(rates: Sequence[BaseRate]) -> BaseRate:
     errors = [rate.stderr for rate in rates if rate.stderr is not None]
     stderr = math.hypot(*errors) / len(rates) if len(errors) == len(rates) else None
     return BaseRate(fmean(rate.value for rate in rates), rates[0].lr, stderr, spread)
+
+
+def _write_whole(path: str | Path, text: str) -> None:
+    """Write a file beside it first: a reader sees the old text or the new one."""
+    target = Path(os.path.realpath(path))  # a link goes on pointing to the file
+    if target.exists() and not target.is_file():  # replacing a device such as /dev/null would remove it
+        raise LayerwiseError(f"base file {str(path)!r} cannot be written (not a plain file): name a file")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise LayerwiseError(
+            f"base file {str(path)!r} cannot be written ({error.strerror}): name a file in a folder that can "
+            "be written to"
+        ) from None
 
 
 def _by_settings(by_name: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:

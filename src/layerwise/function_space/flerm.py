@@ -254,6 +254,8 @@ class FLeRM:
         names = {name: source.name for name, source in self.sources.items()}
         self.base.fingerprint.require(names, **found)
         record = self.base.at(self.at)
+        if self.every is not None:
+            self.base.at(self.at + self.every)  # now, rather than when it is due in the middle of a run
         if self.lr == "groups":
             self._check_group_rates({name: record[source.name].lr for name, source in self.sources.items()})
 

@@ -13,6 +13,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.overrides import load_config
 
 if TYPE_CHECKING:
+    from layerwise.lab.config import Config
     from layerwise.lab.sizes import Axis
     from layerwise.lab.sweep.engines import Engine
 
@@ -74,11 +75,14 @@ def record(
     ),
     seeds: Annotated[str, typer.Option(help="Seeds the rates are averaged over.")] = "0,1,2,3",
 ) -> None:
+    from layerwise.lab.base_file import check_output
     from layerwise.lab.base_file import record as run_recording
 
     path, overrides = _words(words)
-    base = run_recording(load_config(path, overrides), seeds_of(seeds))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    config: Config = load_config(path, overrides)
+    chosen = seeds_of(seeds)
+    check_output(output)
+    base = run_recording(config, chosen)
     base.save(output)
     for step, rates in base.records.items():
         total = sum(rate.value for rate in rates.values())

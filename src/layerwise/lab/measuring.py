@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Record
+from layerwise.errors import LayerwiseError
+from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder, Record
 from layerwise.function_space.depth import DepthMap
 from layerwise.lab.models import model_settings
 from layerwise.lab.observers import Observer
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def observers_of(config: Config) -> list[Observer]:
     """The observers that a config's `function_space` section asks for: what is recorded is the step as it was matched."""
     settings = config.function_space
-    match = None if settings.match is None else MatchRates(settings)
+    match = None if settings.match is None else MatchRates(settings, config.steps)
     found: list[Observer] = []
     if settings.record_every:
         found.append(RecordRates(settings, settings.record_every, match))
@@ -106,25 +107,35 @@ class RecordRates(_Stateful):
 
 
 class MatchRates(_Stateful):
-    """Matches learning rates at the configured steps; what was decided goes into run.json as `matching`."""
+    """Matches learning rates at the configured steps; what was decided goes into run.json as `matching`.
+
+    steps: how many the run will take. Raises LayerwiseError, before anything is written, where one of its matchings
+    could not happen.
+    """
 
     flerm: FLeRM
 
-    def __init__(self, settings: FunctionSpaceConfig) -> None:
+    def __init__(self, settings: FunctionSpaceConfig, steps: int) -> None:
+        assert settings.match is not None
         self.settings = settings
         self._matchings: list[dict[str, Any]] = []
+        self._base = settings.match if settings.match == "uniform" else BaseRates.load(settings.match)
+        due = _matched_steps(settings, steps)
+        if isinstance(self._base, BaseRates):
+            _check_recorded(self._base, settings, due)
+        # FLeRM looks ahead to the second matching, which a short run does not reach.
+        self._every = settings.match_every if len(due) > 1 else None
 
     def begin(self, trainer: Trainer) -> None:
         settings = self.settings
-        assert settings.match is not None
         self._writer, self._batches = trainer.writer, measuring_batches(trainer, settings.batches)
         self.flerm = FLeRM(
             trainer.model,
             trainer.optimizer,
-            settings.match,
+            self._base,
             depth_map(trainer.config),
             at=settings.match_step - 1,
-            every=settings.match_every or None,
+            every=self._every,
             forward=settings.space,
             method=settings.method,
             probes=settings.probes,
@@ -170,10 +181,41 @@ def block_pattern(model: ModelConfig) -> str:
     return _BLOCKS[family] if model.lora is None else f"base_model.model.{_BLOCKS[family]}"
 
 
+def _matched_steps(settings: FunctionSpaceConfig, steps: int) -> range:
+    """The steps of a run, counted from 0, that are matched. Raises LayerwiseError where there are none."""
+    if settings.match_step > steps:
+        raise LayerwiseError(
+            f"function_space.match_step={settings.match_step} in a run of {steps} steps: its rates would never be"
+            f" matched; set {steps} or less, or take more steps (training.steps, of a check --step)"
+        )
+    return range(settings.match_step - 1, steps, settings.match_every or steps)
+
+
+def _check_recorded(base: BaseRates, settings: FunctionSpaceConfig, due: range) -> None:
+    """Raises LayerwiseError for a step that is to be matched and that the base has no record of."""
+    missing = next((step for step in due if step not in base.records), None)
+    if missing is None:
+        return
+    # In the words of the config, where steps count from 1.
+    keys = f"function_space.match_step={settings.match_step}"
+    if settings.match_every:
+        keys += f" function_space.match_every={settings.match_every}"
+    recorded = [str(step + 1) for step in sorted(base.records)]
+    shown = ", ".join(recorded if len(recorded) < 6 else [*recorded[:3], "...", recorded[-1]])
+    raise LayerwiseError(
+        f"{keys}: step {missing + 1} is to be matched, and base file {settings.match!r} has only step {shown}; record"
+        f" the base with {keys} and training.steps={due[-1] + 1} or more"
+    )
+
+
 def steps_to_record(settings: FunctionSpaceConfig, steps: int) -> tuple[int, int]:
-    """How often a base has to be measured for its rates to be matched later, and in how many steps."""
+    """How often a base has to be measured for its rates to be matched later, and in how many steps.
+
+    Raises LayerwiseError for repeated matchings of which the first is after the run's last step.
+    """
     at = settings.match_step - 1
     if settings.match_every:
+        _matched_steps(settings, steps)
         return math.gcd(at, settings.match_every), steps
     return max(1, at), at + 1
 

@@ -106,7 +106,7 @@ def _rates(config: Config, match: str | None, step: int) -> Rates:
     """The rates of a fresh model's step `step`."""
     settings = config.function_space.model_copy(update={"match": match})
     config = config.model_copy(update={"function_space": settings})
-    matcher = None if match is None else MatchRates(settings)
+    matcher = None if match is None else MatchRates(settings, step)
     recorder = RecordRates(settings, max(1, step - 1), matcher)
     with tempfile.TemporaryDirectory() as folder, RunWriter(folder) as writer:
         observers = [recorder] if matcher is None else [recorder, matcher]
