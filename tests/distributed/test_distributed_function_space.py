@@ -98,7 +98,7 @@ def test_recorded_rates_are_those_of_one_process(cluster, single, how, on):
 @pytest.mark.parametrize(
     ("how", "world"),
     [
-        pytest.param(how, world, marks=() if (how, world) in [("ddp", 2), ("fsdp", 4)] else pytest.mark.slow)
+        pytest.param(how, world, marks=() if (how, world) in [("ddp", 2), ("fsdp", 2)] else pytest.mark.slow)
         for how, world in SETUPS
     ],
 )

@@ -69,7 +69,7 @@ CASES = {
 }
 
 
-QUICK = [("plain", "fsdp2", 4), ("uneven", "ddp", 2), ("halves", "ddp", 2)]
+QUICK = [("plain", "fsdp2", 2), ("uneven", "ddp", 2), ("halves", "ddp", 2)]
 ALL = [(case, strategy, world) for case in CASES for strategy in ("ddp", "fsdp2") for world in (2, 4)]
 
 

@@ -101,6 +101,7 @@ def test_intervals_hold_the_truth_95_times_in_100(probe, slices):
     assert 0.925 <= sum(inside.values()) / (200 * len(inside)) <= 0.97
 
 
+@pytest.mark.slow  # half a minute
 def test_kroneckers_error_is_that_of_its_own_mean():
     """Kronecker is biased, so its intervals are checked against its own value at very many probes."""
     torch.manual_seed(1)
