@@ -17,7 +17,7 @@ def main() -> None:
     errors = {}
     # smaller than a tile, one tile, tiles cut at both edges, and an inner dimension shorter than what is read at once
     for n, m in ((5, 7), (32, 32), (65, 100), (70, 33), (96, 200)):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             x = torch.randn(2, n, m, generator=generator).to(dtype)
             truth = x.double() @ x.double().mT
             errors[f"{n} x {m} {dtype} X X^T"] = relative(symmetric_product(x, x.mT), truth)

@@ -38,8 +38,10 @@ def test_the_kernel_computes_the_product_and_the_paths_the_iteration() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout)
-    assert len(errors) == 22
+    assert len(errors) == 32
     for name, error in errors.items():
-        # float32 sums of up to 200 products; bfloat16 results are rounded to 2^-9, and differences of them twice
-        tolerance = 1e-2 if "bfloat16" in name else 2e-6
+        # float32 sums of up to 200 products; results are rounded to 2^-9 or 2^-12, and differences of them twice; five steps
+        # bring up the rounding (6e-8) of the smallest singular values 485 times
+        steps = name.startswith("triton")
+        tolerance = 3e-5 if steps else 1e-2 if "bfloat16" in name else 2e-3 if "float16" in name else 2e-6
         assert error < tolerance, (name, error)

@@ -32,7 +32,7 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto") -> Tensor:
     Returns:
         A stack of the same shape and dtype. Zero matrices give zero; the scale of a matrix does not matter,
         from the smallest to the largest numbers of its dtype. Newton-Schulz works in float64 for float64
-        input, in bfloat16 on GPUs that have it in hardware, and in float32 otherwise.
+        input, in bfloat16 on GPUs that have it in hardware (float16 on the Gram paths), and in float32 otherwise.
 
     Raises:
         LayerwiseError: an unknown method or path, or a tensor that is not a stack of real matrices.
