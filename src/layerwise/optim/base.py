@@ -226,10 +226,10 @@ class LayerwiseOptimizer(Optimizer):
         """
         self.halves.hold(self._half_buffers())
         if not self._halves_agree:
-            self._halves_agree = True
             whole = [buffer for param, buffer in self._half_buffers() if local_part(param) is param]
             if whole:
                 self.work.check_same(whole, _NOT_AVERAGED)
+            self._halves_agree = True
 
     def _half_buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._follow_parameters()
