@@ -143,12 +143,12 @@ class Trainer:
             self._write({"step": 0, "tokens": 0, "seconds": 0.0, "val_loss": self._evaluate()})
         started, logged_at, logged_step = self._now(), self.seconds, self.step
         while self.step < steps:
-            record_rates = self._records(self.step + 1)
-            self._train_step(record_rates)
+            self._train_step()
             self.step += 1
             last = self.step == steps
             log = last or self._due(training.log_every)
             evaluate = last or self._due(training.eval_every)
+            record_rates = self._records(self.step)
             checkpoint = last or self._due(training.checkpoint_every)
             if not (log or evaluate or record_rates or checkpoint):
                 self.progress.step(self.step)
@@ -176,8 +176,8 @@ class Trainer:
             self.progress.step(self.step)
             started = self._now()
 
-    def _train_step(self, record_rates: bool = False) -> None:
-        """One optimizer step. Nothing here waits for the device, unless its layer rates are to be recorded."""
+    def _train_step(self) -> None:
+        """One optimizer step. Nothing here waits for the device."""
         training, scaler = self.config.training, self.accelerator.scaler
         wholes = self.data.batch(self.step).split(training.accumulation)
         parts = [batch.share(self.rank, self.world).to(self.device) for batch in wholes]
@@ -203,7 +203,7 @@ class Trainer:
                     around.enter_context(observer.around_step(self.step + 1, batch))
             self._optimizer_step()
         self.optimizer.zero_grad()
-        if record_rates:
+        if self._records(self.step + 1):
             self._layers = self._layer_rates()  # now: the next step's rate is another
         self.scheduler.step()
         self._loss_steps += 1
