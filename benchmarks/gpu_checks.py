@@ -159,7 +159,7 @@ def noise_share(device: str, small: bool, repeats: int) -> list[str]:
     size = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 256, "n_positions": 64} if small else {}
     model = GPT2LMHeadModel(GPT2Config(**size)).to(device)
     tokens = torch.randint(0, model.config.vocab_size, (8, model.config.n_positions), device=device)
-    plain = lw.Lanton(lw.param_groups(model), lr=1e-4, noise=None)
+    plain = lw.Lanton(lw.param_groups(model), lr=1e-4, rates=None)
     noisy = lw.Lanton(lw.param_groups(model), lr=1e-4)
 
     def gradients() -> None:

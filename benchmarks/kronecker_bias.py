@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.function_space import function_space_rates
-from layerwise.function_space.collect import Collector
-from layerwise.function_space.estimators import (
+from layerwise.function_space.measuring.collect import Collector
+from layerwise.function_space.measuring.estimators import (
     Estimator,
     Moments,
     TensorUpdate,
@@ -26,9 +26,9 @@ from layerwise.function_space.estimators import (
     iid,
     kronecker,
 )
-from layerwise.function_space.isolation import call_with, trainable, untouched
-from layerwise.function_space.outputs import as_outputs, resolve
-from layerwise.function_space.probes import draw_probes, run_probes
+from layerwise.function_space.measuring.isolation import call_with, trainable, untouched
+from layerwise.function_space.measuring.outputs import as_outputs, resolve
+from layerwise.function_space.measuring.probes import draw_probes, run_probes
 
 
 class Experts(nn.Module):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layerwise.lab.runs import Run, find_runs, read_run
+from layerwise.lab.runs.directory import Run, find_runs, read_run
 
 RESULTS = Path(__file__).parent / "results"
 OPTIONS = {
@@ -30,7 +30,7 @@ PARTS = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 def option(run: Run) -> str | None:
     """The noise reference of a run of plain LANTON; None for any other run."""
     optimizer = run.config["optimizer"]
-    noise = optimizer.get("noise") or {}
+    noise = optimizer.get("rates") or {}
     plain = set(noise) <= {"rule", "reference"} and noise.get("rule") in (None, "noise_adaptive")
     return noise.get("reference", "previous") if optimizer["name"] == "lanton" and plain else None
 

@@ -36,7 +36,7 @@ import literal
 import machine
 from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
-from layerwise.optim.matrix_work import LocalWork, MatrixJob
+from layerwise.optim.work.job import LocalWork, MatrixJob
 
 RESULTS = Path(__file__).parent / "results"
 Shapes = list[tuple[int, int]]
@@ -210,7 +210,7 @@ def contenders(device: str) -> dict[str, Callable[[Sequence[Tensor]], Step]]:
     return found | {
         "Muon (layerwise)": lambda ps: lw.Muon(layerwise_groups(ps), lr=0.02).step,
         "Lanton without noise (layerwise)": lambda ps: (
-            lw.Lanton(layerwise_groups(ps), lr=0.02, noise=None).step
+            lw.Lanton(layerwise_groups(ps), lr=0.02, rates=None).step
         ),
         "Lanton (layerwise)": lambda ps: lw.Lanton(layerwise_groups(ps), lr=0.02).step,
         "noise alone (layerwise)": noise_alone,

@@ -23,13 +23,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 import machine
-from layerwise.lab.config import Config
-from layerwise.lab.data import Batch, TextData
-from layerwise.lab.models import Examples, build_model
-from layerwise.lab.observers import Observer
-from layerwise.lab.optimizers import build_optimizer
-from layerwise.lab.schedules import build_scheduler
-from layerwise.lab.train import complete, train
+from layerwise.lab.config.schema import Config
+from layerwise.lab.data.text import Batch, TextData
+from layerwise.lab.models.families import Examples, build_model
+from layerwise.lab.optimizers.registry import build_optimizer
+from layerwise.lab.training.observers import Observer
+from layerwise.lab.training.run import complete, train
+from layerwise.lab.training.schedules import build_scheduler
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from layerwise.lab.overrides import load_config
+from layerwise.lab.config.read import load_config
+from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
+from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
+from layerwise.lab.experiments.sweep.results import read_results
+from layerwise.lab.experiments.sweep.run_sweep import RESULTS, run_sweep
+from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+from layerwise.lab.experiments.sweep.sweep_report import LOSS_NAMES, analyse
+from layerwise.lab.experiments.sweep.table import markdown
+from layerwise.lab.experiments.sweep.trial_plan import make_plan
 from layerwise.lab.report.style import save_figure
-from layerwise.lab.sweep.config import SweepConfig
-from layerwise.lab.sweep.engines.local import LocalEngine
-from layerwise.lab.sweep.figure import Panels, transfer_figure
-from layerwise.lab.sweep.plan import make_plan
-from layerwise.lab.sweep.report import LOSS_NAMES, analyse
-from layerwise.lab.sweep.results import read_results
-from layerwise.lab.sweep.run import RESULTS, run_sweep
-from layerwise.lab.sweep.table import markdown
-from layerwise.lab.train import train
+from layerwise.lab.training.run import train
 
 CONFIGS = Path(__file__).parent / "transfer"
 DEPTH = ["sweep.axis=depth"]

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from layerwise.lab.base_rates import base_rates
-from layerwise.lab.config import LoraConfig
-from layerwise.lab.models import FAMILIES, PRESETS
-from layerwise.lab.optimizers import OPTIMIZERS, RULES, Preset
-from layerwise.lab.sweep.config import SweepConfig
+from layerwise.lab.config.schema import LoraConfig
+from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+from layerwise.lab.models.families import FAMILIES, PRESETS
+from layerwise.lab.optimizers.default_rates import base_rates
+from layerwise.lab.optimizers.registry import OPTIMIZERS, RULES, Preset
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -81,12 +81,12 @@ AFTER = {
     + "\n".join(
         f"| `{name}` | `{_class(preset)}`"
         f" | {_rates(name)} | {preset.weight_decay:g}"
-        f" | {preset.rule or ('none, unless `noise` is given' if preset.takes_noise else 'none')}"
+        f" | {preset.rule or ('none, unless `rates` is given' if preset.takes_rates else 'none')}"
         f" | {', '.join(f'`{key}`' for key in sorted(preset.keywords()))} |"
         for name, preset in OPTIMIZERS.items()
     )
     + "\n\nThe default `lr` is that of the optimizer's signature; for the model presets named beside it, the other one."
-    + "\n\nThe rules of `optimizer.noise`, whose keys are their arguments:\n\n"
+    + "\n\nThe rules of `optimizer.rates`, whose keys are their arguments:\n\n"
     + "\n".join(
         f"- `{name}`: `{rule.__name__}`, keys {', '.join(f'`{key}`' for key in rule.__dataclass_fields__)}"
         for name, rule in RULES.items()

@@ -34,7 +34,7 @@ class Regression(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = lw.DMuon(lw.param_groups(self), lr=0.02, noise=lw.NoiseAdaptive())
+        optimizer = lw.DMuon(lw.param_groups(self), lr=0.02, rates=lw.NoiseAdaptive())
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=16)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -39,7 +39,7 @@ class Killed(BaseException):
 
 def train_until_killed(name: str, folder: str, die: Any) -> None:
     """Run an example; in one of its optimizer steps `die()` is called."""
-    import layerwise.optim.base as base
+    import layerwise.optim.optimizer as base
 
     find_jobs, steps = base.find_jobs, count(1)
 

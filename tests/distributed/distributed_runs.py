@@ -22,8 +22,8 @@ import layerwise as lw
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Spectral
 from layerwise.geometry.layout import MatrixLayout, Split, StackLayout
-from layerwise.optim.distributed import DistributedWork
-from layerwise.optim.matrix_work import LocalWork, local_part
+from layerwise.optim.work.distributed import DistributedWork
+from layerwise.optim.work.job import LocalWork, local_part
 
 LAYOUT = {"role": "hidden", "layout": MatrixLayout(), "geometry": Spectral()}
 
@@ -116,7 +116,7 @@ SPLITS: dict[str, int] = {"blocks.*.qkv.*": 3}
 
 def make_optimizer(model: nn.Module, preset: str, rule: str) -> lw.LayerwiseOptimizer:
     module = model.module if isinstance(model, DistributedDataParallel) else model
-    options: dict[str, Any] = {"lr": RATES[preset], "noise": RULES[rule], "weight_decay": 0.1}
+    options: dict[str, Any] = {"lr": RATES[preset], "rates": RULES[rule], "weight_decay": 0.1}
     return getattr(lw, preset)(lw.param_groups(module, OVERRIDES, SPLITS), **options)
 
 
@@ -129,7 +129,7 @@ def mine(rows: Tensor) -> Tensor:
 
 def backward(model: nn.Module, optimizer: lw.LayerwiseOptimizer, step: int) -> None:
     """Gradients of the global batch, in two halves where the noise rule wants them."""
-    halves = any(getattr(group["noise"], "needs_halves", False) for group in optimizer.param_groups)
+    halves = any(getattr(group["rates"], "needs_halves", False) for group in optimizer.param_groups)
     parts = [half.chunk(2) if halves else (half,) for half in batch(step)]
     for i, (tokens, features, targets) in enumerate(zip(*parts, strict=True)):
         loss = nn.functional.cross_entropy(model(mine(tokens), mine(features)), mine(targets))
@@ -246,7 +246,7 @@ def counted(how: str, reference: str = "previous") -> dict[str, Any]:
     model = distribute(Tower(), how)
     module = model.module if isinstance(model, DistributedDataParallel) else model
     rule = lw.NoiseAdaptive(reference=reference)
-    optimizer = lw.Lanton(lw.param_groups(module, overrides={"*": {"role": "hidden"}}), noise=rule)
+    optimizer = lw.Lanton(lw.param_groups(module, overrides={"*": {"role": "hidden"}}), rates=rule)
     if rule.needs_replicas:
         optimizer.watch_replicas(model)
     sent: dict[str, int] = {}
@@ -261,7 +261,7 @@ def counted(how: str, reference: str = "previous") -> dict[str, Any]:
 @contextmanager
 def counting_bytes(sent: dict[str, int]) -> Iterator[None]:
     """Counts what this process puts into each collective. Of an all-to-all, what leaves the process."""
-    import layerwise.optim.distributed.exchange as exchange
+    import layerwise.optim.work.collectives as exchange
 
     to_all, gather, reduce = dist.all_to_all_single, exchange._all_gather_flat, dist.all_reduce
 

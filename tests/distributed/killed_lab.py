@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from layerwise.lab import checkpoint, processes
 from layerwise.lab.cli import main
-from layerwise.lab.trainer import Trainer
+from layerwise.lab.runs import checkpoint
+from layerwise.lab.training import processes
+from layerwise.lab.training.trainer import Trainer
 
 STEP = 6  # a checkpoint of step 3 stands, the next one is due now
 

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.checkpoint import list_checkpoints, load_checkpoint
-from layerwise.lab.config import Config
-from layerwise.lab.overrides import validate
-from layerwise.lab.runs import read_run
-from layerwise.lab.train import train
-from layerwise.lab.trainer import Trainer
+from layerwise.lab.config.read import validate
+from layerwise.lab.config.schema import Config
+from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
+from layerwise.lab.runs.directory import read_run
+from layerwise.lab.training.run import train
+from layerwise.lab.training.trainer import Trainer
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 

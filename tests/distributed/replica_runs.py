@@ -22,10 +22,10 @@ import layerwise as lw
 from layerwise.function_space import FunctionSpaceRecorder
 from layerwise.geometry import Sign, Spectral
 from layerwise.geometry.layout import MatrixLayout
-from layerwise.optim.distributed import DistributedWork
-from layerwise.optim.distributed.plan import assign
-from layerwise.optim.matrix_work import LocalWork
-from layerwise.optim.rates import Deviation
+from layerwise.optim.rules.rule import Deviation
+from layerwise.optim.work.distributed import DistributedWork
+from layerwise.optim.work.job import LocalWork
+from layerwise.optim.work.plan import assign
 
 HOOKS = {"": None, "allreduce": allreduce_hook, "fp16": fp16_compress_hook}
 NOISE = lw.NoiseAdaptive(reference="replicas")
@@ -49,7 +49,7 @@ class Case:
 def optimizer_of(model: nn.Module) -> lw.LayerwiseOptimizer:
     module = model.module if isinstance(model, DistributedDataParallel) else model
     groups = lw.param_groups(module, OVERRIDES, SPLITS)
-    return lw.Lanton(groups, lr=RATES["Lanton"], noise=NOISE, weight_decay=0.1)
+    return lw.Lanton(groups, lr=RATES["Lanton"], rates=NOISE, weight_decay=0.1)
 
 
 def wrapped(case: Case) -> nn.Module:
@@ -187,7 +187,7 @@ def noise_of_noise(
             "role": "hidden",
             "layout": MatrixLayout(),
             "geometry": {"sign": Sign(), "spectral": Spectral(nuclear="svd")}[geometry],
-            "noise": lw.NoiseAdaptive(reference=reference, beta=beta),
+            "rates": lw.NoiseAdaptive(reference=reference, beta=beta),
         }
         for i, (param, (reference, geometry, beta)) in enumerate(
             zip(model.module.weights, rules, strict=True)

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from lab_runs import lab_run, results, tree
 
-from layerwise.lab.checkpoint import list_checkpoints
-from layerwise.lab.runs import read_run
+from layerwise.lab.runs.checkpoint import list_checkpoints
+from layerwise.lab.runs.directory import read_run
 
 HERE = Path(__file__).parent
 TIMEOUT = 15  # seconds that a process waits for another

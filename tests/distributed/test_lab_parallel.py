@@ -15,7 +15,7 @@ from lab_runs import lab_run, results
 from torch import Tensor
 from torch.testing import assert_close
 
-from layerwise.lab.runs import read_run
+from layerwise.lab.runs.directory import read_run
 
 TIMINGS = ("seconds", "tokens_per_second")
 
@@ -57,11 +57,11 @@ CASES = {
     "uneven": {"training.batch_size": 7},  # shares of 4 and 3, or 2, 2, 2 and 1
     "halves": {
         "training.accumulation": 2,
-        "optimizer.noise": {"reference": "independent"},
+        "optimizer.rates": {"reference": "independent"},
         "training.clip_norm": None,
     },
     "adamw": {"optimizer.name": "adamw"},
-    "d-muon": {"optimizer.name": "d-muon", "optimizer.noise": "norm_adaptive"},
+    "d-muon": {"optimizer.name": "d-muon", "optimizer.rates": "norm_adaptive"},
     "adapters": {
         "model": {"preset": "decoder", "base_width": 8, "lora": {"rank": 2, "targets": ["query", "value"]}},
         "training.clip_norm": 0.1,
@@ -128,7 +128,7 @@ def test_what_ends_a_run_ends_it_on_every_process(cluster, tmp_path):
         "training.batch_size=1 in training.accumulation=1 parts leaves 1 a part, fewer than 2 processes:"
         " raise the batch size, or lower the accumulation or the number of processes"
     )
-    replicas = {"optimizer.noise": {"reference": "replicas"}}
+    replicas = {"optimizer.rates": {"reference": "replicas"}}
     assert "= 7 sequences are not a multiple of 2 processes" in ends({**replicas, "training.batch_size": 7})
     assert "data.validation_fraction" in ends({"data.validation_fraction": 0.001})
     assert not (tmp_path / "runs" / "gpt2-tiny-lanton").exists()
@@ -168,7 +168,7 @@ def test_function_space_rates_are_those_of_the_global_batch(cluster, tmp_path, s
 
 def test_noise_between_replicas_is_taken_up_again(cluster, tmp_path):
     """Replicas are processes, so the run of one process is none to compare with: DDP and FSDP2 must agree."""
-    folder, noise = str(tmp_path), {"optimizer.noise": {"reference": "replicas"}, "training.accumulation": 2}
+    folder, noise = str(tmp_path), {"optimizer.rates": {"reference": "replicas"}, "training.accumulation": 2}
     assert "this run has one" in cluster.run(1, lab_run, folder, noise)[0]
     cluster.run(2, lab_run, folder, {**noise, "run.name": "whole"})
     broken = {**noise, "run.name": "broken", "parallel.strategy": "fsdp2"}

@@ -48,7 +48,7 @@ def hf(folder: str) -> tuple[nn.Module, lw.LayerwiseOptimizer]:
             disable_tqdm=True,
         ),
         train_dataset=[{"x": x, "y": y} for x, y in data()],
-        optimizer_cls_and_kwargs=trainer_optimizer(lw.Lanton, lr=0.02, noise=RULE),
+        optimizer_cls_and_kwargs=trainer_optimizer(lw.Lanton, lr=0.02, rates=RULE),
     )
     watch_replicas(trainer)
     trainer.train()
@@ -70,7 +70,7 @@ def lightning(folder: str) -> tuple[nn.Module, lw.LayerwiseOptimizer]:
             return self.net(*batch)["loss"]
 
         def configure_optimizers(self) -> lw.LayerwiseOptimizer:
-            return lw.Lanton(lw.param_groups(self), lr=0.02, noise=RULE)
+            return lw.Lanton(lw.param_groups(self), lr=0.02, rates=RULE)
 
     trainer = Trainer(
         max_epochs=1,

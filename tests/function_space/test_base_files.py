@@ -11,7 +11,7 @@ from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder, infer_depth, record_base
-from layerwise.function_space.depth import sources
+from layerwise.function_space.matching.depth_map import sources
 
 
 def recorded(seed=0, depth=2, lr=1e-2, **options) -> BaseRates:

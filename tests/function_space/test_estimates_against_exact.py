@@ -10,7 +10,7 @@ from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import Rates, function_space_rates
-from layerwise.function_space.estimators import (
+from layerwise.function_space.measuring.estimators import (
     METHODS,
     Moments,
     TensorUpdate,
@@ -19,7 +19,7 @@ from layerwise.function_space.estimators import (
     iid,
     kronecker,
 )
-from layerwise.function_space.exact import derivative
+from layerwise.function_space.measuring.exact import derivative
 
 
 class AllRanks(nn.Module):
@@ -124,7 +124,7 @@ def test_kroneckers_error_is_that_of_its_own_mean():
 @settings(max_examples=40, deadline=None)
 def test_moments_are_their_definitions(probes, shape, seed, piece):
     """Against the formulas written with plain sums, whatever the pieces a tensor is taken in."""
-    import layerwise.function_space.estimators as module
+    import layerwise.function_space.measuring.estimators as module
 
     torch.manual_seed(seed)
     delta, grads = torch.randn(shape).double(), torch.randn(probes, *shape).double()

@@ -18,7 +18,7 @@ from layerwise.function_space import (
     function_space_rates,
     record_base,
 )
-from layerwise.lab.torch_muon import TorchMuon
+from layerwise.lab.optimizers.torch_muon import TorchMuon
 
 OPTIMIZERS = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),

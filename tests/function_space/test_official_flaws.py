@@ -478,9 +478,11 @@ class Reads(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_cost_of_more_probes(monkeypatch):
     """Naive: a forward, and a read of every tensor's rate, for each probe; ours: one forward and no read."""
-    from layerwise.function_space import measure
+    from layerwise.function_space.measuring import measurement
 
-    monkeypatch.setattr(measure, "combine", lambda *args: (1.0, 0.1))  # on the CPU, after the one transfer
+    monkeypatch.setattr(
+        measurement, "combine", lambda *args: (1.0, 0.1)
+    )  # on the CPU, after the one transfer
     _, _, other = batch(0)
     counts = {}
     for probes in (4, 8):
@@ -508,7 +510,7 @@ def test_the_copy_of_the_weights_is_freed_after_the_measurement():
     import gc
     import weakref
 
-    from layerwise.function_space import capture
+    from layerwise.function_space.steps import capture
 
     x, y, other = batch(0)
     model = ResNet(8, 1)

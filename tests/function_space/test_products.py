@@ -5,7 +5,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from layerwise.function_space import estimators, function_space_rates, runners
+from layerwise.function_space import function_space_rates
+from layerwise.function_space.measuring import estimators, runners
 
 
 class InputsFirst(nn.Module):

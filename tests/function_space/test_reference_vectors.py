@@ -7,11 +7,11 @@ import torch
 from reference_model import VECTORS, adam, batch, build, loss
 from torch import Tensor
 
-from layerwise.function_space.collect import Collector
-from layerwise.function_space.estimators import Estimator, TensorUpdate, combine, estimator_for
-from layerwise.function_space.isolation import call_with, trainable
-from layerwise.function_space.outputs import as_outputs, model_output
-from layerwise.function_space.probes import run_probes
+from layerwise.function_space.measuring.collect import Collector
+from layerwise.function_space.measuring.estimators import Estimator, TensorUpdate, combine, estimator_for
+from layerwise.function_space.measuring.isolation import call_with, trainable
+from layerwise.function_space.measuring.outputs import as_outputs, model_output
+from layerwise.function_space.measuring.probes import run_probes
 
 Snapshot = dict[str, Tensor]
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space import FunctionSpaceRecorder, function_space_rates, measure
+from layerwise.function_space import FunctionSpaceRecorder, function_space_rates
+from layerwise.function_space.measuring import measurement
 
 
 def network():
@@ -32,7 +33,7 @@ def test_expectations_are_those_of_the_whole_batch(method, monkeypatch):
 
     One of the four examples is padding, so that the slices count differently.
     """
-    monkeypatch.setattr(measure, "draw_probes", all_signs)
+    monkeypatch.setattr(measurement, "draw_probes", all_signs)
     model, update = network()
     x, mask = torch.randn(4, 3).double(), torch.tensor([1, 1, 1, 0])
     whole = function_space_rates(model, update, x, method=method, probes=128, mask=mask, slices=1)
@@ -52,7 +53,7 @@ def test_expectations_are_those_of_the_whole_batch(method, monkeypatch):
 
 def test_uneven_shares_of_probes_do_not_weigh_batches(monkeypatch):
     """Batches of equal weight at 3 and 2 probes each: every sign gives the same moment of one output entry."""
-    monkeypatch.setattr(measure, "draw_probes", all_signs)
+    monkeypatch.setattr(measurement, "draw_probes", all_signs)
     torch.manual_seed(0)
     model = nn.Linear(3, 1).double()
     update = {name: torch.randn_like(p) for name, p in model.named_parameters()}

@@ -11,9 +11,9 @@ from tiny_run import tiny_tree
 import layerwise
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli import main, split_words
-from layerwise.lab.models import PRESETS
-from layerwise.lab.optimizers import OPTIMIZERS
-from layerwise.lab.overrides import load_config
+from layerwise.lab.config.read import load_config
+from layerwise.lab.models.families import PRESETS
+from layerwise.lab.optimizers.registry import OPTIMIZERS
 
 
 def call(*words: str) -> int:
@@ -86,7 +86,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("layerwise.lab.train.train", interrupted)
+    monkeypatch.setattr("layerwise.lab.training.run.train", interrupted)
     assert call("train", str(config)) == 130
     assert capsys.readouterr().err.splitlines() == [
         "layerwise: interrupted; what is finished is kept (`train`: --resume goes on)"

@@ -11,14 +11,21 @@ import pytest
 import yaml
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab import compare as module
-from layerwise.lab.base_rates import base_rates
 from layerwise.lab.cli import main
-from layerwise.lab.compare import DEFAULT, CompareConfig, compare, entries, identity, rates_file
-from layerwise.lab.config import ModelConfig
-from layerwise.lab.optimizers import OPTIMIZERS
-from layerwise.lab.overrides import load_config, nearest
-from layerwise.lab.runs import read_run, write_json
+from layerwise.lab.config.read import load_config, nearest
+from layerwise.lab.config.schema import ModelConfig
+from layerwise.lab.experiments import comparison as module
+from layerwise.lab.experiments.comparison import (
+    DEFAULT,
+    CompareConfig,
+    compare,
+    entries,
+    identity,
+    rates_file,
+)
+from layerwise.lab.optimizers.default_rates import base_rates
+from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.runs.directory import read_run, write_json
 
 FAST = [
     "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "data.source=files", "data.tokenizer=byte", "data.seq_len=16",
@@ -237,8 +244,8 @@ def test_the_default_contenders_have_tuned_rates_in_the_one_file() -> None:
         ("compare.contenders.adamw={momentun: 1}", r"`compare\.contenders\.adamw\.momentun`"),
         ("compare.contenders.mine={name: lanton, lr: -1}", r"compare\.contenders\.mine\.lr=-1"),
         (
-            "compare.contenders.mine={name: lanton, noise: {alfa: 1}}",
-            r"`compare\.contenders\.mine\.noise\.alfa`",
+            "compare.contenders.mine={name: lanton, rates: {alfa: 1}}",
+            r"`compare\.contenders\.mine\.rates\.alfa`",
         ),
         ("optimizer.lr=1e-3", "compare.contenders.NAME"),
         ("compare.seedz=2", "did you mean `seeds`"),

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.base_rates import base_rates
-from layerwise.lab.config import Config
-from layerwise.lab.overrides import load_config, parse_yaml
-from layerwise.lab.train import complete
+from layerwise.lab.config.read import load_config, parse_yaml
+from layerwise.lab.config.schema import Config
+from layerwise.lab.optimizers.default_rates import base_rates
+from layerwise.lab.training.run import complete
 
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -29,11 +29,11 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("optimizer: muon\ntraining:\n  precision: no\n  steps: 7\nmodel: {n_layer: 3}\n")
     config = load_config(
-        file, ["optimizer.lr=1e-3", "model.n_embd=64", "training.steps=9", "optimizer.noise=static"]
+        file, ["optimizer.lr=1e-3", "model.n_embd=64", "training.steps=9", "optimizer.rates=static"]
     )
     assert config.optimizer.name == "muon"
     assert config.optimizer.lr == 1e-3
-    assert config.optimizer.noise == {"rule": "static"}
+    assert config.optimizer.rates == {"rule": "static"}
     assert config.model.settings == {"n_layer": 3, "n_embd": 64}
     assert config.training.precision == "no"  # YAML 1.1 would read `no` as false
     assert config.steps == 9
@@ -67,7 +67,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("training.batch_size=1.5", ["training.batch_size=1.5"]),
         ("optimizer.lr=nan", ["optimizer.lr='nan'"]),
         ("optimizer.lr=.nan", ["optimizer.lr=nan"]),
-        ("optimizer.noise=noise_adaptive", ["adamw has no layer rates"]),
+        ("optimizer.rates=noise_adaptive", ["adamw has no layer rates"]),
         ("training.accumulation=3", ["training.batch_size=16", "training.accumulation=3"]),
         ("training", ["key=value"]),
         ("=3", ["key=value"]),
@@ -97,8 +97,8 @@ def test_a_wrong_override_is_one_line_with_the_mend(override: str, words: list[s
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optimizer.noise.rule=noise", ["noise_adaptive"]),
-        ("optimizer.noise.alfa=1", ["`optimizer.noise.alfa`", "`alpha`"]),
+        ("optimizer.rates.rule=noise", ["noise_adaptive"]),
+        ("optimizer.rates.alfa=1", ["`optimizer.rates.alfa`", "`alpha`"]),
         ("optimizer.beta=1", ["`optimizer.beta`"]),
     ],
 )

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny_run import TEXT, tiny_config
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config import DataConfig
-from layerwise.lab.corpus import Corpus, read_corpus
-from layerwise.lab.data import Sampler, TextData
-from layerwise.lab.tokens import ByteTokenizer, cache_folder, load_tokens, split
+from layerwise.lab.config.schema import DataConfig
+from layerwise.lab.data.corpus import Corpus, read_corpus
+from layerwise.lab.data.text import Sampler, TextData
+from layerwise.lab.data.tokens import ByteTokenizer, cache_folder, load_tokens, split
 
 
 @given(
@@ -115,7 +115,7 @@ def test_the_built_in_text_is_the_same_each_time_and_tokenised_once(monkeypatch:
     assert first.info["train_tokens"] > 1_000_000
     assert 0.02 < first.info["validation_tokens"] / first.info["train_tokens"] < 0.1
     assert int(first.train.max()) == 256
-    monkeypatch.setattr("layerwise.lab.tokens._tokenise", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("layerwise.lab.data.tokens._tokenise", lambda *_: pytest.fail("tokenised again"))
     again = load_tokens(config)
     assert np.array_equal(first.train, again.train)
     assert [path.name for path in cache_folder().iterdir() if "." in path.name] == []  # no work folder left
@@ -204,7 +204,7 @@ def test_files_of_ids_that_are_none(tmp_path: Path) -> None:
 def test_two_processes_can_fill_the_cache_at_once(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     code = (
-        "from layerwise.lab.config import DataConfig; from layerwise.lab.tokens import load_tokens;"
+        "from layerwise.lab.config.schema import DataConfig; from layerwise.lab.data.tokens import load_tokens;"
         f"t = load_tokens(DataConfig(source='files', paths=[{str(tmp_path / 'text.txt')!r}], vocab_size=280));"
         "print(int(t.train.sum()))"
     )

@@ -12,14 +12,14 @@ import yaml
 from tiny_run import tiny_tree
 
 from layerwise.function_space import BaseRates
-from layerwise.lab.checkpoint import list_checkpoints, load_checkpoint
 from layerwise.lab.cli import main
-from layerwise.lab.config import Config
-from layerwise.lab.observers import Observer
-from layerwise.lab.overrides import validate
-from layerwise.lab.runs import read_run
-from layerwise.lab.size_check import check_sizes
-from layerwise.lab.train import train
+from layerwise.lab.config.read import validate
+from layerwise.lab.config.schema import Config
+from layerwise.lab.experiments.check_sizes import check_sizes
+from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
+from layerwise.lab.runs.directory import read_run
+from layerwise.lab.training.observers import Observer
+from layerwise.lab.training.run import train
 
 
 def call(*words: str) -> int:
@@ -160,7 +160,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(
     def no_training(*_: Any) -> None:
         raise AssertionError("it trained")
 
-    monkeypatch.setattr("layerwise.lab.base_file.record", no_training)
+    monkeypatch.setattr("layerwise.lab.experiments.record_base.record", no_training)
     for output, message in (
         (tmp_path, "is a folder: name a file, such as"),
         (Path("/dev/null"), "is not a plain file"),
@@ -244,7 +244,7 @@ def test_every_size_is_checked_at_one_rate(monkeypatch: pytest.MonkeyPatch) -> N
         seen[config.model.settings["n_embd"]] = config.optimizer.lr
         return {}
 
-    monkeypatch.setattr("layerwise.lab.size_check._rates", note)
+    monkeypatch.setattr("layerwise.lab.experiments.check_sizes._rates", note)
     check_sizes(Config(), [64, 128])  # at 128 it is the preset itself, which has a default rate of its own
     assert seen == {64: 0.002, 128: 0.002}
 
@@ -256,7 +256,7 @@ def test_check_matches_as_the_config_says(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(match)
         return {}
 
-    monkeypatch.setattr("layerwise.lab.size_check._rates", note)
+    monkeypatch.setattr("layerwise.lab.experiments.check_sizes._rates", note)
     config = Config().replace({"function_space.match": "uniform"})
     check_sizes(config, [64, 128])
     check_sizes(config, [64, 128], match="base.json")

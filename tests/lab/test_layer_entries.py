@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import layerwise as lw
-from layerwise.lab.optimizers import mean_multipliers
-from layerwise.lab.record import MOST_UNITS, layer_entries, parameter_table
-from layerwise.lab.report.load import RunData
-from layerwise.lab.runs import RunWriter, read_run
+from layerwise.lab.optimizers.registry import mean_multipliers
+from layerwise.lab.report.run_data import RunData
+from layerwise.lab.runs.directory import RunWriter, read_run
+from layerwise.lab.runs.environment import MOST_UNITS, layer_entries, parameter_table
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def model() -> nn.Module:
 def test_a_parameter_of_many_units_is_summarised(model: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(8, 3, 3, 3)
     model(x)
-    optimizer = lw.Lanton(lw.param_groups(model), noise=lw.NoiseAdaptive(floor=1e-9))
+    optimizer = lw.Lanton(lw.param_groups(model), rates=lw.NoiseAdaptive(floor=1e-9))
     for _ in range(3):
         optimizer.zero_grad()
         model(x[torch.randperm(8)[:4]]).square().sum().backward()
@@ -61,4 +61,4 @@ def test_a_parameter_of_many_units_is_summarised(model: nn.Module, tmp_path: Pat
 
     static = mean_multipliers(str(tmp_path / "run"))  # the fixed rates that control for adaptive ones
     assert {static[unit] for unit in channels} == {summary["multiplier"]}
-    lw.Lanton(lw.param_groups(model), noise=lw.StaticRates(static))
+    lw.Lanton(lw.param_groups(model), rates=lw.StaticRates(static))

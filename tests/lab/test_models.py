@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config import ModelConfig
-from layerwise.lab.models import PRESETS, Examples, build_model, logits, loss, model_settings
+from layerwise.lab.config.schema import ModelConfig
+from layerwise.lab.models.families import PRESETS, Examples, build_model, logits, loss, model_settings
 
 TOKENS = Examples(vocab_size=61, seq_len=16)
 TINY = {

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import RateCurve, Story, contenders, load_runs, write_report
-from layerwise.lab.report.curves import loss_limits, smooth
-from layerwise.lab.report.heatmaps import layer_heat_maps, relative_noise
-from layerwise.lab.report.load import LayerHistory, RunData
+from layerwise.lab.report.figures.effective_rates import effective_rates
+from layerwise.lab.report.figures.heatmap import layer_heat_maps, relative_noise
+from layerwise.lab.report.figures.loss import loss_limits, smooth
 from layerwise.lab.report.names import looks, network_order, unit_name
-from layerwise.lab.report.rates import effective_rates
+from layerwise.lab.report.run_data import LayerHistory, RunData
 from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, styled, themed_svg
 from layerwise.lab.report.tables import duration, parameter_rows, result_rows, settings
 

@@ -16,13 +16,13 @@ import yaml
 from tiny_run import tiny_config, tiny_tree
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from layerwise.lab.cli import main
-from layerwise.lab.config import Config
-from layerwise.lab.observers import Observer
-from layerwise.lab.optimizers import OPTIMIZERS
-from layerwise.lab.runs import Run, read_lines, read_run
-from layerwise.lab.train import train
+from layerwise.lab.config.schema import Config
+from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from layerwise.lab.runs.directory import Run, read_lines, read_run
+from layerwise.lab.training.observers import Observer
+from layerwise.lab.training.run import train
 
 TIMINGS = ("seconds", "tokens_per_second")
 
@@ -105,9 +105,9 @@ def test_every_optimizer_resumes_exactly(tmp_path: Path, name: str) -> None:
     "changes",
     [
         {"training__precision": "bf16"},
-        {"training__accumulation": 2, "optimizer__noise": {"reference": "independent"}},
+        {"training__accumulation": 2, "optimizer__rates": {"reference": "independent"}},
         {
-            "optimizer__noise": {"alpha": 0.1, "size_normalised": True, "anchor": "mean"},
+            "optimizer__rates": {"alpha": 0.1, "size_normalised": True, "anchor": "mean"},
             "schedule__name": "wsd",
         },
     ],
@@ -251,7 +251,7 @@ def kill_and_resume(tmp_path: Path, kills: int, steps: int) -> None:
     file.write_text(yaml.safe_dump(tree))
     # A clean server that has torch and transformers loaded, and forks: a process costs milliseconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["layerwise.lab.train", "transformers.models.gpt2.modeling_gpt2"])
+    context.set_forkserver_preload(["layerwise.lab.training.run", "transformers.models.gpt2.modeling_gpt2"])
 
     def start(name: str) -> Any:
         process = context.Process(target=main, args=(["train", str(file), f"run.name={name}", "--resume"],))

@@ -13,19 +13,19 @@ from rich.console import Console
 from tiny_run import tiny_tree
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.base_file import record
-from layerwise.lab.config import Config
-from layerwise.lab.overrides import validate
-from layerwise.lab.sweep import run
-from layerwise.lab.sweep.analysis import Curve, transfers
-from layerwise.lab.sweep.config import SweepConfig
-from layerwise.lab.sweep.engines.local import LocalEngine
-from layerwise.lab.sweep.figure import Panels, transfer_figure
-from layerwise.lab.sweep.plan import Point, make_plan
-from layerwise.lab.sweep.report import analyse, write_report
-from layerwise.lab.sweep.results import ResultsFile, loss_of, read_results
-from layerwise.lab.sweep.table import cells, terminal
-from layerwise.lab.train import train
+from layerwise.lab.config.read import validate
+from layerwise.lab.config.schema import Config
+from layerwise.lab.experiments.record_base import record
+from layerwise.lab.experiments.sweep import run_sweep
+from layerwise.lab.experiments.sweep.analysis import Curve, transfers
+from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
+from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
+from layerwise.lab.experiments.sweep.results import ResultsFile, loss_of, read_results
+from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+from layerwise.lab.experiments.sweep.sweep_report import analyse, write_report
+from layerwise.lab.experiments.sweep.table import cells, terminal
+from layerwise.lab.experiments.sweep.trial_plan import Point, make_plan
+from layerwise.lab.training.run import train
 
 
 def sweep_config(folder: Path, **changes: Any) -> SweepConfig:
@@ -128,7 +128,7 @@ def test_half_a_last_line_is_cut_and_one_process_writes(tmp_path: Path) -> None:
 
 def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sweep_config(tmp_path, sweep__methods=["standard", "flerm"])
-    path = run.run_sweep(config, LocalEngine(0), quiet=True).folder / "results.jsonl"
+    path = run_sweep.run_sweep(config, LocalEngine(0), quiet=True).folder / "results.jsonl"
     lines = path.read_text().splitlines()
     assert len(lines) == 2 + 2 * 2
     rows = [json.loads(line) for line in lines]
@@ -138,13 +138,15 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
     assert all(set(rates) >= {"embedding.weight", "head.bias"} for rates in matched)
 
     ran = []
-    run_trial = run.run_trial
-    monkeypatch.setattr(run, "run_trial", lambda trial, base: ran.append(trial.id) or run_trial(trial, base))
-    run.run_sweep(config, LocalEngine(0), quiet=True)
+    run_trial = run_sweep.run_trial
+    monkeypatch.setattr(
+        run_sweep, "run_trial", lambda trial, base: ran.append(trial.id) or run_trial(trial, base)
+    )
+    run_sweep.run_sweep(config, LocalEngine(0), quiet=True)
     assert ran == []
     # Killed in the middle of the last line: that trial alone is run again, and ends as it did.
     path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
-    run.run_sweep(config, LocalEngine(0), quiet=True)
+    run_sweep.run_sweep(config, LocalEngine(0), quiet=True)
     assert ran == [rows[-1]["id"]]
     again = json.loads(path.read_text().splitlines()[-1])
     assert {**again, "seconds": 0} == {**rows[-1], "seconds": 0}
@@ -164,8 +166,10 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
 
 def test_worker_processes_give_the_same_results(tmp_path: Path) -> None:
     config = sweep_config(tmp_path, sweep__methods=["flerm"], sweep__lr=[0.01, 0.02])
-    alone = run.run_sweep(config, LocalEngine(0), quiet=True).folder
-    side_by_side = run.run_sweep(config.replace({"run.name": "workers"}), LocalEngine(1), quiet=True).folder
+    alone = run_sweep.run_sweep(config, LocalEngine(0), quiet=True).folder
+    side_by_side = run_sweep.run_sweep(
+        config.replace({"run.name": "workers"}), LocalEngine(1), quiet=True
+    ).folder
     one, other = (read_results(folder / "results.jsonl") for folder in (alone, side_by_side))
     assert {id: row["loss"] for id, row in one.items()} == {id: row["loss"] for id, row in other.items()}
 
@@ -226,7 +230,7 @@ def test_a_diverged_rate_fails_where_the_initial_loss_is_unknown() -> None:
 def test_unfinished_sweeps_can_be_looked_at(tmp_path: Path) -> None:
     config = sweep_config(tmp_path)
     trial = make_plan(config).points[Point("standard", 4, 0.1, 0)]
-    with ResultsFile(config.run_path / run.RESULTS) as file:
+    with ResultsFile(config.run_path / run_sweep.RESULTS) as file:
         file.append({"id": trial.id, "status": "finished", "val_loss": 2.5, "first_val_loss": 5.0})
     curves, rows = analyse(config, config.run_path)
     assert {(c.method, c.size) for c in curves} == {("standard", 4), ("flerm", 4), ("mup", 4)}
@@ -293,8 +297,8 @@ def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
             "sweep.methods": ["flerm"],
         }
     )
-    folder = run.run_sweep(config, LocalEngine(0), quiet=True).folder
-    rows = list(read_results(folder / run.RESULTS).values())
+    folder = run_sweep.run_sweep(config, LocalEngine(0), quiet=True).folder
+    rows = list(read_results(folder / run_sweep.RESULTS).values())
     matched = [row["matched"] for row in rows if "matched" in row]
     assert len(rows) == 4
     assert len(matched) == 2

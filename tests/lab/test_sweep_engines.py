@@ -15,13 +15,13 @@ from test_function_space_cli import call
 from test_sweep import sweep_config
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.record import versions
-from layerwise.lab.sweep.engines import Engine, Failure
-from layerwise.lab.sweep.engines.local import LocalEngine
-from layerwise.lab.sweep.engines.ray import ATTEMPTS, RayEngine
-from layerwise.lab.sweep.results import read_results
-from layerwise.lab.sweep.run import RESULTS, Sweep, run_sweep
-from layerwise.lab.sweep.trial import start_worker
+from layerwise.lab.experiments.sweep.engines import Engine, Failure
+from layerwise.lab.experiments.sweep.engines.ray import ATTEMPTS, RayEngine
+from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
+from layerwise.lab.experiments.sweep.results import read_results
+from layerwise.lab.experiments.sweep.run_sweep import RESULTS, Sweep, run_sweep
+from layerwise.lab.experiments.sweep.trial import start_worker
+from layerwise.lab.runs.environment import versions
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +93,19 @@ def test_ray_gives_the_results_of_this_process(ray_here: None, tmp_path: Path) -
 def test_failed_trials_are_said_and_left_to_be_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layerwise.lab.sweep import run
+    from layerwise.lab.experiments.sweep import run_sweep as module
 
     config = sweep_config(tmp_path, sweep__methods=["standard"], sweep__sizes=[4], sweep__lr=[0.01, 0.1])
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(config.model_dump()))
-    run_trial, broken = run.run_trial, True
+    run_trial, broken = module.run_trial, True
 
     def sometimes(trial: Any, base: str | None) -> dict[str, Any]:
         if broken and trial.config["optimizer"]["lr"] == 0.1:
             raise LayerwiseError("no luck")
         return run_trial(trial, base)
 
-    monkeypatch.setattr(run, "run_trial", sometimes)
+    monkeypatch.setattr(module, "run_trial", sometimes)
     words = ("sweep", str(file), "--workers", "0")
     assert call(*words) == 1
     said = capsys.readouterr()

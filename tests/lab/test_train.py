@@ -13,16 +13,16 @@ import torch
 from tiny_run import tiny_config
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.checkpoint import list_checkpoints, load_checkpoint
-from layerwise.lab.config import Config, ScheduleConfig
-from layerwise.lab.data import Batch, TextData
-from layerwise.lab.models import Examples, build_model, loss
-from layerwise.lab.observers import Observer
-from layerwise.lab.optimizers import OPTIMIZERS, build_optimizer
-from layerwise.lab.progress import QuietProgress, make_progress
-from layerwise.lab.runs import Run, RunWriter, find_runs, read_run
-from layerwise.lab.schedules import schedule_factor
-from layerwise.lab.train import complete, train
+from layerwise.lab.config.schema import Config, ScheduleConfig
+from layerwise.lab.data.text import Batch, TextData
+from layerwise.lab.models.families import Examples, build_model, loss
+from layerwise.lab.optimizers.registry import OPTIMIZERS, build_optimizer
+from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
+from layerwise.lab.runs.directory import Run, RunWriter, find_runs, read_run
+from layerwise.lab.training.observers import Observer
+from layerwise.lab.training.progress import QuietProgress, make_progress
+from layerwise.lab.training.run import complete, train
+from layerwise.lab.training.schedules import schedule_factor
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -159,7 +159,7 @@ def test_fp16_without_a_gpu_is_one_line(tmp_path: Path) -> None:
 
 def test_independent_noise_takes_the_two_halves_of_the_batch(tmp_path: Path) -> None:
     noise = {"rule": "noise_adaptive", "reference": "independent"}
-    changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__noise": noise}
+    changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__rates": noise}
     with pytest.raises(LayerwiseError, match=r"training.accumulation=1 must be even"):
         train(tiny_config(tmp_path, run__name="odd", **changes), progress="quiet")
     run = train(tiny_config(tmp_path, training__accumulation=2, **changes), progress="quiet")
@@ -169,7 +169,7 @@ def test_independent_noise_takes_the_two_halves_of_the_batch(tmp_path: Path) -> 
 
 def test_noise_between_replicas_wants_several_processes(tmp_path: Path) -> None:
     noise = {"rule": "noise_adaptive", "reference": "replicas"}
-    changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__noise": noise}
+    changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__rates": noise}
     with pytest.raises(LayerwiseError, match=r"optimizer\.noise\.reference=replicas .* this run has one"):
         train(tiny_config(tmp_path, **changes), progress="quiet")
 

@@ -14,15 +14,15 @@ from tiny_run import tiny_config
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config import Config, ModelConfig, OptimizerConfig
-from layerwise.lab.images import ImageData, load_images
-from layerwise.lab.models import Examples, build_model
-from layerwise.lab.observers import Observer
-from layerwise.lab.optimizers import build_optimizer
-from layerwise.lab.paper_models import NORMS, Decoder, Norm, ResMLP
-from layerwise.lab.sizes import resized
-from layerwise.lab.train import train
-from layerwise.lab.trainer import Trainer
+from layerwise.lab.config.schema import Config, ModelConfig, OptimizerConfig
+from layerwise.lab.data.images import ImageData, load_images
+from layerwise.lab.models.families import Examples, build_model
+from layerwise.lab.models.paper import NORMS, Decoder, Norm, ResMLP
+from layerwise.lab.models.sizes import resized
+from layerwise.lab.optimizers.registry import build_optimizer
+from layerwise.lab.training.observers import Observer
+from layerwise.lab.training.run import train
+from layerwise.lab.training.trainer import Trainer
 
 
 def test_resmlp_is_the_papers_formula() -> None:

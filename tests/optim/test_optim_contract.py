@@ -9,7 +9,7 @@ import torch
 from tiny import OPTIMIZERS, assert_same_bits, loss_of, make, net, set_gradients, take_step, tensors, twin
 
 import layerwise as lw
-from layerwise.optim.update import local_state
+from layerwise.optim.step import local_state
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -267,7 +267,7 @@ def test_other_precisions(name, dtype):
 def test_the_multiplier_of_a_bfloat16_matrix_is_not_rounded_to_bfloat16():
     """0.2 sqrt(max) of a bfloat16 matrix as without a rule, and a multiplier of 1 changes no bit."""
     models = [net(torch.bfloat16) for _ in range(2)]
-    optimizers = [lw.Lanton(lw.param_groups(m), noise=rule) for m, rule in
+    optimizers = [lw.Lanton(lw.param_groups(m), rates=rule) for m, rule in
                   zip(models, (None, lw.StaticRates()), strict=True)]  # fmt: skip
     for model, optimizer in zip(models, optimizers, strict=True):
         set_gradients(model, 0)
@@ -340,7 +340,7 @@ def test_gradients_of_zero_decay_and_step_nowhere():
 def test_the_rates_are_finite_at_any_scale_of_the_gradients(scale, anchor):
     """Squares of 1e-36 and 1e36, and their sums, at the ends of float32."""
     model = net()
-    optimizer = lw.Lanton(lw.param_groups(model), noise=lw.NoiseAdaptive(anchor=anchor))
+    optimizer = lw.Lanton(lw.param_groups(model), rates=lw.NoiseAdaptive(anchor=anchor))
     for step in range(4):
         set_gradients(model, step, scale=scale)
         optimizer.step()

@@ -51,7 +51,7 @@ BAD = {
     "unknown default": (lambda: lw.LayerwiseOptimizer(groups(), weightdecay=1), ["mean 'weight_decay'"]),
     "geometry": (lambda: lw.Lanton(with_option(geometry="spectral")), ["geometry='spectral'", "Spectral()"]),
     "layout": (lambda: lw.Lanton(with_option(layout="out,in")), ["layout='out,in'", "param_groups"]),
-    "noise": (lambda: lw.Lanton(groups(), noise=True), ["noise=True", "NoiseAdaptive()"]),
+    "rates": (lambda: lw.Lanton(groups(), rates=True), ["rates=True", "NoiseAdaptive()"]),
     "update": (lambda: lw.Lanton(with_option(update="sgd")), ["update='sgd'", "'lmo', 'adamw'"]),
     "scaling": (lambda: lw.Lanton(groups(), scaling="muon"), ["scaling='muon'", "'floored'"]),
     "scaling that does not fit": (
@@ -74,18 +74,18 @@ BAD = {
     "anchor": (lambda: lw.NoiseAdaptive(anchor="min"), ["'min'", "'max' or 'mean'"]),
     "unknown noise option": (lambda: lw.NoiseAdaptive(gamma=1), ["gamma"]),
     "momentum reference without momentum": (
-        lambda: lw.Lanton(groups(), momentum=0.0, noise=lw.NoiseAdaptive(reference="momentum")),
+        lambda: lw.Lanton(groups(), momentum=0.0, rates=lw.NoiseAdaptive(reference="momentum")),
         ["'momentum'", "momentum=0", "'previous'"],
     ),
     "namo": (lambda: lw.NormAdaptive(beta2=1.0), ["beta2=1.0"]),
     "static value": (lambda: lw.StaticRates({"up.weight": -1.0}), ["'up.weight'", "-1.0"]),
     "static nan": (lambda: lw.StaticRates({"up.weight": math.nan}), ["nan"]),
     "static name": (
-        lambda: lw.Lanton(groups(), noise=lw.StaticRates({"up.wieght": 0.5})),
+        lambda: lw.Lanton(groups(), rates=lw.StaticRates({"up.wieght": 0.5})),
         ["'up.wieght'", "0.5", "mean 'up.weight'"],
     ),
     "static on adamw": (
-        lambda: lw.DMuon(groups(), noise=lw.StaticRates({"head.weight": 0.5})),
+        lambda: lw.DMuon(groups(), rates=lw.StaticRates({"head.weight": 0.5})),
         ["'head.weight'", "0.5", "leave it out"],
     ),
     "complex": (

@@ -11,7 +11,7 @@ import layerwise as lw
 
 PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"
 RULES = {
-    "noise=None": lambda: None,
+    "rates=None": lambda: None,
     "StaticRates": lambda: lw.StaticRates({"up.weight": 0.5}),
     "NormAdaptive": lw.NormAdaptive,
     **{
@@ -45,7 +45,7 @@ def test_the_table_has_every_preset_and_rule():
 def test_bytes_of_state(preset, rule, which, float32, bfloat16, per_unit):
     for dtype, per_entry in ((torch.float32, float32), (torch.bfloat16, bfloat16)):
         model = Net().to(dtype)
-        options = {"noise": RULES[rule]()} if rule else {}
+        options = {"rates": RULES[rule]()} if rule else {}
         optimizer = getattr(lw, preset)(lw.param_groups(model), **options)
         update = {"matrices": ["lmo"], "AdamW": ["adamw"], "all": ["lmo"]}[which]
         groups = [group for group in optimizer.param_groups if group["update"] in update]

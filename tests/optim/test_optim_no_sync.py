@@ -78,7 +78,7 @@ def test_no_geometry_waits(geometry):
         model = Net()
         groups = lw.param_groups(model, overrides={"*": geometry})
         rule = lw.NoiseAdaptive(alpha=0.1, anchor="mean", size_normalised=True)
-        steps(model, lw.Lanton(groups, noise=rule))
+        steps(model, lw.Lanton(groups, rates=rule))
 
 
 def test_large_matrices_whose_noise_is_estimated():

@@ -181,7 +181,7 @@ def test_finite_gradients_whose_squares_or_differences_are_not(name):
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_differences_that_leave_float16(alpha):
     model = net(torch.float16)
-    optimizer = lw.Lanton(lw.param_groups(model), lr=1e-3, noise=lw.NoiseAdaptive(alpha=alpha))
+    optimizer = lw.Lanton(lw.param_groups(model), lr=1e-3, rates=lw.NoiseAdaptive(alpha=alpha))
     for sign in (1, -1, 1):
         for p in model.parameters():
             p.grad = torch.full_like(p, sign * 4e4)

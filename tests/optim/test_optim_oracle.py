@@ -109,7 +109,7 @@ def run(start, noise, options, missing=False):
         groups,
         lr=LR,
         weight_decay=DECAY,
-        noise=lw.NoiseAdaptive(**noise),
+        rates=lw.NoiseAdaptive(**noise),
         **{"scaling": "rms_0.2", "momentum": momentum} | options,
     )
     named = dict(model.named_parameters())

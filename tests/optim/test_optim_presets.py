@@ -194,7 +194,7 @@ def test_namo_is_the_papers_scalar_on_d_muon():
     weights = {name: w for name, w in weights.items() if name in ("up.weight", "down.weight")}
     averages = {name: torch.zeros_like(w) for name, w in weights.items()}
     moments = dict.fromkeys(weights, 0.0)
-    optimizer = lw.DMuon(lw.param_groups(model), lr=1e-2, noise=lw.NormAdaptive())
+    optimizer = lw.DMuon(lw.param_groups(model), lr=1e-2, rates=lw.NormAdaptive())
     seen = []
     for t in range(1, STEPS + 1):
         set_gradients(model, t)
@@ -221,7 +221,7 @@ def test_namo_is_the_papers_scalar_on_d_muon():
 
 def test_muon_keeps_adamw_out_of_the_rates_of_a_rule():
     model = net()
-    optimizer = lw.Muon(lw.param_groups(model), noise=lw.NoiseAdaptive())
+    optimizer = lw.Muon(lw.param_groups(model), rates=lw.NoiseAdaptive())
     for step in range(3):
         set_gradients(model, step)
         optimizer.step()

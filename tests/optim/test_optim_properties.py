@@ -39,7 +39,7 @@ def test_neither_the_order_of_parameters_nor_their_grouping_matters(preset, rule
     ]  # every parameter alone
     assert len(singles) == 7
     singles = [singles[i] for i in order if i < 7]
-    optimizers = preset(lw.param_groups(model), noise=rule), preset(singles, noise=rule)
+    optimizers = preset(lw.param_groups(model), rates=rule), preset(singles, rates=rule)
     skip = data.draw(st.sets(st.sampled_from([n for n, _ in model.named_parameters()]), max_size=3))
     for m, optimizer in zip((model, other), optimizers, strict=True):
         train(optimizer, m, seed, skip=skip)
@@ -71,8 +71,8 @@ def test_neither_the_order_of_parameters_nor_their_grouping_matters(preset, rule
 def test_the_scale_of_the_gradients_does_not_matter_at_alpha_zero(preset, rule, power, seed):
     """A power of two commutes with rounding, so that the weights agree in every bit."""
     model, other = net(), net()
-    train(preset(lw.param_groups(model), noise=rule), model, seed)
-    train(preset(lw.param_groups(other), noise=rule), other, seed, scale=2.0**power)
+    train(preset(lw.param_groups(model), rates=rule), model, seed)
+    train(preset(lw.param_groups(other), rates=rule), other, seed, scale=2.0**power)
     for (n, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), n
 
@@ -86,8 +86,8 @@ def test_static_multipliers_of_one_are_no_rule(preset, names, seed):
     optimizers = (
         preset(lw.param_groups(model))
         if preset is not lw.Lanton
-        else preset(lw.param_groups(model), noise=None),
-        preset(lw.param_groups(other), noise=lw.StaticRates(dict.fromkeys(names, 1.0))),
+        else preset(lw.param_groups(model), rates=None),
+        preset(lw.param_groups(other), rates=lw.StaticRates(dict.fromkeys(names, 1.0))),
     )
     for m, optimizer in zip((model, other), optimizers, strict=True):
         train(optimizer, m, seed)
@@ -100,7 +100,7 @@ def test_static_multipliers_of_one_are_no_rule(preset, names, seed):
 def test_a_static_multiplier_multiplies_the_step_and_not_the_decay(multiplier, seed):
     model, other = net(torch.float64), net(torch.float64)
     rule = lw.StaticRates({"down.weight": multiplier})
-    optimizers = lw.Lanton(lw.param_groups(model), noise=None), lw.Lanton(lw.param_groups(other), noise=rule)
+    optimizers = lw.Lanton(lw.param_groups(model), rates=None), lw.Lanton(lw.param_groups(other), rates=rule)
     start = model.down.weight.detach().clone()
     for m, optimizer in zip((model, other), optimizers, strict=True):
         train(optimizer, m, seed, steps=1)
@@ -122,7 +122,7 @@ def test_a_static_multiplier_multiplies_the_step_and_not_the_decay(multiplier, s
 )
 def test_noisier_is_slower_and_the_anchor_is_where_it_says(seed, anchor, alpha):
     model = net()
-    optimizer = lw.Lanton(lw.param_groups(model), noise=lw.NoiseAdaptive(alpha=alpha, anchor=anchor))
+    optimizer = lw.Lanton(lw.param_groups(model), rates=lw.NoiseAdaptive(alpha=alpha, anchor=anchor))
     train(optimizer, model, seed)
     rates = optimizer.layer_rates()
     for group in (["up.weight", "down.weight"], ["up.bias", "norm.weight", "norm.bias"]):

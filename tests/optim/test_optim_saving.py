@@ -125,8 +125,8 @@ def test_a_hook_may_change_what_is_loaded():
 )
 def test_equal_rules_load_each_other(one, other):
     assert one == other
-    lw.Lanton(lw.param_groups(net()), noise=other).load_state_dict(
-        lw.Lanton(lw.param_groups(net()), noise=one).state_dict()
+    lw.Lanton(lw.param_groups(net()), rates=other).load_state_dict(
+        lw.Lanton(lw.param_groups(net()), rates=one).state_dict()
     )
 
 
@@ -207,11 +207,11 @@ def renamed():
 WRONG = {
     "another optimizer": (
         lambda: make("muon", net()),
-        r"noise of 'embed.weight' is None in it and NoiseAdaptive",
+        r"rates of 'embed.weight' is None in it and NoiseAdaptive",
     ),
     "another noise rule": (
         lambda: make("lanton-momentum", net()),
-        r"noise of 'embed.weight' is NoiseAdaptive\(alpha=1.0",
+        r"rates of 'embed.weight' is NoiseAdaptive\(alpha=1.0",
     ),
     "another geometry": (
         lambda: lw.Lanton(lw.param_groups(net(), overrides={"head.weight": _sign()})),

@@ -47,20 +47,20 @@ def set_gradients(model, seed, scale=1.0, skip=()):
 OPTIMIZERS = {
     "muon": lw.Muon,
     "d-muon": lw.DMuon,
-    "d-muon-noise": lambda groups, **kw: lw.DMuon(groups, noise=lw.NoiseAdaptive(), **kw),
-    "namo": lambda groups, **kw: lw.DMuon(groups, noise=lw.NormAdaptive(), **kw),
+    "d-muon-noise": lambda groups, **kw: lw.DMuon(groups, rates=lw.NoiseAdaptive(), **kw),
+    "namo": lambda groups, **kw: lw.DMuon(groups, rates=lw.NormAdaptive(), **kw),
     "scion": lw.Scion,
     "signum": lw.Signum,
-    "static": lambda groups, **kw: lw.Lanton(groups, noise=lw.StaticRates({"up.weight": 0.5}), **kw),
+    "static": lambda groups, **kw: lw.Lanton(groups, rates=lw.StaticRates({"up.weight": 0.5}), **kw),
     "lanton": lw.Lanton,
     "lanton-bf16": lambda groups, **kw: lw.Lanton(
-        groups, noise=lw.NoiseAdaptive(reference="previous_bf16"), **kw
+        groups, rates=lw.NoiseAdaptive(reference="previous_bf16"), **kw
     ),
     "lanton-momentum": lambda groups, **kw: lw.Lanton(
-        groups, noise=lw.NoiseAdaptive(reference="momentum", alpha=1.0), **kw
+        groups, rates=lw.NoiseAdaptive(reference="momentum", alpha=1.0), **kw
     ),
     "lanton-independent": lambda groups, **kw: lw.Lanton(
-        groups, noise=lw.NoiseAdaptive(reference="independent"), **kw
+        groups, rates=lw.NoiseAdaptive(reference="independent"), **kw
     ),
 }
 

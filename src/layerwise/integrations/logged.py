@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.optimizers import unwrap_optimizer
+from layerwise.function_space.steps.optimizer_facts import unwrap_optimizer
 from layerwise.optim import LayerwiseOptimizer
 
 

@@ -1,7 +1,7 @@
 """The optimizers of the field, each a few values for the options of one update rule.
 
 Definitions: Muon (Jordan 2024), D-Muon (Moonlight, arXiv 2502.16982), Scion (arXiv 2502.07529), LANTON
-(arXiv 2510.14009). Each takes the groups of :func:`layerwise.param_groups` and, as ``noise=``, any rate rule.
+(arXiv 2510.14009). Each takes the groups of :func:`layerwise.param_groups` and, as ``rates=``, any rate rule.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Sign
-from layerwise.optim.base import LayerwiseOptimizer
-from layerwise.optim.groups import Recipe
-from layerwise.optim.noise import NoiseAdaptive
-from layerwise.optim.options import check_option
-from layerwise.optim.rates import RateRule
+from layerwise.optim.groups.complete import Recipe
+from layerwise.optim.groups.options import check_option
+from layerwise.optim.optimizer import LayerwiseOptimizer
+from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
+from layerwise.optim.rules.rule import RateRule
 
 MATRIX_ROLES: Final = ("hidden", "conv", "experts", "lora_A", "lora_B")
 
@@ -41,7 +41,7 @@ class Muon(LayerwiseOptimizer):
         nesterov: step along Nesterov's look-ahead.
         weight_decay: decoupled, at ``lr``; for the AdamW groups at ``adamw_lr``.
         adamw_lr, adamw_betas, adamw_eps: of the AdamW groups.
-        noise: a rate rule for the matrices, e.g. ``NoiseAdaptive()``.
+        rates: a rate rule for the matrices, e.g. ``NoiseAdaptive()``.
         nonfinite: ``"raise"`` or ``"skip"``.
     """
 
@@ -56,10 +56,10 @@ class Muon(LayerwiseOptimizer):
         adamw_lr: float | Tensor = 3e-4,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-10,
-        noise: RateRule | None = None,
+        rates: RateRule | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        matrices = {"scaling": "floored", "momentum": momentum, "nesterov": nesterov, "noise": noise}
+        matrices = {"scaling": "floored", "momentum": momentum, "nesterov": nesterov, "rates": rates}
         rest = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
         super().__init__(
             params,
@@ -89,10 +89,10 @@ class DMuon(LayerwiseOptimizer):
         weight_decay: float = 0.1,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        noise: RateRule | None = None,
+        rates: RateRule | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        matrices = {"scaling": "rms_0.2", "momentum": momentum, "nesterov": nesterov, "noise": noise}
+        matrices = {"scaling": "rms_0.2", "momentum": momentum, "nesterov": nesterov, "rates": rates}
         rest = {"betas": adamw_betas, "eps": adamw_eps}
         super().__init__(
             params,
@@ -119,7 +119,7 @@ class Scion(LayerwiseOptimizer):
         momentum: weight of the old average (Scion's paper gives 1 minus it, 0.1).
         weight_decay: decoupled; 0 unconstrained, 1 constrained.
         radius: by role; roles that are not named take that of ``"hidden"``.
-        noise, nonfinite: as in :class:`Muon`.
+        rates, nonfinite: as in :class:`Muon`.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Scion(LayerwiseOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         radius: Mapping[str, float] = SCION_RADIUS,
-        noise: RateRule | None = None,
+        rates: RateRule | None = None,
         nonfinite: str = "raise",
     ) -> None:
         if not isinstance(radius, Mapping):
@@ -153,7 +153,7 @@ class Scion(LayerwiseOptimizer):
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
-            noise=noise,
+            rates=rates,
         )
 
 
@@ -170,7 +170,7 @@ class Signum(LayerwiseOptimizer):
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        noise: RateRule | None = None,
+        rates: RateRule | None = None,
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(
@@ -180,7 +180,7 @@ class Signum(LayerwiseOptimizer):
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
-            noise=noise,
+            rates=rates,
         )
 
 
@@ -197,7 +197,7 @@ class Lanton(LayerwiseOptimizer):
         weight_decay: decoupled, at ``lr`` without the multiplier. The paper does not say; 0 is Scion's form.
         scaling: the static factor of each step, which the paper does not give: ``"rms_0.2"`` (entries of RMS 0.2, the
             scale of its D-Muon baseline) or ``"unit"`` (norm one, Scion's, to be used with a ``radius`` in the groups).
-        noise, nonfinite: as in :class:`Muon`; ``noise=None`` is the same optimizer with every multiplier at 1.
+        rates, nonfinite: as in :class:`Muon`; ``rates=None`` is the same optimizer with every multiplier at 1.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Lanton(LayerwiseOptimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         scaling: str = "rms_0.2",
-        noise: RateRule | None = NoiseAdaptive(),  # noqa: B008 (frozen)
+        rates: RateRule | None = NoiseAdaptive(),  # noqa: B008 (frozen)
         nonfinite: str = "raise",
     ) -> None:
         super().__init__(
@@ -218,5 +218,5 @@ class Lanton(LayerwiseOptimizer):
             momentum=momentum,
             weight_decay=weight_decay,
             scaling=scaling,
-            noise=noise,
+            rates=rates,
         )

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.report import curves, function_space, heatmaps, rates, tables
-from layerwise.lab.report.load import Contender, RunData
+from layerwise.lab.report import tables
+from layerwise.lab.report.figures import effective_rates, function_space, heatmap, loss
+from layerwise.lab.report.figures.rate_grid import RateCurve, loss_against_rate
+from layerwise.lab.report.run_data import Contender, RunData
 from layerwise.lab.report.style import save_figure, theme_css
-from layerwise.lab.report.transfer import RateCurve, loss_against_rate
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -110,12 +111,12 @@ def plans(groups: Sequence[Contender], story: Story) -> Iterator[Plan]:
             "loss", "Loss", "Training loss (line, smoothed; the raw values behind it) and validation loss (markers), "
             "against training tokens and against training time. Losses of the first fifth may lie above the axis."
             + (" Lighter lines are further seeds." if any(len(g.runs) > 1 for g in groups) else ""),
-            lambda: curves.loss_curves(groups),
+            lambda: loss.loss_curves(groups),
         )  # fmt: skip
     if len(groups) > 1 and any(len(run.val_loss) for group in groups for run in group.runs):
         yield Plan(
             "final_loss", "Loss", "Validation loss at the end of training: a dot per seed, a bar at the mean.",
-            lambda: curves.final_losses(groups),
+            lambda: loss.final_losses(groups),
         )  # fmt: skip
     if story.grid:
         yield Plan(
@@ -145,16 +146,16 @@ def _layer_plans(group: Contender) -> Iterator[Plan]:
         "learning rate; rows from the input of the network to its output."
     )
     if matrices:
-        yield Plan(f"layers_{slug}", section, what, lambda: heatmaps.layer_heat_maps(run, matrices))
+        yield Plan(f"layers_{slug}", section, what, lambda: heatmap.layer_heat_maps(run, matrices))
     if vectors:
         folded = "Gains and biases" if matrices else ""
-        yield Plan(f"vectors_{slug}", section, what, lambda: heatmaps.layer_heat_maps(run, vectors), folded)
+        yield Plan(f"vectors_{slug}", section, what, lambda: heatmap.layer_heat_maps(run, vectors), folded)
     if history.has_multiplier:
         yield Plan(
             f"rates_{slug}", section, "Effective learning rate and rate multiplier: a line per unit, coloured by kind of "
             "tensor; the band is the spread inside the norm group. Groups without a spread are left out. "
             "A name stands at the mean of its units at the last step.",
-            lambda: rates.effective_rates(run),
+            lambda: effective_rates.effective_rates(run),
         )  # fmt: skip
 
 

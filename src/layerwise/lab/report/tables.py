@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from layerwise.lab.report.curves import count
-from layerwise.lab.report.load import Contender, RunData, number
-from layerwise.lab.resume import flatten
+from layerwise.lab.report.figures.loss import count
+from layerwise.lab.report.run_data import Contender, RunData, number
+from layerwise.lab.training.resume import flatten
 
 
 @dataclass(frozen=True)

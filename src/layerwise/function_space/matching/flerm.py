@@ -1,0 +1,314 @@
+"""FLeRM: learning rates that make a large model's step do to its outputs what a small model's did."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space.matching.base_rates import BaseRates, settings_by_name
+from layerwise.function_space.matching.decide import (
+    Matched,
+    MatchReport,
+    decide,
+    noise_floor,
+    rescale,
+    rounding_noise,
+)
+from layerwise.function_space.matching.depth_map import DepthMap, infer_depth, sources
+from layerwise.function_space.matching.named_rates import NamedRates
+from layerwise.function_space.measuring.measurement import Measurement
+from layerwise.function_space.measuring.outputs import NAMED, Forward
+from layerwise.function_space.measuring.process_group import processes_of
+from layerwise.function_space.rates import Rates
+from layerwise.function_space.steps.capture import StepCapture, capture_for
+from layerwise.function_space.steps.optimizer_facts import (
+    Decay,
+    class_name,
+    decay_pulls,
+    group_of,
+    learning_rate,
+    optimized,
+    require_linear,
+    unscheduled_rate,
+    unwrap_optimizer,
+)
+from layerwise.function_space.steps.recorder import is_supplier
+
+
+class FLeRM:
+    """Function-space learning rate matching (arXiv 2502.17405), around the optimizer's step.
+
+        flerm = FLeRM(model, optimizer, base="base.json")
+        for batch, other in loader:
+            loss(model, batch).backward()
+            with flerm.step(other):
+                optimizer.step()
+
+    At step `at`, and then every `every` steps, the step is measured on `other` at the weights before it; each
+    parameter gets the learning rate at which it would have done to the outputs what the base model's did, and
+    the step is redone at these rates. With per-unit rates `delta` here and `base` there: `lr_l = lr * base_l
+    / delta_l`.
+    Afterwards the optimizer's groups, its schedule and its checkpoints are as without FLeRM; the matched
+    rates are multipliers by parameter name that apply while it steps (`learning_rates`).
+
+    Args:
+        model, optimizer: any torch optimizer whose step is proportional to `lr`, with any groups.
+        base: a base file, `BaseRates`, or `"uniform"`: every base tensor gets an equal part, 1 / their number.
+        depth: which base block each block takes its rates from, such as `{"transformer.h.*": "split"}`; in uniform
+            mode the base's number of blocks in place of `"split"`. Default: the block stacks of a transformers model.
+        at: the first step that matches (LoRA: 5 or later, as A has no effect at step 0). every: again every so many.
+        lr: `"groups"`: the groups' rates, which must be the base's up to one factor; `"base"`: the base's own rate of
+            each tensor (the groups give the schedule).
+        fixed: name patterns of parameters that keep the groups' rates, such as `("*lora_A*",)`.
+        max_change: largest factor, up or down, of one matching.
+        decay: `"scaled"`: decoupled weight decay follows the matched rate; `"constant"`: `lr * weight_decay` stays.
+        near_zero: a rate below this part of all rates' root sum of squares counts as rounding noise, and its
+            parameter keeps its learning rate. Default: `match.rounding_noise` of the coarsest dtype at work.
+        forward, method: default what the base was recorded with. probes, seed, options: see `Measurement`.
+
+    Raises:
+        LayerwiseError: for a base that does not fit (naming the difference), or an optimizer not proportional
+        to lr.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        base: str | Path | BaseRates = "uniform",
+        depth: DepthMap | None = None,
+        *,
+        at: int = 0,
+        every: int | None = None,
+        lr: Literal["groups", "base"] = "groups",
+        fixed: Sequence[str] = (),
+        max_change: float | None = None,
+        decay: Decay = "scaled",
+        near_zero: float | None = None,
+        forward: Forward | str | None = None,
+        method: str | None = None,
+        probes: int = 32,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.model = model
+        self.optimizer = unwrap_optimizer(optimizer)
+        require_linear(self.optimizer)
+        self.parameters = optimized(model, self.optimizer)
+        _check_options(at, every, lr, max_change)
+        self.at, self.every, self.lr = at, every, lr
+        self.max_change, self.near_zero, self.decay = max_change, near_zero, decay
+        decay_pulls(self.optimizer, self.parameters, decay)
+        self.fixed = _fixed(self.parameters, fixed)
+
+        self.base = (
+            None if base == "uniform" else base if isinstance(base, BaseRates) else BaseRates.load(base)
+        )
+        if self.base is not None:
+            method = method or self.base.fingerprint.method
+            forward = forward or NAMED.get(self.base.fingerprint.space)
+        self.measurement = Measurement(forward, method or "kronecker", probes, seed, **options)
+        self.depth = dict(infer_depth(model) if depth is None else depth)
+        base_names = None if self.base is None else self.base.names
+        if depth is None and base_names is None:
+            self.depth = {}
+        self.sources = sources(list(self.parameters), base_names, self.depth)
+        groups = group_of(self.optimizer, self.parameters)
+        self.nominal = {name: unscheduled_rate(group) for name, group in groups.items()}
+        self._check_base()
+
+        self.named = NamedRates(self.optimizer, self.parameters, decay)
+        self.steps = 0
+        self.pending: int | None = None
+        self.reports: list[MatchReport] = []
+        self.skipped: dict[int, str] = {}
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step will be matched."""
+        if self.pending is not None or self.steps == self.at:
+            return True
+        return self.every is not None and self.steps > self.at and (self.steps - self.at) % self.every == 0
+
+    @contextmanager
+    def step(self, batch: Any = None, *, outputs: Any = None, mask: Tensor | None = None) -> Iterator[None]:
+        """Surround one optimizer step; the arguments are those of `FunctionSpaceRecorder.step`.
+
+        A step that did not happen or moved nothing (GradScaler, a warm-up's rate of 0) is matched next time.
+        """
+        if not self.due:
+            try:
+                yield
+            finally:
+                self.named.restore()
+            self.steps += 1
+            return
+        if (batch is None) == (outputs is None):
+            raise LayerwiseError(
+                f"step {self.steps} is to be matched: flerm.step needs one of batch and outputs="
+            )
+        scheduled = self.steps if self.pending is None else self.pending
+        capture = capture_for(self.model, self.optimizer, outputs)
+        with capture:
+            try:
+                yield
+            finally:
+                self.named.restore()
+        try:
+            reason = capture.why_not(processes_of(self.measurement.processes))
+            if reason is None:
+                inputs = outputs if outputs is not None else batch() if is_supplier(batch) else batch
+                self._match(capture, inputs, mask, scheduled)
+        finally:
+            capture.release()
+        self.pending = None if reason is None else scheduled
+        if reason is not None:
+            self.skipped[self.steps] = reason
+        self.steps += 1
+
+    def learning_rates(self) -> dict[str, float]:
+        """Each parameter's learning rate in the next step: its group's, times its multiplier."""
+        groups = group_of(self.optimizer, self.parameters)
+        return {name: learning_rate(group) * self.named.multipliers[name] for name, group in groups.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside the optimizer's state: the multipliers and the count of steps."""
+        return {"multipliers": dict(self.named.multipliers), "steps": self.steps, "pending": self.pending}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`, exactly."""
+        different = set(state["multipliers"]) ^ set(self.named.multipliers)
+        if different:
+            raise LayerwiseError(
+                f"the saved multipliers are of another model: {sorted(different)[0]!r} is in one only"
+            )
+        self.named.multipliers = dict(state["multipliers"])
+        self.steps, self.pending = state["steps"], state["pending"]
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was before FLeRM."""
+        self.named.detach()
+
+    def _match(self, capture: StepCapture, inputs: Any, mask: Tensor | None, scheduled: int) -> None:
+        pulls = decay_pulls(self.optimizer, self.parameters, self.decay)
+        measurement = dataclasses.replace(self.measurement, seed=self.measurement.seed + scheduled)
+        rates = capture.measure(measurement, inputs, mask, pulls)
+        self._check_measured(rates)
+        measured = {name: rate.value for name, rate in rates.items()}
+        targets, negligible = self._targets(scheduled)
+        relative = self._rounding_noise(rates) if self.near_zero is None else self.near_zero
+        decided = decide(measured, targets, {**negligible, **self.fixed}, relative, self.max_change)
+        updates = capture.updates(pulls)
+        for name, (change, _) in decided.items():
+            rescale(self.parameters[name], updates[name], change)
+            self.named.multipliers[name] *= change
+        lrs = self.learning_rates()
+        rows = {n: Matched(measured[n], targets[n], c, lrs[n], note) for n, (c, note) in decided.items()}
+        report = MatchReport(self.steps, rows)
+        self.reports.append(report)
+        kept = [name for name in report.left_alone if name not in self.fixed]
+        if kept:
+            shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+            warnings.warn(
+                f"FLeRM left {len(kept)} learning rates as they were ({shown}): see reports[-1]", stacklevel=4
+            )
+
+    def _targets(self, scheduled: int) -> tuple[dict[str, float], dict[str, str]]:
+        """The function-space rate that each parameter's step should have, and who has none."""
+        groups = group_of(self.optimizer, self.parameters)
+        now = {name: learning_rate(group) for name, group in groups.items()}
+        if self.base is None:
+            count = len({source.name for source in self.sources.values()})
+            return {name: now[name] / count / self.sources[name].share for name in self.parameters}, {}
+        record = self.base.at(scheduled)
+        dtype = getattr(torch, self.base.fingerprint.dtype)
+        floor = noise_floor({name: rate.value for name, rate in record.items()}, rounding_noise({dtype}))
+        targets, negligible = {}, {}
+        for name, source in self.sources.items():
+            base = record[source.name]
+            if not base.value > floor:
+                targets[name], negligible[name] = math.nan, "kept: its base rate is zero or rounding noise"
+                continue
+            scheduled_part = now[name] / self.nominal[name] if self.nominal[name] else 0.0
+            lr = now[name] if self.lr == "groups" else base.lr * scheduled_part
+            targets[name] = lr * base.per_lr / source.share
+        return targets, negligible
+
+    def _check_base(self) -> None:
+        """What can be compared before anything is measured."""
+        if self.base is None:
+            if self.lr == "base":
+                raise LayerwiseError("lr='base' needs a base file: with base='uniform' use lr='groups'")
+            return
+        found = {
+            "space": self.measurement.space,
+            "method": self.measurement.method,
+            "batch_norm": self.measurement.batch_norm,
+            "decay": self.decay,
+            "optimizer": class_name(self.optimizer),
+            "settings": settings_by_name(self.model, self.optimizer),
+        }
+        names = {name: source.name for name, source in self.sources.items()}
+        self.base.fingerprint.require(names, **found)
+        record = self.base.at(self.at)
+        if self.every is not None:
+            self.base.at(self.at + self.every)  # now, rather than when it is due in the middle of a run
+        if self.lr == "groups":
+            self._check_group_rates({name: record[source.name].lr for name, source in self.sources.items()})
+
+    def _check_group_rates(self, base: Mapping[str, float]) -> None:
+        factors = {
+            name: self.nominal[name] / lr
+            for name, lr in base.items()
+            if lr and self.nominal[name] and name not in self.fixed
+        }
+        if not factors:
+            return
+        low, high = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
+        if factors[high] > factors[low] * (1 + 1e-6):
+            raise LayerwiseError(
+                f"the base had other rates between parameters: {low!r} has lr {self.nominal[low]:g} (base "
+                f"{base[low]:g}), "
+                f"{high!r} {self.nominal[high]:g} (base {base[high]:g}): give the groups the base's rates "
+                "up to one "
+                "factor, or pass lr='base'"
+            )
+
+    def _check_measured(self, rates: Rates) -> None:
+        if self.base is not None:
+            found = {"classes": rates.classes, "dtype": rates.dtype, "entries": rates.entries}
+            self.base.fingerprint.require({}, **found)
+
+    def _rounding_noise(self, rates: Rates) -> float:
+        return rounding_noise({p.dtype for p in self.parameters.values()} | {getattr(torch, rates.dtype)})
+
+
+def _fixed(parameters: Mapping[str, Tensor], patterns: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise LayerwiseError(f"fixed pattern {pattern!r} fits no parameter")
+        found |= dict.fromkeys(names, "fixed")
+    return found
+
+
+def _check_options(at: int, every: int | None, lr: str, max_change: float | None) -> None:
+    if at < 0:
+        raise LayerwiseError(f"at is {at}: use 0 or more")
+    if every is not None and every < 1:
+        raise LayerwiseError(f"every is {every}: use 1 or more, or None")
+    if lr not in ("groups", "base"):
+        raise LayerwiseError(f"lr is {lr!r}: use 'groups' or 'base'")
+    if max_change is not None and max_change < 1:
+        raise LayerwiseError(f"max_change is {max_change}: use 1 or more, or None")

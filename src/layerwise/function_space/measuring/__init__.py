@@ -1,0 +1,1 @@
+"""How an update's effect on the outputs is measured."""

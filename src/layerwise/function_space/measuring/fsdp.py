@@ -1,0 +1,248 @@
+"""Measuring a model whose parameters are sharded by FSDP2 (`fully_shard`): in place, by FSDP's own communication.
+
+FSDP gathers the weights of a block for its forward and again for its backward, and leaves each process its rows of the
+gradient's mean over processes. A probe's gradient is their sum. FSDP2 allows several backwards through one graph
+(it gathers again), so a probe costs what a backward does in training. Where it keeps its settings is private to torch,
+and read here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space.measuring.estimators import TensorUpdate, one_where_zero
+from layerwise.function_space.measuring.exact import Derivative
+from layerwise.function_space.measuring.isolation import buffers_kept, gradient_hooks_off
+from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
+from layerwise.function_space.measuring.probes import Sink
+from layerwise.function_space.measuring.process_group import Processes
+
+# What a backward has to be like for a probe, whatever the training loop has set.
+_SETTINGS = {
+    "reduce_grads": True,
+    "all_reduce_grads": True,
+    "gradient_divide_factor": None,  # so: the mean over processes
+    "reduce_scatter_unused_params": True,  # a tensor without a gradient on some processes does not hang the others
+}
+
+
+def placement(name: str, param: Tensor, processes: Processes) -> tuple[int, int]:
+    """The dimension that a parameter is cut along (0 if it is not), and how many processes hold the same part.
+
+    Raises:
+        LayerwiseError: for parameters cut along several mesh dimensions, or over others than the processes that measure.
+    """
+    assert isinstance(param, DTensor)
+    mesh = param.device_mesh
+    if mesh.size() != processes.count:
+        raise LayerwiseError(
+            f"parameter {name!r} is sharded over {mesh.size()} processes, and {processes.count} measure together: pass "
+            "processes= the group of its mesh"
+        )
+    wide = [i for i in range(mesh.ndim) if mesh.size(i) > 1]
+    cut = [p for i in wide if isinstance(p := param.placements[i], Shard)]
+    if len(cut) > 1 or any(param.placements[i].is_partial() for i in wide):
+        raise LayerwiseError(
+            f"parameter {name!r} has the placements {param.placements}: function-space rates are measured of parameters "
+            "sharded by fully_shard over one mesh dimension (and replicated over others), not under tensor parallelism"
+        )
+    dim = cut[0].dim % max(1, param.ndim) if cut else 0
+    replicas = [mesh.size(i) for i in wide if not isinstance(param.placements[i], Shard)]
+    return dim, int(torch.tensor(replicas).prod()) if replicas else 1
+
+
+class ShardedRunner:
+    """Runs the model itself, on its own parameters. A context: `.grad`, buffers, hooks and FSDP's settings come back."""
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], processes: Processes
+    ) -> None:
+        self.model = model
+        self.parameters = parameters
+        self.processes = processes
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ShardedRunner:
+        with ExitStack() as stack:
+            stack.enter_context(_as_probes_need(self.model, self.parameters))
+            stack.enter_context(buffers_kept(self.model))
+            stack.enter_context(gradient_hooks_off(self.parameters))
+            stack.enter_context(_gradients_aside(self.model))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def outputs(self, forward: Forward, batch: Any) -> Any:
+        return forward(self.model, batch)
+
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
+        """One by one: a batched backward would not go through FSDP's hooks."""
+        if not outputs.values.requires_grad:
+            raise LayerwiseError(
+                "the outputs do not depend on any trainable parameter: does forward detach them?"
+            )
+        for probe in probes:
+            torch.autograd.backward(outputs.values, probe, retain_graph=True)
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    grad, p.grad = p.grad, None
+                    if isinstance(grad, DTensor):
+                        sink.add(name, grad.to_local()[None] * float(grad.device_mesh.size()))
+                    elif grad is not None:
+                        sink.add(name, grad[None])
+            sink.done(1)
+
+    def derivative(
+        self, forward: Forward, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate
+    ) -> Derivative:
+        """In forward mode, the gathered parameter replaced by a dual number (twice in reverse would need its graph)."""
+        local = update.block()
+        scale = one_where_zero(self.processes.max_(local.largest()))
+        direction = _whole(local.whole() / scale, update.new)
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no forward-mode formula
+            forward_ad.dual_level(),
+            _moving_along(self.model, self.parameters[name], direction),
+        ):
+            outputs = as_outputs(forward(self.model, batch), mask)
+            tangent = forward_ad.unpack_dual(outputs.values).tangent
+        for module in _modules(self.model):
+            module.reshard()  # without a backward, FSDP leaves the root's parameters gathered
+        moved = torch.zeros_like(outputs.values) if tangent is None else tangent
+        return Derivative(Outputs(moved, outputs.mask), scale)
+
+
+def _whole(shard: Tensor, like: Tensor) -> Tensor:
+    """The tensor that these shards make up, which lie as those of `like` do."""
+    if not isinstance(like, DTensor):
+        return shard
+    sharded = DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return sharded.full_tensor()
+
+
+@contextmanager
+def _moving_along(model: nn.Module, param: nn.Parameter, direction: Tensor) -> Iterator[None]:
+    """While FSDP has it gathered, the parameter is a dual number with this tangent."""
+    places = [
+        (owner._parameters, key)
+        for owner in model.modules()
+        for key, held in owner._parameters.items()
+        if held is param
+    ]
+    gatherers = [
+        module
+        for module in _modules(model)
+        for group in _groups(module)
+        if any(fsdp_param.sharded_param is param for fsdp_param in group.fsdp_params)
+    ]
+    duals: dict[int, tuple[Tensor, nn.Parameter | None]] = {}
+
+    def put(*_: Any) -> None:
+        for place, (held, key) in enumerate(places):
+            gathered = held[key]
+            if place not in duals and gathered is not None:
+                dual = forward_ad.make_dual(gathered.detach(), direction.to(gathered.dtype))
+                duals[place] = (dual, gathered)
+                held[key] = dual
+
+    def take(*_: Any) -> None:
+        for place, (dual, gathered) in duals.items():
+            held, key = places[place]
+            if held[key] is dual:  # otherwise FSDP has put the sharded one back
+                held[key] = gathered
+        duals.clear()
+
+    handles = [module.register_forward_pre_hook(put) for module in gatherers]
+    handles += [module.register_forward_hook(take, always_call=True) for module in gatherers]
+    if not gatherers:
+        put()
+    try:
+        yield
+    finally:
+        take()
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _gradients_aside(model: nn.Module) -> Iterator[None]:
+    parameters = list(model.parameters())
+    grads = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = grad
+
+
+@contextmanager
+def _as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """FSDP with its parameters sharded, its gradients averaged over all processes, and none kept back."""
+    modules = _modules(model)
+    groups = [group for module in modules for group in _groups(module)]
+    managed = {id(fsdp_param.sharded_param) for group in groups for fsdp_param in group.fsdp_params}
+    for name, p in parameters.items():
+        if isinstance(p, DTensor) and id(p) not in managed:
+            raise LayerwiseError(
+                f"parameter {name!r} is a DTensor that fully_shard does not manage: function-space rates are not "
+                "measured under tensor parallelism"
+            )
+    for group in groups:
+        if any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params) or any(
+            hasattr(p, "_unsharded_param") and p.unsharded_param.grad is not None for p in group.fsdp_params
+        ):
+            raise LayerwiseError(
+                "FSDP holds gradients that were accumulated without synchronisation: measure after the last backward "
+                "of an accumulation, with set_requires_gradient_sync(True)"
+            )
+    before = [{key: getattr(group, key) for key in _SETTINGS if hasattr(group, key)} for group in groups]
+    states: list[Any] = [module._get_fsdp_state()._state_ctx for module in modules]
+    last = [state.is_last_backward for state in states]
+    try:
+        for module in modules:
+            module.reshard()  # weights gathered earlier may be those of another step
+        for group in groups:
+            for key, value in _SETTINGS.items():
+                if hasattr(group, key):
+                    setattr(group, key, value)
+        for state in states:
+            state.is_last_backward = True
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+        for group, settings in zip(groups, before, strict=True):
+            for key, value in settings.items():
+                setattr(group, key, value)
+        for state, was in zip(states, last, strict=True):
+            state.is_last_backward = was
+
+
+def _modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP gathers for."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _groups(module: Any) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return list(several)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # before torch 2.12

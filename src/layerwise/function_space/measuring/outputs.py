@@ -1,0 +1,148 @@
+"""Which numbers are "the outputs": picking a tensor, and the entries of it that count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space.measuring.process_group import Processes
+
+#: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`.
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The model's outputs, `[batch, ..., classes]`, and which entries count (`None`: all)."""
+
+    values: Tensor
+    mask: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Size of the first dimension, the batch (1 of a scalar)."""
+        return self.values.shape[0] if self.values.ndim else 1
+
+    @property
+    def entries(self) -> int:
+        """How many entries count (one synchronisation with the device if there is a mask)."""
+        return self.values.numel() if self.mask is None else int(self.mask.sum())
+
+
+def model_output(model: nn.Module, inputs: Any) -> Any:
+    """The default: call the model (a dict as keywords, a tuple as arguments); a tensor, or its `.logits`.
+
+    The `attention_mask` of a dict leaves padding out of the count.
+    """
+    if isinstance(inputs, Mapping):
+        result = model(**inputs)
+    elif isinstance(inputs, tuple):
+        result = model(*inputs)
+    else:
+        result = model(inputs)
+    values = _tensor_of(result)
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == values.shape[: mask.ndim]:
+        return values, mask
+    return values
+
+
+def log_softmax(model: nn.Module, inputs: Any) -> Any:
+    """`model_output` through a log-softmax over the last dimension: the paper's output space for
+    transformers.
+    """
+    result = model_output(model, inputs)
+    if isinstance(result, tuple):
+        return torch.log_softmax(result[0].float(), dim=-1), result[1]
+    return torch.log_softmax(result.float(), dim=-1)
+
+
+NAMED: dict[str, Forward] = {"output": model_output, "log_softmax": log_softmax}
+
+
+def resolve(forward: Forward | str | None) -> Forward:
+    """`None` is the model's output; a string is a key of `NAMED`; anything else is called as it is."""
+    if forward is None:
+        return model_output
+    if isinstance(forward, str):
+        if forward not in NAMED:
+            raise LayerwiseError(f"forward is {forward!r}: use a function or one of {', '.join(NAMED)}")
+        return NAMED[forward]
+    return forward
+
+
+def space_name(forward: Forward) -> str:
+    """The name under which an output space is compared between a base model and a large one."""
+    for name, known in NAMED.items():
+        if forward is known:
+            return name
+    name = getattr(forward, "__qualname__", type(forward).__qualname__)
+    return str(name).rsplit("<locals>.", 1)[-1]
+
+
+def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
+    """Check what a forward returned. `mask` is broadcast over the outputs' last dimensions; nonzero entries
+    count.
+    """
+    if mask is None and isinstance(result, tuple) and len(result) == 2 and _is_mask(result[1], result[0]):
+        result, mask = result
+    values = _tensor_of(result)
+    if not values.is_floating_point():
+        raise LayerwiseError(
+            f"the outputs are {values.dtype}: pass forward= that picks real floating-point outputs"
+        )
+    if mask is None:
+        return Outputs(values, None)
+    if mask.shape != values.shape[: mask.ndim]:
+        raise LayerwiseError(
+            f"the mask has shape {tuple(mask.shape)}, the outputs {tuple(values.shape)}: the mask's shape "
+            "must be the "
+            "beginning of the outputs' shape"
+        )
+    full = (
+        (mask != 0)
+        .to(values.device)
+        .reshape(*mask.shape, *[1] * (values.ndim - mask.ndim))
+        .expand(values.shape)
+    )
+    return Outputs(values, full)
+
+
+def global_rows(outputs: Outputs, processes: Processes) -> tuple[int, int]:
+    """How many rows of the global batch are before this process's, and how many entries of it count.
+
+    Raises:
+        LayerwiseError: on every process, if none does.
+    """
+    sizes = processes.gather([outputs.rows, outputs.entries])
+    entries = sum(size[1] for size in sizes)
+    if not entries:
+        raise LayerwiseError(
+            "the outputs are empty: there is nothing to measure on"
+            if outputs.mask is None
+            else "the mask leaves no output entry: pass inputs with at least one position that counts"
+        )
+    return sum(size[0] for size in sizes[: processes.rank]), entries
+
+
+def _is_mask(mask: Any, values: Any) -> bool:
+    return isinstance(mask, Tensor) and isinstance(values, Tensor) and mask.shape == values.shape[: mask.ndim]
+
+
+def _tensor_of(result: Any) -> Tensor:
+    if isinstance(result, Tensor):
+        return result
+    logits = getattr(result, "logits", None)
+    if logits is None and isinstance(result, Mapping):
+        logits = result.get("logits")
+    if isinstance(logits, Tensor):
+        return logits
+    raise LayerwiseError(
+        f"the model returned {type(result).__name__}: pass forward=lambda model, inputs: ... that returns "
+        "the output tensor"
+    )

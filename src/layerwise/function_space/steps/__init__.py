@@ -1,0 +1,1 @@
+"""When it is measured: around one optimizer step, in anybody's loop."""

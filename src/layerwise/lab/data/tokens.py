@@ -1,0 +1,253 @@
+"""Text to token ids on disk: byte or BPE ids, split into training and validation, cached by content.
+
+The cache is a folder per (text, tokenizer, split), in `$LAYERWISE_CACHE` or `~/.cache/layerwise`. It is
+written beside its final place and moved there: a killed or concurrent process never leaves half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.data.corpus import Corpus, read_corpus
+
+if TYPE_CHECKING:
+    from layerwise.lab.config.schema import DataConfig
+
+Ids = npt.NDArray[Any]  # one dimension, uint16 or uint32, usually a memory map
+
+DEFAULT_BPE_VOCABULARY = 2048
+_BPE_SAMPLE = 100_000_000  # characters of training text a BPE is trained on
+_END = "<|end|>"
+_VERSION = 1  # of the cache's contents
+
+
+class Tokenizer(Protocol):
+    """Documents to ids, each document closed by an end token."""
+
+    vocab_size: int
+
+    def encode(self, documents: list[str]) -> list[Ids]: ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes; 256 ends a document."""
+
+    vocab_size = 257
+
+    def encode(self, documents: list[str]) -> list[Ids]:
+        texts = (document.encode("utf-8", errors="replace") for document in documents)
+        return [np.append(np.frombuffer(text, np.uint8), np.uint16(256)) for text in texts]
+
+
+class BPETokenizer:
+    """Byte-level BPE of the tokenizers library; id 0 ends a document."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = int(tokenizer.get_vocab_size())
+
+    @classmethod
+    def train(cls, documents: Iterator[str], vocab_size: int) -> BPETokenizer:
+        """The same text and size always give the same tokenizer."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[_END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(documents, trainer)
+        return cls(backend)
+
+    def encode(self, documents: list[str]) -> list[Ids]:
+        encodings = self.tokenizer.encode_batch(documents, add_special_tokens=False)
+        return [np.array([*encoding.ids, 0], np.uint32) for encoding in encodings]
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """Training and validation ids, the vocabulary's size, and what the record of a run says of the text."""
+
+    train: Ids
+    validation: Ids
+    vocab_size: int
+    info: dict[str, Any]
+
+
+def load_tokens(config: DataConfig) -> TokenFiles:
+    """The token ids of a config's text, from the cache where it has them. Raises LayerwiseError."""
+    if config.source == "tokens":
+        return _from_id_file(config)
+    corpus = read_corpus(config)
+    folder = _cached(config, corpus)
+    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+    train, validation = (_open_ids(folder / f"{part}.bin", info["dtype"]) for part in ("train", "validation"))
+    info = {"source": config.source, "name": corpus.name, **info}
+    return TokenFiles(train, validation, info["vocab_size"], info)
+
+
+def _open_ids(path: Path, dtype: str) -> Ids:
+    if path.stat().st_size == 0:  # cannot be mapped
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def cache_folder() -> Path:
+    """`$LAYERWISE_CACHE`, or `~/.cache/layerwise`."""
+    return Path(os.environ.get("LAYERWISE_CACHE") or "~/.cache/layerwise").expanduser()
+
+
+def _cached(config: DataConfig, corpus: Corpus) -> Path:
+    """The folder with this corpus's ids, made first where it is missing."""
+    vocab_size = _vocabulary(config)
+    identity = [_VERSION, corpus.sha256, config.tokenizer, vocab_size, config.validation_fraction]
+    folder = cache_folder() / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}"
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise LayerwiseError(
+            f"cache folder {folder.parent}: {error.strerror}; set LAYERWISE_CACHE to one that can be written"
+        ) from None
+    try:
+        info = _tokenise(config, corpus, vocab_size, work)
+        (work / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was first, with the same contents
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _vocabulary(config: DataConfig) -> int:
+    if config.tokenizer == "byte":
+        if config.vocab_size not in (None, ByteTokenizer.vocab_size):
+            raise LayerwiseError(f"data.vocab_size={config.vocab_size}: bytes have 257 ids; leave it out")
+        return ByteTokenizer.vocab_size
+    vocab_size = config.vocab_size or DEFAULT_BPE_VOCABULARY
+    if vocab_size < 257:
+        raise LayerwiseError(
+            f"data.vocab_size={vocab_size}: byte-level BPE needs at least 257 (256 bytes and the end)"
+        )
+    return vocab_size
+
+
+def _tokenise(config: DataConfig, corpus: Corpus, vocab_size: int, folder: Path) -> dict[str, Any]:
+    tokenizer: Tokenizer = ByteTokenizer()
+    if config.tokenizer == "bpe":
+        training = (text for text, held_out in split(corpus, config.validation_fraction) if not held_out)
+        tokenizer = BPETokenizer.train(_head(training, _BPE_SAMPLE), vocab_size)
+        tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    counts, text_bytes = {False: 0, True: 0}, {False: 0, True: 0}
+    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
+        files: dict[bool, BinaryIO] = {False: train, True: validation}
+        pieces = split(corpus, config.validation_fraction)
+        while chunk := list(islice(pieces, 64)):
+            for (text, held_out), ids in zip(
+                chunk, tokenizer.encode([text for text, _ in chunk]), strict=True
+            ):
+                files[held_out].write(ids.astype(dtype).tobytes())
+                counts[held_out] += len(ids)
+                text_bytes[held_out] += len(text.encode("utf-8", errors="replace"))
+    return {
+        "sha256": corpus.sha256,
+        "documents": corpus.count,
+        "bytes": text_bytes[False] + text_bytes[True],
+        "tokenizer": config.tokenizer,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
+        "train_tokens": counts[False],
+        "validation_tokens": counts[True],
+        "bytes_per_token": sum(text_bytes.values()) / max(1, sum(counts.values())),
+    }
+
+
+def _head(texts: Iterator[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def split(corpus: Corpus, fraction: float) -> Iterator[tuple[str, bool]]:
+    """Pieces of text, each with whether it is held out.
+
+    Every n-th document is, n = 1 / fraction, so that training and validation text are of one kind. Where
+    documents are too few for that, the last `fraction` of the characters is.
+    """
+    every = max(2, round(1 / fraction))
+    if corpus.count >= 2 * every:
+        for index, document in enumerate(corpus.documents()):
+            yield document, index % every == every // 2
+        return
+    boundary = round((1 - fraction) * corpus.characters)
+    for document in corpus.documents():
+        kept = max(0, min(len(document), boundary))
+        if kept:
+            yield document[:kept], False
+        if kept < len(document):
+            yield document[kept:], True
+        boundary -= len(document)
+
+
+def _from_id_file(config: DataConfig) -> TokenFiles:
+    """A .npy array or a raw .bin file; its last `validation_fraction` is held out."""
+    if len(config.paths) != 1 or not config.paths[0].endswith((".npy", ".bin")):
+        raise LayerwiseError(f"data.paths={config.paths}: data.source=tokens takes one .npy or .bin file")
+    path = Path(config.paths[0]).expanduser()
+    try:
+        ids = np.load(path, mmap_mode="r") if path.suffix == ".npy" else _open_ids(path, config.token_dtype)
+    except FileNotFoundError:
+        raise LayerwiseError(f"data.paths: {path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise LayerwiseError(f"data.paths: {path} cannot be read as token ids: {error}") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0:
+        raise LayerwiseError(
+            f"data.paths: {path} holds {ids.dtype} of shape {ids.shape}; needed: a row of integers"
+        )
+    smallest, largest = int(ids.min()), int(ids.max())
+    vocab_size = config.vocab_size or largest + 1
+    if smallest < 0 or largest >= vocab_size:
+        raise LayerwiseError(f"data.vocab_size={vocab_size}: {path} holds ids from {smallest} to {largest}")
+    boundary = round((1 - config.validation_fraction) * ids.size)
+    info = {
+        "source": "tokens",
+        "name": path.name,
+        "sha256": _file_hash(path),
+        "tokenizer": None,
+        "vocab_size": vocab_size,
+        "dtype": str(ids.dtype),
+        "train_tokens": boundary,
+        "validation_tokens": int(ids.size) - boundary,
+    }
+    return TokenFiles(ids[:boundary], ids[boundary:], vocab_size, info)
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Many runs that ask one question."""

@@ -1,0 +1,156 @@
+"""What a sweep says: curves of loss against rate, and how far the best rate moves from the base to each size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from layerwise.lab.experiments.sweep.results import loss_of
+from layerwise.lab.experiments.sweep.sweep_config import Method, SweepConfig
+from layerwise.lab.experiments.sweep.trial_plan import Plan
+
+Results = Mapping[str, Mapping[str, Any]]
+
+#: A rate fails where it loses this part of the way from the initial loss to the size's best one.
+LOST = 0.15
+#: The advised rate is this factor below the first that fails: the paper's transfers fail from one grid step away.
+MARGIN = 4.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of one method at one size, `losses[lr]` a value per seed, infinite for a run that diverged.
+
+    `initial`: mean validation loss before the first step.
+    """
+
+    method: Method
+    size: float
+    losses: Mapping[float, Sequence[float]]
+    initial: float
+
+    def mean(self, lr: float) -> float:
+        """Mean over seeds; infinite where one diverged or none has finished."""
+        values = self.losses[lr]
+        return fmean(values) if values else math.inf
+
+    def spread(self, lr: float) -> float:
+        """Half the range over seeds."""
+        values = self.losses[lr]
+        return (max(values) - min(values)) / 2
+
+    @property
+    def best(self) -> float | None:
+        """The rate of the lowest mean loss; None where every rate diverged."""
+        rates = [lr for lr in self.losses if math.isfinite(self.mean(lr))]
+        return min(rates, key=self.mean) if rates else None
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is an end of the grid, so that the optimum may lie beyond it."""
+        return self.best in (min(self.losses), max(self.losses))
+
+    @property
+    def ceiling(self) -> float:
+        """The loss above which a rate fails."""
+        if self.best is None:
+            return -math.inf
+        best = self.mean(self.best)
+        return best + LOST * max(self.initial - best, 0.0)
+
+    @property
+    def failing(self) -> float | None:
+        """The lowest rate above the best that fails; None where none on the grid does."""
+        if self.best is None:
+            return min(self.losses)
+        above = [lr for lr in self.losses if lr > self.best and self._fails(self.mean(lr))]
+        return min(above) if above else None
+
+    def _fails(self, mean: float) -> bool:
+        """A rate that diverged fails, though the ceiling is infinite where the initial loss is unknown."""
+        return not (math.isfinite(mean) and mean <= self.ceiling)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One row of the table. Losses are in nats; `None` is unknown: every rate diverged, or the grid ends before.
+
+    shift: best rate here over the base's best. grid_steps: the same in steps of the grid. edge: the best rate (here or
+    at the base) is an end of its grid, so that the shift is only a bound. own_loss, spread: at the best rate here.
+    carried_loss: at the base's best rate. to_failure: the lowest rate that fails here over the base's best;
+    `open_ended`: no rate on the grid fails, and it is a lower bound. safety: by how much to divide the base's best rate
+    to stay a factor of 4 below the failing one.
+    """
+
+    method: Method
+    size: float
+    best: float | None
+    shift: float | None
+    grid_steps: float | None
+    edge: bool
+    own_loss: float | None
+    spread: float | None
+    carried_loss: float | None
+    to_failure: float | None
+    open_ended: bool
+    safety: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def curves_of(config: SweepConfig, plan: Plan, results: Results) -> list[Curve]:
+    """The curves for which there are results, methods and sizes in the config's order."""
+    found = []
+    for method in config.sweep.methods:
+        for size in config.sweep.sizes:
+            losses: dict[float, list[float]] = {lr: [] for lr in config.sweep.grid(method)}
+            initial = []
+            for point, trial in plan.points.items():
+                row = results.get(trial.id)
+                if (point.method, point.size) != (method, size) or row is None:
+                    continue
+                losses[point.lr].append(loss_of(row, config.sweep.loss))
+                if row.get("first_val_loss") is not None:
+                    initial.append(float(row["first_val_loss"]))
+            finished = {lr: values for lr, values in losses.items() if values}
+            if finished:
+                found.append(Curve(method, size, finished, fmean(initial) if initial else math.inf))
+    return found
+
+
+def transfers(curves: Sequence[Curve], step_of: Mapping[Method, float]) -> list[Transfer]:
+    """A row for each curve; the first size of a method is its base. `step_of`: factor between neighbours of a grid."""
+    bases: dict[Method, Curve] = {}
+    for curve in curves:
+        bases.setdefault(curve.method, curve)
+    return [_transfer(bases[curve.method], curve, step_of[curve.method]) for curve in curves]
+
+
+def _transfer(base: Curve, curve: Curve, step: float) -> Transfer:
+    start, best, failing = base.best, curve.best, curve.failing
+    shift = best / start if best and start else None
+    reach = failing if failing is not None else max(curve.losses)
+    to_failure = reach / start if start else None
+    known = to_failure is not None and (failing is not None or to_failure >= MARGIN)
+    return Transfer(
+        method=curve.method,
+        size=curve.size,
+        best=best,
+        shift=shift,
+        grid_steps=math.log(shift) / math.log(step) if shift else None,
+        edge=base.at_edge or curve.at_edge,
+        own_loss=curve.mean(best) if best else None,
+        spread=curve.spread(best) if best else None,
+        carried_loss=_finite(curve.mean(start)) if start is not None and start in curve.losses else None,
+        to_failure=to_failure,
+        open_ended=failing is None,
+        safety=max(1.0, MARGIN / to_failure) if known and to_failure else None,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

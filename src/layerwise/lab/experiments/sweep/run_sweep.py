@@ -1,0 +1,65 @@
+"""Running the trials of a sweep that have no result yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from layerwise.lab.experiments.record_base import record
+from layerwise.lab.experiments.sweep.engines import Engine, Failure
+from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
+from layerwise.lab.experiments.sweep.results import ResultsFile, read_results
+from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+from layerwise.lab.experiments.sweep.sweep_progress import SweepProgress
+from layerwise.lab.experiments.sweep.trial import run_trial, start_worker
+from layerwise.lab.experiments.sweep.trial_plan import BASE_FILE, Plan, Point, make_plan
+from layerwise.lab.runs.directory import write_json
+from layerwise.lab.runs.environment import versions
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Where the results are, and the points whose trial gave none this time, each with the reason."""
+
+    folder: Path
+    failures: Mapping[Point, str]
+
+
+def run_sweep(config: SweepConfig, engine: Engine | None = None, quiet: bool = False) -> Sweep:
+    """Runs what is missing: `results.jsonl`, `base.json` and `sweep.json` in the sweep's folder.
+
+    A trial that has a result is never repeated, under whichever engine (default `LocalEngine()`): its identity is the
+    hash of its whole config, so results stay good when grids or sizes are added. One that dies is reported, leaves no
+    result, and so is run again the next time.
+
+    Raises LayerwiseError for a config that cannot be run.
+    """
+    plan, folder = make_plan(config), config.run_path
+    failures: dict[Point, str] = {}
+    with ResultsFile(folder / RESULTS) as file:
+        done = read_results(file.path)
+        todo = [trial for id, trial in plan.trials.items() if id not in done]
+        write_json(folder / "sweep.json", {"config": config.model_dump(), "versions": versions()})
+        needs_base = any(trial.needs_base for trial in todo)
+        work = partial(run_trial, base=_record_base(plan, config, folder / BASE_FILE) if needs_base else None)
+        start = partial(start_worker, wanted=versions())
+        with SweepProgress(config.run_name, len(plan.trials), len(plan.trials) - len(todo), quiet) as shown:
+            for row in (engine or LocalEngine()).results(work, todo, start) if todo else ():
+                if isinstance(row, Failure):
+                    point = next(point for point, trial in plan.points.items() if trial.id == row.item.id)
+                    failures[point] = row.reason
+                    shown.failed(f"{point}: {row.reason}")
+                else:
+                    file.append(row)
+                    shown.advance(row)
+    return Sweep(folder, failures)
+
+
+def _record_base(plan: Plan, config: SweepConfig, path: Path) -> str:
+    """The text of the base file of this plan, made anew each time: a matter of seconds, and of a plan always the same."""
+    record(plan.base, config.sweep.base_seeds, "quiet").save(path)
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The optimizers and rates that a config can name."""

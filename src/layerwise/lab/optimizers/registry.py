@@ -1,0 +1,228 @@
+"""Optimizers by name, their keywords checked against their signatures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+import layerwise.optim as lw
+from layerwise.errors import LayerwiseError
+from layerwise.geometry import param_groups
+from layerwise.lab.config.read import nearest
+from layerwise.lab.optimizers.role_factors import scale_roles
+from layerwise.lab.optimizers.torch_muon import TorchMuon
+from layerwise.lab.runs.directory import read_run
+
+if TYPE_CHECKING:
+    from layerwise.lab.config.schema import OptimizerConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An optimizer a config can name."""
+
+    build: Callable[..., Optimizer]  # (groups of a model, lr=, weight_decay=, keywords)
+    groups: Callable[[nn.Module], Iterable[Any]]
+    weight_decay: float
+    rule: str | None = None  # layer rates it has by definition
+
+    def keywords(self) -> set[str]:
+        """The names a config may give besides those that every optimizer has."""
+        parameters = inspect.signature(self.build).parameters.values()
+        named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        return named - {"self", "params", "lr", "weight_decay", "rates"} - _NOT_SETTINGS
+
+    @property
+    def lr(self) -> float:
+        """The default of its signature."""
+        return float(inspect.signature(self.build).parameters["lr"].default)
+
+    @property
+    def takes_rates(self) -> bool:
+        return "rates" in inspect.signature(self.build).parameters
+
+
+# Implementation switches of torch's optimizers that a config has no use for.
+_NOT_SETTINGS = {"foreach", "maximize", "capturable", "differentiable", "work"}
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices in one group, gains and biases in another without weight decay: the usual groups of AdamW."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if p.ndim >= 2]
+    vectors = [(name, p) for name, p in named if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+OPTIMIZERS: dict[str, Preset] = {
+    "adamw": Preset(torch.optim.AdamW, decay_groups, 0.1),
+    "torch-muon": Preset(TorchMuon, param_groups, 0.1),
+    "muon": Preset(lw.Muon, param_groups, 0.0),
+    "d-muon": Preset(lw.DMuon, param_groups, 0.1),
+    "scion": Preset(lw.Scion, param_groups, 0.0),
+    "signum": Preset(lw.Signum, param_groups, 0.0),
+    "lanton": Preset(lw.Lanton, param_groups, 0.1, rule="noise_adaptive"),
+    "namo": Preset(lw.DMuon, param_groups, 0.1, rule="norm_adaptive"),
+    "static": Preset(lw.Lanton, param_groups, 0.1, rule="static"),
+}
+
+RULES: dict[str, type[lw.RateRule]] = {
+    "noise_adaptive": lw.NoiseAdaptive,
+    "norm_adaptive": lw.NormAdaptive,
+    "static": lw.StaticRates,
+}
+
+
+def find_preset(config: OptimizerConfig, section: str = "optimizer") -> Preset:
+    """The preset a config names, its keywords checked. Raises LayerwiseError naming the key in `section` and the nearest."""
+    preset = OPTIMIZERS.get(config.name)
+    if preset is None:
+        raise LayerwiseError(f"{section}.name={config.name!r}: {nearest(config.name, OPTIMIZERS)}")
+    valid = preset.keywords()
+    for key in config.settings:
+        if key not in valid:
+            known = valid | set(type(config).model_fields)
+            raise LayerwiseError(f"unknown key `{section}.{key}` of {config.name}: {nearest(key, known)}")
+    if config.rates is not None and not preset.takes_rates:
+        able = ", ".join(name for name, other in OPTIMIZERS.items() if other.takes_rates)
+        raise LayerwiseError(f"{section}.rates: {config.name} has no layer rates; those that have: {able}")
+    if config.rates is not None:
+        _check_rule(preset, config.rates, section)
+    return preset
+
+
+def _rule_name(preset: Preset, rates: dict[str, Any]) -> str:
+    return str(rates.get("rule") or preset.rule or "noise_adaptive")
+
+
+def _check_rule(preset: Preset, rates: dict[str, Any], section: str) -> None:
+    name = _rule_name(preset, rates)
+    if name not in RULES:
+        raise LayerwiseError(f"{section}.rates.rule={name!r}: {nearest(name, RULES)}")
+    valid = set(inspect.signature(RULES[name]).parameters)
+    for key in rates:
+        if key not in valid | {"rule"}:
+            raise LayerwiseError(f"unknown key `{section}.rates.{key}` of rule {name}: {nearest(key, valid)}")
+
+
+def with_defaults(config: OptimizerConfig, lr: float | None = None) -> OptimizerConfig:
+    """The config with rate and decay written out, so that the record of a run holds them.
+
+    `lr` is the rate where the config gives none; None: that of the optimizer's signature.
+    """
+    preset = find_preset(config)
+    default = preset.lr if lr is None else lr
+    return config.model_copy(
+        update={
+            "lr": default if config.lr is None else config.lr,
+            "weight_decay": preset.weight_decay if config.weight_decay is None else config.weight_decay,
+        }
+    )
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """The optimizer of a config for a model's trainable parameters. Raises LayerwiseError.
+
+    Where the config gives no rate it is the signature's: rates found for a model preset come in by `train.complete`.
+    """
+    config = with_defaults(config)
+    preset = find_preset(config)
+    keywords = {key: tuple(v) if isinstance(v, list) else v for key, v in config.settings.items()}
+    if preset.takes_rates and (config.rates is not None or preset.rule is not None):
+        keywords["rates"] = _build_rule(preset, config.rates or {})
+    try:
+        groups = scale_roles(model, preset.groups(model), config.lr or 0.0, config.role_factors)
+        return preset.build(groups, lr=config.lr, weight_decay=config.weight_decay, **keywords)
+    except LayerwiseError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise LayerwiseError(f"optimizer {config.name}: {error}") from None
+    except IndexError:  # a list shorter than the optimizer expects: its own words do not say which
+        lists = {key: value for key, value in config.settings.items() if isinstance(value, list | tuple)}
+        given = ", ".join(f"optimizer.{key}={list(value)}" for key, value in lists.items())
+        raise LayerwiseError(
+            f"{given or 'optimizer'}: too few values for {config.name}, give all of them"
+        ) from None
+
+
+def _build_rule(preset: Preset, rates: dict[str, Any]) -> lw.RateRule:
+    name = _rule_name(preset, rates)
+    keywords = {key: value for key, value in rates.items() if key != "rule"}
+    if isinstance(multipliers := keywords.get("multipliers"), str):
+        keywords["multipliers"] = mean_multipliers(multipliers)
+    try:
+        return RULES[name](**keywords)
+    except LayerwiseError as error:
+        raise LayerwiseError(f"optimizer.rates: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise LayerwiseError(f"optimizer.rates: {name}: {error}") from None
+
+
+def mean_multipliers(run: str) -> dict[str, float]:
+    """Unit -> the mean of its multiplier over a run's records: the static control of an adaptive rule."""
+    found = read_run(run)
+    rows = found.layers
+    if not rows:
+        raise LayerwiseError(f"optimizer.rates.multipliers: run {run} recorded no layer rates")
+    units_of = {row["name"]: row["units"] for row in found.info.get("parameters", [])}
+    means: dict[str, float] = {}
+    for name, last in rows[-1]["layers"].items():
+        mean = sum(row["layers"][name]["multiplier"] for row in rows) / len(rows)
+        # A parameter of many units is recorded by their mean: all of them get it.
+        means |= dict.fromkeys(units_of[name] if "units" in last else [name], mean)
+    return means
+
+
+def needs_halves(optimizer: Optimizer) -> bool:
+    """Whether the loop has to show the optimizer the two halves of an accumulated batch."""
+    rules = (group.get("rates") for group in optimizer.param_groups)
+    return any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_halves for rule in rules)
+
+
+def needs_replicas(optimizer: Optimizer) -> bool:
+    """Whether the noise is measured between the gradients of data-parallel processes."""
+    rules = (group.get("rates") for group in optimizer.param_groups)
+    return any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_replicas for rule in rules)
+
+
+def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> None:
+    """Raises LayerwiseError where a batch cannot be shared out over `world` processes, or not as the noise rule needs."""
+    if needs_halves(optimizer) and (training.accumulation % 2 or training.precision == "fp16"):
+        raise LayerwiseError(
+            "optimizer.rates.reference=independent compares the two halves of the accumulated batch:"
+            f" training.accumulation={training.accumulation} must be even,"
+            f" and training.precision={training.precision} not fp16"
+        )
+    sequences = training.batch_size // training.accumulation
+    if sequences < world:
+        raise LayerwiseError(
+            f"training.batch_size={training.batch_size} in training.accumulation={training.accumulation} parts"
+            f" leaves {sequences} a part, fewer than {world} processes: raise the batch size, or lower the"
+            " accumulation or the number of processes"
+        )
+    if needs_replicas(optimizer) and sequences % world:
+        raise LayerwiseError(
+            "optimizer.rates.reference=replicas compares equal shares of a batch: training.batch_size /"
+            f" training.accumulation = {sequences} sequences are not a multiple of {world} processes"
+        )
+
+
+def watch_replicas(optimizer: Optimizer, model: nn.Module) -> None:
+    """Where the noise is measured between replicas, have `model` (as it runs, wrapped) show their gradients."""
+    if not needs_replicas(optimizer):
+        return
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        raise LayerwiseError(
+            "optimizer.rates.reference=replicas compares the gradients of data-parallel processes, and this run has one:"
+            " give independent (two halves of the accumulated batch) or previous, or launch several processes"
+        )
+    assert isinstance(optimizer, lw.LayerwiseOptimizer)
+    optimizer.watch_replicas(model)

@@ -1,0 +1,184 @@
+"""Layer by step: noise, and the multiplier that it makes of it, for every unit of a network in network order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layerwise.lab.report.names import UnitName, network_order
+from layerwise.lab.report.run_data import Array, LayerHistory, RunData
+from layerwise.lab.report.style import (
+    INK,
+    MUTED,
+    NOISE_MAP,
+    PAPER,
+    RATE_MAP,
+    WIDTH,
+    new_figure,
+    plain_log_ticks,
+    step_axis,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MANY_ROWS = 46  # above this the rows are named by block
+ROW = 0.135  # inches
+TALLEST = 7.6  # inches
+MIN_BLOCK = 8  # points
+COLUMNS = 400  # steps drawn: more than a page has pixels for are thinned
+
+
+def layer_heat_maps(run: RunData, units: Sequence[str]) -> Figure:
+    """Noise (left, log scale, relative to the median of its norm group) and rate multiplier (right) of `units`.
+
+    Norm groups measure noise in different norms, so only their relative noise can share a colour scale.
+    """
+    history = run.layers
+    from matplotlib.colors import LogNorm
+
+    assert history is not None
+    names = network_order(units, [str(row["name"]) for row in run.parameters])
+    rows = [history.units.index(name.unit) for name in names]
+    groups = [run.norm_groups.get(name.unit.split("[", 1)[0], "") for name in names]
+    pick = _thin(len(history.steps))
+    steps = history.steps[pick]
+    panels = [
+        (
+            relative_noise(history, rows, groups)[:, pick],
+            "Gradient noise",
+            "relative to the norm group's median",
+        )
+        if history.has_noise
+        else None,
+        (history.multiplier[rows][:, pick], "Rate multiplier", "factor on the base learning rate")
+        if history.has_multiplier
+        else None,
+    ]
+    shown = [panel for panel in panels if panel is not None]
+    body = min(max(len(rows) * ROW, 1.0), TALLEST)
+    figure = new_figure(WIDTH if len(shown) > 1 else WIDTH * 0.62, body + 1.15)
+    columns: Any = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, (values, title, subtitle) in zip(columns, shown, strict=True):
+        image = _image(axes, values, steps, is_noise=title == "Gradient noise")
+        bar = figure.colorbar(
+            image, ax=axes, location="top", pad=0.02, aspect=34, extend=_clipped(image, values)
+        )
+        if isinstance(image.norm, LogNorm) and image.norm.vmin and image.norm.vmax:
+            plain_log_ticks(bar.ax.xaxis, image.norm.vmin, image.norm.vmax)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=2, labelsize=7.5, pad=1)
+        bar.ax.set_title(f"{title}", loc="left", fontsize=9, pad=4)
+        bar.ax.set_title(subtitle, loc="right", fontsize=7.5, color=MUTED, fontweight="normal", pad=4)
+        step_axis(axes)
+        _separators(axes, names)
+    _row_labels(columns[0], names, body)
+    return figure
+
+
+def relative_noise(history: LayerHistory, rows: Sequence[int], groups: Sequence[str]) -> Array:
+    """Noise of the chosen rows over the median of its norm group (all its units, all steps); NaN where it is zero."""
+    noise = history.noise[list(rows)].copy()
+    noise[~(noise > 0)] = np.nan
+    for group in set(groups):
+        members = [i for i, name in enumerate(groups) if name == group]
+        values = noise[members]
+        if np.isfinite(values).any():
+            noise[members] = values / np.nanmedian(values)
+    return noise
+
+
+def _clipped(image: Any, values: Array) -> str:
+    """Which ends of the colour scale stand for more than their value."""
+    if not np.isfinite(values).any():  # multipliers without noise: static ones
+        return "neither"
+    low, high = (
+        np.nanmin(values) < image.norm.vmin * (1 - 1e-9),
+        np.nanmax(values) > image.norm.vmax * (1 + 1e-9),
+    )
+    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get(
+        (bool(low), bool(high)), "neither"
+    )
+
+
+def _thin(steps: int) -> Any:
+    return np.unique(np.linspace(0, steps - 1, min(steps, COLUMNS)).round().astype(int))
+
+
+def _image(axes: Axes, values: Array, steps: Array, *, is_noise: bool) -> Any:
+    from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
+
+    finite = values[np.isfinite(values)]
+    norm: Any
+    if is_noise:
+        low, high = np.percentile(finite, [1, 99]) if finite.size else (0.1, 10.0)
+        norm, colors = LogNorm(min(low, 0.8), max(high, 1.25)), NOISE_MAP
+    elif finite.size and finite.max() > 1 + 1e-6:
+        # Rules that also raise rates: blue below one, red above it.
+        reach = max(finite.max(), 1.01)
+        norm, colors = TwoSlopeNorm(1.0, min(finite.min(), 0.99), reach), "RdBu_r"
+    else:
+        low = float(finite[finite > 0].min()) if (finite > 0).any() else 0.0
+        linear = low > 0.25 or low == 0  # below, a linear scale would have one colour for all small rates
+        norm = Normalize(min(np.floor(low * 10) / 10, 0.9), 1.0) if linear else LogNorm(low, 1.0)
+        colors = RATE_MAP
+    edges = np.concatenate([[steps[0]], (steps[1:] + steps[:-1]) / 2, [steps[-1]]])
+    if len(steps) == 1:
+        edges = np.array([steps[0] - 0.5, steps[0] + 0.5])
+    mesh = axes.pcolormesh(edges, np.arange(len(values) + 1), values, norm=norm, cmap=colors, rasterized=True)
+    axes.set_ylim(len(values), 0)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.grid(visible=False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return mesh
+
+
+def _blocks(names: Sequence[UnitName]) -> list[tuple[str, int, int]]:
+    """(block, first row, row after the last) of each run of rows of the same block."""
+    spans: list[tuple[str, int, int]] = []
+    for row, name in enumerate(names):
+        if spans and spans[-1][0] == name.block:
+            spans[-1] = (name.block, spans[-1][1], row + 1)
+        else:
+            spans.append((name.block, row, row + 1))
+    return spans
+
+
+def _separators(axes: Axes, names: Sequence[UnitName]) -> None:
+    spans = _blocks(names)
+    points = 72 * min(len(names) * ROW, TALLEST) / len(spans)  # height of a block
+    if points < MIN_BLOCK:  # lines would cover what they part
+        return
+    for _, first, _ in spans[1:]:
+        axes.axhline(first, color=PAPER, lw=min(1.6, 0.06 * points))
+
+
+def _row_labels(axes: Axes, names: Sequence[UnitName], height: float) -> None:
+    """Each row named, its block at the far left; with many rows, blocks alone, and of those as many as fit."""
+    spans = _blocks(names)
+    if len(names) <= MANY_ROWS:
+        axes.set_yticks(np.arange(len(names)) + 0.5, [name.part for name in names], fontsize=7)
+        widest = max(len(name.part) for name in names)
+        for block, first, end in spans:
+            if block:
+                axes.annotate(
+                    block, (0, (first + end) / 2), xycoords=("axes fraction", "data"), xytext=(-7 - 3.35 * widest, 0),
+                    textcoords="offset points", ha="right", va="center", fontsize=7.5, fontweight="bold", color=INK,
+                )  # fmt: skip
+        return
+    room = max(int(height / 0.135), 4)
+    every = -(-len(spans) // room)
+    ticks, labels = [], []
+    for i, (block, first, end) in enumerate(spans):
+        if i % every == 0 or not block:
+            ticks.append((first + end) / 2)
+            labels.append(
+                block
+                or (names[first].part if end - first == 1 else f"{names[first].part} +{end - first - 1}")
+            )
+    axes.set_yticks(ticks, labels, fontsize=7)

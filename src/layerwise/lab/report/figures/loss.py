@@ -1,0 +1,212 @@
+"""Loss curves: against tokens and against time, a line per contender; and where the contenders ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from layerwise.lab.report.run_data import Array, Contender, Series
+from layerwise.lab.report.style import MUTED, PAPER, WIDTH, label_ends, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def loss_curves(contenders: Sequence[Contender]) -> Figure:
+    """Two panels: smoothed training loss (line) and validation loss (markers), against tokens and against seconds."""
+    height = 3.1
+    figure = new_figure(WIDTH, height)
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    low, high = loss_limits(contenders)
+    for axes, x_of, label in (
+        (by_tokens, lambda s: s.tokens, "Training tokens"),
+        (by_time, lambda s: s.seconds, "Training time"),
+    ):
+        lengths = [_draw_contender(axes, c, x_of) for c in contenders]
+        axes.set_ylim(low, high)
+        axes.set_xlim(0, max(lengths) * 1.015 or 1.0)
+        axes.set_xlabel(label)
+    for axes, letter, what in ((by_tokens, "a", "Loss against tokens"), (by_time, "b", "Loss against time")):
+        axes.set_title(f"{letter}   {what}")
+    _count_axis(by_tokens)
+    _time_axis(by_time)
+    by_tokens.set_ylabel("Loss, nats per token")
+    ends = [(*_end(c.runs[0].val_loss, c.runs[0].train_loss), c.label, c.look.color) for c in contenders]
+    label_ends(by_tokens, [e for e in ends if math.isfinite(e[1])], height=height * 0.72)
+    _key(by_time)
+    return figure
+
+
+def loss_limits(contenders: Sequence[Contender]) -> tuple[float, float]:
+    """Limits that show the part of training where contenders differ, not the fall from the first loss.
+
+    The top is the highest smoothed loss after a fifth of the run, of contenders that did not diverge.
+    """
+    lows: list[float] = []
+    highs: list[float] = []
+    for contender in contenders:
+        for run in contender.runs:
+            for series, after in ((run.val_loss, 0.2), (run.train_loss, 0.2)):
+                if not len(series):
+                    continue
+                values = smooth(series.values) if series is run.train_loss else series.values
+                late = values[series.steps >= after * series.steps[-1]]
+                late = late[np.isfinite(late)]
+                if late.size:
+                    lows.append(float(late.min()))
+                    highs.append(float(late[0] if run.status != "diverged" else np.median(late)))
+    if not lows:
+        return 0.0, 1.0
+    low, high = min(lows), max(highs)
+    margin = max(high - low, 0.02) * 0.06
+    return low - margin, high + margin
+
+
+def smooth(values: Array, span: float = 0.03) -> Array:
+    """A straight line fitted around each point with Gaussian weights, of deviation `span` of the run's points.
+
+    A fitted line neither lags behind a falling loss nor bends at the ends, as averages do. What is not finite is left
+    out, and stays NaN where it stands.
+    """
+    n = len(values)
+    at = np.arange(n, dtype=np.float64)
+    finite = np.isfinite(values)
+    known = np.where(finite, values, 0.0)
+    deviation = max(span * n, 1.0)
+    result = np.full(n, np.nan)
+    for i in np.flatnonzero(finite):
+        weights = np.exp(-0.5 * ((at - i) / deviation) ** 2) * finite
+        x = at - i
+        s0, s1, s2 = weights.sum(), weights @ x, weights @ (x * x)
+        y0, y1 = weights @ known, weights @ (x * known)
+        det = s0 * s2 - s1 * s1
+        result[i] = (s2 * y0 - s1 * y1) / det if det > 1e-9 * s0 * s0 else y0 / s0
+    return result
+
+
+def _draw_contender(axes: Axes, contender: Contender, x_of: Callable[[Series], Array]) -> float:
+    """Draw one contender's runs; returns where the longest ends, 0 where there is nothing to draw."""
+    look = contender.look
+    ends = [0.0]
+    several = len(contender.runs) > 1
+    for i, run in enumerate(contender.runs):
+        faint = 0.35 if several and i else 1.0
+        train, val = run.train_loss, run.val_loss
+        if len(train):
+            if not several and len(train) > 40:
+                axes.plot(x_of(train), train.values, color=look.color, alpha=0.16, lw=0.6, zorder=1)
+            axes.plot(
+                x_of(train), smooth(train.values), color=look.color, lw=1.5, alpha=0.9 * faint, zorder=3
+            )
+            ends.append(float(x_of(train)[-1]))
+        if len(val):
+            axes.plot(
+                x_of(val), val.values, linestyle="none", marker=look.marker, ms=4.6, mfc=look.color,
+                mec=PAPER, mew=0.7, alpha=faint, zorder=5, clip_on=True,
+            )  # fmt: skip
+            ends.append(float(x_of(val)[-1]))
+        if run.status == "diverged" and len(train):
+            finite = np.isfinite(train.values)
+            if finite.any():
+                x = float(x_of(train)[finite][-1])
+                axes.annotate(
+                    "diverged", (x, 0.97), xycoords=("data", "axes fraction"), color=look.color, fontsize=7,
+                    rotation=90, ha="right", va="top",
+                )  # fmt: skip
+    return max(ends)
+
+
+def _end(val: Series, train: Series) -> tuple[float, float]:
+    series = val if len(val) else train
+    finite = np.isfinite(series.values)
+    if not finite.any():
+        return math.nan, math.nan
+    return float(series.tokens[finite][-1]), float(series.values[finite][-1])
+
+
+def _key(axes: Axes) -> None:
+    """What a line and what a marker is, in words, where curves that fall leave room."""
+    from matplotlib.lines import Line2D
+
+    axes.legend(
+        handles=[
+            Line2D([], [], color=MUTED, lw=1.5, label="training, smoothed"),
+            Line2D([], [], color=MUTED, marker="o", ls="none", ms=4.6, mec=PAPER, label="validation"),
+        ],
+        loc="upper right",
+        handlelength=1.6,
+        borderaxespad=0.2,
+    )
+
+
+def _count_axis(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
+
+
+def _time_axis(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    span = axes.get_xlim()[1]
+    unit, name = next(
+        ((u, n) for u, n in ((3600.0, "hours"), (60.0, "minutes")) if span > 2.5 * u), (1.0, "seconds")
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 5, 6, 10]))
+    if unit > 1:
+        step = MaxNLocator(5).tick_values(0, span / unit)
+        axes.set_xticks([t * unit for t in step if t * unit <= span])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / unit:g}"))
+    axes.set_xlabel(f"{axes.get_xlabel()}, {name}")
+
+
+def count(x: float) -> str:
+    """`1.2M`, `300k`, `0`."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:.3g}{suffix}"
+    return f"{x:g}"
+
+
+def final_losses(contenders: Sequence[Contender]) -> Figure:
+    """Final validation loss: a dot per seed, a bar at the mean, best contender at the top."""
+    ranked = sorted((c for c in contenders if any(map(math.isfinite, c.final_losses))), key=_mean_loss)
+    figure = new_figure(WIDTH * 0.62, 0.75 + 0.34 * max(len(ranked), 1))
+    axes = figure.subplots()
+    for row, contender in enumerate(ranked):
+        finite = [v for v in contender.final_losses if math.isfinite(v)]
+        color = contender.look.color
+        axes.plot([np.mean(finite)] * 2, [row - 0.26, row + 0.26], color=color, lw=2)
+        axes.plot(finite, [row] * len(finite), ls="none", marker="o", ms=4.5, color=color, mec=PAPER, mew=0.7)
+        lost = len(contender.final_losses) - len(finite)
+        text = f"{np.mean(finite):.3f}" + (f"  ({lost} diverged)" if lost else "")
+        axes.annotate(
+            text,
+            (max(finite), row),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=MUTED,
+        )
+    axes.set_yticks(range(len(ranked)), [c.label for c in ranked])
+    axes.set_ylim(len(ranked) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", visible=True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("Final validation loss, nats per token")
+    values = [v for c in ranked for v in c.final_losses if math.isfinite(v)]
+    if values:
+        reach = max(max(values) - min(values), 0.01)
+        axes.set_xlim(min(values) - 0.08 * reach, max(values) + 0.22 * reach)
+    return figure
+
+
+def _mean_loss(contender: Contender) -> float:
+    return float(np.mean([v for v in contender.final_losses if math.isfinite(v)]))

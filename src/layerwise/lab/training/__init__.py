@@ -1,0 +1,1 @@
+"""One run: the loop, and what looks on."""

@@ -1,0 +1,66 @@
+"""Going on with an interrupted run: which checkpoint, and whether it belongs to this run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.runs.checkpoint import DamagedCheckpointError, check_hash, list_checkpoints, read_manifest
+
+# What may differ between a run and its continuation without changing what it computes; with the processes only the order
+# of sums changes. A file of text may have moved: its hash is compared instead.
+_FREE = ("run.", "parallel.", "training.keep", "training.checkpoint_every", "data.paths")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def check_same_run(saved: dict[str, Any], config: dict[str, Any], what: str) -> None:
+    """Raises LayerwiseError naming the keys in which the config differs from that of `what`."""
+    old, new = flatten(saved), flatten(config)
+    differences = [
+        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_FREE)
+    ]
+    if differences:
+        raise LayerwiseError(
+            f"{what} is of another config ({'; '.join(differences[:4])}): resume with the one it has, or set run.name"
+        )
+
+
+def latest_checkpoint(run: Path, identity: dict[str, Any], note: Callable[[str], None]) -> Path | None:
+    """The newest good checkpoint of a run, or None where it has none yet.
+
+    A damaged checkpoint is reported through `note` and passed over for the one before it. Raises LayerwiseError where
+    every checkpoint is damaged, or where they are of another run.
+    """
+    damage: list[DamagedCheckpointError] = []
+    for path in list_checkpoints(run / "checkpoints"):
+        try:
+            saved = read_manifest(path)["identity"]
+            check_same_run(saved["config"], identity["config"], f"checkpoint {path}")
+            if saved["corpus"] != identity["corpus"]:
+                raise LayerwiseError(
+                    f"checkpoint {path} was trained on another text: its hash differs from this one's"
+                )
+            check_hash(path)
+        except DamagedCheckpointError as error:
+            damage.append(error)
+            continue
+        for skipped in damage:
+            note(f"{skipped}; going on from {path.name}")
+        return path
+    if damage:
+        raise LayerwiseError(f"{damage[0]}; no older one is good: --overwrite starts anew")
+    return None

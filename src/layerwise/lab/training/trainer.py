@@ -1,0 +1,360 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from layerwise.errors import LayerwiseError, NonFiniteError
+from layerwise.lab.config.schema import Config
+from layerwise.lab.data.images import ImageData
+from layerwise.lab.data.text import Batch, TextData
+from layerwise.lab.models.families import Examples, build_model, loss
+from layerwise.lab.optimizers.registry import build_optimizer, check_batch, needs_halves, watch_replicas
+from layerwise.lab.runs import environment
+from layerwise.lab.runs.checkpoint import random_state, save_checkpoint, set_random_state
+from layerwise.lab.runs.directory import RunWriter
+from layerwise.lab.training import parallel, processes
+from layerwise.lab.training.device import make_accelerator, set_seed
+from layerwise.lab.training.observers import Observer
+from layerwise.lab.training.progress import Progress
+from layerwise.lab.training.schedules import build_scheduler
+from layerwise.optim import LayerRate, LayerwiseOptimizer
+
+
+class DivergedError(Exception):
+    """The loss or a gradient is not finite: the end of a run, not a fault of the program."""
+
+
+class Trainer:
+    """One run in progress, or this process's part of it."""
+
+    def __init__(
+        self, config: Config, writer: RunWriter, progress: Progress, observers: Sequence[Observer] = ()
+    ) -> None:
+        self.config, self.writer, self.progress, self.observers = config, writer, progress, observers
+        training = config.training
+        self.accelerator = make_accelerator(training, config.parallel)
+        self.device = self.accelerator.device
+        self.rank, self.world = processes.rank(), processes.world()
+        source = ImageData if config.data.holds_images else TextData
+        # The first process fills the cache of token ids, the others read it.
+        self.data = processes.on_first(lambda: source(config)) or source(config)
+        examples = Examples(self.data.vocab_size, config.data.seq_len, self.data.features)
+        model = build_model(config.model, examples, training.seed)
+        self.model = parallel.place(model, self.device, config.parallel)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
+        self._halves = needs_halves(self.optimizer)
+        check_batch(training, self.optimizer, self.world)
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # mixed precision and nothing else
+        self._wrapped = parallel.wrap(self.model, self.device, config.parallel)
+        watch_replicas(self.optimizer, self._wrapped)
+        self.tensorboard: environment.TensorBoard | None = None
+
+        self.step = 0  # optimizer steps taken
+        self.seconds = 0.0  # of training alone: no set-up, evaluation or checkpoints
+        self.result: dict[str, Any] = {}
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._loss_steps = 0
+        self._grad_norm: torch.Tensor | None = None
+        self._layers: dict[str, LayerRate] = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run belongs to."""
+        return {"config": self.config.model_dump(), "corpus": self.data.info["sha256"]}
+
+    # ------------------------------------------------------------------ start and end
+
+    def start(self, state: dict[str, Any] | None) -> None:
+        """Takes up `state`, or begins at step 0."""
+        set_seed(processes.own_seed(self.config.training.seed))
+        if state is not None:
+            self._load(state)
+        for observer in self.observers:
+            observer.begin(self)  # one that cannot work says so here, before an older run is cleared away
+        if state is None and self.rank == 0:
+            shutil.rmtree(self.writer.path / "checkpoints", ignore_errors=True)
+            shutil.rmtree(self.writer.path / "tensorboard", ignore_errors=True)
+            self.writer.truncate({})
+        if self.config.run.tensorboard and self.rank == 0:
+            self.tensorboard = environment.TensorBoard(self.writer.path / "tensorboard", self.step)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.writer.update(
+            name=self.config.run_name,
+            status="running",
+            config=self.config.model_dump(),
+            versions=environment.versions(),
+            machine=environment.machine(self.device),
+            parallel={"processes": self.world, "strategy": parallel.strategy_of(self.config.parallel)},
+            corpus=self.data.info,
+            parameters=environment.parameter_table(self.model),
+            parameter_count=parameters,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            result={},
+        )
+        self.progress.start(self.config.run_name, self.config.steps, self.step)
+
+    def run(self) -> None:
+        """Trains to the end and writes down how it ended."""
+        status = "finished"
+        try:
+            self._loop()
+        except DivergedError as reason:
+            status = "diverged"
+            self.result["reason"] = f"step {self.step}: {reason}"
+            self.progress.note(f"{self.config.run_name} diverged at step {self.step}: {reason}")
+        tokens = self.step * self.config.tokens_per_step
+        self.result |= {
+            "steps": self.step,
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": tokens / self.seconds if self.seconds else None,
+        }
+        if skipped := getattr(self.optimizer, "skipped_steps", 0):
+            self.result["skipped_steps"] = skipped
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        self.writer.update(status=status, result=self.result, finished=finished)
+
+    def take_steps(self, count: int) -> None:
+        """Takes optimizer steps and nothing else: no metrics, evaluation or checkpoint."""
+        self._wrapped.train()
+        for _ in range(count):
+            self._train_step()
+            self.step += 1
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    # ------------------------------------------------------------------ the loop
+
+    def _loop(self) -> None:
+        training, steps = self.config.training, self.config.steps
+        self._wrapped.train()
+        if self.step == 0 and training.eval_every:
+            self._write({"step": 0, "tokens": 0, "seconds": 0.0, "val_loss": self._evaluate()})
+        started, logged_at, logged_step = self._now(), self.seconds, self.step
+        while self.step < steps:
+            self._train_step()
+            self.step += 1
+            last = self.step == steps
+            log = last or self._due(training.log_every)
+            evaluate = last or self._due(training.eval_every)
+            record_rates = self._records(self.step)
+            checkpoint = last or self._due(training.checkpoint_every)
+            if not (log or evaluate or record_rates or checkpoint):
+                self.progress.step(self.step)
+                continue
+            self.seconds += self._now() - started
+            row: dict[str, Any] = {
+                "step": self.step,
+                "tokens": self.step * self.config.tokens_per_step,
+                "seconds": self.seconds,
+            }
+            if log:
+                speed = (self.step - logged_step) * self.config.tokens_per_step / (self.seconds - logged_at)
+                row |= {**self._numbers(), "tokens_per_second": speed}
+                logged_at, logged_step = self.seconds, self.step
+                self.progress.numbers(self.step, row["loss"], speed)
+            if evaluate:
+                row["val_loss"] = self._evaluate()
+            if log or evaluate:
+                self._write(row)
+            if record_rates:
+                self._record_rates()
+            if checkpoint:
+                self._check_finite()
+                self._save()
+            self.progress.step(self.step)
+            started = self._now()
+
+    def _train_step(self) -> None:
+        """One optimizer step. Nothing here waits for the device."""
+        training, scaler = self.config.training, self.accelerator.scaler
+        wholes = self.data.batch(self.step).split(training.accumulation)
+        parts = [batch.share(self.rank, self.world).to(self.device) for batch in wholes]
+        for number, (whole, part) in enumerate(zip(wholes, parts, strict=True), start=1):
+            half = self._halves and 2 * number in (len(parts), 2 * len(parts))
+            with parallel.gradients_shared(self._wrapped, half or number == len(parts)):
+                # Averaging over the processes makes means over the whole batch of these, equal shares or not.
+                divisor = len(parts) * len(whole) / (len(part) * self.world)
+                value = loss(self._wrapped, part.inputs, part.targets) / divisor
+                # torch's own idioms: accelerate's backward() and step() look for packages on the disk every time.
+                (value if scaler is None else scaler.scale(value)).backward()
+            self._loss_sum += value.detach()
+            if half:
+                self.optimizer.hold_half()  # type: ignore[attr-defined]
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        if training.clip_norm is not None:
+            self._grad_norm = parallel.clip(self.model, training.clip_norm)
+        with ExitStack() as around:
+            if self.observers:
+                batch = Batch.join(parts)
+                for observer in self.observers:
+                    around.enter_context(observer.around_step(self.step + 1, batch))
+            self._optimizer_step()
+        self.optimizer.zero_grad()
+        if self._records(self.step + 1):
+            self._layers = self._layer_rates()  # now: the next step's rate is another
+        self.scheduler.step()
+        self._loss_steps += 1
+        for observer in self.observers:
+            observer.after_step(self.step + 1)
+
+    def _optimizer_step(self) -> None:
+        scaler = self.accelerator.scaler
+        try:
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.step(self.optimizer)  # leaves the step out where a gradient overflowed
+                scaler.update()
+        except NonFiniteError as error:
+            raise DivergedError(str(error).partition(";")[0]) from None
+
+    def _numbers(self) -> dict[str, Any]:
+        """The loss since the last line, and this step's rate and gradient norm."""
+        mean = float(self._agreed_loss_sum()) / self._loss_steps
+        if not math.isfinite(mean):
+            raise DivergedError(f"the training loss is {mean}")
+        self._loss_sum.zero_()
+        self._loss_steps = 0
+        self.result["loss"] = mean
+        return {
+            "loss": mean,
+            "lr": (self.config.optimizer.lr or 0.0) * self.scheduler.lr_lambdas[0](self.step - 1),
+            "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
+        }
+
+    def _evaluate(self) -> float:
+        """Mean loss over the validation sequences, in nats per token."""
+        training = self.config.training
+        self._wrapped.eval()
+        total, sequences = torch.zeros((), device=self.device), 0
+        with torch.no_grad():
+            for batch in self.data.validation(training.batch_size // training.accumulation):
+                share = batch.share(self.rank, self.world)
+                # Every process makes every pass, as FSDP2 needs: one that has no share of it repeats another's.
+                moved = (share if len(share) else batch.share(0, self.world)).to(self.device)
+                total += loss(self._wrapped, moved.inputs, moved.targets) * len(share)
+                sequences += len(batch)
+        self._wrapped.train()
+        value = float(processes.total(total)) / sequences
+        if not math.isfinite(value):
+            raise DivergedError(f"the validation loss is {value}")
+        self.result["val_loss"] = value
+        self.result["best_val_loss"] = min(value, self.result.get("best_val_loss", math.inf))
+        return value
+
+    def _agreed_loss_sum(self) -> torch.Tensor:
+        """The sum of losses of the whole batches, and from now on every process's."""
+        if self.world > 1:
+            self._loss_sum = processes.total(self._loss_sum) / self.world
+        return self._loss_sum
+
+    def _check_finite(self) -> None:
+        """No checkpoint of a run that is lost already."""
+        if not math.isfinite(float(self._agreed_loss_sum())):
+            raise DivergedError("the training loss is not finite")
+        left_out = self.accelerator.scaler is not None  # a step whose gradients overflowed did no harm
+        if self._grad_norm is not None and not left_out and not math.isfinite(float(self._grad_norm)):
+            raise DivergedError("the gradient norm is not finite")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # ------------------------------------------------------------------ records and checkpoints
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.writer.append("metrics", row)
+        if self.tensorboard is not None:
+            self.tensorboard.metrics(row)
+
+    def _records(self, step: int) -> bool:
+        every = self.config.training.record_every
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def _layer_rates(self) -> dict[str, LayerRate]:
+        """The rates of the step just taken, with what observers (FLeRM) multiply them by."""
+        if not isinstance(self.optimizer, LayerwiseOptimizer) or self.rank > 0:
+            return {}
+        rates = self.optimizer.layer_rates()
+        for observer in self.observers:
+            for unit, rate in rates.items():
+                rates[unit] = rate._replace(lr=rate.lr * observer.multiplier(environment.parameter_of(unit)))
+        return rates
+
+    def _record_rates(self) -> None:
+        if not self._layers:
+            return
+        row = {"step": self.step, "layers": environment.layer_entries(self._layers)}
+        self.writer.append("layers", row)
+        if self.tensorboard is not None:
+            self.tensorboard.layers(row)
+
+    def _save(self) -> None:
+        scaler = self.accelerator.scaler
+        random = processes.from_all(random_state())
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "result": self.result,
+            "loss_sum": self._loss_sum,
+            "loss_steps": self._loss_steps,
+            "lengths": self.writer.lengths(),
+            "model": parallel.whole(self.model.state_dict()),
+            "optimizer": parallel.whole(self.optimizer.state_dict()),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": random[0],
+            "random_of_others": random[1:],
+            "observers": [observer.state_dict() for observer in self.observers],
+        }
+        if self.rank == 0:
+            folder = self.writer.path / "checkpoints"
+            save_checkpoint(folder, self.step, state, self.identity, self.config.training.keep)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            parallel.load_model(self.model, state["model"])
+            parallel.load_optimizer(self.optimizer, state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise LayerwiseError(
+                f"checkpoint in {self.writer.path} is of another model or optimizer: {reason}"
+            ) from None
+        lambdas = [None] * len(self.scheduler.lr_lambdas)  # functions are not saved
+        self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if len(state["observers"]) != len(self.observers):
+            raise LayerwiseError(
+                f"checkpoint in {self.writer.path} was written with {len(state['observers'])} observers,"
+                f" this run has {len(self.observers)}: resume with the same ones"
+            )
+        for observer, saved in zip(self.observers, state["observers"], strict=True):
+            observer.load_state_dict(saved)
+        self.step, self.seconds, self.result = state["step"], state["seconds"], dict(state["result"])
+        self._loss_sum = state["loss_sum"].to(self.device)
+        self._loss_steps = state["loss_steps"]
+        self.writer.truncate(state["lengths"])
+        random = [state["random"], *state["random_of_others"]]
+        if self.rank < len(random):
+            set_random_state(random[self.rank])
+        else:
+            set_seed(processes.own_seed(self.config.training.seed, self.step))

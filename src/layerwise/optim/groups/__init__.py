@@ -1,0 +1,1 @@
+"""Parameter groups: their options, the checks they meet, and the static factor of a step."""

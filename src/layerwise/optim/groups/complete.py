@@ -1,0 +1,168 @@
+"""From what a user gives to complete parameter groups: names, a preset's options, and every check."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.geometry import group_by_shape
+from layerwise.optim.groups.options import DEFAULTS, check_group, check_parameter
+from layerwise.optim.groups.scaling import step_factor
+
+Group = dict[str, Any]
+#: Options by role; "default" is for every role that is not named.
+Recipe = Mapping[str, Mapping[str, Any]]
+
+
+def as_groups(params: Iterable[Any]) -> list[Group]:
+    """Groups as they were given; plain parameters, named or not, by their shapes (with one warning)."""
+    if isinstance(params, Tensor):
+        raise LayerwiseError(
+            "params is a single tensor: pass layerwise.param_groups(model) or a list of parameters"
+        )
+    if isinstance(params, nn.Module) or not isinstance(params, Iterable):
+        raise LayerwiseError(
+            f"params is of type {type(params).__name__}: pass layerwise.param_groups(model) or a list of parameters"
+        )
+    given = list(params)
+    dicts = [item for item in given if isinstance(item, dict)]
+    if dicts and len(dicts) < len(given):
+        raise LayerwiseError(
+            "params mixes groups with parameters: pass groups (dicts) alone, or parameters alone"
+        )
+    # Parameters may be a generator, as model.parameters() is.
+    dicts = [
+        {**group, "params": _as_list(group["params"])} if "params" in group else group for group in dicts
+    ]
+    groups = dicts if dicts or not given else _by_shape(name_params(given, None, 0), {})
+    if not any(group.get("params") for group in groups):
+        raise LayerwiseError(
+            "the optimizer got no parameters: pass layerwise.param_groups(model), or check requires_grad"
+        )
+    return groups
+
+
+def with_layouts(group: Group, named: int) -> list[Group]:
+    """The group itself, its parameters named, or where it has no layout the groups that its shapes make of it.
+
+    ``named`` is how many parameters the optimizer has already: those without a name are counted on from it.
+    """
+    if "params" not in group:
+        raise LayerwiseError(
+            f"a parameter group has no 'params' (its keys: {', '.join(map(repr, group))}): add them"
+        )
+    params = name_params(_as_list(group["params"]), group.get("param_names"), named)
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    if options.get("layout") is not None:
+        return [{"params": params, **options}]
+    return _by_shape(params, {key: value for key, value in options.items() if value is not None})
+
+
+def _by_shape(params: list[tuple[str, Tensor]], options: Group) -> list[Group]:
+    check_group(options)
+    check_parameters(params, (), ())
+    return [found | options for found in group_by_shape(params)]
+
+
+def complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Group:
+    """The group with every option set: its own, else the preset's for its role, else the default."""
+    try:
+        return _complete(group, recipe, defaults)
+    except LayerwiseError as error:
+        raise LayerwiseError(f"{_first_name(group)}: {error}") from None
+
+
+def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Group:
+    check_group(group)
+    preset = recipe.get(str(group.get("role")), recipe.get("default", {}))
+    base = {key: defaults[key] for key in DEFAULTS if key in defaults}
+    # A geometry in a preset is its definition (Signum's): it stands above the one param_groups found.
+    full = {**base, **preset, **group, **{key: preset[key] for key in ("geometry",) if key in preset}}
+    if full["layout"] is None or full["geometry"] is None:
+        raise LayerwiseError(
+            f"a parameter group has layout={full['layout']!r} and geometry={full['geometry']!r}: "
+            "give both, as layerwise.param_groups(model) does, or neither"
+        )
+    check_group(full)
+    if full["update"] == "adamw":
+        _warn_of_unused(group, {**base, **preset})
+    elif full["rates"] is not None:
+        full["rates"].fits(full)
+    full["norm_group"] = full["norm_group"] or full["geometry"].norm_group
+    return {key: _plain(value) for key, value in full.items()}
+
+
+def _warn_of_unused(group: Group, without: Mapping[str, Any]) -> None:
+    """A group that AdamW updates may be given what only a unit step has: say that it does nothing."""
+    for key in ("rates", "momentum", "nesterov", "scaling", "radius"):
+        if key in group and group[key] != without[key]:
+            warnings.warn(
+                f"{key}={group[key]!r} of {_first_name(group)} has no effect: AdamW updates it; "
+                'give "update": "lmo" as well for steps in its geometry',
+                stacklevel=6,  # whoever made the optimizer
+            )
+
+
+def _first_name(group: Group) -> str:
+    """Which group an error is about."""
+    names = [name for name, _ in group["params"]]
+    return f"the group of {names[0]!r}" if names else "an empty group"
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy number as Python's own: a state_dict holding it would not load with ``weights_only``."""
+    if isinstance(value, (bool, int)):
+        return value
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def check_parameters(
+    params: list[tuple[str, Tensor]], known: Collection[Tensor], known_names: Collection[str]
+) -> None:
+    """Raise :class:`LayerwiseError` for a parameter that cannot be optimized, or is there twice."""
+    names, seen = set(known_names), {id(p) for p in known}
+    for name, param in params:
+        check_parameter(name, param)
+        if id(param) in seen:
+            raise LayerwiseError(
+                f"parameter {name!r} is given twice: every tensor belongs to one group, once"
+            )
+        if name in names:
+            raise LayerwiseError(f"two parameters are named {name!r}: give each a name of its own")
+        names.add(name)
+        seen.add(id(param))
+
+
+def factors(group: Group, shape: tuple[int, ...]) -> tuple[float, ...]:
+    """What the unit steps of a parameter are multiplied by, one factor for each stack of its layout.
+
+    Raises :class:`LayerwiseError` where the scaling or the layout does not fit.
+    """
+    return tuple(
+        group["radius"] * step_factor(group["scaling"], group["geometry"], d_out, d_in)
+        if k and d_out and d_in
+        else 0.0
+        for k, d_out, d_in in group["layout"].shapes(shape)
+    )
+
+
+def name_params(given: list[Any], names: list[str] | None, first: int) -> list[tuple[str, Tensor]]:
+    """``(name, parameter)`` pairs of parameters that come in pairs, beside a list of names, or without names."""
+    if names is not None and len(names) == len(given) and not any(isinstance(item, tuple) for item in given):
+        return list(zip(names, given, strict=True))
+    return [item if isinstance(item, tuple) else (f"param_{first + i}", item) for i, item in enumerate(given)]
+
+
+def _as_list(params: Any) -> list[Any]:
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, (set, frozenset)):
+        raise LayerwiseError(
+            "the parameters of a group are a set, whose order is not the same in every run: give a list"
+        )
+    return list(params)

@@ -1,0 +1,169 @@
+"""The options of a parameter group: their defaults, and the checks that a bad value meets when it is given."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.geometry import Geometry, Layout
+from layerwise.optim.groups.scaling import SCALINGS
+from layerwise.optim.rules.rule import RateRule
+
+UPDATES: Final = ("lmo", "adamw")
+
+#: Every option a group can carry, with the value it has unless a preset or the user says otherwise.
+DEFAULTS: Final[dict[str, Any]] = {
+    "lr": 1e-3,
+    "weight_decay": 0.0,  # decoupled: a step multiplies the weights by 1 - lr * weight_decay
+    "update": "lmo",  # "lmo": the geometry's unit step of the momentum; "adamw": torch's AdamW
+    "momentum": 0.95,  # lmo: weight of the old average, M <- momentum * M + (1 - momentum) * G
+    "nesterov": False,  # lmo: step along momentum * M + (1 - momentum) * G instead of M
+    "scaling": "unit",  # lmo: static factor by shape, see layerwise.optim.groups.scaling
+    "radius": 1.0,  # lmo: static factor by group (Scion's radius)
+    "rates": None,  # lmo: the rule that sets each unit's rate; None keeps every multiplier at 1
+    "betas": (0.9, 0.95),  # adamw
+    "eps": 1e-8,  # adamw
+    "role": None,
+    "layout": None,
+    "geometry": None,
+    "norm_group": None,  # whose noise is compared with whose; None: all units of one geometry family
+}
+
+#: Options that are objects. A state_dict holds them as text: it then loads anywhere, and a checkpoint
+#: of another geometry is told apart.
+DESCRIBED: Final = ("layout", "geometry", "rates")
+
+_TORCH_KEYS: Final = (
+    "params",
+    "param_names",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "base_momentum",
+    "max_momentum",
+)
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise :class:`LayerwiseError` for an unknown option or a value outside its range."""
+    for key in group:
+        if key not in DEFAULTS and key not in _TORCH_KEYS:
+            near = difflib.get_close_matches(key, DEFAULTS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(DEFAULTS))}"
+            raise LayerwiseError(
+                f"unknown option {key!r} (value {group[key]!r}) in a parameter group: {hint}"
+            )
+    for key, check in _CHECKS.items():
+        if key in group:
+            check(key, group[key])
+
+
+def check_option(key: str, value: object, called: str) -> None:
+    """Check one option that a preset has under another name, ``called``, which the error then gives."""
+    _CHECKS[key](called, value)
+
+
+def _fail(key: str, value: object, mend: str) -> LayerwiseError:
+    return LayerwiseError(f"{key}={value!r} in a parameter group: {mend}")
+
+
+def _as_number(key: str, value: object, mend: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _fail(key, value, mend)
+    return float(value)
+
+
+def _learning_rate(key: str, value: object) -> None:
+    mend = "give a finite number of at least 0, or a floating-point tensor holding one"
+    if not isinstance(value, Tensor):
+        _at_least_zero(key, value, mend)
+    elif value.numel() != 1 or not value.is_floating_point():
+        raise _fail(key, value, mend)
+    elif value.device.type == "cpu":  # reading it elsewhere would wait for the device
+        _at_least_zero(key, float(value), mend)
+
+
+def _at_least_zero(key: str, value: object, mend: str = "give a finite number of at least 0") -> None:
+    if not 0.0 <= _as_number(key, value, mend) < math.inf:
+        raise _fail(key, value, mend)
+
+
+def _fraction(key: str, value: object) -> None:
+    mend = "give a number from 0 up to, but not including, 1: the weight of the old average"
+    if not 0.0 <= _as_number(key, value, mend) < 1.0:
+        raise _fail(key, value, mend)
+
+
+def _betas(key: str, value: object) -> None:
+    mend = "give two numbers in [0, 1), as torch.optim.AdamW takes them"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise _fail(key, value, mend)
+    for beta in value:
+        if not 0.0 <= _as_number(key, beta, mend) < 1.0:
+            raise _fail(key, value, mend)
+
+
+def _one_of(*choices: object) -> Callable[[str, object], None]:
+    def check(key: str, value: object) -> None:
+        if not isinstance(value, (str, bool)) or value not in choices:
+            raise _fail(key, value, f"give one of {', '.join(map(repr, choices))}")
+
+    return check
+
+
+def _instance(kind: type, what: str) -> Callable[[str, object], None]:
+    def check(key: str, value: object) -> None:
+        if value is not None and not isinstance(value, kind):
+            raise _fail(key, value, f"give {what}")
+
+    return check
+
+
+_CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
+    "lr": _learning_rate,
+    "weight_decay": _at_least_zero,
+    "radius": _at_least_zero,
+    "eps": _at_least_zero,
+    "momentum": _fraction,
+    "nesterov": _one_of(True, False),
+    "update": _one_of(*UPDATES),
+    "scaling": _one_of(*SCALINGS),
+    "role": _instance(str, "the role's name"),
+    "norm_group": _instance(str, "a name shared by the groups whose noise is to be compared"),
+    "betas": _betas,
+    "geometry": _instance(Geometry, "a layerwise.geometry.Geometry such as Spectral()"),
+    "layout": _instance(Layout, "the Layout that layerwise.param_groups(model) found"),
+    "rates": _instance(RateRule, "a rate rule such as layerwise.NoiseAdaptive(), or None"),
+}
+
+
+def check_parameter(name: str, param: object) -> None:
+    """Raise :class:`LayerwiseError` for what is no leaf tensor of real floating-point numbers."""
+    if not isinstance(param, Tensor):
+        raise LayerwiseError(f"parameter {name!r} is {param!r}: give a tensor, such as nn.Parameter")
+    if not (param.is_leaf or param.retains_grad):
+        raise LayerwiseError(
+            f"parameter {name!r} is the result of a computation ({param.grad_fn}), which never gets a .grad: "
+            "give the tensor it was computed from"
+        )
+    if param.is_complex() or not param.is_floating_point():
+        raise LayerwiseError(
+            f"parameter {name!r} has dtype {param.dtype}: only real floating-point parameters have a geometry; "
+            "freeze it (requires_grad=False) or give its real and imaginary parts as parameters of their own"
+        )
+
+
+def check_gradient(name: str, grad: Tensor) -> None:
+    """Raise :class:`LayerwiseError` for a sparse gradient."""
+    if grad.layout != torch.strided:
+        raise LayerwiseError(
+            f"the gradient of {name!r} is sparse ({grad.layout}): a norm of the whole matrix needs a dense one; "
+            "build the embedding with sparse=False"
+        )

@@ -1,0 +1,46 @@
+"""What an optimizer tells about the rates of its units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerwise.optim.groups.complete import Group
+from layerwise.optim.rules.rule import State
+from layerwise.optim.step import local_state
+
+
+class LayerRate(NamedTuple):
+    """What one unit's learning rate is made of."""
+
+    noise: float  # H of :class:`NoiseAdaptive`: the averaged squared dual norm; nan where none is measured
+    multiplier: float
+    lr: float  # the group's learning rate times the multiplier
+
+
+def unit_names(group: Group, name: str, param: Tensor) -> tuple[str, ...]:
+    """Names of a parameter's units; AdamW takes it as a whole."""
+    return (name,) if group["update"] == "adamw" else group["layout"].unit_names(name, param.shape)
+
+
+def layer_rates(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict[str, LayerRate]:
+    """Unit name -> noise, multiplier and effective rate, with one copy from the device."""
+    rows: list[tuple[str, float, bool]] = []  # name, the group's lr, whether a rule sets its multiplier
+    values: list[Tensor] = []
+    for group in groups:
+        lr, rule = float(group["lr"]), group["rates"] if group["update"] == "lmo" else None
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            rows.extend((unit, lr, rule is not None) for unit in unit_names(group, name, param))
+            if rule is not None:
+                state = local_state(param, states[param])
+                values.append(torch.stack([rule.noise(state), state["multiplier"]]))
+    known = iter(torch.cat([v.to(values[0].device) for v in values], dim=1).T.tolist() if values else [])
+    rates = {}
+    for name, lr, ruled in rows:
+        noise, multiplier = next(known) if ruled else (math.nan, 1.0)
+        rates[name] = LayerRate(noise, multiplier, lr * multiplier)
+    return rates

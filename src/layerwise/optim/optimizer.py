@@ -1,0 +1,374 @@
+"""One update rule for every geometry-aware optimizer; the presets are values for its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from layerwise.errors import LayerwiseError
+from layerwise.optim import adamw
+from layerwise.optim import layer_rates as reporting
+from layerwise.optim.groups.complete import (
+    Group,
+    Recipe,
+    as_groups,
+    check_parameters,
+    complete,
+    factors,
+    with_layouts,
+)
+from layerwise.optim.groups.options import DEFAULTS, check_group
+from layerwise.optim.guard import NonFiniteGuard
+from layerwise.optim.layer_rates import LayerRate
+from layerwise.optim.rules.halves import Halves, needs_halves, needs_replicas
+from layerwise.optim.rules.rule import RateRule, State
+from layerwise.optim.state import state_dict as saving
+from layerwise.optim.state.replaced import carry_over, has_moved, warn_of_fresh_state
+from layerwise.optim.step import (
+    Job,
+    apply_adamw,
+    apply_directions,
+    find_jobs,
+    local_state,
+    update_momentum,
+    update_rates,
+)
+from layerwise.optim.work.job import MatrixWork, default_work, local_part
+
+if TYPE_CHECKING:  # it is slow to import
+    from layerwise.optim.rules.replicas import Replicas
+
+_NOT_AVERAGED = (
+    "hold_half: the processes hold different gradients, so they have not been averaged and the weights would drift apart: "
+    "leave no_sync before the last backward() of each half, or use reference='replicas'"
+)
+
+
+class LayerwiseOptimizer(Optimizer):
+    """Steps of unit size in each layer's own norm, with a rate for each layer.
+
+    For a parameter with gradient ``G`` in a group with ``update="lmo"``::
+
+        M <- momentum * M + (1 - momentum) * G                      momentum
+        u  = momentum * M + (1 - momentum) * G  if nesterov else M
+        O  = factor * lmo(u)                                        direction; factor from `scaling`, times `radius`
+        W <- W - lr * weight_decay * W                              decoupled decay, at the group's rate
+        W <- W - lr * multiplier * O                                the step, at the unit's rate (`noise`)
+
+    A group with ``update="adamw"`` takes torch's AdamW step. A parameter whose ``.grad`` is None is left alone. ``.grad``
+    is never changed. Gradients may have any scale: only the noise rule with ``alpha > 0`` depends on it.
+
+    Args:
+        params: the groups of :func:`layerwise.param_groups`, or parameters (then treated by shape, with a warning).
+        recipe: group options by role; the presets' definition.
+        nonfinite: ``"raise"`` (default) or ``"skip"`` for a step with a NaN or inf gradient; see ``optim.guard``.
+        work: where the work on whole matrices happens, as the attribute ``work``, which can be set later too. None: over
+            all processes of torch.distributed where it is initialised at the first step, else on this one.
+        defaults: group options (``layerwise.optim.groups.options.DEFAULTS``) for what neither a group nor the recipe gives.
+
+    Raises:
+        LayerwiseError: for an unknown option, a value outside its range, a complex or integer parameter.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        recipe: Recipe | None = None,
+        *,
+        nonfinite: str = "raise",
+        work: MatrixWork | None = None,
+        **defaults: Any,
+    ) -> None:
+        check_group(defaults)
+        self.recipe: Recipe = recipe or {}
+        self.guard = NonFiniteGuard(nonfinite)
+        self.halves = Halves()
+        self._halves_agree = False  # until the processes were asked
+        self._replicas: Replicas | None = None
+        self._work = work
+        super().__init__(as_groups(params), DEFAULTS | defaults)
+        self._check_rules()
+
+    # ------------------------------------------------------------------------------------------ groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of :func:`layerwise.param_groups`, or any group of parameters (then split by shape)."""
+        known = [param for group in self.param_groups for param in group["params"]]
+        names = {name for group in self.param_groups for name in group["param_names"]}
+        ready = []
+        for given in with_layouts(param_group, len(known)):  # all are checked before any is added
+            group = complete(given, self.recipe, self.defaults)
+            check_parameters(group["params"], known, names)
+            ready.append((group, [self._allocate(group, name, param) for name, param in group["params"]]))
+        for group, states in ready:
+            params = [param for _, param in group["params"]]
+            if not params:
+                group["param_names"] = []  # torch makes none, and then misses them
+            super().add_param_group(group)
+            self.state.update(zip(params, states, strict=True))
+        self._note_holders()
+
+    @torch.no_grad()
+    def _allocate(self, group: Group, name: str, param: Tensor) -> State:
+        if group["update"] == "adamw":
+            return adamw.allocate(param)
+        try:
+            factors(group, tuple(param.shape))  # fails here, not in the first step
+        except LayerwiseError as error:
+            raise LayerwiseError(f"parameter {name!r}: {error}") from None
+        state: State = {"momentum_buffer": torch.zeros_like(param)}
+        rule: RateRule | None = group["rates"]
+        if rule is not None:
+            state |= rule.allocate(param, group["layout"].unit_names(name, param.shape))
+        return state
+
+    def _follow_parameters(self) -> None:
+        """Give state to tensors that were put in a parameter's place after this optimizer was made: its old one if it fits.
+
+        accelerate does that for FSDP2: it shards the model and hands the sharded parameters to the optimizer.
+        """
+        warn_of_fresh_state(self._replace_state())
+
+    def _replace_state(self) -> list[str]:
+        """The names of the parameters whose state could not be carried over."""
+        lost: list[str] = []
+        live = {param for group in self.param_groups for param in group["params"]}
+        if live == self.state.keys():
+            return lost
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                if param not in self.state:
+                    new, old = self._allocate(group, name, param), self.state.get(self._holders[name], {})
+                    if has_moved(old) and not carry_over(old, new):
+                        lost.append(name)
+                    self.state[param] = new
+        for param in self.state.keys() - live:
+            del self.state[param]
+        self._note_holders()
+        return lost
+
+    def _note_holders(self) -> None:
+        """Which tensor each name stands for, to know it again once it is replaced."""
+        self._holders = {
+            name: param
+            for group in self.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        }
+
+    def _check_rules(self) -> None:
+        units = [
+            (unit, group["rates"] if group["update"] == "lmo" else None)
+            for group in self.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+            for unit in reporting.unit_names(group, name, param)
+        ]
+        for group in self.param_groups:
+            rule = group["rates"]
+            if rule is not None and group["update"] == "lmo":
+                ruled = [unit for unit, other in units if other == rule]
+                rule.check(ruled, [unit for unit, other in units if other != rule])
+
+    # -------------------------------------------------------------------------------------------------- the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; ``closure`` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._follow_parameters()
+        states = {
+            param: local_state(param, self.state[param])
+            for group in self.param_groups
+            for param in group["params"]
+        }
+        jobs = find_jobs(self.param_groups, states, self.work)
+        verdict = self.guard.check([job.name for job in jobs], [job.grad for job in jobs], self.work.anywhere)
+        if verdict is False:
+            self._end_batch()
+            return loss
+        keep = verdict if isinstance(verdict, Tensor) else None
+        lmo = [job for job in jobs if job.group["update"] == "lmo"]
+        if any(needs_halves(job.group) for job in lmo):
+            self.halves.close(self._half_buffers())
+        if self._replicas is not None:
+            lmo = self._with_deviations(lmo, self._replicas)
+        update_momentum(lmo, keep)
+        update_rates(lmo, self.param_groups, states, self.work, keep)
+        apply_directions(lmo, self.work, keep)
+        apply_adamw([job for job in jobs if job.group["update"] == "adamw"], keep)
+        self._end_batch()
+        return loss
+
+    def _end_batch(self) -> None:
+        self.halves.forget()
+        if self._replicas is not None:
+            self._replicas.next_turn()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and with them what :meth:`hold_half` and :meth:`watch_replicas` noted."""
+        self.halves.forget()
+        if self._replicas is not None:
+            self._replicas.forget()
+        super().zero_grad(set_to_none)
+
+    def hold_half(self) -> None:
+        """Tell ``NoiseAdaptive(reference="independent")`` that half of the accumulated batch has gone backward.
+
+        Call it after the backward pass of the first half of the micro-batches, and again after the last one where
+        gradients are clipped before the step. The two halves must be of equal size, each micro-batch's loss divided by
+        the number of micro-batches. Not for gradients that a GradScaler will unscale: the halves would keep its scale.
+
+        Under DistributedDataParallel both halves have to be averaged over the processes: the backward pass before each
+        call must not be under ``no_sync``.
+
+        Raises:
+            LayerwiseError: at the first call, where the processes hold different gradients of one parameter.
+        """
+        self.halves.hold(self._half_buffers())
+        if not self._halves_agree:
+            whole = [buffer for param, buffer in self._half_buffers() if local_part(param) is param]
+            if whole:
+                self.work.check_same(whole, _NOT_AVERAGED)
+            self._halves_agree = True
+
+    def _half_buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._follow_parameters()
+        for group in self.param_groups:
+            if needs_halves(group):
+                for param in group["params"]:
+                    yield param, local_state(param, self.state[param])["half_difference"]
+
+    def watch_replicas(
+        self, model: nn.Module, comm_hook: Callable[..., Any] | None = None, state: Any = None
+    ) -> None:
+        """Let ``NoiseAdaptive(reference="replicas")`` see each process's own gradients before they are averaged.
+
+        Call it any time before the first backward pass (again does nothing), with the model that does the forward passes:
+
+            model = DistributedDataParallel(model)         # or fully_shard(model)
+            optimizer.watch_replicas(model)
+
+        Accumulation, with ``no_sync`` or without, clipping by the global norm and a GradScaler need nothing more. Between
+        backward and step a process keeps copies of 1/W of all gradients, W processes. It changes nothing for groups
+        with other rules.
+
+        Args:
+            model: a ``DistributedDataParallel`` model, or one under ``fully_shard``.
+            comm_hook, state: for a ``DistributedDataParallel`` that is to average by a communication hook, such as torch's
+                ``fp16_compress_hook``: it holds one hook, and this one calls yours. It has to average, not add.
+
+        Raises:
+            LayerwiseError: where the replicas cannot be seen, or there is only one; it names the alternatives.
+        """
+        from layerwise.optim.rules.replicas import Replicas
+
+        watcher = self._replicas or Replicas(self._between_replicas, self._steps_tried)
+        watcher.watch(model, comm_hook, state)
+        self._replicas = watcher
+
+    def _between_replicas(self) -> list[Tensor]:
+        return [param for group in self.param_groups if needs_replicas(group) for param in group["params"]]
+
+    def _steps_tried(self) -> int:
+        seen = [
+            self.state[param]["gradients_seen"].max() for param in self._between_replicas() if param.numel()
+        ]
+        return self.skipped_steps + (int(torch.stack([n.cpu() for n in seen]).max()) if seen else 0)
+
+    def _with_deviations(self, jobs: list[Job], replicas: Replicas) -> list[Job]:
+        wanted = [job for job in jobs if needs_replicas(job.group)]
+        if not wanted:
+            return jobs
+        found = replicas.deviations([(job.name, job.param) for job in wanted], self.work)
+        by_param = {job.param: deviation for job, deviation in zip(wanted, found, strict=True)}
+        return [job._replace(deviation=by_param.get(job.param)) for job in jobs]
+
+    @property
+    def work(self) -> MatrixWork:
+        """Where the work on whole matrices happens; set it to choose otherwise."""
+        if self._work is None:
+            self._work = default_work()
+        return self._work
+
+    @work.setter
+    def work(self, work: MatrixWork) -> None:
+        self._work = work
+
+    # ------------------------------------------------------------------------------------- what users ask about
+
+    def layer_rates(self) -> dict[str, LayerRate]:
+        """Unit name -> noise, multiplier and effective learning rate (reading them waits for the device once).
+
+        The rates of the groups as they are: read before the scheduler moves on, and without what a ``FLeRM`` multiplies
+        them by (its ``learning_rates()``).
+        """
+        self._follow_parameters()
+        return reporting.layer_rates(self.param_groups, self.state)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped for a non-finite gradient (``nonfinite="skip"``)."""
+        return self.guard.skipped_steps
+
+    # ---------------------------------------------------------------------------------------- saving and loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"recipe": self.recipe, "guard": self.guard, "_work": self._work, "halves": Halves()}
+        own |= {"_halves_agree": False, "_replicas": None}  # the copy watches no model
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._note_holders()
+        self.defaults.pop("differentiable", None)  # torch adds it here, and groups added later would take it
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, text and tensors: loads with ``torch.load(weights_only=True)``."""
+        self._follow_parameters()
+        return saving.to_plain(super().state_dict(), self.skipped_steps)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave.
+
+        Raises:
+            LayerwiseError: where it was made for other parameters or by another optimizer
+                (``layerwise.optim.state.state_dict.KEPT`` are the options that have to be the same).
+        """
+        self._replace_state()  # what it lost comes now
+        saving.check_kind(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def take(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            """After all other hooks, which may change what is loaded; and before anything of this optimizer changes."""
+            found = saving.with_new_names(found)
+            saving.check(self, found)
+            loaded.update(found)
+            return saving.without_extras(found)
+
+        live = [{key: group[key] for key in saving.KEPT} for group in self.param_groups]
+        lrs = [group["lr"] for group in self.param_groups]
+        own = {param: dict(state) for param, state in self.state.items()}
+        last = self.register_load_state_dict_pre_hook(take)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        for group, kept, lr in zip(self.param_groups, live, lrs, strict=True):
+            group.update(kept)
+            if isinstance(lr, Tensor):
+                group["lr"] = lr.fill_(group["lr"])
+        saving.copy_state(self, own, loaded)
+        self.guard.skipped_steps = saving.skipped_steps(loaded)
+        self.halves.forget()
+        if self._replicas is not None:
+            self._replicas.restart()

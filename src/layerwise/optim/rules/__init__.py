@@ -1,0 +1,1 @@
+"""Rate rules: what multiplies the learning rate of each unit."""

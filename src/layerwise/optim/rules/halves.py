@@ -1,0 +1,57 @@
+"""The two halves of an accumulated batch, for ``NoiseAdaptive(reference="independent")``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
+from layerwise.optim.work.job import local_part
+
+
+def needs_halves(group: dict[str, Any]) -> bool:
+    """Whether the noise of a group is measured between the halves of a batch."""
+    rule = group["rates"]
+    return group["update"] == "lmo" and isinstance(rule, NoiseAdaptive) and rule.needs_halves
+
+
+def needs_replicas(group: dict[str, Any]) -> bool:
+    """Whether the noise of a group is measured between data-parallel replicas."""
+    rule = group["rates"]
+    return group["update"] == "lmo" and isinstance(rule, NoiseAdaptive) and rule.needs_replicas
+
+
+class Halves:
+    """What ``.grad`` held after each half. A buffer goes from A (after the first) to 2 A - B (B: after both)."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    @torch.no_grad()
+    def hold(self, params: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Note one more half, for ``(parameter, its buffer)``. After both the next call begins another batch."""
+        self.held = self.held % 2 + 1
+        for param, buffer in params:
+            grad = torch.zeros_like(buffer) if param.grad is None else local_part(param.grad)
+            if self.held == 1:
+                buffer.copy_(grad)
+            else:
+                buffer.mul_(2.0).sub_(grad)
+
+    def close(self, params: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Before the step: the second half is what ``.grad`` holds now, unless it was noted already."""
+        if self.held == 0:
+            raise LayerwiseError(
+                "noise reference 'independent' compares two halves of the accumulated batch: call optimizer.hold_half() "
+                "after the first half's backward(), or use reference='previous'"
+            )
+        if self.held == 1:
+            self.hold(params)
+
+    def forget(self) -> None:
+        """The batch is over: its gradients were used or cleared."""
+        self.held = 0

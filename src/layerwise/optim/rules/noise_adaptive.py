@@ -1,0 +1,283 @@
+"""LANTON's noise-adaptive layer rates (arXiv 2510.14009), and the gradients that noise is measured against."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.optim.rules.rule import (
+    Deviation,
+    Gradients,
+    RateRule,
+    Reading,
+    State,
+    UnitReadings,
+    check_number,
+    gather,
+    scatter,
+    select,
+    stack_readings,
+)
+
+
+class Reference(ABC):
+    """The gradient G' that LANTON compares the gradient G with."""
+
+    def allocate(self, param: Tensor) -> State:
+        return {}
+
+    @abstractmethod
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        """G - G', scaled so that for white noise of deviation sigma its squared norm is that of 2 sigma^2."""
+
+    def reading(self, seen: Gradients, state: State) -> Reading:
+        """The norm of the difference."""
+        return Reading(seen.geometry, lambda: self.difference(seen, state))
+
+    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
+        """Keep what the next step needs."""
+
+    #: how many gradients must have been seen before a difference means anything
+    warmup: int = 1
+
+
+@dataclass(frozen=True)
+class PreviousGradient(Reference):
+    """G' is the gradient of the step before (LANTON's practical option): one gradient buffer.
+
+    ``dtype`` is the buffer's, None for the parameter's own. The buffer is a copy: training loops zero or reuse ``.grad``.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def allocate(self, param: Tensor) -> State:
+        return {"previous_gradient": torch.zeros_like(param, dtype=self.dtype or param.dtype)}
+
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        # in float32 at least: the difference of two float16 gradients can leave float16
+        dtype = torch.promote_types(seen.grad.dtype, torch.float32)
+        return seen.grad.to(dtype) - state["previous_gradient"]
+
+    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
+        previous = state["previous_gradient"]
+        previous.copy_(select(keep, seen.grad.to(previous.dtype), previous))
+
+
+@dataclass(frozen=True)
+class MomentumReference(Reference):
+    """G' is the bias-corrected average of the gradients before this one: no buffer beyond the momentum's.
+
+    The average before G went in is ``(M - (1 - beta) G) / beta``, and ``k`` gradients old it is corrected by
+    ``1 - beta^k``. Its variance for white noise of deviation sigma is ``v sigma^2`` with
+    ``v = (1 - beta) / (1 + beta) * (1 + beta^k) / (1 - beta^k)``, so ``sqrt(2 / (1 + v))`` puts the difference on the
+    scale of the other options. The drift of the mean gradient over about ``1 / (1 - beta)`` steps is counted as noise.
+    """
+
+    warmup: int = 1
+
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        beta = seen.beta
+        old = beta ** state["gradients_seen"][0].clamp(min=1)  # beta^k; on the first step nothing is read
+        variance = (1 - beta) / (1 + beta) * (1 + old) / (1 - old)
+        scale = (2 / (1 + variance)).sqrt()
+        weight = 1 / (beta * (1 - old))
+        # 0-dim float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
+        dtype = torch.promote_types(seen.momentum.dtype, torch.float32)
+        return torch.sub(
+            seen.grad.to(dtype) * (scale * (1 + (1 - beta) * weight)),
+            seen.momentum.to(dtype) * (scale * weight),
+        )
+
+
+@dataclass(frozen=True)
+class IndependentHalf(Reference):
+    """G' is the gradient of an independent minibatch at the same weights (LANTON's theoretical option).
+
+    The two halves of an accumulated batch are such a pair. With A what ``.grad`` holds after the first half and B after
+    the whole (both divided by the whole batch's count), the halves' own means are ``2 A`` and ``2 (B - A)``; their
+    difference has the noise of half batches, twice the variance, hence the factor ``sqrt(1/2)``.
+    ``LayerwiseOptimizer.hold_half`` fills the buffer with A, then with ``2 A - B``.
+    """
+
+    warmup: int = 0
+
+    def allocate(self, param: Tensor) -> State:
+        return {"half_difference": torch.zeros_like(param)}
+
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        return state["half_difference"] * 2.0**0.5
+
+
+@dataclass(frozen=True)
+class ReplicaGradient(Reference):
+    """One replica's own gradient against the mean of all W, which is the gradient G of the step: no buffer in the state.
+
+    Replicas see independent minibatches. With ``sigma^2`` the variance of their mean, one has ``W sigma^2``, and its
+    difference from the mean ``(W - 1) sigma^2``: ``sqrt(2 / (W - 1))`` puts it on the scale of the other options. With two
+    replicas that is exactly what the halves of ``IndependentHalf`` give. One process keeps its own gradient of each
+    parameter and takes its norm; which one changes from step to step (``layerwise.optim.rules.replicas``).
+    """
+
+    warmup: int = 0
+
+    def difference(self, seen: Gradients, state: State) -> Tensor:
+        deviation = self._deviation(seen)
+        return deviation.subtract(seen.grad) * (2 / (deviation.replicas - 1)) ** 0.5
+
+    def reading(self, seen: Gradients, state: State) -> Reading:
+        def from_whole(mean: Tensor) -> Tensor:
+            return self.difference(replace(seen, grad=mean), state)
+
+        owner = self._deviation(seen).owner
+        return Reading(seen.geometry, lambda: seen.grad, owner=owner, finish=from_whole)
+
+    @staticmethod
+    def _deviation(seen: Gradients) -> Deviation:
+        if seen.deviation is None:
+            raise LayerwiseError(
+                "noise reference 'replicas' compares the gradients of data-parallel processes: call "
+                "optimizer.watch_replicas(model) with the DistributedDataParallel or fully_shard model before the first "
+                "backward(), or, on one process, use reference='independent' (two halves of an accumulated batch) or "
+                "'previous'"
+            )
+        return seen.deviation
+
+
+#: Below it a floor would not keep a unit of no noise at all from an infinite rate.
+SMALLEST_FLOOR = 1e-12
+
+REFERENCES: dict[str, Reference] = {
+    "previous": PreviousGradient(),
+    "previous_bf16": PreviousGradient(torch.bfloat16),
+    "momentum": MomentumReference(),
+    "independent": IndependentHalf(),
+    "replicas": ReplicaGradient(),
+}
+
+
+@dataclass(frozen=True)
+class NoiseAdaptive(RateRule):
+    """LANTON's layer rates (arXiv 2510.14009): the noisier a unit's gradient, the smaller its rate.
+
+    With ``D`` the difference between the gradient and its reference, for each unit
+
+        H <- beta H + (1 - beta) ||D||_*^2          the dual norm of the unit's geometry; H starts at the first difference
+        a  = alpha / sqrt(alpha^2 + H)
+        multiplier = sqrt(a / a_ref) = ((alpha^2 + H_ref) / (alpha^2 + H))^(1/4)
+
+    where ``a_ref`` is the largest (``anchor="max"``, the paper's) or the mean (``"mean"``) ``a`` of the norm group. With
+    "max" the least noisy unit keeps 1 and every other slows down, so the base rate must be tuned again, upwards.
+
+    Args:
+        alpha: in units of a dual norm of the gradient (of ``size_normalised`` ones: of a gradient entry). It depends on
+            loss scale, clipping, batch and layer size, and the paper does not give one. 0 is the limit alpha -> 0,
+            ``(H_ref / H)^(1/4)``, free of any scale; there ``H`` is kept above ``floor`` times the group's mean.
+        beta: weight of the old average of H.
+        reference: ``"previous"`` (the step before; the paper's practical option), ``"previous_bf16"`` (its copy in
+            bfloat16), ``"momentum"`` (no buffer) or ``"independent"`` (two halves of the accumulated batch; the paper's
+            theoretical option, see ``LayerwiseOptimizer.hold_half``) or ``"replicas"`` (the theoretical option from
+            the processes of DDP or FSDP2, see ``LayerwiseOptimizer.watch_replicas``).
+        size_normalised: divide each dual norm by its value on white noise of unit deviation. Without it (the paper's) a
+            unit looks noisier for its shape alone: an MLP's up projection 4x, 16x in H.
+        anchor: the group's reference, ``"max"`` or ``"mean"``.
+        floor: see ``alpha``. A unit of the group's mean noise keeps at least ``floor ** 0.25``. It plays the part of an
+            alpha that follows the gradient's scale: without it the queries and keys of a fresh transformer, whose noise
+            is 1e-4 of the other layers', would slow all of those ten-fold.
+    """
+
+    alpha: float = 0.0
+    beta: float = 0.95
+    reference: str = "previous"
+    size_normalised: bool = False
+    anchor: str = "max"
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("alpha", 0.0, 1e15), ("beta", 0.0, 1.0), ("floor", SMALLEST_FLOOR, 1.0)):
+            check_number("NoiseAdaptive", name, getattr(self, name), low, high)
+            object.__setattr__(
+                self, name, float(getattr(self, name))
+            )  # a checkpoint tells rules apart by their text
+        if 0.0 < self.alpha < 1e-15:
+            raise LayerwiseError(
+                f"NoiseAdaptive(alpha={self.alpha!r}): its square is lost in float32; give 0, which is the limit of it, "
+                "or at least 1e-15"
+            )
+        if self.reference not in REFERENCES:
+            raise LayerwiseError(
+                f"NoiseAdaptive(reference={self.reference!r}): give one of {', '.join(map(repr, REFERENCES))}"
+            )
+        if self.anchor not in ("max", "mean"):
+            raise LayerwiseError(f"NoiseAdaptive(anchor={self.anchor!r}): give 'max' or 'mean'")
+
+    @property
+    def needs_halves(self) -> bool:
+        """Whether ``LayerwiseOptimizer.hold_half`` has to be called before each step."""
+        return isinstance(self._reference, IndependentHalf)
+
+    @property
+    def needs_replicas(self) -> bool:
+        """Whether ``LayerwiseOptimizer.watch_replicas`` has to be called before training."""
+        return isinstance(self._reference, ReplicaGradient)
+
+    @property
+    def _reference(self) -> Reference:
+        return REFERENCES[self.reference]
+
+    def fits(self, group: Mapping[str, Any]) -> None:
+        if isinstance(self._reference, MomentumReference) and group["momentum"] == 0.0:
+            raise LayerwiseError(
+                "NoiseAdaptive(reference='momentum') in a group with momentum=0: there is no average to compare the "
+                "gradient with; give momentum > 0 or reference='previous'"
+            )
+
+    def allocate(self, param: Tensor, units: Sequence[str]) -> State:
+        state = super().allocate(param, units)
+        state["noise"] = torch.zeros_like(state["multiplier"])  # H
+        state["gradients_seen"] = torch.zeros_like(state["multiplier"])
+        return state | self._reference.allocate(param)
+
+    def noise(self, state: State) -> Tensor:
+        known: Tensor = state["gradients_seen"] > self._reference.warmup
+        return torch.where(known, state["noise"], float("nan"))
+
+    def readings(self, seen: Gradients, state: State) -> list[Reading]:
+        seed = state["gradients_seen"][0].long()  # new probes each step, the same after a resume
+        reading = self._reference.reading(seen, state)
+        return [reading._replace(per_white_noise=self.size_normalised, seed=seed)]
+
+    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
+        self._reference.remember(seen, state, keep)
+
+    def update(self, units: Sequence[UnitReadings], keep: Tensor | None) -> None:
+        dual, present = stack_readings(units)
+        old, count = gather(units, "noise"), gather(units, "gradients_seen")
+        first = self._reference.warmup
+        # At most so large that the sum over units stays finite; a difference beyond float32 has a norm of inf or nan.
+        most = torch.finfo(torch.float32).max / old.numel()
+        square = dual[0].square().nan_to_num(nan=most).clamp(max=most)
+        average = torch.where(count <= first, square, torch.lerp(square, old, self.beta))
+        noise = torch.where(present & (count >= first), average, old)
+        count = count + present
+        scatter(units, "noise", noise, keep)
+        scatter(units, "gradients_seen", count, keep)
+        scatter(units, "multiplier", self._multiplier(noise, count > first), keep)
+
+    def _multiplier(self, noise: Tensor, known: Tensor) -> Tensor:
+        number = known.sum().clamp(min=1)
+        if self.alpha > 0.0:
+            square = noise + self.alpha**2
+        else:
+            mean = torch.where(known, noise, 0.0).sum() / number
+            # In units of the mean nothing leaves float32's range. Where no unit has any noise all are equally noisy.
+            square = torch.where(mean > 0, (noise / mean).clamp(min=self.floor), 1.0)
+        rate = square.rsqrt()  # a / alpha
+        among = torch.where(known, rate, 0.0)
+        reference = among.max() if self.anchor == "max" else among.sum() / number
+        return torch.where(known, (rate / reference).sqrt(), 1.0)

@@ -1,0 +1,133 @@
+"""What of an optimizer is saved, and the checks that a saved one meets.
+
+The objects in a group (layout, geometry, noise rule) are saved as text. On loading they must equal the ones the
+optimizer was made with: a checkpoint carries the state, the program carries the algorithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from layerwise.errors import LayerwiseError
+from layerwise.optim.groups.options import DESCRIBED
+
+#: Group options that loading leaves as they are: what the optimizer is, where the others are how it is set.
+KEPT: Final = (*DESCRIBED, "update", "nesterov", "scaling", "radius", "norm_group", "role")
+_SKIPPED: Final = "skipped_steps"
+
+
+def to_plain(state_dict: dict[str, Any], skipped: int) -> dict[str, Any]:
+    """A torch optimizer state_dict with every group option as a number or text."""
+    for group in state_dict["param_groups"]:
+        for key in DESCRIBED:
+            group[key] = repr(group[key])
+        for key, value in group.items():
+            # The rate may be a tensor while running, and so what schedulers keep of it; every tool expects a float.
+            if isinstance(value, Tensor):
+                group[key] = float(value)
+    state_dict[_SKIPPED] = skipped
+    return state_dict
+
+
+def with_new_names(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` with today's names of group options: ``rates`` was ``noise`` before the first release."""
+    if not isinstance(groups := state_dict.get("param_groups"), list):
+        return state_dict
+    renamed = [
+        {"rates" if key == "noise" else key: value for key, value in group.items()} for group in groups
+    ]
+    return {**state_dict, "param_groups": renamed}
+
+
+def without_extras(state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state_dict.items() if key != _SKIPPED}
+
+
+def skipped_steps(state_dict: dict[str, Any]) -> int:
+    return int(state_dict.get(_SKIPPED, 0))
+
+
+def _pairs(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    """(name, parameter, its saved state), by position, as torch matches them."""
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for name, param, index in zip(group["param_names"], group["params"], saved["params"], strict=True):
+            yield name, param, state_dict["state"].get(index, {})
+
+
+def check_kind(state_dict: object) -> None:
+    """Raise :class:`LayerwiseError` for what is no dict at all."""
+    if not isinstance(state_dict, dict):
+        raise _no_state(f"is {state_dict!r:.80}")
+
+
+def _no_state(what: str) -> LayerwiseError:
+    return LayerwiseError(
+        f"not the state of an optimizer: it {what}, and 'state' and 'param_groups' are needed; "
+        "give what optimizer.state_dict() returned"
+    )
+
+
+def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Raise :class:`LayerwiseError` where ``state_dict`` belongs to another model or another optimizer."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise _no_state(f"has the keys {sorted(map(str, state_dict))}")
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if len(groups) != len(saved_groups):
+        raise _other(f"it has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
+    for group, saved in zip(groups, saved_groups, strict=True):
+        _check_names(group["param_names"], saved.get("param_names"), len(saved["params"]))
+        for key in KEPT:
+            live = repr(group[key]) if key in DESCRIBED else group[key]
+            if key not in saved or saved[key] != live:
+                first = next(iter(group["param_names"]), "an empty group")
+                raise _other(f"{key} of {first!r} is {saved.get(key)} in it and {live} here")
+    for name, param, state in _pairs(optimizer, state_dict):
+        here = optimizer.state[param]
+        if here.keys() != state.keys():
+            raise _other(f"the state of {name!r} holds {sorted(state)} in it and {sorted(here)} here")
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape != here[key].shape:
+                raise _other(
+                    f"{key} of {name!r} has shape {tuple(value.shape)} in it and {tuple(here[key].shape)} here"
+                )
+
+
+def _check_names(here: list[str], saved: list[str] | None, saved_count: int) -> None:
+    if len(here) != saved_count:
+        first = next(iter(here), "no parameter")
+        raise _other(
+            f"a group that starts with {first!r} has {saved_count} parameters in it and {len(here)} here"
+        )
+    for mine, theirs in zip(here, saved or here, strict=True):
+        if mine != theirs:
+            raise _other(f"it has the parameter {theirs!r} where this one has {mine!r}")
+
+
+def _other(difference: str) -> LayerwiseError:
+    return LayerwiseError(
+        f"this checkpoint is of another model or optimizer: {difference}. "
+        "Make the optimizer as it was when the checkpoint was written"
+    )
+
+
+@torch.no_grad()
+def copy_state(
+    optimizer: Optimizer, own: Mapping[Tensor, dict[str, Any]], state_dict: dict[str, Any]
+) -> None:
+    """Put the saved numbers into the optimizer's ``own`` tensors, in the dtype they were saved in.
+
+    torch makes the state share memory with what was loaded, where it does not cast it to the parameter's dtype.
+    """
+    for _, param, saved in _pairs(optimizer, state_dict):
+        state = optimizer.state[param]
+        for key, value in saved.items():
+            if isinstance(value, Tensor):
+                mine = own[param][key]
+                if mine.dtype != value.dtype or mine.device != param.device:
+                    mine = torch.empty_like(mine, dtype=value.dtype, device=param.device)
+                state[key] = mine.copy_(value)

@@ -1,0 +1,93 @@
+"""Geometries that need no whole matrix: each process does its own shard, with one number a matrix exchanged at most.
+
+With c the size of the entries of a unit step (``Geometry.unit_rms``) and N their number, on one matrix of N entries
+
+    sign             dual norm c * ||g||_1            unit step c * sign(g)
+    Euclidean        dual norm c sqrt(N) * ||g||_2    unit step c sqrt(N) * g / ||g||_2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from layerwise.geometry.polar import working_dtype
+from layerwise.optim.work.collectives import all_gather
+from layerwise.optim.work.job import MatrixJob
+from layerwise.optim.work.placement import Domain
+
+#: The order p of the norm of all entries that a family's dual norm is a multiple of.
+ORDER: Final = {"sign": 1, "frobenius": 2, "vector_rms": 2}
+
+
+def applies(job: MatrixJob) -> bool:
+    """Whether this job can be done shard by shard: its geometry is entrywise, and the parameter is one unit."""
+    return job.geometry.family in ORDER and job.layout.count(job.param.shape) == 1
+
+
+def dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Tensor]]:
+    """The dual norm ``[1]`` of each job, times its factor; calling the result waits for it."""
+    lengths = _lengths(domain, jobs)
+
+    def wait() -> list[Tensor]:
+        return [
+            (length * _scale(job) * job.factors[0]).to(working_dtype(job.param)).reshape(1)
+            for job, length in zip(jobs, lengths(), strict=True)
+        ]
+
+    return wait
+
+
+def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Tensor]]:
+    """This process's part of each job's unit step, times its factor and multiplier; calling the result waits for it."""
+    euclidean = [i for i, job in enumerate(jobs) if ORDER[job.geometry.family] == 2]
+    lengths = _lengths(domain, [jobs[i] for i in euclidean])
+
+    def wait() -> list[Tensor]:
+        whole = dict(zip(euclidean, lengths(), strict=True))
+        return [_unit_step(job, whole.get(i)) for i, job in enumerate(jobs)]
+
+    return wait
+
+
+def _unit_step(job: MatrixJob, length: Tensor | None) -> Tensor:
+    tensor = job.tensor()
+    scale = torch.full((), _scale(job) * job.factors[0], dtype=torch.float64, device=tensor.device)
+    if job.multiplier is not None:
+        scale = scale * job.multiplier[0]
+    if length is None:
+        return torch.sign(tensor).mul_(scale.to(tensor.dtype))
+    # Twice by the root: the length of tiny gradients has a reciprocal beyond float32.
+    root = torch.where(length > 0, length, 1.0).rsqrt()
+    working = tensor.to(working_dtype(tensor))
+    return (working * root.to(working.dtype) * (root * scale).to(working.dtype)).to(tensor.dtype)
+
+
+def _scale(job: MatrixJob) -> float:
+    ((_, d_out, d_in),) = job.layout.shapes(job.param.shape)
+    size = job.geometry.unit_rms(d_out, d_in)
+    return size if ORDER[job.geometry.family] == 1 else size * float(d_out * d_in) ** 0.5
+
+
+def _lengths(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Tensor]]:
+    """The norm of all entries of each whole tensor, in float64: squares of float32 entries stay in its range."""
+    if not jobs:
+        return list
+    assert domain.shards is not None
+    orders = [ORDER[job.geometry.family] for job in jobs]
+    mine = torch.stack(
+        [
+            torch.linalg.vector_norm(job.tensor(), order, dtype=torch.float64)
+            for job, order in zip(jobs, orders, strict=True)
+        ]
+    )
+    pending = all_gather(domain.shards, [mine], [[(len(jobs),)]] * domain.shard_count, mine)
+
+    def wait() -> list[Tensor]:
+        parts = torch.stack([given[0] for given in pending()])
+        return [torch.linalg.vector_norm(parts[:, i], order) for i, order in enumerate(orders)]
+
+    return wait
