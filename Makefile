@@ -1,11 +1,13 @@
 # Two commands do everything on a fresh machine with Python 3.11 and make:
 #   make run    set up and run the main job (layerwise compare on the built-in text)
 #   make test   set up and run the linter, the type checker and the tests
+# And: make docs builds the site into build/site; a broken link, or a docstring that does not parse, fails.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS_READY := .venv/.docs-ready
 
-.PHONY: run test lint types setup clean
+.PHONY: run test lint types docs setup clean
 
 run: $(READY)
 	$(BIN)/layerwise compare
@@ -20,7 +22,14 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 setup: $(READY)
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $(DOCS_READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
