@@ -1,4 +1,4 @@
-"""What of the site lies outside docs/: the README, its neighbours, results and examples, under links that work in both places."""
+"""What of the site lies outside docs/: README, results and examples, under links that work in both places."""
 
 from __future__ import annotations
 
