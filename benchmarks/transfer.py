@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from layerwise.lab.config.read import load_config
+from layerwise.lab.config.load import load_config
 from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
 from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
 from layerwise.lab.experiments.sweep.results import read_results

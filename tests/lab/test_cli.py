@@ -10,8 +10,9 @@ from tiny_run import tiny_tree
 
 import layerwise
 from layerwise.errors import LayerwiseError
-from layerwise.lab.cli import main, split_words
-from layerwise.lab.config.read import load_config
+from layerwise.lab.cli import main
+from layerwise.lab.cli.words import split_words
+from layerwise.lab.config.load import load_config
 from layerwise.lab.models.families import PRESETS
 from layerwise.lab.optimizers.registry import OPTIMIZERS
 

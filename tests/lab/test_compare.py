@@ -12,20 +12,19 @@ import yaml
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli import main
-from layerwise.lab.config.read import load_config, nearest
+from layerwise.lab.config.identity import identity
+from layerwise.lab.config.load import load_config
 from layerwise.lab.config.schema import ModelConfig
+from layerwise.lab.config.validate import nearest
 from layerwise.lab.experiments import comparison as module
-from layerwise.lab.experiments.comparison import (
-    DEFAULT,
-    CompareConfig,
-    compare,
-    entries,
-    identity,
-    rates_file,
-)
+from layerwise.lab.experiments.comparison import compare
+from layerwise.lab.experiments.comparison_notes import rates_file
+from layerwise.lab.experiments.contenders import DEFAULT, CompareConfig, entries
 from layerwise.lab.optimizers.default_rates import base_rates
 from layerwise.lab.optimizers.registry import OPTIMIZERS
 from layerwise.lab.runs.directory import read_run, write_json
+from layerwise.lab.training.progress import QuietProgress
+from layerwise.lab.training.run import complete
 
 FAST = [
     "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "data.source=files", "data.tokenizer=byte", "data.seq_len=16",
@@ -54,7 +53,7 @@ class FakeTraining:
 
     def __call__(self, config: Any, *, resume: bool, progress: Any) -> Any:
         assert resume
-        config = module.complete(config)
+        config = complete(config)
         path = config.run_path
         if (path / "run.json").exists():
             return read_run(path)
@@ -117,12 +116,12 @@ def test_an_interrupted_run_goes_on(words: list[str], tmp_path: Path) -> None:
     real = module.train
 
     def interrupted(config: Any, **keywords: Any) -> Any:
-        class Stopping(module._Titled):
-            def numbers(self, done: int, loss: float, speed: float) -> None:
+        class Stopping(QuietProgress):
+            def numbers(self, done: int, text: str) -> None:
                 if done == 3:
                     raise KeyboardInterrupt
 
-        return real(config, **{**keywords, "progress": Stopping(module.make_progress("quiet"), "")})
+        return real(config, **{**keywords, "progress": Stopping()})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "train", interrupted)
@@ -157,9 +156,9 @@ def test_an_automatic_grid_grows_until_the_best_lies_inside(
     assert curve.edge is None
     assert len(result.contenders[0].runs) == 2
     assert result.contenders[0].final_losses == pytest.approx([3.0, 3.01])
-    assert yaml.safe_load(rates_file(config, result, "layerwise compare --lr-grid auto") or "") == {
-        "gpt2-tiny": {"command": "layerwise compare --lr-grid auto", "rates": {"lanton": start * 8}}
-    }
+    assert yaml.safe_load(
+        rates_file(config, result.contenders, result.curves, "layerwise compare --lr-grid auto") or ""
+    ) == {"gpt2-tiny": {"command": "layerwise compare --lr-grid auto", "rates": {"lanton": start * 8}}}
     ran = len(fake.rates)
     compare(config, progress="quiet")
     assert len(fake.rates) == ran  # everything was there
@@ -178,7 +177,7 @@ def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(
         "compare.lr_grid.adamw=[0.2, 0.4]",
     )
     result = compare(config, progress="quiet")
-    assert rates_file(config, result, "") is None  # one layer: not the preset
+    assert rates_file(config, result.contenders, result.curves, "") is None  # one layer: not the preset
     preset = config.model_copy(update={"model": ModelConfig()})
     lanton, adamw = result.curves
     assert lanton.rates == [2e-3, 4e-3]
@@ -188,7 +187,8 @@ def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(
     assert "LANTON: the best rate, 0.002, is the lowest of its grid" in notes
     assert "AdamW: diverged at every rate" in notes
     assert (
-        yaml.safe_load(rates_file(preset, result, "") or "")["gpt2-tiny"]["rates"] is None
+        yaml.safe_load(rates_file(preset, result.contenders, result.curves, "") or "")["gpt2-tiny"]["rates"]
+        is None
     )  # no rate that a longer grid would not confirm
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config.read import load_config, parse_yaml
+from layerwise.lab.config.load import load_config, parse_yaml
 from layerwise.lab.config.schema import Config
 from layerwise.lab.optimizers.default_rates import base_rates
 from layerwise.lab.training.run import complete

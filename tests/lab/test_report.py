@@ -22,7 +22,8 @@ from layerwise.lab.report.figures.loss import loss_limits, smooth
 from layerwise.lab.report.names import looks, network_order, unit_name
 from layerwise.lab.report.run_data import LayerHistory, RunData
 from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, styled, themed_svg
-from layerwise.lab.report.tables import duration, parameter_rows, result_rows, settings
+from layerwise.lab.report.tables import parameter_rows, result_rows, settings
+from layerwise.lab.runs.quantities import duration
 
 SHORT = {"steps": 60, "blocks": 2}
 

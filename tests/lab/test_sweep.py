@@ -13,8 +13,9 @@ from rich.console import Console
 from tiny_run import tiny_tree
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config.read import validate
+from layerwise.lab.cli.terminal import table
 from layerwise.lab.config.schema import Config
+from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.record_base import record
 from layerwise.lab.experiments.sweep import run_sweep
 from layerwise.lab.experiments.sweep.analysis import Curve, transfers
@@ -23,7 +24,7 @@ from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
 from layerwise.lab.experiments.sweep.results import ResultsFile, loss_of, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.sweep_report import analyse, write_report
-from layerwise.lab.experiments.sweep.table import cells, terminal
+from layerwise.lab.experiments.sweep.table import cells, titles
 from layerwise.lab.experiments.sweep.trial_plan import Point, make_plan
 from layerwise.lab.training.run import train
 
@@ -128,7 +129,7 @@ def test_half_a_last_line_is_cut_and_one_process_writes(tmp_path: Path) -> None:
 
 def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sweep_config(tmp_path, sweep__methods=["standard", "flerm"])
-    path = run_sweep.run_sweep(config, LocalEngine(0), quiet=True).folder / "results.jsonl"
+    path = run_sweep.run_sweep(config, LocalEngine(0), progress="quiet").folder / "results.jsonl"
     lines = path.read_text().splitlines()
     assert len(lines) == 2 + 2 * 2
     rows = [json.loads(line) for line in lines]
@@ -142,11 +143,11 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(
         run_sweep, "run_trial", lambda trial, base: ran.append(trial.id) or run_trial(trial, base)
     )
-    run_sweep.run_sweep(config, LocalEngine(0), quiet=True)
+    run_sweep.run_sweep(config, LocalEngine(0), progress="quiet")
     assert ran == []
     # Killed in the middle of the last line: that trial alone is run again, and ends as it did.
     path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
-    run_sweep.run_sweep(config, LocalEngine(0), quiet=True)
+    run_sweep.run_sweep(config, LocalEngine(0), progress="quiet")
     assert ran == [rows[-1]["id"]]
     again = json.loads(path.read_text().splitlines()[-1])
     assert {**again, "seconds": 0} == {**rows[-1], "seconds": 0}
@@ -166,9 +167,9 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
 
 def test_worker_processes_give_the_same_results(tmp_path: Path) -> None:
     config = sweep_config(tmp_path, sweep__methods=["flerm"], sweep__lr=[0.01, 0.02])
-    alone = run_sweep.run_sweep(config, LocalEngine(0), quiet=True).folder
+    alone = run_sweep.run_sweep(config, LocalEngine(0), progress="quiet").folder
     side_by_side = run_sweep.run_sweep(
-        config.replace({"run.name": "workers"}), LocalEngine(1), quiet=True
+        config.replace({"run.name": "workers"}), LocalEngine(1), progress="quiet"
     ).folder
     one, other = (read_results(folder / "results.jsonl") for folder in (alone, side_by_side))
     assert {id: row["loss"] for id, row in one.items()} == {id: row["loss"] for id, row in other.items()}
@@ -196,11 +197,11 @@ def test_the_table_of_known_curves() -> None:
     assert (last.best, last.grid_steps, last.edge) == (1, -2, True)
     assert (last.own_loss, last.carried_loss) == (pytest.approx(0.8), pytest.approx(2))
     assert (last.to_failure, last.safety) == (1, 4)  # the base's best itself fails: 2 > 0.8 + 0.15 * 4.2
-    assert cells(last)[:3] == ("1!", "0.25x!", "-2")
+    assert cells(last)[2:5] == ("1!", "0.25x!", "-2")
 
     console = Console(width=80)
     with console.capture() as printed:
-        console.print(terminal([first, between, last], "init_scale"))
+        console.print(table(titles("init_scale"), [cells(row) for row in (first, between, last)]))
     assert "…" not in printed.get()
     assert all(cell in printed.get() for row in (first, between, last) for cell in cells(row))
 
@@ -217,7 +218,7 @@ def test_nothing_fails_or_everything_diverges() -> None:
         None,
         None,
     )
-    assert cells(diverged)[0] == "diverged"
+    assert cells(diverged)[2] == "diverged"
 
 
 def test_a_diverged_rate_fails_where_the_initial_loss_is_unknown() -> None:
@@ -297,7 +298,7 @@ def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
             "sweep.methods": ["flerm"],
         }
     )
-    folder = run_sweep.run_sweep(config, LocalEngine(0), quiet=True).folder
+    folder = run_sweep.run_sweep(config, LocalEngine(0), progress="quiet").folder
     rows = list(read_results(folder / run_sweep.RESULTS).values())
     matched = [row["matched"] for row in rows if "matched" in row]
     assert len(rows) == 4

@@ -170,7 +170,7 @@ def test_independent_noise_takes_the_two_halves_of_the_batch(tmp_path: Path) -> 
 def test_noise_between_replicas_wants_several_processes(tmp_path: Path) -> None:
     noise = {"rule": "noise_adaptive", "reference": "replicas"}
     changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__rates": noise}
-    with pytest.raises(LayerwiseError, match=r"optimizer\.noise\.reference=replicas .* this run has one"):
+    with pytest.raises(LayerwiseError, match=r"optimizer\.rates\.reference=replicas .* this run has one"):
         train(tiny_config(tmp_path, **changes), progress="quiet")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layerwise.lab.config.read import validate
 from layerwise.lab.config.schema import Config
+from layerwise.lab.config.validate import validate
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then does it again; " * 60
 

@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from layerwise.lab.config.keys import SHORTHANDS, set_key
+from layerwise.lab.config.validate import validate
+
 
 class Section(BaseModel):
     """A section whose keys are exactly those declared."""
@@ -293,13 +296,19 @@ class RunConfig(Section):
 class Config(Section):
     """One training run. Every section has defaults; `Config()` is the built-in run."""
 
-    model: Annotated[ModelConfig, _shorthand("preset")] = Field(default_factory=ModelConfig)
-    data: Annotated[DataConfig, _shorthand("source")] = Field(default_factory=DataConfig)
-    optimizer: Annotated[OptimizerConfig, _shorthand("name")] = Field(default_factory=OptimizerConfig)
-    schedule: Annotated[ScheduleConfig, _shorthand("name")] = Field(default_factory=ScheduleConfig)
+    model: Annotated[ModelConfig, _shorthand(SHORTHANDS["model"])] = Field(default_factory=ModelConfig)
+    data: Annotated[DataConfig, _shorthand(SHORTHANDS["data"])] = Field(default_factory=DataConfig)
+    optimizer: Annotated[OptimizerConfig, _shorthand(SHORTHANDS["optimizer"])] = Field(
+        default_factory=OptimizerConfig
+    )
+    schedule: Annotated[ScheduleConfig, _shorthand(SHORTHANDS["schedule"])] = Field(
+        default_factory=ScheduleConfig
+    )
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     function_space: FunctionSpaceConfig = Field(default_factory=FunctionSpaceConfig)
-    parallel: Annotated[ParallelConfig, _shorthand("strategy")] = Field(default_factory=ParallelConfig)
+    parallel: Annotated[ParallelConfig, _shorthand(SHORTHANDS["parallel"])] = Field(
+        default_factory=ParallelConfig
+    )
     run: RunConfig = Field(default_factory=RunConfig)
 
     @property
@@ -326,8 +335,6 @@ class Config(Section):
 
     def replace(self, changes: dict[str, Any]) -> Self:
         """A copy with dotted keys changed, validated again: `config.replace({"optimizer.lr": 1e-3})`."""
-        from layerwise.lab.config.read import set_key, validate
-
         tree = self.model_dump()
         for key, value in changes.items():
             set_key(tree, key, value)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import Rates
@@ -24,9 +23,6 @@ from layerwise.lab.training.function_space_observers import MatchRates, RecordRa
 from layerwise.lab.training.progress import QuietProgress
 from layerwise.lab.training.run import complete
 from layerwise.lab.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 FIRST = "first"
 
@@ -151,16 +147,11 @@ def _trend(name: str, sizes: Sequence[float], rates: Sequence[tuple[float, float
     return Trend(name, values, slope, stderr if math.isfinite(stderr) else 0.0)
 
 
-def terminal(check: SizeCheck) -> Table:
-    """A table for rich to print: rates at each size, the slope, and a mark where it is not flat."""
-    from rich.table import Table
-
-    table = Table("parameter", *(f"{size:g}" for size in check.sizes), "slope", "", box=None, pad_edge=False)
-    table.columns[0].overflow = "fold"  # the end of a name tells it from others
-    for column in table.columns[1:-1]:
-        column.justify = "right"
+def rows(check: SizeCheck) -> list[tuple[str, ...]]:
+    """For a table: a parameter, its rates at each size, their slope, and a word where it is not flat."""
+    made = []
     for trend in check.trends:
         slope = "" if trend.slope is None else f"{trend.slope:+.2f} ± {trend.stderr:.2f}"
         mark = "" if trend.flat(check.tolerance) else "grows" if (trend.slope or 0) > 0 else "shrinks"
-        table.add_row(trend.name, *(f"{rate:.3g}" for rate in trend.rates), slope, mark)
-    return table
+        made.append((trend.name, *(f"{rate:.3g}" for rate in trend.rates), slope, mark))
+    return made

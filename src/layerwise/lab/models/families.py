@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config.read import nearest
+from layerwise.lab.config.validate import nearest
 from layerwise.lab.models.adapters import add_adapters, load_weights
 from layerwise.lab.models.paper import Decoder, ResMLP
 

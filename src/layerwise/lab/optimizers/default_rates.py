@@ -7,7 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from layerwise.lab.config.read import parse_yaml
+from layerwise.lab.config.load import parse_yaml
 from layerwise.lab.config.schema import ModelConfig
 from layerwise.lab.models.families import PRESETS, model_settings
 from layerwise.lab.optimizers.registry import OPTIMIZERS

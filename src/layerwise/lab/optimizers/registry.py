@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 import layerwise.optim as lw
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import param_groups
-from layerwise.lab.config.read import nearest
+from layerwise.lab.config.validate import nearest
 from layerwise.lab.optimizers.role_factors import scale_roles
 from layerwise.lab.optimizers.torch_muon import TorchMuon
 from layerwise.lab.runs.directory import read_run

@@ -9,7 +9,7 @@ from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import describe
-from layerwise.lab.config.read import nearest
+from layerwise.lab.config.validate import nearest
 
 
 def scale_roles(

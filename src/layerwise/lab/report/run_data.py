@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerwise.errors import LayerwiseError, warn
+from layerwise.lab.config.identity import identity
 from layerwise.lab.report.names import looks, optimizer_title
 from layerwise.lab.report.style import Look
 from layerwise.lab.runs.directory import RUN_FILE, Run, find_runs, read_run
-from layerwise.lab.training.resume import flatten
 
 Array = NDArray[np.float64]
 
@@ -229,9 +229,11 @@ def contenders(runs: Sequence[RunData]) -> list[Contender]:
 
 
 def _identity(run: RunData) -> dict[str, Any]:
-    """The config without the seed and without where it is written."""
-    flat = flatten(run.config)
-    return {k: v for k, v in flat.items() if k != "training.seed" and not k.startswith("run.")}
+    """What the run is apart from its seed: runs of one contender have it in common."""
+    corpus = run.run.info.get("corpus")
+    found = identity(run.config, str((corpus or {}).get("sha256", "")))
+    found.pop("training.seed", None)
+    return found
 
 
 def _difference(i: int, titles: Sequence[str], flat: Sequence[Mapping[str, Any]]) -> str:

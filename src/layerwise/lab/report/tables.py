@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from layerwise.lab.report.figures.loss import count
+from layerwise.lab.config.keys import flatten
 from layerwise.lab.report.run_data import Contender, RunData, number
-from layerwise.lab.training.resume import flatten
+from layerwise.lab.runs.quantities import count, duration
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,6 @@ def show(value: float, spec: str) -> str:
 
 def _count(value: float) -> str:
     return count(float(f"{value:.3g}")) if math.isfinite(value) else "\u2013"
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `3 min 05 s`, `2 h 10 min`."""
-    if not math.isfinite(seconds):
-        return "\u2013"
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def parameter_rows(runs: Sequence[RunData]) -> list[dict[str, Any]]:

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.identity import differences, identity
 from layerwise.lab.runs.checkpoint import DamagedCheckpointError, check_hash, list_checkpoints, read_manifest
 
-# What may differ between a run and its continuation without changing what it computes; with the processes only the order
-# of sums changes. A file of text may have moved: its hash is compared instead.
-_FREE = ("run.", "parallel.", "training.keep", "training.checkpoint_every", "data.paths")
 
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def check_same_run(saved: dict[str, Any], config: dict[str, Any], what: str) -> None:
-    """Raises LayerwiseError naming the keys in which the config differs from that of `what`."""
-    old, new = flatten(saved), flatten(config)
-    differences = [
-        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE)
-    ]
-    if differences:
+def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
+    """Raises LayerwiseError naming the keys in which the config differs from that of `what`. The text is not compared."""
+    differing = differences(identity(saved, ""), identity(config, ""))
+    if differing:
         raise LayerwiseError(
-            f"{what} is of another config ({'; '.join(differences[:4])}): resume with the one it has, or set run.name"
+            f"{what} is of another config ({'; '.join(differing[:4])}): resume with the one it has, or set run.name"
         )
 
 

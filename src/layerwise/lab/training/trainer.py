@@ -164,7 +164,7 @@ class Trainer:
                 speed = (self.step - logged_step) * self.config.tokens_per_step / (self.seconds - logged_at)
                 row |= {**self._numbers(), "tokens_per_second": speed}
                 logged_at, logged_step = self.seconds, self.step
-                self.progress.numbers(self.step, row["loss"], speed)
+                self.progress.numbers(self.step, f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s")
             if evaluate:
                 row["val_loss"] = self._evaluate()
             if log or evaluate:

@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 
 from layerwise.lab.experiments.record_base import record
-from layerwise.lab.experiments.sweep.engines import Engine, Failure
+from layerwise.lab.experiments.sweep.engines import Engine, Failure, Row
 from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
 from layerwise.lab.experiments.sweep.results import ResultsFile, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.sweep_progress import SweepProgress
 from layerwise.lab.experiments.sweep.trial import run_trial, start_worker
-from layerwise.lab.experiments.sweep.trial_plan import BASE_FILE, Plan, Point, make_plan
+from layerwise.lab.experiments.sweep.trial_plan import BASE_FILE, Plan, Point, Trial, make_plan
 from layerwise.lab.runs.directory import write_json
 from layerwise.lab.runs.environment import versions
+from layerwise.lab.training.progress import ProgressKind, make_progress
 
 RESULTS = "results.jsonl"
 
@@ -29,7 +29,7 @@ class Sweep:
     failures: Mapping[Point, str]
 
 
-def run_sweep(config: SweepConfig, engine: Engine | None = None, quiet: bool = False) -> Sweep:
+def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: ProgressKind = "auto") -> Sweep:
     """Runs what is missing: `results.jsonl`, `base.json` and `sweep.json` in the sweep's folder.
 
     A trial that has a result is never repeated, under whichever engine (default `LocalEngine()`): its identity is the
@@ -47,16 +47,28 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None, quiet: bool = F
         needs_base = any(trial.needs_base for trial in todo)
         work = partial(run_trial, base=_record_base(plan, config, folder / BASE_FILE) if needs_base else None)
         start = partial(start_worker, wanted=versions())
-        with SweepProgress(config.run_name, len(plan.trials), len(plan.trials) - len(todo), quiet) as shown:
-            for row in (engine or LocalEngine()).results(work, todo, start) if todo else ():
+        shown = make_progress(progress, unit="trial")
+        shown.start(config.run_name, len(plan.trials), len(plan.trials) - len(todo))
+        try:
+            results = (engine or LocalEngine()).results(work, todo, start) if todo else ()
+            for number, row in enumerate(results, start=1 + len(plan.trials) - len(todo)):
                 if isinstance(row, Failure):
                     point = next(point for point, trial in plan.points.items() if trial.id == row.item.id)
                     failures[point] = row.reason
-                    shown.failed(f"{point}: {row.reason}")
+                    shown.note(f"failed: {point}: {row.reason}")
                 else:
                     file.append(row)
-                    shown.advance(row)
+                shown.numbers(number, _said(row))
+        finally:
+            shown.stop()
     return Sweep(folder, failures)
+
+
+def _said(row: Row | Failure[Trial]) -> str:
+    """A result in two words, for the progress."""
+    if isinstance(row, Failure):
+        return "failed"
+    return f"last loss {row['val_loss']:.3f}" if row["val_loss"] is not None else str(row["status"])
 
 
 def _record_base(plan: Plan, config: SweepConfig, path: Path) -> str:

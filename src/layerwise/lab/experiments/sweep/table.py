@@ -6,28 +6,27 @@ over the base's best. safety: what to divide the base's best rate by. See `Trans
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from layerwise.lab.experiments.sweep.analysis import Transfer
 from layerwise.lab.models.sizes import AXIS_NAMES, Axis
 
-if TYPE_CHECKING:
-    from rich.table import Table
 
-COLUMNS = (
-    "best rate", "shift", "steps", "loss at own best", "at base's best", "to failure", "safety",
-)  # fmt: skip
+def titles(axis: Axis) -> tuple[str, ...]:
+    """Of the columns of `cells`."""
+    of_losses = ("loss at own best", "at base's best")
+    return ("method", AXIS_NAMES[axis], "best rate", "shift", "steps", *of_losses, "to failure", "safety")
 
 
 def cells(row: Transfer) -> tuple[str, ...]:
     """The columns of a row as text; `!` marks a best rate at the end of its grid, `diverged` a loss that is none."""
     edge = "!" if row.edge else ""
+    name = (row.method, f"{row.size:g}")
     if row.best is None or row.shift is None or row.grid_steps is None:
-        return ("diverged", *[""] * (len(COLUMNS) - 1))
+        return (*name, "diverged", *[""] * 6)
     failure = "" if row.to_failure is None else f"{'> ' if row.open_ended else ''}{row.to_failure:.3g}x"
     return (
+        *name,
         f"{row.best:.2g}{edge}",
         f"{row.shift:.3g}x{edge}",
         f"{row.grid_steps:+.0f}" if round(row.grid_steps) else "0",
@@ -40,25 +39,7 @@ def cells(row: Transfer) -> tuple[str, ...]:
 
 def markdown(rows: Sequence[Transfer], axis: Axis) -> str:
     """A Markdown table."""
-    lines = [
-        f"| method | {AXIS_NAMES[axis]} | {' | '.join(COLUMNS)} |",
-        "|---|" + "---:|" * (len(COLUMNS) + 1),
-    ]
-    lines += [f"| {row.method} | {row.size:g} | {' | '.join(cells(row))} |" for row in rows]
+    columns = titles(axis)
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     return "\n".join(lines) + "\n"
-
-
-def terminal(rows: Sequence[Transfer], axis: Axis) -> Table:
-    """A table for rich to print, in 80 columns: where that is not enough, the losses are broken."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for title in ("method", AXIS_NAMES[axis], *COLUMNS):
-        head = "\n".join(textwrap.wrap(title, 9))
-        table.add_column(head, justify="right", vertical="bottom", no_wrap=title != "loss at own best")
-    table.columns[0].justify = "left"
-    previous = None
-    for row in rows:
-        table.add_row("" if row.method == previous else row.method, f"{row.size:g}", *cells(row))
-        previous = row.method
-    return table

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.identity import decisive, hashed
 from layerwise.lab.config.schema import Config
 from layerwise.lab.experiments.sweep.sweep_config import Method, SweepConfig
 from layerwise.lab.models.sizes import resized
@@ -34,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """A training run. `config` has no `run` section; a match to the recorded base names it by its own config."""
+    """A training run, its `config` as `decisive` gives it; a match to the recorded base names it by its own config."""
 
     config: dict[str, Any]
     base: dict[str, Any] | None
@@ -42,8 +41,7 @@ class Trial:
     @cached_property
     def id(self) -> str:
         """Hash of everything that the result depends on."""
-        text = json.dumps([self.config, self.base], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashed([self.config, self.base])[:16]
 
     @property
     def needs_base(self) -> bool:
@@ -82,14 +80,16 @@ def make_plan(config: SweepConfig) -> Plan:
         )
     plain = Config.model_validate({**config.model_dump(exclude={"sweep"}), "run": {"tensorboard": False}})
     base = at_size(plain, config, sweep.sizes[0]).replace({"optimizer.lr": sweep.base_lr})
-    identity = {"config": _identity(base), "seeds": sweep.base_seeds}
+    identity = {"config": decisive(complete(base)), "seeds": sweep.base_seeds}
     points = {}
     for method, size, seed in itertools.product(sweep.methods, sweep.sizes, sweep.seeds):
         sized = at_size(plain, config, size).replace({"training.seed": seed, **_method(config, method, size)})
         matched = sized.function_space.match == BASE_FILE
         for lr in sweep.grid(method):
             trial = sized.model_copy(update={"optimizer": sized.optimizer.model_copy(update={"lr": lr})})
-            points[Point(method, size, lr, seed)] = Trial(_identity(trial), identity if matched else None)
+            points[Point(method, size, lr, seed)] = Trial(
+                decisive(complete(trial)), identity if matched else None
+            )
     return Plan(points, base)
 
 
@@ -111,8 +111,3 @@ def _method(config: SweepConfig, method: Method, size: float) -> dict[str, Any]:
     if method == "mup" and size != base:
         return {"optimizer.role_factors": {"hidden": base / size, "head": base / size}}
     return {}
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """The resolved config without `run`. Keys at their defaults are left out: a key added later loses no results."""
-    return complete(config).model_dump(exclude={"run"}, exclude_defaults=True)

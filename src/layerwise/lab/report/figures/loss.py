@@ -10,6 +10,7 @@ import numpy as np
 
 from layerwise.lab.report.run_data import Array, Contender, Series
 from layerwise.lab.report.style import MUTED, PAPER, WIDTH, label_ends, new_figure
+from layerwise.lab.runs.quantities import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,14 +164,6 @@ def _time_axis(axes: Axes) -> None:
         axes.set_xticks([t * unit for t in step if t * unit <= span])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / unit:g}"))
     axes.set_xlabel(f"{axes.get_xlabel()}, {name}")
-
-
-def count(x: float) -> str:
-    """`1.2M`, `300k`, `0`."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(x) >= size:
-            return f"{x / size:.3g}{suffix}"
-    return f"{x:g}"
 
 
 def final_losses(contenders: Sequence[Contender]) -> Figure:

@@ -1,0 +1,68 @@
+"""The command line as a whole: its commands, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from layerwise import __version__
+from layerwise.errors import LayerwiseError
+from layerwise.lab.cli import check, compare, record, report, sweep, train
+from layerwise.lab.training import processes
+
+#: The exit code that typer makes of Ctrl-C (128 + SIGINT), and all that is seen of it here.
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Layerwise learning rates: train and compare language models with noise-adaptive layer rates.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(help=train.HELP)(train.train)
+app.command(help=compare.HELP)(compare.compare)
+app.command()(report.report)
+app.command(help=record.HELP)(record.record)
+app.command(help=sweep.HELP)(sweep.sweep)
+app.command(help=check.HELP)(check.check)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"layerwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand != "train":
+        processes.refuse_several(f"layerwise {context.invoked_subcommand}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line. A LayerwiseError is one line on standard error and exit code 2."""
+    try:
+        app(arguments, prog_name="layerwise", standalone_mode=True)
+    except LayerwiseError as error:
+        if rank := processes.rank():
+            time.sleep(5)  # what the first process says too is said once: its launcher ends the others
+        where = f" (process {rank})" if rank else ""
+        print(f"layerwise{where}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            print(
+                "layerwise: interrupted; what is finished is kept (`train`: --resume goes on)",
+                file=sys.stderr,
+            )
+        raise

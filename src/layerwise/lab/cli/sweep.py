@@ -1,0 +1,119 @@
+"""`layerwise sweep`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.cli.terminal import table
+from layerwise.lab.cli.words import Words, split_words
+from layerwise.lab.config.load import load_config
+
+if TYPE_CHECKING:
+    from layerwise.lab.experiments.sweep.engines import Engine
+    from layerwise.lab.experiments.sweep.run_sweep import Sweep
+    from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+
+HELP = """Sweep learning rates over sizes of a model, and show whether the best one carries over.
+
+CONFIG is a training config with a section `sweep`: what the sizes are, the grid of rates, the methods (standard, flerm,
+uniform, mup) and the seeds. Finished trials are never repeated: run the same command again to go on, or with more rates
+or sizes to add them, under either engine. The folder `run.dir/run.name` holds results.jsonl, the transfer figure and the
+table. Exit code 1: some trials died and gave no result.
+"""
+
+
+def sweep(
+    words: Words = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where trials run: this machine, or a Ray cluster.")
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Trials side by side, one thread each (default 2; ray: as many as fit); 0: in this process."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="ray: a running cluster, or `auto`; else RAY_ADDRESS, else Ray is started here for the sweep."
+        ),
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option(help="ray: cores, and threads, of a trial (default 1).")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="ray: GPUs of a trial, such as 0.25 (default 0: it sees none).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many trials there are, and stop.")
+    ] = False,
+) -> None:
+    from layerwise.lab.experiments.sweep.run_sweep import run_sweep
+    from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+
+    path, overrides = split_words(words)
+    config = load_config(path, overrides, SweepConfig)
+    chosen = _engine(engine, workers, address=address, cpus=cpus, gpus=gpus)
+    if dry_run:
+        print(_plan(config))
+        return
+    _report(config, run_sweep(config, chosen))
+
+
+def _plan(config: SweepConfig) -> str:
+    from layerwise.lab.experiments.sweep.results import read_results
+    from layerwise.lab.experiments.sweep.run_sweep import RESULTS
+    from layerwise.lab.experiments.sweep.trial_plan import make_plan
+
+    trials = make_plan(config).trials
+    done = read_results(config.run_path / RESULTS)
+    left = sum(id not in done for id in trials)
+    return f"{config.run_name}: {len(trials)} trials, {left} of them to run, in {config.run_path}"
+
+
+def _report(config: SweepConfig, swept: Sweep) -> None:
+    """Figure and table of what there is, and exit code 1 where a trial died."""
+    from rich.console import Console
+
+    from layerwise.lab.experiments.sweep.results import read_results
+    from layerwise.lab.experiments.sweep.run_sweep import RESULTS
+    from layerwise.lab.experiments.sweep.sweep_report import write_report
+    from layerwise.lab.experiments.sweep.table import cells, titles
+
+    if swept.failures and not read_results(swept.folder / RESULTS):
+        raise LayerwiseError(
+            f"all {len(swept.failures)} trials died, the last of: {list(swept.failures.values())[-1]}"
+        )
+    rows = write_report(config, swept.folder)
+    Console().print(table(titles(config.sweep.axis), [cells(row) for row in rows]))
+    if any(row.edge for row in rows):
+        print(
+            "! the best rate is an end of its grid: the optimum may lie beyond it; widen sweep.lr or sweep.lr_of"
+        )
+    print(f"figure and table: {swept.folder / 'transfer.png'}, {swept.folder / 'table.md'}")
+    if swept.failures:
+        count = f"{len(swept.failures)} trials died" if len(swept.failures) > 1 else "a trial died"
+        print(
+            f"layerwise: {count} and gave no result (above); the same command runs them again",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
+def _engine(name: str, workers: int | None, **ray_options: Any) -> Engine:
+    """The engine that the options ask for. Raises LayerwiseError for options of another one."""
+    given = {key: value for key, value in ray_options.items() if value is not None}
+    if name == "ray":
+        from layerwise.lab.experiments.sweep.engines.ray import RayEngine
+
+        return RayEngine(workers=workers, **given)
+    from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
+
+    if given:
+        raise LayerwiseError(f"--{next(iter(given))} is an option of --engine ray")
+    return LocalEngine() if workers is None else LocalEngine(workers)

@@ -1,0 +1,69 @@
+"""`layerwise train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.cli.words import Words, split_words
+from layerwise.lab.config.load import load_config
+from layerwise.lab.config.schema import Config
+from layerwise.lab.models.families import PRESETS
+from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.runs.directory import Run, has_ended
+from layerwise.lab.training import processes
+
+HELP = f"""Train one model.
+
+CONFIG is a YAML file, or the folder of an earlier run, whose config is taken; without it the built-in run is
+trained: a small GPT-2 on the Python standard library's source. Any key can be set on the command line:
+
+    layerwise train optimizer=lanton optimizer.lr=4e-3 model.n_layer=2 training.steps=100
+
+Models: {", ".join(PRESETS)}.
+
+Optimizers: {", ".join(OPTIMIZERS)}.
+
+All keys are in docs/configuration.md.
+"""
+
+
+def train(
+    words: Words = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with this run from its last checkpoint, bit for bit.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")
+    ] = False,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="Match layer rates to a file of `layerwise record`, or `uniform` (function_space.match)."
+        ),
+    ] = None,
+) -> None:
+    from layerwise.lab.training.run import train as run_training
+
+    path, overrides = split_words(words)
+    if match is not None:
+        overrides.append(f"function_space.match={match}")
+    config: Config = load_config(path, overrides)
+    ended = resume and not overwrite and has_ended(config.run_path)
+    run = run_training(config, resume=resume, overwrite=overwrite)
+    processes.leave()
+    if run.status == "diverged":
+        raise LayerwiseError(f"run {run.path} diverged: {run.result.get('reason')}; lower optimizer.lr")
+    if processes.rank() == 0:
+        print(_summary(run, " had finished before" if ended else ""))
+
+
+def _summary(run: Run, had_finished: str) -> str:
+    result = run.result
+    return (
+        f"{run.name}{had_finished}: {result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s"
+        f" ({result['tokens_per_second']:,.0f} tokens/s), loss {result['loss']:.4f},"
+        f" validation loss {result['val_loss']:.4f} nats per token; written to {run.path}"
+    )

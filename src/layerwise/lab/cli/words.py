@@ -1,0 +1,66 @@
+"""Words of a command line: a config, `key=value`, lists of numbers."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layerwise.errors import LayerwiseError
+
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="A config and overrides.")
+]
+
+
+def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """`[CONFIG] [key=value...]` told apart: a word with `=` is an override, the one without is the config."""
+    words = words or []
+    overrides = [word for word in words if "=" in word and not _is_there(word)]
+    configs = [word for word in words if word not in overrides]
+    if len(configs) > 1:
+        raise LayerwiseError(f"one config at most, got {', '.join(configs)}; overrides are written key=value")
+    return (configs[0] if configs else None), overrides
+
+
+def _is_there(word: str) -> bool:
+    """Whether a word names a file or folder; one too long for a name does not."""
+    try:
+        return Path(word).exists()
+    except OSError:
+        return False
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """`64,128,256` as numbers. Raises LayerwiseError."""
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise LayerwiseError(
+            f"{option} {text!r}: write numbers with commas between them, such as 64,128"
+        ) from None
+    if not all(map(math.isfinite, found)):
+        raise LayerwiseError(f"{option} {text!r}: write finite numbers, such as 64,128")
+    return found
+
+
+def seeds_of(text: str) -> list[int]:
+    """`0,1` as seeds: whole numbers, each once, as a mean over seeds would count one twice. Raises LayerwiseError."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise LayerwiseError(
+            f"--seeds {text!r}: write whole numbers from 0 with commas between them, such as 0,1"
+        )
+    seeds = [int(word) for word in words]
+    if len(set(seeds)) < len(seeds):
+        raise LayerwiseError(f"--seeds {text!r}: a seed stands there twice; write each once, such as 0,1")
+    return seeds
+
+
+def command_line() -> str:
+    """The command that was given, as it can be given again."""
+    return shlex.join(["layerwise", *sys.argv[1:]])

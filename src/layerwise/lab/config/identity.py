@@ -1,0 +1,77 @@
+"""When two configs are the same run: the one answer for `--resume`, `compare`, `sweep` and reports.
+
+A run is told by what its result depends on. Where it is written, how often it is saved and how many processes share it
+do not count: with the processes only the order of sums changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from layerwise.lab.config.keys import flatten, set_key
+from layerwise.lab.config.schema import Config
+
+#: What may differ between a run and its continuation: sections, and keys of one.
+FREE = ("run", "parallel", "training.keep", "training.checkpoint_every")
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """The sections of a complete config without what is free and what is at its default: a run to be made again by."""
+    free: dict[str, Any] = {}
+    for key in FREE:
+        set_key(free, key, True)
+    return config.model_dump(exclude=free, exclude_defaults=True)
+
+
+def identity(config: Mapping[str, Any], corpus: str | None = None) -> dict[str, Any]:
+    """What a run's result depends on, by dotted key.
+
+    Args:
+        config: the sections of a complete config, as run.json has them.
+        corpus: the hash of the text, where it is known. A file of text may have moved: the hash stands in for its path.
+
+    Returns:
+        The keys that are not free and not at their default: a key that a later version adds changes no run.
+    """
+    flat = {
+        key: value
+        for key, value in flatten(config).items()
+        if not (_is_free(key) or (key in _defaults() and value == _defaults()[key]))
+    }
+    if corpus is None:
+        return flat
+    return {**{k: v for k, v in flat.items() if k != "data.paths"}, "corpus": corpus}
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def hashed(identity: Any) -> str:
+    """Plain values as a hash."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, in words."""
+    return [
+        f"{key} was {_value(old, key)!r}, is {_value(new, key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, _MISSING) != new.get(key, _MISSING)
+    ]
+
+
+_MISSING = object()
+
+
+def _value(identity: Mapping[str, Any], key: str) -> Any:
+    return identity[key] if key in identity else _defaults().get(key)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return flatten(Config().model_dump())

@@ -1,0 +1,104 @@
+"""Reading a config: YAML files, folders of runs, and `key=value` overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.config.keys import set_key
+from layerwise.lab.config.schema import Config
+from layerwise.lab.config.validate import ConfigT, validate
+from layerwise.lab.runs.directory import read_run
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `1e-3` is a number, `no` and `on` are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text. Errors name `source` and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise LayerwiseError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LayerwiseError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayerwiseError(f"config {path}: cannot be read: {error}") from None
+    tree = parse_yaml(text, f"config {path}")
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise LayerwiseError(
+            f"config {path}: expected sections such as `optimizer:`, found {type(tree).__name__}"
+        )
+    return tree
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The sections in a YAML file or, for the folder of a run, the config it was started with."""
+    folder = Path(path)
+    try:
+        is_run = folder.is_dir()
+    except OSError:  # too long for a name
+        is_run = False
+    if not is_run:
+        return read_yaml(path)
+    tree = read_run(folder).config
+    tree.setdefault("run", {}).update(dir=str(folder.parent), name=folder.name)
+    return tree
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Applies `key=value` words, in order; values are YAML."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key or not all(key.split(".")):
+            raise LayerwiseError(f"override {override!r}: write key=value, for example optimizer.lr=1e-3")
+        set_key(tree, key, parse_yaml(text, f"override {override!r}"))
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    schema: type[ConfigT] = Config,  # type: ignore[assignment]
+) -> ConfigT:
+    """A validated config from a YAML file or a run's folder (none: the defaults) and `key=value` overrides.
+
+    `schema` may be a subclass of `Config` with further sections. Raises LayerwiseError.
+    """
+    tree = {} if path is None else read_tree(path)
+    apply_overrides(tree, overrides)
+    return validate(schema, tree)

@@ -1,0 +1,133 @@
+"""What `compare` is told: a training run without its optimizer, and the contenders that take that place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.config.schema import Config, OptimizerConfig, Section
+from layerwise.lab.config.validate import nearest, validate
+from layerwise.lab.optimizers.default_rates import default_rate
+from layerwise.lab.optimizers.registry import OPTIMIZERS, find_preset
+from layerwise.lab.report.names import optimizer_title
+
+DEFAULT = ("adamw", "d-muon", "scion", "lanton")
+AUTO_STEPS = 2  # grid points of `auto` on each side of the default rate, a factor of two apart
+
+
+class CompareSection(Section):
+    """What is compared, over which seeds and rates."""
+
+    optimizers: list[str] = Field(
+        list(DEFAULT),
+        min_length=1,
+        description="contenders: optimizers by name, or names given in `contenders`; where none are listed,"
+        " the defaults and all of those",
+    )
+    contenders: dict[str, dict[str, Any]] = Field(
+        {},
+        description="contender -> its `optimizer` section, where it is more than a name (`name`: the optimizer)",
+    )
+    seeds: int = Field(
+        1, ge=1, description="runs of each contender: seeds training.seed, training.seed + 1, ..."
+    )
+    lr_grid: Literal["auto"] | dict[str, list[float]] | None = Field(
+        None,
+        description="contender -> base rates to try; `auto`: factors of two around the default rate, as many as it takes"
+        " for the best not to be the first or last; null: the default rates alone",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _grids_by_name(cls, data: Any) -> Any:
+        """`compare: {lanton: [1e-3, 2e-3]}` stands for `compare: {lr_grid: {lanton: [1e-3, 2e-3]}}`."""
+        if not isinstance(data, dict):
+            return data
+        grid = data.get("lr_grid")
+        if isinstance(grid, str) and grid != "auto":
+            raise ValueError(
+                f"compare.lr_grid={grid!r}: give auto, or rates by contender such as lanton=[2e-3, 4e-3]"
+            )
+        known = set(OPTIMIZERS) | set(data.get("contenders") or {})
+        grids = {k: v for k, v in data.items() if k in known and isinstance(v, list)}
+        rest = {k: v for k, v in data.items() if k not in grids}
+        if grids and not isinstance(rest.get("lr_grid"), str):
+            rest["lr_grid"] = {**(rest.get("lr_grid") or {}), **grids}
+        return rest
+
+    @model_validator(mode="after")
+    def _rates(self) -> Self:
+        for name, rates in (self.lr_grid if isinstance(self.lr_grid, dict) else {}).items():
+            if not rates or any(not rate > 0 or math.isinf(rate) for rate in rates):
+                raise ValueError(f"compare.lr_grid.{name}={rates}: give one or more positive rates")
+        return self
+
+
+class CompareConfig(Config):
+    """A training run without its optimizer, and the contenders that take that place."""
+
+    compare: CompareSection = Field(default_factory=lambda: CompareSection.model_validate({}))
+
+    @property
+    def folder(self) -> Path:
+        """Where runs and report are written: `run.dir/run.name`, the name being `compare` by default."""
+        return Path(self.run.dir).expanduser() / (self.run.name or "compare")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender: its name, its optimizer, its rates, and whether the grid may be extended."""
+
+    name: str
+    optimizer: OptimizerConfig
+    rates: tuple[float, ...]
+    may_extend: bool
+
+    @property
+    def label(self) -> str:
+        return optimizer_title(self.name)
+
+
+def entries(config: CompareConfig) -> list[Entry]:
+    """The contenders of a config. Raises LayerwiseError for a name that is neither an optimizer nor a contender."""
+    section = config.compare
+    if config.optimizer != OptimizerConfig.model_validate({}):
+        raise LayerwiseError(
+            "optimizer: `compare` sets it for each contender; write compare.contenders.NAME instead,"
+            " for example compare.contenders.adamw.lr=1e-3"
+        )
+    names = list(section.optimizers)
+    if "optimizers" not in section.model_fields_set:  # a list of one's own is meant as it stands
+        names += [name for name in section.contenders if name not in OPTIMIZERS]
+    grids = section.lr_grid if isinstance(section.lr_grid, dict) else {}
+    for name in [*names, *grids]:
+        if name not in OPTIMIZERS and name not in section.contenders:
+            valid = [*OPTIMIZERS, *section.contenders]
+            raise LayerwiseError(f"compare: unknown optimizer {name!r}: {nearest(name, valid)}")
+    if len(set(names)) < len(names):
+        raise LayerwiseError(f"compare.optimizers={','.join(names)}: each contender once")
+    return [_entry(config, name, grids) for name in names]
+
+
+def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]]) -> Entry:
+    settings = {"name": name, **config.compare.contenders.get(name, {})}
+    section = f"compare.contenders.{name}"
+    optimizer = validate(OptimizerConfig, settings, f"{section}.")
+    find_preset(optimizer, section)
+    start = default_rate(config.model, optimizer.name) if optimizer.lr is None else optimizer.lr
+    if name in grids:
+        return Entry(name, optimizer, tuple(sorted(set(grids[name]))), may_extend=False)
+    if config.compare.lr_grid == "auto":
+        if start == 0:
+            raise LayerwiseError(
+                f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out"
+            )
+        points = range(-AUTO_STEPS, AUTO_STEPS + 1)
+        return Entry(name, optimizer, tuple(start * 2.0**k for k in points), may_extend=True)
+    return Entry(name, optimizer, (start,), may_extend=False)
