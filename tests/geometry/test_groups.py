@@ -271,7 +271,16 @@ def test_table_has_a_line_for_layers_that_are_alike():
     text = str(describe(Model()))
     lines = text.splitlines()
     line = next(line for line in lines if "mlp.weight" in line)
-    cells = ["blocks.{0-1}.mlp.weight", "hidden", "8 x 8", "out,in", "2 x 1", "Spectral()", "spectral"]
+    cells = [
+        "blocks.{0-1}.mlp.weight",
+        "hidden",
+        "8 x 8",
+        "out,in",
+        "2 x 1",
+        "Spectral()",
+        "spectral",
+        "module",
+    ]
     assert re.split(r"  +", line) == cells
     header = lines[0]
     assert all(row[header.index("role") - 1] == " " for row in lines[2:8])  # columns are aligned

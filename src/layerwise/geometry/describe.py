@@ -7,21 +7,36 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from torch import nn
 
-from layerwise.geometry.groups import Override, SplitSpec, assign
+from layerwise.geometry.forward import Forward
+from layerwise.geometry.found import ROLES, How
+from layerwise.geometry.groups import Override, SplitSpec, assign, frozen_names
 from layerwise.geometry.layout import Layout
 from layerwise.geometry.norms import Geometry
-from layerwise.geometry.roles import ROLES
 
-_HEADER = ("parameter", "role", "shape", "stored", "units", "geometry", "norm group")
+_HEADER = ("parameter", "role", "shape", "stored", "units", "geometry", "norm group", "by")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted name: the index of a layer
 
 
 @dataclass(frozen=True)
 class Row:
-    """One trainable tensor. `units`: the names of its matrices; `note`: what was assumed about it, "" if nothing."""
+    """One trainable tensor.
+
+    Attributes:
+        name: its first name.
+        tied: its other names.
+        role: what it does.
+        geometry: the norm of its units.
+        norm_group: units of one such group have their noise compared.
+        shape: of the tensor.
+        layout: how it holds its units.
+        units: the names of its matrices.
+        note: what is not certain about it, "" if nothing.
+        how: how its role is known: by the forward pass, by the module that owns it, or assumed from name and shape.
+    """
 
     name: str
     tied: tuple[str, ...]
@@ -32,15 +47,24 @@ class Row:
     layout: Layout
     units: tuple[str, ...]
     note: str = ""
+    how: How = "module"
 
 
 @dataclass(frozen=True)
 class Description:
-    """Every trainable parameter of a model. `str()` is a table with one line for layers that are alike."""
+    """Every trainable parameter of a model. `str()` is a table with one line for layers that are alike.
+
+    Attributes:
+        rows: one for each parameter.
+        entries: how many entries they have together.
+        frozen: names of the parameters that are left out.
+        said: why a batch could not be used, "" if it was or none was given.
+    """
 
     rows: tuple[Row, ...]
     entries: int
     frozen: tuple[str, ...]
+    said: str = ""
 
     def summary(self) -> str:
         """One line: how many entries, of how many parameters, in which roles, and what was left out."""
@@ -74,7 +98,8 @@ class Description:
 
     def __str__(self) -> str:
         notes = [f"  {line}" for line in self.notes()]
-        return "\n".join([_text(_alike(self.rows)), "", self.summary(), *notes])
+        said = [f"  {self.said}"] if self.said else []
+        return "\n".join([_text(_alike(self.rows)), "", self.summary(), *said, *notes])
 
     def _repr_html_(self) -> str:
         lines = [_cells(name, rows) for name, rows in _alike(self.rows)]
@@ -92,12 +117,19 @@ class Description:
 
 def describe(
     model: nn.Module,
+    batch: Any = None,
     overrides: Mapping[str, Override] | None = None,
     splits: Mapping[str, SplitSpec] | None = None,
+    forward: Forward | None = None,
 ) -> Description:
-    """Role, geometry, norm group, layout and units of every trainable parameter; arguments as in `param_groups`."""
+    """Role, geometry, norm group, layout and units of every trainable parameter; arguments as in `param_groups`.
+
+    Example:
+        >>> print(describe(model, batch))
+    """
     rows, entries = [], 0
-    for assigned in assign(model, overrides, splits):
+    everything, said = assign(model, batch, overrides, splits, forward)
+    for assigned in everything:
         found = assigned.found
         shape = tuple(found.parameter.shape)
         entries += found.parameter.numel()
@@ -112,17 +144,17 @@ def describe(
                 layout=found.layout,
                 units=found.layout.unit_names(found.name, shape),
                 note=found.note,
+                how=found.how,
             )
         )
-    frozen = tuple(name for name, p in model.named_parameters() if not p.requires_grad)
-    return Description(tuple(rows), entries, frozen)
+    return Description(tuple(rows), entries, tuple(frozen_names(model)), said)
 
 
 def _alike(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """Rows that differ in the numbers of their names alone, under one name: `h.{0-11}.mlp.c_fc.weight`."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        same = (row.role, repr(row.geometry), row.norm_group, row.shape, repr(row.layout), row.note)
+        same = (row.role, repr(row.geometry), row.norm_group, row.shape, repr(row.layout), row.note, row.how)
         groups.setdefault((_NUMBER.sub("#", row.name), *same), []).append(row)
     return [(_common_name([row.name for row in group]), group) for group in groups.values()]
 
@@ -152,6 +184,7 @@ def _cells(name: str, rows: list[Row]) -> tuple[str, ...]:
         f"{len(rows)} x {each}" if len(rows) > 1 else str(each),
         _brief(row.geometry),
         row.norm_group,
+        row.how,
     )
 
 

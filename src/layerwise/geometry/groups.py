@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from layerwise.errors import LayerwiseError, warn
+from layerwise.geometry.axes import layout_of
+from layerwise.geometry.forward import Forward, look
+from layerwise.geometry.found import ROLES, Found
 from layerwise.geometry.layout import ConvLayout, Layout, MatrixLayout, Split, TransposedLayout, VectorLayout
+from layerwise.geometry.modules import unwrapped
+from layerwise.geometry.names import canonical_name
 from layerwise.geometry.norms import Geometry, Sign, Spectral, VectorRMS, spectral_conv
-from layerwise.geometry.roles import ROLES, Found, find_roles
+from layerwise.geometry.roles import find_roles
 
 Override = Geometry | Mapping[str, Any]
-SplitSpec = int | Mapping[str, int] | Split
+SplitSpec = int | str | Mapping[str, int] | Split
+
+
+_SPLITS = "give a number of equal parts, a dict of sizes, a Split, or a pattern such as 'o (4 i)'"
 
 
 @dataclass(frozen=True)
@@ -43,25 +51,50 @@ def default_geometry(role: str, kernel: tuple[int, ...] = ()) -> Geometry:
 
 def param_groups(
     model: nn.Module,
+    batch: Any = None,
     overrides: Mapping[str, Override] | None = None,
     splits: Mapping[str, SplitSpec] | None = None,
+    forward: Forward | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for a layerwise optimizer: one for each role, layout, geometry and set of overrides.
 
-    A group is `{"params": [(name, parameter), ...], "role": str, "layout": Layout, "geometry": Geometry,
-    **overridden}`. Groups and their parameters keep the order of `model.named_parameters()`; frozen and empty
-    parameters are left out.
+    Args:
+        model: the model, on any device, the meta device too; wrapped, compiled or sharded or not.
+        batch: what the model takes (a tensor, a tuple of arguments, a dict of keywords). The model is run on it once, in
+            evaluation mode and without gradients, to see what each parameter does; nothing of it changes. A model of
+            transformers gets a small batch made for it. Without one, roles come from the modules, and one warning
+            counts what is not certain. (A dict without tensors in this place is taken for `overrides`.)
+        overrides: glob pattern on the parameter's name (any of its names if tied) -> a geometry, or a dict of
+            group options: `geometry`, `role`, `layout`, and those of the optimizer, such as `lr` or `weight_decay`.
+        splits: glob pattern -> how a parameter divides into matrices: `{"q": 512, "k": 128, "v": 128}` (rows of d_out, in
+            order), a number of equal parts (1 leaves the parameter whole), a `Split`, or a pattern of `AxesLayout` such
+            as `"o (4 i)"`, four matrices along d_in.
+        forward: `forward(model, batch)` runs the model, where a plain call does not.
 
-    overrides: glob pattern on the full parameter name (any of its names if tied) -> a geometry, or a dict of
-        group options: `geometry`, `role`, `layout`, and those of the optimizer, such as `lr` or `weight_decay`.
-    splits: glob pattern -> how d_out divides into matrices: `{"q": 512, "k": 128, "v": 128}` (rows, in order),
-        a number of equal parts (1 leaves the parameter whole), or a `Split`.
+    Returns:
+        Groups `{"params": [(name, parameter), ...], "role": str, "layout": Layout, "geometry": Geometry, **overridden}`.
+        Groups and their parameters keep the order of `model.named_parameters()`; names are without the steps that
+        wrappers add; frozen and empty parameters are left out.
 
-    Raises LayerwiseError for a pattern that matches nothing, a parameter matched by two patterns, sizes that do
-    not add up, and a model without trainable floating-point parameters.
+    Raises:
+        LayerwiseError: a pattern that matches nothing, a parameter matched by two patterns, sizes that do not add up,
+            and a model without trainable floating-point parameters.
+
+    Example:
+        >>> groups = param_groups(model, batch, overrides={"*.router.weight": {"norm_group": "routers"}})
+        >>> optimizer = Lanton(groups, lr=2e-3)
     """
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
-    for assigned in assign(model, overrides, splits):
+    everything, said = assign(model, batch, overrides, splits, forward)
+    doubts = sum(bool(assigned.found.note) for assigned in everything)
+    if said:
+        warn(said)
+    elif doubts and batch is None:
+        warn(
+            f"the roles of {doubts} parameters are not certain: print(layerwise.describe(model)) says which and why; "
+            "param_groups(model, batch) finds them by running the model once"
+        )
+    for assigned in everything:
         found, geometry, options = assigned.found, assigned.geometry, assigned.options
         key = (found.role, repr(found.layout), repr(geometry), repr(sorted(options.items())))
         group = groups.setdefault(
@@ -73,13 +106,21 @@ def param_groups(
 
 def assign(
     model: nn.Module,
+    batch: Any = None,
     overrides: Mapping[str, Override] | None = None,
     splits: Mapping[str, SplitSpec] | None = None,
-) -> list[Assigned]:
-    """Every trainable parameter with its role, layout, geometry and options; arguments as in `param_groups`."""
-    trainable = _trainable(model)
-    names = [found.names for found in trainable]
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    forward: Forward | None = None,
+) -> tuple[list[Assigned], str]:
+    """Every trainable parameter with its role, layout, geometry and options; arguments as in `param_groups`.
+
+    Returns:
+        The parameters, and a line that says why a batch that was given could not be used, "" if it was or none was given.
+    """
+    if overrides is None and _are_overrides(batch):
+        batch, overrides = None, batch
+    trainable, said = _trainable(model, batch, forward)
+    names = [(*found.names, *map(canonical_name, found.names)) for found in trainable]
+    frozen = frozen_names(model)
     split_of = _match("splits", splits or {}, names, frozen)
     override_of = _match("overrides", overrides or {}, names, frozen)
     result = []
@@ -87,7 +128,17 @@ def assign(
         if found.name in split_of:
             found = replace(found, layout=_split_layout(found, split_of[found.name]), note="")
         result.append(_override(found, override_of.get(found.name, {})))
-    return result
+    return result, said if batch is not None or forward is not None else ""
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that are not trained."""
+    return [canonical_name(name) for name, p in unwrapped(model).named_parameters() if not p.requires_grad]
+
+
+def _are_overrides(batch: Any) -> bool:
+    """Whether a dict stands where overrides stood before there was a batch: a batch holds tensors."""
+    return isinstance(batch, Mapping) and not any(isinstance(value, Tensor) for value in batch.values())
 
 
 def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
@@ -124,7 +175,7 @@ def _by_shape(shape: tuple[int, ...]) -> tuple[str, Layout, tuple[int, ...]]:
     return "conv", ConvLayout(), shape[2:]
 
 
-def _trainable(model: nn.Module) -> list[Found]:
+def _trainable(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[list[Found], str]:
     if not isinstance(model, nn.Module):
         raise LayerwiseError(
             f"expected the model (an nn.Module), got {type(model).__name__}; "
@@ -141,7 +192,8 @@ def _trainable(model: nn.Module) -> list[Found]:
             )
         if p.requires_grad:
             _check_dtype(name, p)
-    everything = find_roles(model)
+    seen = look(model, batch, forward)
+    everything = find_roles(unwrapped(model), seen.evidence)
     if not everything:
         raise LayerwiseError(f"{type(model).__name__} has no parameters: there is nothing to train")
     trainable = [found for found in everything if found.parameter.requires_grad and found.parameter.numel()]
@@ -150,7 +202,7 @@ def _trainable(model: nn.Module) -> list[Found]:
             f"all {len(everything)} parameters of {type(model).__name__} are frozen or empty: "
             "set requires_grad=True on those to train"
         )
-    return trainable
+    return trainable, seen.said
 
 
 def _check_dtype(name: str, p: Any) -> None:
@@ -203,6 +255,8 @@ def _nearest(pattern: str, names: list[tuple[str, ...]]) -> str:
 
 def _split_layout(found: Found, spec: SplitSpec) -> Layout:
     shape = tuple(found.parameter.shape)
+    if isinstance(spec, str):
+        return _patterned(found, spec)
     whole = replace(found.layout, split=None)
     d_out = whole.stack_shape(shape)[1]
     if isinstance(spec, Mapping):
@@ -221,15 +275,24 @@ def _split_layout(found: Found, spec: SplitSpec) -> Layout:
     elif isinstance(spec, int) and not isinstance(spec, bool) and spec >= 1:
         split = Split.equal(*map(str, range(spec))) if spec > 1 else None
     else:
-        raise LayerwiseError(
-            f"splits: {found.name} has {spec!r}; give a number of equal parts, a dict of sizes, or a Split"
-        )
+        raise LayerwiseError(f"splits: {found.name} has {spec!r}; {_SPLITS}")
     if split is not None:
         try:
             split.rows(d_out)
         except LayerwiseError as error:
             raise LayerwiseError(f"splits: {found.name} of shape {shape}: {error}") from None
     return replace(whole, split=split)
+
+
+def _patterned(found: Found, pattern: str) -> Layout:
+    try:
+        layout = layout_of(pattern)
+        layout.shapes(tuple(found.parameter.shape))
+    except LayerwiseError as error:
+        raise LayerwiseError(
+            f"splits: {found.name} of shape {tuple(found.parameter.shape)} has {pattern!r}; {_SPLITS} ({error})"
+        ) from None
+    return layout
 
 
 def _override(found: Found, value: Override) -> Assigned:

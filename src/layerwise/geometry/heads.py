@@ -32,11 +32,14 @@ _TORCH_BLOCKS = (
 
 def output_head(model: nn.Module) -> Tensor | None:
     """The weight of the output head by the rules above, None where there is none."""
-    for module in model.modules():
-        weight = _declared_head(module)
-        if weight is not None:
-            return weight
-    return _last_projection(model)
+    declared = declared_head(model)
+    return _last_projection(model) if declared is None else declared
+
+
+def declared_head(model: nn.Module) -> Tensor | None:
+    """The weight that the model itself names as its head, None where it names none."""
+    weights = (_declared_head(module) for module in model.modules())
+    return next((weight for weight in weights if weight is not None), None)
 
 
 def _declared_head(module: Any) -> Tensor | None:

@@ -34,3 +34,25 @@ def is_norm(module: nn.Module) -> bool:
 def holds_lora(module: nn.Module | None) -> bool:
     """A layer with a low-rank adapter (peft's LoraLayer, loralib): it has both factors."""
     return hasattr(module, "lora_A") and hasattr(module, "lora_B")
+
+
+def lora_factors(model: nn.Module) -> list[nn.Parameter]:
+    """All factors of low-rank adapters in the model."""
+    return [
+        parameter
+        for module in model.modules()
+        if holds_lora(module)
+        for name, parameter in module.named_parameters()
+        if name.startswith(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))
+    ]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, DataParallel and DistributedDataParallel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

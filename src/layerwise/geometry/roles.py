@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from layerwise.geometry.experts import expert_layout, holds_experts
+from layerwise.geometry.forward import Evidence, judged
+from layerwise.geometry.found import Found
 from layerwise.geometry.fused import known_split, looks_fused, recurrent_split
-from layerwise.geometry.heads import output_head
+from layerwise.geometry.heads import declared_head, output_head
 from layerwise.geometry.layout import (
     ConvLayout,
     ConvTransposeLayout,
@@ -27,26 +29,9 @@ from layerwise.geometry.layout import (
     VectorStackLayout,
 )
 from layerwise.geometry.modules import holds_lora, is_hf_conv1d, is_linear, is_norm
+from layerwise.geometry.names import canonical_names
 
-ROLES = ("embedding", "head", "hidden", "conv", "experts", "vector", "lora_A", "lora_B")
 _ENTRY_BY_ENTRY = ("A_log",)  # the decay rates of Mamba's states: a table of numbers, multiplied with nothing
-
-
-@dataclass(frozen=True)
-class Found:
-    """A parameter tensor: `name` is its first name, `tied` the others; `kernel` the size of a convolution's."""
-
-    name: str
-    parameter: nn.Parameter
-    role: str
-    layout: Layout
-    kernel: tuple[int, ...] = ()
-    note: str = ""
-    tied: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name, *self.tied)
 
 
 @dataclass(frozen=True)
@@ -61,16 +46,31 @@ class _Place:
     def found(self, role: str, layout: Layout, kernel: tuple[int, ...] = (), note: str = "") -> Found:
         return Found(self.name, self.parameter, role, layout, kernel, note)
 
+    def assumed(self, role: str, layout: Layout, note: str) -> Found:
+        return Found(self.name, self.parameter, role, layout, (), f"assumed {note}", how="assumed")
 
-def find_roles(model: nn.Module) -> list[Found]:
-    """Every parameter of `model`, trainable or not, in the order of `model.named_parameters()`."""
-    head = output_head(model)
+
+def find_roles(model: nn.Module, evidence: Evidence | None = None) -> list[Found]:
+    """Every parameter of `model`, trainable or not, in the order of `model.named_parameters()`.
+
+    Args:
+        model: the model, unwrapped.
+        evidence: what a forward pass of it showed, if there was one.
+    """
+    head = output_head(model) if evidence is None else declared_head(model)
     found: dict[int, Found] = {}
     for place in _places(model):
         this = _classify(place, place.parameter is head)
         known = found.get(id(place.parameter))
         found[id(place.parameter)] = this if known is None else _tie(known, this)
-    return list(found.values())
+    if evidence is not None:
+        numbers = evidence.space.numbers
+        found = {key: judged(each, evidence, numbers[each.name]) for key, each in found.items()}
+    names = canonical_names(name for each in found.values() for name in each.names)
+    return [
+        replace(each, name=names[each.name], tied=tuple(names[name] for name in each.tied))
+        for each in found.values()
+    ]
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
@@ -151,15 +151,16 @@ def _assume(place: _Place, attribute: str) -> Found:
     dimensions = place.parameter.ndim
     if "pos" in attribute or (dimensions == 3 and place.parameter.shape[0] == 1):
         tables = {2: TransposedLayout(), 3: TransposedStackLayout()}
-        note = "assumed a table of learned positions"
-        return place.found("embedding", tables.get(dimensions, VectorLayout()), note=note)
+        return place.assumed(
+            "embedding", tables.get(dimensions, VectorLayout()), "a table of learned positions"
+        )
     if attribute.endswith("bias"):
-        return place.found("vector", VectorLayout(), note="assumed a bias")
+        return place.assumed("vector", VectorLayout(), "a bias")
     if dimensions == 2:
-        return place.found("hidden", MatrixLayout(), note="assumed a matrix stored (out, in)")
+        return place.assumed("hidden", MatrixLayout(), "a matrix stored (out, in)")
     if dimensions == 3:
-        return place.found("experts", StackLayout(), note="assumed a stack of matrices stored (k, out, in)")
-    return place.found("hidden", ConvLayout(), note="assumed a matrix stored (out, rest)")
+        return place.assumed("experts", StackLayout(), "a stack of matrices stored (k, out, in)")
+    return place.assumed("hidden", ConvLayout(), "a matrix stored (out, rest)")
 
 
 def _seen_through(place: _Place) -> tuple[nn.Module, str]:

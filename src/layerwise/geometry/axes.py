@@ -1,0 +1,115 @@
+"""Layouts in words: which dimension of a tensor maps out, which in, and which counts matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.geometry.layout import (
+    Layout,
+    MatrixLayout,
+    Shape,
+    Stack,
+    StackLayout,
+    TransposedLayout,
+    TransposedStackLayout,
+)
+
+_WORD = re.compile(r"\(([^()]*)\)|([^\s()]+)")
+_KNOWN: dict[str, type[Layout]] = {
+    "o i": MatrixLayout,
+    "i o": TransposedLayout,
+    "k o i": StackLayout,
+    "k i o": TransposedStackLayout,
+}
+
+
+@dataclass(frozen=True)
+class AxesLayout(Layout):
+    """Any arrangement of matrices, written as a word for each dimension of the tensor.
+
+    `o` maps out, `i` in, and `k` counts matrices. A dimension in brackets is divided, the slowest factor first; there a
+    number stands for so many matrices:
+
+    Attributes:
+        pattern: the words, such as
+
+            - `"o (4 i)"`: `[out, 4 * in]`, four matrices side by side, as an attention's output projection holds its heads;
+            - `"o (i 4)"`: the same, column by column in turn, as peft's `lora_B` holds the adapters of experts;
+            - `"(8 o) i"`: `[8 * out, in]`, eight experts in one matrix;
+            - `"k k o i"`: `[layers, 2, out, in]`, a bank of weights.
+
+    Example:
+        >>> AxesLayout(pattern="o (4 i)").shapes((32, 64))
+        ((4, 32, 16),)
+    """
+
+    pattern: str = "o i"
+
+    def __post_init__(self) -> None:
+        words = [name for names in self._words() for name in names]
+        once = all(sum(not name.isdigit() for name in names) == 1 for names in self._words())
+        if not once or not {"o", "i"} <= set(words) or not all(map(_is_word, words)):
+            raise LayerwiseError(
+                f"AxesLayout(pattern={self.pattern!r}): give one of o, i, k for each dimension, o and i at least once, "
+                'with numbers of matrices in brackets, such as "o (4 i)"'
+            )
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        sizes = self._sizes(shape)
+        k, d_out, d_in = (prod(size for name, size in sizes if name == side) for side in "koi")
+        return k, d_out, d_in
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        sizes = self._sizes(tensor.shape)
+        divided = tensor.reshape([size for _, size in sizes])
+        return divided.permute(self._order(sizes)).reshape(self.stack_shape(tensor.shape))
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        sizes = self._sizes(shape)
+        order = self._order(sizes)
+        divided = stack.reshape([sizes[dim][1] for dim in order])
+        back = sorted(range(len(order)), key=lambda position: order[position])
+        return divided.permute(back).reshape(tuple(shape))
+
+    def _words(self) -> list[list[str]]:
+        return [(inside or bare).split() for inside, bare in _WORD.findall(self.pattern)]
+
+    def _sizes(self, shape: Shape) -> list[tuple[str, int]]:
+        """(what it does, size) of every factor. Raises LayerwiseError for a shape that it cannot hold."""
+        words = self._words()
+        self._expect(len(words) == len(shape), shape, f"({self.pattern})")
+        factors = []
+        for names, size in zip(words, shape, strict=True):
+            known = prod(int(name) for name in names if name.isdigit())
+            self._expect(size % max(known, 1) == 0, shape, f"({self.pattern})")
+            factors += [
+                ("k", int(name)) if name.isdigit() else (name, size // max(known, 1)) for name in names
+            ]
+        return factors
+
+    @staticmethod
+    def _order(sizes: Sequence[tuple[str, int]]) -> list[int]:
+        return [dim for side in "koi" for dim, (name, _) in enumerate(sizes) if name == side]
+
+    def __str__(self) -> str:
+        return f"{self.pattern}{self._suffix()}"
+
+
+def _is_word(name: str) -> bool:
+    return name in ("o", "i", "k") or (name.isdigit() and int(name) > 0)
+
+
+def layout_of(pattern: str) -> Layout:
+    """The layout of a pattern of `AxesLayout`: one of the well-known four where it is one of them.
+
+    Raises:
+        LayerwiseError: a pattern that says nothing, or not enough.
+    """
+    known = _KNOWN.get(" ".join(pattern.split()))
+    return known() if known is not None else AxesLayout(pattern=pattern)

@@ -1,0 +1,21 @@
+"""What a model's parameters do, from one forward pass of it.
+
+addresses   every entry of every parameter has a number
+evidence    what is seen of a parameter: uses, places where its rows' results go, outputs
+origins     what is known of a tensor on its way
+flow        origins of all tensors of one forward pass
+rules       what each operation does to rows and weights
+products    the same for matrix products
+follow      the mode that sees every operation
+run         running the model, and leaving it as it was
+batches     small batches for transformers' models
+parts       from uses and places to a layout
+verdict     a parameter as its modules have it, put right by what was seen
+"""
+
+from layerwise.geometry.forward.evidence import Evidence
+from layerwise.geometry.forward.look import Look, look
+from layerwise.geometry.forward.run import Forward
+from layerwise.geometry.forward.verdict import judged
+
+__all__ = ["Evidence", "Forward", "Look", "judged", "look"]

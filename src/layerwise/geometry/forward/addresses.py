@@ -1,0 +1,102 @@
+"""Addresses: every entry of every parameter has a number, and whatever happens to a tensor happens to its numbers.
+
+The parameters of a model lie one after the other in one address space. The addresses of a parameter are a tensor of its
+shape on the meta device, so that a view of the parameter is a view of its addresses: sizes, strides and offset say
+which entry is where, and nothing is stored. The addresses of *activations* are integers in memory: each entry holds the
+address of the first entry of the row (of a weight) that made it, -1 where there is none. They vary along the features
+alone, so they are expanded along all other dimensions and as small as a bias.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Size, Tensor
+
+#: Above this many entries a tensor of addresses is not written out.
+LARGEST = 2**25
+
+
+class AddressSpace:
+    """The addresses of a model's parameters.
+
+    Args:
+        shapes: name -> shape, in any order.
+    """
+
+    def __init__(self, shapes: Mapping[str, Size]) -> None:
+        self.numbers = {name: number for number, name in enumerate(shapes)}
+        self.shapes = list(shapes.values())
+        self._starts = [0, *accumulate(shape.numel() for shape in self.shapes)]
+        space = torch.empty(self._starts[-1], dtype=torch.uint8, device="meta")
+        self._views = [
+            space[start : start + shape.numel()].view(shape)
+            for start, shape in zip(self._starts, self.shapes, strict=False)
+        ]
+
+    def at(self, index: int) -> Tensor:
+        """The addresses of parameter number `index`, as a view of the space."""
+        return self._views[index]
+
+    def start(self, index: int) -> int:
+        """The address of the first entry of parameter number `index`."""
+        return self._starts[index]
+
+    def owner(self, address: int) -> int:
+        """The number of the parameter that an address lies in."""
+        return bisect_right(self._starts, address) - 1
+
+    def owners(self, addresses: Tensor) -> frozenset[int]:
+        """The numbers of all parameters that addresses of activations lie in."""
+        present = torch.unique(small(addresses))
+        starts = torch.tensor(self._starts[1:])
+        indices = torch.bucketize(present[present >= 0], starts, right=True)
+        return frozenset(indices.unique().tolist())
+
+
+def first_address(addresses: Tensor) -> int:
+    """The address of the first entry."""
+    return int(addresses.storage_offset()) if addresses.is_meta else int(addresses.flatten()[0])
+
+
+def written_out(addresses: Tensor) -> Tensor:
+    """Addresses as integers in memory, of a view of the space or of addresses that are so already."""
+    if addresses.device.type != "meta":
+        return addresses
+    if addresses.numel() > LARGEST:
+        raise ValueError(f"{addresses.numel()} addresses are too many to write out")
+    result = torch.full((1,) * addresses.ndim, first_address(addresses), dtype=torch.int64)
+    for dim, (size, stride) in enumerate(zip(addresses.shape, addresses.stride(), strict=True)):
+        steps = [1] * addresses.ndim
+        steps[dim] = size
+        if stride:
+            result = result + (torch.arange(size) * stride).view(steps)
+    return result.expand(addresses.shape)
+
+
+def small(addresses: Tensor) -> Tensor:
+    """The same addresses without the repetitions of expanded dimensions, which get size one."""
+    for dim, stride in enumerate(addresses.stride()):
+        if stride == 0 and addresses.shape[dim] > 1:
+            addresses = addresses.narrow(dim, 0, 1)
+    return addresses
+
+
+def constant_along(addresses: Tensor, dims: Sequence[int]) -> bool:
+    """Whether all entries along these dimensions have the same address."""
+    some = small(addresses)
+    return all(
+        some.shape[dim] <= 1 or bool((some == some.narrow(dim, 0, 1)).all())
+        for dim in (d % addresses.ndim for d in dims)
+    )
+
+
+def first_along(addresses: Tensor, dim: int, size: int) -> Tensor:
+    """The address at the beginning of a dimension, repeated to `size` along it."""
+    first = addresses.narrow(dim, 0, 1)
+    shape = list(first.shape)
+    shape[dim] = size
+    return first.expand(shape)

@@ -1,0 +1,154 @@
+"""What a forward pass shows of each parameter: how it was used, where the results of its rows went, what came out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Size, Tensor
+
+from layerwise.geometry.forward.addresses import AddressSpace, first_address, small, written_out
+
+Kind = Literal["product", "convolution", "lookup", "table", "gain", "bias", "norm", "other"]
+Side = Literal["out", "in", "stack"]
+#: Sites kept of a parameter; a loop over time steps has one a step, and the first ones tell.
+MOST_SITES = 64
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a weight in a product: `size` entries, `stride` addresses apart, that map out, in, or neither."""
+
+    side: Side
+    size: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter.
+
+    Attributes:
+        kind: what was done with it.
+        offset: where in the parameter the part that was used begins.
+        axes: of a product, the dimensions of that part.
+        shape: the shape in which it was used.
+        groups: of a convolution.
+        transposed: whether the convolution was.
+        kernel: the size of the convolution's kernel.
+    """
+
+    kind: Kind
+    offset: int = 0
+    axes: tuple[Axis, ...] = ()
+    shape: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+    kernel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where results of rows went.
+
+    Attributes:
+        operation: number of the operation.
+        operand: which operand of it.
+        part: what such rows are called, "" if nothing in particular.
+        known: whether it is understood what the operation does with them.
+    """
+
+    operation: int
+    operand: int
+    part: str = ""
+    known: bool = True
+
+
+@dataclass
+class Evidence:
+    """All that was seen in the forward passes of one model.
+
+    Attributes:
+        space: the addresses of the model's parameters.
+        uses: parameter's number -> its uses.
+        sites: parameter's number -> (site, addresses of the rows whose results went there).
+        transformed: numbers of parameters whose results another parameter transformed afterwards.
+        reached: numbers of parameters whose results reached an output of the model.
+        problems: names of operations that could not be followed.
+    """
+
+    space: AddressSpace
+    uses: dict[int, list[Use]] = field(default_factory=lambda: defaultdict(list))
+    sites: dict[int, list[tuple[Site, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    transformed: set[int] = field(default_factory=set)
+    reached: set[int] = field(default_factory=set)
+    problems: set[str] = field(default_factory=set)
+
+    def product(self, view: Tensor, sides: Sequence[Side]) -> None:
+        """A weight took part in a matrix product; `sides` says what each dimension of its view does."""
+        axes = tuple(
+            Axis(side, size, _stride(view, dim))
+            for dim, (side, size) in enumerate(zip(sides, view.shape, strict=True))
+            if size > 1 and not (side == "stack" and _stride(view, dim) == 0)
+        )
+        spread = any(axis.stride == 0 for axis in axes)  # a gain, expanded to the shape of a matrix
+        self._note(view, "gain" if spread else "product", axes=() if spread else axes)
+
+    def convolution(self, view: Tensor, groups: int, transposed: bool) -> None:
+        """A weight was the kernel of a convolution."""
+        self._note(view, "convolution", groups=groups, transposed=transposed, kernel=tuple(view.shape[2:]))
+
+    def used(self, view: Tensor, kind: Kind) -> None:
+        """Any other use of a weight."""
+        self._note(view, kind)
+
+    def went(self, rows: Iterable[Tensor], site: Site) -> None:
+        """The results of these rows went to a site."""
+        for addresses in rows:
+            present = torch.unique(small(addresses))
+            present = present[present >= 0]
+            for owner in self.space.owners(present):
+                start = self.space.start(owner)
+                end = start + self.space.shapes[owner].numel()
+                mine = present[(present >= start) & (present < end)] - start
+                self._add(owner, site, mine)
+
+    def _add(self, owner: int, site: Site, rows: Tensor) -> None:
+        sites = self.sites[owner]
+        last = sites[-1] if sites else None
+        if last is not None and (last[0].operation, last[0].operand) == (site.operation, site.operand):
+            sites[-1] = last[0], torch.cat([last[1], rows])
+        elif len(sites) < MOST_SITES:
+            sites.append((site, rows))
+
+    def _note(
+        self,
+        view: Tensor,
+        kind: Kind,
+        axes: tuple[Axis, ...] = (),
+        groups: int = 1,
+        transposed: bool = False,
+        kernel: tuple[int, ...] = (),
+    ) -> None:
+        if not view.numel():
+            return
+        first = first_address(view)
+        owner = self.space.owner(first)
+        shape: Size = view.shape
+        offset = first - self.space.start(owner)
+        use = Use(kind, offset, axes, tuple(shape), groups, transposed, kernel)
+        if use not in self.uses[owner]:
+            self.uses[owner].append(use)
+
+
+def _stride(view: Tensor, dim: int) -> int:
+    """How many addresses lie between neighbours along a dimension. Raises ValueError where that varies."""
+    if view.is_meta:
+        return view.stride(dim)
+    steps = written_out(view).diff(dim=dim)
+    if steps.numel() and bool((steps != steps.flatten()[0]).any()):
+        raise ValueError("the entries are not evenly spaced")
+    return int(steps.flatten()[0]) if steps.numel() else 0

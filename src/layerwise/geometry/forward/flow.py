@@ -1,0 +1,120 @@
+"""What is known in the middle of a forward pass: where every tensor comes from, and what was seen so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from layerwise.geometry.forward.addresses import AddressSpace
+from layerwise.geometry.forward.evidence import Evidence
+from layerwise.geometry.forward.origins import CONSTANT, Origin
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of an operation of torch: `number` counts them, `results` are the tensors that came out."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    results: tuple[Tensor, ...]
+    number: int
+
+    @cached_property
+    def name(self) -> str:
+        """`add` for `aten.add.Tensor` and for `aten.add_.Tensor`."""
+        return str(self.func.overloadpacket.__name__).removesuffix("_")
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All tensors given, those in lists too."""
+        return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
+
+    def argument(self, name: str) -> Any:
+        """An argument by its name in the operation's schema, None where it was not given."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        for position, declared in enumerate(self.func._schema.arguments):
+            if declared.name == name:
+                return self.args[position] if position < len(self.args) else declared.default_value
+        return None
+
+    def has(self, tag: torch.Tag) -> bool:
+        """Whether torch has given the operation this tag."""
+        return tag in self.func.tags
+
+
+class Flow:
+    """The origins of the tensors of one model, and the evidence on its parameters.
+
+    Args:
+        model: whose parameters are followed.
+        space: their addresses, by the names of `model.named_parameters()`.
+        factors: numbers of parameters that are factors of low-rank adapters.
+        linear: numbers of parameters that belong to linear layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, space: AddressSpace, factors: frozenset[int], linear: frozenset[int]
+    ) -> None:
+        self.evidence = Evidence(space)
+        self.factors = factors
+        self.linear = linear
+        self._model = model
+        self._numbers: dict[int, int] = {}
+        self._constants = {id(buffer) for buffer in model.buffers()}
+        self._origins = WeakTensorKeyDictionary()
+        self._written: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+        self._look_up_names()
+
+    def origin(self, tensor: Tensor) -> Origin | None:
+        """Where a tensor comes from, None for inputs and what was made of inputs alone."""
+        known = self._origins.get(tensor)
+        if known is not None:
+            return known
+        if id(tensor) in self._constants:
+            return CONSTANT
+        if isinstance(tensor, nn.Parameter):
+            if id(tensor) not in self._numbers:
+                self._look_up_names()  # FSDP2 puts others in their place for the time of the forward pass
+            number = self._numbers.get(id(tensor))
+            if number is None:
+                return None
+            addresses = self.evidence.space.at(number)
+            return Origin((addresses,) if addresses.shape == tensor.shape else (), constant=True)
+        return self._of_storage(tensor) if self._written else None
+
+    def came_from(self, tensor: Tensor, origin: Origin) -> None:
+        """Remember the origin of a tensor."""
+        self._origins[tensor] = origin
+
+    def wrote(self, tensor: Tensor, rows: Tensor) -> None:
+        """Results of these rows were written into a tensor, which may be a part of a larger one."""
+        storage = tensor.untyped_storage()
+        known = self._written.get(storage._cdata)
+        if known is None:
+            entries = storage.nbytes() // tensor.element_size()
+            known = StorageWeakRef(storage), torch.full((entries,), -1)
+            self._written[storage._cdata] = known
+        known[1].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(rows)
+
+    def _of_storage(self, tensor: Tensor) -> Origin | None:
+        reference, flat = self._written.get(tensor.untyped_storage()._cdata, (None, None))
+        if reference is None or flat is None or reference.expired():
+            return None
+        rows = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return Origin(rows=(rows.clone(),))
+
+    def _look_up_names(self) -> None:
+        numbers = self.evidence.space.numbers
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            if name in numbers:
+                self._numbers.setdefault(id(parameter), numbers[name])

@@ -1,0 +1,54 @@
+"""The mode that watches a forward pass, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from layerwise.geometry.forward.flow import Flow, Operation
+from layerwise.geometry.forward.rules import follow
+
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError)
+
+
+class Follow(TorchDispatchMode):
+    """Runs every operation under it as it is, and then tells a flow what it does to the rows of weights."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._flow = flow
+        self._count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, then say of its results where they come from."""
+        kwargs = kwargs or {}
+        out = _run(func, args, kwargs)
+        self._count += 1
+        results = tuple(leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor))
+        operation = Operation(func, args, kwargs, results, self._count)
+        try:
+            if results:
+                follow(self._flow, operation)
+        except _FAILURES:  # what is not understood must not break the user's forward pass
+            self._flow.evidence.problems.add(operation.name)
+        return out
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The operation itself; where a tensor is on the meta device, the others are taken there too."""
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    if not any(tensor.is_meta for tensor in tensors):
+        return func(*args, **kwargs)
+    args, kwargs = tree_map_only(
+        Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to("meta"), (args, kwargs)
+    )
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    return func(*args, **kwargs)

@@ -1,0 +1,59 @@
+"""One look at a model: with the user's batch, with one made for it, or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from layerwise.geometry.forward.batches import made_batch
+from layerwise.geometry.forward.evidence import Evidence
+from layerwise.geometry.forward.run import Forward, call, watch
+from layerwise.geometry.modules import is_linear, lora_factors, unwrapped
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a forward pass showed, None where there was none, and one line on why there was none."""
+
+    evidence: Evidence | None
+    said: str = ""
+
+
+def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) -> Look:
+    """Run the model once on the batch and watch its parameters.
+
+    Args:
+        model: the model, wrapped or not. Nothing of it changes.
+        batch: what the model takes: a tensor, a tuple of arguments, or a dict of keywords. None makes a small one for
+            transformers' models where that is safe.
+        forward: `forward(model, batch)` runs the model instead of a plain call.
+
+    Returns:
+        The evidence; where the model cannot be run, none, and a line that says why.
+    """
+    inner = unwrapped(model)
+    given = batch is not None or forward is not None
+    if not given:
+        batch = made_batch(inner)
+        if batch is None:
+            return Look(None)
+    numbers = {id(p): number for number, p in enumerate(inner.parameters())}
+    factors = frozenset(numbers[id(p)] for p in lora_factors(inner))
+    linear = frozenset(
+        numbers[id(p)]
+        for module in inner.modules()
+        if is_linear(module)
+        for p in module._parameters.values()
+        if p is not None
+    )
+    try:
+        return Look(watch(inner, batch, forward or call, factors, linear))
+    except Exception as error:  # whatever a user's model raises
+        first = (str(error).splitlines() or [""])[0][:200]
+        tried = "the batch" if given else "a batch made for it"
+        return Look(
+            None,
+            f"the model did not run on {tried} ({type(error).__name__}: {first}): roles are those of the modules",
+        )

@@ -1,0 +1,74 @@
+"""What is known of a tensor in a forward pass: which parameters it was made from, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Size, Tensor
+
+from layerwise.geometry.forward.addresses import small
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor comes from. A tensor without one is an input, or was made from inputs alone.
+
+    Attributes:
+        weights: addresses of the parameters it holds, entry by entry, each in the tensor's shape.
+        constant: whether it was made from parameters and buffers alone.
+        rows: addresses of the rows of weights that made its entries; several where results were added up.
+        results_of: numbers of the parameters whose results, untransformed by another parameter, are in it.
+        bent: whether a nonlinear function was applied since the rows made it.
+    """
+
+    weights: tuple[Tensor, ...] = ()
+    constant: bool = False
+    rows: tuple[Tensor, ...] = ()
+    results_of: frozenset[int] = frozenset()
+    bent: bool = False
+
+
+CONSTANT = Origin(constant=True)
+#: Sums of more results than these keep the last ones: a residual stream, whose rows nobody asks for.
+MOST_ROWS = 4
+
+
+def expanded(addresses: Tensor, shape: Size) -> Tensor | None:
+    """Addresses broadcast to a shape, None where that cannot be."""
+    if addresses.shape == shape:
+        return addresses
+    try:
+        return addresses.expand(shape)
+    except RuntimeError:
+        return None
+
+
+def joined(origins: Iterable[Origin], shape: Size, transformed: set[int]) -> Origin:
+    """The origin of what an operation makes of activations entry by entry."""
+    rows: list[Tensor] = []
+    results: set[int] = set()
+    bent = False
+    for origin in origins:
+        results |= origin.results_of
+        bent |= origin.bent
+        fit = [expanded(addresses, shape) for addresses in origin.rows]
+        rows += [addresses for addresses in fit if addresses is not None and not _known(addresses, rows)]
+    return Origin(
+        rows=tuple(rows[-MOST_ROWS:]), results_of=frozenset(results - transformed), bent=bent and bool(rows)
+    )
+
+
+def replayed(origin: Origin, weights: Iterable[Tensor], rows: Iterable[Tensor]) -> Origin:
+    """The same origin after an operation that moves entries about."""
+    return replace(origin, weights=tuple(weights), rows=tuple(rows))
+
+
+def _known(addresses: Tensor, among: list[Tensor]) -> bool:
+    """Whether rows of the same weight are among these: halves of a rotary embedding, joined in a sum."""
+    first = small(addresses)
+    for other in among:
+        known = small(other)
+        if known.shape == first.shape and bool((known == first).all()):
+            return True
+    return False

@@ -1,0 +1,174 @@
+"""Matrix products: which dimension of a weight maps out and which in, and which rows meet in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from layerwise.geometry.forward.addresses import constant_along, first_address, written_out
+from layerwise.geometry.forward.evidence import Side, Site
+from layerwise.geometry.forward.flow import Flow, Operation
+from layerwise.geometry.forward.origins import Origin, joined
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a product: the tensor, and which of its dimensions is contracted, free, and of a batch.
+
+    Attributes:
+        tensor: the operand.
+        inner: its contracted dimension.
+        free: the dimension that stays, None of a vector.
+        side: 0 on the left, 1 on the right: where its free dimension stands in the result.
+    """
+
+    tensor: Tensor
+    inner: int
+    free: int | None
+    side: int
+
+    def sides(self, free: Side, inner: Side) -> list[Side]:
+        """What each dimension does, given what the free and the contracted one do."""
+        names: dict[int | None, Side] = {self.free: free, self.inner: inner}
+        return [names.get(dim, "stack") for dim in range(self.tensor.ndim)]
+
+    def placed(self, addresses: Tensor, result: Tensor) -> Tensor:
+        """Addresses of this operand, the first along the contracted dimension, in the shape of the product."""
+        rows = addresses.select(self.inner, 0)  # [..., free]
+        if self.free is not None and result.ndim > 1:
+            rows = rows.unsqueeze(-1) if self.side == 0 else rows.unsqueeze(-2)
+        while rows.ndim > result.ndim:  # grouped products: the groups of rows are not told apart
+            rows = rows.select(0, 0)
+        return rows.expand(result.shape)
+
+
+def multiply(flow: Flow, op: Operation, left: Operand, right: Operand, added: Iterable[Tensor] = ()) -> None:
+    """A product of two tensors, to which others were added."""
+    result = op.results[0]
+    origins = [flow.origin(operand.tensor) or Origin() for operand in (left, right)]
+    held = [bool(origin.constant and origin.weights) for origin in origins]
+    if all(held) and _are_factors(flow, origins):
+        for view in origins[0].weights:
+            flow.evidence.product(view, left.sides("out", "in"))
+        for view in origins[1].weights:
+            flow.evidence.product(view, right.sides("in", "out"))
+        flow.came_from(result, Origin(constant=True))
+        return
+    if all(held):
+        held = [not _right_is_the_weight(flow, origins), _right_is_the_weight(flow, origins)]
+    if any(held):
+        weight, other = (left, right) if held[0] else (right, left)
+        outcome = _by_weight(flow, op, weight, origins[weight.side], other, origins[other.side])
+    else:
+        outcome = _of_activations(flow, op, (left, right), origins)
+    flow.came_from(result, joined([outcome, *_added(flow, added)], result.shape, flow.evidence.transformed))
+
+
+def _by_weight(
+    flow: Flow, op: Operation, weight: Operand, made_of: Origin, other: Operand, source: Origin
+) -> Origin:
+    """A weight maps an activation: the result has the weight's rows."""
+    flow.evidence.went(source.rows, Site(op.number, other.side))
+    flow.evidence.transformed |= source.results_of
+    for table in source.weights:
+        flow.evidence.used(table, "table")
+    rows = []
+    for view in made_of.weights:
+        flow.evidence.product(view, weight.sides("out", "in"))
+        first = written_out(view.narrow(weight.inner, 0, 1))
+        rows.append(weight.placed(first, op.results[0]))
+    numbers = frozenset(n for addresses in rows for n in flow.evidence.space.owners(addresses))
+    return Origin(rows=tuple(rows), results_of=numbers)
+
+
+def _of_activations(
+    flow: Flow, op: Operation, operands: tuple[Operand, Operand], origins: list[Origin]
+) -> Origin:
+    """Rows end where they are contracted; along the other dimension they go on."""
+    passed = []
+    for operand, origin in zip(operands, origins, strict=True):
+        for addresses in origin.rows:
+            goes_on = constant_along(addresses, [operand.inner])
+            part = "v" if goes_on else "qk"[operand.side]
+            flow.evidence.went([addresses], Site(op.number, operand.side, part))
+            if goes_on:
+                passed.append(operand.placed(addresses, op.results[0]))
+    return Origin(rows=tuple(passed), results_of=origins[0].results_of | origins[1].results_of)
+
+
+def _added(flow: Flow, tensors: Iterable[Tensor]) -> list[Origin]:
+    """The origins of what is added to a product; biases among them are noted."""
+    origins = [flow.origin(tensor) or Origin() for tensor in tensors]
+    for origin in origins:
+        for view in origin.weights if origin.constant else ():
+            flow.evidence.used(view, "bias")
+    return [origin for origin in origins if not origin.constant]
+
+
+def _are_factors(flow: Flow, origins: list[Origin]) -> bool:
+    """Whether two weights that are multiplied are the factors of one adapter, which makes a weight of them."""
+    return any(_numbers(flow, origin) & flow.factors for origin in origins)
+
+
+def _right_is_the_weight(flow: Flow, origins: list[Origin]) -> bool:
+    """Of a table of learned inputs and the weight that maps it, which is the weight: as a rule the one on the right."""
+    left, right = (bool(_numbers(flow, origin) & flow.linear) for origin in origins)
+    return right or not left
+
+
+def _numbers(flow: Flow, origin: Origin) -> frozenset[int]:
+    return frozenset(flow.evidence.space.owner(first_address(view)) for view in origin.weights)
+
+
+def _mm(flow: Flow, op: Operation) -> None:
+    a, b = op.args[:2]
+    multiply(flow, op, Operand(a, 1, 0, 0), Operand(b, 0, 1, 1))
+
+
+def _addmm(flow: Flow, op: Operation) -> None:
+    added, a, b = op.args[:3]
+    multiply(flow, op, Operand(a, 1, 0, 0), Operand(b, 0, 1, 1), [added])
+
+
+def _bmm(flow: Flow, op: Operation) -> None:
+    a, b = op.args[:2]
+    multiply(flow, op, Operand(a, 2, 1, 0), Operand(b, 1, 2, 1))
+
+
+def _baddbmm(flow: Flow, op: Operation) -> None:
+    added, a, b = op.args[:3]
+    multiply(flow, op, Operand(a, 2, 1, 0), Operand(b, 1, 2, 1), [added])
+
+
+def _mv(flow: Flow, op: Operation) -> None:
+    a, b = op.args[:2]
+    multiply(flow, op, Operand(a, 1, 0, 0), Operand(b, 0, None, 1))
+
+
+def _linear(flow: Flow, op: Operation) -> None:
+    x, weight = op.args[:2]
+    added = [op.args[2]] if len(op.args) > 2 and isinstance(op.args[2], Tensor) else []
+    multiply(flow, op, Operand(x, x.ndim - 1, x.ndim - 2, 0), Operand(weight, 1, 0, 1), added)
+
+
+def _grouped_mm(flow: Flow, op: Operation) -> None:
+    a, b = op.args[:2]
+    multiply(flow, op, Operand(a, a.ndim - 1, a.ndim - 2, 0), Operand(b, b.ndim - 2, b.ndim - 1, 1))
+
+
+PRODUCTS: dict[str, Callable[[Flow, Operation], None]] = {
+    "mm": _mm,
+    "addmm": _addmm,
+    "_addmm_activation": _addmm,
+    "bmm": _bmm,
+    "baddbmm": _baddbmm,
+    "mv": _mv,
+    "dot": lambda flow, op: multiply(
+        flow, op, Operand(op.args[0], 0, None, 0), Operand(op.args[1], 0, None, 1)
+    ),
+    "linear": _linear,
+    "_grouped_mm": _grouped_mm,
+    "_scaled_mm": _mm,
+}

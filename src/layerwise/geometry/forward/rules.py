@@ -1,0 +1,393 @@
+"""What each operation of torch does to the rows and weights that go through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import product as pairs
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.geometry.forward.addresses import constant_along, first_along, small, written_out
+from layerwise.geometry.forward.evidence import Kind, Site
+from layerwise.geometry.forward.flow import Flow, Operation
+from layerwise.geometry.forward.origins import CONSTANT, Origin, expanded, joined, replayed
+from layerwise.geometry.forward.products import PRODUCTS
+
+Rule = Callable[[Flow, Operation], None]
+
+#: Entry by entry, but linear: a result that went through anything else is "bent".
+_LINEAR = frozenset(
+    {"add", "sub", "rsub", "mul", "div", "neg", "clone", "where", "masked_fill", "lerp", "addcmul", "addcdiv"}
+)
+_SCALES = frozenset({"mul", "div", "addcmul", "addcdiv", "multiply", "divide"})
+
+
+def follow(flow: Flow, op: Operation) -> None:
+    """Say where the results of an operation come from, and note what it shows of the parameters in it."""
+    origins = [flow.origin(tensor) for tensor in op.tensors]
+    if not any(origins) and op.tensors:
+        return
+    if all(origin is not None and origin.constant and not origin.weights for origin in origins):
+        _all(flow, op, CONSTANT)
+    else:
+        _rule(op)(flow, op)
+
+
+def _rule(op: Operation) -> Rule:
+    if op.name in RULES:
+        return RULES[op.name]
+    if "attention" in op.name:
+        return attention
+    if op.has(torch.Tag.pointwise):
+        return pointwise
+    if op.has(torch.Tag.reduction):
+        return reduction
+    return replay if op.func.is_view else other
+
+
+def pointwise(flow: Flow, op: Operation) -> None:
+    """Entry by entry: rows stay where they are; a product of two rows of one weight tells them apart."""
+    shape = op.results[0].shape
+    given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.tensors]
+    if all(origin.constant for _, origin in given):
+        kept = [
+            weight
+            for tensor, origin in given
+            for weight in origin.weights
+            if _fits(flow, tensor, weight, shape)
+        ]
+        _all(flow, op, Origin(tuple(kept), constant=True))
+        return
+    activations = [origin for _, origin in given if not origin.constant]
+    kind: Kind = "gain" if op.name in _SCALES else "bias"
+    for _, origin in given:
+        for weight in origin.weights if origin.constant else ():
+            flow.evidence.used(weight, kind)
+            if kind == "gain" and weight.numel() > 1:
+                flow.evidence.transformed |= {n for each in activations for n in each.results_of}
+    if op.name in _SCALES:
+        _meet(flow, op, activations)
+    result = joined(activations, shape, flow.evidence.transformed)
+    bent = result.bent or (op.name not in _LINEAR and bool(result.rows))
+    _all(flow, op, replace(result, bent=bent))
+
+
+def _fits(flow: Flow, tensor: Tensor, weight: Tensor, shape: torch.Size) -> bool:
+    """Whether a weight lives on in a larger expression of weights; a smaller one is a gain of the others."""
+    if tensor.shape != shape:
+        flow.evidence.used(weight, "gain")
+    return tensor.shape == shape
+
+
+def _meet(flow: Flow, op: Operation, origins: Sequence[Origin]) -> None:
+    """Rows that are multiplied with other rows of the same weight: a gate and what it lets through."""
+    if len(origins) < 2 or not (origins[0].rows and origins[1].rows):
+        return
+    one, two = origins[:2]
+    names = {(True, False): ("gate", "up"), (False, True): ("up", "gate")}.get((one.bent, two.bent), ("", ""))
+    for mine, yours in pairs(one.rows, two.rows):
+        if not flow.evidence.space.owners(mine) & flow.evidence.space.owners(yours):
+            continue
+        a, b = torch.broadcast_tensors(small(mine), small(yours))
+        if bool(((a != b) & (a >= 0) & (b >= 0)).any()):
+            flow.evidence.went([mine], Site(op.number, 0, names[0]))
+            flow.evidence.went([yours], Site(op.number, 1, names[1]))
+
+
+def reduction(flow: Flow, op: Operation) -> None:
+    """Sums and the like: rows live on where all entries that are put together have the same one."""
+    origin = flow.origin(op.tensors[0]) or Origin()
+    if origin.constant:
+        _all(flow, op, CONSTANT)
+        return
+    dims = op.argument("dim")
+    dims = [dims] if isinstance(dims, int) else list(dims or range(op.tensors[0].ndim))
+    kept = [rows for rows in origin.rows if rows.ndim and constant_along(rows, dims)]
+    for result in op.results:
+        rows = [_without(rows, dims, result) for rows in kept]
+        flow.came_from(
+            result,
+            replace(origin, rows=tuple(rows), results_of=origin.results_of - flow.evidence.transformed),
+        )
+
+
+def _without(rows: Tensor, dims: Sequence[int], result: Tensor) -> Tensor:
+    for dim in sorted((d % rows.ndim for d in dims), reverse=True):
+        rows = rows.narrow(dim, 0, 1) if result.ndim == rows.ndim else rows.select(dim, 0)
+    return rows
+
+
+def same(flow: Flow, op: Operation) -> None:
+    """The first result is the first tensor again, entry by entry: a copy, a softmax, dropout, another precision."""
+    origin = flow.origin(op.tensors[0])
+    if origin is not None and op.results[0].shape == op.tensors[0].shape:
+        _all(flow, op, replace(origin, bent=origin.bent or "softmax" in op.name))
+
+
+def replay(flow: Flow, op: Operation) -> None:
+    """Views and other moves of entries: done with the addresses as well."""
+    origin = flow.origin(op.tensors[0])
+    if origin is None:
+        return
+    weights = [_moved(op, addresses) for addresses in origin.weights]
+    rows = [_moved(op, addresses) for addresses in origin.rows]
+    for index, result in enumerate(op.results):
+        flow.came_from(
+            result,
+            replayed(
+                origin,
+                [moved[index] for moved in weights if moved[index].shape == result.shape],
+                [moved[index] for moved in rows if moved[index].shape == result.shape],
+            ),
+        )
+
+
+def _moved(op: Operation, addresses: Tensor) -> list[Tensor]:
+    arguments: list[Any] = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in op.args[1:]]
+    try:
+        out = op.func(addresses, *arguments, **op.kwargs)
+    except RuntimeError:
+        if op.name not in ("view", "_unsafe_view"):
+            raise
+        out = written_out(addresses).reshape(arguments[0])
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+def pad(flow: Flow, op: Operation) -> None:
+    """What is put around has no rows."""
+    origin = flow.origin(op.tensors[0])
+    if origin is not None and not origin.constant:
+        rows = [torch.constant_pad_nd(addresses, op.args[1], -1) for addresses in origin.rows]
+        _all(flow, op, replayed(origin, (), rows))
+
+
+def join(flow: Flow, op: Operation) -> None:
+    """`cat` and `stack`: rows side by side, -1 where a tensor has none."""
+    given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.args[0]]
+    mixed = not all(origin.constant for _, origin in given)
+    for _, origin in given:
+        for weight in origin.weights:
+            flow.evidence.used(weight, "table" if mixed else "other")
+    if not mixed:
+        _all(flow, op, CONSTANT)
+        return
+    dim = op.argument("dim") or 0
+    most = max(len(origin.rows) for _, origin in given)
+    rows = []
+    for index in range(most):
+        parts = [_rows_or_none(tensor, origin, index) for tensor, origin in given]
+        rows.append(_joined(op, parts, dim))
+    result = joined(
+        [replace(origin, rows=()) for _, origin in given], op.results[0].shape, flow.evidence.transformed
+    )
+    _all(flow, op, replace(result, rows=tuple(rows)))
+
+
+def _rows_or_none(tensor: Tensor, origin: Origin, index: int) -> Tensor:
+    if origin.rows:
+        return origin.rows[min(index, len(origin.rows) - 1)]
+    return torch.full((1,) * tensor.ndim, -1).expand(tensor.shape)
+
+
+def _joined(op: Operation, parts: list[Tensor], dim: int) -> Tensor:
+    """Joined where the rows vary, and expanded along the dimensions where they do not."""
+    stacked = op.name == "stack"
+    shape = op.results[0].shape
+    dim %= len(shape)
+    for axis in range(parts[0].ndim):
+        alike = all(part.ndim == parts[0].ndim and part.stride(axis) == 0 for part in parts)
+        if alike and (stacked or axis != dim):
+            parts = [part.narrow(axis, 0, min(1, part.shape[axis])) for part in parts]
+    return op.func(parts, dim).expand(shape)
+
+
+def lookup(flow: Flow, op: Operation) -> None:
+    """An embedding: rows of a table by number. Of a stack of matrices, some of them."""
+    origin = flow.origin(op.tensors[0]) or Origin()
+    if not (origin.constant and origin.weights):
+        _gathered(flow, op, origin)
+        return
+    constant = all((flow.origin(tensor) or Origin()).constant for tensor in op.tensors)
+    if op.name == "index" and len(op.args[1]) == 1 and op.tensors[0].ndim > 2:
+        some = [expanded(weight.select(0, 0), op.results[0].shape) for weight in origin.weights]
+        _all(flow, op, Origin(tuple(weight for weight in some if weight is not None), constant=True))
+        return
+    for weight in origin.weights:
+        flow.evidence.used(weight, "lookup")
+    _all(flow, op, CONSTANT if constant else Origin())
+
+
+def _gathered(flow: Flow, op: Operation, origin: Origin) -> None:
+    """Chosen entries of an activation: its rows too, where the choice is at hand."""
+    results_of = origin.results_of - flow.evidence.transformed
+    rows: list[Tensor] = []
+    if op.name in ("index", "index_select", "gather") and not any(tensor.is_meta for tensor in op.tensors):
+        at_hand = [
+            [i if i is None else i.cpu() for i in arg] if isinstance(arg, (list, tuple)) else arg
+            for arg in (arg.cpu() if isinstance(arg, Tensor) else arg for arg in op.args[1:])
+        ]
+        rows = [op.func(addresses, *at_hand) for addresses in origin.rows]
+    _all(flow, op, replace(origin, rows=tuple(rows), results_of=results_of, weights=()))
+
+
+def norm(flow: Flow, op: Operation) -> None:
+    """Normalisations: gains and biases are used; what goes through was transformed, unless there is no gain."""
+    gain = op.argument("weight")
+    for parameter in (gain, op.argument("bias")):
+        if isinstance(parameter, Tensor):
+            for weight in (flow.origin(parameter) or Origin()).weights:
+                flow.evidence.used(weight, "norm")
+    origin = flow.origin(op.tensors[0])
+    if origin is None:
+        return
+    if gain is not None:
+        flow.evidence.transformed |= origin.results_of
+    flow.came_from(op.results[0], replace(origin, results_of=origin.results_of - flow.evidence.transformed))
+
+
+def convolution(flow: Flow, op: Operation) -> None:
+    """A convolution. A depthwise one keeps its inputs' rows, channel by channel."""
+    x, weight = op.tensors[:2]
+    source, kernel = flow.origin(x) or Origin(), flow.origin(weight) or Origin()
+    groups, transposed = op.argument("groups"), bool(op.argument("transposed"))
+    if not (kernel.constant and kernel.weights):
+        other(flow, op)
+        return
+    _biases(flow, op.tensors[2:])
+    result = op.results[0]
+    channels = result.ndim - (weight.ndim - 2) - 1
+    shape = [1] * result.ndim
+    shape[channels] = result.shape[channels]
+    rows = []
+    for view in kernel.weights:
+        flow.evidence.convolution(view, groups, transposed)
+        taps = written_out(view.flatten(2)[..., 0] if view.ndim > 2 else view)
+        outputs = taps.unflatten(0, (groups, -1))[:, 0].flatten() if transposed else taps[:, 0]
+        rows.append(outputs.view(shape).expand(result.shape))
+    flow.evidence.transformed |= source.results_of
+    if groups == x.shape[channels] == result.shape[channels]:
+        spatial = range(channels + 1, result.ndim)
+        for addresses in source.rows:
+            if constant_along(addresses, spatial):
+                for dim in spatial:
+                    addresses = first_along(addresses, dim, result.shape[dim])
+                rows.append(addresses)
+    else:
+        flow.evidence.went(source.rows, Site(op.number, 0))
+    numbers = frozenset(n for view in kernel.weights for n in flow.evidence.space.owners(rows[0]))
+    flow.came_from(result, Origin(rows=tuple(rows), results_of=numbers))
+
+
+def attention(flow: Flow, op: Operation) -> None:
+    """Attention in one operation: queries, keys and values come first, and the rows of the values come out."""
+    origins = [flow.origin(tensor) or Origin() for tensor in op.tensors]
+    for operand, (origin, part) in enumerate(zip(origins, "qkv", strict=False)):
+        flow.evidence.went(origin.rows, Site(op.number, operand, part))
+    _biases(flow, op.tensors[3:])
+    out = op.results[0]
+    rows = []
+    for addresses in origins[2].rows:
+        if addresses.ndim == out.ndim and out.ndim > 2:
+            addresses = first_along(addresses, -2, out.shape[-2])
+            repeats = out.shape[-3] // max(1, addresses.shape[-3])
+            rows.append(addresses.repeat_interleave(repeats, -3) if repeats > 1 else addresses)
+    results_of = frozenset().union(*(origin.results_of for origin in origins)) - flow.evidence.transformed
+    fitting = tuple(addresses for addresses in rows if addresses.shape == out.shape)
+    flow.came_from(out, Origin(rows=fitting, results_of=results_of))
+
+
+def glu(flow: Flow, op: Operation) -> None:
+    """`a * sigmoid(b)` of the two halves."""
+    origin = flow.origin(op.tensors[0]) or Origin()
+    dim = op.argument("dim")
+    halves = [addresses.chunk(2, -1 if dim is None else dim) for addresses in origin.rows]
+    for value, gate in halves:
+        flow.evidence.went([value], Site(op.number, 0, "up"))
+        flow.evidence.went([gate], Site(op.number, 1, "gate"))
+    _all(flow, op, replace(origin, rows=tuple(value for value, _ in halves)))
+
+
+def copy(flow: Flow, op: Operation) -> None:
+    """Written in place: the target, or the part of it that was written, now comes from the source."""
+    target, source = op.args[:2]
+    origin = flow.origin(source)
+    if origin is None or (origin.constant and not origin.weights):
+        return
+    for weight in origin.weights:
+        flow.evidence.used(weight, "table")
+    rows = [r for r in (expanded(addresses, target.shape) for addresses in origin.rows) if r is not None]
+    flow.came_from(target, replace(origin, rows=tuple(rows), weights=(), constant=False))
+    if rows:
+        flow.wrote(target, rows[0])
+
+
+def weight_norm(flow: Flow, op: Operation) -> None:
+    """torch's own `g v / |v|`: the weight is `v`, and `g` its gain."""
+    direction, gain = (flow.origin(tensor) or Origin() for tensor in op.tensors[:2])
+    for weight in gain.weights:
+        flow.evidence.used(weight, "gain")
+    flow.came_from(op.results[0], direction)
+
+
+def complex_pairs(flow: Flow, op: Operation) -> None:
+    """Two rows make a complex number, and each of its parts comes from both."""
+    origin = flow.origin(op.tensors[0])
+    if origin is not None:
+        apart = op.name == "view_as_complex"
+        rows = [
+            addresses.select(-1, part) if apart else addresses.unsqueeze(-1).expand(op.results[0].shape)
+            for addresses in origin.rows
+            for part in range(2 if apart else 1)
+        ]
+        _all(flow, op, replayed(origin, (), rows))
+
+
+def other(flow: Flow, op: Operation) -> None:
+    """Anything else: every operand is a place of its own where rows end."""
+    origins = [flow.origin(tensor) or Origin() for tensor in op.tensors]
+    results_of = frozenset[int]().union(*(origin.results_of for origin in origins))
+    for operand, origin in enumerate(origins):
+        flow.evidence.went(origin.rows, Site(op.number, operand, known=False))
+        for weight in origin.weights if origin.constant else ():
+            flow.evidence.used(weight, "other")
+            flow.evidence.transformed |= results_of
+    constant = all(origin.constant for origin in origins)
+    _all(flow, op, Origin(constant=constant, results_of=results_of - flow.evidence.transformed))
+
+
+def _biases(flow: Flow, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        for weight in (flow.origin(tensor) or Origin()).weights:
+            flow.evidence.used(weight, "bias")
+
+
+def _all(flow: Flow, op: Operation, origin: Origin) -> None:
+    for result in op.results:
+        flow.came_from(result, origin)
+
+
+_SAME = "_to_copy clone _softmax softmax _log_softmax log_softmax native_dropout dropout cumsum cumprod detach alias"
+_MOVES = "_unsafe_view _reshape_alias repeat flip roll repeat_interleave tile expand_copy view_copy narrow_copy unfold"
+_NORMS = (
+    "native_layer_norm layer_norm native_group_norm group_norm native_batch_norm batch_norm cudnn_batch_norm rms_norm "
+    "_native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_no_update "
+    "_fused_rms_norm miopen_batch_norm"
+)
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_SAME.split(), same),
+    **dict.fromkeys(_MOVES.split(), replay),
+    **dict.fromkeys(_NORMS.split(), norm),
+    **dict.fromkeys(("cat", "stack"), join),
+    **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), lookup),
+    **dict.fromkeys(("index", "index_select", "gather", "_unsafe_index"), lookup),
+    **dict.fromkeys(("convolution", "_convolution", "mkldnn_convolution"), convolution),
+    **dict.fromkeys(("view_as_complex", "view_as_real"), complex_pairs),
+    **dict.fromkeys(("_weight_norm_interface", "_weight_norm"), weight_norm),
+    "constant_pad_nd": pad,
+    "glu": glu,
+    "copy": copy,
+    **PRODUCTS,
+}

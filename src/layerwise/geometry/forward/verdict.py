@@ -1,0 +1,143 @@
+"""What a parameter is, by what its module says and by what was seen of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import count
+
+import torch
+from torch import Size, Tensor
+
+from layerwise.geometry.forward.evidence import Evidence, Use
+from layerwise.geometry.forward.parts import layout_seen
+from layerwise.geometry.found import Found
+from layerwise.geometry.layout import (
+    ConvLayout,
+    ConvTransposeLayout,
+    Layout,
+    TransposedLayout,
+    TransposedStackLayout,
+    VectorLayout,
+    VectorStackLayout,
+)
+
+#: Above this many entries two layouts are compared by the shapes of their matrices alone.
+_COMPARED = 2**22
+
+
+def judged(found: Found, evidence: Evidence, number: int) -> Found:
+    """A parameter as its modules have it, put right by what the forward pass showed."""
+    uses = evidence.uses.get(number, [])
+    kinds = {use.kind for use in uses}
+    if not uses:
+        return replace(found, note=found.note or "took no part in the forward pass")
+    is_output = number in evidence.reached and number not in evidence.transformed
+    if "product" in kinds:
+        return _matrix(found, evidence, number, is_output)
+    if "convolution" in kinds:
+        return _convolution(found, evidence, number, is_output)
+    if "lookup" in kinds and found.parameter.ndim == 2 and (found.assumed or found.role != "vector"):
+        layout = found.layout if found.role in ("embedding", "lora_A", "lora_B") else TransposedLayout()
+        role = found.role if found.is_factor else "embedding"
+        return replace(found, role=role, layout=layout, note="", how="forward")
+    if found.assumed and kinds != {"other"}:
+        return _entry_by_entry(found, uses)
+    agree = found.role in ("vector", "embedding") and kinds != {"other"}
+    return replace(found, how="forward") if agree else found
+
+
+def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> Found:
+    uses, shape = evidence.uses[number], found.parameter.shape
+    seen = layout_seen(uses, evidence.sites.get(number, []), shape)
+    if seen is None or found.parameter.ndim < 2:
+        return found
+    looked_up = any(use.kind == "lookup" for use in uses)
+    if looked_up and found.role == "embedding" and not is_output:  # a codebook, compared with and read
+        return replace(found, how="forward")
+    layout = seen.layout if seen.parts else _with_known_parts(seen.layout, found.layout, shape)
+    role = _role(found, layout, is_output)
+    if role == "head":
+        layout = replace(layout, split=None)
+    if alike(found.layout, layout, shape):
+        layout = found.layout  # the same units, under the names its module has for them
+    note = "" if seen.parts or role == "head" or found.role != "hidden" else found.note
+    return replace(found, role=role, layout=layout, kernel=(), note=note, how="forward")
+
+
+def _role(found: Found, layout: Layout, is_output: bool) -> str:
+    if found.is_factor:
+        return found.role
+    if is_output or found.role == "head":
+        return "head"
+    k = layout.stack_shape(found.parameter.shape)[0]
+    return "experts" if k > 1 or (found.role == "experts" and found.parameter.ndim > 2) else "hidden"
+
+
+def _with_known_parts(seen: Layout, known: Layout, shape: Size) -> Layout:
+    """The parts that the module knows, where the forward pass showed none of its own."""
+    same = seen.stack_shape(tuple(shape)) == _stack_shape(known, shape)
+    return replace(seen, split=known.split) if same else seen
+
+
+def _stack_shape(layout: Layout, shape: Size) -> tuple[int, int, int] | None:
+    try:
+        return layout.stack_shape(tuple(shape))
+    except ValueError:
+        return None
+
+
+def _convolution(found: Found, evidence: Evidence, number: int, is_output: bool) -> Found:
+    use = next(use for use in evidence.uses[number] if use.kind == "convolution")
+    role = found.role if found.is_factor else "head" if is_output else "conv"
+    if len(use.shape) != found.parameter.ndim or found.is_factor:
+        return replace(found, role=role, how="forward")
+    make = ConvTransposeLayout if use.transposed else ConvLayout
+    layout: Layout = found.layout if isinstance(found.layout, make) else make(groups=use.groups)
+    return replace(found, role=role, layout=layout, kernel=use.kernel, note="", how="forward")
+
+
+def _entry_by_entry(found: Found, uses: Sequence[Use]) -> Found:
+    """A parameter that is only added to or multiplied with activations: a table of positions, or gains and biases."""
+    wide = max(sum(size > 1 for size in use.shape) for use in uses)
+    dimensions = found.parameter.ndim
+    if wide > 1 and dimensions in (2, 3) and any(use.kind in ("bias", "table") for use in uses):
+        layout: Layout = TransposedLayout() if dimensions == 2 else TransposedStackLayout()
+        return replace(found, role="embedding", layout=layout, note="", how="forward")
+    stacked = wide <= 1 and dimensions == 2 and min(found.parameter.shape) > 1
+    layout = VectorStackLayout() if stacked else VectorLayout()
+    return replace(found, role="vector", layout=layout, note="", how="forward")
+
+
+def alike(one: Layout, other: Layout, shape: Size) -> bool:
+    """Whether two layouts make the same units of a tensor, whatever they call them."""
+    if one == other:
+        return True
+    try:
+        shapes = [sorted(layout.shapes(tuple(shape))) for layout in (one, other)]
+    except ValueError:
+        return False
+    if _sizes(shapes[0]) != _sizes(shapes[1]):
+        return False
+    return shape.numel() > _COMPARED or torch.equal(_units(one, shape), _units(other, shape))
+
+
+def _sizes(shapes: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    return sorted((d_out, d_in) for k, d_out, d_in in shapes for _ in range(k))
+
+
+@lru_cache(maxsize=64)
+def _units(layout: Layout, shape: Size) -> Tensor:
+    """For every entry the number of its unit, counted in the order in which the entries come."""
+    number = count()
+    stacks = [
+        torch.stack([torch.full((d_out, d_in), next(number)) for _ in range(k)])
+        for k, d_out, d_in in layout.shapes(tuple(shape))
+    ]
+    units = layout.from_matrices(stacks, tuple(shape)).flatten()
+    names, inverse = torch.unique(units, return_inverse=True)
+    first = torch.full((len(names),), units.numel()).scatter_reduce(
+        0, inverse, torch.arange(units.numel()), "amin"
+    )
+    return first.argsort().argsort()[inverse].to(torch.int32)
