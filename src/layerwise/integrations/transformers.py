@@ -47,7 +47,7 @@ def trainer_optimizer(
     """
 
     def build(model: nn.Module, **options: Any) -> LayerwiseOptimizer:
-        return preset(param_groups(model, overrides, splits), **options)
+        return preset(param_groups(model, overrides=overrides, splits=splits), **options)
 
     return lambda: build, options  # the Trainer calls the first for a factory, and that with its model
 
