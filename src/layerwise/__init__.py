@@ -6,6 +6,10 @@ optimizer = lw.Lanton(lw.param_groups(model), lr=2e-3, weight_decay=0.1)
 optimizer.layer_rates()
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from layerwise.errors import LayerwiseError, NonFiniteError
 from layerwise.function_space import (
     BaseRates,
@@ -15,42 +19,102 @@ from layerwise.function_space import (
     function_space_rates,
     record_base,
 )
-from layerwise.geometry import describe, group_by_shape, param_groups
+from layerwise.geometry import (
+    ColNorm,
+    ConvLayout,
+    ConvTransposeLayout,
+    Frobenius,
+    Geometry,
+    Layout,
+    MatrixLayout,
+    RowNorm,
+    Sign,
+    Spectral,
+    Split,
+    StackLayout,
+    TransposedLayout,
+    TransposedStackLayout,
+    VectorLayout,
+    VectorRMS,
+    VectorStackLayout,
+    describe,
+    group_by_shape,
+    nuclear_norm,
+    param_groups,
+    polar,
+    spectral_conv,
+)
 from layerwise.optim import (
     DMuon,
     Lanton,
     LayerRate,
     LayerwiseOptimizer,
+    LocalWork,
     Muon,
     NoiseAdaptive,
     NormAdaptive,
+    RateRule,
     Scion,
     Signum,
     StaticRates,
 )
 
+if TYPE_CHECKING:
+    from layerwise.optim import DistributedWork
+
 __version__ = "0.1.0"
 __all__ = [
     "BaseRates",
+    "ColNorm",
+    "ConvLayout",
+    "ConvTransposeLayout",
     "DMuon",
+    "DistributedWork",
     "FLeRM",
+    "Frobenius",
     "FunctionSpaceRecorder",
+    "Geometry",
     "Lanton",
     "LayerRate",
     "LayerwiseError",
     "LayerwiseOptimizer",
+    "Layout",
+    "LocalWork",
+    "MatrixLayout",
     "Muon",
     "NoiseAdaptive",
     "NonFiniteError",
     "NormAdaptive",
+    "RateRule",
     "Rates",
+    "RowNorm",
     "Scion",
+    "Sign",
     "Signum",
+    "Spectral",
+    "Split",
+    "StackLayout",
     "StaticRates",
+    "TransposedLayout",
+    "TransposedStackLayout",
+    "VectorLayout",
+    "VectorRMS",
+    "VectorStackLayout",
     "__version__",
     "describe",
     "function_space_rates",
     "group_by_shape",
+    "nuclear_norm",
     "param_groups",
+    "polar",
     "record_base",
+    "spectral_conv",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DistributedWork":  # torch.distributed's tensors are slow to import
+        from layerwise.optim import DistributedWork
+
+        return DistributedWork
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,27 @@
 """Geometry-aware optimizers with a learning rate for each layer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from layerwise.optim.layer_rates import LayerRate
 from layerwise.optim.optimizer import LayerwiseOptimizer
 from layerwise.optim.presets import DMuon, Lanton, Muon, Scion, Signum
 from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
 from layerwise.optim.rules.norm_adaptive import NormAdaptive, StaticRates
 from layerwise.optim.rules.rule import RateRule
+from layerwise.optim.work.job import LocalWork
+
+if TYPE_CHECKING:
+    from layerwise.optim.work.distributed import DistributedWork
 
 __all__ = [
     "DMuon",
+    "DistributedWork",
     "Lanton",
     "LayerRate",
     "LayerwiseOptimizer",
+    "LocalWork",
     "Muon",
     "NoiseAdaptive",
     "NormAdaptive",
@@ -20,3 +30,11 @@ __all__ = [
     "Signum",
     "StaticRates",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DistributedWork":  # torch.distributed's tensors are slow to import
+        from layerwise.optim.work.distributed import DistributedWork
+
+        return DistributedWork
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
