@@ -36,7 +36,8 @@ import literal
 import machine
 from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
-from layerwise.optim.work.job import LocalWork, MatrixJob
+from layerwise.optim.work.job import MatrixJob
+from layerwise.optim.work.local import LocalWork
 
 RESULTS = Path(__file__).parent / "results"
 Shapes = list[tuple[int, int]]

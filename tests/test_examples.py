@@ -39,20 +39,20 @@ class Killed(BaseException):
 
 def train_until_killed(name: str, folder: str, die: Any) -> None:
     """Run an example; in one of its optimizer steps `die()` is called."""
-    import layerwise.optim.optimizer as base
+    from layerwise import LayerwiseOptimizer
 
-    find_jobs, steps = base.find_jobs, count(1)
+    jobs, steps = LayerwiseOptimizer._jobs, count(1)
 
-    def mortal(*args: Any) -> Any:
+    def mortal(optimizer: LayerwiseOptimizer) -> Any:
         if next(steps) == KILLED_AT[name]:
             die()
-        return find_jobs(*args)
+        return jobs(optimizer)
 
-    base.find_jobs = mortal
+    LayerwiseOptimizer._jobs = mortal
     try:
         example(name)["train"](folder)
     finally:
-        base.find_jobs = find_jobs
+        LayerwiseOptimizer._jobs = jobs
 
 
 def killed_and_resumed(name: str, folder: Path) -> tuple[Any, Any]:

@@ -57,6 +57,7 @@ from layerwise.optim import (
     Scion,
     Signum,
     StaticRates,
+    Update,
 )
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ __all__ = [
     "StaticRates",
     "TransposedLayout",
     "TransposedStackLayout",
+    "Update",
     "VectorLayout",
     "VectorRMS",
     "VectorStackLayout",

@@ -23,7 +23,8 @@ from layerwise.errors import LayerwiseError
 from layerwise.geometry import Spectral
 from layerwise.geometry.layout import MatrixLayout, Split, StackLayout
 from layerwise.optim.work.distributed import DistributedWork
-from layerwise.optim.work.job import LocalWork, local_part
+from layerwise.optim.work.job import local_part
+from layerwise.optim.work.local import LocalWork
 
 LAYOUT = {"role": "hidden", "layout": MatrixLayout(), "geometry": Spectral()}
 

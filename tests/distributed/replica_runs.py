@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ import layerwise as lw
 from layerwise.function_space import FunctionSpaceRecorder
 from layerwise.geometry import Sign, Spectral
 from layerwise.geometry.layout import MatrixLayout
-from layerwise.optim.rules.rule import Deviation
 from layerwise.optim.work.distributed import DistributedWork
-from layerwise.optim.work.job import LocalWork
+from layerwise.optim.work.job import Deviation
+from layerwise.optim.work.local import LocalWork
 from layerwise.optim.work.plan import assign
 
 HOOKS = {"": None, "allreduce": allreduce_hook, "fp16": fp16_compress_hook}
@@ -124,11 +123,7 @@ class Literal:
     def deviations(self, named: Sequence[tuple[str, Tensor]], work: LocalWork) -> list[Deviation]:
         first = assign(tuple(param.numel() for param in self.params), self.replicas)
         whose = {p: (f + self.turn) % self.replicas for p, f in zip(self.params, first, strict=True)}
-
-        def subtract(param: Tensor, mean: Tensor) -> Tensor:
-            return self.factor * self.own[whose[param]][param] - mean
-
-        return [Deviation(whose[p], self.replicas, partial(subtract, p)) for _, p in named]
+        return [Deviation(whose[p], self.replicas, self.own[whose[p]][p], self.factor) for _, p in named]
 
     def next_turn(self) -> None:
         self.turn += 1

@@ -15,7 +15,7 @@ import lab_runs_alone
 import optimizer_runs
 import process_runs
 import torch
-from fingerprint import machine
+from fingerprint import digest, machine
 
 FILE = Path(__file__).with_name("numbers.json")
 PARTS = ("optimizers", "function_space", "processes", "lab")
@@ -33,7 +33,7 @@ def part_numbers(part: str) -> dict[str, Any]:
             "matched": function_space_runs.matchings,
         }
         return {
-            f"{name}, {dtype}": found
+            f"{name}, {dtype}": digest(json.dumps(found, sort_keys=True))
             for dtype in function_space_runs.DTYPES
             for kind, numbers in kinds.items()
             for name, found in _named(kind, numbers(dtype))
@@ -95,8 +95,18 @@ def main() -> None:
             compare(given.file, found)
         else:
             kept = json.loads(given.file.read_text()) if given.file.exists() else {}
-            text = json.dumps(kept | {"machine": machine()} | found, indent=0, sort_keys=True)
-            given.file.write_text(text + "\n")
+            given.file.write_text(as_text(kept | {"machine": machine()} | found))
+
+
+def as_text(numbers: dict[str, dict[str, Any]]) -> str:
+    """JSON with a line for each run."""
+    parts = (
+        f'"{part}": {{\n'
+        + ",\n".join(f"{json.dumps(run)}: {json.dumps(found, sort_keys=True)}" for run, found in runs.items())
+        + "\n}"
+        for part, runs in sorted(numbers.items())
+    )
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def timed(part: str) -> dict[str, Any]:

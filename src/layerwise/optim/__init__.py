@@ -8,9 +8,11 @@ from layerwise.optim.layer_rates import LayerRate
 from layerwise.optim.optimizer import LayerwiseOptimizer
 from layerwise.optim.presets import DMuon, Lanton, Muon, Scion, Signum
 from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
-from layerwise.optim.rules.norm_adaptive import NormAdaptive, StaticRates
+from layerwise.optim.rules.norm_adaptive import NormAdaptive
 from layerwise.optim.rules.rule import RateRule
-from layerwise.optim.work.job import LocalWork
+from layerwise.optim.rules.static import StaticRates
+from layerwise.optim.updates import Update
+from layerwise.optim.work.local import LocalWork
 
 if TYPE_CHECKING:
     from layerwise.optim.work.distributed import DistributedWork
@@ -29,6 +31,7 @@ __all__ = [
     "Scion",
     "Signum",
     "StaticRates",
+    "Update",
 ]
 
 

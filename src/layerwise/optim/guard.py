@@ -57,21 +57,24 @@ class NonFiniteGuard:
     ) -> Tensor | bool:
         """True: go on. False: skip this step. A 0-dim bool tensor: go on, with every update selected by it.
 
-        ``anywhere`` makes flags true that are true on any process, so that all of them come to one verdict.
+        ``anywhere`` makes flags true that are true on any process, so that all of them decide alike.
         """
-        self._raise_arrived()
+        if self._findings:
+            self._raise_arrived()
         if not gradients:
             return True
-        device = gradients[0].device
-        filled = [g for g in gradients if g.numel()]
-        found_largest = iter(_largest_entries(filled))
-        nothing = torch.zeros((), device=device)  # a sharded gradient of which this process holds no part
-        largest = [next(found_largest) if g.numel() else nothing for g in gradients]
-        bad = ~torch.stack([n.to(device, torch.float32) for n in largest]).isfinite()
-        bad = anywhere(bad)
-        found = tuple(names)
-        if device.type not in WITH_EVENTS:
-            return self._check_now(found, bad)
+        bad = anywhere(_not_finite(gradients))
+        if bad.device.type in WITH_EVENTS:
+            return self._check_later(tuple(names), bad)
+        if not bool(bad.any()):
+            return True
+        if self.policy == "raise":
+            raise _error(names, bad)
+        self._skipped += 1
+        return False
+
+    def _check_later(self, names: tuple[str, ...], bad: Tensor) -> Tensor:
+        """Without waiting for the device."""
         any_bad = bad.any()
         if self.policy == "skip":
             self._skipped = any_bad.int() + self._skipped
@@ -80,16 +83,8 @@ class NonFiniteGuard:
             host.copy_(bad, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-            self._findings.append(_Finding(found, host, arrived))
+            self._findings.append(_Finding(names, host, arrived))
         return ~any_bad
-
-    def _check_now(self, names: Sequence[str], bad: Tensor) -> bool:
-        if not bool(bad.any()):
-            return True
-        if self.policy == "raise":
-            raise _error(names, bad)
-        self._skipped += 1
-        return False
 
     def _raise_arrived(self) -> None:
         while self._findings and self._findings[0].arrived.query():
@@ -99,12 +94,21 @@ class NonFiniteGuard:
                 raise _error(finding.names, finding.bad)
 
 
-def _largest_entries(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Not the 2-norm: the largest entry is non-finite exactly when an entry is, and never by overflow."""
-    if gradients and gradients[0].device.type == "cpu":
+def _not_finite(gradients: Sequence[Tensor]) -> Tensor:
+    """Which hold an inf or a NaN, on the device of the first.
+
+    Not by the 2-norm: the largest entry is non-finite exactly when an entry is, and never by overflow.
+    """
+    device = gradients[0].device
+    filled = [g for g in gradients if g.numel()]
+    if filled and filled[0].device.type == "cpu":
         # a tenth of the time of a norm of order infinity; a NaN comes through both
-        return [torch.stack(torch.aminmax(g)).abs().max() for g in gradients]
-    return torch._foreach_norm(list(gradients), float("inf")) if gradients else ()
+        entries = iter([torch.stack(torch.aminmax(g)).abs().max() for g in filled])
+    else:
+        entries = iter(torch._foreach_norm(filled, float("inf")) if filled else ())
+    nothing = torch.zeros((), device=device)  # a sharded gradient of which this process holds no part
+    largest = [next(entries) if g.numel() else nothing for g in gradients]
+    return ~torch.stack([entry.to(device, torch.float32) for entry in largest]).isfinite()
 
 
 def _error(names: Sequence[str], bad: Tensor) -> NonFiniteError:

@@ -9,9 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.optim.groups.complete import Group
-from layerwise.optim.rules.rule import State
-from layerwise.optim.step import local_state
+from layerwise.optim.work.job import Group, State, local_state
 
 
 class LayerRate(NamedTuple):
@@ -22,19 +20,15 @@ class LayerRate(NamedTuple):
     lr: float  # the group's learning rate times the multiplier
 
 
-def unit_names(group: Group, name: str, param: Tensor) -> tuple[str, ...]:
-    """Names of a parameter's units; AdamW takes it as a whole."""
-    return (name,) if group["update"] == "adamw" else group["layout"].unit_names(name, param.shape)
-
-
 def layer_rates(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict[str, LayerRate]:
     """Unit name -> noise, multiplier and effective rate, with one copy from the device."""
     rows: list[tuple[str, float, bool]] = []  # name, the group's lr, whether a rule sets its multiplier
     values: list[Tensor] = []
     for group in groups:
-        lr, rule = float(group["lr"]), group["rates"] if group["update"] == "lmo" else None
+        lr, update = float(group["lr"]), group["update"]
+        rule = update.rule(group)
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            rows.extend((unit, lr, rule is not None) for unit in unit_names(group, name, param))
+            rows.extend((unit, lr, rule is not None) for unit in update.unit_names(group, name, param))
             if rule is not None:
                 state = local_state(param, states[param])
                 values.append(torch.stack([rule.noise(state), state["multiplier"]]))

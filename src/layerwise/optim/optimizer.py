@@ -6,42 +6,31 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layerwise.errors import LayerwiseError
-from layerwise.optim import adamw
-from layerwise.optim import layer_rates as reporting
 from layerwise.optim.groups.complete import (
-    Group,
     Recipe,
     as_groups,
     check_parameters,
     complete,
-    factors,
     with_layouts,
 )
-from layerwise.optim.groups.options import DEFAULTS, check_group
+from layerwise.optim.groups.options import DEFAULTS, check_gradient, check_group
 from layerwise.optim.guard import NonFiniteGuard
-from layerwise.optim.layer_rates import LayerRate
-from layerwise.optim.rules.halves import Halves, needs_halves, needs_replicas
-from layerwise.optim.rules.rule import RateRule, State
+from layerwise.optim.layer_rates import LayerRate, layer_rates
+from layerwise.optim.rules.halves import Halves
 from layerwise.optim.state import state_dict as saving
 from layerwise.optim.state.replaced import carry_over, has_moved, warn_of_fresh_state
-from layerwise.optim.step import (
-    Job,
-    apply_adamw,
-    apply_directions,
-    find_jobs,
-    local_state,
-    update_momentum,
-    update_rates,
-)
-from layerwise.optim.work.job import MatrixWork, default_work, local_part
+from layerwise.optim.updates import Update
+from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_part, local_state
+from layerwise.optim.work.local import LocalWork
 
 if TYPE_CHECKING:  # it is slow to import
     from layerwise.optim.rules.replicas import Replicas
 
+_NO_GRADIENT = torch.empty(0)
 _NOT_AVERAGED = (
     "hold_half: the processes hold different gradients, so they have not been averaged and the weights would drift apart: "
     "leave no_sync before the last backward() of each half, or use reference='replicas'"
@@ -103,7 +92,7 @@ class LayerwiseOptimizer(Optimizer):
         for given in with_layouts(param_group, len(known)):  # all are checked before any is added
             group = complete(given, self.recipe, self.defaults)
             check_parameters(group["params"], known, names)
-            ready.append((group, [self._allocate(group, name, param) for name, param in group["params"]]))
+            ready.append((group, [_allocate(group, name, param) for name, param in group["params"]]))
         for group, states in ready:
             params = [param for _, param in group["params"]]
             if not params:
@@ -112,26 +101,13 @@ class LayerwiseOptimizer(Optimizer):
             self.state.update(zip(params, states, strict=True))
         self._note_holders()
 
-    @torch.no_grad()
-    def _allocate(self, group: Group, name: str, param: Tensor) -> State:
-        if group["update"] == "adamw":
-            return adamw.allocate(param)
-        try:
-            factors(group, tuple(param.shape))  # fails here, not in the first step
-        except LayerwiseError as error:
-            raise LayerwiseError(f"parameter {name!r}: {error}") from None
-        state: State = {"momentum_buffer": torch.zeros_like(param)}
-        rule: RateRule | None = group["rates"]
-        if rule is not None:
-            state |= rule.allocate(param, group["layout"].unit_names(name, param.shape))
-        return state
-
     def _follow_parameters(self) -> None:
         """Give state to tensors that were put in a parameter's place after this optimizer was made: its old one if it fits.
 
         accelerate does that for FSDP2: it shards the model and hands the sharded parameters to the optimizer.
         """
-        warn_of_fresh_state(self._replace_state())
+        if lost := self._replace_state():
+            warn_of_fresh_state(lost)
 
     def _replace_state(self) -> list[str]:
         """The names of the parameters whose state could not be carried over."""
@@ -142,7 +118,7 @@ class LayerwiseOptimizer(Optimizer):
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 if param not in self.state:
-                    new, old = self._allocate(group, name, param), self.state.get(self._holders[name], {})
+                    new, old = _allocate(group, name, param), self.state.get(self._holders[name], {})
                     if has_moved(old) and not carry_over(old, new):
                         lost.append(name)
                     self.state[param] = new
@@ -161,14 +137,13 @@ class LayerwiseOptimizer(Optimizer):
 
     def _check_rules(self) -> None:
         units = [
-            (unit, group["rates"] if group["update"] == "lmo" else None)
+            (unit, group["update"].rule(group))
             for group in self.param_groups
             for name, param in zip(group["param_names"], group["params"], strict=True)
-            for unit in reporting.unit_names(group, name, param)
+            for unit in group["update"].unit_names(group, name, param)
         ]
         for group in self.param_groups:
-            rule = group["rates"]
-            if rule is not None and group["update"] == "lmo":
+            if (rule := group["update"].rule(group)) is not None:
                 ruled = [unit for unit, other in units if other == rule]
                 rule.check(ruled, [unit for unit, other in units if other != rule])
 
@@ -186,33 +161,56 @@ class LayerwiseOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._follow_parameters()
-        states = {
-            param: local_state(param, self.state[param])
-            for group in self.param_groups
-            for param in group["params"]
-        }
-        jobs = find_jobs(self.param_groups, states, self.work)
-        verdict = self.guard.check([job.name for job in jobs], [job.grad for job in jobs], self.work.anywhere)
-        if verdict is False:
-            self._end_batch()
-            return loss
-        keep = verdict if isinstance(verdict, Tensor) else None
-        lmo = [job for job in jobs if job.group["update"] == "lmo"]
-        if any(needs_halves(job.group) for job in lmo):
-            self.halves.close(self._half_buffers())
-        if self._replicas is not None:
-            lmo = self._with_deviations(lmo, self._replicas)
-        update_momentum(lmo, keep)
-        update_rates(lmo, self.param_groups, states, self.work, keep)
-        apply_directions(lmo, self.work, keep)
-        apply_adamw([job for job in jobs if job.group["update"] == "adamw"], keep)
-        self._end_batch()
-        return loss
-
-    def _end_batch(self) -> None:
-        self.halves.forget()
+        jobs = self._jobs()
+        moving = [job for job in jobs if job.moves]
+        finite = self.guard.check(
+            [job.name for job in moving], [job.grad for job in moving], self.work.anywhere
+        )
+        if finite is not False:
+            self._close_batch(moving)
+            by_update: dict[Update, list[Job]] = {}
+            for job in jobs:
+                by_update.setdefault(job.group["update"], []).append(job)
+            for update, members in by_update.items():
+                update.step(members, self.work, finite if isinstance(finite, Tensor) else None)
+        if self.halves.held:
+            self.halves.forget()
         if self._replicas is not None:
             self._replicas.next_turn()
+        return loss
+
+    def _jobs(self) -> list[Job]:
+        """One of each parameter. Where another process has a gradient and this one has none, it stands for zero."""
+        rows = [
+            (name, param, group)
+            for group in self.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        ]
+        here = [param.grad is not None for _, param, _ in rows]
+        flags = torch.tensor(here)
+        anywhere = self.work.anywhere(flags)
+        jobs = []
+        for (name, param, group), there in zip(
+            rows, here if anywhere is flags else anywhere.tolist(), strict=True
+        ):
+            local, grad, moves = local_part(param), _NO_GRADIENT, there and param.numel() > 0
+            if moves:
+                grad = torch.zeros_like(local) if param.grad is None else local_part(param.grad)
+                check_gradient(name, grad)
+            state = local_state(param, self.state[param])
+            jobs.append(Job(name, param, local, grad, moves, group, state))
+        return jobs
+
+    def _close_batch(self, moving: list[Job]) -> None:
+        """Complete what is compared within a batch: its two halves, or the gradients of its replicas."""
+        if any("half_difference" in job.state for job in moving):
+            self.halves.close(self._half_buffers())
+        if self._replicas is not None:
+            between = [job for job in moving if needs_replicas(job.group)]
+            if between:
+                found = self._replicas.deviations([(job.name, job.param) for job in between], self.work)
+                for job, deviation in zip(between, found, strict=True):
+                    job.deviation = deviation
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what :meth:`hold_half` and :meth:`watch_replicas` noted."""
@@ -244,8 +242,8 @@ class LayerwiseOptimizer(Optimizer):
     def _half_buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._follow_parameters()
         for group in self.param_groups:
-            if needs_halves(group):
-                for param in group["params"]:
+            for param in group["params"]:
+                if "half_difference" in self.state[param]:
                     yield param, local_state(param, self.state[param])["half_difference"]
 
     def watch_replicas(
@@ -285,19 +283,11 @@ class LayerwiseOptimizer(Optimizer):
         ]
         return self.skipped_steps + (int(torch.stack([n.cpu() for n in seen]).max()) if seen else 0)
 
-    def _with_deviations(self, jobs: list[Job], replicas: Replicas) -> list[Job]:
-        wanted = [job for job in jobs if needs_replicas(job.group)]
-        if not wanted:
-            return jobs
-        found = replicas.deviations([(job.name, job.param) for job in wanted], self.work)
-        by_param = {job.param: deviation for job, deviation in zip(wanted, found, strict=True)}
-        return [job._replace(deviation=by_param.get(job.param)) for job in jobs]
-
     @property
     def work(self) -> MatrixWork:
         """Where the work on whole matrices happens; set it to choose otherwise."""
         if self._work is None:
-            self._work = default_work()
+            self._work = _default_work()
         return self._work
 
     @work.setter
@@ -313,7 +303,7 @@ class LayerwiseOptimizer(Optimizer):
         them by (its ``learning_rates()``).
         """
         self._follow_parameters()
-        return reporting.layer_rates(self.param_groups, self.state)
+        return layer_rates(self.param_groups, self.state)
 
     @property
     def skipped_steps(self) -> int:
@@ -372,3 +362,24 @@ class LayerwiseOptimizer(Optimizer):
         self.halves.forget()
         if self._replicas is not None:
             self._replicas.restart()
+
+
+@torch.no_grad()
+def _allocate(group: Group, name: str, param: Tensor) -> State:
+    state: State = group["update"].allocate(group, name, param)
+    return state
+
+
+def needs_replicas(group: Group) -> bool:
+    """Whether the noise of a group is measured between data-parallel replicas."""
+    rule = group["update"].rule(group)
+    return rule is not None and rule.needs_replicas
+
+
+def _default_work() -> MatrixWork:
+    """Over all processes where torch.distributed is initialised with more than one, else on this one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        from layerwise.optim.work.distributed import DistributedWork
+
+        return DistributedWork()
+    return LocalWork()

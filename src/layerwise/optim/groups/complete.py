@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import group_by_shape
 from layerwise.optim.groups.options import DEFAULTS, check_group, check_parameter
-from layerwise.optim.groups.scaling import step_factor
+from layerwise.optim.updates import UPDATES, Update
+from layerwise.optim.work.job import Group
 
-Group = dict[str, Any]
 #: Options by role; "default" is for every role that is not named.
 Recipe = Mapping[str, Mapping[str, Any]]
 
@@ -89,20 +89,22 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
             "give both, as layerwise.param_groups(model) does, or neither"
         )
     check_group(full)
-    if full["update"] == "adamw":
-        _warn_of_unused(group, {**base, **preset})
-    elif full["rates"] is not None:
-        full["rates"].fits(full)
+    kind = full["update"]
+    update: Update = UPDATES[kind] if isinstance(kind, str) else kind
+    full["update"] = update
+    _warn_of_unused(update, group, {**base, **preset})
+    if (rule := update.rule(full)) is not None:
+        rule.fits(full)
     full["norm_group"] = full["norm_group"] or full["geometry"].norm_group
     return {key: _plain(value) for key, value in full.items()}
 
 
-def _warn_of_unused(group: Group, without: Mapping[str, Any]) -> None:
+def _warn_of_unused(update: Update, group: Group, without: Mapping[str, Any]) -> None:
     """A group that AdamW updates may be given what only a unit step has: say that it does nothing."""
-    for key in ("rates", "momentum", "nesterov", "scaling", "radius"):
+    for key in update.unused:
         if key in group and group[key] != without[key]:
             warnings.warn(
-                f"{key}={group[key]!r} of {_first_name(group)} has no effect: AdamW updates it; "
+                f"{key}={group[key]!r} of {_first_name(group)} has no effect: {update!r} updates it; "
                 'give "update": "lmo" as well for steps in its geometry',
                 stacklevel=6,  # whoever made the optimizer
             )
@@ -136,19 +138,6 @@ def check_parameters(
             raise LayerwiseError(f"two parameters are named {name!r}: give each a name of its own")
         names.add(name)
         seen.add(id(param))
-
-
-def factors(group: Group, shape: tuple[int, ...]) -> tuple[float, ...]:
-    """What the unit steps of a parameter are multiplied by, one factor for each stack of its layout.
-
-    Raises :class:`LayerwiseError` where the scaling or the layout does not fit.
-    """
-    return tuple(
-        group["radius"] * step_factor(group["scaling"], group["geometry"], d_out, d_in)
-        if k and d_out and d_in
-        else 0.0
-        for k, d_out, d_in in group["layout"].shapes(shape)
-    )
 
 
 def name_params(given: list[Any], names: list[str] | None, first: int) -> list[tuple[str, Tensor]]:

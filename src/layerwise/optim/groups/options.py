@@ -13,19 +13,18 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
-from layerwise.optim.groups.scaling import SCALINGS
 from layerwise.optim.rules.rule import RateRule
-
-UPDATES: Final = ("lmo", "adamw")
+from layerwise.optim.scaling import SCALINGS
+from layerwise.optim.updates import UPDATES, Update
 
 #: Every option a group can carry, with the value it has unless a preset or the user says otherwise.
 DEFAULTS: Final[dict[str, Any]] = {
     "lr": 1e-3,
     "weight_decay": 0.0,  # decoupled: a step multiplies the weights by 1 - lr * weight_decay
-    "update": "lmo",  # "lmo": the geometry's unit step of the momentum; "adamw": torch's AdamW
+    "update": "lmo",  # the kind: "lmo", the geometry's unit step of the momentum; "adamw"; or an Update
     "momentum": 0.95,  # lmo: weight of the old average, M <- momentum * M + (1 - momentum) * G
     "nesterov": False,  # lmo: step along momentum * M + (1 - momentum) * G instead of M
-    "scaling": "unit",  # lmo: static factor by shape, see layerwise.optim.groups.scaling
+    "scaling": "unit",  # lmo: static factor by shape, see layerwise.optim.scaling
     "radius": 1.0,  # lmo: static factor by group (Scion's radius)
     "rates": None,  # lmo: the rule that sets each unit's rate; None keeps every multiplier at 1
     "betas": (0.9, 0.95),  # adamw
@@ -38,7 +37,7 @@ DEFAULTS: Final[dict[str, Any]] = {
 
 #: Options that are objects. A state_dict holds them as text: it then loads anywhere, and a checkpoint
 #: of another geometry is told apart.
-DESCRIBED: Final = ("layout", "geometry", "rates")
+DESCRIBED: Final = ("layout", "geometry", "rates", "update")
 
 _TORCH_KEYS: Final = (
     "params",
@@ -70,44 +69,44 @@ def check_option(key: str, value: object, called: str) -> None:
     _CHECKS[key](called, value)
 
 
-def _fail(key: str, value: object, mend: str) -> LayerwiseError:
-    return LayerwiseError(f"{key}={value!r} in a parameter group: {mend}")
+def _fail(key: str, value: object, fix: str) -> LayerwiseError:
+    return LayerwiseError(f"{key}={value!r} in a parameter group: {fix}")
 
 
-def _as_number(key: str, value: object, mend: str) -> float:
+def _as_number(key: str, value: object, fix: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _fail(key, value, mend)
+        raise _fail(key, value, fix)
     return float(value)
 
 
 def _learning_rate(key: str, value: object) -> None:
-    mend = "give a finite number of at least 0, or a floating-point tensor holding one"
+    fix = "give a finite number of at least 0, or a floating-point tensor holding one"
     if not isinstance(value, Tensor):
-        _at_least_zero(key, value, mend)
+        _at_least_zero(key, value, fix)
     elif value.numel() != 1 or not value.is_floating_point():
-        raise _fail(key, value, mend)
+        raise _fail(key, value, fix)
     elif value.device.type == "cpu":  # reading it elsewhere would wait for the device
-        _at_least_zero(key, float(value), mend)
+        _at_least_zero(key, float(value), fix)
 
 
-def _at_least_zero(key: str, value: object, mend: str = "give a finite number of at least 0") -> None:
-    if not 0.0 <= _as_number(key, value, mend) < math.inf:
-        raise _fail(key, value, mend)
+def _at_least_zero(key: str, value: object, fix: str = "give a finite number of at least 0") -> None:
+    if not 0.0 <= _as_number(key, value, fix) < math.inf:
+        raise _fail(key, value, fix)
 
 
 def _fraction(key: str, value: object) -> None:
-    mend = "give a number from 0 up to, but not including, 1: the weight of the old average"
-    if not 0.0 <= _as_number(key, value, mend) < 1.0:
-        raise _fail(key, value, mend)
+    fix = "give a number from 0 up to, but not including, 1: the weight of the old average"
+    if not 0.0 <= _as_number(key, value, fix) < 1.0:
+        raise _fail(key, value, fix)
 
 
 def _betas(key: str, value: object) -> None:
-    mend = "give two numbers in [0, 1), as torch.optim.AdamW takes them"
+    fix = "give two numbers in [0, 1), as torch.optim.AdamW takes them"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise _fail(key, value, mend)
+        raise _fail(key, value, fix)
     for beta in value:
-        if not 0.0 <= _as_number(key, beta, mend) < 1.0:
-            raise _fail(key, value, mend)
+        if not 0.0 <= _as_number(key, beta, fix) < 1.0:
+            raise _fail(key, value, fix)
 
 
 def _one_of(*choices: object) -> Callable[[str, object], None]:
@@ -116,6 +115,11 @@ def _one_of(*choices: object) -> Callable[[str, object], None]:
             raise _fail(key, value, f"give one of {', '.join(map(repr, choices))}")
 
     return check
+
+
+def _update(key: str, value: object) -> None:
+    if not isinstance(value, Update) and (not isinstance(value, str) or value not in UPDATES):
+        raise _fail(key, value, f"give one of {', '.join(map(repr, UPDATES))}, or a layerwise.Update")
 
 
 def _instance(kind: type, what: str) -> Callable[[str, object], None]:
@@ -133,7 +137,7 @@ _CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
     "eps": _at_least_zero,
     "momentum": _fraction,
     "nesterov": _one_of(True, False),
-    "update": _one_of(*UPDATES),
+    "update": _update,
     "scaling": _one_of(*SCALINGS),
     "role": _instance(str, "the role's name"),
     "norm_group": _instance(str, "a name shared by the groups whose noise is to be compared"),

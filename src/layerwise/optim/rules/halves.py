@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
 from layerwise.optim.work.job import local_part
-
-
-def needs_halves(group: dict[str, Any]) -> bool:
-    """Whether the noise of a group is measured between the halves of a batch."""
-    rule = group["rates"]
-    return group["update"] == "lmo" and isinstance(rule, NoiseAdaptive) and rule.needs_halves
-
-
-def needs_replicas(group: dict[str, Any]) -> bool:
-    """Whether the noise of a group is measured between data-parallel replicas."""
-    rule = group["rates"]
-    return group["update"] == "lmo" and isinstance(rule, NoiseAdaptive) and rule.needs_replicas
 
 
 class Halves:

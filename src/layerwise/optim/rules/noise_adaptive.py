@@ -4,51 +4,48 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.rules.rule import (
-    Deviation,
-    Gradients,
-    RateRule,
-    Reading,
-    State,
-    UnitReadings,
-    check_number,
-    gather,
-    scatter,
-    select,
-    stack_readings,
-)
+from layerwise.optim.rules.rule import NormGroup, RateRule, check_number
+from layerwise.optim.work.job import Job, MatrixJob, State, select
 
 
 class Reference(ABC):
     """The gradient G' that LANTON compares the gradient G with."""
 
+    #: how many gradients must have been seen before a difference means anything
+    warmup: int = 1
+
     def allocate(self, param: Tensor) -> State:
         return {}
 
     @abstractmethod
-    def difference(self, seen: Gradients, state: State) -> Tensor:
-        """G - G', scaled so that for white noise of deviation sigma its squared norm is that of 2 sigma^2."""
+    def norm(self, job: Job, per_white_noise: bool, seed: Tensor) -> MatrixJob:
+        """Ask for the norm of G - G', scaled so that for white noise of deviation sigma its square is that of 2 sigma^2."""
 
-    def reading(self, seen: Gradients, state: State) -> Reading:
-        """The norm of the difference."""
-        return Reading(seen.geometry, lambda: self.difference(seen, state))
-
-    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
+    def remember(self, job: Job, keep: Tensor | None) -> None:
         """Keep what the next step needs."""
 
-    #: how many gradients must have been seen before a difference means anything
-    warmup: int = 1
+
+class Difference(Reference):
+    """A G' that is known where G is: beside the parameter, or this process's part of it."""
+
+    @abstractmethod
+    def difference(self, job: Job) -> Tensor:
+        """G - G', scaled."""
+
+    def norm(self, job: Job, per_white_noise: bool, seed: Tensor) -> MatrixJob:
+        return job.norm(partial(self.difference, job), per_white_noise=per_white_noise, seed=seed)
 
 
 @dataclass(frozen=True)
-class PreviousGradient(Reference):
+class PreviousGradient(Difference):
     """G' is the gradient of the step before (LANTON's practical option): one gradient buffer.
 
     ``dtype`` is the buffer's, None for the parameter's own. The buffer is a copy: training loops zero or reuse ``.grad``.
@@ -59,18 +56,18 @@ class PreviousGradient(Reference):
     def allocate(self, param: Tensor) -> State:
         return {"previous_gradient": torch.zeros_like(param, dtype=self.dtype or param.dtype)}
 
-    def difference(self, seen: Gradients, state: State) -> Tensor:
+    def difference(self, job: Job) -> Tensor:
         # in float32 at least: the difference of two float16 gradients can leave float16
-        dtype = torch.promote_types(seen.grad.dtype, torch.float32)
-        return seen.grad.to(dtype) - state["previous_gradient"]
+        dtype = torch.promote_types(job.grad.dtype, torch.float32)
+        return job.grad.to(dtype) - job.state["previous_gradient"]
 
-    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
-        previous = state["previous_gradient"]
-        previous.copy_(select(keep, seen.grad.to(previous.dtype), previous))
+    def remember(self, job: Job, keep: Tensor | None) -> None:
+        previous = job.state["previous_gradient"]
+        previous.copy_(select(keep, job.grad.to(previous.dtype), previous))
 
 
 @dataclass(frozen=True)
-class MomentumReference(Reference):
+class MomentumReference(Difference):
     """G' is the bias-corrected average of the gradients before this one: no buffer beyond the momentum's.
 
     The average before G went in is ``(M - (1 - beta) G) / beta``, and ``k`` gradients old it is corrected by
@@ -81,22 +78,22 @@ class MomentumReference(Reference):
 
     warmup: int = 1
 
-    def difference(self, seen: Gradients, state: State) -> Tensor:
-        beta = seen.beta
-        old = beta ** state["gradients_seen"][0].clamp(min=1)  # beta^k; on the first step nothing is read
+    def difference(self, job: Job) -> Tensor:
+        beta, average = job.group["momentum"], job.state["momentum_buffer"]
+        old = beta ** job.state["gradients_seen"][0].clamp(min=1)  # beta^k; on the first step nothing is read
         variance = (1 - beta) / (1 + beta) * (1 + old) / (1 - old)
         scale = (2 / (1 + variance)).sqrt()
         weight = 1 / (beta * (1 - old))
         # 0-dim float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
-        dtype = torch.promote_types(seen.momentum.dtype, torch.float32)
+        dtype = torch.promote_types(average.dtype, torch.float32)
         return torch.sub(
-            seen.grad.to(dtype) * (scale * (1 + (1 - beta) * weight)),
-            seen.momentum.to(dtype) * (scale * weight),
+            job.grad.to(dtype) * (scale * (1 + (1 - beta) * weight)),
+            average.to(dtype) * (scale * weight),
         )
 
 
 @dataclass(frozen=True)
-class IndependentHalf(Reference):
+class IndependentHalf(Difference):
     """G' is the gradient of an independent minibatch at the same weights (LANTON's theoretical option).
 
     The two halves of an accumulated batch are such a pair. With A what ``.grad`` holds after the first half and B after
@@ -110,8 +107,9 @@ class IndependentHalf(Reference):
     def allocate(self, param: Tensor) -> State:
         return {"half_difference": torch.zeros_like(param)}
 
-    def difference(self, seen: Gradients, state: State) -> Tensor:
-        return state["half_difference"] * 2.0**0.5
+    def difference(self, job: Job) -> Tensor:
+        half: Tensor = job.state["half_difference"]
+        return half * 2.0**0.5
 
 
 @dataclass(frozen=True)
@@ -126,27 +124,15 @@ class ReplicaGradient(Reference):
 
     warmup: int = 0
 
-    def difference(self, seen: Gradients, state: State) -> Tensor:
-        deviation = self._deviation(seen)
-        return deviation.subtract(seen.grad) * (2 / (deviation.replicas - 1)) ** 0.5
-
-    def reading(self, seen: Gradients, state: State) -> Reading:
-        def from_whole(mean: Tensor) -> Tensor:
-            return self.difference(replace(seen, grad=mean), state)
-
-        owner = self._deviation(seen).owner
-        return Reading(seen.geometry, lambda: seen.grad, owner=owner, finish=from_whole)
-
-    @staticmethod
-    def _deviation(seen: Gradients) -> Deviation:
-        if seen.deviation is None:
+    def norm(self, job: Job, per_white_noise: bool, seed: Tensor) -> MatrixJob:
+        if job.deviation is None:
             raise LayerwiseError(
                 "noise reference 'replicas' compares the gradients of data-parallel processes: call "
                 "optimizer.watch_replicas(model) with the DistributedDataParallel or fully_shard model before the first "
                 "backward(), or, on one process, use reference='independent' (two halves of an accumulated batch) or "
                 "'previous'"
             )
-        return seen.deviation
+        return job.norm(lambda: job.grad, per_white_noise=per_white_noise, seed=seed, deviation=job.deviation)
 
 
 #: Below it a floor would not keep a unit of no noise at all from an infinite rate.
@@ -197,6 +183,7 @@ class NoiseAdaptive(RateRule):
     size_normalised: bool = False
     anchor: str = "max"
     floor: float = 0.1
+    unit_state: ClassVar = ("noise", "gradients_seen")  # H, and how many gradients it is of
 
     def __post_init__(self) -> None:
         for name, low, high in (("alpha", 0.0, 1e15), ("beta", 0.0, 1.0), ("floor", SMALLEST_FLOOR, 1.0)):
@@ -222,8 +209,7 @@ class NoiseAdaptive(RateRule):
         return isinstance(self._reference, IndependentHalf)
 
     @property
-    def needs_replicas(self) -> bool:
-        """Whether ``LayerwiseOptimizer.watch_replicas`` has to be called before training."""
+    def needs_replicas(self) -> bool:  # type: ignore[override]
         return isinstance(self._reference, ReplicaGradient)
 
     @property
@@ -238,36 +224,29 @@ class NoiseAdaptive(RateRule):
             )
 
     def allocate(self, param: Tensor, units: Sequence[str]) -> State:
-        state = super().allocate(param, units)
-        state["noise"] = torch.zeros_like(state["multiplier"])  # H
-        state["gradients_seen"] = torch.zeros_like(state["multiplier"])
-        return state | self._reference.allocate(param)
+        return super().allocate(param, units) | self._reference.allocate(param)
 
     def noise(self, state: State) -> Tensor:
         known: Tensor = state["gradients_seen"] > self._reference.warmup
         return torch.where(known, state["noise"], float("nan"))
 
-    def readings(self, seen: Gradients, state: State) -> list[Reading]:
-        seed = state["gradients_seen"][0].long()  # new probes each step, the same after a resume
-        reading = self._reference.reading(seen, state)
-        return [reading._replace(per_white_noise=self.size_normalised, seed=seed)]
+    def norms(self, job: Job) -> list[MatrixJob]:
+        seed = job.state["gradients_seen"][0].long()  # new probes each step, the same after a resume
+        return [self._reference.norm(job, self.size_normalised, seed)]
 
-    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
-        self._reference.remember(seen, state, keep)
+    def remember(self, job: Job, keep: Tensor | None) -> None:
+        self._reference.remember(job, keep)
 
-    def update(self, units: Sequence[UnitReadings], keep: Tensor | None) -> None:
-        dual, present = stack_readings(units)
-        old, count = gather(units, "noise"), gather(units, "gradients_seen")
+    def update(self, units: NormGroup) -> Mapping[str, Tensor]:
+        old, count = units.state["noise"], units.state["gradients_seen"]
         first = self._reference.warmup
         # At most so large that the sum over units stays finite; a difference beyond float32 has a norm of inf or nan.
         most = torch.finfo(torch.float32).max / old.numel()
-        square = dual[0].square().nan_to_num(nan=most).clamp(max=most)
+        square = units.norms[0].square().nan_to_num(nan=most).clamp(max=most)
         average = torch.where(count <= first, square, torch.lerp(square, old, self.beta))
-        noise = torch.where(present & (count >= first), average, old)
-        count = count + present
-        scatter(units, "noise", noise, keep)
-        scatter(units, "gradients_seen", count, keep)
-        scatter(units, "multiplier", self._multiplier(noise, count > first), keep)
+        noise = torch.where(units.present & (count >= first), average, old)
+        count = count + units.present
+        return {"noise": noise, "gradients_seen": count, "multiplier": self._multiplier(noise, count > first)}
 
     def _multiplier(self, noise: Tensor, known: Tensor) -> Tensor:
         number = known.sum().clamp(min=1)

@@ -21,9 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.rules.rule import Deviation
 from layerwise.optim.work.distributed import DistributedWork
-from layerwise.optim.work.job import MatrixWork, local_part
+from layerwise.optim.work.job import Deviation, MatrixWork, local_part
 from layerwise.optim.work.placement import Domain, place
 from layerwise.optim.work.plan import assign
 
@@ -113,13 +112,13 @@ class Replicas:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # After fully_shard's own hook, which puts whole parameters in the place of the sharded ones.
-                module.register_forward_pre_hook(partial(self._hook_whole, list(_slots(module))))
+                module.register_forward_pre_hook(partial(self._hook_whole, list(_places(module))))
         for param in model.parameters():
             if isinstance(param, DTensor) and param.requires_grad:
                 param.register_post_accumulate_grad_hook(self._after_shard)  # type: ignore[no-untyped-call]
 
-    def _hook_whole(self, slots: Sequence[tuple[nn.Module, str, Tensor]], *_: Any) -> None:
-        for module, name, sharded in slots:
+    def _hook_whole(self, places: Sequence[tuple[nn.Module, str, Tensor]], *_: Any) -> None:
+        for module, name, sharded in places:
             whole = getattr(module, name)
             if whole is not sharded and whole.requires_grad and sharded not in self._watched:
                 whole.register_hook(partial(self._add_whole, sharded))
@@ -189,7 +188,7 @@ class Replicas:
                 )
         scale = self._scale()
         return [
-            Deviation(owner, domain.size, partial(self._subtract, param, scale))
+            Deviation(owner, domain.size, self._kept.get(param), scale)
             for owner, domain, param in ((*owners[param], param) for _, param in params)
         ]
 
@@ -220,12 +219,6 @@ class Replicas:
         now, then = (torch.stack([n.to(device) for n in norms]).norm() for norms in zip(*pairs, strict=True))
         return torch.where(then > 0, now / then, 1.0)
 
-    def _subtract(self, param: Tensor, scale: Tensor | float, mean: Tensor) -> Tensor:
-        kept = self._kept.get(param)
-        if kept is None:  # no backward pass reached it on this process
-            return -mean
-        return torch.sub(kept.to(mean.device, mean.dtype) * scale, mean)
-
     def forget(self) -> None:
         """The batch is over: its gradients were cleared."""
         self._owners, self._kept, self._averaged = None, {}, {}
@@ -246,13 +239,13 @@ class Replicas:
         return sum(kept.numel() * kept.element_size() for kept in self._kept.values())
 
 
-def _slots(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Where the parameters of a sharded module are, those in sharded modules within it left out."""
     for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
         yield module, name, param
     for child in module.children():
         if not isinstance(child, FSDPModule):
-            yield from _slots(child)
+            yield from _places(child)
 
 
 def _length(tensor: Tensor) -> Tensor:

@@ -1,126 +1,119 @@
 """Rate rules: what multiplies the learning rate of each unit.
 
-A rule reads some norms of each unit's gradients, keeps a few numbers per unit, and turns them into a multiplier. All of
-it happens on the device, on one concatenated vector for all the units that are compared with one another.
+A rule asks for some norms of each unit, keeps a few numbers per unit, and turns them into a multiplier. All of it happens
+on the device, on one vector for all the units that are compared with one another.
 """
 
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.geometry import Geometry
-
-State = dict[str, Any]
+from layerwise.optim.work.job import Job, MatrixJob, State, select
 
 
-class Reading(NamedTuple):
-    """A norm to be taken of each unit of a parameter-shaped tensor."""
+@dataclass(frozen=True, slots=True)
+class NormGroup:
+    """Units that a rule compares with one another, side by side, in float32."""
 
-    geometry: Geometry
-    tensor: Callable[[], Tensor]  # made when it is needed, so that only one is alive at a time
-    per_white_noise: bool = False  # divided by the norm of white noise of unit deviation in that shape
-    seed: int | Tensor = 0  # of the probes, where the norm is a stochastic estimate
-    owner: int | None = None  # the process that has to take it, where only one can
-    finish: Callable[[Tensor], Tensor] | None = (
-        None  # from the whole tensor to the one whose norm is taken; there
-    )
+    norms: Tensor  # [norms that the rule asked for, units]; 0 for units without a gradient
+    present: Tensor  # [units], bool: which have a gradient at this step
+    momentum: Tensor  # [units]: the weight of the old average in their groups
+    state: Mapping[str, Tensor]  # "multiplier" and the rule's `unit_state`, each [units]
+    members: Sequence[Job]  # the parameters whose units they are, in order
 
+    @classmethod
+    def of(
+        cls, members: Sequence[Job], found: Mapping[Tensor, list[Tensor]], keys: Sequence[str]
+    ) -> NormGroup:
+        """Side by side: the norms ``found`` by parameter, and the state of all ``members`` under ``keys``."""
+        multipliers = [job.state["multiplier"] for job in members]
+        device = multipliers[0].device  # parameters of one model may be on several
+        rows = max(len(norms) for norms in found.values())
+        norms, present, momentum = [], [], []
+        for job, like in zip(members, multipliers, strict=True):
+            seen = found.get(job.param)
+            norms.append(
+                torch.zeros(rows, like.numel(), device=device)
+                if seen is None
+                else torch.stack(seen).to(device, torch.float32)
+            )
+            present.append(torch.full((like.numel(),), seen is not None, device=device))
+            momentum.append(torch.full_like(like, job.group["momentum"], device=device))
+        state = {key: torch.cat([job.state[key].to(device) for job in members]) for key in keys}
+        return cls(torch.cat(norms, dim=1), torch.cat(present), torch.cat(momentum), state, members)
 
-class Deviation(NamedTuple):
-    """What one replica's gradient of a parameter differs by from the mean over all replicas, the gradient of the step."""
-
-    owner: int  # the process that kept its own gradient
-    replicas: int
-    subtract: Callable[[Tensor], Tensor]  # from the whole mean to own gradient minus mean; on the owner alone
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What a rule may look at, for one parameter at one step. All tensors have the parameter's shape."""
-
-    grad: Tensor
-    geometry: Geometry
-    momentum: Tensor  # the average after this step's gradient went in
-    direction_input: Callable[[], Tensor]  # what the step goes along: the average, or Nesterov's look-ahead
-    beta: float  # the average's weight of the old
-    deviation: Deviation | None = None  # where replicas are watched
-
-
-class UnitReadings(NamedTuple):
-    """One parameter of a norm group."""
-
-    state: State
-    readings: Tensor | None  # [number of readings, units]; None where this step had no gradient
-    momentum: float  # the weight of the old average in this parameter's group
+    def write(self, new: Mapping[str, Tensor], keep: Tensor | None) -> None:
+        """Put new values of the state into the parameters' own, where ``keep`` allows it."""
+        for key, values in new.items():
+            targets = [job.state[key] for job in self.members]
+            chosen = select(keep, values, self.state[key])
+            torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
 
 
 class RateRule(ABC):
-    """Base of the rules that can be given as ``rates=`` to any preset.
+    """Base of the rules that can be given as ``rates=`` to any optimizer.
 
     A checkpoint holds a rule's ``repr`` and loads where it is the same: make a rule a frozen dataclass, whose repr has
     all its options.
+
+    Example:
+        Rates that fall with the norm of the gradient, each unit against the mean of its norm group:
+
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> import layerwise as lw
+        >>> @dataclass(frozen=True)
+        ... class ByGradientNorm(lw.RateRule):
+        ...     power: float = 0.5
+        ...
+        ...     def norms(self, job):
+        ...         return [job.norm(lambda: job.grad)]
+        ...
+        ...     def update(self, units):
+        ...         share = units.norms[0] / units.norms[0][units.present].mean()
+        ...         rate = share.clamp(min=0.1) ** -self.power
+        ...         return {"multiplier": torch.where(units.present, rate, units.state["multiplier"])}
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> optimizer = lw.DMuon(lw.param_groups(model), rates=ByGradientNorm())
     """
 
+    #: what is kept of each unit beside its multiplier: names of float32 vectors [units], zero at first
+    unit_state: ClassVar[tuple[str, ...]] = ()
+    #: whether ``LayerwiseOptimizer.watch_replicas`` has to be called before training
+    needs_replicas: bool = False
+
     def allocate(self, param: Tensor, units: Sequence[str]) -> State:
-        """State for one parameter; every rule has ``multiplier``, one float32 entry per unit, 1 at first."""
-        return {"multiplier": torch.ones(len(units), dtype=torch.float32, device=param.device)}
+        """State for one parameter: ``multiplier``, one float32 entry per unit, 1 at first, and ``unit_state``."""
+        multiplier = torch.ones(len(units), dtype=torch.float32, device=param.device)
+        return {"multiplier": multiplier} | {key: torch.zeros_like(multiplier) for key in self.unit_state}
+
+    def norms(self, job: Job) -> list[MatrixJob]:
+        """The norms this rule needs of one parameter, each made by ``job.norm``."""
+        return []
+
+    def update(self, units: NormGroup) -> Mapping[str, Tensor]:
+        """New values of ``multiplier`` and ``unit_state``, from the old ones and the norms of one norm group."""
+        return {}
+
+    def remember(self, job: Job, keep: Tensor | None) -> None:
+        """Keep what the next step's norms need, unless ``keep`` (a 0-dim bool; None stands for true) forbids it."""
 
     def noise(self, state: State) -> Tensor:
         """The noise measured so far, ``[units]``; nan where there is none."""
         return torch.full_like(state["multiplier"], float("nan"))
-
-    def readings(self, seen: Gradients, state: State) -> list[Reading]:
-        """The norms this rule needs of one parameter."""
-        return []
-
-    def remember(self, seen: Gradients, state: State, keep: Tensor | None) -> None:
-        """Keep what the next step's readings need, unless ``keep`` (a 0-dim bool; None stands for true) forbids it."""
-
-    def update(self, units: Sequence[UnitReadings], keep: Tensor | None) -> None:
-        """Set ``multiplier`` in every state of one norm group. Where ``keep`` is false no state may change."""
 
     def fits(self, group: Mapping[str, Any]) -> None:
         """Raise :class:`LayerwiseError` where this rule cannot serve a group of these options."""
 
     def check(self, ruled: Sequence[str], others: Sequence[str]) -> None:
         """Raise :class:`LayerwiseError` where the rule names a unit that is neither among those it rules nor the others."""
-
-
-def gather(units: Sequence[UnitReadings], key: str) -> Tensor:
-    device = units[0].state[key].device  # parameters of one model may be on several
-    return torch.cat([unit.state[key].to(device) for unit in units])
-
-
-def scatter(units: Sequence[UnitReadings], key: str, values: Tensor, keep: Tensor | None) -> None:
-    """Write one concatenated vector back into the states, where ``keep`` allows it."""
-    values = select(keep, values, gather(units, key))
-    targets = [unit.state[key] for unit in units]
-    torch._foreach_copy_(targets, list(values.split([t.numel() for t in targets])))
-
-
-def select(keep: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
-    """``new`` where ``keep`` allows it, else ``old``: a choice and no product, so that NaN cannot pass."""
-    return new if keep is None else torch.where(keep.to(new.device), new, old)
-
-
-def stack_readings(units: Sequence[UnitReadings]) -> tuple[Tensor, Tensor]:
-    """All readings side by side ``[readings, units]`` and which units have one ``[units]``, bool."""
-    device = units[0].state["multiplier"].device
-    rows = max(unit.readings.shape[0] for unit in units if unit.readings is not None)
-    parts, present = [], []
-    for unit in units:
-        like = unit.state["multiplier"]
-        none = torch.zeros(rows, like.numel(), device=device)
-        parts.append(none if unit.readings is None else unit.readings.to(device, torch.float32))
-        present.append(torch.full((like.numel(),), unit.readings is not None, device=device))
-    return torch.cat(parts, dim=1), torch.cat(present)
 
 
 def check_number(rule: str, name: str, value: object, low: float, high: float) -> None:

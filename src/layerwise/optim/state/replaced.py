@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerwise.optim.rules.rule import State
-from layerwise.optim.work.job import local_part
+from layerwise.optim.work.job import State, local_part
 
 
 def has_moved(state: State) -> bool:

@@ -20,7 +20,8 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.polar import working_dtype
 from layerwise.optim.work import shardwise, stacks
-from layerwise.optim.work.job import LocalWork, MatrixJob, local_part
+from layerwise.optim.work.job import MatrixJob, local_part
+from layerwise.optim.work.local import LocalWork
 from layerwise.optim.work.placement import Domain, place
 from layerwise.optim.work.plan import assign, direction_cost, norm_cost, rounds
 from layerwise.optim.work.routes import Task, fetch, give_back, spread
@@ -110,7 +111,7 @@ class DistributedWork:
         for i, job in enumerate(jobs):
             task = Task(i, job, place(job.param, self.group))
             domain = task.placed.domain
-            if job.owner is not None:
+            if job.deviation is not None:
                 shared.setdefault((domain, job.param.dtype, job.param.device), []).append(task)
             elif domain.shard_count > 1 and shardwise.applies(job):
                 by_shard.setdefault(domain, []).append(task)
@@ -124,7 +125,7 @@ class DistributedWork:
     def _rounds(self, domain: Domain, tasks: Sequence[Task], cost: Cost) -> Iterator[list[Task]]:
         planned = assign(tuple(cost(task.job) for task in tasks), domain.size)
         owners = [
-            owner if task.job.owner is None else task.job.owner
+            owner if task.job.deviation is None else task.job.deviation.owner
             for task, owner in zip(tasks, planned, strict=True)
         ]
         sizes = [math.prod(t.job.param.shape) * t.job.param.element_size() for t in tasks]
@@ -153,30 +154,30 @@ class DistributedWork:
         counts = [task.job.layout.count(task.job.param.shape) for task in tasks]
         like = local_part(tasks[0].job.param)
         total = torch.zeros(sum(counts), dtype=working_dtype(like), device=like.device)
-        slots = {task.index: slot for task, slot in zip(tasks, total.split(counts), strict=True)}
+        found = {task.index: part for task, part in zip(tasks, total.split(counts), strict=True)}
         stacked, travelling = _stacked(tasks)
         held = [task for task in stacked if task.holds_any]
         owned = [stacks.own(task.job, task.placed) for task in held]
         for task, norms in zip(held, self._local.norms(owned), strict=True):
-            stacks.place_units(task.job, task.placed, norms, slots[task.index])
+            stacks.place_units(task.job, task.placed, norms, found[task.index])
         for _ in overlapped(
-            self._norm_round(domain, some, slots) for some in self._rounds(domain, travelling, norm_cost)
+            self._norm_round(domain, some, found) for some in self._rounds(domain, travelling, norm_cost)
         ):
             pass
         # Each unit's norm was filled in by one process alone, so the sums are exact and the same everywhere.
         for group in (domain.shards, domain.replicas):
             if group is not None:
                 dist.all_reduce(total, group=group)
-        return slots
+        return found
 
     def _norm_round(
-        self, domain: Domain, tasks: Sequence[Task], slots: dict[int, Tensor]
+        self, domain: Domain, tasks: Sequence[Task], found: dict[int, Tensor]
     ) -> Iterator[Direction | None]:
         fetched = fetch(domain, tasks)
         yield None
         mine = fetched()
         for task, norm in zip(mine, self._local.norms([task.job for task in mine]), strict=True):
-            slots[task.index].copy_(norm)
+            found[task.index].copy_(norm)
 
     # -------------------------------------------------------------------------------------------------- directions
 
@@ -219,7 +220,7 @@ def _stacked(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     """Those of which each process does the matrices it holds, and those that travel to an owner."""
     kinds: tuple[list[Task], list[Task]] = ([], [])
     for task in tasks:
-        kinds[0 if task.job.owner is None and stacks.applies(task.job, task.placed) else 1].append(task)
+        kinds[0 if task.job.deviation is None and stacks.applies(task.job, task.placed) else 1].append(task)
     return kinds
 
 

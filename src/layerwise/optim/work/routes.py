@@ -56,15 +56,11 @@ def fetch(domain: Domain, tasks: Sequence[Task]) -> Callable[[], list[Task]]:
     def wait() -> list[Task]:
         parts = zip(*received(), strict=True)  # by task, its shards in order
         return [
-            _with_whole(task, torch.cat(shards, task.placed.dim))
+            replace(task, job=replace(task.job, fetched=torch.cat(shards, task.placed.dim)))
             for task, shards in zip(mine, parts, strict=True)
         ]
 
     return wait
-
-
-def _with_whole(task: Task, whole: Tensor) -> Task:
-    return replace(task, job=replace(task.job, tensor=lambda: whole))
 
 
 def _shard(task: Task) -> Tensor:

@@ -17,10 +17,11 @@ factor U V^T of a full-rank d_out x d_in matrix, a spectral step of learning rat
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Final
 
 from layerwise.errors import LayerwiseError
-from layerwise.geometry import Geometry
+from layerwise.geometry import Geometry, Layout
 
 SCALINGS: Final = ("unit", "floored", "rms_0.2", "orthogonal")
 
@@ -43,3 +44,17 @@ def step_factor(scaling: str, geometry: Geometry, d_out: int, d_in: int) -> floa
     if scaling == "floored":
         return orthogonal * math.sqrt(max(1.0, d_out / d_in))
     raise LayerwiseError(f"scaling={scaling!r}: give one of {', '.join(map(repr, SCALINGS))}")
+
+
+@lru_cache(maxsize=4096)
+def step_factors(
+    layout: Layout, geometry: Geometry, scaling: str, shape: tuple[int, ...]
+) -> tuple[float, ...]:
+    """What the unit steps of a parameter are multiplied by, one factor for each stack of its layout; 0 for an empty one.
+
+    Raises :class:`LayerwiseError` where the scaling or the layout does not fit.
+    """
+    return tuple(
+        step_factor(scaling, geometry, d_out, d_in) if k and d_out and d_in else 0.0
+        for k, d_out, d_in in layout.shapes(shape)
+    )

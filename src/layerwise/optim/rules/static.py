@@ -1,0 +1,50 @@
+"""Fixed rates by unit: the control for any adaptive rule."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import LayerwiseError
+from layerwise.optim.rules.rule import RateRule, check_number
+from layerwise.optim.work.job import State
+
+
+@dataclass(frozen=True)
+class StaticRates(RateRule):
+    """Fixed multipliers by unit name; units that are not named keep 1. The control for any adaptive rule."""
+
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.multipliers, Mapping):
+            raise LayerwiseError(
+                f"StaticRates({self.multipliers!r}): give multipliers by unit name, such as {{'head.weight': 0.5}}"
+            )
+        for name, value in self.multipliers.items():
+            check_number("StaticRates", f"multipliers[{name!r}]", value, 0.0, float("inf"))
+        # In one order and as floats: a checkpoint tells rules apart by their text.
+        in_order = {name: float(self.multipliers[name]) for name in sorted(self.multipliers)}
+        object.__setattr__(self, "multipliers", in_order)
+
+    def check(self, ruled: Sequence[str], others: Sequence[str]) -> None:
+        for name, value in self.multipliers.items():
+            if name in ruled or (name in others and value == 1.0):
+                continue
+            if name in others:
+                raise LayerwiseError(
+                    f"StaticRates: {name!r} is given {value:g}, but its group has other rates or AdamW: leave it out"
+                )
+            near = difflib.get_close_matches(name, [*ruled, *others], n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"units look like {ruled[0]!r}"
+            raise LayerwiseError(f"StaticRates: no unit is named {name!r} (given {value:g}): {hint}")
+
+    def allocate(self, param: Tensor, units: Sequence[str]) -> State:
+        state = super().allocate(param, units)
+        values = [float(self.multipliers.get(unit, 1.0)) for unit in units]
+        state["multiplier"].copy_(torch.tensor(values))
+        return state

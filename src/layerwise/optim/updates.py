@@ -1,0 +1,233 @@
+"""Kinds of update: what a parameter's state is, and what one step does to it.
+
+A parameter group names its kind with ``update``: ``"lmo"``, ``"adamw"``, or an object of a class of one's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from layerwise.errors import LayerwiseError
+from layerwise.optim.rules.rule import NormGroup, RateRule
+from layerwise.optim.scaling import step_factors
+from layerwise.optim.work.job import Group, Job, MatrixJob, MatrixWork, State, select
+
+#: Momentum of many small tensors goes in one launch; a chunk bounds the copies that `keep` makes.
+CHUNK_BYTES = 64 * 2**20
+
+
+class Update(ABC):
+    """A kind of update. Make it a frozen dataclass: a checkpoint holds its ``repr`` and loads where that is the same.
+
+    ``keep``, where it is not None, is a 0-dimensional bool tensor on a device: where it is false nothing may change, and
+    gradients may hold anything, NaN included. So it selects values and never multiplies them (0 * nan is nan).
+    """
+
+    #: group options that this kind does not read: giving one warns
+    unused: ClassVar[tuple[str, ...]] = ("momentum", "nesterov", "scaling", "radius", "rates")
+
+    @abstractmethod
+    def allocate(self, group: Group, name: str, param: Tensor) -> State:
+        """State for one parameter; tensors in it keep their keys, shapes and dtypes."""
+
+    @abstractmethod
+    def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
+        """Change all parameters of this kind, in place, that have a gradient (``job.moves``)."""
+
+    def rule(self, group: Group) -> RateRule | None:
+        """What sets the rates of a group's units, if anything does."""
+        return None
+
+    def unit_names(self, group: Group, name: str, param: Tensor) -> tuple[str, ...]:
+        """Names of a parameter's units: here it is one as a whole."""
+        return (name,)
+
+
+@dataclass(frozen=True, repr=False)
+class AdamW(Update):
+    """torch's AdamW, called as a function on our state."""
+
+    def __repr__(self) -> str:
+        return "adamw"
+
+    def allocate(self, group: Group, name: str, param: Tensor) -> State:
+        """The state torch.optim.AdamW would make at its first step."""
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "exp_avg": torch.zeros_like(param),
+            "exp_avg_sq": torch.zeros_like(param),
+        }
+
+    def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
+        by_group: dict[int, list[Job]] = {}
+        for job in jobs:
+            if not job.moves:
+                continue
+            by_group.setdefault(id(job.group), []).append(job)
+            for key in ("exp_avg", "exp_avg_sq"):
+                if job.state[key].dtype != job.local.dtype:  # the model was cast after the optimizer was made
+                    job.state[key] = job.state[key].to(job.local.dtype)
+        for members in by_group.values():
+            group = members[0].group
+            # The fused kernel can be told on the device to do nothing, which is what `keep` needs.
+            fused = keep is not None or isinstance(group["lr"], Tensor)
+            adamw(
+                [job.local for job in members],
+                [job.grad.to(job.local.dtype) for job in members],
+                [job.state["exp_avg"] for job in members],
+                [job.state["exp_avg_sq"] for job in members],
+                [],
+                [job.state["step"] for job in members],
+                fused=fused or None,
+                found_inf=None if keep is None else 1.0 - keep.float(),
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+@dataclass(frozen=True, repr=False)
+class Lmo(Update):
+    """A unit step of the momentum in each unit's own norm, at each unit's own rate.
+
+    LMO: the linear minimisation oracle of the norm's unit ball, as Scion (arXiv 2502.07529) calls the unit step.
+    """
+
+    unused = ()
+
+    def __repr__(self) -> str:
+        return "lmo"
+
+    def allocate(self, group: Group, name: str, param: Tensor) -> State:
+        try:
+            _factors(group, param)  # fails here, not in the first step
+        except LayerwiseError as error:
+            raise LayerwiseError(f"parameter {name!r}: {error}") from None
+        state: State = {"momentum_buffer": torch.zeros_like(param)}
+        rule = self.rule(group)
+        if rule is not None:
+            state |= rule.allocate(param, self.unit_names(group, name, param))
+        return state
+
+    def rule(self, group: Group) -> RateRule | None:
+        return group["rates"]
+
+    def unit_names(self, group: Group, name: str, param: Tensor) -> tuple[str, ...]:
+        names: tuple[str, ...] = group["layout"].unit_names(name, param.shape)
+        return names
+
+    def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
+        moving = [job for job in jobs if job.moves]
+        update_momentum(moving, keep)
+        ruled = [job for job in jobs if job.group["rates"] is not None]
+        if ruled:
+            update_rates(ruled, work, keep)
+        directions = [
+            MatrixJob(
+                job.param,
+                job.group["layout"],
+                job.group["geometry"],
+                job.direction_input,
+                _factors(job.group, job.param),
+                job.state.get("multiplier"),
+            )
+            for job in moving
+        ]
+        for i, direction in work.directions(directions):
+            move(moving[i], direction, keep)
+
+
+#: The kinds that a group can name by text.
+UPDATES: Final[Mapping[str, Update]] = {"lmo": Lmo(), "adamw": AdamW()}
+
+
+def _factors(group: Group, param: Tensor) -> tuple[float, ...]:
+    static = step_factors(group["layout"], group["geometry"], group["scaling"], tuple(param.shape))
+    return tuple(group["radius"] * factor for factor in static)
+
+
+def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
+    """``M <- momentum * M + (1 - momentum) * G``, in place."""
+    for weight, chunk in _chunks(jobs):
+        averages = [job.state["momentum_buffer"] for job in chunk]
+        # lerp from a number to itself changes nothing
+        grads = [
+            select(keep, job.grad.to(average.dtype), average)
+            for job, average in zip(chunk, averages, strict=True)
+        ]
+        torch._foreach_lerp_(averages, grads, weight)
+
+
+def _chunks(jobs: Sequence[Job]) -> Iterator[tuple[float, list[Job]]]:
+    chunk: list[Job] = []
+    size, weight = 0, 0.0
+    for job in jobs:
+        of_job = 1.0 - job.group["momentum"]
+        if chunk and (of_job != weight or size > CHUNK_BYTES):
+            yield weight, chunk
+            chunk, size = [], 0
+        weight = of_job
+        chunk.append(job)
+        size += job.grad.numel() * job.grad.element_size()
+    if chunk:
+        yield weight, chunk
+
+
+def update_rates(jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
+    """Take the norms that the rate rules ask for, and let each set the multipliers of every norm group.
+
+    ``jobs``: all that have a rule, those without a gradient too, whose units are compared with the others'.
+    """
+    moving = [job for job in jobs if job.moves]
+    asked = [(job.param, norm) for job in moving for norm in job.group["rates"].norms(job)]
+    if asked:
+        found: dict[Tensor, list[Tensor]] = {}
+        for (param, _), norm in zip(asked, work.norms([norm for _, norm in asked]), strict=True):
+            found.setdefault(param, []).append(norm)
+        for rule, members in norm_groups(jobs):
+            if any(job.param in found for job in members):
+                units = NormGroup.of(members, found, ("multiplier", *rule.unit_state))
+                units.write(rule.update(units), keep)
+    for job in moving:
+        job.group["rates"].remember(job, keep)
+
+
+def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
+    """Each rule with the parameters whose units it compares with one another."""
+    found: list[tuple[str, RateRule, list[Job]]] = []
+    for job in jobs:
+        rule, name = job.group["rates"], job.group["norm_group"]
+        mates = next((m for other, r, m in found if other == name and (r is rule or r == rule)), None)
+        if mates is None:
+            found.append((name, rule, [job]))
+        else:
+            mates.append(job)
+    return [(rule, members) for _, rule, members in found]
+
+
+def move(job: Job, direction: Tensor, keep: Tensor | None) -> None:
+    """``W <- W - lr * weight_decay * W``, then ``W <- W - lr * direction``, in place."""
+    param, lr, decay = job.local, job.group["lr"], job.group["weight_decay"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())
+    if decay != 0.0:
+        # In float64 what is on the device comes out as the host's arithmetic does.
+        shrink = lr * decay if keep is None else keep.to(param.device).double() * (lr * decay)
+        param.mul_(1.0 - shrink)
+    if keep is not None:
+        direction = select(keep, direction, 0.0)
+    if isinstance(lr, Tensor):
+        param.sub_(direction * lr)
+    else:
+        param.sub_(direction, alpha=lr)
