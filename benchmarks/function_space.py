@@ -75,12 +75,9 @@ class Bench:
         groups = [{"params": [p]} for p in model.parameters()]
         return model, torch.optim.Adam(groups, lr=1e-4)
 
-    def backward(self, model: nn.Module, keep: bool = False) -> Tensor:
+    def backward(self, model: nn.Module) -> None:
         outputs = model(self.x)
-        nn.functional.nll_loss(outputs[:, :-1].flatten(0, 1), self.x[:, 1:].flatten()).backward(
-            retain_graph=keep
-        )
-        return outputs
+        nn.functional.nll_loss(outputs[:, :-1].flatten(0, 1), self.x[:, 1:].flatten()).backward()
 
     def plain(self) -> Callable[[], None]:
         model, optimizer = self.start()
@@ -115,18 +112,6 @@ class Bench:
             optimizer.zero_grad()
             self.backward(model)
             with recorder.step(other):
-                optimizer.step()
-
-        return step
-
-    def outputs(self, method: str, probes: int) -> Callable[[], None]:
-        model, optimizer = self.start()
-        recorder = FunctionSpaceRecorder(model, optimizer, every=1, method=method, probes=probes)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            outputs = self.backward(model, keep=True)
-            with recorder.step(outputs=outputs):
                 optimizer.step()
 
         return step
@@ -283,7 +268,6 @@ def memory(width: int, examples: int, length: int) -> list[str]:
         for slices, budget in ((1, 0), (examples, 0), (examples, 64 << 20)):
             name = f"{method}, {PROBES} probes, slices={slices}, memory={budget >> 20} MiB"
             steps[name] = bench.ours(method, PROBES, slices=slices, memory=budget)
-    steps[f"kronecker, {PROBES} probes, outputs="] = bench.outputs("kronecker", PROBES)
     steps["exact"] = bench.ours("exact", 1)
     for name, step in steps.items():
         step()

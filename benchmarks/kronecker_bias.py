@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.function_space import function_space_rates
-from layerwise.function_space.measuring.collect import Collector
-from layerwise.function_space.measuring.estimators import (
+from layerwise.function_space.measuring.moments import (
+    Collector,
     Estimator,
     Moments,
     TensorUpdate,
@@ -26,9 +26,9 @@ from layerwise.function_space.measuring.estimators import (
     iid,
     kronecker,
 )
-from layerwise.function_space.measuring.isolation import call_with, trainable, untouched
-from layerwise.function_space.measuring.outputs import as_outputs, resolve
-from layerwise.function_space.measuring.probes import draw_probes, run_probes
+from layerwise.function_space.measuring.outputs import resolve
+from layerwise.function_space.measuring.probes import draw_probes
+from layerwise.function_space.measuring.runners import LeafRunner, trainable, untouched
 
 
 class Experts(nn.Module):
@@ -168,13 +168,13 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
                 rows[name, which].add(grads.reshape(-1, *estimator.view))
 
     with untouched(model):
-        leaves = {name: p.detach().requires_grad_() for name, p in trainable(model).items()}
-        outputs = as_outputs(call_with(model, resolve(forward), leaves, inputs))
+        runner = LeafRunner(model, resolve(forward), trainable(model))
+        outputs = runner.outputs(inputs, None)
         drawn = draw_probes(outputs, probes, "rademacher", seed=0)
-        run_probes(outputs, leaves, drawn, AllEstimators({}, {}), memory=64 << 20, streaming=True)
+        runner.probe(outputs, drawn, AllEstimators({}, {}), memory=64 << 20)
     found: dict = defaultdict(dict)
     for (name, which), moments in rows.items():
-        logs = moments.logs(probes) - math.log(outputs.entries)
+        logs = moments.logs(probes) - math.log(outputs.values.numel())
         found[name][which] = combine(chosen[name][which].exponents, logs)
     return found
 

@@ -1,4 +1,4 @@
-"""What users are told: errors that name the thing, its value and the mend, and warnings that point at their line."""
+"""What users are told: errors that name the thing, its value and the fix, and warnings that point at their line."""
 
 import sys
 import warnings
@@ -12,12 +12,13 @@ class NonFiniteError(LayerwiseError):
     """A gradient held NaN or inf, and the step was not taken. Training has diverged; nothing was wrong with the input."""
 
 
+# What may lie between a user's line and ours: torch's constructors and contextlib's managers call back into Layerwise.
+_NOT_THE_USER = ("layerwise", "torch", "contextlib")
+
+
 def warn(message: str) -> None:
-    """A UserWarning at the innermost line outside Layerwise and torch, whose constructors call back into Layerwise."""
+    """A UserWarning at the innermost line outside Layerwise and what calls back into it."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "layerwise",
-        "torch",
-    ):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USER:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)

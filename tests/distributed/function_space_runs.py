@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import layerwise as lw
-from layerwise.function_space.measuring.process_group import local_part, placed_as
+from layerwise.common.tensors import local_part
+from layerwise.function_space.measuring.process_group import placed_as
 
 sys.path.append(str(Path(__file__).parents[1] / "function_space"))
 from naive import NaiveFLeRM
@@ -92,8 +93,8 @@ OBSERVERS = {
 }
 
 
-def observed(how: str, observer: str, on: str = "batch", steps: int = 3) -> dict[str, Any]:
-    """Some steps of AdamW, each measured or matched on another batch, or on the loop's own outputs."""
+def observed(how: str, observer: str, steps: int = 3) -> dict[str, Any]:
+    """Some steps of AdamW, each measured or matched on another batch."""
     model = distribute(make_model(), how)
     # A large eps: entries with a gradient of rounding noise do not move by a whole step.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3, weight_decay=0.1)
@@ -101,10 +102,8 @@ def observed(how: str, observer: str, on: str = "batch", steps: int = 3) -> dict
     for step in range(steps):
         optimizer.zero_grad()
         *inputs, targets = spread(batch(step), "even")
-        outputs = model(*inputs)
-        nn.functional.cross_entropy(outputs, targets).backward(retain_graph=on == "outputs")
-        other = tuple(spread(batch(100 + step)[:2], "uneven"))
-        with watcher.step(**({"outputs": outputs} if on == "outputs" else {"batch": other})):
+        nn.functional.cross_entropy(model(*inputs), targets).backward()
+        with watcher.step(tuple(spread(batch(100 + step)[:2], "uneven"))):
             optimizer.step()
     found: dict[str, Any] = {"weights": weights(model)}
     if isinstance(watcher, lw.FLeRM):
@@ -129,7 +128,7 @@ class Noisy(nn.Module):
         return self.out(self.drop(self.norm(x)))
 
 
-def trace(how: str, watched: str) -> dict[str, Tensor]:
+def trace(how: str, watched: bool) -> dict[str, Tensor]:
     """All that a user could see after some steps with accumulated gradients."""
     model = distribute(Noisy(), how)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -142,16 +141,13 @@ def trace(how: str, watched: str) -> dict[str, Tensor]:
             if how == "fsdp":
                 model.set_requires_gradient_sync(bool(micro))
             with unsynced:
-                outputs = model(torch.randn(8, 12))
-                keep = watched == "outputs" and bool(micro)
-                outputs.square().mean().backward(retain_graph=keep)
+                model(torch.randn(8, 12)).square().mean().backward()
         if how == "fsdp" and step == 1:
             model.set_requires_gradient_sync(False)  # as a loop may have it for the next accumulation
-        if watched == "no":
+        if not watched:
             optimizer.step()
         else:
-            what = {"outputs": outputs} if watched == "outputs" else {"batch": torch.ones(4, 12) * (step + 1)}
-            with recorder.step(**what):
+            with recorder.step(torch.ones(4, 12) * (step + 1)):
                 optimizer.step()
     state = {f"w.{n}": local_part(p.detach()).clone() for n, p in model.named_parameters()}
     state |= {f"g.{n}": local_part(p.grad).clone() for n, p in model.named_parameters()}

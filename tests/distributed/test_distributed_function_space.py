@@ -86,11 +86,10 @@ def test_a_tensor_without_a_gradient_on_some_processes(cluster, single, memory, 
     same(expected, cluster.run(4, forked, "kronecker", memory, slices))
 
 
-@pytest.mark.parametrize("on", ["batch", "outputs"])
 @pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_recorded_rates_are_those_of_one_process(cluster, single, how, on):
-    expected = single(observed, "single", "recorder", on)
-    several = cluster.run(2, observed, how, "recorder", on)
+def test_recorded_rates_are_those_of_one_process(cluster, single, how):
+    expected = single(observed, "single", "recorder")
+    several = cluster.run(2, observed, how, "recorder")
     for step, rates in enumerate(expected["rates"]):
         same(rates, [each["rates"][step] for each in several], 1e-9)
 
@@ -114,10 +113,9 @@ def test_matched_rates_and_the_weights_they_lead_to(cluster, single, how, world)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("watched", ["batch", "outputs"])
-def test_measuring_leaves_no_trace(cluster, how, watched):
+def test_measuring_leaves_no_trace(cluster, how):
     for plain, measured_ in zip(
-        cluster.run(2, trace, how, "no"), cluster.run(2, trace, how, watched), strict=True
+        cluster.run(2, trace, how, False), cluster.run(2, trace, how, True), strict=True
     ):
         assert measured_.pop("measured") == 3
         assert plain.pop("measured") == 0

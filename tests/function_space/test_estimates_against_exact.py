@@ -10,8 +10,9 @@ from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import Rates, function_space_rates
-from layerwise.function_space.measuring.estimators import (
-    METHODS,
+from layerwise.function_space.measuring.exact import derivative
+from layerwise.function_space.measuring.measurement import METHODS
+from layerwise.function_space.measuring.moments import (
     Moments,
     TensorUpdate,
     combine,
@@ -19,7 +20,6 @@ from layerwise.function_space.measuring.estimators import (
     iid,
     kronecker,
 )
-from layerwise.function_space.measuring.exact import derivative
 
 
 class AllRanks(nn.Module):
@@ -124,7 +124,7 @@ def test_kroneckers_error_is_that_of_its_own_mean():
 @settings(max_examples=40, deadline=None)
 def test_moments_are_their_definitions(probes, shape, seed, piece):
     """Against the formulas written with plain sums, whatever the pieces a tensor is taken in."""
-    import layerwise.function_space.measuring.estimators as module
+    import layerwise.function_space.measuring.moments as module
 
     torch.manual_seed(seed)
     delta, grads = torch.randn(shape).double(), torch.randn(probes, *shape).double()

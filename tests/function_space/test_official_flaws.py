@@ -510,21 +510,20 @@ def test_the_copy_of_the_weights_is_freed_after_the_measurement():
     import gc
     import weakref
 
-    from layerwise.function_space.steps import capture
+    from layerwise.function_space.steps import watched_step
 
     x, y, other = batch(0)
     model = ResNet(8, 1)
     optimizer = singles(model)
     copies = []
-    enter = capture.StepCapture.__enter__
+    start = watched_step.WatchedStep.__init__
 
-    def watched(self):
-        enter(self)
+    def watched(self, *args):
+        start(self, *args)
         copies.extend(weakref.ref(old) for old in self.old.values())
-        return self
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture.StepCapture, "__enter__", watched)
+        patch.setattr(watched_step.WatchedStep, "__init__", watched)
         recorder = FunctionSpaceRecorder(model, optimizer, every=1, probes=4)
         nn.functional.cross_entropy(model(x), y).backward()
         with recorder.step(other):

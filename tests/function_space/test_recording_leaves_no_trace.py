@@ -66,14 +66,11 @@ def run(how: str, dtype: torch.dtype, method: str = "kronecker", memory: int = 0
         x, y, other = data(step, dtype)
         for _ in range(2):  # gradients are accumulated over two micro-batches, and zeroed in place later
             outputs = model(x)
-            nn.functional.cross_entropy(outputs, y).backward(retain_graph=how == "outputs")
+            nn.functional.cross_entropy(outputs, y).backward()
         if how == "plain":
             optimizer.step()
-        elif how == "batch":
-            with recorder.step(other):
-                optimizer.step()
         else:
-            with recorder.step(outputs=outputs):
+            with recorder.step(other):
                 optimizer.step()
         if step < steps - 1:
             optimizer.zero_grad(set_to_none=False)
@@ -87,7 +84,6 @@ def run(how: str, dtype: torch.dtype, method: str = "kronecker", memory: int = 0
         ("batch", "kronecker", 0),
         ("batch", "full_cov", 1 << 20),
         ("batch", "exact", 0),
-        ("outputs", "kronecker", 0),
     ],
 )
 def test_measured_and_unmeasured_runs_are_equal(dtype, how, method, memory):
@@ -137,26 +133,6 @@ def test_the_naive_way_moves_what_ours_does_not():
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_outputs_of_the_loop_give_the_rates_of_a_forward_of_our_own():
-    """In float64, where both differ by rounding only; the model has no dropout, so both see the same function."""
-    results = []
-    for how in ("batch", "outputs"):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        recorder = FunctionSpaceRecorder(model, optimizer, every=1, probes=6)
-        x = torch.randn(9, 5, dtype=torch.float64)
-        pointers = [p.data_ptr() for p in model.parameters()]
-        outputs = model(x)
-        outputs.square().mean().backward(retain_graph=True)
-        with recorder.step(x) if how == "batch" else recorder.step(outputs=outputs):
-            optimizer.step()
-        assert pointers == [p.data_ptr() for p in model.parameters()]
-        results.append(recorder.records[0].rates)
-    for name in results[0]:
-        assert results[0][name].value == pytest.approx(results[1][name].value, rel=1e-12)
-
-
 def test_user_hooks_and_state_survive_errors():
     model = network()
     optimizer = optimizer_for(model)
@@ -165,24 +141,20 @@ def test_user_hooks_and_state_survive_errors():
     modes = [m.training for m in model.modules()]
     recorder = FunctionSpaceRecorder(model, optimizer, every=1, probes=2)
     x, y, _other = data(0, torch.float32)
-    outputs = model(x)
-    nn.functional.cross_entropy(outputs, y).backward(retain_graph=True)
+    nn.functional.cross_entropy(model(x), y).backward()
     assert len(calls) == 1
-    with recorder.step(outputs=outputs):
+    with recorder.step(x):
         optimizer.step()
     with pytest.raises(RuntimeError), recorder.step(torch.randn(2, 5)):
         optimizer.step()
     assert len(calls) == 1
     assert [m.training for m in model.modules()] == modes
     before = everything(model, optimizer)
-    with pytest.raises(KeyError), recorder.step(outputs=model(x)):
+    with pytest.raises(KeyError), recorder.step(x):
         raise KeyError
     assert all(torch.equal(v, before[k]) for k, v in everything(model, optimizer).items() if k[0] == "w")
-    outputs = model(x)
-    nn.functional.cross_entropy(outputs, y).backward()
+    nn.functional.cross_entropy(model(x), y).backward()
     assert len(calls) == 2
-    with pytest.raises(LayerwiseError, match=r"retain_graph=recorder\.due"), recorder.step(outputs=outputs):
-        optimizer.step()
 
 
 def test_autocast_of_the_caller_is_neither_used_nor_changed():

@@ -7,28 +7,29 @@ import torch
 from reference_model import VECTORS, adam, batch, build, loss
 from torch import Tensor
 
-from layerwise.function_space.measuring.collect import Collector
-from layerwise.function_space.measuring.estimators import Estimator, TensorUpdate, combine, estimator_for
-from layerwise.function_space.measuring.isolation import call_with, trainable
-from layerwise.function_space.measuring.outputs import as_outputs, model_output
-from layerwise.function_space.measuring.probes import run_probes
+from layerwise.function_space.measuring.moments import (
+    ESTIMATORS,
+    Collector,
+    Estimator,
+    TensorUpdate,
+    combine,
+)
+from layerwise.function_space.measuring.outputs import model_output
+from layerwise.function_space.measuring.runners import LeafRunner, trainable
 
 Snapshot = dict[str, Tensor]
 
 
 def moments_of_call(model, old: Snapshot, new: Snapshot, method: str, call: int, eps: list[float]):
     """Log moments of one probe, given as numbers, on the batch of that call, at the old weights."""
-    leaves = {name: w.detach().requires_grad_() for name, w in old.items()}
-    outputs = as_outputs(call_with(model, model_output, leaves, batch(100 + call)))
-    estimators: dict[str, Estimator] = {
-        name: estimator_for(method, tuple(w.shape)) for name, w in old.items()
-    }
+    runner = LeafRunner(model, model_output, old)
+    outputs = runner.outputs(batch(100 + call), None)
+    estimators: dict[str, Estimator] = {name: ESTIMATORS[method](tuple(w.shape)) for name, w in old.items()}
     found = Collector(estimators, {name: TensorUpdate(new[name], old[name]) for name in old})
     probe = torch.tensor(eps, dtype=torch.float64).reshape(outputs.values.shape)
-    run_probes(outputs, leaves, [probe], found, memory=0, streaming=True)
-    return estimators, {
-        name: moments.logs(1) - math.log(outputs.entries) for name, moments in found.moments.items()
-    }
+    runner.probe(outputs, iter([probe]), found, memory=0)
+    entries = outputs.values.numel()
+    return estimators, {name: moments.logs(1) - math.log(entries) for name, moments in found.moments.items()}
 
 
 def snapshot(model) -> Snapshot:

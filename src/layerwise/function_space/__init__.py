@@ -1,10 +1,12 @@
 """Function-space learning rates and FLeRM (arXiv 2502.17405), for any model and any torch optimizer."""
 
-from layerwise.function_space.matching.base_rates import BaseRate, BaseRates, Fingerprint, record_base
+from layerwise.function_space.matching.base_rates import BaseRate, BaseRates, record_base
 from layerwise.function_space.matching.decide import Matched, MatchReport
 from layerwise.function_space.matching.depth_map import infer_depth
+from layerwise.function_space.matching.fingerprint import Fingerprint
 from layerwise.function_space.matching.flerm import FLeRM
-from layerwise.function_space.measuring.measurement import Measurement, function_space_rates
+from layerwise.function_space.measure import function_space_rates
+from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.rates import Rate, Rates
 from layerwise.function_space.steps.recorder import FunctionSpaceRecorder, JsonLines, Record
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 class Rate:
     """The function-space learning rate of one parameter.
 
-    `value`: RMS change of an output entry that this tensor's update causes, to first order, in the outputs'
-    unit.
-    `stderr`: its standard error over the probes (0 for `exact`); it knows nothing of an estimator's bias.
-    `share`: its part of the sum over all tensors. `estimator`: the one used for this tensor's shape.
+    Attributes:
+        value: RMS change of an output entry that this tensor's update causes, to first order, in the outputs' unit.
+        stderr: its standard error over the probes (0 for `exact`); it knows nothing of an estimator's bias.
+        share: its part of the sum over all tensors.
+        estimator: the one used for this tensor's shape.
     """
 
     value: float
@@ -36,8 +37,26 @@ class Rate:
 class Rates(Mapping[str, Rate]):
     """Rates by parameter name, and how they were measured.
 
-    `entries` is the number of output entries counted (masked ones are not), summed over batches. `space`
-    names the output. `classes` is the size of the outputs' last dimension.
+    Attributes:
+        rates: by parameter name, in the model's order.
+        method: what was asked for; each rate says which estimator that meant for it.
+        probes: how many were run.
+        seed: of the probes.
+        entries: how many output entries were counted (masked ones are not), summed over batches.
+        space: name of the output space.
+        classes: size of the outputs' last dimension.
+        dtype: of the outputs.
+
+    Example:
+        >>> import torch
+        >>> import layerwise as lw
+        >>> model = torch.nn.Linear(3, 2)
+        >>> update = {name: 0.01 * torch.randn_like(p) for name, p in model.named_parameters()}
+        >>> rates = lw.function_space_rates(model, update, torch.randn(8, 3))
+        >>> print(rates.table(top=1))  # doctest: +SKIP
+        >>> low, high = rates.interval("weight")
+        >>> low < rates["weight"].value < high
+        True
     """
 
     rates: Mapping[str, Rate]
@@ -64,9 +83,7 @@ class Rates(Mapping[str, Rate]):
         return sum(rate.value for rate in self.rates.values())
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
-        """Confidence interval of a rate: symmetric in its logarithm, with Student's quantile for few
-        probes.
-        """
+        """Confidence interval of a rate: symmetric in its logarithm, with Student's quantile for few probes."""
         rate = self.rates[name]
         if rate.stderr == 0:
             return rate.value, rate.value
@@ -163,16 +180,8 @@ class Rates(Mapping[str, Rate]):
         return Rates.from_dict(json.loads(Path(path).read_text()))
 
 
-def shares(values: Mapping[str, float]) -> dict[str, float]:
-    """Each value's part of their sum; 0 where the sum is 0."""
-    total = sum(values.values())
-    return {name: value / total if total else 0.0 for name, value in values.items()}
-
-
 def _student(level: float, freedom: int) -> float:
-    """Two-sided quantile of Student's t, by the Cornish-Fisher expansion (within 1 % from 4 degrees of
-    freedom on).
-    """
+    """Two-sided quantile of Student's t, by the Cornish-Fisher expansion (within 1 % from 4 degrees of freedom on)."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

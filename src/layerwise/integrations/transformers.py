@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder
 from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.slices import share
-from layerwise.function_space.steps.recorder import is_supplier
+from layerwise.function_space.steps.watched_step import is_supplier
 from layerwise.geometry import param_groups
 from layerwise.integrations.logged import layerwise_optimizer, rates_to_log
 from layerwise.optim import Lanton, LayerwiseOptimizer

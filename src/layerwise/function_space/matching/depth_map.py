@@ -1,7 +1,7 @@
 """Which base tensor each tensor of a deeper model takes its rate from: the depth map, as data.
 
-With depth multiplied by m, base block b becomes target blocks m*b .. m*b+m-1, and each copy of each tensor
-gets 1/m of the base tensor's rate (arXiv 2502.17405). Tensors outside the stack keep theirs.
+With depth multiplied by m, base block b becomes target blocks m*b .. m*b+m-1, and each copy of each tensor gets 1/m of the
+base tensor's rate (arXiv 2502.17405). Tensors outside the stack keep theirs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.isolation import trainable, unwrap
+from layerwise.function_space.measuring.runners import trainable, unwrap
 
-#: Pattern of a block stack (`"transformer.h.*"`, the star is the block's number) -> `"split"`, `"copy"`, or
-# the number  of blocks the base model has (then split).
+#: Pattern of a block stack (`"transformer.h.*"`, the star is the block's number) -> `"split"`, `"copy"`, or the number of
+#: blocks that the base model has (then split).
 DepthMap = Mapping[str, "str | int"]
 
 
@@ -65,8 +65,7 @@ def sources(names: Collection[str], base: Collection[str] | None, depth: DepthMa
             base_blocks = rule
         if base_blocks < 1 or blocks % base_blocks:
             raise LayerwiseError(
-                f"depth[{pattern!r}]: the model has {blocks} blocks, the base {base_blocks}: make the "
-                "model's depth a "
+                f"depth[{pattern!r}]: the model has {blocks} blocks, the base {base_blocks}: make the model's depth a "
                 "multiple of the base's"
             )
         times = blocks // base_blocks
@@ -107,6 +106,6 @@ def _check_all_known(found: Mapping[str, Source], base: Collection[str]) -> None
         for match in re.finditer(r"\.\d+(?=\.)", missing[0])
         if f"{missing[0][: match.start()]}.0{missing[0][match.end() :]}" in base
     }
-    mend = f"pass depth={stacks}" if stacks else "record the base with a model of the same parameter names"
+    remedy = f"pass depth={stacks}" if stacks else "record the base with a model of the same parameter names"
     shown = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
-    raise LayerwiseError(f"the base has no rate for {len(missing)} parameters ({shown}): {mend}")
+    raise LayerwiseError(f"the base has no rate for {len(missing)} parameters ({shown}): {remedy}")

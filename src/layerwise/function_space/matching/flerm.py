@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,71 +12,81 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import LayerwiseError
-from layerwise.function_space.matching.base_rates import BaseRates, settings_by_name
+from layerwise.errors import LayerwiseError, warn
+from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.decide import (
     Matched,
     MatchReport,
     decide,
     noise_floor,
-    rescale,
     rounding_noise,
 )
 from layerwise.function_space.matching.depth_map import DepthMap, infer_depth, sources
 from layerwise.function_space.matching.named_rates import NamedRates
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import NAMED, Forward
-from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.capture import StepCapture, capture_for
+from layerwise.function_space.steps.decay import Decay, check_decay
 from layerwise.function_space.steps.optimizer_facts import (
-    Decay,
     class_name,
-    decay_pulls,
     group_of,
-    learning_rate,
+    learning_rates,
     optimized,
     require_linear,
+    settings_by_name,
     unscheduled_rate,
     unwrap_optimizer,
 )
-from layerwise.function_space.steps.recorder import is_supplier
+from layerwise.function_space.steps.watched_step import StepWatcher, WatchedStep
 
 
-class FLeRM:
+class FLeRM(StepWatcher):
     """Function-space learning rate matching (arXiv 2502.17405), around the optimizer's step.
 
-        flerm = FLeRM(model, optimizer, base="base.json")
-        for batch, other in loader:
-            loss(model, batch).backward()
-            with flerm.step(other):
-                optimizer.step()
+    At step `at`, and then every `every` steps, the step is measured at the weights before it; each parameter gets the
+    learning rate at which it would have done to the outputs what the base model's did, and the step is redone at these
+    rates. With rates per unit learning rate `delta_l` here and `base_l` there: `lr_l = lr * base_l / delta_l`. Afterwards
+    the optimizer's groups, its schedule and its checkpoints are as without FLeRM; the matched rates are multipliers by
+    parameter name that apply while it steps (`learning_rates`).
 
-    At step `at`, and then every `every` steps, the step is measured on `other` at the weights before it; each
-    parameter gets the learning rate at which it would have done to the outputs what the base model's did, and
-    the step is redone at these rates. With per-unit rates `delta` here and `base` there: `lr_l = lr * base_l
-    / delta_l`.
-    Afterwards the optimizer's groups, its schedule and its checkpoints are as without FLeRM; the matched
-    rates are multipliers by parameter name that apply while it steps (`learning_rates`).
+    A step that did not happen or moved nothing (GradScaler, a warm-up's rate of 0) is matched next time.
 
     Args:
-        model, optimizer: any torch optimizer whose step is proportional to `lr`, with any groups.
+        model: any module.
+        optimizer: any torch optimizer whose step is proportional to `lr`, with any groups.
         base: a base file, `BaseRates`, or `"uniform"`: every base tensor gets an equal part, 1 / their number.
-        depth: which base block each block takes its rates from, such as `{"transformer.h.*": "split"}`; in uniform
-            mode the base's number of blocks in place of `"split"`. Default: the block stacks of a transformers model.
-        at: the first step that matches (LoRA: 5 or later, as A has no effect at step 0). every: again every so many.
+        depth: which base block each block takes its rates from, such as `{"transformer.h.*": "split"}`; in uniform mode
+            the base's number of blocks in place of `"split"`. Default: the block stacks of a transformers model.
+        at: the first step that matches (LoRA: 5 or later, as A has no effect at step 0).
+        every: match again every so many steps.
         lr: `"groups"`: the groups' rates, which must be the base's up to one factor; `"base"`: the base's own rate of
             each tensor (the groups give the schedule).
         fixed: name patterns of parameters that keep the groups' rates, such as `("*lora_A*",)`.
         max_change: largest factor, up or down, of one matching.
         decay: `"scaled"`: decoupled weight decay follows the matched rate; `"constant"`: `lr * weight_decay` stays.
-        near_zero: a rate below this part of all rates' root sum of squares counts as rounding noise, and its
-            parameter keeps its learning rate. Default: `match.rounding_noise` of the coarsest dtype at work.
-        forward, method: default what the base was recorded with. probes, seed, options: see `Measurement`.
+        near_zero: a rate below this part of all rates' root sum of squares counts as rounding noise, and its parameter
+            keeps its learning rate. Default: `decide.rounding_noise` of the coarsest dtype at work.
+        forward: see `Measurement`; default what the base was recorded with.
+        method: see `Measurement`; default what the base was recorded with.
+        probes: see `Measurement`.
+        seed: see `Measurement`; step n's probes are seeded `seed + n`.
+        options: the other fields of `Measurement`.
 
     Raises:
-        LayerwiseError: for a base that does not fit (naming the difference), or an optimizer not proportional
-        to lr.
+        LayerwiseError: for a base that does not fit (naming the difference), or an optimizer not proportional to lr.
+
+    Example:
+        >>> import torch
+        >>> import layerwise as lw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> flerm = lw.FLeRM(model, optimizer, base="uniform")
+        >>> for _ in range(2):
+        ...     model(torch.randn(8, 3)).square().mean().backward()
+        ...     with flerm.step(torch.randn(8, 3)):
+        ...         optimizer.step()
+        >>> flerm.learning_rates().keys() == dict(model.named_parameters()).keys()
+        True
     """
 
     def __init__(
@@ -101,37 +109,30 @@ class FLeRM:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        self.model = model
-        self.optimizer = unwrap_optimizer(optimizer)
-        require_linear(self.optimizer)
-        self.parameters = optimized(model, self.optimizer)
+        require_linear(unwrap_optimizer(optimizer))
         _check_options(at, every, lr, max_change)
-        self.at, self.every, self.lr = at, every, lr
-        self.max_change, self.near_zero, self.decay = max_change, near_zero, decay
-        decay_pulls(self.optimizer, self.parameters, decay)
-        self.fixed = _fixed(self.parameters, fixed)
-
         self.base = (
             None if base == "uniform" else base if isinstance(base, BaseRates) else BaseRates.load(base)
         )
         if self.base is not None:
             method = method or self.base.fingerprint.method
             forward = forward or NAMED.get(self.base.fingerprint.space)
-        self.measurement = Measurement(forward, method or "kronecker", probes, seed, **options)
-        self.depth = dict(infer_depth(model) if depth is None else depth)
+        measurement = Measurement(forward, method or "kronecker", probes, seed, **options)
+        super().__init__(model, optimizer, measurement, decay)
+        self.parameters = optimized(self.model, self.optimizer)
+        check_decay(self.optimizer, self.parameters, decay)
+        self.at, self.every, self.lr = at, every, lr
+        self.max_change, self.near_zero = max_change, near_zero
+        self.fixed = _fixed(self.parameters, fixed)
         base_names = None if self.base is None else self.base.names
-        if depth is None and base_names is None:
-            self.depth = {}
+        inferred = {} if base_names is None else infer_depth(self.model)
+        self.depth = dict(inferred if depth is None else depth)
         self.sources = sources(list(self.parameters), base_names, self.depth)
         groups = group_of(self.optimizer, self.parameters)
         self.nominal = {name: unscheduled_rate(group) for name, group in groups.items()}
         self._check_base()
-
         self.named = NamedRates(self.optimizer, self.parameters, decay)
-        self.steps = 0
-        self.pending: int | None = None
         self.reports: list[MatchReport] = []
-        self.skipped: dict[int, str] = {}
 
     @property
     def due(self) -> bool:
@@ -141,45 +142,19 @@ class FLeRM:
         return self.every is not None and self.steps > self.at and (self.steps - self.at) % self.every == 0
 
     @contextmanager
-    def step(self, batch: Any = None, *, outputs: Any = None, mask: Tensor | None = None) -> Iterator[None]:
-        """Surround one optimizer step; the arguments are those of `FunctionSpaceRecorder.step`.
+    def step(self, batch: Any = None, *, mask: Tensor | None = None) -> Iterator[None]:
+        with super().step(batch, mask=mask):
+            try:
+                yield
+            finally:
+                self.named.restore()  # where the step raised
 
-        A step that did not happen or moved nothing (GradScaler, a warm-up's rate of 0) is matched next time.
-        """
-        if not self.due:
-            try:
-                yield
-            finally:
-                self.named.restore()
-            self.steps += 1
-            return
-        if (batch is None) == (outputs is None):
-            raise LayerwiseError(
-                f"step {self.steps} is to be matched: flerm.step needs one of batch and outputs="
-            )
-        scheduled = self.steps if self.pending is None else self.pending
-        capture = capture_for(self.model, self.optimizer, outputs)
-        with capture:
-            try:
-                yield
-            finally:
-                self.named.restore()
-        try:
-            reason = capture.why_not(processes_of(self.measurement.processes))
-            if reason is None:
-                inputs = outputs if outputs is not None else batch() if is_supplier(batch) else batch
-                self._match(capture, inputs, mask, scheduled)
-        finally:
-            capture.release()
-        self.pending = None if reason is None else scheduled
-        if reason is not None:
-            self.skipped[self.steps] = reason
-        self.steps += 1
+    step.__doc__ = StepWatcher.step.__doc__
 
     def learning_rates(self) -> dict[str, float]:
         """Each parameter's learning rate in the next step: its group's, times its multiplier."""
-        groups = group_of(self.optimizer, self.parameters)
-        return {name: learning_rate(group) * self.named.multipliers[name] for name, group in groups.items()}
+        rates = learning_rates(self.optimizer, self.parameters)
+        return {name: lr * self.named.multipliers[name] for name, lr in rates.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the optimizer's state: the multipliers and the count of steps."""
@@ -199,34 +174,28 @@ class FLeRM:
         """Leave the optimizer as it was before FLeRM."""
         self.named.detach()
 
-    def _match(self, capture: StepCapture, inputs: Any, mask: Tensor | None, scheduled: int) -> None:
-        pulls = decay_pulls(self.optimizer, self.parameters, self.decay)
-        measurement = dataclasses.replace(self.measurement, seed=self.measurement.seed + scheduled)
-        rates = capture.measure(measurement, inputs, mask, pulls)
+    def _measured(self, step: WatchedStep, rates: Rates, scheduled: int) -> None:
         self._check_measured(rates)
-        measured = {name: rate.value for name, rate in rates.items()}
-        targets, negligible = self._targets(scheduled)
+        measured = {name: rate.value for name, rate in rates.rates.items()}
+        targets, negligible = self._targets(step.lrs, scheduled)
         relative = self._rounding_noise(rates) if self.near_zero is None else self.near_zero
         decided = decide(measured, targets, {**negligible, **self.fixed}, relative, self.max_change)
-        updates = capture.updates(pulls)
-        for name, (change, _) in decided.items():
-            rescale(self.parameters[name], updates[name], change)
-            self.named.multipliers[name] *= change
-        lrs = self.learning_rates()
-        rows = {n: Matched(measured[n], targets[n], c, lrs[n], note) for n, (c, note) in decided.items()}
-        report = MatchReport(self.steps, rows)
-        self.reports.append(report)
-        kept = [name for name in report.left_alone if name not in self.fixed]
+        updates = step.updates()
+        rows = {}
+        for name, (change, note) in decided.items():
+            if change != 1.0:
+                updates[name].redo(self.parameters[name], change)
+                self.named.multipliers[name] *= change
+            lr = step.lrs[name] * self.named.multipliers[name]
+            rows[name] = Matched(measured[name], targets[name], change, lr, note)
+        self.reports.append(MatchReport(self.steps, rows))
+        kept = [name for name in self.reports[-1].left_alone if name not in self.fixed]
         if kept:
             shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
-            warnings.warn(
-                f"FLeRM left {len(kept)} learning rates as they were ({shown}): see reports[-1]", stacklevel=4
-            )
+            warn(f"FLeRM left {len(kept)} learning rates as they were ({shown}): see reports[-1]")
 
-    def _targets(self, scheduled: int) -> tuple[dict[str, float], dict[str, str]]:
-        """The function-space rate that each parameter's step should have, and who has none."""
-        groups = group_of(self.optimizer, self.parameters)
-        now = {name: learning_rate(group) for name, group in groups.items()}
+    def _targets(self, now: Mapping[str, float], scheduled: int) -> tuple[dict[str, float], dict[str, str]]:
+        """The function-space rate that each parameter's step should have at the groups' rates, and who has none."""
         if self.base is None:
             count = len({source.name for source in self.sources.values()})
             return {name: now[name] / count / self.sources[name].share for name in self.parameters}, {}
@@ -256,7 +225,7 @@ class FLeRM:
             "batch_norm": self.measurement.batch_norm,
             "decay": self.decay,
             "optimizer": class_name(self.optimizer),
-            "settings": settings_by_name(self.model, self.optimizer),
+            "settings": settings_by_name(self.optimizer, self.parameters),
         }
         names = {name: source.name for name, source in self.sources.items()}
         self.base.fingerprint.require(names, **found)
@@ -277,11 +246,9 @@ class FLeRM:
         low, high = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
         if factors[high] > factors[low] * (1 + 1e-6):
             raise LayerwiseError(
-                f"the base had other rates between parameters: {low!r} has lr {self.nominal[low]:g} (base "
-                f"{base[low]:g}), "
-                f"{high!r} {self.nominal[high]:g} (base {base[high]:g}): give the groups the base's rates "
-                "up to one "
-                "factor, or pass lr='base'"
+                f"the base had other rates between parameters: {low!r} has lr {self.nominal[low]:g} (base {base[low]:g}), "
+                f"{high!r} {self.nominal[high]:g} (base {base[high]:g}): give the groups the base's rates up to one factor, "
+                "or pass lr='base'"
             )
 
     def _check_measured(self, rates: Rates) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.steps.optimizer_facts import Decay, Group
+from layerwise.function_space.steps.decay import Decay, kept_constant
+from layerwise.function_space.steps.optimizer_facts import Group
 
 #: Optimizers whose rates are set by name: two that do so would multiply each other's split groups, more each step.
 _TAKEN: WeakSet[Optimizer] = WeakSet()
@@ -20,14 +21,15 @@ _OURS = frozenset(("params", "param_names", "lr", "weight_decay"))
 class NamedRates:
     """Multipliers on the groups' learning rates, one per parameter.
 
-    While the optimizer's `step` runs, each group is replaced by one group per multiplier in it; then the
-    user's groups are back. Nobody else ever sees the split ones: schedulers go on writing `group["lr"]`,
-    checkpoints have the user's groups, and `multiplier 1` costs nothing. Needs no more of an optimizer than
-    that it reads `self.param_groups` and keeps its state by parameter.
+    While the optimizer's `step` runs, each group is replaced by one group per multiplier in it; then the user's groups are
+    back. Nobody else ever sees the split ones: schedulers go on writing `group["lr"]`, checkpoints have the user's groups,
+    and multipliers of 1 cost nothing. Needs no more of an optimizer than that it reads `self.param_groups` and keeps its
+    state by parameter.
 
-    decay: `"scaled"`: decoupled weight decay is multiplied along with the rate, as in the paper;
-    `"constant"`:
-        `lr * weight_decay` stays what the group says.
+    Args:
+        optimizer: whose rates are set.
+        parameters: by name.
+        decay: see `steps/decay.py`.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class NamedRates:
         self._parts: list[tuple[Group, Group]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_post_hook(self.restore),
         ]
 
     def detach(self) -> None:
@@ -70,9 +72,6 @@ class NamedRates:
             split.extend(parts)
         self.optimizer.param_groups = split
 
-    def _after(self, *_: Any) -> None:
-        self.restore()
-
     def _split(self, group: Group) -> list[Group]:
         places: dict[float, list[int]] = {}
         for index, p in enumerate(group["params"]):
@@ -86,11 +85,11 @@ class NamedRates:
                     part[key] = [group[key][i] for i in indices]
             part["lr"] = group["lr"] * multiplier
             if self.decay == "constant" and group.get("weight_decay"):
-                part["weight_decay"] = group["weight_decay"] / multiplier if multiplier else 0.0
+                part["weight_decay"] = kept_constant(group, multiplier)
             parts.append(part)
         return parts
 
-    def restore(self) -> None:
+    def restore(self, *_: Any) -> None:
         """Put the user's groups back, with whatever the step wrote into them (counters)."""
         if self._given is None:
             return

@@ -1,4 +1,4 @@
-"""Gathering the gradients of probes into moments, on one process and over replicas."""
+"""Gathering the gradients of probes into moments over several processes: replicas of the weights, or shards of them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from layerwise.function_space.measuring.estimators import (
+from layerwise.common.tensors import is_sharded
+from layerwise.function_space.measuring.moments import (
+    ESTIMATORS,
     BlockMoments,
+    Collector,
     Estimator,
-    Moments,
     TensorUpdate,
-    estimator_for,
 )
-from layerwise.function_space.measuring.process_group import Processes, is_sharded
-
-
-class Collector:
-    """Takes the gradients of probes on one process by itself."""
-
-    def __init__(self, estimators: Mapping[str, Estimator], updates: Mapping[str, TensorUpdate]) -> None:
-        self.moments = {name: Moments(estimators[name], update) for name, update in updates.items()}
-
-    def add(self, name: str, grads: Tensor) -> None:
-        """The gradients of one tensor under some probes, `[probes, *shape]`."""
-        self.moments[name].add(grads)
-
-    def done(self, probes: int) -> None:
-        """Those of all tensors have come under these many probes; the absent ones are 0."""
-
-    def agree(self, number: int) -> int:
-        """The least of a number over the processes that run the same probes."""
-        return number
+from layerwise.function_space.measuring.process_group import Processes
 
 
 class ReplicaCollector(Collector):
@@ -148,7 +131,7 @@ class ShardCollector(ReplicaCollector):
             return super()._moments(name, estimator, update)
         block = update.block(self._places[name][0])
         # An estimator says of a matrix and of its transpose the same.
-        return BlockMoments(estimator_for(self._method, tuple(block.new.shape)), block)
+        return BlockMoments(ESTIMATORS[self._method](tuple(block.new.shape)), block)
 
 
 def collector_for(
@@ -157,9 +140,7 @@ def collector_for(
     updates: Mapping[str, TensorUpdate],
     method: str,
 ) -> Collector:
-    """What takes the gradients, on these processes."""
+    """What takes the gradients, over these processes."""
     if any(is_sharded(update.new) for update in updates.values()):
         return ShardCollector(processes, estimators, updates, method)
-    if processes.count == 1:
-        return Collector(estimators, updates)
     return ReplicaCollector(processes, estimators, updates)

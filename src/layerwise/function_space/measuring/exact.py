@@ -1,18 +1,17 @@
-"""Rates without noise or bias: the derivative of the outputs along each tensor's update, one forward-mode
-pass each.
-"""
+"""Rates without noise or bias: the derivative of the outputs along each tensor's update, one forward-mode pass each."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerwise.function_space.measuring.estimators import TensorUpdate, one_where_zero
+from layerwise.common.tensors import or_one, wide_dtype
+from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Outputs
 
 
@@ -58,7 +57,7 @@ class Derivative:
     def log_square(self) -> Tensor:
         """Logarithm of the sum of squares of the output change, a float64 scalar on the device."""
         tangent, mask = self.outputs.values.detach(), self.outputs.mask
-        wide = torch.float32 if tangent.device.type == "mps" else torch.float64
+        wide = wide_dtype(tangent.device)
         tangent = tangent if mask is None else torch.where(mask, tangent, torch.zeros_like(tangent))
         return tangent.to(wide).square().sum().log() + 2 * self.scale.to(wide).log()
 
@@ -67,16 +66,15 @@ def exact_derivative(
     function: Callable[[Tensor], Outputs], point: Tensor, update: TensorUpdate
 ) -> Derivative:
     """Of `function`, which gives the outputs with one tensor replaced, at `point` along `update`."""
-    scale = one_where_zero(update.largest())
-    masks: list[Tensor | None] = []
+    scale = or_one(update.largest)
+    found: list[Outputs] = []
 
     def values(tensor: Tensor) -> Tensor:
-        outputs = function(tensor)
-        masks.append(outputs.mask)
-        return outputs.values
+        found.append(function(tensor))
+        return found[-1].values
 
     tangent = derivative(values, point.detach(), (update.whole() / scale).to(point.dtype))
-    return Derivative(Outputs(tangent, masks[-1]), scale)
+    return Derivative(replace(found[-1], values=tangent), scale)
 
 
 def rate_of(log_squares: list[float]) -> float:
@@ -86,6 +84,5 @@ def rate_of(log_squares: list[float]) -> float:
     peak = max(log_squares)
     if peak == -math.inf:
         return 0.0
-    return math.exp(
-        0.5 * (peak + math.log(sum(math.exp(value - peak) for value in log_squares) / len(log_squares)))
-    )
+    mean = sum(math.exp(value - peak) for value in log_squares) / len(log_squares)
+    return math.exp(0.5 * (peak + math.log(mean)))

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.estimators import TensorUpdate, one_where_zero
 from layerwise.function_space.measuring.exact import Derivative
-from layerwise.function_space.measuring.isolation import buffers_kept, gradient_hooks_off
+from layerwise.function_space.measuring.moments import Sink, TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
-from layerwise.function_space.measuring.probes import Sink
+from layerwise.function_space.measuring.probes import require_graph
 from layerwise.function_space.measuring.process_group import Processes
 
 # What a backward has to be like for a probe, whatever the training loop has set.
@@ -65,9 +67,14 @@ class ShardedRunner:
     """Runs the model itself, on its own parameters. A context: `.grad`, buffers, hooks and FSDP's settings come back."""
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], processes: Processes
+        self,
+        model: nn.Module,
+        forward: Forward,
+        parameters: Mapping[str, nn.Parameter],
+        processes: Processes,
     ) -> None:
         self.model = model
+        self.function = forward
         self.parameters = parameters
         self.processes = processes
         self._stack = ExitStack()
@@ -84,15 +91,12 @@ class ShardedRunner:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def outputs(self, forward: Forward, batch: Any) -> Any:
-        return forward(self.model, batch)
+    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
+        return as_outputs(self.function(self.model, batch), mask)
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         """One by one: a batched backward would not go through FSDP's hooks."""
-        if not outputs.values.requires_grad:
-            raise LayerwiseError(
-                "the outputs do not depend on any trainable parameter: does forward detach them?"
-            )
+        require_graph(outputs)
         for probe in probes:
             torch.autograd.backward(outputs.values, probe, retain_graph=True)
             with torch.no_grad():
@@ -104,12 +108,10 @@ class ShardedRunner:
                         sink.add(name, grad[None])
             sink.done(1)
 
-    def derivative(
-        self, forward: Forward, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate
-    ) -> Derivative:
+    def derivative(self, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate) -> Derivative:
         """In forward mode, the gathered parameter replaced by a dual number (twice in reverse would need its graph)."""
         local = update.block()
-        scale = one_where_zero(self.processes.max_(local.largest()))
+        scale = or_one(self.processes.max_(local.largest))
         direction = _whole(local.whole() / scale, update.new)
         with (
             torch.no_grad(),
@@ -117,12 +119,12 @@ class ShardedRunner:
             forward_ad.dual_level(),
             _moving_along(self.model, self.parameters[name], direction),
         ):
-            outputs = as_outputs(forward(self.model, batch), mask)
+            outputs = self.outputs(batch, mask)
             tangent = forward_ad.unpack_dual(outputs.values).tangent
         for module in _modules(self.model):
             module.reshard()  # without a backward, FSDP leaves the root's parameters gathered
         moved = torch.zeros_like(outputs.values) if tangent is None else tangent
-        return Derivative(Outputs(moved, outputs.mask), scale)
+        return Derivative(replace(outputs, values=moved), scale)
 
 
 def _whole(shard: Tensor, like: Tensor) -> Tensor:
@@ -177,6 +179,42 @@ def _moving_along(model: nn.Module, param: nn.Parameter, direction: Tensor) -> I
         take()
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers come back as they were, also those that the model replaces."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad(), _unsafe_preserve_version_counter(tuple(buffer for _, _, buffer, _ in kept)):
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer.copy_(value)
+
+
+@contextmanager
+def gradient_hooks_off(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Silence the gradient hooks that the user put on parameters (clipping, logging, optimizers that step in the
+    backward): a probe is not a gradient.
+    """
+    silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for tensor in tensors.values():
+        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            hooks: dict[int, Any] | None = getattr(tensor, kind, None)
+            if hooks:
+                silenced.append((hooks, dict(hooks)))
+                hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, saved in silenced:
+            hooks.update(saved)
 
 
 @contextmanager

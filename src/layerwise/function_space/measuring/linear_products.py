@@ -5,14 +5,15 @@ Where a weight is used once, in `x W^T` (`nn.Linear`) or `x W` (transformers' `C
 needs no gradient at all: `sum(dW * G^T X) = sum(G * X dW^T)`, with a product that all probes share. The others take the
 gradient in pieces of rows, used while they are in cache: the memory of the largest tensor's gradient is saved.
 
-The product in the forward is replaced by one with a further input, a *slot*, whose "gradient" is the log moments. So
-they come out of autograd as gradients do, batched over probes too.
+The product in the forward is replaced by one with a further input of three numbers, whose "gradient" is the log moments.
+So they come out of autograd as gradients do, batched over probes too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -20,30 +21,74 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from layerwise.function_space.measuring.estimators import Estimator, Moments, TensorUpdate
+from layerwise.common.tensors import or_one, wide_dtype
+from layerwise.function_space.measuring.moments import Collector, Estimator, Moments, Sink, TensorUpdate
+from layerwise.function_space.measuring.outputs import Outputs
+from layerwise.function_space.measuring.probes import probes_at_once, run_probes
+from layerwise.function_space.measuring.runners import LeafRunner
+
+
+class ProductRunner(LeafRunner):
+    """A runner, on one process, that measures weights used in one product alone from its factors.
+
+    Those of `full_cov` always; the others where there is no room for whole gradients of several probes, which are
+    quicker to square.
+    """
+
+    def outputs(
+        self, batch: Any, mask: Tensor | None, replaced: Mapping[str, Tensor] | None = None
+    ) -> Outputs:
+        with Products(self.leaves):
+            return super().outputs(batch, mask, replaced)
+
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
+        assert isinstance(sink, Collector)
+        tight = probes_at_once(outputs, self.leaves, memory) == 1
+        products = {
+            name: product
+            for name, product in only_products(outputs.values, self.leaves).items()
+            if tight or sink.moments[name].estimator.total
+        }
+        leaves = {**self.leaves, **{name: product.moments_input for name, product in products.items()}}
+        first = list(islice(probes, probes_at_once(outputs, leaves, memory)))
+        for name, product in products.items():
+            moments = sink.moments[name]
+            product.measure(moments.estimator, moments.update, len(first))
+            sink.moments[name] = ReadyMoments(moments.estimator, moments.update)
+        probes = chain(first, probes)
+        del first
+        run_probes(outputs, leaves, probes, sink, memory)
 
 
 class Product:
-    """One product with a weight; `by_output`: its rows belong to outputs (`x W^T`), not to inputs (`x W`)."""
+    """One product with a weight.
+
+    Attributes:
+        name: the weight's.
+        by_output: whether its rows belong to outputs (`x W^T`), not to inputs (`x W`).
+        moments_input: a further input of the product, whose gradient the log moments come as.
+        measured: what with, once `measure` was called.
+    """
 
     def __init__(self, name: str, weight: Tensor, by_output: bool) -> None:
         self.name, self.by_output = name, by_output
-        wide = torch.float32 if weight.device.type == "mps" else torch.float64
         # No estimator of a matrix has more moments than three.
-        self.slot = torch.zeros(3, dtype=wide, device=weight.device, requires_grad=True)
-        self.watched: tuple[Estimator, TensorUpdate, int] | None = None
+        self.moments_input = torch.zeros(
+            3, dtype=wide_dtype(weight.device), device=weight.device, requires_grad=True
+        )
+        self.measured: tuple[Estimator, TensorUpdate, int] | None = None
         # The inputs, or for `full_cov` what the update makes of them, and their scale: the same for all probes.
         self._seen: tuple[Tensor, Tensor] | None = None
 
-    def watch(self, estimator: Estimator, update: TensorUpdate, probes: int) -> None:
-        """From now on give log moments to the slot, for at most so many probes together, and nothing to the weight."""
-        self.watched = estimator, update, probes
+    def measure(self, estimator: Estimator, update: TensorUpdate, probes: int) -> None:
+        """From now on give log moments to `moments_input`, for at most so many probes together, and the weight nothing."""
+        self.measured = estimator, update, probes
 
     def log_moments(self, grads: Tensor, inputs: Tensor) -> Tensor:
-        """The slot's gradient under one probe, from `[positions, out]` and `[positions, in]`."""
-        assert self.watched is not None
-        estimator, update, probes = self.watched
-        largest, peak = _scale(update.largest()), _scale(grads.abs().amax())
+        """The gradient of `moments_input` under one probe, from `[positions, out]` and `[positions, in]`."""
+        assert self.measured is not None
+        estimator, update, probes = self.measured
+        largest, peak = _scale(update.largest), _scale(grads.abs().amax())
         if self._seen is None:
             seen = self._moved(inputs.to(update.dtype), update, largest) if estimator.total else inputs
             self._seen = seen, _scale(seen.abs().amax())
@@ -54,7 +99,7 @@ class Product:
             # Products of numbers of order one, without a copy of the inputs.
             left, right = (grads / peak / reach, inputs) if self.by_output else (inputs, grads / peak / reach)
             found = _by_pieces(estimator, update, left, right, largest, probes)
-        wide = self.slot.dtype
+        wide = self.moments_input.dtype
         logs = torch.stack(found).to(wide).log() + sum(2 * s.to(wide).log() for s in (largest, peak, reach))
         return torch.cat([logs, logs.new_zeros(3 - len(found))])
 
@@ -92,15 +137,15 @@ def _scale(largest: Tensor) -> Tensor:
     """The scale of numbers up to `largest`: itself, or 1 for 0; a power of two in half precision, to round nothing."""
     if largest.dtype in (torch.bfloat16, torch.float16):
         largest = largest.log2().ceil().exp2()
-    return torch.where(largest == 0, 1.0, largest)
+    return or_one(largest)
 
 
 class _Multiply(torch.autograd.Function):
-    """The product, whose backward feeds the slot where it is watched."""
+    """The product, whose backward gives log moments where it is measured."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, product: Product
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, moments_input: Tensor, product: Product
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.product = product
@@ -114,7 +159,7 @@ class _Multiply(torch.autograd.Function):
         to_x = (grad @ (weight if product.by_output else weight.T)) if ctx.needs_input_grad[0] else None
         grads, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         to_bias = grads.sum(0) if ctx.needs_input_grad[2] else None
-        if product.watched is not None:
+        if product.measured is not None:
             return to_x, None, to_bias, product.log_moments(grads, inputs), None
         left, right = (grads, inputs) if product.by_output else (inputs, grads)
         return to_x, left.T @ right, to_bias, None, None
@@ -147,7 +192,7 @@ _PRODUCTS: dict[Any, Callable[..., tuple[Any, ...]]] = {
 
 
 class Products(TorchFunctionMode):
-    """While a forward runs under it, products with these leaves can be watched."""
+    """While a forward runs under it, products with these leaves can be measured."""
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -166,12 +211,12 @@ class Products(TorchFunctionMode):
             ours = weight is not None and id(weight) in self.names and x.numel() > 0
             if ours and (bias is None or bias.ndim == 1) and _plain(weight.device.type):
                 product = Product(self.names[id(weight)], weight, func is torch.nn.functional.linear)
-                return _Multiply.apply(x, weight, bias, product.slot, product)  # type: ignore[no-untyped-call]
+                return _Multiply.apply(x, weight, bias, product.moments_input, product)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
 def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Product]:
-    """The leaves that the graph of `values` uses once, and in a product that can be watched."""
+    """The leaves that the graph of `values` uses once, and in a product that can be measured."""
     places: dict[Node, str] = {get_gradient_edge(leaf).node: name for name, leaf in leaves.items()}
     uses: Counter[str] = Counter()
     products: dict[str, Product] = {}
@@ -193,12 +238,12 @@ def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Pro
     return {name: product for name, product in products.items() if uses[name] == 1}
 
 
-class SlotMoments(Moments):
-    """The moments of a tensor that come ready, as the gradients of a product's slot."""
+class ReadyMoments(Moments):
+    """The moments of a tensor that come ready, as the gradients of a product's further input."""
 
     def add(self, grads: Tensor) -> None:
         """Take the log moments of some probes, `[probes, 3]`."""
-        self.rows.append(grads[:, : len(self.estimator.exponents)])
+        self.probes.append(grads[:, : len(self.estimator.exponents)])
 
     def logs(self, probes: int) -> Tensor:
-        return torch.cat(self.rows) if self.rows else super().logs(probes)
+        return torch.cat(self.probes) if self.probes else super().logs(probes)

@@ -1,70 +1,69 @@
-"""Measuring: `function_space_rates`, and the settings that a recorder or FLeRM measures with."""
+"""Measuring: the settings that a step, a recorder or FLeRM measures with, and the way from a batch to its rates."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from layerwise.common.tensors import is_sharded, wide_dtype
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.collect import collector_for
-from layerwise.function_space.measuring.estimators import (
-    METHODS,
+from layerwise.function_space.measuring.exact import rate_of
+from layerwise.function_space.measuring.linear_products import ProductRunner
+from layerwise.function_space.measuring.moments import (
+    ESTIMATORS,
+    Collector,
     Estimator,
+    Moments,
     TensorUpdate,
     combine,
-    estimator_for,
-)
-from layerwise.function_space.measuring.exact import rate_of
-from layerwise.function_space.measuring.isolation import (
-    BatchNormMode,
-    trainable,
-    untouched,
-    unwrap,
 )
 from layerwise.function_space.measuring.outputs import (
     Forward,
     Outputs,
-    as_outputs,
-    global_rows,
+    require_entries,
     resolve,
     space_name,
 )
 from layerwise.function_space.measuring.probes import Distribution, draw_probes
-from layerwise.function_space.measuring.process_group import (
-    Processes,
-    ProcessesOption,
-    placed_as,
-    processes_of,
-)
-from layerwise.function_space.measuring.runners import Prober, Runner, runner_for
-from layerwise.function_space.measuring.slices import Slices, graphs, rounding_of
-from layerwise.function_space.rates import Rate, Rates, shares
+from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption
+from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, Runner, untouched
+from layerwise.function_space.measuring.slices import Cutting, Graph, Slices, graphs, rounding_of
+from layerwise.function_space.rates import Rate, Rates
+
+#: Methods that need no probes and take the outputs' change tensor by tensor.
+PER_TENSOR = ("exact",)
+METHODS = (*PER_TENSOR, *ESTIMATORS)
 
 
 @dataclass(frozen=True)
 class Measurement:
     """How to measure: everything but the model, the update and the inputs.
 
-    forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; or `"log_softmax"`; default the
-        model's output, a tensor or `.logits`.
-    method: `"kronecker"`, `"full_cov"`, `"iid"` or `"exact"` (one forward-mode pass per tensor, no probes).
-    probes: how many, over all batches together. probe: their distribution. seed: of a generator of our own.
-    batch_norm: `"running"` (evaluation mode) or `"batch"`: the batch's statistics; the running ones do not move.
-    autocast: a dtype to run the forward under; by default none, even inside the caller's autocast.
-    slices: how many slices of whole examples to cut a batch into; each probe differentiates one of them, so that 32
-        probes on 8 slices cost four backwards of the batch. The estimators' means stay the same. `"auto"`: four probes a
-        slice where examples do not depend on one another, one slice where they do.
-    memory: bytes that gradients of probes taken together may use.
-    processes: which processes hold parts of one global batch and measure together: `"auto"`, all of
-        torch.distributed where it is initialised; a process group; or `None`: this process by itself.
+    Attributes:
+        forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; or `"log_softmax"`; default the
+            model's output, a tensor or `.logits`.
+        method: `"kronecker"`, `"full_cov"`, `"iid"` or `"exact"` (one forward-mode pass per tensor, no probes).
+        probes: how many, over all batches together.
+        seed: of the probes; they come from a generator of our own.
+        probe: their distribution, `"rademacher"` (signs) or `"gaussian"`.
+        batch_norm: `"running"` (evaluation mode) or `"batch"`: the batch's statistics; the running ones do not move.
+        autocast: a dtype to run the forward under; by default none, even inside the caller's autocast.
+        memory: bytes that gradients of probes taken together may use.
+        processes: which processes hold parts of one global batch and measure together: `"auto"`, all of
+            torch.distributed where it is initialised; a process group; or `None`: this process by itself.
+        slices: how many slices of whole examples to cut a batch into; each probe differentiates one of them, so that 32
+            probes on 8 slices cost four backwards of the batch. The estimators' means stay the same. `"auto"`: four
+            probes a slice where examples do not depend on one another, one slice where they do.
+        function: what `forward` means.
+        space: the output space's name.
     """
 
     forward: Forward | str | None = None
@@ -77,6 +76,8 @@ class Measurement:
     memory: int = 64 << 20
     processes: ProcessesOption = "auto"
     slices: Slices = "auto"
+    function: Forward = field(init=False, repr=False, compare=False)
+    space: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -87,12 +88,8 @@ class Measurement:
             raise LayerwiseError(f"probe is {self.probe!r}: use 'rademacher' or 'gaussian'")
         if self.slices != "auto" and (not isinstance(self.slices, int) or self.slices < 1):
             raise LayerwiseError(f"slices is {self.slices!r}: use 'auto' or a number from 1 on")
-        resolve(self.forward)
-
-    @property
-    def space(self) -> str:
-        """The output space's name."""
-        return space_name(resolve(self.forward))
+        object.__setattr__(self, "function", resolve(self.forward))
+        object.__setattr__(self, "space", space_name(self.function))
 
     def rates(
         self,
@@ -101,224 +98,177 @@ class Measurement:
         inputs: Any,
         mask: Tensor | None = None,
         at: Mapping[str, Tensor] | None = None,
+        processes: Processes = ALONE,
+        seed: int | None = None,
     ) -> Rates:
-        """Rates of `updates` on `inputs` (a list: batches of equal weight), at the weights `at` (default: now)."""
-        model = unwrap(model)
+        """Rates of updates.
+
+        Args:
+            model: without the wrappers that `unwrap` sees through.
+            updates: by parameter name.
+            inputs: of the model; a list: batches of equal weight.
+            mask: which outputs count.
+            at: the weights to measure at, of each parameter that is updated; default: the model's own.
+            processes: those that measure together.
+            seed: in place of `self.seed`.
+        """
         batches = inputs if isinstance(inputs, list) else [inputs]
         if not batches:
             raise LayerwiseError("inputs is an empty list: pass at least one batch")
         if isinstance(inputs, list) and mask is not None:
             raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
-        points = dict(trainable(model)) if at is None else {**trainable(model), **at}
-        measure = self._exact if self.method == "exact" else self._probed
-        with (
-            untouched(model, self.batch_norm, self.autocast),
-            runner_for(model, points, updates, processes_of(self.processes)) as runner,
-        ):
-            return measure(runner, updates, batches, mask)
+        run = Run(self, model, updates, processes, self.seed if seed is None else seed)
+        with untouched(model, self.batch_norm, self.autocast), run.runner(at) as runner:
+            if self.method in PER_TENSOR:
+                return run.exact(runner, batches, mask)
+            return run.probed(runner, batches, mask)
 
-    def _outputs(self, runner: Runner, batch: Any, mask: Tensor | None) -> Outputs:
-        return as_outputs(runner.outputs(resolve(self.forward), batch), mask)
 
-    def _probed(
-        self, runner: Runner, updates: Mapping[str, TensorUpdate], batches: list[Any], mask: Tensor | None
-    ) -> Rates:
-        run = ProbeRun(self, updates)
-        rounding = rounding_of(runner.model, self.autocast)
+@dataclass
+class Run:
+    """One measurement under way.
+
+    Attributes:
+        settings: how to measure.
+        model: without its wrappers.
+        updates: by parameter name.
+        processes: those that measure together.
+        seed: of the probes.
+        classes: size of the outputs' last dimension, once outputs were seen.
+        dtype: theirs.
+    """
+
+    settings: Measurement
+    model: nn.Module
+    updates: Mapping[str, TensorUpdate]
+    processes: Processes
+    seed: int
+    classes: int = 1
+    dtype: str = ""
+
+    @cached_property
+    def estimators(self) -> dict[str, Estimator]:
+        """What each tensor is estimated with."""
+        choose = ESTIMATORS[self.settings.method]
+        return {name: choose(tuple(update.new.shape)) for name, update in self.updates.items()}
+
+    @contextmanager
+    def runner(self, at: Mapping[str, Tensor] | None) -> Iterator[Runner]:
+        """What runs this model at the weights `at`; sharded parameters are measured where they are."""
+        own = dict(self.model.named_parameters())
+        if any(is_sharded(p) for p in own.values()):
+            from layerwise.function_space.measuring.fsdp import ShardedRunner
+
+            parameters = {name: own[name] for name in self.updates}
+            with ShardedRunner(self.model, self.settings.function, parameters, self.processes) as sharded:
+                yield sharded
+            return
+        points = {name: (own if at is None else at)[name] for name in self.updates}
+        kind = ProductRunner if self.processes.count == 1 else LeafRunner
+        yield kind(self.model, self.settings.function, points)
+
+    def probed(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
+        """By an estimator, from the gradients under random probes of the outputs."""
+        how = Cutting(self.settings.slices, rounding_of(self.model, self.settings.autocast), self.processes)
+        logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
+        parts: list[Part] = []
         for index, batch in enumerate(batches):
-            count = max(1, self.probes // len(batches) + (index < self.probes % len(batches)))
-            forward = partial(self._outputs, runner)
-            for outputs, probes in graphs(forward, batch, mask, self.slices, count, run.processes, rounding):
-                run.add(outputs, runner, probes, batch=index)
-                del outputs
-        return run.rates()
+            count = self.settings.probes // len(batches) + (index < self.settings.probes % len(batches))
+            for graph in graphs(runner.outputs, batch, mask, max(1, count), how):
+                moments = self._moments(runner, graph, sum(part.probes for part in parts))
+                for name, found in moments.items():
+                    logs[name].append(found.logs(graph.probes) - math.log(graph.entries))
+                parts.append(Part(index, graph.entries, graph.probes))
+                del graph  # before the next one is made
+        weights = probe_weights(parts)
+        values = {}
+        for name, rows in to_cpu(logs, self.processes).items():
+            estimator = self.estimators[name]
+            values[name] = (*combine(estimator.exponents, rows, weights), estimator.name)
+        return self.rates(values, len(weights), sum(part.entries for part in parts))
 
-    def of_outputs(
-        self,
-        outputs: Any,
-        updates: Mapping[str, TensorUpdate],
-        prober: Prober,
-        mask: Tensor | None = None,
-    ) -> Rates:
-        """Rates from outputs that the caller computed and whose graph still stands, which `prober` differentiates."""
-        if self.method == "exact":
-            raise LayerwiseError(
-                "method='exact' needs inputs, not outputs: it runs forward-mode passes of its own"
-            )
-        if self.slices not in ("auto", 1):
-            raise LayerwiseError(
-                f"slices is {self.slices}, and outputs= has one graph for all examples: use slices=1, or pass the batch"
-            )
-        picked = as_outputs(outputs, mask)
-        run = ProbeRun(self, updates)
-        run.add(picked, prober, self.probes)
-        return run.rates()
+    def _moments(self, runner: Runner, graph: Graph, first_probe: int) -> Mapping[str, Moments]:
+        """Moments of every tensor under the probes of one graph."""
+        settings, outputs = self.settings, graph.outputs
+        sink = self._sink()
+        probes = draw_probes(outputs, graph.probes, settings.probe, self.seed, first_probe, graph.first_row)
+        runner.probe(outputs, probes, sink, settings.memory)
+        self.note(outputs)
+        return sink.moments
 
-    def _exact(
-        self, runner: Runner, updates: Mapping[str, TensorUpdate], batches: list[Any], mask: Tensor | None
-    ) -> Rates:
-        found: dict[str, list[Tensor]] = {name: [] for name in updates}
-        entries, classes, dtype = 0, 1, ""
-        processes = processes_of(self.processes)
+    def _sink(self) -> Collector:
+        """What takes the gradients: on one process, or over several."""
+        if self.processes.count == 1 and not any(is_sharded(u.new) for u in self.updates.values()):
+            return Collector(self.estimators, self.updates)
+        from layerwise.function_space.measuring.collect import collector_for
+
+        return collector_for(self.processes, self.estimators, self.updates, self.settings.method)
+
+    def exact(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
+        """By the outputs' derivative along each tensor's update."""
+        logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
+        entries = 0
         for batch in batches:
             counted = 0
-            for name, update in updates.items():
-                derivative = runner.derivative(resolve(self.forward), batch, mask, name, update)
+            for name, update in self.updates.items():
+                derivative = runner.derivative(batch, mask, name, update)
                 if not counted:
-                    _, counted = global_rows(derivative.outputs, processes)
-                    classes, dtype = _classes(derivative.outputs), _short(derivative.outputs.values.dtype)
+                    _, counted = derivative.outputs.place(self.processes)
+                    require_entries(derivative.outputs, counted)
+                    self.note(derivative.outputs)
                 square = derivative.log_square()
-                if processes.count > 1:
-                    square = processes.sum_(square.double().exp()).log()
-                found[name].append(square - math.log(counted))
+                if self.processes.count > 1:
+                    square = self.processes.sum_(square.double().exp()).log()
+                logs[name].append((square - math.log(counted)).reshape(1, 1))
             entries += counted
-        pulled = _pull(found, processes)
-        values = {name: (rate_of(squares[:, 0].tolist()), 0.0, "exact") for name, squares in pulled.items()}
-        return self._result(values, 0, entries, classes, dtype)
+        values = {}
+        for name, squares in to_cpu(logs, self.processes).items():
+            values[name] = (rate_of(squares[:, 0].tolist()), 0.0, "exact")
+        return self.rates(values, 0, entries)
 
-    def _result(
-        self,
-        values: Mapping[str, tuple[float, float, str]],
-        probes: int,
-        entries: int,
-        classes: int,
-        dtype: str,
-    ) -> Rates:
-        part = shares({name: value for name, (value, _, _) in values.items()})
-        rates = {
-            name: Rate(value, stderr, part[name], estimator)
+    def note(self, outputs: Outputs) -> None:
+        """Keep what the outputs are like."""
+        self.classes, self.dtype = outputs.classes, str(outputs.values.dtype).removeprefix("torch.")
+
+    def rates(self, values: Mapping[str, tuple[float, float, str]], probes: int, entries: int) -> Rates:
+        """Of `(value, standard error, estimator)` by name."""
+        total = sum(value for value, _, _ in values.values())
+        found = {
+            name: Rate(value, stderr, value / total if total else 0.0, estimator)
             for name, (value, stderr, estimator) in values.items()
         }
-        return Rates(rates, self.method, probes, self.seed, entries, self.space, classes, dtype)
-
-
-class ProbeRun:
-    """Collects probes over batches, then makes them into rates with one synchronisation with the device."""
-
-    def __init__(self, measurement: Measurement, updates: Mapping[str, TensorUpdate]) -> None:
-        self.measurement = measurement
-        self.updates = updates
-        self.estimators: dict[str, Estimator] = {
-            name: estimator_for(measurement.method, tuple(u.new.shape)) for name, u in updates.items()
-        }
-        self.moments: dict[str, list[Tensor]] = {name: [] for name in updates}
-        self.processes = processes_of(measurement.processes)
-        self.parts: list[tuple[int, int, int]] = []  # batch, entries, probes
-        self.classes, self.dtype = 1, ""
-
-    def add(self, outputs: Outputs, prober: Prober, count: int, batch: int = 0) -> None:
-        """Run `count` probes of these outputs: all of a batch's, or those of one slice of it."""
-        first_row, entries = global_rows(outputs, self.processes)
-        collector = collector_for(self.processes, self.estimators, self.updates, self.measurement.method)
-        settings, before = self.measurement, sum(probes for *_, probes in self.parts)
-        probes = draw_probes(outputs, count, settings.probe, settings.seed, before, first_row)
-        prober.probe(outputs, probes, collector, settings.memory)
-        for name, moments in collector.moments.items():
-            self.moments[name].append(moments.logs(count) - math.log(entries))
-        self.parts.append((batch, entries, count))
-        self.classes, self.dtype = _classes(outputs), _short(outputs.values.dtype)
-
-    def rates(self) -> Rates:
-        """The rates of all probes so far."""
-        values, weights = {}, self.weights()
-        for name, moments in _pull(self.moments, self.processes).items():
-            estimator = self.estimators[name]
-            values[name] = (*combine(estimator.exponents, moments, weights), estimator.name)
-        entries = sum(entries for _, entries, _ in self.parts)
-        return self.measurement._result(values, len(weights), entries, self.classes, self.dtype)
-
-    def weights(self) -> Tensor:
-        """Of each probe: batches count alike, slices of a batch by their entries, probes of a slice alike."""
-        totals: dict[int, int] = defaultdict(int)
-        for batch, entries, _ in self.parts:
-            totals[batch] += entries
-        return torch.tensor(
-            [
-                entries / totals[batch] / len(totals) / count
-                for batch, entries, count in self.parts
-                for _ in range(count)
-            ],
-            dtype=torch.float64,
+        settings = self.settings
+        return Rates(
+            found, settings.method, probes, self.seed, entries, settings.space, self.classes, self.dtype
         )
 
 
-def function_space_rates(
-    model: nn.Module,
-    update: Mapping[str, Tensor],
-    inputs: Any,
-    forward: Forward | str | None = None,
-    method: str = "kronecker",
-    probes: int = 32,
-    seed: int = 0,
-    *,
-    mask: Tensor | None = None,
-    **options: Any,
-) -> Rates:
-    """What an update does to the model's outputs, to first order, tensor by tensor (arXiv 2502.17405).
+class Part(NamedTuple):
+    """Probes that were run on one graph: a batch's, or a slice's of it."""
 
-    The rate of tensor l is the RMS over output entries of the derivative of the outputs along `dW_l`, the
-    other tensors staying at their present values. Nothing is touched: weights, `.grad`, buffers, train/eval
-    mode, global random state and autocast are as before.
-
-    Args:
-        model: any module; wrappers of torch.compile and data parallelism are seen through.
-        update: parameter name -> dW, in the parameter's shape. Frozen parameters are left out of the result.
-        inputs: a tensor, a tuple (positional arguments), a dict (keywords), or a list of such batches.
-        forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; `"log_softmax"` by name.
-        method: `"kronecker"`, `"full_cov"`, `"iid"`, or `"exact"`.
-        probes: number of random probes, each one backward pass. seed: of the probes.
-        mask: which outputs count, of the shape that the outputs' shape begins with (such as `[batch,
-        positions]`).
-            For dict inputs with an `attention_mask` that mask is the default.
-        options: the other fields of `Measurement`.
-
-    Raises:
-        LayerwiseError: an unknown name, a wrong shape, or outputs that cannot be measured.
-    """
-    inner = unwrap(model)
-    known = dict(inner.named_parameters())
-    for name, delta in update.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ": use names of model.named_parameters()"
-            raise LayerwiseError(f"update holds {name!r}, which is no parameter of the model{hint}")
-        if delta.shape != known[name].shape:
-            raise LayerwiseError(
-                f"update[{name!r}] has shape {tuple(delta.shape)}, the parameter {tuple(known[name].shape)}"
-            )
-    free = trainable(inner)
-    updates = {name: TensorUpdate(placed_as(update[name], p)) for name, p in free.items() if name in update}
-    measurement = Measurement(forward, method, probes, seed, **options)
-    return measurement.rates(inner, updates, inputs, mask)
+    batch: int
+    entries: int
+    probes: int
 
 
-def _pull(found: Mapping[str, list[Tensor]], processes: Processes) -> dict[str, Tensor]:
+def probe_weights(parts: Sequence[Part]) -> Tensor:
+    """Of each probe: batches count alike, slices of a batch by their entries, probes of a slice alike."""
+    totals: dict[int, int] = defaultdict(int)
+    for part in parts:
+        totals[part.batch] += part.entries
+    shares = [part.entries / totals[part.batch] / len(totals) / part.probes for part in parts]
+    return torch.tensor(shares, dtype=torch.float64).repeat_interleave(
+        torch.tensor([part.probes for part in parts])
+    )
+
+
+def to_cpu(found: Mapping[str, list[Tensor]], processes: Processes) -> dict[str, Tensor]:
     """Bring `[rows, columns]` tensors of every name to the CPU in one copy, the same on every process."""
-    parts = {
-        name: torch.cat([t.reshape(t.shape[0] if t.ndim else 1, -1) for t in ts])
-        for name, ts in found.items()
-    }
+    parts = {name: torch.cat(several) for name, several in found.items()}
     if not parts:
         return {}
-    devices = {t.device for t in parts.values()}
-    home = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-    flat = torch.cat(
-        [
-            t.detach().reshape(-1).to(home, torch.float32 if home.type == "mps" else torch.float64)
-            for t in parts.values()
-        ]
-    )
-    flat = processes.same(flat).cpu().double()
-    result, position = {}, 0
-    for name, t in parts.items():
-        result[name] = flat[position : position + t.numel()].reshape(t.shape)
-        position += t.numel()
-    return result
-
-
-def _classes(outputs: Outputs) -> int:
-    return outputs.values.shape[-1] if outputs.values.ndim else 1
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    home = next((t.device for t in parts.values() if t.device.type != "cpu"), torch.device("cpu"))
+    wide = wide_dtype(home)
+    flat = torch.cat([t.detach().flatten().to(home, wide) for t in parts.values()])
+    pieces = processes.same(flat).cpu().double().split([t.numel() for t in parts.values()])
+    return {name: piece.reshape(t.shape) for piece, (name, t) in zip(pieces, parts.items(), strict=True)}

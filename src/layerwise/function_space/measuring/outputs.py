@@ -18,20 +18,28 @@ Forward = Callable[[nn.Module, Any], Any]
 
 @dataclass(frozen=True)
 class Outputs:
-    """The model's outputs, `[batch, ..., classes]`, and which entries count (`None`: all)."""
+    """The model's outputs, `[batch, ..., classes]`.
+
+    Attributes:
+        values: the numbers.
+        mask: which of them count, in their shape (`None`: all).
+        rows: size of the first dimension, the batch (1 of a scalar), or 0 of outputs that stand in for none.
+    """
 
     values: Tensor
     mask: Tensor | None
+    rows: int
 
     @property
-    def rows(self) -> int:
-        """Size of the first dimension, the batch (1 of a scalar)."""
-        return self.values.shape[0] if self.values.ndim else 1
+    def classes(self) -> int:
+        """Size of the last dimension (1 of a scalar)."""
+        return self.values.shape[-1] if self.values.ndim else 1
 
-    @property
-    def entries(self) -> int:
-        """How many entries count (one synchronisation with the device if there is a mask)."""
-        return self.values.numel() if self.mask is None else int(self.mask.sum())
+    def place(self, processes: Processes) -> tuple[int, int]:
+        """How many rows of the global batch are before these, and how many entries of it count in all."""
+        entries = self.values.numel() if self.mask is None else int(self.mask.sum())
+        found = processes.gather([self.rows, entries])
+        return sum(rows for rows, _ in found[: processes.rank]), sum(counted for _, counted in found)
 
 
 def model_output(model: nn.Module, inputs: Any) -> Any:
@@ -53,9 +61,7 @@ def model_output(model: nn.Module, inputs: Any) -> Any:
 
 
 def log_softmax(model: nn.Module, inputs: Any) -> Any:
-    """`model_output` through a log-softmax over the last dimension: the paper's output space for
-    transformers.
-    """
+    """`model_output` through a log-softmax over the last dimension: the paper's output space for transformers."""
     result = model_output(model, inputs)
     if isinstance(result, tuple):
         return torch.log_softmax(result[0].float(), dim=-1), result[1]
@@ -86,9 +92,7 @@ def space_name(forward: Forward) -> str:
 
 
 def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
-    """Check what a forward returned. `mask` is broadcast over the outputs' last dimensions; nonzero entries
-    count.
-    """
+    """Check what a forward returned; `mask` is over the outputs' first dimensions, and nonzero entries count."""
     if mask is None and isinstance(result, tuple) and len(result) == 2 and _is_mask(result[1], result[0]):
         result, mask = result
     values = _tensor_of(result)
@@ -96,38 +100,27 @@ def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
         raise LayerwiseError(
             f"the outputs are {values.dtype}: pass forward= that picks real floating-point outputs"
         )
+    rows = values.shape[0] if values.ndim else 1
     if mask is None:
-        return Outputs(values, None)
+        return Outputs(values, None, rows)
     if mask.shape != values.shape[: mask.ndim]:
         raise LayerwiseError(
-            f"the mask has shape {tuple(mask.shape)}, the outputs {tuple(values.shape)}: the mask's shape "
-            "must be the "
+            f"the mask has shape {tuple(mask.shape)}, the outputs {tuple(values.shape)}: the mask's shape must be the "
             "beginning of the outputs' shape"
         )
-    full = (
-        (mask != 0)
-        .to(values.device)
-        .reshape(*mask.shape, *[1] * (values.ndim - mask.ndim))
-        .expand(values.shape)
-    )
-    return Outputs(values, full)
+    counted = (mask != 0).to(values.device)
+    below = [1] * (values.ndim - mask.ndim)
+    return Outputs(values, counted.reshape(*mask.shape, *below).expand(values.shape), rows)
 
 
-def global_rows(outputs: Outputs, processes: Processes) -> tuple[int, int]:
-    """How many rows of the global batch are before this process's, and how many entries of it count.
-
-    Raises:
-        LayerwiseError: on every process, if none does.
-    """
-    sizes = processes.gather([outputs.rows, outputs.entries])
-    entries = sum(size[1] for size in sizes)
+def require_entries(outputs: Outputs, entries: int) -> None:
+    """Raise, on every process, where no entry of the global batch counts."""
     if not entries:
         raise LayerwiseError(
             "the outputs are empty: there is nothing to measure on"
             if outputs.mask is None
             else "the mask leaves no output entry: pass inputs with at least one position that counts"
         )
-    return sum(size[0] for size in sizes[: processes.rank]), entries
 
 
 def _is_mask(mask: Any, values: Any) -> bool:
@@ -143,6 +136,5 @@ def _tensor_of(result: Any) -> Tensor:
     if isinstance(logits, Tensor):
         return logits
     raise LayerwiseError(
-        f"the model returned {type(result).__name__}: pass forward=lambda model, inputs: ... that returns "
-        "the output tensor"
+        f"the model returned {type(result).__name__}: pass forward=lambda model, inputs: ... that returns the output tensor"
     )

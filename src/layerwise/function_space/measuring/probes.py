@@ -1,21 +1,32 @@
-"""Random probes of the outputs, and the moments of every tensor's gradients under them."""
+"""Random probes of the outputs, and the gradients of every tensor under them.
+
+An entry of a probe depends on a seed, the probe's number and the entry's place in the global batch, and on nothing else. A
+generator's stream would have to be drawn from its beginning by every process, and differs between devices. Here the 64
+bits at place j of row i are SplitMix64's output function (Steele, Lea and Flood, OOPSLA 2014) at a counter, so that any
+rows of the global batch can be drawn anywhere. Integer arithmetic wraps around, as the function is defined to.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Literal, Protocol
+from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import wide_dtype
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.isolation import gradient_hooks_off
+from layerwise.function_space.measuring.moments import Sink
 from layerwise.function_space.measuring.outputs import Outputs
-from layerwise.function_space.measuring.random_rows import random_normals, random_signs
 
 Distribution = Literal["rademacher", "gaussian"]
+
+_WEYL = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
+_FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
 def draw_probes(
@@ -26,13 +37,10 @@ def draw_probes(
     first_probe: int = 0,
     first_row: int = 0,
 ) -> Iterator[Tensor]:
-    """Independent probes with `E eps eps^T = I` on the entries that count, 0 elsewhere, in the outputs'
-    shape.
+    """Independent probes with `E eps eps^T = I` on the entries that count, 0 elsewhere, in the outputs' shape.
 
-    An entry's number depends on the seed, the probe's number and the entry's place in the global batch, of which the
-    outputs' rows are those from `first_row` on: not on how the batch is spread over processes, nor on the device.
-    They are not divided by sqrt(N): half precision would lose them. `log N` is subtracted from the log
-    moments.
+    The outputs' rows are those of the global batch from `first_row` on. Probes are not divided by sqrt(N): half precision
+    would lose them. `log N` is subtracted from the log moments.
     """
     values = outputs.values.detach()
     draw = random_normals if distribution == "gaussian" else random_signs
@@ -48,100 +56,67 @@ def probes_at_once(outputs: Outputs, leaves: Mapping[str, Tensor], memory: int) 
     return max(1, memory // max(1, parameters + 4 * outputs.values.numel() * outputs.values.element_size()))
 
 
-class Sink(Protocol):
-    """Where the gradients of probes go (`collect.Collector`)."""
-
-    def add(self, name: str, grads: Tensor) -> None:
-        """The gradients of one tensor under some probes, `[probes, *shape]`."""
-
-    def done(self, probes: int) -> None:
-        """Those of all tensors have come under these many probes; the absent ones are 0."""
-
-    def agree(self, number: int) -> int:
-        """The least of a number over the processes that run the same probes: they take as many at once."""
-
-
 def run_probes(
-    outputs: Outputs,
-    leaves: Mapping[str, Tensor],
-    probes: Sequence[Tensor] | Iterator[Tensor],
-    sink: Sink,
-    memory: int,
-    streaming: bool,
+    outputs: Outputs, leaves: Mapping[str, Tensor], probes: Iterator[Tensor], sink: Sink, memory: int
 ) -> None:
     """Differentiate the outputs along each probe and hand every tensor's gradients to `sink`.
 
-    Several probes go through one batched backward where `memory` bytes allow it. Otherwise, with `streaming`
-    (leaves of our own, whose `.grad` nobody else sees), each gradient is used and freed as soon as it is
-    complete, so that never more than the largest tensor's is held.
+    Several probes go through one batched backward where `memory` bytes allow it. Otherwise each gradient is used and
+    freed as soon as it is complete, so that never more than the largest tensor's is held.
+
+    Args:
+        outputs: with their graph.
+        leaves: tensors of our own, whose `.grad` nobody else sees.
+        probes: in the outputs' shape.
+        sink: takes the gradients.
+        memory: bytes that gradients of probes taken together may use.
     """
+    require_graph(outputs)
+    at_once = sink.agree(probes_at_once(outputs, leaves, memory))
+    while several := list(islice(probes, at_once)):
+        if len(several) == 1 or not _batched(outputs.values, leaves, several, sink):
+            at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
+            for probe in several:
+                _stream(outputs.values, leaves, probe, sink)
+                sink.done(1)
+        several.clear()  # before the next are drawn
+
+
+def require_graph(outputs: Outputs) -> None:
+    """Raise where no parameter that is measured reaches the outputs."""
     if not outputs.values.requires_grad:
         raise LayerwiseError(
             "the outputs do not depend on any trainable parameter: does forward detach them?"
         )
-    at_once = sink.agree(probes_at_once(outputs, leaves, memory))
-    pending: list[Tensor] = []
-    with gradient_hooks_off(leaves):
-        for probe in probes:
-            pending.append(probe)
-            if len(pending) == at_once:
-                at_once = _differentiate(outputs.values, leaves, pending, sink, at_once, streaming)
-                pending = []
-        if pending:
-            _differentiate(outputs.values, leaves, pending, sink, len(pending), streaming)
 
 
-def _differentiate(
-    values: Tensor,
-    leaves: Mapping[str, Tensor],
-    probes: list[Tensor],
-    sink: Sink,
-    at_once: int,
-    streaming: bool,
-) -> int:
-    """One batch of probes; returns how many to take next time (1 once an operation proves not to batch)."""
-    if len(probes) > 1:
-        batched: dict[str, Tensor] | None = None
-        with suppress(RuntimeError):
-            batched = _batched_gradients(values, leaves, torch.stack(probes))
-        if sink.agree(batched is not None) and batched is not None:
-            for name, grad in batched.items():
-                sink.add(name, grad)
-            sink.done(len(probes))
-            return at_once
-        at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
-    for probe in probes:
-        if streaming:
-            _stream(values, leaves, probe, sink.add)
-        else:
-            grads = torch.autograd.grad(
-                values, list(leaves.values()), probe, retain_graph=True, allow_unused=True
-            )
-            for name, one in zip(leaves, grads, strict=True):
-                if one is not None:
-                    sink.add(name, one[None])
-        sink.done(1)
-    return at_once
-
-
-def _batched_gradients(values: Tensor, leaves: Mapping[str, Tensor], probes: Tensor) -> dict[str, Tensor]:
-    with warnings.catch_warnings():
+def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor], sink: Sink) -> bool:
+    """All these probes in one backward; returns whether every process could."""
+    grads = None
+    with warnings.catch_warnings(), suppress(RuntimeError):
         warnings.filterwarnings("ignore", message=".*performance drop.*")
+        along, tensors = torch.stack(probes), list(leaves.values())
         grads = torch.autograd.grad(
-            values, list(leaves.values()), probes, retain_graph=True, allow_unused=True, is_grads_batched=True
+            values, tensors, along, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-    return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    if not sink.agree(grads is not None) or grads is None:
+        return False
+    for name, grad in zip(leaves, grads, strict=True):
+        if grad is not None:
+            sink.add(name, grad)
+    sink.done(len(probes))
+    return True
 
 
-def _stream(
-    values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, add: Callable[[str, Tensor], None]
-) -> None:
+def _stream(values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, sink: Sink) -> None:
+    """One probe: each gradient is handed over when it is complete."""
+
     def use(name: str) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
             if grad is not None:
                 with torch.no_grad():
-                    add(name, grad[None])
+                    sink.add(name, grad[None])
 
         return hook
 
@@ -151,3 +126,40 @@ def _stream(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def random_words(key: tuple[int, ...], rows: range, width: int, device: torch.device) -> Tensor:
+    """`[rows, width]` independent 64-bit words (int64), given by `key`, the number of the row and the place in it."""
+    state = torch.zeros(1, dtype=torch.int64, device=device)
+    for part in key:
+        state = _mixed(state + (part % 2**64 - (part % 2**64 >> 63) * 2**64)) + _WEYL
+    numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
+    starts = _mixed(state + numbers * _WEYL)
+    return _mixed(starts[:, None] + torch.arange(1, width + 1, dtype=torch.int64, device=device) * _WEYL)
+
+
+def random_signs(key: tuple[int, ...], rows: range, like: Tensor) -> Tensor:
+    """Independent +1 and -1 in the shape and dtype of `like`, whose first dimension are these rows: one from each bit."""
+    width = math.prod(like.shape[1:])
+    bytes_ = random_words(key, rows, -(-width // 64), like.device).view(torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=like.device)
+    bits = (bytes_[:, :, None] >> shifts & 1).flatten(1)[:, :width]
+    return bits.to(like.dtype).mul_(2).sub_(1).reshape(like.shape)
+
+
+def random_normals(key: tuple[int, ...], rows: range, like: Tensor) -> Tensor:
+    """Independent standard normal numbers in the shape and dtype of `like`: two from each word (Box and Muller)."""
+    width = math.prod(like.shape[1:])
+    words = random_words(key, rows, -(-width // 2), like.device)
+    wide = wide_dtype(like.device)
+    radius = ((words >> 32 & 0xFFFFFFFF).to(wide) + 0.5).div_(2**32).log_().mul_(-2).sqrt_()
+    angle = (words & 0xFFFFFFFF).to(wide).mul_(2 * math.pi / 2**32)
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+    return pairs.flatten(1)[:, :width].to(like.dtype).reshape(like.shape)
+
+
+def _mixed(z: Tensor) -> Tensor:
+    # int64 shifts copy the sign bit, so the masks make them logical ones.
+    z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * _FIRST
+    z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * _SECOND
+    return z ^ (z >> 31 & 0x1FFFFFFFF)

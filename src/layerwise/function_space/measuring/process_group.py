@@ -2,7 +2,7 @@
 
 With data parallelism a process sees its part of the global batch. A probe is drawn over the global batch, each process
 runs its part of it, and the gradients add up to the probe's. What a rate is made of is linear in that sum but for a few
-squares at the end, so mostly small sums are exchanged; see `exchange`.
+squares at the end, so mostly small sums are exchanged; see `collect`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from layerwise.common.tensors import is_sharded
 from layerwise.errors import LayerwiseError
 
 #: `"auto"`: all processes of torch.distributed where it is initialised, else this one; `None`: this one alone.
 ProcessesOption = Literal["auto"] | dist.ProcessGroup | None
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a DTensor; any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)  # torch.distributed.tensor is slow to import
-    return tensor if to_local is None else to_local()
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
-    return hasattr(tensor, "to_local")
 
 
 def placed_as(tensor: Tensor, like: Tensor) -> Tensor:

@@ -1,118 +1,121 @@
-"""Running a model and differentiating its outputs, at weights of our choice and without a trace."""
+"""Running a model at weights of our choice, and leaving no trace: mode, buffers, random state, autocast, `.grad`, hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from layerwise.function_space.measuring.collect import Collector
-from layerwise.function_space.measuring.estimators import TensorUpdate
+from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Derivative, exact_derivative
-from layerwise.function_space.measuring.isolation import call_with
-from layerwise.function_space.measuring.linear_products import Products, SlotMoments, only_products
+from layerwise.function_space.measuring.moments import Sink, TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
-from layerwise.function_space.measuring.probes import Sink, probes_at_once, run_probes
-from layerwise.function_space.measuring.process_group import Processes, is_sharded
+from layerwise.function_space.measuring.probes import run_probes
 
-if TYPE_CHECKING:
-    from layerwise.function_space.measuring.fsdp import ShardedRunner
+BatchNormMode = Literal["running", "batch"]
+_RUNNING_STATISTICS = nn.modules.batchnorm._NormBase
 
 
-class Prober(Protocol):
-    """How outputs are differentiated along probes."""
+class Runner(Protocol):
+    """How a model is run and differentiated."""
+
+    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
+        """The outputs on a batch, with their graph."""
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         """Hand the gradients of every measured tensor under each probe to `sink`."""
 
-
-class Runner(Prober, Protocol):
-    """How a model is run besides."""
-
-    model: nn.Module
-
-    def outputs(self, forward: Forward, batch: Any) -> Any:
-        """What `forward(model, batch)` returns."""
-
-    def derivative(
-        self, forward: Forward, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate
-    ) -> Derivative:
+    def derivative(self, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate) -> Derivative:
         """The exact derivative of the outputs along one tensor's update."""
 
 
-class LeafRunner:
-    """On leaves of our own in the place of the parameters: they share the weights' memory, not their `.grad` and hooks."""
+class LeafRunner(nn.Module):
+    """Runs a model on leaves of our own in the place of its parameters: they share the weights' memory, not their `.grad`
+    and hooks.
 
-    def __init__(self, model: nn.Module, points: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    A module around the user's, so that `torch.func.functional_call` can replace its tensors; that changes nothing in it.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward, points: Mapping[str, Tensor]) -> None:
+        super().__init__()
         self.model = model
-        self.points = {name: p.detach() for name, p in points.items()}
-        self.leaves = {name: points[name].detach().requires_grad_() for name in names}
+        self.function = forward
+        self.points = {name: point.detach() for name, point in points.items()}
+        self.leaves = {name: point.detach().requires_grad_() for name, point in points.items()}
 
-    def outputs(self, forward: Forward, batch: Any) -> Any:
-        return call_with(self.model, forward, {**self.points, **self.leaves}, batch)
+    def forward(self, inputs: Any) -> Any:
+        return self.function(self.model, inputs)
+
+    def outputs(
+        self, batch: Any, mask: Tensor | None, replaced: Mapping[str, Tensor] | None = None
+    ) -> Outputs:
+        """The outputs with the leaves as parameters, but for those `replaced`, and copies of the buffers."""
+        tensors: dict[str, Tensor] = {name: b.clone() for name, b in self.model.named_buffers()}
+        tensors |= {name: p.detach() for name, p in self.model.named_parameters() if name not in self.leaves}
+        tensors |= {**self.leaves, **(replaced or {})}
+        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        return as_outputs(torch.func.functional_call(self, named, (batch,)), mask)
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
-        run_probes(outputs, self.leaves, probes, sink, memory, streaming=True)
+        run_probes(outputs, self.leaves, probes, sink, memory)
 
-    def derivative(
-        self, forward: Forward, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate
-    ) -> Derivative:
+    def derivative(self, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate) -> Derivative:
         def outputs(tensor: Tensor) -> Outputs:
-            return as_outputs(call_with(self.model, forward, {**self.points, name: tensor}, batch), mask)
+            return self.outputs(batch, mask, {**self.points, name: tensor})
 
         return exact_derivative(outputs, self.points[name], update)
 
 
-class ProductRunner(LeafRunner):
-    """The same on one process: weights used in one product alone are measured from its factors, `full_cov`'s always."""
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DataParallel and DistributedDataParallel: it names the parameters."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
-    def outputs(self, forward: Forward, batch: Any) -> Any:
-        with Products(self.leaves):
-            return super().outputs(forward, batch)
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
-        assert isinstance(sink, Collector)
-        # Whole gradients of several probes are quicker to square, where there is room for them.
-        tight = probes_at_once(outputs, self.leaves, memory) == 1
-        products = {
-            name: product
-            for name, product in only_products(outputs.values, self.leaves).items()
-            if tight or sink.moments[name].estimator.total
-        }
-        leaves = {**self.leaves, **{name: product.slot for name, product in products.items()}}
-        first = list(islice(probes, probes_at_once(outputs, leaves, memory)))
-        for name, product in products.items():
-            moments = sink.moments[name]
-            product.watch(moments.estimator, moments.update, len(first))
-            sink.moments[name] = SlotMoments(moments.estimator, moments.update)
-        probes = chain(first, probes)
-        del first
-        run_probes(outputs, leaves, probes, sink, memory, streaming=True)
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name; a tied one once, under its first name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @contextmanager
-def runner_for(
-    model: nn.Module, points: Mapping[str, Tensor], names: Iterable[str], processes: Processes
-) -> Iterator[LeafRunner | ShardedRunner]:
-    """What runs this model at the weights `points`; sharded parameters are measured where they are."""
-    parameters = dict(model.named_parameters())
-    if not any(is_sharded(p) for p in parameters.values()):
-        yield (LeafRunner if processes.count > 1 else ProductRunner)(model, points, names)
-        return
-    from layerwise.function_space.measuring.fsdp import ShardedRunner
+def untouched(
+    model: nn.Module, batch_norm: BatchNormMode = "running", autocast: torch.dtype | None = None
+) -> Iterator[None]:
+    """Evaluation mode without autocast (or under the given dtype), everything restored at the end, errors included.
 
-    with ShardedRunner(model, {name: parameters[name] for name in names}, processes) as runner:
-        yield runner
-
-
-class GraphRunner:
-    """On outputs that the caller computed from `leaves`, whose graph still stands."""
-
-    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
-        self.leaves = leaves
-
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
-        run_probes(outputs, self.leaves, probes, sink, memory, streaming=False)
+    Modules are put into evaluation mode one by one, not by `model.eval()`, which a model may have overridden.
+    `batch_norm="batch"` keeps BatchNorm on the batch's statistics. Recurrent layers without dropout keep their mode: it
+    changes nothing in them, but cuDNN differentiates them in training mode only.
+    """
+    if batch_norm not in ("running", "batch"):
+        raise LayerwiseError(f"batch_norm is {batch_norm!r}: use 'running' or 'batch'")
+    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    gpus = {
+        d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"
+    }
+    modes = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(gpus)))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in sorted({device.type for device in devices} | {"cpu"}):
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
+        try:
+            for module, _ in modes:
+                if isinstance(module, _RUNNING_STATISTICS):
+                    module.training = batch_norm == "batch"
+                elif not (isinstance(module, nn.RNNBase) and not module.dropout):
+                    module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

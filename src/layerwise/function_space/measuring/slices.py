@@ -1,8 +1,8 @@
 """Cutting a batch into slices of whole examples, so that each probe differentiates a part of it.
 
-The moments of a probe are quadratic in it, so their means depend on `E eps eps^T = I` alone. A probe on one slice,
-weighted by the slice's part of the counted entries, has the same mean as a probe on the whole batch: provided that
-the outputs of an example do not depend on the other examples, which is checked.
+The moments of a probe are quadratic in it, so their means depend on `E eps eps^T = I` alone. A probe on one slice, weighted
+by the slice's part of the counted entries, has the same mean as a probe on the whole batch: provided that the outputs of an
+example do not depend on the other examples, which is checked.
 """
 
 from __future__ import annotations
@@ -15,88 +15,81 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.outputs import Outputs
+from layerwise.function_space.measuring.outputs import Outputs, require_entries
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 
 Slices = int | Literal["auto"]
+#: The outputs on a batch, of which a mask says what counts.
+OutputsOf = Callable[[Any, Tensor | None], Outputs]
 
 # Values that say how to run the model and belong to no example.
 _SETTINGS = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Some examples of a batch: inputs for the forward, and the mask that goes with them.
+class Graph:
+    """Outputs whose graph stands, and how they are to be probed.
 
-    Where a process has none of a slice's `examples`, the inputs are those of another, whose outputs do not count: the
-    processes that run a model together have to run it equally often.
+    Attributes:
+        outputs: of this process's examples.
+        first_row: how many rows of the global batch, or of this slice of it, are before them.
+        entries: how many entries count, over all processes.
+        probes: how many to run.
     """
 
-    inputs: Any
-    mask: Tensor | None
-    examples: int
-
-    def outputs(self, forward: Callable[[Any, Tensor | None], Outputs]) -> Outputs:
-        """What the forward makes of it."""
-        found = forward(self.inputs, self.mask)
-        return (
-            found
-            if self.examples
-            else StandIn(found.values, torch.zeros_like(found.values, dtype=torch.bool))
-        )
+    outputs: Outputs
+    first_row: int
+    entries: int
+    probes: int
 
 
-class StandIn(Outputs):
-    """Outputs in the place of none: they count no entry, and no row of the global batch."""
+@dataclass(frozen=True)
+class Cutting:
+    """How batches are cut.
 
-    @property
-    def rows(self) -> int:
-        return 0
+    Attributes:
+        slices: how many slices; `"auto"`: what leaves four probes for each.
+        tolerance: how far rounding alone may move an example's outputs, relative to their norm (`rounding_of`).
+        processes: those that hold parts of the batch.
+    """
+
+    slices: Slices
+    tolerance: float = 1e-4
+    processes: Processes = ALONE
 
 
 def graphs(
-    forward: Callable[[Any, Tensor | None], Outputs],
-    inputs: Any,
-    mask: Tensor | None,
-    slices: Slices,
-    probes: int,
-    processes: Processes = ALONE,
-    tolerance: float = 1e-4,
-) -> Iterator[tuple[Outputs, int]]:
-    """This process's outputs of each slice in turn, with their graph, and how many probes to run on them.
+    forward: OutputsOf, inputs: Any, mask: Tensor | None, probes: int, how: Cutting
+) -> Iterator[Graph]:
+    """The graph of each slice in turn. Drop its outputs before asking for the next: then one stands at a time.
 
-    `tolerance`: how far rounding alone may move an example's outputs, relative to their norm (`rounding_of`).
+    Padding alone has nothing to probe and is passed over.
 
-    Drop the outputs before asking for the next: then one slice's graph stands at a time.
+    Raises:
+        LayerwiseError: slices that cannot be had, or a batch in which nothing counts.
     """
-    parts = cut(inputs, mask, slices, probes, processes)
-    found = (
-        None
-        if parts is None
-        else _independent(forward, inputs, mask, parts[-1], slices, processes, tolerance)
-    )
+    parts = cut(inputs, mask, probes, how)
+    found = None if parts is None else _independent(forward, inputs, mask, parts[-1], how)
     if parts is None or found is None:
-        yield forward(inputs, mask), probes
+        outputs = forward(inputs, mask)
+        first_row, entries = outputs.place(how.processes)
+        require_entries(outputs, entries)
+        yield Graph(outputs, first_row, entries, probes)
         return
-    counted = False
+    counted = 0
     for done, part in enumerate(reversed(parts)):
-        outputs, found = found or take(inputs, mask, part).outputs(forward), None
-        entries = sum(entries for (entries,) in processes.gather([outputs.entries]))
-        # Padding alone has nothing to probe; a batch of nothing else is for the caller to refuse.
-        if entries or (done == len(parts) - 1 and not counted):
-            counted = True
-            yield outputs, probes // len(parts) + (done < probes % len(parts))
+        outputs, found = found or outputs_of(forward, inputs, mask, part), None
+        first_row, entries = outputs.place(how.processes)
+        counted += entries
+        if done == len(parts) - 1:
+            require_entries(outputs, counted)
+        if entries:
+            yield Graph(outputs, first_row, entries, probes // len(parts) + (done < probes % len(parts)))
         del outputs
 
 
 def _independent(
-    forward: Callable[[Any, Tensor | None], Outputs],
-    inputs: Any,
-    mask: Tensor | None,
-    rows: range,
-    slices: Slices,
-    processes: Processes,
-    tolerance: float,
+    forward: OutputsOf, inputs: Any, mask: Tensor | None, rows: range, how: Cutting
 ) -> Outputs | None:
     """The outputs of the slice, if its last example has the same ones in other company, or alone.
 
@@ -109,24 +102,22 @@ def _independent(
         company = range(rows[0] - 1, rows[0] + 1)
     try:
         with torch.no_grad():
-            reference = take(inputs, mask, company).outputs(forward)
-        outputs = take(inputs, mask, rows).outputs(forward)
-        if not rows or same_last_example(outputs, len(rows), reference, len(company), tolerance):
+            reference = outputs_of(forward, inputs, mask, company)
+        outputs = outputs_of(forward, inputs, mask, rows)
+        if not rows or same_last_example(outputs, len(rows), reference, len(company), how.tolerance):
             found = outputs
     except Exception as error:  # a forward that takes whole batches only can fail in any way
         problem = error
-    if processes.least(int(found is not None)):
+    if how.processes.least(int(found is not None)):
         return found
-    if slices == "auto":
+    if how.slices == "auto":
         return None
     raise LayerwiseError(
-        f"slices is {slices}, and an example's outputs depend on the other examples of its batch: use slices=1"
+        f"slices is {how.slices}, and an example's outputs depend on the other examples of its batch: use slices=1"
     ) from problem
 
 
-def cut(
-    inputs: Any, mask: Tensor | None, slices: Slices, probes: int, processes: Processes = ALONE
-) -> list[range] | None:
+def cut(inputs: Any, mask: Tensor | None, probes: int, how: Cutting) -> list[range] | None:
     """Which of this process's examples are in each slice of the global batch; `None` where it is to be left whole.
 
     Example i of the global batch is in slice i modulo their number: so all processes have examples of a slice, and
@@ -136,6 +127,7 @@ def cut(
     Raises:
         LayerwiseError: that many slices are asked for and cannot be had.
     """
+    slices, processes = how.slices, how.processes
     if slices == 1:
         return None
     mine = examples_of(inputs if mask is None else (inputs, mask))
@@ -167,10 +159,15 @@ def examples_of(inputs: Any) -> int | None:
     return sizes.pop() if sizes is not None and len(sizes) == 1 else None
 
 
-def take(inputs: Any, mask: Tensor | None, rows: range) -> Slice:
-    """The examples in these rows; the first in their place if there are none."""
+def outputs_of(forward: OutputsOf, inputs: Any, mask: Tensor | None, rows: range) -> Outputs:
+    """The outputs of the examples in these rows.
+
+    Where there are none, those of the first one stand in for them and count nothing: the processes that run a model
+    together have to run it equally often.
+    """
     held = rows or range(1)
-    return Slice(_rows(inputs, held), None if mask is None else mask[_as_slice(held)], len(rows))
+    found = forward(_rows(inputs, held), _rows(mask, held))
+    return found if rows else Outputs(found.values, torch.zeros_like(found.values, dtype=torch.bool), rows=0)
 
 
 def share(inputs: Any, processes: Processes) -> Any:
@@ -189,8 +186,8 @@ def share(inputs: Any, processes: Processes) -> Any:
 def rounding_of(model: nn.Module, autocast: torch.dtype | None) -> float:
     """How far rounding alone may move outputs, relative to their norm: 1e-4 in float32, 5 % in half precision.
 
-    As little as can be: a faint coupling between examples (a small residual branch that mixes them) is all there is to the
-    rates of the weights in it.
+    As little as can be: a faint coupling between examples (a small residual branch that mixes them) is all there is to
+    the rates of the weights in it.
     """
     dtypes = {p.dtype for p in model.parameters()} | ({autocast} if autocast else set())
     if not all(dtype.is_floating_point for dtype in dtypes):  # quantised weights
@@ -234,13 +231,9 @@ def _leading_sizes(inputs: Any) -> set[int] | None:
 
 def _rows(inputs: Any, rows: range) -> Any:
     if isinstance(inputs, Tensor):
-        return inputs[_as_slice(rows)]
+        return inputs[rows.start : rows.stop : rows.step]
     if isinstance(inputs, Mapping):
         return {key: _rows(value, rows) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
         return type(inputs)(_rows(value, rows) for value in inputs)
     return inputs
-
-
-def _as_slice(rows: range) -> slice:
-    return slice(rows.start, rows.stop, rows.step)

@@ -1,20 +1,17 @@
-"""What has to be known of an optimizer: its parameters' names and rates, its settings, and whether dW = lr *
-u.
-"""
+"""What has to be known of an optimizer: its parameters' names and rates, its settings, and whether dW = lr * u."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.isolation import trainable
+from layerwise.function_space.measuring.runners import trainable
 
 Group = dict[str, Any]
-Decay = Literal["scaled", "constant"]
 
 #: Group keys that say nothing about what an update is: rates, schedulers' and bookkeeping, how it is computed.
 _NOT_SETTINGS = frozenset(
@@ -43,8 +40,7 @@ def optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]
     found = {name: p for name, p in trainable(model).items() if id(p) in held}
     if not found:
         raise LayerwiseError(
-            "the optimizer holds none of the model's trainable parameters: was it made for another copy of "
-            "the model?"
+            "the optimizer holds none of the model's trainable parameters: was it made for another copy of the model?"
         )
     return found
 
@@ -63,6 +59,11 @@ def learning_rate(group: Group) -> float:
             "a parameter group has lr=None: give it a number (Adafactor: relative_step=False)"
         )
     return float(lr)
+
+
+def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """The rate that each parameter has in its group now, by name."""
+    return {name: learning_rate(group) for name, group in group_of(optimizer, parameters).items()}
 
 
 def unscheduled_rate(group: Group) -> float:
@@ -84,6 +85,11 @@ def settings(group: Group) -> dict[str, str]:
         for key, value in sorted(kept.items())
         if not isinstance(value, (list, dict)) and not (isinstance(value, Tensor) and value.numel() > 1)
     }
+
+
+def settings_by_name(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """The settings of each parameter's group."""
+    return {name: settings(group) for name, group in group_of(optimizer, parameters).items()}
 
 
 def class_name(optimizer: Optimizer) -> str:
@@ -121,24 +127,3 @@ def require_linear(optimizer: Optimizer) -> None:
             reason = "its groups have no lr"
         if reason:
             raise LayerwiseError(f"FLeRM needs updates proportional to lr; {kind} (group {index}): {reason}")
-
-
-def decay_pulls(optimizer: Optimizer, parameters: Mapping[str, Tensor], decay: Decay) -> dict[str, float]:
-    """`lr * weight_decay` by name where decay is to be held constant: that much of the weights is no part of
-    dW.
-    """
-    if decay not in ("scaled", "constant"):
-        raise LayerwiseError(f"decay is {decay!r}: use 'scaled' or 'constant'")
-    if decay == "scaled":
-        return {}
-    pulls = {}
-    for name, group in group_of(optimizer, parameters).items():
-        if group.get("weight_decay"):
-            if not decoupled(optimizer, group):
-                raise LayerwiseError(
-                    f"decay='constant' needs decoupled weight decay, and {type(optimizer).__name__} adds "
-                    "its own to "
-                    "the gradient: use decay='scaled' or AdamW"
-                )
-            pulls[name] = learning_rate(group) * float(group["weight_decay"])
-    return pulls

@@ -1,0 +1,27 @@
+"""Writing a file as a whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write text to a file so that a reader, or a machine that stops, finds the old text or the new one.
+
+    It is written beside the file first, brought to the disk, and then takes the file's place. A link goes on pointing
+    to the file.
+
+    Raises:
+        OSError: it cannot be written there; an older file stays as it was.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,27 @@
+"""Scales to divide by, precisions to sum in, and the part of a sharded tensor that this process holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def or_one(scale: Tensor) -> Tensor:
+    """A non-negative scale to divide by: itself, and 1 where it is zero."""
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device: float64, and float32 on Apple's, which has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor, told without importing torch.distributed.tensor, which is slow to."""
+    return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

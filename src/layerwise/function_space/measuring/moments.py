@@ -1,0 +1,347 @@
+"""From one tensor's update and its probe gradients to its function-space learning rate.
+
+With `Z = dW * g` (elementwise; `g` the gradient of one probe, `E eps eps^T = I`) the rate of one tensor is built from
+means over probes of a few scalars, its *moments*:
+
+    total   (sum Z)^2                           E[total] is the squared rate, without any assumption
+    square  sum Z^2
+    K_d     sum of squares of Z summed over d
+
+Every estimator of arXiv 2502.17405 is a product of powers of these means, so an estimator is a table of exponents, and one
+formula serves the value and its standard error. Moments are kept as logarithms: updates of 1e-12 times gradients of 1e-10
+are far below what float32 can square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from layerwise.common.tensors import local_part, or_one, wide_dtype
+
+# Rows are taken in pieces of about this many entries: on a CPU a piece then stays in cache for all its sums, and the
+# temporary never grows with the tensor (an embedding can be a third of a model).
+_CPU_PIECE = 1 << 17
+_GPU_PIECE = 1 << 24
+# Updates of up to this many entries (biases, gains) are kept between probes: no memory to speak of, fewer operations.
+_SMALL = 1 << 12
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """`value^2 = prod over moments of mean(moment)^exponent`, on the tensor seen in the shape `view`.
+
+    Attributes:
+        name: what a rate says it was measured with.
+        view: the shape, of rank 2 or more.
+        total: exponent of the squared total; an estimator has this one alone, or the others.
+        square: exponent of the sum of squares.
+        per_dim: exponent of each K_d.
+    """
+
+    name: str
+    view: tuple[int, ...]
+    total: int = 0
+    square: int = 0
+    per_dim: int = 0
+
+    @cached_property
+    def exponents(self) -> tuple[int, ...]:
+        """Exponents of the moments in the order of `Moments.logs`: the total, or the square and K_0, K_1, ..."""
+        powers = [p for p in (self.total, self.square) if p]
+        return tuple(powers + [self.per_dim] * (len(self.view) if self.per_dim else 0))
+
+
+def full_cov(shape: tuple[int, ...]) -> Estimator:
+    """`E[(sum Z)^2]`: unbiased, noisy: relative standard error about 1 / sqrt(2 probes)."""
+    return Estimator("full_cov", (shape[0] if shape else 1, math.prod(shape[1:])), total=1)
+
+
+def iid(shape: tuple[int, ...]) -> Estimator:
+    """`E[sum Z^2]`: low by a factor that depends on the width, so never for transfer across widths."""
+    return Estimator("iid", (shape[0] if shape else 1, math.prod(shape[1:])), square=1)
+
+
+def kronecker(view: tuple[int, ...]) -> Estimator:
+    """`prod_d K_d / square^(D-1)`, literally, for a tensor of any rank D >= 2."""
+    return Estimator("kronecker", view, square=-(len(view) - 1), per_dim=1)
+
+
+def kronecker_of_matrices(shape: tuple[int, ...]) -> Estimator:
+    """Kronecker for matrices, as in the paper, and the unbiased `full_cov` elsewhere.
+
+    For vectors and scalars the two are the same, and from rank 3 on Kronecker's assumption fails (see
+    docs/function-space.md).
+    """
+    return kronecker(shape) if len(shape) == 2 else full_cov(shape)
+
+
+#: What each method estimates a tensor of some shape with. A new estimator is a function above and a line here.
+ESTIMATORS: dict[str, Callable[[tuple[int, ...]], Estimator]] = {
+    "kronecker": kronecker_of_matrices,
+    "full_cov": full_cov,
+    "iid": iid,
+}
+
+
+@dataclass(frozen=True)
+class TensorUpdate:
+    """`dW` of one tensor: `new` itself, or `new - old`.
+
+    The difference is formed piece by piece in float32 (float64 for float64 weights), so it costs no memory. Of sharded
+    tensors (DTensors) take the `block` that this process holds first.
+
+    Attributes:
+        new: the weights after the step, or dW.
+        old: the weights before it.
+        decay: this much of the old weights was taken off by weight decay that is no part of dW (`steps/decay.py`).
+    """
+
+    new: Tensor
+    old: Tensor | None = None
+    decay: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that dW is formed in."""
+        return torch.float64 if self.new.dtype == torch.float64 else torch.float32
+
+    @property
+    def row_count(self) -> int:
+        """Size of the first dimension (1 of a scalar)."""
+        return self.new.shape[0] if self.new.ndim else 1
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of dW (of a scalar: itself as one row)."""
+        delta = torch.atleast_1d(self.new.detach())[start:stop].to(self.dtype)
+        if self.old is not None:
+            old = torch.atleast_1d(self.old.detach())[start:stop]
+            delta = delta - old
+            if self.decay:
+                delta = delta.add_(old.to(self.dtype), alpha=self.decay)
+        return delta
+
+    def part(self, start: int, stop: int) -> TensorUpdate:
+        """The update of some rows alone."""
+        return self._each(lambda t: torch.atleast_1d(t)[start:stop])
+
+    def block(self, dim: int = 0) -> TensorUpdate:
+        """What this process holds of a sharded tensor's update, its dimension `dim` put first."""
+        return self._each(
+            lambda t: local_part(t.detach()).movedim(dim, 0) if t.ndim else local_part(t.detach())
+        )
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> TensorUpdate:
+        return TensorUpdate(function(self.new), None if self.old is None else function(self.old), self.decay)
+
+    def whole(self) -> Tensor:
+        """dW as one tensor, in the parameter's shape."""
+        return self.rows(0, self.row_count).reshape(self.new.shape)
+
+    def pieces(self, width: int = 1) -> list[tuple[int, int]]:
+        """Row ranges small enough to work on `width` gradients at a time."""
+        rows = self.new.shape[0] if self.new.ndim else 1
+        if self.new.numel() == 0:
+            return []
+        limit = _CPU_PIECE if self.new.device.type == "cpu" else _GPU_PIECE
+        count = max(1, limit // max(1, width * (self.new.numel() // rows)))
+        return [(start, min(start + count, rows)) for start in range(0, rows, count)]
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """The largest absolute entry, a scalar on the tensor's device."""
+        # Not `vector_norm(ord=inf)`: on a CPU it takes fifteen times as long.
+        peaks = [self.rows(a, b).abs().amax() for a, b in self.pieces()]
+        return torch.stack(peaks).max() if peaks else self.new.new_zeros((), dtype=self.dtype)
+
+    @torch.no_grad()
+    def redo(self, param: Tensor, change: float) -> None:
+        """Write the step at `change` times its rate into `param`, piece by piece: `W = old - decay * old + change * dW`.
+
+        A step is proportional to its rate, so nothing of the optimizer is run again, and its state, which does not depend
+        on the rate, stays as it is.
+        """
+        own = self.block()
+        target, old = torch.atleast_1d(local_part(param.detach())), own.old
+        assert old is not None
+        for start, stop in own.pieces():
+            before = torch.atleast_1d(old)[start:stop].to(own.dtype) * (1.0 - own.decay)
+            target[start:stop].copy_(before.add_(own.rows(start, stop), alpha=change))
+
+
+class Moments:
+    """The moments of one tensor, a row per probe, kept on the device until the end.
+
+    Products are formed of numbers of order one: the update over its largest entry, gradients over the largest of the
+    first one. Both scales come back in as logarithms.
+    """
+
+    def __init__(self, estimator: Estimator, update: TensorUpdate) -> None:
+        self.estimator = estimator
+        self.update = update
+        self.scales: list[Tensor] = []
+        self.probes: list[Tensor] = []
+        self._small: Tensor | None = None
+
+    def add(self, grads: Tensor) -> None:
+        """Take the gradients of some probes, `[probes, *shape]`, in any float dtype."""
+        self.take(self.sums(grads))
+
+    def sums(self, grads: Tensor) -> Tensor:
+        """`[probes, sums]`: the sums of Z and its squares that moments are made of, additive over blocks of rows.
+
+        They are: the total; or the squares, those of Z summed over each dimension but the first, and Z summed over the
+        first (`view[1:]`, still to be squared: only there do blocks of rows meet).
+        """
+        grads = grads if grads.ndim > 1 else grads[:, None]
+        if not self.scales:
+            largest = grads[0].abs().amax() if grads.numel() else grads.new_zeros(())
+            self.scales = [or_one(s.to(self.update.dtype)) for s in (self.update.largest, largest)]
+        pieces = self.update.pieces(len(grads))
+        if not pieces:
+            return grads.new_zeros(len(grads), self.count, dtype=self.update.dtype)
+        return reduce(torch.add, (self._piece(grads[:, a:b], self._scaled(a, b)) for a, b in pieces))
+
+    def _piece(self, grads: Tensor, delta: Tensor) -> Tensor:
+        """The sums of some rows of dW."""
+        if self.estimator.total:
+            return torch.mv(grads.flatten(1).to(delta.dtype), delta.flatten())[:, None]
+        z = (grads * delta).reshape(len(grads), len(delta), *self.estimator.view[1:])
+        found = [_squares(z)]
+        if self.estimator.per_dim:
+            found += [_squares(z.sum(dim + 1)) for dim in range(1, len(self.estimator.view))]
+            found.append(z.sum(1).flatten(1))
+        return torch.cat(found, 1)
+
+    def _scaled(self, start: int, stop: int) -> Tensor:
+        """Rows of dW over the scales."""
+        if self._small is not None:
+            return self._small[start:stop]
+        delta = self.update.rows(start, stop) / self.scales[0] / self.scales[1]
+        if delta.numel() == self.update.new.numel() <= _SMALL:
+            self._small = delta
+        return delta
+
+    def take(self, sums: Tensor) -> None:
+        """Make `sums` of whole tensors into moments."""
+        if self.estimator.total:
+            self.probes.append(sums.square())
+        elif self.estimator.per_dim:
+            last = len(self.estimator.view)
+            self.probes.append(torch.cat([sums[:, :1], _squares(sums[:, last:]), sums[:, 1:last]], 1))
+        else:
+            self.probes.append(sums)
+
+    @property
+    def count(self) -> int:
+        """How many numbers `sums` has for each probe."""
+        view = self.estimator.view
+        return len(view) + math.prod(view[1:]) if self.estimator.per_dim else 1
+
+    def logs(self, probes: int) -> Tensor:
+        """`[probes, len(exponents)]`, in float64 where the device has it; -inf if no gradient came."""
+        if not self.probes:
+            return torch.full((probes, len(self.estimator.exponents)), -math.inf)
+        wide = wide_dtype(self.probes[0].device)
+        scale = sum(2 * s.to(wide).log() for s in self.scales)
+        return torch.cat(self.probes).to(wide).log() + scale
+
+
+class BlockMoments(Moments):
+    """The same where this process has a block of the tensor's rows, or one of several terms of its gradient.
+
+    Scales differ between processes, so their sums are exchanged unscaled, in float64, which has room for their squares.
+    """
+
+    def sums(self, grads: Tensor) -> Tensor:
+        scaled = super().sums(grads).double()
+        scale = self.scales[0].double() * self.scales[1].double()
+        if self.estimator.total:
+            return scaled * scale
+        squares = len(self.estimator.view) if self.estimator.per_dim else 1
+        return torch.cat([scaled[:, :squares] * scale.square(), scaled[:, squares:] * scale], 1)
+
+    def logs(self, probes: int) -> Tensor:
+        return torch.cat(self.probes).log()
+
+
+class Sink(Protocol):
+    """Where the gradients of probes go."""
+
+    def add(self, name: str, grads: Tensor) -> None:
+        """The gradients of one tensor under some probes, `[probes, *shape]`."""
+
+    def done(self, probes: int) -> None:
+        """Those of all tensors have come under these many probes; the absent ones are 0."""
+
+    def agree(self, number: int) -> int:
+        """The least of a number over the processes that run the same probes: they take as many at once."""
+
+
+class Collector:
+    """Takes the gradients of probes on one process by itself, and makes them into moments."""
+
+    def __init__(self, estimators: Mapping[str, Estimator], updates: Mapping[str, TensorUpdate]) -> None:
+        self.moments = {name: Moments(estimators[name], update) for name, update in updates.items()}
+
+    def add(self, name: str, grads: Tensor) -> None:
+        self.moments[name].add(grads)
+
+    def done(self, probes: int) -> None:
+        pass
+
+    def agree(self, number: int) -> int:
+        return number
+
+
+def _squares(x: Tensor) -> Tensor:
+    """`[probes, 1]`: the sum of squares of each of `[probes, ...]`, without a tensor of squares."""
+    flat = x.flatten(1)
+    return torch.bmm(flat[:, None, :], flat[:, :, None])[:, :, 0]
+
+
+def combine(
+    exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None = None
+) -> tuple[float, float]:
+    """A rate and its standard error from the log moments of all probes.
+
+    The standard error is the jackknife's over probes, taken on the logarithm of the rate, where the distribution is far
+    closer to normal than that of a mean of squares. Probes of different slices are not told apart: how slices differ
+    counts as noise, which errs on the safe side where few probes see a slice that matters. It is `nan` for one probe and 0
+    for a rate of 0.
+
+    Args:
+        exponents: of each moment.
+        moments: their logarithms, `[probes, len(exponents)]`.
+        weights: one per probe, in place of the plain mean: of slices of unequal size, or the official code's exponential
+            average.
+    """
+    moments = moments.double().cpu()
+    probes = moments.shape[0]
+    powers = torch.tensor(exponents, dtype=torch.float64)
+    if torch.isnan(moments).any():
+        return math.nan, math.nan
+    peak = moments.amax(0)
+    if (peak[powers > 0] == -math.inf).any():
+        return 0.0, 0.0
+    scaled = (moments - peak).exp()
+    share = (
+        torch.full((probes,), 1 / probes).double() if weights is None else weights.double() / weights.sum()
+    )
+    mean = (share[:, None] * scaled).sum(0)
+    value = math.exp(0.5 * float((powers * (mean.log() + peak)).sum()))
+    if probes == 1:
+        return value, math.nan
+    # Leaving out the only probe that saw anything leaves nothing: the floor keeps its error huge, yet finite.
+    without = ((mean - share[:, None] * scaled) / (1 - share[:, None])).clamp_min(1e-300)
+    logs = 0.5 * (powers * (without.log() + peak)).sum(1)
+    # For equal weights this is the jackknife's (probes - 1) / probes; for others each probe counts by its own.
+    moved = (1 - share) * (logs - (share * logs).sum())
+    spread = float(moved.square().sum()) * probes / (probes - 1)
+    return value, value * math.sqrt(spread)
