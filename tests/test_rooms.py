@@ -12,13 +12,16 @@ import pytest
 import layerwise
 
 ROOT = Path(layerwise.__file__).parent
+FLOOR = {"common", "errors"}
 ALLOWED = {
-    "geometry": {"geometry", "errors"},
-    "optim": {"geometry", "optim", "errors"},
-    "function_space": {"function_space", "errors"},
-    "integrations": {"geometry", "optim", "function_space", "integrations", "errors"},
+    "common": FLOOR,
+    "geometry": {"geometry", *FLOOR},
+    "optim": {"geometry", "optim", *FLOOR},
+    "function_space": {"function_space", *FLOOR},
+    "integrations": {"geometry", "optim", "function_space", "integrations", *FLOOR},
 }
 LIBRARIES = {
+    "common": {"torch", "numpy"},
     "geometry": {"torch", "numpy"},
     "optim": {"torch", "numpy"},
     "function_space": {"torch", "numpy"},
