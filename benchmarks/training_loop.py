@@ -24,8 +24,10 @@ from torch.nn.utils import clip_grad_norm_
 
 import machine
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.text import Batch, TextData
-from layerwise.lab.models.families import Examples, build_model
+from layerwise.lab.data.batches import Batch
+from layerwise.lab.data.text import TextData
+from layerwise.lab.models.families import build_model
+from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.run import complete, train

@@ -7,7 +7,8 @@ import torch
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import ModelConfig
-from layerwise.lab.models.families import PRESETS, Examples, build_model, logits, loss, model_settings
+from layerwise.lab.models.families import PRESETS, build_model, logits, loss, model_settings
+from layerwise.lab.models.family import Examples
 
 TOKENS = Examples(vocab_size=61, seq_len=16)
 TINY = {

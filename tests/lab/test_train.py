@@ -14,8 +14,10 @@ from tiny_run import tiny_config
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, ScheduleConfig
-from layerwise.lab.data.text import Batch, TextData
-from layerwise.lab.models.families import Examples, build_model, loss
+from layerwise.lab.data.batches import Batch
+from layerwise.lab.data.text import TextData
+from layerwise.lab.models.families import build_model, loss
+from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import OPTIMIZERS, build_optimizer
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
 from layerwise.lab.runs.directory import Run, RunWriter, find_runs, read_run
@@ -253,7 +255,7 @@ class WithScaler(Observer):
         self.largest: list[float] = []
 
     def begin(self, trainer: Any) -> None:
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.scale)
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=self.scale)
         self.parameters = list(trainer.model.parameters())
 
     @contextmanager

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, ModelConfig, OptimizerConfig
 from layerwise.lab.data.images import ImageData, load_images
-from layerwise.lab.models.families import Examples, build_model
+from layerwise.lab.models.families import build_model, resized
+from layerwise.lab.models.family import Examples
 from layerwise.lab.models.paper import NORMS, Decoder, Norm, ResMLP
-from layerwise.lab.models.sizes import resized
 from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.run import train

@@ -12,7 +12,7 @@ from layerwise.lab.cli.words import Words, numbers, seeds_of, split_words
 from layerwise.lab.config.load import load_config
 
 if TYPE_CHECKING:
-    from layerwise.lab.models.sizes import Axis
+    from layerwise.lab.models.family import Axis
 
 HELP = """Check in seconds whether the layers' updates change the outputs as much at every size.
 

@@ -61,8 +61,7 @@ class ModelConfig(OpenSection):
     )
     family: str | None = Field(
         default=None,
-        description="`gpt2`, `llama`, `resmlp` or `decoder`: where no preset is named, the further keys are all"
-        " its settings",
+        description="a family, of those below: where no preset is named, the further keys are all its settings",
     )
     start: str | None = Field(
         default=None,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.data.text import Batch
+from layerwise.lab.data.batches import Batch
 
 if TYPE_CHECKING:
     from layerwise.lab.config.schema import Config, DataConfig

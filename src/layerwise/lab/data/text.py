@@ -1,57 +1,23 @@
-"""Batches, a pure function of seed and step: every contender sees the same, a resumed run goes on exactly."""
+"""Batches of text: every contender sees the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.data.batches import Batch
 from layerwise.lab.data.tokens import Ids, load_tokens
 
 if TYPE_CHECKING:
     from layerwise.lab.config.schema import Config
 
 Starts = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids: `inputs` and the next tokens `targets`, both int64 [sequences, seq_len]."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def split(self, parts: int) -> list[Batch]:
-        """Equal micro-batches, in order."""
-        return [
-            Batch(inputs, targets)
-            for inputs, targets in zip(self.inputs.chunk(parts), self.targets.chunk(parts), strict=True)
-        ]
-
-    def __len__(self) -> int:
-        """Sequences."""
-        return len(self.inputs)
-
-    @classmethod
-    def join(cls, parts: Sequence[Batch]) -> Batch:
-        """One batch of several, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
-
-    def share(self, rank: int, world: int) -> Batch:
-        """The part of process `rank` of `world`, in order; they differ by one sequence at most."""
-        return Batch(self.inputs.tensor_split(world)[rank], self.targets.tensor_split(world)[rank])
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
 
 
 class Sampler:

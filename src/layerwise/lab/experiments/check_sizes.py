@@ -17,12 +17,10 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space import Rates
 from layerwise.lab.config.schema import Config
 from layerwise.lab.experiments.record_base import record
-from layerwise.lab.models.sizes import Axis, resized
-from layerwise.lab.runs.directory import RunWriter
+from layerwise.lab.models.families import resized
+from layerwise.lab.models.family import Axis
 from layerwise.lab.training.function_space_observers import MatchRates, RecordRates, quiet_matching
-from layerwise.lab.training.progress import QuietProgress
-from layerwise.lab.training.run import complete
-from layerwise.lab.training.trainer import Trainer
+from layerwise.lab.training.run import complete, take_steps
 
 FIRST = "first"
 
@@ -104,14 +102,7 @@ def _rates(config: Config, match: str | None, step: int) -> Rates:
     config = config.model_copy(update={"function_space": settings})
     matcher = None if match is None else MatchRates(settings, step)
     recorder = RecordRates(settings, max(1, step - 1), matcher)
-    with tempfile.TemporaryDirectory() as folder, RunWriter(folder) as writer:
-        observers = [recorder] if matcher is None else [recorder, matcher]
-        trainer = Trainer(complete(config), writer, QuietProgress(), observers)
-        trainer.start(None)
-        try:
-            trainer.take_steps(step)
-        finally:
-            trainer.close()
+    take_steps(config, step, [recorder] if matcher is None else [recorder, matcher])
     if not recorder.recorder.records:
         raise LayerwiseError(
             f"step {step} moved no weight: set schedule.warmup_steps=0 or a higher optimizer.lr"

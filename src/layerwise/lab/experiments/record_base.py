@@ -9,11 +9,9 @@ from pathlib import Path
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import BaseRates, FunctionSpaceRecorder, record_base
 from layerwise.lab.config.schema import Config
-from layerwise.lab.runs.directory import RunWriter
 from layerwise.lab.training.function_space_observers import RecordRates, steps_to_record
 from layerwise.lab.training.progress import Progress, ProgressKind, make_progress
-from layerwise.lab.training.run import complete
-from layerwise.lab.training.trainer import Trainer
+from layerwise.lab.training.run import take_steps
 
 
 def check_output(path: Path) -> None:
@@ -59,14 +57,7 @@ def record(config: Config, seeds: Sequence[int], progress: ProgressKind | Progre
             }
         )
         observer = RecordRates(config.function_space, every)
-        with tempfile.TemporaryDirectory() as folder, RunWriter(folder) as writer:
-            trainer = Trainer(complete(changed), writer, shown, [observer])
-            trainer.start(None)
-            try:
-                trainer.take_steps(steps)
-            finally:
-                shown.stop()
-                trainer.close()
+        take_steps(changed, steps, [observer], shown)
         return observer.recorder
 
     return record_base(run, seeds)

@@ -1,174 +1,31 @@
-"""Models by preset name, randomly initialised, built without a network.
-
-transformers' GPT-2 and Llama, and the two models of the function-space paper.
-"""
+"""Models by preset or family name, randomly initialised, built without a network."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+import layerwise.lab.models
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.validate import nearest
 from layerwise.lab.models.adapters import add_adapters, load_weights
-from layerwise.lab.models.paper import Decoder, ResMLP
+from layerwise.lab.models.family import FAMILIES, Axis, Examples, whole
 
 if TYPE_CHECKING:
     from layerwise.lab.config.schema import ModelConfig
 
-
-@dataclass(frozen=True)
-class Examples:
-    """What the data gives a model: token ids of `vocab_size` kinds, or rows of `features` in `vocab_size` classes."""
-
-    vocab_size: int
-    seq_len: int
-    features: int | None = None
-
-
-class Family(Protocol):
-    """A kind of model."""
-
-    def setting_names(self) -> set[str]:
-        """Keywords of the architecture that a config may set."""
-        ...
-
-    def build(self, settings: dict[str, Any], examples: Examples, attention: str) -> nn.Module:
-        """A model from the global random state. Raises LayerwiseError."""
-        ...
-
-
-@dataclass(frozen=True)
-class TransformersFamily:
-    """A decoder of transformers: its classes, and what it calls its longest sequence."""
-
-    config_class: Callable[[], Any]
-    model_class: Callable[[], Any]
-    positions: str
-
-    def setting_names(self) -> set[str]:
-        parameters = inspect.signature(self.config_class()).parameters.values()
-        own = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        return own - {"vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
-
-    def build(self, settings: dict[str, Any], examples: Examples, attention: str) -> nn.Module:
-        """Its longest sequence is the data's unless the settings have one."""
-        if examples.features is not None:
-            raise LayerwiseError("this model reads token ids, data.source gives images: use model=resmlp")
-        positions = settings.setdefault(self.positions, examples.seq_len)
-        if isinstance(positions, int) and positions < examples.seq_len:
-            raise LayerwiseError(
-                f"model.{self.positions}={positions} is shorter than data.seq_len={examples.seq_len}:"
-                " raise the one or lower the other"
-            )
-        from huggingface_hub.errors import StrictDataclassError  # how transformers refuses a setting's type
-
-        ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
-        try:
-            made = self.config_class()(vocab_size=examples.vocab_size, **settings, **ends)
-        except StrictDataclassError as error:
-            raise TypeError(str(error)) from None
-        made._attn_implementation = attention
-        model = self.model_class()(made)
-        assert isinstance(model, nn.Module)
-        return model
-
-
-@dataclass(frozen=True)
-class PaperFamily:
-    """A model of the function-space paper: its keywords are its settings."""
-
-    model_class: type[ResMLP] | type[Decoder]
-
-    def setting_names(self) -> set[str]:
-        parameters = inspect.signature(self.model_class).parameters.values()
-        return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} - {"attention"}
-
-    def build(self, settings: dict[str, Any], examples: Examples, attention: str) -> nn.Module:
-        if self.model_class is ResMLP:
-            if examples.features is None:
-                raise LayerwiseError("model=resmlp reads images: set data.source to digits or fashion-mnist")
-            return ResMLP(examples.features, examples.vocab_size, **settings)
-        if examples.features is not None:
-            raise LayerwiseError("model=decoder reads token ids, data.source gives images: use model=resmlp")
-        return Decoder(examples.vocab_size, attention=attention, **settings)
-
-
-def _gpt2_config() -> Any:
-    from transformers import GPT2Config
-
-    return GPT2Config
-
-
-def _gpt2_model() -> Any:
-    from transformers import GPT2LMHeadModel
-
-    return GPT2LMHeadModel
-
-
-def _llama_config() -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig
-
-
-def _llama_model() -> Any:
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM
-
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": TransformersFamily(_gpt2_config, _gpt2_model, "n_positions"),
-    "llama": TransformersFamily(_llama_config, _llama_model, "max_position_embeddings"),
-    "resmlp": PaperFamily(ResMLP),
-    "decoder": PaperFamily(Decoder),
-}
-
-# Pretraining on more text than is seen twice needs no dropout.
-_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+for _file in iter_modules(layerwise.lab.models.__path__, "layerwise.lab.models."):
+    if _file.name != __name__:
+        import_module(_file.name)  # each registers its families
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2-tiny": ("gpt2", {"n_layer": 4, "n_embd": 128, "n_head": 4, **_NO_DROPOUT}),
-    "gpt2-small": ("gpt2", {"n_layer": 12, "n_embd": 768, "n_head": 12, **_NO_DROPOUT}),
-    "gpt2-medium": ("gpt2", {"n_layer": 24, "n_embd": 1024, "n_head": 16, **_NO_DROPOUT}),
-    "llama-tiny": (
-        "llama",
-        {
-            "num_hidden_layers": 4,
-            "hidden_size": 128,
-            "intermediate_size": 352,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-    ),
-    "llama-0.5b": (
-        "llama",
-        {
-            "num_hidden_layers": 24,
-            "hidden_size": 1280,
-            "intermediate_size": 3456,
-            "num_attention_heads": 20,
-            "num_key_value_heads": 20,
-        },
-    ),
-    "llama-1.1b": (
-        "llama",
-        {
-            "num_hidden_layers": 22,
-            "hidden_size": 2048,
-            "intermediate_size": 5632,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-        },
-    ),
-    "resmlp": ("resmlp", {}),
-    "decoder": ("decoder", {}),
+    preset: (name, settings)
+    for name, family in FAMILIES.items()
+    for preset, settings in family.presets.items()
 }
 
 
@@ -223,3 +80,26 @@ def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats; `targets` are the next tokens of `inputs` [batch, seq], or classes [batch]."""
     predicted = logits(model, inputs)
     return nn.functional.cross_entropy(predicted.flatten(0, -2).float(), targets.flatten())
+
+
+def resized(model: ModelConfig, axis: Axis, value: float) -> dict[str, Any]:
+    """Dotted keys of a config and their values, for the model at this size. Raises LayerwiseError.
+
+    Args:
+        model: at another size.
+        axis: width: the hidden size; heads keep their size and grow in number. depth: blocks (in the paper's models with
+            the branches rescaled). init_scale: factor on the initial weights. lora_rank: rank of the adapters.
+        value: the size.
+    """
+    if axis == "lora_rank":
+        if model.lora is None:
+            raise LayerwiseError("axis lora_rank needs adapters: give model.lora, such as `{rank: 2}`")
+        return {"model.lora.rank": whole(axis, value)}
+    name, settings = model_settings(model)
+    return {f"model.{key}": setting for key, setting in FAMILIES[name].resize(settings, axis, value).items()}
+
+
+def block_pattern(model: ModelConfig) -> str:
+    """What the model's blocks are called, inside peft's wrapper too."""
+    name, _ = model_settings(model)
+    return FAMILIES[name].blocks if model.lora is None else f"base_model.model.{FAMILIES[name].blocks}"

@@ -11,14 +11,16 @@ biases, starting at 0.
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.models.family import Axis, Examples, Family, Settings, register, tokens_only, whole
 
 Norm = Literal["post", "pre", "pre_post_mod"]
 NORMS: tuple[Norm, ...] = ("post", "pre", "pre_post_mod")
@@ -223,3 +225,51 @@ def _sinusoids(positions: int, d: int, device: torch.device, dtype: torch.dtype)
     frequencies = torch.exp(torch.arange(0, d, 2, device=device) * (-math.log(10_000.0) / d))
     angles = torch.arange(positions, device=device)[:, None] * frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).to(dtype)
+
+
+class PaperFamily(Family):
+    """A model of the function-space paper: its keywords are its settings.
+
+    Attributes:
+        model_class: what is built.
+        base_blocks: at depth 1, where the settings do not say.
+    """
+
+    blocks = "blocks.*"
+    model_class: ClassVar[type[nn.Module]]
+    base_blocks: ClassVar[int]
+
+    def setting_names(self) -> set[str]:
+        parameters = inspect.signature(self.model_class).parameters.values()
+        return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} - {"attention"}
+
+    def resize(self, settings: Settings, axis: Axis, value: float) -> Settings:
+        """By the multipliers of width and depth; with the depth the branches are rescaled."""
+        if axis == "width":
+            return {"width": whole("width", value, settings.get("base_width", 32))}
+        if axis == "depth":
+            return {"depth": whole("depth", value, settings.get("base_blocks", self.base_blocks))}
+        return {"init_scale": value}
+
+
+@register
+class ResMLPFamily(PaperFamily):
+    """ResMLP on images."""
+
+    name, presets, model_class, base_blocks = "resmlp", {"resmlp": {}}, ResMLP, 4
+
+    def build(self, settings: Settings, examples: Examples, attention: str) -> nn.Module:
+        if examples.features is None:
+            raise LayerwiseError("model=resmlp reads images: set data.source to digits or fashion-mnist")
+        return ResMLP(examples.features, examples.vocab_size, **settings)
+
+
+@register
+class DecoderFamily(PaperFamily):
+    """The decoder on tokens."""
+
+    name, presets, model_class, base_blocks = "decoder", {"decoder": {}}, Decoder, 2
+
+    def build(self, settings: Settings, examples: Examples, attention: str) -> nn.Module:
+        tokens_only(examples, "model=decoder")
+        return Decoder(examples.vocab_size, attention=attention, **settings)

@@ -16,7 +16,7 @@ from torch import nn
 from layerwise.geometry import describe
 from layerwise.optim import LayerRate
 
-_PACKAGES = ("layerwise", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+_PACKAGES = ("layerwise", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
 
 def versions() -> dict[str, str]:

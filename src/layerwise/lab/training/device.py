@@ -1,16 +1,16 @@
-"""Accelerate, set up for a run: device and mixed precision."""
+"""What a run computes on and in: its device, its mixed precision, its random numbers."""
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
-from typing import TYPE_CHECKING
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
+from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.training.parallel import strategy_of
@@ -18,39 +18,77 @@ from layerwise.lab.training.parallel import strategy_of
 if TYPE_CHECKING:
     from layerwise.lab.config.schema import ParallelConfig, TrainingConfig
 
-# What a launcher's own configuration may ask for: one device for each process, and nothing done to the model.
-_PLAIN = {DistributedType.NO, *(kind for kind in DistributedType if kind.value.startswith("MULTI_"))}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TRUE = ("1", "true", "yes", "y", "on", "t")
 
 
-def make_accelerator(training: TrainingConfig, parallel: ParallelConfig) -> Accelerator:
-    """An Accelerator for one run, joined processes and all. Raises LayerwiseError for a precision this device has not.
+def own_device() -> torch.device:
+    """This process's device: its GPU by local rank, or the host where there is none or accelerate's launcher says so."""
+    if _says("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-    Sharing the model out over processes is our own (`parallel`): the loop needs no more of it than a few calls.
-    """
-    # Accelerate keeps its settings in globals; one process can train several runs of different precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    try:
-        accelerator = Accelerator(mixed_precision=training.precision)
-    except (ValueError, RuntimeError) as error:
-        raise LayerwiseError(f"training.precision={training.precision}: {error}") from None
-    if training.precision == "fp16" and accelerator.device.type != "cuda":
+
+def _says(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in _TRUE
+
+
+def check_precision(training: TrainingConfig, parallel: ParallelConfig, device: torch.device) -> None:
+    """Raises LayerwiseError for a precision that this device has not, and for a launcher that would change the model."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if _says(f"ACCELERATE_USE_{kind}"):
+            raise LayerwiseError(
+                f"accelerate's configuration asks for {kind}: choose parallel.strategy in the run's config, and"
+                " launch with --multi_gpu"
+            )
+    if training.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise LayerwiseError("training.precision=bf16: this GPU has no bfloat16: use fp16 or no")
+    if training.precision != "fp16":
+        return
+    if device.type != "cuda":
         raise LayerwiseError(
-            f"training.precision=fp16 needs a GPU, this device is {accelerator.device.type}: use bf16 or no"
+            f"training.precision=fp16 needs a GPU, this device is {device.type}: use bf16 or no"
         )
-    if training.precision == "fp16":
-        # The first steps usually overflow and are left out; the schedule counts them all the same.
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-    if training.precision == "fp16" and strategy_of(parallel) == "fsdp2":
+    if strategy_of(parallel) == "fsdp2":
         raise LayerwiseError(
             "training.precision=fp16: its loss scaling does not work with parallel.strategy=fsdp2: use bf16 or no"
         )
-    if accelerator.distributed_type not in _PLAIN:
-        raise LayerwiseError(
-            f"accelerate's configuration asks for {accelerator.distributed_type.value}: choose parallel.strategy"
-            " in the run's config, and launch with --multi_gpu"
-        )
-    return accelerator
+
+
+def autocast(model: nn.Module, precision: str, device: torch.device) -> None:
+    """Has `model` compute in the precision where torch's autocast does, whoever calls it; its outputs are float32."""
+    if precision == "no":
+        return
+    context = torch.autocast(device.type, _DTYPES[precision])
+    inner = model.forward.__func__  # type: ignore[attr-defined]  # a method
+
+    def forward(self: nn.Module, *args: Any, **keywords: Any) -> Any:
+        with context:
+            outputs = inner(self, *args, **keywords)
+        return _float32(outputs)
+
+    model.forward = MethodType(forward, model)
+
+
+def _float32(outputs: Any) -> Any:
+    if isinstance(outputs, torch.Tensor):
+        return outputs.float() if outputs.dtype in _DTYPES.values() else outputs
+    if isinstance(outputs, dict):  # transformers' outputs are dicts of a class of their own
+        return type(outputs)(**{key: _float32(value) for key, value in outputs.items()})
+    return outputs
+
+
+def gradient_scaler(precision: str) -> torch.amp.GradScaler | None:
+    """The scaler of the loss that float16's narrow range needs."""
+    if precision != "fp16":
+        return None
+    # The first steps usually overflow and are left out; the schedule counts them all the same.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+    return torch.amp.GradScaler("cuda")
 
 
 def set_seed(seed: int) -> None:

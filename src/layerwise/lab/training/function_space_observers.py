@@ -14,13 +14,12 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder, Record
 from layerwise.function_space.matching.depth_map import DepthMap
-from layerwise.lab.models.families import model_settings
-from layerwise.lab.training.observers import Observer
+from layerwise.lab.models.families import block_pattern
+from layerwise.lab.training.observers import Observer, Training
 
 if TYPE_CHECKING:
-    from layerwise.lab.config.schema import Config, FunctionSpaceConfig, ModelConfig
-    from layerwise.lab.data.text import Batch
-    from layerwise.lab.training.trainer import Trainer
+    from layerwise.lab.config.schema import Config, FunctionSpaceConfig
+    from layerwise.lab.data.batches import Batch
 
 
 def observers_of(config: Config) -> list[Observer]:
@@ -33,7 +32,7 @@ def observers_of(config: Config) -> list[Observer]:
     return found if match is None else [*found, match]
 
 
-def measuring_batches(trainer: Trainer, count: int, skip: int = 0) -> Callable[[], list[Tensor]]:
+def measuring_batches(trainer: Training, count: int, skip: int = 0) -> Callable[[], list[Tensor]]:
     """Supplies inputs of the steps after the run's last one, which no step of it sees, but for the first `skip`.
 
     Of each batch, this process's share: all of them measure together.
@@ -72,7 +71,7 @@ class RecordRates(_Stateful):
     def __init__(self, settings: FunctionSpaceConfig, every: int, match: MatchRates | None = None) -> None:
         self.settings, self.every, self.match = settings, every, match
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Training) -> None:
         batches, seed = self.settings.batches, trainer.config.training.seed
         matched = self.match is not None
         self._writer = trainer.writer
@@ -126,7 +125,7 @@ class MatchRates(_Stateful):
         # FLeRM looks ahead to the second matching, which a short run does not reach.
         self._every = settings.match_every if len(due) > 1 else None
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Training) -> None:
         settings = self.settings
         self._writer, self._batches = trainer.writer, measuring_batches(trainer, settings.batches)
         self.flerm = FLeRM(
@@ -169,16 +168,6 @@ def depth_map(config: Config) -> DepthMap | None:
     if settings.depth is not None or settings.match == "uniform":
         return settings.depth
     return {block_pattern(config.model): "split"}
-
-
-#: What each family calls its blocks.
-_BLOCKS = {"resmlp": "blocks.*", "decoder": "blocks.*", "gpt2": "transformer.h.*", "llama": "model.layers.*"}
-
-
-def block_pattern(model: ModelConfig) -> str:
-    """What the model's blocks are called, inside peft's wrapper too."""
-    family, _ = model_settings(model)
-    return _BLOCKS[family] if model.lora is None else f"base_model.model.{_BLOCKS[family]}"
 
 
 def _matched_steps(settings: FunctionSpaceConfig, steps: int) -> range:

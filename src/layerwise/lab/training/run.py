@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,3 +107,18 @@ def _state_to_resume(trainer: Trainer) -> dict[str, Any] | None:
     path, identity, note = trainer.writer.path, trainer.identity, trainer.progress.note
     found = processes.first_says(processes.on_first(lambda: latest_checkpoint(path, identity, note)))
     return None if found is None else read_state(found)
+
+
+def take_steps(
+    config: Config, steps: int, observers: Sequence[Observer], progress: ProgressKind | Progress = "quiet"
+) -> None:
+    """The first steps of a run, for what observers see of them: nothing is evaluated, and nothing left on the disk."""
+    shown = make_progress(progress)
+    with tempfile.TemporaryDirectory() as folder, RunWriter(folder) as writer:
+        trainer = Trainer(complete(config), writer, shown, observers)
+        trainer.start(None)
+        try:
+            trainer.take_steps(steps)
+        finally:
+            shown.stop()
+            trainer.close()

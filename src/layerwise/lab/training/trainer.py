@@ -14,15 +14,15 @@ import torch
 
 from layerwise.errors import LayerwiseError, NonFiniteError
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.images import ImageData
-from layerwise.lab.data.text import Batch, TextData
-from layerwise.lab.models.families import Examples, build_model, loss
+from layerwise.lab.data.batches import Batch, open_data
+from layerwise.lab.models.families import build_model, loss
+from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer, check_batch, needs_halves, watch_replicas
 from layerwise.lab.runs import environment
 from layerwise.lab.runs.checkpoint import random_state, save_checkpoint, set_random_state
 from layerwise.lab.runs.directory import RunWriter
 from layerwise.lab.training import parallel, processes
-from layerwise.lab.training.device import make_accelerator, set_seed
+from layerwise.lab.training.device import autocast, check_precision, gradient_scaler, own_device, set_seed
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import Progress
 from layerwise.lab.training.schedules import build_scheduler
@@ -34,27 +34,27 @@ class DivergedError(Exception):
 
 
 class Trainer:
-    """One run in progress, or this process's part of it."""
+    """One run in progress, or this process's part of it; observers see it as `Training`."""
 
     def __init__(
         self, config: Config, writer: RunWriter, progress: Progress, observers: Sequence[Observer] = ()
     ) -> None:
         self.config, self.writer, self.progress, self.observers = config, writer, progress, observers
         training = config.training
-        self.accelerator = make_accelerator(training, config.parallel)
-        self.device = self.accelerator.device
+        self.device = own_device()
+        check_precision(training, config.parallel, self.device)
         self.rank, self.world = processes.rank(), processes.world()
-        source = ImageData if config.data.holds_images else TextData
         # The first process fills the cache of token ids, the others read it.
-        self.data = processes.on_first(lambda: source(config)) or source(config)
+        self.data = processes.on_first(lambda: open_data(config)) or open_data(config)
         examples = Examples(self.data.vocab_size, config.data.seq_len, self.data.features)
         model = build_model(config.model, examples, training.seed)
         self.model = parallel.place(model, self.device, config.parallel)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
+        self.scaler = gradient_scaler(training.precision)
         self._halves = needs_halves(self.optimizer)
         check_batch(training, self.optimizer, self.world)
-        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # mixed precision and nothing else
+        autocast(self.model, training.precision, self.device)
         self._wrapped = parallel.wrap(self.model, self.device, config.parallel)
         watch_replicas(self.optimizer, self._wrapped)
         self.tensorboard: environment.TensorBoard | None = None
@@ -179,7 +179,7 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One optimizer step. Nothing here waits for the device."""
-        training, scaler = self.config.training, self.accelerator.scaler
+        training, scaler = self.config.training, self.scaler
         wholes = self.data.batch(self.step).split(training.accumulation)
         parts = [batch.share(self.rank, self.world).to(self.device) for batch in wholes]
         for number, (whole, part) in enumerate(zip(wholes, parts, strict=True), start=1):
@@ -188,7 +188,6 @@ class Trainer:
                 # Averaging over the processes makes means over the whole batch of these, equal shares or not.
                 divisor = len(parts) * len(whole) / (len(part) * self.world)
                 value = loss(self._wrapped, part.inputs, part.targets) / divisor
-                # torch's own idioms: accelerate's backward() and step() look for packages on the disk every time.
                 (value if scaler is None else scaler.scale(value)).backward()
             self._loss_sum += value.detach()
             if half:
@@ -212,13 +211,12 @@ class Trainer:
             observer.after_step(self.step + 1)
 
     def _optimizer_step(self) -> None:
-        scaler = self.accelerator.scaler
         try:
-            if scaler is None:
+            if self.scaler is None:
                 self.optimizer.step()
             else:
-                scaler.step(self.optimizer)  # leaves the step out where a gradient overflowed
-                scaler.update()
+                self.scaler.step(self.optimizer)  # leaves the step out where a gradient overflowed
+                self.scaler.update()
         except NonFiniteError as error:
             raise DivergedError(str(error).partition(";")[0]) from None
 
@@ -266,7 +264,7 @@ class Trainer:
         """No checkpoint of a run that is lost already."""
         if not math.isfinite(float(self._agreed_loss_sum())):
             raise DivergedError("the training loss is not finite")
-        left_out = self.accelerator.scaler is not None  # a step whose gradients overflowed did no harm
+        left_out = self.scaler is not None  # a step whose gradients overflowed did no harm
         if self._grad_norm is not None and not left_out and not math.isfinite(float(self._grad_norm)):
             raise DivergedError("the gradient norm is not finite")
 
@@ -308,7 +306,6 @@ class Trainer:
             self.tensorboard.layers(row)
 
     def _save(self) -> None:
-        scaler = self.accelerator.scaler
         random = processes.from_all(random_state())
         state = {
             "step": self.step,
@@ -320,7 +317,7 @@ class Trainer:
             "model": parallel.whole(self.model.state_dict()),
             "optimizer": parallel.whole(self.optimizer.state_dict()),
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "random": random[0],
             "random_of_others": random[1:],
             "observers": [observer.state_dict() for observer in self.observers],
@@ -340,8 +337,8 @@ class Trainer:
             ) from None
         lambdas = [None] * len(self.scheduler.lr_lambdas)  # functions are not saved
         self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
         if len(state["observers"]) != len(self.observers):
             raise LayerwiseError(
                 f"checkpoint in {self.writer.path} was written with {len(state['observers'])} observers,"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerwise.lab.experiments.sweep.analysis import Curve
-from layerwise.lab.models.sizes import AXIS_NAMES, Axis
+from layerwise.lab.models.family import AXIS_NAMES, Axis
 from layerwise.lab.report import style
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from layerwise.lab.config.schema import Config, Section
-from layerwise.lab.models.sizes import Axis
+from layerwise.lab.models.family import Axis
 
 Method = Literal["standard", "flerm", "uniform", "mup"]
 METHODS: dict[Method, str] = {

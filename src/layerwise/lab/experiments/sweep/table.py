@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerwise.lab.experiments.sweep.analysis import Transfer
-from layerwise.lab.models.sizes import AXIS_NAMES, Axis
+from layerwise.lab.models.family import AXIS_NAMES, Axis
 
 
 def titles(axis: Axis) -> tuple[str, ...]:

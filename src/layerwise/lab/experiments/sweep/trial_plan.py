@@ -11,8 +11,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.config.identity import decisive, hashed
 from layerwise.lab.config.schema import Config
 from layerwise.lab.experiments.sweep.sweep_config import Method, SweepConfig
-from layerwise.lab.models.sizes import resized
-from layerwise.lab.training.function_space_observers import block_pattern
+from layerwise.lab.models.families import block_pattern, resized
 from layerwise.lab.training.run import complete
 
 BASE_FILE = "base.json"
