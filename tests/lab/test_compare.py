@@ -133,7 +133,7 @@ def test_an_interrupted_run_goes_on(words: list[str], tmp_path: Path) -> None:
     assert [path.name for path in folder.glob("lanton-*")] == ["lanton-1"]
     run = result.contenders[0].runs[0]
     assert run.status == "finished"
-    assert [line["step"] for line in run.run.metrics] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------ grids

@@ -12,7 +12,6 @@ from torch import nn
 
 import layerwise as lw
 from layerwise.lab.optimizers.registry import mean_multipliers
-from layerwise.lab.report.run_data import RunData
 from layerwise.lab.runs.directory import RunWriter, read_run
 from layerwise.lab.runs.environment import MOST_UNITS, layer_entries, parameter_table
 
@@ -54,7 +53,7 @@ def test_a_parameter_of_many_units_is_summarised(model: nn.Module, tmp_path: Pat
     assert summary["largest"]["noise"] == max(rates[unit].noise for unit in channels)
     assert len(json.dumps(entries)) < 2000
 
-    history = RunData(run).layers  # what the figures are drawn from
+    history = run.history  # what the figures are drawn from
     assert history is not None
     row = history.units.index("1.weight")
     assert history.multiplier[row].tolist() == [summary["multiplier"]] * 2

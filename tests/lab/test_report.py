@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,16 +21,16 @@ from layerwise.lab.report.figures.effective_rates import effective_rates
 from layerwise.lab.report.figures.heatmap import layer_heat_maps, relative_noise
 from layerwise.lab.report.figures.loss import loss_limits, smooth
 from layerwise.lab.report.names import looks, network_order, unit_name
-from layerwise.lab.report.run_data import LayerHistory, RunData
 from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, styled, themed_svg
 from layerwise.lab.report.tables import parameter_rows, result_rows, settings
 from layerwise.lab.runs.quantities import duration
+from layerwise.lab.runs.recorded import LayerHistory, Run
 
 SHORT = {"steps": 60, "blocks": 2}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunData]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("runs")
     fabricate(folder / "adamw", "adamw", final=3.5, with_layers=False, **SHORT)
     fabricate(folder / "lanton", "lanton", final=3.2, with_function_space=True, **SHORT)
@@ -111,16 +112,16 @@ def test_smoothing_keeps_lines_and_reduces_noise() -> None:
     np.testing.assert_allclose(np.delete(smoothed, [3, 50]), np.delete(line, [3, 50]), atol=1e-9)
 
 
-def test_loss_limits_leave_out_the_first_fall(runs: dict[str, RunData]) -> None:
+def test_loss_limits_leave_out_the_first_fall(runs: dict[str, Run]) -> None:
     low, high = loss_limits(contenders(list(runs.values())))
     first = runs["adamw"].train_loss.values[0]
     last = min(run.val_loss.values[-1] for run in runs.values())
     assert low < last < high < first
 
 
-def test_noise_is_relative_to_the_median_of_its_group(runs: dict[str, RunData]) -> None:
+def test_noise_is_relative_to_the_median_of_its_group(runs: dict[str, Run]) -> None:
     run = runs["lanton"]
-    history = run.layers
+    history = run.history
     assert history is not None
     groups = [run.norm_groups[u.split("[")[0]] for u in history.units]
     relative = relative_noise(history, range(len(history.units)), groups)
@@ -158,18 +159,18 @@ def test_seeds_are_one_contender_and_other_settings_are_another(tmp_path: Path) 
 
 def test_half_written_lines_are_left_out(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "killed", "lanton", status="running", **SHORT)
-    whole = RunData(load_runs([run])[0].run)
+    whole = load_runs([run])[0]
     for stream in ("metrics", "layers"):
         file = run / f"{stream}.jsonl"
         file.write_text(file.read_text()[:-40])
     cut = load_runs([run])[0]
     assert len(cut.train_loss) == len(whole.train_loss) - 1
-    assert cut.layers is not None
-    assert whole.layers is not None
-    assert cut.layers.noise.shape[1] == whole.layers.noise.shape[1] - 1
+    assert cut.history is not None
+    assert whole.history is not None
+    assert cut.history.noise.shape[1] == whole.history.noise.shape[1] - 1
 
 
-def test_results_rank_by_loss_with_the_spread_over_seeds(runs: dict[str, RunData]) -> None:
+def test_results_rank_by_loss_with_the_spread_over_seeds(runs: dict[str, Run]) -> None:
     first, second = result_rows(contenders(list(runs.values())))
     assert (first.label, first.leads, first.seeds) == ("LANTON", True, 2)
     losses = [runs[name].val_loss.values[-1] for name in ("lanton", "lanton-s1")]
@@ -178,7 +179,7 @@ def test_results_rank_by_loss_with_the_spread_over_seeds(runs: dict[str, RunData
     assert (second.label, second.leads, second.spread) == ("AdamW", False, "")
 
 
-def test_settings_are_shared_or_differ(runs: dict[str, RunData]) -> None:
+def test_settings_are_shared_or_differ(runs: dict[str, Run]) -> None:
     found = settings(contenders([runs["adamw"], runs["lanton"]]))
     assert dict(found.differing) == {"optimizer.name": ["adamw", "lanton"]}
     assert ("training.steps", "60") in found.shared
@@ -217,7 +218,7 @@ class _Page(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_its_figures_are_files_too(
-    runs: dict[str, RunData], tmp_path: Path
+    runs: dict[str, Run], tmp_path: Path
 ) -> None:
     curve = RateCurve("LANTON", Look(GREY), {1e-3: [3.4, 3.5], 2e-3: [3.2, 3.3], 4e-3: [math.inf, 3.6]})
     story = Story(
@@ -300,8 +301,8 @@ def test_a_damaged_run_among_others_is_left_out_with_a_note(tmp_path: Path) -> N
     assert caught[0].filename == __file__
 
 
-def test_steps_of_short_runs_are_whole_numbers(runs: dict[str, RunData]) -> None:
-    history = runs["lanton"].layers
+def test_steps_of_short_runs_are_whole_numbers(runs: dict[str, Run]) -> None:
+    history = runs["lanton"].history
     assert history is not None
     first = LayerHistory(
         history.units,
@@ -310,8 +311,8 @@ def test_steps_of_short_runs_are_whole_numbers(runs: dict[str, RunData]) -> None
         history.multiplier[:, :3] * 0.9,
         history.lr[:, :3],
     )
-    short = RunData(runs["lanton"].run)
-    short.__dict__["layers"] = first
+    short = replace(runs["lanton"])
+    short.__dict__["history"] = first
     with styled():
         for figure in (effective_rates(short), layer_heat_maps(short, history.units)):
             labelled = [axes for axes in figure.axes if axes.get_xlabel() == "Step"]

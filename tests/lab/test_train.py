@@ -20,7 +20,8 @@ from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import OPTIMIZERS, build_optimizer
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
-from layerwise.lab.runs.directory import Run, RunWriter, find_runs, read_run
+from layerwise.lab.runs.directory import RunWriter, find_runs, read_run
+from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import QuietProgress, make_progress
 from layerwise.lab.training.run import complete, train
@@ -58,7 +59,7 @@ def test_a_run_is_the_literal_loop(tmp_path: Path, name: str) -> None:
     run = train(config, progress="quiet")
     losses, final = literal_loop(config)
     assert run.status == "finished"
-    assert run.series("loss")[1] == losses
+    assert run.series("loss").values.tolist() == losses
     assert all(torch.equal(value, final[key]) for key, value in weights(run).items())
 
 
@@ -92,7 +93,7 @@ def test_the_record_is_complete(tmp_path: Path) -> None:
     last = run.metrics[-1]
     assert last["tokens"] == run.result["tokens"] == 12 * 4 * 16
     assert last["val_loss"] == run.result["val_loss"]
-    assert run.result["best_val_loss"] == min(run.series("val_loss")[1])
+    assert run.result["best_val_loss"] == min(run.series("val_loss").values)
     assert list((run.path / "tensorboard").iterdir())
     assert [path.name for path in list_checkpoints(run.path / "checkpoints")] == [
         "step-00000012",
@@ -239,7 +240,7 @@ def test_reading_a_run_that_was_cut_short(tmp_path: Path) -> None:
         file.write(b'{"step":3,"lo')
     run = read_run(tmp_path / "run")
     assert run.metrics == [{"step": 1, "loss": None}, {"step": 2, "loss": 3.0}]
-    assert run.series("loss") == ([2.0], [3.0])
+    assert [run.series("loss").steps.tolist(), run.series("loss").values.tolist()] == [[2.0], [3.0]]
     with pytest.raises(LayerwiseError, match=r"no run\.json there"):
         read_run(tmp_path)
     (tmp_path / "run" / "run.json").write_text('{"format": 1,')
@@ -274,7 +275,7 @@ def test_loss_scaling_changes_nothing_and_observers_see_true_gradients(
     scaled = train(tiny_config(tmp_path, run__name="scaled", **changes), progress="quiet", observers=[scaler])
     # A power of two: multiplying and dividing by it is exact.
     assert all(torch.equal(value, weights(plain)[key]) for key, value in weights(scaled).items())
-    assert scaled.series("loss") == plain.series("loss")
+    assert scaled.series("loss").values.tolist() == plain.series("loss").values.tolist()
     assert max(scaler.largest) < 10
 
 
@@ -289,5 +290,5 @@ def test_steps_whose_scaled_gradients_overflow_are_left_out(tmp_path: Path) -> N
     assert run.status == "finished"
     # A loss near 5.5 overflows float32 at a scale of 2**127, and at 2**126 after the first step is left out.
     assert not any(map(math.isfinite, scaler.largest))
-    first, last = run.series("val_loss")[1][0], run.series("val_loss")[1][-1]
+    first, last = run.series("val_loss").values[[0, -1]]
     assert first == last

@@ -12,7 +12,8 @@ from layerwise.lab.config.load import load_config
 from layerwise.lab.config.schema import Config
 from layerwise.lab.models.families import PRESETS
 from layerwise.lab.optimizers.registry import OPTIMIZERS
-from layerwise.lab.runs.directory import Run, has_ended
+from layerwise.lab.runs.directory import has_ended
+from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training import processes
 
 HELP = f"""Train one model.

@@ -16,10 +16,11 @@ from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.comparison_notes import notes
 from layerwise.lab.experiments.contenders import CompareConfig, Entry, entries
 from layerwise.lab.experiments.store import RunStore
-from layerwise.lab.report import Contender, RateCurve, RunData
+from layerwise.lab.report import Contender, RateCurve
 from layerwise.lab.report.names import looks
 from layerwise.lab.report.style import Look
 from layerwise.lab.runs.directory import has_ended
+from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.progress import ProgressKind, make_progress
 from layerwise.lab.training.run import train
 
@@ -46,7 +47,7 @@ class Outcome:
 
     entry: Entry
     look: Look
-    runs: dict[float, list[RunData]] = field(default_factory=dict)
+    runs: dict[float, list[Run]] = field(default_factory=dict)
 
     @property
     def curve(self) -> RateCurve:
@@ -67,18 +68,18 @@ class Runner:
         self.config, self.progress, self.say = config, progress, say
         self.store = RunStore(config.folder)
 
-    def runs(self, entry: Entry, changes: Mapping[str, Any]) -> list[RunData]:
+    def runs(self, entry: Entry, changes: Mapping[str, Any]) -> list[Run]:
         """A run per seed of the contender's optimizer with `changes` (`{"lr": 1e-3}`)."""
         first, seeds = self.config.training.seed, self.config.compare.seeds
         return [self._run(entry, changes, seed) for seed in range(first, first + seeds)]
 
-    def _run(self, entry: Entry, changes: Mapping[str, Any], seed: int) -> RunData:
+    def _run(self, entry: Entry, changes: Mapping[str, Any], seed: int) -> Run:
         placed = self.store.place(self._config(entry, changes, seed), entry.name)
         title = f"{entry.label}, rate {changes['lr']:.3g}"
         if self.config.compare.seeds > 1:
             title += f", seed {seed}"
         ended = has_ended(placed.run_path)
-        run = RunData(train(placed, resume=True, progress=make_progress(self.progress, title)))
+        run = train(placed, resume=True, progress=make_progress(self.progress, title))
         if ended:
             loss = run.final_val_loss
             known = f", validation loss {loss:.4f}" if math.isfinite(loss) else ""

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import tables
 from layerwise.lab.report.figures import effective_rates, function_space, heatmap, loss
-from layerwise.lab.report.figures.rate_grid import RateCurve, loss_against_rate
-from layerwise.lab.report.run_data import Contender, RunData
+from layerwise.lab.report.figures.rate_grid import loss_against_rate
+from layerwise.lab.report.grouping import Contender
+from layerwise.lab.report.rate_curve import RateCurve
 from layerwise.lab.report.style import save_figure, theme_css
+from layerwise.lab.runs.recorded import Run
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -132,7 +134,7 @@ def plans(groups: Sequence[Contender], story: Story) -> Iterator[Plan]:
 
 def _layer_plans(group: Contender) -> Iterator[Plan]:
     run = group.runs[0]
-    history = run.layers
+    history = run.history
     if history is None or not (history.has_noise or history.has_multiplier):
         return
     roles = {str(row["name"]): row.get("role") for row in run.parameters}
@@ -161,7 +163,7 @@ def _layer_plans(group: Contender) -> Iterator[Plan]:
 
 def _function_space_plans(group: Contender) -> Iterator[Plan]:
     run = group.runs[0]
-    if not any(line.get("rates") for line in run.run.function_space):
+    if not any(line.get("rates") for line in run.function_space):
         return
     slug, section = _slug(group.label), f"Function space: {group.label}"
     yield Plan(
@@ -179,7 +181,7 @@ def _slug(label: str) -> str:
     return "".join(ch if ch.isalnum() else "_" for ch in label.lower()).strip("_")
 
 
-def warnings(runs: Sequence[RunData]) -> list[str]:
+def warnings(runs: Sequence[Run]) -> list[str]:
     """What makes these runs incomparable or incomplete, in sentences."""
     notes = []
     if len({_corpus(run) for run in runs}) > 1:
@@ -200,6 +202,6 @@ def warnings(runs: Sequence[RunData]) -> list[str]:
     return notes
 
 
-def _corpus(run: RunData) -> str:
-    corpus = run.run.info.get("corpus") or {}
+def _corpus(run: Run) -> str:
+    corpus = run.info.get("corpus") or {}
     return str(corpus.get("sha256") or json.dumps(corpus, sort_keys=True, default=str))

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from layerwise.lab.config.keys import flatten
-from layerwise.lab.report.run_data import Contender, RunData, number
+from layerwise.lab.report.grouping import Contender
 from layerwise.lab.runs.quantities import count, duration
+from layerwise.lab.runs.recorded import Run, number
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _count(value: float) -> str:
     return count(float(f"{value:.3g}")) if math.isfinite(value) else "\u2013"
 
 
-def parameter_rows(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+def parameter_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The longest parameter table of the runs, its values as text."""
     table = max((run.parameters for run in runs), key=len, default=())
     return [
@@ -145,11 +146,11 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def facts(runs: Sequence[RunData], entry: str) -> list[tuple[str, str]]:
+def facts(runs: Sequence[Run], entry: str) -> list[tuple[str, str]]:
     """One entry of run.json (`versions`, `machine`, `corpus`) as rows; where runs differ, all values."""
     rows: dict[str, list[str]] = {}
     for run in runs:
-        value = run.run.info.get(entry)
+        value = run.info.get(entry)
         for key, item in flatten(value).items() if isinstance(value, dict) else ():
             text = (
                 f"{item:,}"
@@ -161,15 +162,15 @@ def facts(runs: Sequence[RunData], entry: str) -> list[tuple[str, str]]:
     return [(key, "; ".join(values)) for key, values in rows.items()]
 
 
-def headline(runs: Sequence[RunData]) -> list[tuple[str, str]]:
+def headline(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """A few facts for the top of the page: model, size, corpus, length, machine; what runs differ in is left out."""
 
     def common(values: Sequence[str]) -> str:
         return values[0] if values and len(set(values)) == 1 else ""
 
     flats = [flatten(run.config) for run in runs]
-    counts = [number(run.run.info.get("parameter_count")) for run in runs]
-    devices = [str((run.run.info.get("machine") or {}).get("device", "")) for run in runs]
+    counts = [number(run.info.get("parameter_count")) for run in runs]
+    devices = [str((run.info.get("machine") or {}).get("device", "")) for run in runs]
     items = [
         ("model", common([str(f.get("model.preset") or f.get("model.family") or "") for f in flats])),
         ("parameters", common([_count(c) if math.isfinite(c) else "" for c in counts])),

@@ -20,12 +20,12 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.runs.recorded import Run
 
 RUN_FILE = "run.json"
 STREAMS = ("metrics", "layers", "function_space")
@@ -70,49 +70,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run read back from its directory.
-
-    `info` is run.json: `name`, `status` ("running", "finished", "diverged"), `config` (sections as in the
-    YAML file, every default written out), `versions`, `machine`, `corpus` (source, sha256, tokenizer, sizes),
-    `parameters` (rows of `describe`), `parameter_count`, `started`, `result` (empty until the end: `steps`,
-    `tokens`, `seconds`, `loss`, `val_loss`, `best_val_loss`, `tokens_per_second`, and `reason` where it
-    diverged). Losses are in nats per token. A killed run stays "running".
-    """
-
-    path: Path
-    info: dict[str, Any]
-    metrics: list[dict[str, Any]] = field(repr=False)
-    layers: list[dict[str, Any]] = field(repr=False)
-    function_space: list[dict[str, Any]] = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        return str(self.info.get("name", self.path.name))
-
-    @property
-    def status(self) -> str:
-        return str(self.info.get("status", "running"))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return dict(self.info.get("config", {}))
-
-    @property
-    def result(self) -> dict[str, Any]:
-        return dict(self.info.get("result", {}))
-
-    def series(self, key: str, *, against: str = "step") -> tuple[list[float], list[float]]:
-        """Two equally long lists: `against` and `key` of each line of metrics that has both as numbers."""
-        pairs = [
-            (float(row[against]), float(row[key]))
-            for row in self.metrics
-            if row.get(key) is not None and row.get(against) is not None
-        ]
-        return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def has_ended(path: Path) -> bool:

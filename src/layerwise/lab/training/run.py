@@ -12,7 +12,8 @@ from layerwise.lab.models.families import model_settings
 from layerwise.lab.optimizers.default_rates import default_rate
 from layerwise.lab.optimizers.registry import find_preset, with_defaults
 from layerwise.lab.runs.checkpoint import read_state
-from layerwise.lab.runs.directory import RUN_FILE, Run, RunWriter, SilentWriter, read_run
+from layerwise.lab.runs.directory import RUN_FILE, RunWriter, SilentWriter, read_run
+from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training import processes
 from layerwise.lab.training.function_space_observers import observers_of
 from layerwise.lab.training.observers import Observer

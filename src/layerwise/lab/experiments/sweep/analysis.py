@@ -11,6 +11,7 @@ from typing import Any
 from layerwise.lab.experiments.sweep.results import loss_of
 from layerwise.lab.experiments.sweep.sweep_config import Method, SweepConfig
 from layerwise.lab.experiments.sweep.trial_plan import Plan
+from layerwise.lab.report.rate_curve import LossesByRate
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -21,7 +22,7 @@ MARGIN = 4.0
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(LossesByRate):
     """Losses of one method at one size, `losses[lr]` a value per seed, infinite for a run that diverged.
 
     `initial`: mean validation loss before the first step.
@@ -32,26 +33,15 @@ class Curve:
     losses: Mapping[float, Sequence[float]]
     initial: float
 
-    def mean(self, lr: float) -> float:
-        """Mean over seeds; infinite where one diverged or none has finished."""
-        values = self.losses[lr]
-        return fmean(values) if values else math.inf
-
     def spread(self, lr: float) -> float:
         """Half the range over seeds."""
         values = self.losses[lr]
         return (max(values) - min(values)) / 2
 
     @property
-    def best(self) -> float | None:
-        """The rate of the lowest mean loss; None where every rate diverged."""
-        rates = [lr for lr in self.losses if math.isfinite(self.mean(lr))]
-        return min(rates, key=self.mean) if rates else None
-
-    @property
     def at_edge(self) -> bool:
-        """Whether the best rate is an end of the grid, so that the optimum may lie beyond it."""
-        return self.best in (min(self.losses), max(self.losses))
+        """Whether the optimum may lie beyond the grid: the best rate is an end of it, or all that is known."""
+        return self.best is not None and (len(self.losses) == 1 or self.edge is not None)
 
     @property
     def ceiling(self) -> float:

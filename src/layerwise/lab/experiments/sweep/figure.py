@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from layerwise.lab.experiments.sweep.analysis import Curve
 from layerwise.lab.models.family import AXIS_NAMES, Axis
 from layerwise.lab.report import style
+from layerwise.lab.report.figures.rate_grid import draw_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,9 +30,7 @@ class Panels:
 
 
 def transfer_figure(rows: Sequence[Panels]) -> Figure:
-    """A row of panels per sweep. Dots are seeds, the line their mean, a ring the best rate (open: at the end of the
-    grid), a cross at the top a rate that diverged; the dashed line is the base's best rate, carried over.
-    """
+    """A row of panels per sweep, curves as `draw_losses` draws them; dashed: the base's best rate, carried over."""
     methods = list(dict.fromkeys(curve.method for row in rows for curve in row.curves))
     figure = style.new_figure(style.WIDTH, 0.55 + 1.75 * len(rows))
     grid = figure.subplots(len(rows), len(methods), sharey="row", squeeze=False)
@@ -50,14 +49,14 @@ def transfer_figure(rows: Sequence[Panels]) -> Figure:
         sizes = list(dict.fromkeys(curve.size for curve in row.curves))
         axis = AXIS_NAMES[row.axis]
         line[-1].legend(
-            handles=[_entry(size, colour, marker) for size, (colour, marker) in _looks(sizes).items()],
+            handles=[_entry(size, look) for size, look in _looks(sizes).items()],
             title=axis[0].upper() + axis[1:], loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.2,
             title_fontsize=8, alignment="left",
         )  # fmt: skip
     return figure
 
 
-def _looks(sizes: Sequence[float]) -> dict[float, tuple[str, str]]:
+def _looks(sizes: Sequence[float]) -> dict[float, style.Look]:
     """A colour and a marker for each size: far apart for few, shades in order for many."""
     import matplotlib as mpl
     from matplotlib.colors import to_hex
@@ -67,7 +66,9 @@ def _looks(sizes: Sequence[float]) -> dict[float, tuple[str, str]]:
         colours = [
             to_hex(mpl.colormaps["viridis"](0.85 * (1 - i / (len(sizes) - 1)))) for i in range(len(sizes))
         ]
-    return {size: (colours[i], style.MARKERS[i % len(style.MARKERS)]) for i, size in enumerate(sizes)}
+    return {
+        size: style.Look(colours[i], style.MARKERS[i % len(style.MARKERS)]) for i, size in enumerate(sizes)
+    }
 
 
 def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
@@ -101,30 +102,12 @@ def _panel(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.axvline(curves[0].best, color=style.MUTED, lw=0.8, ls=(0, (3, 3)), zorder=1)
     looks = _looks([curve.size for curve in curves])
     for curve in curves:
-        _curve(axes, curve, *looks[curve.size])
+        draw_losses(axes, curve, looks[curve.size], scale=0.65)
 
 
-def _curve(axes: Axes, curve: Curve, colour: str, marker: str) -> None:
-    shown = [lr for lr in sorted(curve.losses) if math.isfinite(curve.mean(lr))]
-    axes.plot(shown, [curve.mean(lr) for lr in shown], color=colour, lw=1.4, zorder=3)
-    for lr, values in curve.losses.items():
-        finite = [value for value in values if math.isfinite(value)]
-        axes.plot(
-            [lr] * len(finite), finite, ls="none", marker=marker, ms=2.4, color=colour, alpha=0.6, mew=0
-        )
-        if len(finite) < len(values):
-            top = axes.get_xaxis_transform()
-            axes.plot([lr], [1], ls="none", marker="x", ms=4.5, color=colour, transform=top, clip_on=False)
-    if curve.best is not None:
-        axes.plot(
-            [curve.best], [curve.mean(curve.best)], ls="none", marker="o", ms=5.5, mec=colour, mew=1.4, zorder=5,
-            mfc=style.PAPER if curve.at_edge else colour,
-        )  # fmt: skip
-
-
-def _entry(size: float, colour: str, marker: str) -> object:
+def _entry(size: float, look: style.Look) -> object:
     from matplotlib.lines import Line2D
 
     return Line2D(
-        [], [], color=colour, marker=marker, ms=4, label=style.plain(size), markeredgecolor=style.INK, mew=0
-    )
+        [], [], color=look.color, marker=look.marker, ms=4, label=style.plain(size), markeredgecolor=style.INK, mew=0
+    )  # fmt: skip

@@ -11,8 +11,8 @@ from typing import Any
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config
 from layerwise.lab.experiments.sweep.trial_plan import BASE_FILE, Trial
-from layerwise.lab.runs.directory import Run
 from layerwise.lab.runs.environment import versions
+from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.function_space_observers import quiet_matching
 from layerwise.lab.training.run import train
 

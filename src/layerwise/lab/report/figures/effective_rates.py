@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerwise.lab.report.names import network_order
-from layerwise.lab.report.run_data import Array, RunData
 from layerwise.lab.report.style import (
     BAND,
     CYCLE,
@@ -18,6 +17,7 @@ from layerwise.lab.report.style import (
     plain_log_ticks,
     step_axis,
 )
+from layerwise.lab.runs.recorded import Array, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,13 +37,13 @@ FAMILIES = {
 }
 
 
-def effective_rates(run: RunData) -> Figure:
+def effective_rates(run: Run) -> Figure:
     """A row of panels per norm group: the rate of each unit, and what it is of the base rate (the multiplier).
 
     A thin line is a unit, its colour the kind of tensor, and the band reaches from the group's lowest to its highest.
     Groups in which no unit's rate differs from another's are left out, unless that leaves none.
     """
-    history = run.layers
+    history = run.history
     assert history is not None
     row_of = {unit: i for i, unit in enumerate(history.units)}
     groups: dict[str, dict[int, str]] = {}  # norm group -> {row of the history: kind of tensor}

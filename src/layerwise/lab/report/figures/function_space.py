@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerwise.lab.report.names import UnitName, network_order
-from layerwise.lab.report.run_data import Array, RunData, number
 from layerwise.lab.report.style import CYCLE, MUTED, PAPER, WIDTH, label_ends, new_figure, step_axis
+from layerwise.lab.runs.recorded import Array, Run, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MOST_KINDS = 8
 
 
-def rate_per_layer(run: RunData) -> Figure:
+def rate_per_layer(run: Run) -> Figure:
     """Function-space rate of each parameter over steps (log scale), coloured by kind of tensor."""
     steps, names, values = _records(run, "value")
     figure = new_figure(WIDTH * 0.86, 3.3)
@@ -48,7 +48,7 @@ def rate_per_layer(run: RunData) -> Figure:
     return figure
 
 
-def stacked_shares(run: RunData) -> Figure:
+def stacked_shares(run: Run) -> Figure:
     """Shares of the total function-space rate over steps, stacked: by block (left) and by kind of tensor (right)."""
     steps, names, values = _records(run, "share")
     figure = new_figure(WIDTH, 2.9)
@@ -74,9 +74,9 @@ def stacked_shares(run: RunData) -> Figure:
     return figure
 
 
-def _records(run: RunData, field: str) -> tuple[Array, list[UnitName], Array]:
+def _records(run: Run, field: str) -> tuple[Array, list[UnitName], Array]:
     """Steps `[T]`, parameters in network order, and one field `[parameters, T]`, NaN where it was not measured."""
-    lines = run.run.function_space
+    lines = run.function_space
     names = network_order(
         dict.fromkeys(p for line in lines for p in line.get("rates") or ()),
         [str(r["name"]) for r in run.parameters],

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerwise.lab.report.names import UnitName, network_order
-from layerwise.lab.report.run_data import Array, LayerHistory, RunData
 from layerwise.lab.report.style import (
     INK,
     MUTED,
@@ -20,6 +19,7 @@ from layerwise.lab.report.style import (
     plain_log_ticks,
     step_axis,
 )
+from layerwise.lab.runs.recorded import Array, LayerHistory, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,12 +32,12 @@ MIN_BLOCK = 8  # points
 COLUMNS = 400  # steps drawn: more than a page has pixels for are thinned
 
 
-def layer_heat_maps(run: RunData, units: Sequence[str]) -> Figure:
+def layer_heat_maps(run: Run, units: Sequence[str]) -> Figure:
     """Noise (left, log scale, relative to the median of its norm group) and rate multiplier (right) of `units`.
 
     Norm groups measure noise in different norms, so only their relative noise can share a colour scale.
     """
-    history = run.layers
+    history = run.history
     from matplotlib.colors import LogNorm
 
     assert history is not None

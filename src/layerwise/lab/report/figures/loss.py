@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerwise.lab.report.run_data import Array, Contender, Series
+from layerwise.lab.report.grouping import Contender
 from layerwise.lab.report.style import MUTED, PAPER, WIDTH, label_ends, new_figure
 from layerwise.lab.runs.quantities import count
+from layerwise.lab.runs.recorded import Array, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,14 +1,12 @@
-"""Loss against base learning rate: a curve per optimizer (a tuning grid) or per size of a model (transfer)."""
+"""Loss against base learning rate: a curve per optimizer on its grid; how one such curve is drawn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from layerwise.lab.report.rate_curve import LossesByRate, RateCurve
 from layerwise.lab.report.style import MUTED, PAPER, WIDTH, Look, new_figure, plain_log_ticks
 
 if TYPE_CHECKING:
@@ -17,49 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 
-@dataclass(frozen=True)
-class RateCurve:
-    """Final losses on a grid of base rates: `losses[lr]` has one value per seed, infinite or NaN for a diverged run."""
-
-    label: str
-    look: Look
-    losses: Mapping[float, Sequence[float]]
-
-    def mean(self, lr: float) -> float:
-        """Mean over seeds; infinite where any seed diverged or none has finished."""
-        values = self.losses[lr]
-        return float(np.mean(values)) if values and all(map(math.isfinite, values)) else math.inf
-
-    @property
-    def rates(self) -> list[float]:
-        return sorted(self.losses)
-
-    @property
-    def best(self) -> float | None:
-        """The rate of the lowest mean loss; None where every rate diverged."""
-        rates = [lr for lr in self.rates if math.isfinite(self.mean(lr))]
-        return min(rates, key=self.mean) if rates else None
-
-    @property
-    def edge(self) -> str | None:
-        """`lowest` or `highest` where the best rate is the end of the grid, so that the optimum may lie beyond it.
-
-        The best of the rates that converged is bracketed from above by one that diverged.
-        """
-        if self.best is None or len(self.rates) < 2:
-            return None
-        if self.best == self.rates[0]:
-            return "lowest"
-        return "highest" if self.best == self.rates[-1] else None
-
-
-def loss_against_rate(
-    curves: Sequence[RateCurve], *, title: str = "", ylabel: str = "Final validation loss"
-) -> Figure:
-    """One curve each: dots are seeds, the line their mean, a ring the best rate, a cross a rate that diverged.
-
-    An optimum at the end of its grid has an open ring and an arrow that points to where the optimum may be.
-    """
+def loss_against_rate(curves: Sequence[RateCurve]) -> Figure:
+    """One curve each, as `draw_losses` draws it, on axes that show the rates near the best ones."""
     height = max(3.3, 0.36 * len(curves) + 0.3)  # the legend gives each curve two lines
     figure = new_figure(WIDTH, height)
     axes = figure.subplots()
@@ -72,15 +29,14 @@ def loss_against_rate(
         plain_log_ticks(axes.xaxis, *axes.get_xlim())
     axes.set_ylim(low, high)
     for curve in curves:
-        _draw(axes, curve)
+        draw_losses(axes, curve, curve.look)
+        _point_beyond(axes, curve)
     axes.legend(
         handles=[_entry(curve) for curve in curves], loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4,
         labelspacing=0.9,
     )  # fmt: skip
     axes.set_xlabel("Base learning rate")
-    axes.set_ylabel(f"{ylabel}, nats per token")
-    if title:
-        axes.set_title(title)
+    axes.set_ylabel("Final validation loss, nats per token")
     return figure
 
 
@@ -109,53 +65,37 @@ def _entry(curve: RateCurve) -> Line2D:
     )
 
 
-def _draw(axes: Axes, curve: RateCurve) -> None:
-    color = curve.look.color
+def draw_losses(axes: Axes, curve: LossesByRate, look: Look, scale: float = 1.0) -> None:
+    """Dots are seeds, the line their mean, a ring the best rate (open at the end of its grid), a cross at the top a rate
+    that diverged. `scale`: of the marks.
+    """
+    color = look.color
     rates = [lr for lr in curve.rates if math.isfinite(curve.mean(lr))]
-    means = [curve.mean(lr) for lr in rates]
-    axes.plot(rates, means, color=color, lw=1.5, zorder=3)
+    axes.plot(rates, [curve.mean(lr) for lr in rates], color=color, lw=1.4, zorder=3)
     for lr, values in curve.losses.items():
         shown = [v for v in values if math.isfinite(v)]
         axes.plot(
-            [lr] * len(shown),
-            shown,
-            ls="none",
-            marker=curve.look.marker,
-            ms=3.4,
-            color=color,
-            alpha=0.55,
-            mew=0,
-        )
-        if len(shown) < len(values):
-            axes.annotate(
-                "\u00d7",
-                (lr, 1),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="center",
-                color=color,
-                fontsize=11,
-            )
-    best = curve.best
-    if best is None:
-        return
-    at_edge = curve.edge is not None
-    loss = curve.mean(best)
-    axes.plot(
-        [best],
-        [loss],
-        marker="o",
-        ms=8.5,
-        mfc=PAPER if at_edge else color,
-        mec=color,
-        mew=1.6,
-        zorder=6,
-        ls="none",
-    )
-    if at_edge:
-        left = curve.edge == "lowest"
-        axes.annotate(
-            "end of grid", (best, loss), xytext=(-26 if left else 26, -14), textcoords="offset points", fontsize=7,
-            color=MUTED, ha="center", va="top",
-            arrowprops={"arrowstyle": "<-", "color": MUTED, "lw": 0.8, "shrinkB": 6, "relpos": (0.5, 1)},
+            [lr] * len(shown), shown, ls="none", marker=look.marker, ms=3.4 * scale, color=color, alpha=0.55, mew=0
         )  # fmt: skip
+        if len(shown) < len(values):
+            top = axes.get_xaxis_transform()
+            axes.plot(
+                [lr], [1], ls="none", marker="x", ms=6 * scale, color=color, transform=top, clip_on=False
+            )
+    if curve.best is not None:
+        axes.plot(
+            [curve.best], [curve.mean(curve.best)], ls="none", marker="o", ms=8.5 * scale, mec=color, mew=1.5, zorder=6,
+            mfc=PAPER if curve.edge else color,
+        )  # fmt: skip
+
+
+def _point_beyond(axes: Axes, curve: RateCurve) -> None:
+    """Where the best rate is the end of its grid: an arrow to where the optimum may be."""
+    if curve.best is None or curve.edge is None:
+        return
+    aside = -26 if curve.edge == "lowest" else 26
+    axes.annotate(
+        "end of grid", (curve.best, curve.mean(curve.best)), xytext=(aside, -14), textcoords="offset points", fontsize=7,
+        color=MUTED, ha="center", va="top",
+        arrowprops={"arrowstyle": "<-", "color": MUTED, "lw": 0.8, "shrinkB": 6, "relpos": (0.5, 1)},
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Runs as contenders: which runs are seeds of one, and what tells it from the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import LayerwiseError, warn
+from layerwise.lab.config.identity import identity
+from layerwise.lab.report.names import looks, optimizer_title
+from layerwise.lab.report.style import Look
+from layerwise.lab.runs.directory import RUN_FILE, find_runs, read_run
+from layerwise.lab.runs.recorded import Run
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Runs that differ by their seed alone, with a label and a look."""
+
+    label: str
+    look: Look
+    runs: tuple[Run, ...]
+
+    @property
+    def optimizer(self) -> str:
+        return self.runs[0].optimizer
+
+    @property
+    def final_losses(self) -> list[float]:
+        return [run.final_val_loss for run in self.runs]
+
+
+def load_runs(paths: Iterable[str | Path], note: Callable[[str], None] = warn) -> list[Run]:
+    """The runs at these paths; a folder stands for every run below it, less damaged ones, which `note` is told of.
+
+    Raises LayerwiseError where there is none, and for a damaged run that is named itself.
+    """
+    runs: dict[Path, Run] = {}
+    for given in paths:
+        if Path(given).is_file():
+            raise LayerwiseError(
+                f"run {given}: a file, not a run directory; name a folder that `layerwise train` wrote"
+            )
+        if not Path(given).is_dir():
+            raise LayerwiseError(
+                f"run {given}: no such directory; name a folder that `layerwise train` wrote"
+            )
+        named = (Path(given) / RUN_FILE).is_file()
+        found = [Path(given)] if named else list(find_runs(given))
+        if not found:
+            raise LayerwiseError(
+                f"run {given}: no {RUN_FILE} there or below; name a folder that `layerwise train` wrote"
+            )
+        damaged = []
+        for folder in found:
+            try:
+                runs.setdefault(folder.resolve(), read_run(folder))
+            except LayerwiseError as error:
+                damaged.append(str(error))
+                if named or len(damaged) == len(found):
+                    raise
+        for message in damaged:
+            note(f"left out: {message}")
+    if not runs:
+        raise LayerwiseError(
+            "report: no run was named; name one run directory or more, such as runs/gpt2-tiny-lanton"
+        )
+    return list(runs.values())
+
+
+def contenders(runs: Sequence[Run]) -> list[Contender]:
+    """Group runs over seeds, and name each group by its optimizer and by what else differs between the groups."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_identity(run), sort_keys=True, default=str), []).append(run)
+    flat = [_identity(group[0]) for group in groups.values()]
+    titles = [optimizer_title(group[0].optimizer) for group in groups.values()]
+    labels = [
+        title if titles.count(title) == 1 else f"{title} {_difference(i, titles, flat)}".strip()
+        for i, title in enumerate(titles)
+    ]
+    labels = [label if labels.count(label) == 1 else f"{label} ({i + 1})" for i, label in enumerate(labels)]
+    chosen = looks([group[0].optimizer for group in groups.values()])
+    return [
+        Contender(label, look, tuple(group))
+        for label, look, group in zip(labels, chosen, groups.values(), strict=True)
+    ]
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What the run is apart from its seed: runs of one contender have it in common."""
+    corpus = run.info.get("corpus")
+    found = identity(run.config, str((corpus or {}).get("sha256", "")))
+    found.pop("training.seed", None)
+    return found
+
+
+def _difference(i: int, titles: Sequence[str], flat: Sequence[Mapping[str, Any]]) -> str:
+    """What tells group `i` from the groups of the same optimizer."""
+    same = [flat[j] for j, title in enumerate(titles) if title == titles[i]]
+    keys = sorted({k for group in same for k in group})
+    differing = [k for k in keys if len({json.dumps(g.get(k), default=str) for g in same}) > 1]
+
+    def show(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{k.rsplit('.', 1)[-1]} {show(flat[i].get(k))}" for k in differing[:3])

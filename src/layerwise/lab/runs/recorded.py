@@ -1,0 +1,179 @@
+"""A run read back from its directory, and what figures and tables ask of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity of a run: values at optimizer steps, with the tokens and seconds spent until then. All `[T]`."""
+
+    steps: Array
+    tokens: Array
+    seconds: Array
+    values: Array
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class LayerHistory:
+    """What was recorded of each unit: matrices `[units, steps]`, NaN where a unit has no value at a step."""
+
+    units: tuple[str, ...]
+    steps: Array
+    noise: Array
+    multiplier: Array
+    lr: Array
+
+    @property
+    def has_noise(self) -> bool:
+        return bool(np.isfinite(self.noise).any() and np.nanmax(self.noise) > 0)
+
+    @property
+    def has_multiplier(self) -> bool:
+        """Whether any unit's rate was ever changed: multipliers of one everywhere are not worth a figure."""
+        finite = self.multiplier[np.isfinite(self.multiplier)]
+        return bool(finite.size and np.abs(finite - 1).max() > 1e-6)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run read back from its directory.
+
+    `info` is run.json: `name`, `status` ("running", "finished", "diverged"), `config` (sections as in the
+    YAML file, every default written out), `versions`, `machine`, `corpus` (source, sha256, tokenizer, sizes),
+    `parameters` (rows of `describe`), `parameter_count`, `started`, `result` (empty until the end: `steps`,
+    `tokens`, `seconds`, `loss`, `val_loss`, `best_val_loss`, `tokens_per_second`, and `reason` where it
+    diverged). Losses are in nats per token. A killed run stays "running".
+    """
+
+    path: Path
+    info: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(repr=False)
+    layers: list[dict[str, Any]] = field(repr=False)
+    function_space: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return str(self.info.get("name", self.path.name))
+
+    @property
+    def status(self) -> str:
+        return str(self.info.get("status", "running"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.info.get("config", {}))
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return dict(self.info.get("result", {}))
+
+    @property
+    def optimizer(self) -> str:
+        section = self.config.get("optimizer")
+        name = section.get("name") if isinstance(section, Mapping) else section
+        return str(name or "unknown")
+
+    @property
+    def parameters(self) -> Sequence[Mapping[str, Any]]:
+        """The parameter table: name, role, geometry, norm_group, shape, layout, units."""
+        return self.info.get("parameters") or ()
+
+    @property
+    def norm_groups(self) -> dict[str, str]:
+        """Parameter name -> norm group."""
+        return {
+            str(row["name"]): str(row.get("norm_group") or row.get("geometry") or "")
+            for row in self.parameters
+        }
+
+    @property
+    def base_lr(self) -> float:
+        """The base learning rate; where the config leaves it to the optimizer, the largest rate logged."""
+        section = self.config.get("optimizer")
+        stated = number(section.get("lr")) if isinstance(section, Mapping) else math.nan
+        if math.isfinite(stated):
+            return stated
+        logged = [v for line in self.metrics if math.isfinite(v := number(line.get("lr")))]
+        return max(logged, default=math.nan)
+
+    def series(self, key: str) -> Series:
+        """A metric at the steps that have it."""
+        rows = [line for line in self.metrics if line.get(key) is not None]
+        columns = ([number(line.get(name)) for line in rows] for name in ("step", "tokens", "seconds", key))
+        return Series(*(np.array(column, dtype=np.float64) for column in columns))
+
+    @cached_property
+    def train_loss(self) -> Series:
+        return self.series("loss")
+
+    @cached_property
+    def val_loss(self) -> Series:
+        return self.series("val_loss")
+
+    @cached_property
+    def history(self) -> LayerHistory | None:
+        """What was recorded of each unit; None where nothing was."""
+        return _layer_history(self.layers)
+
+    @property
+    def final_val_loss(self) -> float:
+        """The last validation loss; infinite for a run that diverged, NaN where nothing was evaluated."""
+        if self.status == "diverged":
+            return math.inf
+        return float(self.val_loss.values[-1]) if len(self.val_loss) else math.nan
+
+    @property
+    def best_val_loss(self) -> float:
+        finite = self.val_loss.values[np.isfinite(self.val_loss.values)]
+        return float(finite.min()) if finite.size else math.nan
+
+    def last(self, key: str) -> float:
+        """The last finite value of a metric; NaN where there is none."""
+        return next(
+            (v for line in reversed(self.metrics) if math.isfinite(v := number(line.get(key)))), math.nan
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median over the logged steps, so that a pause does not count."""
+        values = [v for line in self.metrics if math.isfinite(v := number(line.get("tokens_per_second")))]
+        return float(np.median(values)) if values else math.nan
+
+
+def number(value: Any) -> float:
+    """A float from a record; NaN for what is not a number (JSON has null and strings for those)."""
+    if isinstance(value, bool) or value is None:
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _layer_history(lines: Sequence[Mapping[str, Any]]) -> LayerHistory | None:
+    units = list(dict.fromkeys(unit for line in lines for unit in line.get("layers") or ()))
+    if not units:
+        return None
+    row_of = {unit: i for i, unit in enumerate(units)}
+    values = np.full((3, len(units), len(lines)), np.nan)
+    for t, line in enumerate(lines):
+        for unit, entry in (line.get("layers") or {}).items():
+            for k, key in enumerate(("noise", "multiplier", "lr")):
+                values[k, row_of[unit], t] = number(entry.get(key))
+    steps = np.array([number(line.get("step")) for line in lines])
+    return LayerHistory(tuple(units), steps, *values)
