@@ -134,7 +134,8 @@ def _row(section: str, key: str, field: FieldInfo) -> str:
     limits = _limits(field)
     kind = _type(field.annotation) + (f", {limits}" if limits else "")
     default = json.dumps(field.get_default(call_default_factory=True))
-    return f"| `{section}.{key}` | {kind} | `{default}` | {field.description} |"
+    meaning = " ".join((field.description or "").split())
+    return f"| `{section}.{key}` | {kind} | `{default}` | {meaning} |"
 
 
 def _table(name: str, section: type[BaseModel]) -> str:

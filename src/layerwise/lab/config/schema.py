@@ -19,13 +19,17 @@ from layerwise.lab.config.validate import validate
 class Section(BaseModel):
     """A section whose keys are exactly those declared."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class OpenSection(BaseModel):
     """A section that also takes the keywords of another class, which are checked against that class."""
 
-    model_config = ConfigDict(extra="allow", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="allow", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -41,34 +45,29 @@ def _shorthand(key: str) -> BeforeValidator:
 class LoraConfig(Section):
     """Low-rank adapters by peft: only they are trained."""
 
-    rank: int = Field(default=8, ge=1, description="rank of every adapter")
-    alpha: float = Field(default=8.0, gt=0, description="adapters are multiplied by alpha / rank")
-    targets: list[str] | None = Field(
-        default=None, description="module names that get an adapter; null: peft's choice for the model"
-    )
-    fixed: Literal["A", "B"] | None = Field(
-        default=None,
-        description="the factor that is not trained (with B fixed it starts from noise, not at 0)",
-    )
+    rank: int = Field(default=8, ge=1)
+    """rank of every adapter"""
+    alpha: float = Field(default=8.0, gt=0)
+    """adapters are multiplied by alpha / rank"""
+    targets: list[str] | None = None
+    """module names that get an adapter; null: peft's choice for the model"""
+    fixed: Literal["A", "B"] | None = None
+    """the factor that is not trained (with B fixed it starts from noise, not at 0)"""
 
 
 class ModelConfig(OpenSection):
     """What is trained. Further keys are settings of the model (`n_layer: 2`)."""
 
-    preset: str | None = Field(
-        default="gpt2-tiny",
-        description="a preset by name, its settings overridden by the further keys; or null",
-    )
-    family: str | None = Field(
-        default=None,
-        description="a family, of those below: where no preset is named, the further keys are all its settings",
-    )
-    start: str | None = Field(
-        default=None,
-        description="folder of a run of the same model, whose last checkpoint's weights it starts from",
-    )
-    lora: LoraConfig | None = Field(default=None, description="train low-rank adapters instead of the model")
-    attention: Literal["sdpa", "eager"] = Field(default="sdpa", description="attention implementation")
+    preset: str | None = "gpt2-tiny"
+    """a preset by name, its settings overridden by the further keys; or null"""
+    family: str | None = None
+    """a family, of those below: where no preset is named, the further keys are all its settings"""
+    start: str | None = None
+    """folder of a run of the same model, whose last checkpoint's weights it starts from"""
+    lora: LoraConfig | None = None
+    """train low-rank adapters instead of the model"""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """attention implementation"""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -80,34 +79,31 @@ class ModelConfig(OpenSection):
 class DataConfig(Section):
     """The text, how it becomes token ids, and what is held out; or images, for `resmlp`."""
 
-    source: Literal["builtin", "files", "dataset", "tokens", "digits", "fashion-mnist"] = Field(
-        default="builtin",
-        description="`builtin`: the Python standard library's source; `files`: text files and folders"
-        " in `paths`; `dataset`: a name for the datasets library; `tokens`: one .npy or .bin file of token"
-        " ids in `paths`; `digits`: scikit-learn's images; `fashion-mnist`: Debian's package of them, or the"
-        " folder of its files in `paths`",
-    )
-    paths: list[str] = Field(
-        default=[], description="files and folders (folders: every text file below, in sorted order)"
-    )
-    dataset: str | None = Field(default=None, description="name on the Hugging Face hub, or a local folder")
-    dataset_config: str | None = Field(default=None, description="configuration of that dataset")
-    dataset_split: str = Field(default="train", description="split of that dataset")
-    text_column: str = Field(default="text", description="its column of text")
-    token_dtype: Literal["uint16", "uint32"] = Field(
-        default="uint16", description="type of the ids in a .bin file"
-    )
-    tokenizer: Literal["byte", "bpe"] = Field(
-        default="bpe", description="bytes, or byte-level BPE trained on the training text"
-    )
-    vocab_size: int | None = Field(
-        default=None,
-        ge=2,
-        description="number of token ids: bpe, default 2048 (at least 257); a file of ids, default its"
-        " largest id + 1; bytes always have 257 (256 bytes and the end of a document)",
-    )
-    seq_len: int = Field(default=128, ge=1, description="tokens per sequence")
-    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction held out")
+    source: Literal["builtin", "files", "dataset", "tokens", "digits", "fashion-mnist"] = "builtin"
+    """`builtin`: the Python standard library's source; `files`: text files and folders in `paths`; `dataset`: a
+    name for the datasets library; `tokens`: one .npy or .bin file of token ids in `paths`; `digits`:
+    scikit-learn's images; `fashion-mnist`: Debian's package of them, or the folder of its files in `paths`"""
+    paths: list[str] = []
+    """files and folders (folders: every text file below, in sorted order)"""
+    dataset: str | None = None
+    """name on the Hugging Face hub, or a local folder"""
+    dataset_config: str | None = None
+    """configuration of that dataset"""
+    dataset_split: str = "train"
+    """split of that dataset"""
+    text_column: str = "text"
+    """its column of text"""
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    """type of the ids in a .bin file"""
+    tokenizer: Literal["byte", "bpe"] = "bpe"
+    """bytes, or byte-level BPE trained on the training text"""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """number of token ids: bpe, default 2048 (at least 257); a file of ids, default its largest id + 1; bytes
+    always have 257 (256 bytes and the end of a document)"""
+    seq_len: int = Field(default=128, ge=1)
+    """tokens per sequence"""
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """fraction held out"""
 
     @model_validator(mode="after")
     def _read_by_the_source(self) -> Self:
@@ -136,44 +132,31 @@ class DataConfig(Section):
 class OptimizerConfig(OpenSection):
     """The optimizer. Further keys are its keywords (`momentum: 0.9`), checked against its signature."""
 
-    name: str = Field(
-        default="adamw", description="an optimizer by name: `layerwise train --help` lists them"
-    )
-    lr: float | None = Field(
-        default=None, ge=0, description="base learning rate; null: the optimizer's default"
-    )
-    weight_decay: float | None = Field(
-        default=None, ge=0, description="decoupled decay; null: the optimizer's default"
-    )
-    rates: Annotated[dict[str, Any] | None, _shorthand("rule")] = Field(
-        default=None,
-        description="layer rates on top: `rule` (noise_adaptive, norm_adaptive, static) and its keywords",
-    )
-    role_factors: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={},
-        description="factor on the rate of every parameter of a role (`{hidden: 0.125}`); the roles are those of"
-        " `layerwise.describe`",
-    )
+    name: str = "adamw"
+    """an optimizer by name: `layerwise train --help` lists them"""
+    lr: float | None = Field(default=None, ge=0)
+    """base learning rate; null: the optimizer's default"""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """decoupled decay; null: the optimizer's default"""
+    rates: Annotated[dict[str, Any] | None, _shorthand("rule")] = None
+    """layer rates on top: `rule` (noise_adaptive, norm_adaptive, static) and its keywords"""
+    role_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """factor on the rate of every parameter of a role (`{hidden: 0.125}`); the roles are those of
+    `layerwise.describe`"""
 
 
 class ScheduleConfig(Section):
     """The factor on the base learning rate at each step."""
 
-    name: Literal["constant", "cosine", "linear", "wsd"] = Field(
-        default="cosine", description="`wsd`: warm up, stay, then decay linearly"
-    )
-    warmup_steps: int | None = Field(
-        default=None,
-        ge=0,
-        description="steps of linear warm-up, of any schedule, fewer than the run's; null: 20, or a tenth of the run"
-        " where that is less",
-    )
-    final_fraction: float = Field(
-        default=0.1, ge=0, le=1, description="rate at the last step, as a fraction of the base rate"
-    )
-    decay_fraction: float = Field(
-        default=0.2, gt=0, le=1, description="wsd: fraction of all steps spent in the decay"
-    )
+    name: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """`wsd`: warm up, stay, then decay linearly"""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """steps of linear warm-up, of any schedule, fewer than the run's; null: 20, or a tenth of the run where
+    that is less"""
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """rate at the last step, as a fraction of the base rate"""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """wsd: fraction of all steps spent in the decay"""
 
     def warmup(self, steps: int) -> int:
         """Steps of warm-up in a run of `steps` steps."""
@@ -183,41 +166,32 @@ class ScheduleConfig(Section):
 class TrainingConfig(Section):
     """How long, in what batches, and what is written how often. `every` counts optimizer steps; 0: never."""
 
-    steps: int | None = Field(
-        default=None, ge=1, description="optimizer steps (default 300 where `tokens` is not given)"
-    )
-    tokens: int | None = Field(
-        default=None, ge=1, description="training tokens instead of steps, rounded up to a whole step"
-    )
-    batch_size: int = Field(
-        default=16, ge=1, description="sequences per optimizer step, over all processes and micro-batches"
-    )
-    accumulation: int = Field(
-        default=1, ge=1, description="micro-batches per optimizer step, on every process"
-    )
-    clip_norm: float | None = Field(
-        default=1.0, gt=0, description="largest l2 norm of the whole gradient; null: no clipping"
-    )
-    precision: Literal["no", "bf16", "fp16"] = Field(
-        default="no", description="mixed precision; `no` is float32"
-    )
-    seed: int = Field(
-        default=0, ge=0, lt=2**32, description="seed of the initial weights, the data order and dropout"
-    )
-    eval_every: int = Field(
-        default=50, ge=0, description="steps between evaluations; the last step is always evaluated"
-    )
-    eval_batches: int = Field(
-        default=8, ge=1, description="validation batches of `batch_size` sequences, always the same"
-    )
-    log_every: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
-    record_every: int = Field(
-        default=10, ge=0, description="steps between lines of layers.jsonl; the last step has one too"
-    )
-    checkpoint_every: int = Field(
-        default=100, ge=0, description="steps between checkpoints; the last step always has one"
-    )
-    keep: int = Field(default=2, ge=1, description="checkpoints kept")
+    steps: int | None = Field(default=None, ge=1)
+    """optimizer steps (default 300 where `tokens` is not given)"""
+    tokens: int | None = Field(default=None, ge=1)
+    """training tokens instead of steps, rounded up to a whole step"""
+    batch_size: int = Field(default=16, ge=1)
+    """sequences per optimizer step, over all processes and micro-batches"""
+    accumulation: int = Field(default=1, ge=1)
+    """micro-batches per optimizer step, on every process"""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """largest l2 norm of the whole gradient; null: no clipping"""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """mixed precision; `no` is float32"""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """seed of the initial weights, the data order and dropout"""
+    eval_every: int = Field(default=50, ge=0)
+    """steps between evaluations; the last step is always evaluated"""
+    eval_batches: int = Field(default=8, ge=1)
+    """validation batches of `batch_size` sequences, always the same"""
+    log_every: int = Field(default=10, ge=1)
+    """steps between lines of metrics.jsonl"""
+    record_every: int = Field(default=10, ge=0)
+    """steps between lines of layers.jsonl; the last step has one too"""
+    checkpoint_every: int = Field(default=100, ge=0)
+    """steps between checkpoints; the last step always has one"""
+    keep: int = Field(default=2, ge=1)
+    """checkpoints kept"""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -234,62 +208,46 @@ class TrainingConfig(Section):
 class FunctionSpaceConfig(Section):
     """Measuring what each layer's update does to the outputs, and matching it to a base (FLeRM)."""
 
-    record_every: int = Field(
-        default=0,
-        ge=0,
-        description="steps between lines of function_space.jsonl, from the first one on; 0: none",
-    )
-    space: Literal["output", "log_softmax"] = Field(
-        default="output", description="the outputs: the model's own (logits), or their log-softmax"
-    )
-    method: Literal["kronecker", "full_cov", "iid", "exact"] = Field(
-        default="kronecker", description="estimator of the rates"
-    )
-    probes: int = Field(default=32, ge=1, description="random probes, over all batches together")
-    batches: int = Field(
-        default=4, ge=1, description="batches to measure on: training batches from after the last step"
-    )
-    match: str | None = Field(
-        default=None, description="a base file that `layerwise record` wrote, or `uniform`; null: no matching"
-    )
-    match_step: int = Field(
-        default=1,
-        ge=1,
-        description="step at which rates are matched (adapters: 5 or later, after B has moved)",
-    )
-    match_every: int = Field(default=0, ge=0, description="steps between further matchings; 0: once")
-    depth: dict[str, int | str] | None = Field(
-        default=None,
-        description="depth map for a base of fewer blocks, `{blocks.*: split}`, with `uniform` the base's number of"
-        " blocks, `{blocks.*: 2}`; null: inferred where it can be",
-    )
+    record_every: int = Field(default=0, ge=0)
+    """steps between lines of function_space.jsonl, from the first one on; 0: none"""
+    space: Literal["output", "log_softmax"] = "output"
+    """the outputs: the model's own (logits), or their log-softmax"""
+    method: Literal["kronecker", "full_cov", "iid", "exact"] = "kronecker"
+    """estimator of the rates"""
+    probes: int = Field(default=32, ge=1)
+    """random probes, over all batches together"""
+    batches: int = Field(default=4, ge=1)
+    """batches to measure on: training batches from after the last step"""
+    match: str | None = None
+    """a base file that `layerwise record` wrote, or `uniform`; null: no matching"""
+    match_step: int = Field(default=1, ge=1)
+    """step at which rates are matched (adapters: 5 or later, after B has moved)"""
+    match_every: int = Field(default=0, ge=0)
+    """steps between further matchings; 0: once"""
+    depth: dict[str, int | str] | None = None
+    """depth map for a base of fewer blocks, `{blocks.*: split}`, with `uniform` the base's number of blocks,
+    `{blocks.*: 2}`; null: inferred where it can be"""
 
 
 class ParallelConfig(Section):
     """How several processes, started by torchrun or `accelerate launch`, share a run. One process takes no notice."""
 
-    strategy: Literal["ddp", "fsdp2"] = Field(
-        default="ddp",
-        description="`ddp`: every process holds the model; `fsdp2`: a shard of every parameter and of its state",
-    )
-    timeout: float = Field(
-        default=1800.0,
-        gt=0,
-        description="seconds a process waits for the others before it ends with an error: more than tokenising the"
-        " text, an evaluation or writing a checkpoint takes",
-    )
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """`ddp`: every process holds the model; `fsdp2`: a shard of every parameter and of its state"""
+    timeout: float = Field(default=1800.0, gt=0)
+    """seconds a process waits for the others before it ends with an error: more than tokenising the text, an
+    evaluation or writing a checkpoint takes"""
 
 
 class RunConfig(Section):
     """Where the run is written: the directory `dir/name`."""
 
-    name: str | None = Field(
-        default=None, min_length=1, description="name of the run; null: model and optimizer"
-    )
-    dir: str = Field(default="runs", min_length=1, description="folder of runs")
-    tensorboard: bool = Field(
-        default=True, description="also write TensorBoard events, in the run's `tensorboard` folder"
-    )
+    name: str | None = Field(default=None, min_length=1)
+    """name of the run; null: model and optimizer"""
+    dir: str = Field(default="runs", min_length=1)
+    """folder of runs"""
+    tensorboard: bool = True
+    """also write TensorBoard events, in the run's `tensorboard` folder"""
 
 
 class Config(Section):

@@ -24,24 +24,16 @@ AUTO_STEPS = 2  # grid points of `auto` on each side of the default rate, a fact
 class CompareSection(Section):
     """What is compared, over which seeds and rates."""
 
-    optimizers: list[str] = Field(
-        list(DEFAULT),
-        min_length=1,
-        description="contenders: optimizers by name, or names given in `contenders`; where none are listed,"
-        " the defaults and all of those",
-    )
-    contenders: dict[str, dict[str, Any]] = Field(
-        {},
-        description="contender -> its `optimizer` section, where it is more than a name (`name`: the optimizer)",
-    )
-    seeds: int = Field(
-        1, ge=1, description="runs of each contender: seeds training.seed, training.seed + 1, ..."
-    )
-    lr_grid: Literal["auto"] | dict[str, list[float]] | None = Field(
-        None,
-        description="contender -> base rates to try; `auto`: factors of two around the default rate, as many as it takes"
-        " for the best not to be the first or last; null: the default rates alone",
-    )
+    optimizers: list[str] = Field(default=list(DEFAULT), min_length=1)
+    """contenders: optimizers by name, or names given in `contenders`; where none are listed, the defaults and
+    all of those"""
+    contenders: dict[str, dict[str, Any]] = Field(default={})
+    """contender -> its `optimizer` section, where it is more than a name (`name`: the optimizer)"""
+    seeds: int = Field(default=1, ge=1)
+    """runs of each contender: seeds training.seed, training.seed + 1, ..."""
+    lr_grid: Literal["auto"] | dict[str, list[float]] | None = None
+    """contender -> base rates to try; `auto`: factors of two around the default rate, as many as it takes for
+    the best not to be the first or last; null: the default rates alone"""
 
     @model_validator(mode="before")
     @classmethod
@@ -72,7 +64,7 @@ class CompareSection(Section):
 class CompareConfig(Config):
     """A training run without its optimizer, and the contenders that take that place."""
 
-    compare: CompareSection = Field(default_factory=lambda: CompareSection.model_validate({}))
+    compare: CompareSection = Field(default_factory=CompareSection)
 
     @property
     def folder(self) -> Path:

@@ -39,42 +39,29 @@ Grid = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_geometric
 class SweepSection(Section):
     """What is varied around the training run."""
 
-    axis: Axis = Field(
-        default="width", description="what the sizes are: `width`, `depth`, `init_scale` or `lora_rank`"
-    )
-    sizes: list[float] = Field(
-        min_length=1,
-        default=[32.0, 256.0],
-        description="hidden sizes, numbers of blocks, initial scales or ranks; the first is the base's",
-    )
-    lr: Grid = Field(
-        default_factory=lambda: _geometric({"low": 2**-11, "high": 2**-2, "count": 10}),
-        description="base learning rates: a list, or {low: , high: , count: }",
-    )
-    lr_of: dict[Method, Grid] = Field(
-        default={},
-        description="grids of single methods (a uniform rate is a change of the outputs, another unit)",
-    )
+    axis: Axis = "width"
+    """what the sizes are: `width`, `depth`, `init_scale` or `lora_rank`"""
+    sizes: list[float] = Field(min_length=1, default=[32.0, 256.0])
+    """hidden sizes, numbers of blocks, initial scales or ranks; the first is the base's"""
+    lr: Grid = Field(default_factory=lambda: _geometric({"low": 2**-11, "high": 2**-2, "count": 10}))
+    """base learning rates: a list, or {low: , high: , count: }"""
+    lr_of: dict[Method, Grid] = Field(default={})
+    """grids of single methods (a uniform rate is a change of the outputs, another unit)"""
     methods: list[Method] = Field(
         default=["standard", "flerm", "uniform", "mup"],
         min_length=1,
         description=f"of {', '.join(METHODS)}; mup for widths alone",
     )
-    seeds: list[int] = Field(default=[0, 1], min_length=1, description="seeds of every trial")
-    base_seeds: list[int] = Field(
-        default=[0, 1, 2, 3], min_length=1, description="seeds the base rates are averaged over"
-    )
-    base_lr: float = Field(
-        default=4e-3,
-        gt=0,
-        description="rate the base is recorded at: rates are taken per unit of it, and a first step does not depend"
-        " on it; a later one (function_space.match_step) does",
-    )
-    loss: Literal["val_loss", "loss"] = Field(
-        default="val_loss",
-        description="what is compared: the last validation loss, or the mean training loss since the line of"
-        " metrics before the last (training.log_every steps)",
-    )
+    seeds: list[int] = Field(default=[0, 1], min_length=1)
+    """seeds of every trial"""
+    base_seeds: list[int] = Field(default=[0, 1, 2, 3], min_length=1)
+    """seeds the base rates are averaged over"""
+    base_lr: float = Field(default=4e-3, gt=0)
+    """rate the base is recorded at: rates are taken per unit of it, and a first step does not depend on it; a
+    later one (function_space.match_step) does"""
+    loss: Literal["val_loss", "loss"] = "val_loss"
+    """what is compared: the last validation loss, or the mean training loss since the line of metrics before
+    the last (training.log_every steps)"""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
