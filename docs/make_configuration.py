@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from types import NoneType, UnionType
@@ -88,7 +89,7 @@ AFTER = {
     + "\n\nThe default `lr` is that of the optimizer's signature; for the model presets named beside it, the other one."
     + "\n\nThe rules of `optimizer.rates`, whose keys are their arguments:\n\n"
     + "\n".join(
-        f"- `{name}`: `{rule.__name__}`, keys {', '.join(f'`{key}`' for key in rule.__dataclass_fields__)}"
+        f"- `{name}`: `{rule.__name__}`, keys {', '.join(f'`{key}`' for key in inspect.signature(rule).parameters)}"
         for name, rule in RULES.items()
     )
     + "\n\n`multipliers` of `static` is a mapping from unit names, or the folder of a run whose mean multipliers are"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from layerwise.common import names
 from layerwise.errors import LayerwiseError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -19,7 +19,7 @@ SECTIONS_OF = {"compare": "layerwise compare", "sweep": "layerwise sweep"}
 def nearest(word: str, valid: Iterable[str]) -> str:
     """The end of an error message: the nearest valid word, or all of them."""
     words = sorted(valid)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    close = names.nearest(word, words)
     return f"did you mean `{close[0]}`?" if close else f"valid: {', '.join(words)}"
 
 
