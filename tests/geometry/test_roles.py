@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from layerwise.geometry import Sign, Spectral, describe, param_groups
+from layerwise.geometry import RowNorm, Sign, Spectral, describe, param_groups
 from layerwise.geometry.describe import Row
 from layerwise.geometry.layout import MatrixLayout, TransposedLayout, VectorLayout
 from layerwise.geometry.modules import is_hf_conv1d
@@ -366,7 +366,9 @@ def test_conv_net():
     table = rows(on_meta(ConvNet))
     assert table["stem.weight"].geometry == Spectral(taps=15)
     assert table["stem.weight"].layout.shapes((8, 3, 3, 5)) == ((1, 8, 45),)
-    assert len(table["depthwise.weight"].units) == 8
+    depthwise = table["depthwise.weight"]  # a filter for each channel, all in one unit
+    assert depthwise.layout.shapes(depthwise.shape) == ((1, 8, 9),)
+    assert (depthwise.units, depthwise.geometry) == (("depthwise.weight",), RowNorm())
     assert table["up.weight"].layout.shapes((8, 4, 2, 2)) == ((1, 4, 32),)
     for name in ("norm.weight", "scale", "temperature", "stem.bias"):
         assert (table[name].role, table[name].layout) == ("vector", VectorLayout())

@@ -1,10 +1,12 @@
 """The geometry of layers: norms, polar factors and nuclear norms, and which parameter of a model is what."""
 
+from layerwise.geometry.axes import AxesLayout
 from layerwise.geometry.describe import Description, describe
 from layerwise.geometry.groups import group_by_shape, param_groups
 from layerwise.geometry.layout import (
     ConvLayout,
     ConvTransposeLayout,
+    DepthwiseLayout,
     Layout,
     MatrixLayout,
     Split,
@@ -28,9 +30,11 @@ from layerwise.geometry.nuclear import nuclear_norm
 from layerwise.geometry.polar import polar
 
 __all__ = [
+    "AxesLayout",
     "ColNorm",
     "ConvLayout",
     "ConvTransposeLayout",
+    "DepthwiseLayout",
     "Description",
     "Frobenius",
     "Geometry",

@@ -6,7 +6,7 @@ stays whole, and the user may declare its split. Names of classes and not classe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,9 +20,10 @@ LSTM_GATES = Split.equal("input", "forget", "cell", "output")
 GRU_GATES = Split.equal("reset", "update", "new")
 
 
-def _whole_parts(owner: Any) -> Split:
-    """``[all q | all k | all v]``."""
-    return QKV
+def _whole_parts(owner: Any) -> Split | None:
+    """``[all q | all k | all v]`` of one size; not known where keys have fewer heads or a size of their own."""
+    own_sizes = any(hasattr(owner, name) for name in ("key_dim", "val_dim", "kv_dim", "value_dim"))
+    return None if own_sizes or _has_fewer_key_heads(owner) else QKV
 
 
 def _gate_up(owner: Any) -> Split:
@@ -55,6 +56,13 @@ def _grouped(owner: Any) -> Split:
     return Split.of_sizes({"q": heads, "k": key_value, "v": key_value})
 
 
+def _query_gate(owner: Any) -> Split | None:
+    """``[q1 gate1 | q2 gate2 | ...]`` where the projection is twice as wide as the heads; else it is one matrix."""
+    heads = owner.config.num_attention_heads
+    gated = owner.q_proj.out_features == 2 * heads * owner.head_dim
+    return Split.equal("q", "gate", blocks=heads) if gated else None
+
+
 def _falcon(owner: Any) -> Split:
     if owner.new_decoder_architecture:  # a block per key-value head: its queries, then k and v
         return Split.of_sizes(
@@ -73,7 +81,7 @@ def _bigcode(owner: Any) -> Split:
     return Split.equal("q", "k", "v", blocks=owner.num_heads)
 
 
-Rule = Callable[[Any], Split]
+Rule = Callable[[Any], Split | None]
 
 # (attribute of the projection, class that owns it) -> rule
 _RULES: dict[tuple[str, str], Rule] = {
@@ -114,6 +122,7 @@ _RULES: dict[tuple[str, str], Rule] = {
         ("input_linear", f"{family}MLP"): _gate_up
         for family in ("GraniteMoeShared", "GraniteMoeHybrid", "GraniteMoeSWA")
     },
+    **{("q_proj", f"{family}Attention"): _query_gate for family in ("Qwen3Next", "Qwen3_5", "Qwen3_5Moe")},
     # vision towers: the projection is reshaped to (..., 3, heads, d)
     **{
         ("qkv", owner): _whole_parts
@@ -139,26 +148,91 @@ _RULES: dict[tuple[str, str], Rule] = {
 }
 
 
-def known_split(owner: nn.Module, attribute: str) -> Split | None:
-    """The split of the projection `owner.attribute`, None when it is one matrix or its class is not known."""
+def known_split(owner: nn.Module, attribute: str, d_out: int) -> Split | None:
+    """The split of the projection `owner.attribute`, None when it is one matrix or it is not known how it is divided.
+
+    A rule goes by the class's name, so it has to agree with the owner's own numbers.
+    """
+    split = _by_numbers(owner, attribute, d_out)
+    if split is not None:
+        return split
     for base in type(owner).__mro__:  # bases too: FSDP2 and parametrizations make a subclass of another name
         rule = _RULES.get((attribute, base.__name__))
-        if rule is not None:
-            try:
-                return rule(owner)
-            except AttributeError:  # another library's class of this name, or a version with other attributes
-                return None
+        if rule is None:
+            continue
+        try:
+            split = rule(owner)
+        except (
+            AttributeError,
+            TypeError,
+        ):  # another library's class of this name, or a version with other attributes
+            return None
+        return split if split is not None and split.divides(d_out) else None
     return None
 
 
-def looks_fused(attribute: str) -> bool:
-    """Whether a projection's name says that it is fused: for a note to the user when its split is not known."""
-    return "qkv" in attribute.lower() or attribute in (
+def _by_numbers(owner: Any, attribute: str, d_out: int) -> Split | None:
+    """Projections whose owner, of whatever class, says how many rows each part has, when these fill the projection."""
+    key, value = getattr(owner, "key_dim", None), getattr(owner, "value_dim", None)
+    if attribute == "in_proj_qkv" and key and value and 2 * key + value == d_out:  # a gated delta net
+        return Split.of_sizes({"q": key, "k": key, "v": value})
+    key, value = getattr(owner, "qk_nope_head_dim", None), getattr(owner, "v_head_dim", None)
+    heads = _number(owner, _HEADS)
+    if attribute == "kv_b_proj" and key and value and heads and heads * (key + value) == d_out:  # MLA
+        return Split.of_sizes({"k": key, "v": value}, heads)
+    return None
+
+
+def _number(owner: Any, names: Sequence[str]) -> int | None:
+    """The first of these numbers that the owner, or its config, has."""
+    places = (owner, getattr(owner, "config", None))
+    values = [getattr(place, name, None) for place in places for name in names]
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+
+
+_HEADS = ("num_heads", "n_head", "n_heads", "num_attention_heads", "heads", "nhead")
+_KEY_HEADS = ("num_kv_heads", "n_kv_head", "n_kv_heads", "num_key_value_heads", "kv_heads", "n_query_groups")
+
+
+def _has_fewer_key_heads(owner: Any) -> bool:
+    heads, key_heads = _number(owner, _HEADS), _number(owner, _KEY_HEADS)
+    return heads is not None and key_heads is not None and heads != key_heads
+
+
+#: Names of projections that hold several matrices in most of the models that use them.
+_FUSED = frozenset(
+    {
         "c_attn",
         "att_proj",
         "query_key_value",
         "gate_up_proj",
-    )
+        "gate_up",
+        "in_proj",
+        "kv_b_proj",
+        "kv_proj",
+        "to_kv",
+    }
+    | {"wkv", "w12", "x_proj", "in_proj_ba"}
+)
+
+
+def fused_note(owner: Any, attribute: str, d_out: int) -> str:
+    """A note on a projection that may be several matrices in one, "" where nothing points to it."""
+    name = attribute.lower()
+    if "qkv" in name or name in _FUSED:
+        return "may be several matrices in one; if so, declare its split"
+    gated = "glu" in type(owner).__name__.lower() and d_out % 2 == 0 and _reads_half(owner, d_out)
+    if gated:
+        return f"may be two matrices, as the class {type(owner).__name__} is a gated unit; if so, declare its split"
+    if name in ("q_proj", "wq", "query") and _reads_half(owner, d_out):
+        return "may be queries and gates, as what reads them takes half as many; if so, declare its split"
+    return ""
+
+
+def _reads_half(owner: nn.Module, d_out: int) -> bool:
+    """Whether a projection beside it takes half of these outputs; a gated unit may have none beside it."""
+    readers = [m for m in owner.children() if isinstance(m, nn.Linear) and m.out_features != d_out]
+    return any(m.in_features * 2 == d_out for m in readers) or len(list(owner.children())) == 1
 
 
 def recurrent_split(module: nn.Module, attribute: str) -> Split | None:

@@ -15,10 +15,18 @@ from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.axes import layout_of
 from layerwise.geometry.forward import Forward, look
 from layerwise.geometry.found import ROLES, Found
-from layerwise.geometry.layout import ConvLayout, Layout, MatrixLayout, Split, TransposedLayout, VectorLayout
+from layerwise.geometry.layout import (
+    ConvLayout,
+    DepthwiseLayout,
+    Layout,
+    MatrixLayout,
+    Split,
+    TransposedLayout,
+    VectorLayout,
+)
 from layerwise.geometry.modules import unwrapped
 from layerwise.geometry.names import canonical_name
-from layerwise.geometry.norms import Geometry, Sign, Spectral, VectorRMS, spectral_conv
+from layerwise.geometry.norms import Geometry, RowNorm, Sign, Spectral, VectorRMS, spectral_conv
 from layerwise.geometry.roles import find_roles
 
 Override = Geometry | Mapping[str, Any]
@@ -42,8 +50,13 @@ class Assigned:
         return str(self.options.get("norm_group") or self.geometry.norm_group)
 
 
-def default_geometry(role: str, kernel: tuple[int, ...] = ()) -> Geometry:
-    """The geometry a role gets when nothing else is said (Scion's choice, arXiv 2502.07529, table 4)."""
+def default_geometry(role: str, kernel: tuple[int, ...] = (), layout: Layout | None = None) -> Geometry:
+    """The geometry a role gets when nothing else is said (Scion's choice, arXiv 2502.07529, table 4).
+
+    A depthwise convolution maps each channel to itself: a norm for each row, and not one of the matrix of all filters.
+    """
+    if isinstance(layout, DepthwiseLayout):
+        return RowNorm()
     if role in ("hidden", "experts", "conv", "lora_A", "lora_B"):
         return spectral_conv(kernel) if kernel else Spectral()
     return {"embedding": Sign(), "head": Sign(per_input=True), "vector": VectorRMS()}[role]
@@ -321,7 +334,7 @@ def _override(found: Found, value: Override) -> Assigned:
         layout.shapes(tuple(found.parameter.shape))
     except LayerwiseError as error:
         raise LayerwiseError(f"overrides: {found.name}: {error}") from None
-    geometry = options.pop("geometry", None) or default_geometry(role, found.kernel)
+    geometry = options.pop("geometry", None) or default_geometry(role, found.kernel, layout)
     if not isinstance(geometry, Geometry):
         raise LayerwiseError(
             f"overrides: geometry of {found.name} is {geometry!r}; give one, such as Spectral()"

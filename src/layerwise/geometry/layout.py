@@ -318,3 +318,21 @@ class ConvTransposeLayout(Layout):
     def __str__(self) -> str:
         grouped = "" if self.groups == 1 else f" groups={self.groups}"
         return f"in,out,*k{grouped}{self._suffix()}"
+
+
+@dataclass(frozen=True)
+class DepthwiseLayout(Layout):
+    """``[channels, 1, *kernel]``, a filter for each channel, as one ``[channels, taps]`` matrix whose rows are filters."""
+
+    def stack_shape(self, shape: Shape) -> Stack:
+        self._expect(len(shape) >= 2 and shape[1] == 1, shape, "[channels, 1, *kernel]")
+        return 1, shape[0], math.prod(shape[2:])
+
+    def _stack(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.stack_shape(tensor.shape))
+
+    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
+        return stack.reshape(tuple(shape))
+
+    def __str__(self) -> str:
+        return f"c,1,*k{self._suffix()}"

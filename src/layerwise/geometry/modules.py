@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 
@@ -19,16 +21,25 @@ def is_linear(module: nn.Module) -> bool:
 
 
 #: Parts of a class's name that say more than "norm" does: `LayerNormLinear` holds a projection.
-_MORE_THAN_NORM = ("linear", "mlp", "conv", "embed", "attention", "dense", "proj")
+_MORE_THAN_NORM = ("linear", "mlp", "conv", "embed", "attention", "dense", "proj", "loss")
+#: "Norm" as a word of its own, or at the end: `RMSNorm`, `layernorm`, `BatchNorm2d`, but not `EnormousTable`.
+_NORM = re.compile(r"Norm(?![a-z])|norm$|^norm(?![a-z])")
 
 
 def is_norm(module: nn.Module) -> bool:
     """A normalisation: its parameters are gains and biases whatever their shape."""
-    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)):
-        return True
-    name = type(module).__name__.lower()
-    holds_more = any(part in name for part in _MORE_THAN_NORM)
-    return "norm" in name and not holds_more and next(module.children(), None) is None
+    return is_torch_norm(module) or _is_called_norm(module)
+
+
+def is_torch_norm(module: nn.Module) -> bool:
+    """A normalisation of torch."""
+    return isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase))
+
+
+def _is_called_norm(module: nn.Module) -> bool:
+    name = type(module).__name__
+    holds_more = any(part in name.lower() for part in _MORE_THAN_NORM)
+    return bool(_NORM.search(name)) and not holds_more and next(module.children(), None) is None
 
 
 def holds_lora(module: nn.Module | None) -> bool:

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from layerwise.geometry.axes import layout_of
 from layerwise.geometry.experts import expert_layout, holds_experts
 from layerwise.geometry.forward import Evidence, judged
 from layerwise.geometry.found import Found
-from layerwise.geometry.fused import known_split, looks_fused, recurrent_split
-from layerwise.geometry.heads import declared_head, output_head
+from layerwise.geometry.fused import fused_note, known_split, recurrent_split
+from layerwise.geometry.heads import Heads, declared_head, output_heads
 from layerwise.geometry.layout import (
     ConvLayout,
     ConvTransposeLayout,
+    DepthwiseLayout,
     Layout,
     MatrixLayout,
     Split,
@@ -28,7 +30,7 @@ from layerwise.geometry.layout import (
     VectorLayout,
     VectorStackLayout,
 )
-from layerwise.geometry.modules import holds_lora, is_hf_conv1d, is_linear, is_norm
+from layerwise.geometry.modules import holds_lora, is_hf_conv1d, is_linear, is_norm, is_torch_norm
 from layerwise.geometry.names import canonical_names
 
 _ENTRY_BY_ENTRY = ("A_log",)  # the decay rates of Mamba's states: a table of numbers, multiplied with nothing
@@ -57,12 +59,15 @@ def find_roles(model: nn.Module, evidence: Evidence | None = None) -> list[Found
         model: the model, unwrapped.
         evidence: what a forward pass of it showed, if there was one.
     """
-    head = output_head(model) if evidence is None else declared_head(model)
+    heads = output_heads(model) if evidence is None else _declared(model)
     found: dict[int, Found] = {}
     for place in _places(model):
-        this = _classify(place, place.parameter is head)
-        known = found.get(id(place.parameter))
-        found[id(place.parameter)] = this if known is None else _tie(known, this)
+        key = id(place.parameter)
+        this = _classify(place, key in heads.weights)
+        found[key] = _tie(found[key], this) if key in found else this
+    for key, doubt in heads.doubts.items():
+        if not found[key].note and found[key].role != "head" and found[key].layout.split is None:
+            found[key] = replace(found[key], note=doubt)
     if evidence is not None:
         numbers = evidence.space.numbers
         found = {key: judged(each, evidence, numbers[each.name]) for key, each in found.items()}
@@ -71,6 +76,11 @@ def find_roles(model: nn.Module, evidence: Evidence | None = None) -> list[Found
         replace(each, name=names[each.name], tied=tuple(names[name] for name in each.tied))
         for each in found.values()
     ]
+
+
+def _declared(model: nn.Module) -> Heads:
+    weight = declared_head(model)
+    return Heads() if weight is None else Heads(frozenset({id(weight)}))
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
@@ -100,27 +110,24 @@ def _tie(first: Found, second: Found) -> Found:
 def _classify(place: _Place, is_head: bool) -> Found:
     shape = tuple(place.parameter.shape)
     owner, attribute = _seen_through(place)
+    if is_head and len(shape) == 2 and is_norm(owner):  # a projection of normalised rows
+        return place.found("head", MatrixLayout())
     if len(shape) <= 1 or is_norm(owner) or _is_magnitude(owner, attribute):
-        return place.found("vector", VectorLayout())
+        wide = sum(size > 1 for size in shape) > 1 and not is_torch_norm(owner)
+        note = f"a gain, as the class {type(owner).__name__} is called a normalisation" if wide else ""
+        return place.found("vector", VectorLayout(), note=note)
     lora = _lora_factor(place)
     if lora is not None:
-        if isinstance(owner, nn.modules.conv._ConvNd):
-            return place.found(lora, ConvLayout(), owner.kernel_size)
-        return place.found(lora, MatrixLayout())
+        return _factor(place, owner, lora)
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         # A tied weight takes the head's orientation: logits = W x, so d_out is the vocabulary.
         return (
             place.found("head", MatrixLayout()) if is_head else place.found("embedding", TransposedLayout())
         )
     if isinstance(owner, nn.modules.conv._ConvNd):
-        make = ConvTransposeLayout if owner.transposed else ConvLayout
-        return place.found("conv", make(groups=owner.groups), owner.kernel_size)
+        return place.found("conv", conv_layout(owner), owner.kernel_size)
     if is_linear(owner) and len(shape) == 2:
-        stored = TransposedLayout if is_hf_conv1d(owner) else MatrixLayout
-        if is_head:
-            return place.found("head", stored())
-        split, note = _projection_split(place, stored().stack_shape(shape)[1])
-        return place.found("hidden", stored(split), note=note)
+        return _linear(place, TransposedLayout() if is_hf_conv1d(owner) else MatrixLayout(), is_head)
     if isinstance(owner, nn.MultiheadAttention) and len(shape) == 2:
         split = Split.equal("q", "k", "v") if attribute == "in_proj_weight" else None
         return place.found("hidden", MatrixLayout(split))
@@ -129,6 +136,31 @@ def _classify(place: _Place, is_head: bool) -> Found:
     if isinstance(owner, nn.Bilinear):
         return place.found("hidden", ConvLayout())
     return _classify_unknown(place, owner, attribute)
+
+
+def _factor(place: _Place, owner: nn.Module, role: str) -> Found:
+    """A factor of a low-rank adapter; peft keeps the adapters of all experts of a layer in one pair of matrices."""
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return place.found(role, ConvLayout(), owner.kernel_size)
+    experts = next((n for _, m in place.path if isinstance(n := getattr(m, "num_experts", None), int)), 1)
+    packed = holds_lora(place.path[-3][1]) and getattr(place.path[-3][1], "num_experts", 1) == experts
+    if experts > 1 and packed:
+        return place.found(role, layout_of(f"({experts} o) i" if role == "lora_A" else f"o (i {experts})"))
+    return place.found(role, MatrixLayout())
+
+
+def _linear(place: _Place, stored: Layout, is_head: bool) -> Found:
+    if is_head:
+        return place.found("head", stored)
+    split, note = _projection_split(place, stored.stack_shape(tuple(place.parameter.shape))[1])
+    return place.found("hidden", replace(stored, split=split), note=note)
+
+
+def conv_layout(owner: nn.modules.conv._ConvNd) -> Layout:
+    """The layout of a convolution's weight."""
+    if owner.groups > 1 and owner.groups == owner.in_channels == owner.out_channels:
+        return DepthwiseLayout()
+    return (ConvTransposeLayout if owner.transposed else ConvLayout)(groups=owner.groups)
 
 
 def _classify_unknown(place: _Place, owner: nn.Module, attribute: str) -> Found:
@@ -196,7 +228,7 @@ def _projection_split(place: _Place, d_out: int) -> tuple[Split | None, str]:
     if len(path) < 2:
         return None, ""
     attribute, parent = path[-1][0], path[-2][1]
-    split = known_split(parent, attribute)
-    if split is not None and split.divides(d_out):
+    split = known_split(parent, attribute, d_out)
+    if split is not None:
         return split, ""
-    return None, "may be several matrices in one; if so, declare its split" if looks_fused(attribute) else ""
+    return None, fused_note(parent, attribute, d_out)

@@ -11,7 +11,8 @@ factor U V^T of a full-rank d_out x d_in matrix, a spectral step of learning rat
 ``orthogonal`` O                                    the polar factor itself
 =============  ===================================  ==========================================================
 
-``unit`` and ``rms_0.2`` mean the same in every geometry; the other two are defined for spectral steps only.
+``unit`` and ``rms_0.2`` mean the same in every geometry. The other two are defined for spectral steps, and for rows that
+are normalised one by one (the filters of a depthwise convolution): each is a 1 x d_in matrix, whose O has length one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def step_factor(scaling: str, geometry: Geometry, d_out: int, d_in: int) -> floa
     unit_rms = geometry.unit_rms(d_out, d_in)
     if scaling == "rms_0.2":
         return 0.2 / unit_rms
+    if geometry.family == "row_norm":
+        return 1.0 / (unit_rms * math.sqrt(d_in))
     if geometry.family != "spectral":
         raise LayerwiseError(
             f"scaling={scaling!r} is defined for spectral steps, not for {geometry!r}: give 'unit' or 'rms_0.2'"

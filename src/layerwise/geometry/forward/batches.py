@@ -12,7 +12,7 @@ from torch import Tensor, nn
 _TOKENS = 8
 
 
-def made_batch(model: Any) -> dict[str, Tensor] | None:
+def made_batch(model: Any) -> dict[str, Any] | None:
     """A small batch for a model of transformers, None for all others and where running it is not safe.
 
     Not safe is a model with hooks (of accelerate, FSDP2, or the user's own) or with sharded parameters: running it may

@@ -78,6 +78,7 @@ class Evidence:
         transformed: numbers of parameters whose results another parameter transformed afterwards.
         reached: numbers of parameters whose results reached an output of the model.
         problems: names of operations that could not be followed.
+        of_unseen: the note on parameters that took no part.
     """
 
     space: AddressSpace
@@ -86,6 +87,7 @@ class Evidence:
     transformed: set[int] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
     problems: set[str] = field(default_factory=set)
+    of_unseen: str = ""
 
     def product(self, view: Tensor, sides: Sequence[Side]) -> None:
         """A weight took part in a matrix product; `sides` says what each dimension of its view does."""

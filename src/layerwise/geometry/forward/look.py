@@ -49,7 +49,7 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
         if p is not None
     )
     try:
-        return Look(watch(inner, batch, forward or call, factors, linear))
+        evidence = watch(inner, batch, forward or call, factors, linear)
     except Exception as error:  # whatever a user's model raises
         first = (str(error).splitlines() or [""])[0][:200]
         tried = "the batch" if given else "a batch made for it"
@@ -57,3 +57,6 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
             None,
             f"the model did not run on {tried} ({type(error).__name__}: {first}): roles are those of the modules",
         )
+    if given:
+        evidence.of_unseen = "took no part in the forward pass"
+    return Look(evidence)

@@ -121,6 +121,12 @@ def _pattern(factors: Sequence[Factor], shape: Size) -> str:
     return " ".join(words)
 
 
+def channels_split(channels: int, stride: int, sites: Sequence[tuple[Site, Tensor]]) -> Split | None:
+    """The parts of a convolution's output channels, such as q, k and v of a kernel of size one."""
+    classes = _row_classes([("o", channels, stride)], sites)
+    return None if classes is None else split_of(*classes)
+
+
 Classes = tuple[tuple[int, ...], tuple[str, ...]]  # the class of each row, the name of each class
 
 
@@ -175,7 +181,7 @@ def split_of(kinds: Sequence[int], names: Sequence[str]) -> Split | None:
     changes = [0, *(1 + (sequence[1:period] != sequence[: period - 1]).nonzero().flatten()).tolist(), period]
     if len(changes) - 1 != count:
         return None  # a part in several pieces of a block
-    known = [name or "rest" for name in names]
-    called = known if len({*known}) == count else [str(i) for i in range(count)]
+    known = {*names} <= set("qkv") or {*names} == {"gate", "up"}
+    called = list(names) if known and len({*names}) == count else [str(i) for i in range(count)]
     sizes = {called[int(sequence[start])]: end - start for start, end in pairwise(changes)}
     return Split.of_sizes(sizes, blocks=len(kinds) // period)

@@ -386,6 +386,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("convolution", "_convolution", "mkldnn_convolution"), convolution),
     **dict.fromkeys(("view_as_complex", "view_as_real"), complex_pairs),
     **dict.fromkeys(("_weight_norm_interface", "_weight_norm"), weight_norm),
+    "as_strided": other,
     "constant_pad_nd": pad,
     "glu": glu,
     "copy": copy,

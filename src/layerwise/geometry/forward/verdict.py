@@ -11,11 +11,12 @@ import torch
 from torch import Size, Tensor
 
 from layerwise.geometry.forward.evidence import Evidence, Use
-from layerwise.geometry.forward.parts import layout_seen
+from layerwise.geometry.forward.parts import channels_split, layout_seen
 from layerwise.geometry.found import Found
 from layerwise.geometry.layout import (
     ConvLayout,
     ConvTransposeLayout,
+    DepthwiseLayout,
     Layout,
     TransposedLayout,
     TransposedStackLayout,
@@ -32,7 +33,7 @@ def judged(found: Found, evidence: Evidence, number: int) -> Found:
     uses = evidence.uses.get(number, [])
     kinds = {use.kind for use in uses}
     if not uses:
-        return replace(found, note=found.note or "took no part in the forward pass")
+        return replace(found, note=found.note or evidence.of_unseen)
     is_output = number in evidence.reached and number not in evidence.transformed
     if "product" in kinds:
         return _matrix(found, evidence, number, is_output)
@@ -62,7 +63,8 @@ def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> F
         layout = replace(layout, split=None)
     if alike(found.layout, layout, shape):
         layout = found.layout  # the same units, under the names its module has for them
-    note = "" if seen.parts or role == "head" or found.role != "hidden" else found.note
+    unsure = found.note and not (seen.parts or found.assumed or role != "hidden")
+    note = found.note if unsure else ""
     return replace(found, role=role, layout=layout, kernel=(), note=note, how="forward")
 
 
@@ -72,7 +74,7 @@ def _role(found: Found, layout: Layout, is_output: bool) -> str:
     if is_output or found.role == "head":
         return "head"
     k = layout.stack_shape(found.parameter.shape)[0]
-    return "experts" if k > 1 or (found.role == "experts" and found.parameter.ndim > 2) else "hidden"
+    return "experts" if k > 1 or (found.role == "experts" and not found.assumed) else "hidden"
 
 
 def _with_known_parts(seen: Layout, known: Layout, shape: Size) -> Layout:
@@ -93,8 +95,14 @@ def _convolution(found: Found, evidence: Evidence, number: int, is_output: bool)
     role = found.role if found.is_factor else "head" if is_output else "conv"
     if len(use.shape) != found.parameter.ndim or found.is_factor:
         return replace(found, role=role, how="forward")
-    make = ConvTransposeLayout if use.transposed else ConvLayout
-    layout: Layout = found.layout if isinstance(found.layout, make) else make(groups=use.groups)
+    channels = found.parameter.shape[0]
+    if use.groups == channels > 1 and found.parameter.shape[1] == 1:
+        layout: Layout = DepthwiseLayout()
+    else:
+        layout = (ConvTransposeLayout if use.transposed else ConvLayout)(groups=use.groups)
+    if use.groups == 1 and role == "conv" and not use.transposed:
+        stride = found.parameter.shape[1:].numel()
+        layout = replace(layout, split=channels_split(channels, stride, evidence.sites.get(number, [])))
     return replace(found, role=role, layout=layout, kernel=use.kernel, note="", how="forward")
 
 
@@ -102,7 +110,8 @@ def _entry_by_entry(found: Found, uses: Sequence[Use]) -> Found:
     """A parameter that is only added to or multiplied with activations: a table of positions, or gains and biases."""
     wide = max(sum(size > 1 for size in use.shape) for use in uses)
     dimensions = found.parameter.ndim
-    if wide > 1 and dimensions in (2, 3) and any(use.kind in ("bias", "table") for use in uses):
+    is_table = found.role != "vector" and any(use.kind in ("bias", "table") for use in uses)
+    if wide > 1 and dimensions in (2, 3) and is_table:
         layout: Layout = TransposedLayout() if dimensions == 2 else TransposedStackLayout()
         return replace(found, role="embedding", layout=layout, note="", how="forward")
     stacked = wide <= 1 and dimensions == 2 and min(found.parameter.shape) > 1
