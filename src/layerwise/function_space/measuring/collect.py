@@ -58,9 +58,6 @@ class ReplicaCollector(Collector):
         self._add_up(probes)
         self._turn, self._sums = 0, {}
 
-    def agree(self, number: int) -> int:
-        return self.processes.least(number)
-
     def _in_parts(self, name: str, estimator: Estimator) -> bool:
         """Whether this tensor's gradients are added up, and each process works on some of their rows."""
         return not estimator.total

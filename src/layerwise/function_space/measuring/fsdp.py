@@ -26,7 +26,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Derivative
 from layerwise.function_space.measuring.moments import Sink, TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
-from layerwise.function_space.measuring.probes import require_graph
+from layerwise.function_space.measuring.probes import NO_GRAPH
 from layerwise.function_space.measuring.process_group import Processes
 
 # What a backward has to be like for a probe, whatever the training loop has set.
@@ -96,7 +96,8 @@ class ShardedRunner:
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         """One by one: a batched backward would not go through FSDP's hooks."""
-        require_graph(outputs)
+        if not outputs.values.requires_grad:
+            raise LayerwiseError(NO_GRAPH)
         for probe in probes:
             torch.autograd.backward(outputs.values, probe, retain_graph=True)
             with torch.no_grad():

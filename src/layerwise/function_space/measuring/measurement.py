@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from layerwise.common.tensors import is_sharded, wide_dtype
 from layerwise.errors import LayerwiseError
+from layerwise.function_space.measuring.collect import collector_for
 from layerwise.function_space.measuring.exact import rate_of
 from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import (
@@ -28,7 +29,6 @@ from layerwise.function_space.measuring.moments import (
 from layerwise.function_space.measuring.outputs import (
     Forward,
     Outputs,
-    require_entries,
     resolve,
     space_name,
 )
@@ -190,19 +190,14 @@ class Run:
     def _moments(self, runner: Runner, graph: Graph, first_probe: int) -> Mapping[str, Moments]:
         """Moments of every tensor under the probes of one graph."""
         settings, outputs = self.settings, graph.outputs
-        sink = self._sink()
+        if self.processes.count == 1 and not any(is_sharded(u.new) for u in self.updates.values()):
+            sink = Collector(self.estimators, self.updates)
+        else:
+            sink = collector_for(self.processes, self.estimators, self.updates, settings.method)
         probes = draw_probes(outputs, graph.probes, settings.probe, self.seed, first_probe, graph.first_row)
         runner.probe(outputs, probes, sink, settings.memory)
-        self.note(outputs)
+        self._note(outputs)
         return sink.moments
-
-    def _sink(self) -> Collector:
-        """What takes the gradients: on one process, or over several."""
-        if self.processes.count == 1 and not any(is_sharded(u.new) for u in self.updates.values()):
-            return Collector(self.estimators, self.updates)
-        from layerwise.function_space.measuring.collect import collector_for
-
-        return collector_for(self.processes, self.estimators, self.updates, self.settings.method)
 
     def exact(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
         """By the outputs' derivative along each tensor's update."""
@@ -214,8 +209,9 @@ class Run:
                 derivative = runner.derivative(batch, mask, name, update)
                 if not counted:
                     _, counted = derivative.outputs.place(self.processes)
-                    require_entries(derivative.outputs, counted)
-                    self.note(derivative.outputs)
+                    if not counted:
+                        raise derivative.outputs.nothing_counts()
+                    self._note(derivative.outputs)
                 square = derivative.log_square()
                 if self.processes.count > 1:
                     square = self.processes.sum_(square.double().exp()).log()
@@ -226,9 +222,10 @@ class Run:
             values[name] = (rate_of(squares[:, 0].tolist()), 0.0, "exact")
         return self.rates(values, 0, entries)
 
-    def note(self, outputs: Outputs) -> None:
+    def _note(self, outputs: Outputs) -> None:
         """Keep what the outputs are like."""
-        self.classes, self.dtype = outputs.classes, str(outputs.values.dtype).removeprefix("torch.")
+        self.classes = outputs.values.shape[-1] if outputs.values.ndim else 1
+        self.dtype = str(outputs.values.dtype).removeprefix("torch.")
 
     def rates(self, values: Mapping[str, tuple[float, float, str]], probes: int, entries: int) -> Rates:
         """Of `(value, standard error, estimator)` by name."""

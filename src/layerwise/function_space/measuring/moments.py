@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.tensors import local_part, or_one, wide_dtype
+from layerwise.function_space.measuring.process_group import ALONE, Processes
 
 # Rows are taken in pieces of about this many entries: on a CPU a piece then stays in cache for all its sums, and the
 # temporary never grows with the tensor (an embedding can be a third of a model).
@@ -272,7 +273,13 @@ class BlockMoments(Moments):
 
 
 class Sink(Protocol):
-    """Where the gradients of probes go."""
+    """Where the gradients of probes go.
+
+    Attributes:
+        processes: those that run the same probes, and take as many at once.
+    """
+
+    processes: Processes
 
     def add(self, name: str, grads: Tensor) -> None:
         """The gradients of one tensor under some probes, `[probes, *shape]`."""
@@ -280,12 +287,11 @@ class Sink(Protocol):
     def done(self, probes: int) -> None:
         """Those of all tensors have come under these many probes; the absent ones are 0."""
 
-    def agree(self, number: int) -> int:
-        """The least of a number over the processes that run the same probes: they take as many at once."""
-
 
 class Collector:
     """Takes the gradients of probes on one process by itself, and makes them into moments."""
+
+    processes = ALONE
 
     def __init__(self, estimators: Mapping[str, Estimator], updates: Mapping[str, TensorUpdate]) -> None:
         self.moments = {name: Moments(estimators[name], update) for name, update in updates.items()}
@@ -295,9 +301,6 @@ class Collector:
 
     def done(self, probes: int) -> None:
         pass
-
-    def agree(self, number: int) -> int:
-        return number
 
 
 def _squares(x: Tensor) -> Tensor:

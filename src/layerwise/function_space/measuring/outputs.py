@@ -30,16 +30,19 @@ class Outputs:
     mask: Tensor | None
     rows: int
 
-    @property
-    def classes(self) -> int:
-        """Size of the last dimension (1 of a scalar)."""
-        return self.values.shape[-1] if self.values.ndim else 1
-
     def place(self, processes: Processes) -> tuple[int, int]:
         """How many rows of the global batch are before these, and how many entries of it count in all."""
         entries = self.values.numel() if self.mask is None else int(self.mask.sum())
         found = processes.gather([self.rows, entries])
         return sum(rows for rows, _ in found[: processes.rank]), sum(counted for _, counted in found)
+
+    def nothing_counts(self) -> LayerwiseError:
+        """The error where no entry of the global batch counts."""
+        if self.mask is None:
+            return LayerwiseError("the outputs are empty: there is nothing to measure on")
+        return LayerwiseError(
+            "the mask leaves no output entry: pass inputs with at least one position that counts"
+        )
 
 
 def model_output(model: nn.Module, inputs: Any) -> Any:
@@ -111,16 +114,6 @@ def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
     counted = (mask != 0).to(values.device)
     below = [1] * (values.ndim - mask.ndim)
     return Outputs(values, counted.reshape(*mask.shape, *below).expand(values.shape), rows)
-
-
-def require_entries(outputs: Outputs, entries: int) -> None:
-    """Raise, on every process, where no entry of the global batch counts."""
-    if not entries:
-        raise LayerwiseError(
-            "the outputs are empty: there is nothing to measure on"
-            if outputs.mask is None
-            else "the mask leaves no output entry: pass inputs with at least one position that counts"
-        )
 
 
 def _is_mask(mask: Any, values: Any) -> bool:

@@ -24,6 +24,8 @@ from layerwise.function_space.measuring.moments import Sink
 from layerwise.function_space.measuring.outputs import Outputs
 
 Distribution = Literal["rademacher", "gaussian"]
+#: What is said where no parameter that is measured reaches the outputs.
+NO_GRAPH = "the outputs do not depend on any trainable parameter: does forward detach them?"
 
 _WEYL = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
 _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -71,8 +73,9 @@ def run_probes(
         sink: takes the gradients.
         memory: bytes that gradients of probes taken together may use.
     """
-    require_graph(outputs)
-    at_once = sink.agree(probes_at_once(outputs, leaves, memory))
+    if not outputs.values.requires_grad:
+        raise LayerwiseError(NO_GRAPH)
+    at_once = sink.processes.least(probes_at_once(outputs, leaves, memory))
     while several := list(islice(probes, at_once)):
         if len(several) == 1 or not _batched(outputs.values, leaves, several, sink):
             at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
@@ -80,14 +83,6 @@ def run_probes(
                 _stream(outputs.values, leaves, probe, sink)
                 sink.done(1)
         several.clear()  # before the next are drawn
-
-
-def require_graph(outputs: Outputs) -> None:
-    """Raise where no parameter that is measured reaches the outputs."""
-    if not outputs.values.requires_grad:
-        raise LayerwiseError(
-            "the outputs do not depend on any trainable parameter: does forward detach them?"
-        )
 
 
 def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor], sink: Sink) -> bool:
@@ -99,7 +94,7 @@ def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor],
         grads = torch.autograd.grad(
             values, tensors, along, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-    if not sink.agree(grads is not None) or grads is None:
+    if not sink.processes.least(int(grads is not None)) or grads is None:
         return False
     for name, grad in zip(leaves, grads, strict=True):
         if grad is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.outputs import Outputs, require_entries
+from layerwise.function_space.measuring.outputs import Outputs
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 
 Slices = int | Literal["auto"]
@@ -73,7 +73,8 @@ def graphs(
     if parts is None or found is None:
         outputs = forward(inputs, mask)
         first_row, entries = outputs.place(how.processes)
-        require_entries(outputs, entries)
+        if not entries:
+            raise outputs.nothing_counts()
         yield Graph(outputs, first_row, entries, probes)
         return
     counted = 0
@@ -81,8 +82,8 @@ def graphs(
         outputs, found = found or outputs_of(forward, inputs, mask, part), None
         first_row, entries = outputs.place(how.processes)
         counted += entries
-        if done == len(parts) - 1:
-            require_entries(outputs, counted)
+        if done == len(parts) - 1 and not counted:
+            raise outputs.nothing_counts()
         if entries:
             yield Graph(outputs, first_row, entries, probes // len(parts) + (done < probes % len(parts)))
         del outputs

@@ -71,9 +71,8 @@ class WatchedStep:
 
     def why_not(self) -> str | None:
         """Why this step has nothing to measure, if so, on any of the processes. Waits for the device once."""
-        moved = torch.stack(
-            [self._own_part(u).largest.double().cpu() for u in self.updates().values()]
-        ).amax()
+        own = [update.block() if is_sharded(update.new) else update for update in self.updates().values()]
+        moved = torch.stack([update.largest.double().cpu() for update in own]).amax()
         flags = [not self.happened, not torch.isfinite(moved), bool(moved > 0)]
         stayed, infinite, changed = map(any, zip(*self.processes.gather(flags), strict=True))
         if stayed:
@@ -87,9 +86,6 @@ class WatchedStep:
     ) -> Rates:
         """Rates of this step on `inputs`, at the weights before it; the model's own are not touched."""
         return measurement.rates(self.model, self.updates(), inputs, mask, self.old, self.processes, seed)
-
-    def _own_part(self, update: TensorUpdate) -> TensorUpdate:
-        return update
 
 
 class ShardedStep(WatchedStep):
@@ -120,9 +116,6 @@ class ShardedStep(WatchedStep):
                 kept = one.clone()
                 one.copy_(other)
                 other.copy_(kept)
-
-    def _own_part(self, update: TensorUpdate) -> TensorUpdate:
-        return update.block()
 
 
 @contextmanager
