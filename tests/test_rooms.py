@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,39 @@ LIBRARIES = {
     "geometry": {"torch", "numpy"},
     "optim": {"torch", "numpy"},
     "function_space": {"torch", "numpy"},
+}
+#: What lies in each of these rooms, and which of the other things there each of them imports.
+INSIDE = {
+    "function_space": {
+        "rates": set(),
+        "measuring": {"rates"},
+        "measure": {"measuring", "rates"},
+        "steps": {"measuring", "rates"},
+        "matching": {"measuring", "steps", "rates"},
+    },
+    "optim": {
+        "guard": set(),
+        "scaling": set(),
+        "work": set(),
+        "layer_rates": {"work"},
+        "rules": {"work"},
+        "updates": {"rules", "scaling", "work"},
+        "groups": {"rules", "scaling", "updates", "work"},
+        "state": {"groups", "work"},
+        "optimizer": {"groups", "guard", "layer_rates", "rules", "state", "updates", "work"},
+        "presets": {"groups", "optimizer", "rules"},
+    },
+    "lab": {
+        "runs": set(),
+        "config": {"runs"},
+        "data": {"config"},
+        "models": {"config", "runs"},
+        "optimizers": {"config", "models", "runs"},
+        "training": {"config", "data", "models", "optimizers", "runs"},
+        "report": {"config", "runs"},
+        "experiments": {"config", "models", "optimizers", "report", "runs", "training"},
+        "cli": {"config", "experiments", "models", "optimizers", "report", "runs", "training"},
+    },
 }
 #: The one file that needs more; nothing imports it before a path of its own is asked for.
 TRITON = "layerwise.geometry.triton_kernels"
@@ -80,3 +115,42 @@ def test_every_public_name_has_a_docstring() -> None:
     for name in layerwise.__all__:
         if name != "__version__":
             assert getattr(layerwise, name).__doc__, f"layerwise.{name} has no docstring"
+
+
+def inside(room: str) -> dict[str, set[str]]:
+    """The files and folders of a room, each with those of the others that it imports, at once or later."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / room).rglob("*.py"):
+        name = path.relative_to(ROOT / room).parts[0].removesuffix(".py")
+        if name == "__init__":
+            continue
+        found.setdefault(name, set())
+        for module, _ in imports(path):
+            if module.startswith(f"layerwise.{room}."):
+                found[name].add(module.split(".")[2])
+    return {name: others - {name} for name, others in found.items()}
+
+
+@pytest.mark.parametrize("room", INSIDE)
+def test_inside_a_room_each_thing_imports_what_its_plan_allows(room: str) -> None:
+    found = inside(room)
+    assert found.keys() == INSIDE[room].keys(), "what lies in the room and what its plan names differ"
+    for name, others in found.items():
+        assert others <= INSIDE[room][name], f"{room}/{name} imports {sorted(others - INSIDE[room][name])}"
+    list(TopologicalSorter(INSIDE[room]).static_order())  # raises CycleError for a plan with a circle
+
+
+@pytest.mark.parametrize("room", [*ALLOWED, "lab"])
+def test_no_file_of_a_room_imports_itself_over_others(room: str) -> None:
+    files = {
+        ".".join(p.relative_to(ROOT.parent).with_suffix("").parts): p for p in (ROOT / room).rglob("*.py")
+    }
+    graph = {
+        module: {m for m, eager in imports(path) if eager and m in files} for module, path in files.items()
+    }
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_no_file_name_stands_twice() -> None:
+    names = Counter(path.name for path in ROOT.rglob("*.py") if not path.name.startswith("__"))
+    assert [name for name, count in names.items() if count > 1] == []

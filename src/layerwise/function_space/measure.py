@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.common.nearest import nearest
+from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate

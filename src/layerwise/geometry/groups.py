@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.axes import layout_of
 from layerwise.geometry.forward import Forward, look
@@ -25,8 +25,8 @@ from layerwise.geometry.layout import (
     VectorLayout,
 )
 from layerwise.geometry.modules import unwrapped
-from layerwise.geometry.names import canonical_name
 from layerwise.geometry.norms import Geometry, RowNorm, Sign, Spectral, VectorRMS, spectral_conv
+from layerwise.geometry.parameter_names import canonical_name
 from layerwise.geometry.roles import find_roles
 
 Override = Geometry | Mapping[str, Any]
@@ -260,7 +260,7 @@ def _nearest(pattern: str, names: list[tuple[str, ...]]) -> str:
     ends: dict[str, str] = {}
     for name in every:
         ends.setdefault(".".join(name.split(".")[-depth:]), name)
-    near = difflib.get_close_matches(bare, list(ends), n=3, cutoff=0.5)
+    near = nearest(bare, ends, count=3)
     if near:
         return "; nearest: " + ", ".join(ends[end] for end in near)
     return f"; names look like {every[0]}"
@@ -318,7 +318,7 @@ def _override(found: Found, value: Override) -> Assigned:
         )
     role = options.pop("role", found.role)
     if role not in ROLES:
-        near = difflib.get_close_matches(str(role), ROLES, n=1)
+        near = nearest(str(role), ROLES, cutoff=0.6)
         raise LayerwiseError(
             f"overrides: role {role!r} of {found.name} is unknown; "
             + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(ROLES)}")

@@ -19,11 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.nuclear import METHODS as NUCLEAR_METHODS
 from layerwise.geometry.nuclear import Seed, nuclear_norm
 from layerwise.geometry.polar import METHODS as POLAR_METHODS
-from layerwise.geometry.polar import check_stack, largest_entry, or_one, polar, working_dtype
+from layerwise.geometry.polar import check_stack, largest_entry, polar, working_dtype
 
 
 class Geometry(ABC):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.newton_schulz import PATHS, POLYNOMIALS, newton_schulz
 
@@ -87,11 +88,6 @@ def _normalised_in(g: Tensor, dtype: torch.dtype, path: str) -> Tensor:
 def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
     """`max |g|` over dim, which is kept. A maximum and a minimum take a tenth of the time of a norm of order infinity."""
     return torch.maximum(g.amax(dim, keepdim=True), -g.amin(dim, keepdim=True))
-
-
-def or_one(x: Tensor) -> Tensor:
-    """x, and 1 where it is zero, so that one can divide by it."""
-    return torch.where(x > 0, x, 1.0)
 
 
 def normalise(g: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from layerwise.geometry.layout import (
     VectorStackLayout,
 )
 from layerwise.geometry.modules import holds_lora, is_hf_conv1d, is_linear, is_norm, is_torch_norm
-from layerwise.geometry.names import canonical_names
+from layerwise.geometry.parameter_names import canonical_names
 
 _ENTRY_BY_ENTRY = ("A_log",)  # the decay rates of Mamba's states: a table of numbers, multiplied with nothing
 

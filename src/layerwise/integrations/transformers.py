@@ -10,7 +10,6 @@ with any optimizer. ``TrainingArguments(learning_rate, weight_decay)`` are not u
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from layerwise.errors import warn
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder
 from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.slices import share
@@ -146,10 +146,9 @@ class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
         if saved.exists():
             self.observer.load_state_dict(torch.load(saved, weights_only=True))
         else:
-            warnings.warn(
+            warn(
                 f"resumed at step {state.global_step}, and {saved} is not there: FunctionSpaceCallback starts afresh, "
-                "counting steps from 0 (resume in the output_dir of the run, or copy the file)",
-                stacklevel=2,
+                "counting steps from 0 (resume in the output_dir of the run, or copy the file)"
             )
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:

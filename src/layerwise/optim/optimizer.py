@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layerwise.common.tensors import local_part
 from layerwise.optim.groups.complete import (
     Recipe,
     as_groups,
@@ -24,7 +25,7 @@ from layerwise.optim.rules.halves import Halves
 from layerwise.optim.state import state_dict as saving
 from layerwise.optim.state.replaced import carry_over, has_moved, warn_of_fresh_state
 from layerwise.optim.updates import Update
-from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_part, local_state
+from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
 from layerwise.optim.work.local import LocalWork
 
 if TYPE_CHECKING:  # it is slow to import

@@ -15,7 +15,7 @@ verdict     a parameter as its modules have it, put right by what was seen
 
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.look import Look, look
-from layerwise.geometry.forward.run import Forward
 from layerwise.geometry.forward.verdict import judged
+from layerwise.geometry.forward.watched_forward import Forward
 
 __all__ = ["Evidence", "Forward", "Look", "judged", "look"]

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.geometry.forward.batches import made_batch
 from layerwise.geometry.forward.evidence import Evidence
-from layerwise.geometry.forward.run import Forward, call, watch
+from layerwise.geometry.forward.made_batch import made_batch
+from layerwise.geometry.forward.watched_forward import Forward, call, watch
 from layerwise.geometry.modules import is_linear, lora_factors, unwrapped
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from layerwise.common import names
+from layerwise.common import similar
 from layerwise.errors import LayerwiseError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -19,7 +19,7 @@ SECTIONS_OF = {"compare": "layerwise compare", "sweep": "layerwise sweep"}
 def nearest(word: str, valid: Iterable[str]) -> str:
     """The end of an error message: the nearest valid word, or all of them."""
     words = sorted(valid)
-    close = names.nearest(word, words)
+    close = similar.nearest(word, words)
     return f"did you mean `{close[0]}`?" if close else f"valid: {', '.join(words)}"
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numbers
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry import group_by_shape
 from layerwise.optim.groups.options import DEFAULTS, check_group, check_parameter
 from layerwise.optim.updates import UPDATES, Update
@@ -103,10 +102,9 @@ def _warn_of_unused(update: Update, group: Group, without: Mapping[str, Any]) ->
     """A group that AdamW updates may be given what only a unit step has: say that it does nothing."""
     for key in update.unused:
         if key in group and group[key] != without[key]:
-            warnings.warn(
+            warn(
                 f"{key}={group[key]!r} of {_first_name(group)} has no effect: {update!r} updates it; "
-                'give "update": "lmo" as well for steps in its geometry',
-                stacklevel=6,  # whoever made the optimizer
+                'give "update": "lmo" as well for steps in its geometry'
             )
 
 

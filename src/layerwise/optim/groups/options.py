@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 from layerwise.optim.rules.rule import RateRule
@@ -54,7 +54,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     """Raise :class:`LayerwiseError` for an unknown option or a value outside its range."""
     for key in group:
         if key not in DEFAULTS and key not in _TORCH_KEYS:
-            near = difflib.get_close_matches(key, DEFAULTS, n=1)
+            near = nearest(key, DEFAULTS, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(DEFAULTS))}"
             raise LayerwiseError(
                 f"unknown option {key!r} (value {group[key]!r}) in a parameter group: {hint}"

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
-from layerwise.optim.work.job import local_part
 
 
 class Halves:

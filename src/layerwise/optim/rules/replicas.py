@@ -20,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.distributed import DistributedWork
-from layerwise.optim.work.job import Deviation, MatrixWork, local_part
+from layerwise.optim.work.job import Deviation, MatrixWork
 from layerwise.optim.work.placement import Domain, place
 from layerwise.optim.work.plan import assign
 

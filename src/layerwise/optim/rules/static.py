@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.rule import RateRule, check_number
 from layerwise.optim.work.job import State
@@ -39,7 +39,7 @@ class StaticRates(RateRule):
                 raise LayerwiseError(
                     f"StaticRates: {name!r} is given {value:g}, but its group has other rates or AdamW: leave it out"
                 )
-            near = difflib.get_close_matches(name, [*ruled, *others], n=1, cutoff=0.4)
+            near = nearest(name, [*ruled, *others], cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"units look like {ruled[0]!r}"
             raise LayerwiseError(f"StaticRates: no unit is named {name!r} (given {value:g}): {hint}")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from layerwise.optim.work.job import State, local_part
+from layerwise.common.tensors import local_part
+from layerwise.errors import warn
+from layerwise.optim.work.job import State
 
 
 def has_moved(state: State) -> bool:
@@ -37,9 +38,8 @@ def _form(value: object) -> object:
 def warn_of_fresh_state(names: Sequence[str]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warnings.warn(
+        warn(
             f"the optimizer's state (momentum, noise) of {', '.join(map(repr, names[:3]))}{more} begins afresh: after "
             "training had begun the parameter was replaced by one of another shape or sharding. Load the optimizer's "
-            "state_dict after such a change to go on from where it was",
-            stacklevel=4,
+            "state_dict after such a change to go on from where it was"
         )

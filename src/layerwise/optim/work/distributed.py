@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.polar import working_dtype
 from layerwise.optim.work import shardwise, stacks
-from layerwise.optim.work.job import MatrixJob, local_part
+from layerwise.optim.work.job import MatrixJob
 from layerwise.optim.work.local import LocalWork
 from layerwise.optim.work.placement import Domain, place
 from layerwise.optim.work.plan import assign, direction_cost, norm_cost, rounds

@@ -14,16 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import local_part
 from layerwise.geometry import Geometry, Layout
 
 State = dict[str, Any]
 Group = dict[str, Any]
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a DTensor; any other tensor as it is."""
-    to_local = getattr(tensor, "to_local", None)  # torch.distributed.tensor is slow to import
-    return tensor if to_local is None else to_local()
 
 
 def local_state(param: Tensor, state: State) -> State:

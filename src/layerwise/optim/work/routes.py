@@ -13,9 +13,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.collectives import all_gather, all_to_all
-from layerwise.optim.work.job import MatrixJob, local_part
+from layerwise.optim.work.job import MatrixJob
 from layerwise.optim.work.placement import Domain, Placed
 
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import local_part
 from layerwise.geometry.layout import StackLayout, VectorStackLayout
-from layerwise.optim.work.job import MatrixJob, local_part
+from layerwise.optim.work.job import MatrixJob
 from layerwise.optim.work.placement import Placed
 
 
