@@ -5,11 +5,28 @@ import warnings
 
 
 class LayerwiseError(ValueError):
-    """Bad input. The command line prints its message as one line and exits with code 2."""
+    """Bad input. The command line prints its message as one line and exits with code 2.
+
+    Example:
+        >>> lw.NoiseAdaptive(beta=2.0)
+        Traceback (most recent call last):
+            ...
+        layerwise.errors.LayerwiseError: NoiseAdaptive(beta=2.0): give a number in [0, 1)
+    """
 
 
 class NonFiniteError(LayerwiseError):
-    """A gradient held NaN or inf, and the step was not taken. Training has diverged; nothing was wrong with the input."""
+    """A gradient held NaN or inf, and the step was not taken. Training has diverged; nothing was wrong with the input.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = lw.DMuon(lw.param_groups(model))
+        >>> (model(torch.ones(1, 2)).sum() * float("nan")).backward()
+        >>> optimizer.step()
+        Traceback (most recent call last):
+            ...
+        layerwise.errors.NonFiniteError: non-finite gradient in 'weight', 'bias'; the weights were not touched. Lower the...
+    """
 
 
 # What may lie between a user's line and ours: torch's constructors and contextlib's managers call back into Layerwise.

@@ -125,7 +125,12 @@ def describe(
     """Role, geometry, norm group, layout and units of every trainable parameter; arguments as in `param_groups`.
 
     Example:
-        >>> print(describe(model, batch))
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
+        >>> found = lw.describe(model, torch.arange(6))
+        >>> [(row.name, row.role) for row in found.rows]
+        [('0.weight', 'embedding'), ('1.weight', 'hidden'), ('1.bias', 'vector'), ('3.weight', 'head'), ('3.bias', 'vector')]
+        >>> print(str(found).splitlines()[-1])
+        170 entries in 5 parameters: 1 embedding, 1 head, 1 hidden, 2 vector
     """
     rows, entries = [], 0
     everything, said = assign(model, batch, overrides, splits, forward)

@@ -94,8 +94,12 @@ def param_groups(
             and a model without trainable floating-point parameters.
 
     Example:
-        >>> groups = param_groups(model, batch, overrides={"*.router.weight": {"norm_group": "routers"}})
-        >>> optimizer = Lanton(groups, lr=2e-3)
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
+        >>> batch = torch.arange(6)
+        >>> groups = lw.param_groups(model, batch, overrides={"1.weight": {"weight_decay": 0.0}})
+        >>> [(group["role"], group["params"][0][0]) for group in groups]
+        [('embedding', '0.weight'), ('hidden', '1.weight'), ('vector', '1.bias'), ('head', '3.weight')]
+        >>> optimizer = lw.Lanton(groups, lr=2e-3)
     """
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     everything, said = assign(model, batch, overrides, splits, forward)
@@ -159,6 +163,14 @@ def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> l
 
     2-D tensors become hidden matrices, 0-D and 1-D ones vectors, all others convolutions; a UserWarning says
     what a shape cannot tell. Parameters without names are called `param_0`, `param_1`, ...
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     groups = lw.group_by_shape(nn.Linear(4, 8).named_parameters())
+        >>> [(group["role"], group["params"][0][0]) for group in groups]
+        [('hidden', 'weight'), ('vector', 'bias')]
     """
     named = [item if isinstance(item, tuple) else (f"param_{i}", item) for i, item in enumerate(params)]
     if not named:

@@ -27,6 +27,15 @@ class Split:
     The pattern of parts is repeated `blocks` times along d_out: 1 for ``[all q | all k | all v]``, the number
     of heads for the interleaved ``[q1 k1 v1 | q2 k2 v2 | ...]``. Sizes are relative, so that layers of different
     width have the same split: q, k, v of 512, 128, 128 rows are `(("q", 4), ("k", 1), ("v", 1))`.
+
+    Example:
+        >>> split = lw.Split.of_sizes({"q": 512, "k": 128, "v": 128})
+        >>> print(split)
+        q:4|k:1|v:1
+        >>> split.rows(768)
+        (512, 128, 128)
+        >>> print(lw.Split.equal("q", "k", "v", blocks=12))
+        (q|k|v) x 12
     """
 
     parts: tuple[tuple[str, int], ...]
@@ -108,7 +117,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Layout(ABC):
-    """How a tensor holds units. Frozen; its repr identifies it in checkpoints, its str is for tables."""
+    """How a tensor holds units. Frozen; its repr identifies it in checkpoints, its str is for tables.
+
+    Example:
+        >>> layout = lw.TransposedLayout(lw.Split.equal("q", "k", "v"))
+        >>> layout.unit_names("c_attn.weight", (4, 12))
+        ('c_attn.weight[q]', 'c_attn.weight[k]', 'c_attn.weight[v]')
+        >>> [tuple(stack.shape) for stack in layout.to_matrices(torch.zeros(4, 12))]
+        [(3, 4, 4)]
+    """
 
     split: Split | None = None
 
@@ -169,7 +186,12 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class VectorLayout(Layout):
-    """d entries in any shape, scalars too, as one ``[d, 1]`` matrix."""
+    """d entries in any shape, scalars too, as one ``[d, 1]`` matrix.
+
+    Example:
+        >>> lw.VectorLayout().shapes((8,))
+        ((1, 8, 1),)
+    """
 
     def stack_shape(self, shape: Shape) -> Stack:
         return 1, math.prod(shape), 1
@@ -186,7 +208,12 @@ class VectorLayout(Layout):
 
 @dataclass(frozen=True)
 class VectorStackLayout(Layout):
-    """``[k, d]``: k vectors, such as the biases of k experts."""
+    """``[k, d]``: k vectors, such as the biases of k experts.
+
+    Example:
+        >>> lw.VectorStackLayout().shapes((4, 8))
+        ((4, 8, 1),)
+    """
 
     def stack_shape(self, shape: Shape) -> Stack:
         self._expect(len(shape) == 2, shape, "[k, d]")
@@ -204,7 +231,12 @@ class VectorStackLayout(Layout):
 
 @dataclass(frozen=True)
 class MatrixLayout(Layout):
-    """``[out, in]``, as nn.Linear stores its weight."""
+    """``[out, in]``, as nn.Linear stores its weight.
+
+    Example:
+        >>> lw.MatrixLayout().shapes((16, 8))
+        ((1, 16, 8),)
+    """
 
     def stack_shape(self, shape: Shape) -> Stack:
         self._expect(len(shape) == 2, shape, "[out, in]")
@@ -222,7 +254,12 @@ class MatrixLayout(Layout):
 
 @dataclass(frozen=True)
 class TransposedLayout(Layout):
-    """``[in, out]``: GPT-2's Conv1D, and nn.Embedding, whose ``[V, d]`` maps a one-hot of size V to d."""
+    """``[in, out]``: GPT-2's Conv1D, and nn.Embedding, whose ``[V, d]`` maps a one-hot of size V to d.
+
+    Example:
+        >>> lw.TransposedLayout().shapes((8, 16))
+        ((1, 16, 8),)
+    """
 
     def stack_shape(self, shape: Shape) -> Stack:
         self._expect(len(shape) == 2, shape, "[in, out]")
@@ -240,7 +277,14 @@ class TransposedLayout(Layout):
 
 @dataclass(frozen=True)
 class StackLayout(Layout):
-    """``[k, out, in]``: experts."""
+    """``[k, out, in]``: experts.
+
+    Example:
+        >>> lw.StackLayout().shapes((4, 16, 8))
+        ((4, 16, 8),)
+        >>> lw.StackLayout().unit_names("up", (2, 16, 8))
+        ('up[0]', 'up[1]')
+    """
 
     def stack_shape(self, shape: Shape) -> Stack:
         self._expect(len(shape) == 3, shape, "[k, out, in]")
@@ -258,7 +302,12 @@ class StackLayout(Layout):
 
 @dataclass(frozen=True)
 class TransposedStackLayout(StackLayout):
-    """``[k, in, out]``: experts that multiply from the right, as gpt-oss and Llama 4 store them."""
+    """``[k, in, out]``: experts that multiply from the right, as gpt-oss and Llama 4 store them.
+
+    Example:
+        >>> lw.TransposedStackLayout().shapes((4, 8, 16))
+        ((4, 16, 8),)
+    """
 
     def stack_shape(self, shape: Shape) -> Stack:
         self._expect(len(shape) == 3, shape, "[k, in, out]")
@@ -276,7 +325,12 @@ class TransposedStackLayout(StackLayout):
 
 @dataclass(frozen=True)
 class ConvLayout(Layout):
-    """``[out, in/groups, *kernel]``, any number of axes, as ``[groups, out/groups, in/groups * taps]``."""
+    """``[out, in/groups, *kernel]``, any number of axes, as ``[groups, out/groups, in/groups * taps]``.
+
+    Example:
+        >>> lw.ConvLayout().shapes((16, 8, 3, 3))
+        ((1, 16, 72),)
+    """
 
     groups: int = 1
 
@@ -299,7 +353,12 @@ class ConvLayout(Layout):
 
 @dataclass(frozen=True)
 class ConvTransposeLayout(Layout):
-    """``[in, out/groups, *kernel]`` of nn.ConvTranspose, as ``[groups, out/groups, in/groups * taps]``."""
+    """``[in, out/groups, *kernel]`` of nn.ConvTranspose, as ``[groups, out/groups, in/groups * taps]``.
+
+    Example:
+        >>> lw.ConvTransposeLayout().shapes((8, 16, 3, 3))
+        ((1, 16, 72),)
+    """
 
     groups: int = 1
 

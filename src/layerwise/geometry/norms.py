@@ -28,7 +28,15 @@ from layerwise.geometry.polar import check_stack, largest_entry, polar, working_
 
 
 class Geometry(ABC):
-    """A norm on stacks of matrices `[..., d_out, d_in]`. Immutable; `repr` identifies it in checkpoints."""
+    """A norm on stacks of matrices `[..., d_out, d_in]`. Immutable; `repr` identifies it in checkpoints.
+
+    Example:
+        >>> geometry = lw.RowNorm()
+        >>> g = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+        >>> step = geometry.lmo(g)
+        >>> bool(((g * step).sum() - geometry.dual_norm(g)).abs() < 1e-6), round(float(geometry.norm(step)), 6)
+        (True, 1.0)
+    """
 
     family: ClassVar[str]
 
@@ -93,6 +101,15 @@ class Spectral(Geometry):
 
     `polar` and `nuclear` name the methods of `layerwise.geometry.polar` and `nuclear_norm`. Exact ones give the
     identities of a geometry to rounding; with `polar="quintic"` the norm of a unit step lies between 0.67 and 1.21.
+
+    Example:
+        >>> weight = torch.tensor([[3.0, 0.0], [0.0, -2.0]])
+        >>> geometry = lw.Spectral(polar="svd", nuclear="svd")
+        >>> geometry.lmo(weight).round(decimals=4)
+        tensor([[ 1.,  0.],
+                [ 0., -1.]])
+        >>> float(geometry.norm(weight)), float(geometry.dual_norm(weight))
+        (3.0, 5.0)
     """
 
     polar: str = "auto"
@@ -150,6 +167,12 @@ def spectral_conv(kernel_size: int | Sequence[int]) -> Spectral:
     """Scion's SpectralConv for a convolution seen as `[out, in * taps]`.
 
     `kernel_size` as in the module (`(3, 1)`; one entry for a 1-d convolution); an int k means a square k x k kernel.
+
+    Example:
+        >>> lw.spectral_conv(3)
+        Spectral(polar='auto', nuclear='auto', taps=9)
+        >>> lw.spectral_conv((5,))
+        Spectral(polar='auto', nuclear='auto', taps=5)
     """
     sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
     return Spectral(taps=math.prod(sizes))
@@ -160,6 +183,11 @@ class Sign(Geometry):
     """Largest entry, `max |x|`; dual `sum |g|`; unit step `sign(g)`.
 
     `per_input=True` is Scion's l1 -> l_inf form: norm `d_in max |x|`, dual `sum |g| / d_in`, unit step `sign(g) / d_in`.
+
+    Example:
+        >>> g = torch.tensor([[3.0, -0.5]])
+        >>> lw.Sign().lmo(g), lw.Sign(per_input=True).lmo(g)
+        (tensor([[ 1., -1.]]), tensor([[ 0.5000, -0.5000]]))
     """
 
     per_input: bool = False
@@ -226,7 +254,13 @@ class _SumOfLengths(Geometry):
 
 @dataclass(frozen=True)
 class RowNorm(_SumOfLengths):
-    """RMS to l_inf operator norm, `sqrt(d_in) max_i ||row_i||`; unit step: every row of length `1 / sqrt(d_in)`."""
+    """RMS to l_inf operator norm, `sqrt(d_in) max_i ||row_i||`; unit step: every row of length `1 / sqrt(d_in)`.
+
+    Example:
+        >>> lw.RowNorm().lmo(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([[0.4243, 0.5657],
+                [0.0000, 0.7071]])
+    """
 
     family: ClassVar[str] = "row_norm"
     _dims = -1
@@ -243,7 +277,13 @@ class RowNorm(_SumOfLengths):
 
 @dataclass(frozen=True)
 class ColNorm(_SumOfLengths):
-    """l1 to RMS operator norm, `max_j ||col_j|| / sqrt(d_out)`; unit step: every column of length `sqrt(d_out)`."""
+    """l1 to RMS operator norm, `max_j ||col_j|| / sqrt(d_out)`; unit step: every column of length `sqrt(d_out)`.
+
+    Example:
+        >>> lw.ColNorm().lmo(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
+        tensor([[0.8485, 0.0000],
+                [1.1314, 1.4142]])
+    """
 
     family: ClassVar[str] = "col_norm"
     _dims = -2
@@ -260,7 +300,13 @@ class ColNorm(_SumOfLengths):
 
 @dataclass(frozen=True)
 class Frobenius(_SumOfLengths):
-    """Euclidean length of all entries; its own dual; unit step `g / ||g||`."""
+    """Euclidean length of all entries; its own dual; unit step `g / ||g||`.
+
+    Example:
+        >>> lw.Frobenius().lmo(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        tensor([[0.6000, 0.0000],
+                [0.0000, 0.8000]])
+    """
 
     family: ClassVar[str] = "frobenius"
     _dims = (-2, -1)
@@ -277,7 +323,13 @@ class Frobenius(_SumOfLengths):
 
 @dataclass(frozen=True)
 class VectorRMS(_SumOfLengths):
-    """Root mean square of the entries, for gains and biases; dual `sqrt(d) ||g||`; unit step `g / RMS(g)`."""
+    """Root mean square of the entries, for gains and biases; dual `sqrt(d) ||g||`; unit step `g / RMS(g)`.
+
+    Example:
+        >>> lw.VectorRMS().lmo(torch.tensor([[3.0], [4.0]]))
+        tensor([[0.8485],
+                [1.1314]])
+    """
 
     family: ClassVar[str] = "vector_rms"
     _dims = (-2, -1)

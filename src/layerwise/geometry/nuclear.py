@@ -48,6 +48,10 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
 
     Raises:
         LayerwiseError: an unknown method, or a tensor that is not a stack of real matrices.
+
+    Example:
+        >>> lw.nuclear_norm(torch.tensor([[3.0, 0.0], [0.0, -2.0]]), "svd")
+        tensor(5.)
     """
     check_stack(g)
     if method not in METHODS:

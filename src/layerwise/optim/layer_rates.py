@@ -13,7 +13,13 @@ from layerwise.optim.work.job import Group, State, local_state
 
 
 class LayerRate(NamedTuple):
-    """What one unit's learning rate is made of."""
+    """What one unit's learning rate is made of.
+
+    Example:
+        >>> rate = lw.LayerRate(noise=4.0, multiplier=0.5, lr=1e-3)
+        >>> rate.lr
+        0.001
+    """
 
     noise: float  # H of :class:`NoiseAdaptive`: the averaged squared dual norm; nan where none is measured
     multiplier: float

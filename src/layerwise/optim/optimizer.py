@@ -62,6 +62,14 @@ class LayerwiseOptimizer(Optimizer):
 
     Raises:
         LayerwiseError: for an unknown option, a value outside its range, a complex or integer parameter.
+
+    Example:
+        >>> model = nn.Linear(4, 8)
+        >>> optimizer = lw.LayerwiseOptimizer(lw.param_groups(model), {"default": {"scaling": "unit"}}, lr=0.1, momentum=0.9)
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.layer_rates())
+        ['bias', 'weight']
     """
 
     def __init__(

@@ -43,6 +43,15 @@ class Muon(LayerwiseOptimizer):
         adamw_lr, adamw_betas, adamw_eps: of the AdamW groups.
         rates: a rate rule for the matrices, e.g. ``NoiseAdaptive()``.
         nonfinite: ``"raise"`` or ``"skip"``.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
+        >>> optimizer = lw.Muon(lw.param_groups(model), lr=0.02, adamw_lr=3e-3)
+        >>> model(torch.arange(6)).square().mean().backward()
+        >>> optimizer.step()
+        >>> [(group["role"], str(group["update"]), group["lr"]) for group in optimizer.param_groups]
+        [('embedding', 'adamw', 0.003), ('hidden', 'lmo', 0.02), ('vector', 'adamw', 0.003), ('head', 'adamw', 0.003)]
     """
 
     def __init__(
@@ -77,6 +86,15 @@ class DMuon(LayerwiseOptimizer):
     ``buf = momentum * buf + G`` is this average times ``1 / (1 - momentum)``, which the unit step does not see.
 
     Args: as :class:`Muon`, with one ``lr`` for all groups.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
+        >>> optimizer = lw.DMuon(lw.param_groups(model), lr=2e-3)
+        >>> model(torch.arange(6)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.layer_rates()["1.weight"].lr
+        0.002
     """
 
     def __init__(
@@ -120,6 +138,15 @@ class Scion(LayerwiseOptimizer):
         weight_decay: decoupled; 0 unconstrained, 1 constrained.
         radius: by role; roles that are not named take that of ``"hidden"``.
         rates, nonfinite: as in :class:`Muon`.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
+        >>> optimizer = lw.Scion(lw.param_groups(model), lr=5e-4, radius={"hidden": 10.0, "head": 100.0})
+        >>> model(torch.arange(6)).square().mean().backward()
+        >>> optimizer.step()
+        >>> [(group["role"], group["radius"]) for group in optimizer.param_groups]
+        [('embedding', 1.0), ('hidden', 10.0), ('vector', 1.0), ('head', 100.0)]
     """
 
     def __init__(
@@ -161,6 +188,16 @@ class Signum(LayerwiseOptimizer):
     """Signum: the sign of the momentum for every parameter, the unit step of the max-abs norm.
 
     Args: as :class:`Scion`; ``lr`` is the size of every entry's step.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
+        >>> before = model[1].weight.detach().clone()
+        >>> optimizer = lw.Signum(lw.param_groups(model), lr=1e-3)
+        >>> model(torch.arange(6)).square().mean().backward()
+        >>> optimizer.step()
+        >>> round(float((model[1].weight.detach() - before).abs().max()), 6)
+        0.001
     """
 
     def __init__(
@@ -198,6 +235,17 @@ class Lanton(LayerwiseOptimizer):
         scaling: the static factor of each step, which the paper does not give: ``"rms_0.2"`` (entries of RMS 0.2, the
             scale of its D-Muon baseline) or ``"unit"`` (norm one, Scion's, to be used with a ``radius`` in the groups).
         rates, nonfinite: as in :class:`Muon`; ``rates=None`` is the same optimizer with every multiplier at 1.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
+        >>> optimizer = lw.Lanton(lw.param_groups(model), lr=2e-3)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.arange(6)).square().mean().backward()
+        ...     optimizer.step()
+        >>> optimizer.layer_rates()["1.weight"].multiplier <= 1.0
+        True
     """
 
     def __init__(

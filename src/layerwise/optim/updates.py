@@ -28,6 +28,26 @@ class Update(ABC):
 
     ``keep``, where it is not None, is a 0-dimensional bool tensor on a device: where it is false nothing may change, and
     gradients may hold anything, NaN included. So it selects values and never multiplies them (0 * nan is nan).
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class SGD(lw.Update):
+        ...     def allocate(self, group, name, param):
+        ...         return {}
+        ...
+        ...     def step(self, jobs, work, keep):
+        ...         for job in jobs:
+        ...             if job.moves:
+        ...                 grad = job.grad if keep is None else torch.where(keep, job.grad, 0)
+        ...                 job.local.sub_(grad, alpha=job.group["lr"])
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> before = model.weight.detach().clone()
+        >>> optimizer = lw.LayerwiseOptimizer(lw.param_groups(model), {"default": {"update": SGD()}}, lr=0.1)
+        >>> model(torch.tensor([[1.0, 2.0]])).sum().backward()
+        >>> optimizer.step()
+        >>> (model.weight - before).detach()
+        tensor([[-0.1000, -0.2000]])
     """
 
     #: group options that this kind does not read: giving one warns

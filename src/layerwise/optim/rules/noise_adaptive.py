@@ -175,6 +175,11 @@ class NoiseAdaptive(RateRule):
         floor: see ``alpha``. A unit of the group's mean noise keeps at least ``floor ** 0.25``. It plays the part of an
             alpha that follows the gradient's scale: without it the queries and keys of a fresh transformer, whose noise
             is 1e-4 of the other layers', would slow all of those ten-fold.
+
+    Example:
+        >>> lw.NoiseAdaptive(reference="momentum", size_normalised=True).floor
+        0.1
+        >>> optimizer = lw.DMuon(lw.param_groups(nn.Linear(4, 8)), rates=lw.NoiseAdaptive(reference="momentum"))
     """
 
     alpha: float = 0.0

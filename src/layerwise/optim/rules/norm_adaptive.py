@@ -24,6 +24,9 @@ class NormAdaptive(RateRule):
     ``v <- beta2 v + (1 - beta2) ||G||_F^2``; multiplier
     ``sqrt(1 - beta2^t) / (1 - beta1^t) * ||M||_F / (sqrt(v) + eps)``, at most ``ceiling``, where M is what the step is
     taken along and beta1 the momentum's weight. It belongs on steps scaled by 0.2 sqrt(max(d_out, d_in)) (``DMuon``).
+
+    Example:
+        >>> optimizer = lw.DMuon(lw.param_groups(nn.Linear(4, 8)), rates=lw.NormAdaptive())
     """
 
     beta2: float = 0.99

@@ -41,6 +41,11 @@ class DistributedWork:
         group: the processes that take the same step: where plain tensors are replicated. None: the default group.
             DTensors bring their own, from their mesh.
         bucket_bytes: how much a process receives in one round, at most, unless one matrix from each is more.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.is_initialized()  # after init_process_group: optimizer.work = lw.DistributedWork(group)
+        False
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, bucket_bytes: int = 64 * 2**20) -> None:
