@@ -26,7 +26,7 @@ import layerwise as lw
 import machine
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import polar
-from layerwise.geometry.newton_schulz import PATHS
+from layerwise.geometry.spectral.newton_schulz import PATHS
 from layerwise.optim import LayerwiseOptimizer
 from optimizer_step import SETS, layerwise_groups, synchronise
 

@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import literal
 import machine
 from layerwise.geometry import polar
-from layerwise.geometry.newton_schulz import POLYNOMIALS, newton_schulz
-from layerwise.geometry.polar import _normalised_in
+from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, newton_schulz
+from layerwise.geometry.spectral.polar import _normalised_in
 from noise_estimates import corpus, hidden_gradients
 
 RESULTS = Path(__file__).parent / "results"

@@ -62,7 +62,7 @@ INSIDE = {
     },
 }
 #: The one file that needs more; nothing imports it before a path of its own is asked for.
-TRITON = "layerwise.geometry.triton_kernels"
+TRITON = "layerwise.geometry.spectral.triton_kernels"
 
 
 def _for_types_only(node: ast.AST) -> bool:

@@ -5,7 +5,7 @@ import json
 import torch
 
 from layerwise.geometry import polar
-from layerwise.geometry.triton_kernels import symmetric_product
+from layerwise.geometry.spectral.triton_kernels import symmetric_product
 
 
 def relative(value: torch.Tensor, truth: torch.Tensor) -> float:

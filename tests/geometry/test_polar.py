@@ -11,8 +11,8 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import polar
-from layerwise.geometry.newton_schulz import BLOCKS_FROM, POLYNOMIALS, newton_schulz, strip_product
-from layerwise.geometry.polar import _normalised_in
+from layerwise.geometry.spectral.newton_schulz import BLOCKS_FROM, POLYNOMIALS, newton_schulz, strip_product
+from layerwise.geometry.spectral.polar import _normalised_in
 
 examples = settings(max_examples=40, deadline=None)
 

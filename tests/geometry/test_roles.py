@@ -10,7 +10,7 @@ from torch import nn
 from layerwise.geometry import RowNorm, Sign, Spectral, describe, param_groups
 from layerwise.geometry.describe import Row
 from layerwise.geometry.layout import MatrixLayout, TransposedLayout, VectorLayout
-from layerwise.geometry.modules import is_hf_conv1d
+from layerwise.geometry.module_kinds import is_hf_conv1d
 
 SIZES = {
     "hidden_size": 24,

@@ -26,8 +26,8 @@ from layerwise.geometry.norms import (
     VectorRMS,
     spectral_conv,
 )
-from layerwise.geometry.nuclear import nuclear_norm
-from layerwise.geometry.polar import polar
+from layerwise.geometry.spectral.nuclear import nuclear_norm
+from layerwise.geometry.spectral.polar import polar
 
 __all__ = [
     "AxesLayout",

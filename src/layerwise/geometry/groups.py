@@ -24,10 +24,10 @@ from layerwise.geometry.layout import (
     TransposedLayout,
     VectorLayout,
 )
-from layerwise.geometry.modules import unwrapped
+from layerwise.geometry.module_kinds import unwrapped
+from layerwise.geometry.modules.roles import find_roles
 from layerwise.geometry.norms import Geometry, RowNorm, Sign, Spectral, VectorRMS, spectral_conv
 from layerwise.geometry.parameter_names import canonical_name
-from layerwise.geometry.roles import find_roles
 
 Override = Geometry | Mapping[str, Any]
 SplitSpec = int | str | Mapping[str, int] | Split

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
-from layerwise.geometry.nuclear import METHODS as NUCLEAR_METHODS
-from layerwise.geometry.nuclear import Seed, nuclear_norm
-from layerwise.geometry.polar import METHODS as POLAR_METHODS
-from layerwise.geometry.polar import check_stack, largest_entry, polar, working_dtype
+from layerwise.geometry.spectral.nuclear import METHODS as NUCLEAR_METHODS
+from layerwise.geometry.spectral.nuclear import Seed, nuclear_norm
+from layerwise.geometry.spectral.polar import METHODS as POLAR_METHODS
+from layerwise.geometry.spectral.polar import check_stack, largest_entry, polar, working_dtype
 
 
 class Geometry(ABC):
@@ -99,7 +99,7 @@ class Spectral(Geometry):
     SpectralConv: with `in = d_in / taps` channels the unit step is `sqrt(out / in) / taps * U V^T`, so the norm is
     `taps sqrt(in / out) sigma_max` and the dual `sqrt(out / in) / taps` nuclear.
 
-    `polar` and `nuclear` name the methods of `layerwise.geometry.polar` and `nuclear_norm`. Exact ones give the
+    `polar` and `nuclear` name the methods of `layerwise.geometry.spectral.polar` and `nuclear_norm`. Exact ones give the
     identities of a geometry to rounding; with `polar="quintic"` the norm of a unit step lies between 0.67 and 1.21.
 
     Example:

@@ -10,7 +10,7 @@ from torch import nn
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.made_batch import made_batch
 from layerwise.geometry.forward.watched_forward import Forward, call, watch
-from layerwise.geometry.modules import is_linear, lora_factors, unwrapped
+from layerwise.geometry.module_kinds import is_linear, lora_factors, unwrapped
 
 
 @dataclass(frozen=True)

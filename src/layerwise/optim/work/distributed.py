@@ -19,7 +19,7 @@ from torch import Tensor
 
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
-from layerwise.geometry.polar import working_dtype
+from layerwise.geometry.spectral.polar import working_dtype
 from layerwise.optim.work import shardwise, stacks
 from layerwise.optim.work.job import MatrixJob
 from layerwise.optim.work.local import LocalWork

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.geometry.newton_schulz import matrices_at_once
+from layerwise.geometry.spectral.newton_schulz import matrices_at_once
 from layerwise.optim.work.job import MatrixJob
 
 #: On a GPU a batch fills the device where one small matrix cannot; above this size one matrix does. Not yet measured

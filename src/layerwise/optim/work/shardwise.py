@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from layerwise.geometry.polar import working_dtype
+from layerwise.geometry.spectral.polar import working_dtype
 from layerwise.optim.work.collectives import all_gather
 from layerwise.optim.work.job import MatrixJob
 from layerwise.optim.work.placement import Domain

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
-from layerwise.geometry.newton_schulz import CHUNK_BYTES, POLYNOMIALS, newton_schulz
-from layerwise.geometry.polar import check_stack, largest_entry, normalise, working_dtype
+from layerwise.geometry.spectral.newton_schulz import CHUNK_BYTES, POLYNOMIALS, newton_schulz
+from layerwise.geometry.spectral.polar import check_stack, largest_entry, normalise, working_dtype
 
 METHODS = ("auto", "svd", "gram", "polar", "lanczos")
 Seed = int | Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
-from layerwise.geometry.newton_schulz import PATHS, POLYNOMIALS, newton_schulz
+from layerwise.geometry.spectral.newton_schulz import PATHS, POLYNOMIALS, newton_schulz
 
 METHODS = ("auto", *POLYNOMIALS, "svd")
 
@@ -28,7 +28,7 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto") -> Tensor:
             [0.97, 1.15] and above 1e-2 [0.97, 1.04], `"polar_express"` in [0.87, 1.13], `"polar_express8"`
             within 1e-5 of one, `"svd"` exact (null directions are left out).
         path: how Newton-Schulz computes them: `"standard"`, `"blocked"`, `"gram"` (see
-            `layerwise.geometry.newton_schulz`), or `"auto"`, by shape and device. The numbers are the same to rounding.
+            `layerwise.geometry.spectral.newton_schulz`), or `"auto"`, by shape and device; the same numbers to rounding.
 
     Returns:
         A stack of the same shape and dtype. Zero matrices give zero; the scale of a matrix does not matter,

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.geometry.modules import is_linear
+from layerwise.geometry.module_kinds import is_linear
 
 _TORCH_BLOCKS = (
     nn.MultiheadAttention,

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.geometry.fused import GATE_UP
 from layerwise.geometry.layout import Layout, Split, StackLayout, TransposedStackLayout
+from layerwise.geometry.modules.fused import GATE_UP
 
 _COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts")
 

@@ -94,7 +94,7 @@ def newton_schulz(x: Tensor, triples: tuple[Triple, ...], path: str = "auto") ->
     if path == "standard":
         return _standard(x, triples, plain_product)
     if path.startswith("triton"):
-        from layerwise.geometry.triton_kernels import symmetric_product as product
+        from layerwise.geometry.spectral.triton_kernels import symmetric_product as product
 
         return (_gram if path == "triton_gram" else _standard)(x, triples, product)
     steps = _gram if path == "gram" else _blocked

@@ -1,0 +1,1 @@
+"""What a parameter is, told by the module that owns it."""

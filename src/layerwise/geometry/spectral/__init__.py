@@ -1,0 +1,1 @@
+"""What the spectral geometry computes: polar factors and nuclear norms."""
