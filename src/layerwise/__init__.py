@@ -58,6 +58,10 @@ from layerwise.optim import (
     Signum,
     StaticRates,
     Update,
+    optimizers,
+    rate_rules,
+    register_optimizer,
+    register_rule,
 )
 
 if TYPE_CHECKING:
@@ -107,9 +111,13 @@ __all__ = [
     "function_space_rates",
     "group_by_shape",
     "nuclear_norm",
+    "optimizers",
     "param_groups",
     "polar",
+    "rate_rules",
     "record_base",
+    "register_optimizer",
+    "register_rule",
     "spectral_conv",
 ]
 

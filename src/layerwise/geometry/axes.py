@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from torch import Tensor
-
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.layout import (
+    Arrangement,
     Layout,
     MatrixLayout,
     Shape,
-    Stack,
     StackLayout,
     TransposedLayout,
     TransposedStackLayout,
@@ -60,27 +57,16 @@ class AxesLayout(Layout):
                 'with numbers of matrices in brackets, such as "o (4 i)"'
             )
 
-    def stack_shape(self, shape: Shape) -> Stack:
-        sizes = self._sizes(shape)
-        k, d_out, d_in = (prod(size for name, size in sizes if name == side) for side in "koi")
-        return k, d_out, d_in
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        sizes = self._sizes(tensor.shape)
-        divided = tensor.reshape([size for _, size in sizes])
-        return divided.permute(self._order(sizes)).reshape(self.stack_shape(tensor.shape))
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        sizes = self._sizes(shape)
-        order = self._order(sizes)
-        divided = stack.reshape([sizes[dim][1] for dim in order])
-        back = sorted(range(len(order)), key=lambda position: order[position])
-        return divided.permute(back).reshape(tuple(shape))
+    def arrange(self, shape: Shape) -> Arrangement:
+        factors = self._factors(shape)
+        k, d_out, d_in = (prod(size for name, size in factors if name == side) for side in "koi")
+        order = tuple(dim for side in "koi" for dim, (name, _) in enumerate(factors) if name == side)
+        return Arrangement(tuple(size for _, size in factors), order, (k, d_out, d_in))
 
     def _words(self) -> list[list[str]]:
         return [(inside or bare).split() for inside, bare in _WORD.findall(self.pattern)]
 
-    def _sizes(self, shape: Shape) -> list[tuple[str, int]]:
+    def _factors(self, shape: Shape) -> list[tuple[str, int]]:
         """(what it does, size) of every factor. Raises LayerwiseError for a shape that it cannot hold."""
         words = self._words()
         self._expect(len(words) == len(shape), shape, f"({self.pattern})")
@@ -92,10 +78,6 @@ class AxesLayout(Layout):
                 ("k", int(name)) if name.isdigit() else (name, size // max(known, 1)) for name in names
             ]
         return factors
-
-    @staticmethod
-    def _order(sizes: Sequence[tuple[str, int]]) -> list[int]:
-        return [dim for side in "koi" for dim, (name, _) in enumerate(sizes) if name == side]
 
     def __str__(self) -> str:
         return f"{self.pattern}{self._suffix()}"

@@ -11,9 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from torch import Tensor, cat, split, unflatten
 
+from layerwise.common.remember import remember
 from layerwise.errors import LayerwiseError
 
 Shape = Sequence[int]
@@ -115,6 +117,14 @@ class Split:
         return pattern if self.blocks == 1 else f"({pattern}) x {self.blocks}"
 
 
+class Arrangement(NamedTuple):
+    """How a tensor is one stack of matrices: divided into ``sizes``, these put in ``order``, and taken as ``stack``."""
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    stack: Stack
+
+
 @dataclass(frozen=True)
 class Layout(ABC):
     """How a tensor holds units. Frozen; its repr identifies it in checkpoints, its str is for tables.
@@ -130,40 +140,29 @@ class Layout(ABC):
     split: Split | None = None
 
     @abstractmethod
+    def arrange(self, shape: Shape) -> Arrangement:
+        """The way to the stack before any split. Raises LayerwiseError for a shape this layout cannot hold."""
+
     def stack_shape(self, shape: Shape) -> Stack:
         """(k, d_out, d_in) before any split. Raises LayerwiseError for a shape this layout cannot hold."""
-
-    @abstractmethod
-    def _stack(self, tensor: Tensor) -> Tensor:
-        """Tensor to ``[k, d_out, d_in]``."""
-
-    @abstractmethod
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        """``[k, d_out, d_in]`` to the parameter's shape."""
-
-    def _labels(self, shape: Shape) -> tuple[str, ...]:
-        """What tells the k matrices apart before the split; one empty label where there is one."""
-        k = self.stack_shape(shape)[0]
-        return ("",) if k == 1 else tuple(str(i) for i in range(k))
+        return self.arrange(shape).stack
 
     def shapes(self, shape: Shape) -> tuple[Stack, ...]:
         """(k, d_out, d_in) of each stack that `to_matrices` gives for a tensor of this shape."""
-        stack = self.stack_shape(shape)
-        return (stack,) if self.split is None else self.split.shapes(stack)
+        return _shapes(self, tuple(shape))
 
     def to_matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Stacks ``[k, d_out, d_in]``; parts of one size share a stack. Views where the strides allow it."""
-        self.stack_shape(tensor.shape)
-        stack = self._stack(tensor)
+        sizes, order, shape = _arrangement(self, tuple(tensor.shape))
+        stack = tensor.reshape(sizes).permute(order).reshape(shape)
         return (stack,) if self.split is None else self.split.divide(stack)
 
     def from_matrices(self, matrices: Sequence[Tensor], shape: Shape) -> Tensor:
         """The inverse of `to_matrices`: a tensor of `shape`; a view where it can be, not always contiguous."""
-        if self.split is None:
-            (stack,) = matrices
-        else:
-            stack = self.split.join(matrices, self.stack_shape(shape))
-        return self._unstack(stack, shape)
+        sizes, order, stack_shape = _arrangement(self, tuple(shape))
+        stack = matrices[0] if self.split is None else self.split.join(matrices, stack_shape)
+        divided = stack.reshape([sizes[dim] for dim in order])
+        return divided.permute(_inverse(order)).reshape(tuple(shape))
 
     def unit_names(self, name: str, shape: Shape) -> tuple[str, ...]:
         """One name a unit, in the order of `to_matrices` with its stacks one after the other."""
@@ -176,12 +175,43 @@ class Layout(ABC):
         """Number of units."""
         return sum(k for k, _, _ in self.shapes(shape))
 
+    def _labels(self, shape: Shape) -> tuple[str, ...]:
+        """What tells the k matrices apart before the split; one empty label where there is one."""
+        k = self.stack_shape(shape)[0]
+        return ("",) if k == 1 else tuple(str(i) for i in range(k))
+
     def _suffix(self) -> str:
         return "" if self.split is None else f" {self.split}"
 
     def _expect(self, holds: bool, shape: Shape, wanted: str) -> None:
         if not holds:
             raise LayerwiseError(f"{type(self).__name__} holds tensors of shape {wanted}, not {tuple(shape)}")
+
+
+@remember
+def _arrangement(layout: Layout, shape: tuple[int, ...]) -> Arrangement:
+    return layout.arrange(shape)
+
+
+@remember
+def _shapes(layout: Layout, shape: tuple[int, ...]) -> tuple[Stack, ...]:
+    stack = layout.stack_shape(shape)
+    return (stack,) if layout.split is None else layout.split.shapes(stack)
+
+
+@remember
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _plain(k: int, d_out: int, d_in: int) -> Arrangement:
+    """Of a tensor that need only be seen as a stack."""
+    return Arrangement((k, d_out, d_in), (0, 1, 2), (k, d_out, d_in))
+
+
+def _turned(k: int, d_in: int, d_out: int) -> Arrangement:
+    """Of a tensor whose matrices stand the other way round."""
+    return Arrangement((k, d_in, d_out), (0, 2, 1), (k, d_out, d_in))
 
 
 @dataclass(frozen=True)
@@ -193,14 +223,8 @@ class VectorLayout(Layout):
         ((1, 8, 1),)
     """
 
-    def stack_shape(self, shape: Shape) -> Stack:
-        return 1, math.prod(shape), 1
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(1, -1, 1)
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        return stack.reshape(tuple(shape))
+    def arrange(self, shape: Shape) -> Arrangement:
+        return _plain(1, math.prod(shape), 1)
 
     def __str__(self) -> str:
         return f"d{self._suffix()}"
@@ -215,15 +239,9 @@ class VectorStackLayout(Layout):
         ((4, 8, 1),)
     """
 
-    def stack_shape(self, shape: Shape) -> Stack:
+    def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 2, shape, "[k, d]")
-        return shape[0], shape[1], 1
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        return tensor.unsqueeze(2)
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        return stack.squeeze(2)
+        return _plain(shape[0], shape[1], 1)
 
     def __str__(self) -> str:
         return f"k,d{self._suffix()}"
@@ -238,15 +256,9 @@ class MatrixLayout(Layout):
         ((1, 16, 8),)
     """
 
-    def stack_shape(self, shape: Shape) -> Stack:
+    def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 2, shape, "[out, in]")
-        return 1, shape[0], shape[1]
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        return tensor.unsqueeze(0)
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        return stack.squeeze(0)
+        return _plain(1, shape[0], shape[1])
 
     def __str__(self) -> str:
         return f"out,in{self._suffix()}"
@@ -261,15 +273,9 @@ class TransposedLayout(Layout):
         ((1, 16, 8),)
     """
 
-    def stack_shape(self, shape: Shape) -> Stack:
+    def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 2, shape, "[in, out]")
-        return 1, shape[1], shape[0]
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        return tensor.transpose(0, 1).unsqueeze(0)
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        return stack.squeeze(0).transpose(0, 1)
+        return _turned(1, shape[0], shape[1])
 
     def __str__(self) -> str:
         return f"in,out{self._suffix()}"
@@ -286,15 +292,9 @@ class StackLayout(Layout):
         ('up[0]', 'up[1]')
     """
 
-    def stack_shape(self, shape: Shape) -> Stack:
+    def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 3, shape, "[k, out, in]")
-        return shape[0], shape[1], shape[2]
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        return stack
+        return _plain(shape[0], shape[1], shape[2])
 
     def __str__(self) -> str:
         return f"k,out,in{self._suffix()}"
@@ -309,15 +309,9 @@ class TransposedStackLayout(StackLayout):
         ((4, 16, 8),)
     """
 
-    def stack_shape(self, shape: Shape) -> Stack:
+    def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 3, shape, "[k, in, out]")
-        return shape[0], shape[2], shape[1]
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        return tensor.transpose(1, 2)
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        return stack.transpose(1, 2)
+        return _turned(shape[0], shape[1], shape[2])
 
     def __str__(self) -> str:
         return f"k,in,out{self._suffix()}"
@@ -334,17 +328,10 @@ class ConvLayout(Layout):
 
     groups: int = 1
 
-    def stack_shape(self, shape: Shape) -> Stack:
+    def arrange(self, shape: Shape) -> Arrangement:
         fits = len(shape) >= 2 and shape[0] % self.groups == 0
         self._expect(fits, shape, f"[out, in/groups, *kernel] with groups={self.groups} dividing out")
-        return self.groups, shape[0] // self.groups, math.prod(shape[1:])
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        # reshape and not view: a channels_last weight has to be copied
-        return tensor.reshape(self.stack_shape(tensor.shape))
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        return stack.reshape(tuple(shape))
+        return _plain(self.groups, shape[0] // self.groups, math.prod(shape[1:]))
 
     def __str__(self) -> str:
         grouped = "" if self.groups == 1 else f" groups={self.groups}"
@@ -362,17 +349,11 @@ class ConvTransposeLayout(Layout):
 
     groups: int = 1
 
-    def stack_shape(self, shape: Shape) -> Stack:
+    def arrange(self, shape: Shape) -> Arrangement:
         fits = len(shape) >= 2 and shape[0] % self.groups == 0
         self._expect(fits, shape, f"[in, out/groups, *kernel] with groups={self.groups} dividing in")
-        return self.groups, shape[1], shape[0] // self.groups * math.prod(shape[2:])
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        return unflatten(tensor, 0, (self.groups, tensor.shape[0] // self.groups)).transpose(1, 2).flatten(2)
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        d_in = shape[0] // self.groups
-        return unflatten(stack, 2, (d_in, *shape[2:])).transpose(1, 2).flatten(0, 1)
+        d_in, d_out, taps = shape[0] // self.groups, shape[1], math.prod(shape[2:])
+        return Arrangement((self.groups, d_in, d_out, taps), (0, 2, 1, 3), (self.groups, d_out, d_in * taps))
 
     def __str__(self) -> str:
         grouped = "" if self.groups == 1 else f" groups={self.groups}"
@@ -383,15 +364,9 @@ class ConvTransposeLayout(Layout):
 class DepthwiseLayout(Layout):
     """``[channels, 1, *kernel]``, a filter for each channel, as one ``[channels, taps]`` matrix whose rows are filters."""
 
-    def stack_shape(self, shape: Shape) -> Stack:
+    def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) >= 2 and shape[1] == 1, shape, "[channels, 1, *kernel]")
-        return 1, shape[0], math.prod(shape[2:])
-
-    def _stack(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(self.stack_shape(tensor.shape))
-
-    def _unstack(self, stack: Tensor, shape: Shape) -> Tensor:
-        return stack.reshape(tuple(shape))
+        return _plain(1, shape[0], math.prod(shape[2:]))
 
     def __str__(self) -> str:
         return f"c,1,*k{self._suffix()}"

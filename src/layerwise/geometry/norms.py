@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from layerwise.common.remember import remember
 from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.nuclear import METHODS as NUCLEAR_METHODS
@@ -132,20 +133,20 @@ class Spectral(Geometry):
     def norm(self, x: Tensor) -> Tensor:
         check_stack(x)
         top = torch.linalg.matrix_norm(x.to(working_dtype(x)), ord=2)
-        return top / self._factor(*x.shape[-2:])
+        return top / _spectral_factor(self.taps, *x.shape[-2:])
 
     def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
-        return nuclear_norm(g, self.nuclear, seed=seed) * self._factor(*g.shape[-2:])
+        return nuclear_norm(g, self.nuclear, seed=seed) * _spectral_factor(self.taps, *g.shape[-2:])
 
     def lmo(self, g: Tensor) -> Tensor:
-        return polar(g, self.polar).mul_(self._factor(*g.shape[-2:]))
+        return polar(g, self.polar).mul_(_spectral_factor(self.taps, *g.shape[-2:]))
 
     def unit_rms(self, d_out: int, d_in: int) -> float:
-        return self._factor(d_out, d_in) / math.sqrt(max(d_out, d_in))
+        return _spectral_factor(self.taps, d_out, d_in) / math.sqrt(max(d_out, d_in))
 
     def white_noise_dual(self, d_out: int, d_in: int) -> float:
         """All `min(d_out, d_in)` singular values taken as `sqrt(max(d_out, d_in))` (0.85 of it for a square matrix)."""
-        return self._factor(d_out, d_in) * min(d_out, d_in) * math.sqrt(max(d_out, d_in))
+        return _spectral_factor(self.taps, d_out, d_in) * min(d_out, d_in) * math.sqrt(max(d_out, d_in))
 
     def _unit_init(self, noise: Tensor) -> Tensor:
         """A random semi-orthogonal matrix by QR, signs fixed so that all are equally likely."""
@@ -153,14 +154,17 @@ class Spectral(Geometry):
         q, r = torch.linalg.qr(tall)
         q = q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
         q = q if noise.size(-2) >= noise.size(-1) else q.mT
-        return q.mul(self._factor(*noise.shape[-2:])).contiguous()
+        return q.mul(_spectral_factor(self.taps, *noise.shape[-2:])).contiguous()
 
-    def _factor(self, d_out: int, d_in: int) -> float:
-        if d_in % self.taps:
-            raise LayerwiseError(
-                f"Spectral(taps={self.taps}) does not divide d_in = {d_in} of a {d_out} x {d_in} matrix"
-            )
-        return math.sqrt(d_out / (d_in // self.taps)) / self.taps
+
+@remember
+def _spectral_factor(taps: int, d_out: int, d_in: int) -> float:
+    """`sqrt(out / in) / taps`, with `in = d_in / taps` channels."""
+    if d_in % taps:
+        raise LayerwiseError(
+            f"Spectral(taps={taps}) does not divide d_in = {d_in} of a {d_out} x {d_in} matrix"
+        )
+    return math.sqrt(d_out / (d_in // taps)) / taps
 
 
 def spectral_conv(kernel_size: int | Sequence[int]) -> Spectral:

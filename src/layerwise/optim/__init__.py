@@ -6,10 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from layerwise.optim.layer_rates import LayerRate
 from layerwise.optim.optimizer import LayerwiseOptimizer
-from layerwise.optim.presets import DMuon, Lanton, Muon, Scion, Signum
+from layerwise.optim.presets import (
+    DMuon,
+    Lanton,
+    Muon,
+    NamedOptimizer,
+    Scion,
+    Signum,
+    optimizers,
+    register_optimizer,
+)
 from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
 from layerwise.optim.rules.norm_adaptive import NormAdaptive
-from layerwise.optim.rules.rule import RateRule
+from layerwise.optim.rules.rule import RateRule, rate_rules, register_rule
 from layerwise.optim.rules.static import StaticRates
 from layerwise.optim.updates import Update
 from layerwise.optim.work.local import LocalWork
@@ -25,6 +34,7 @@ __all__ = [
     "LayerwiseOptimizer",
     "LocalWork",
     "Muon",
+    "NamedOptimizer",
     "NoiseAdaptive",
     "NormAdaptive",
     "RateRule",
@@ -32,6 +42,10 @@ __all__ = [
     "Signum",
     "StaticRates",
     "Update",
+    "optimizers",
+    "rate_rules",
+    "register_optimizer",
+    "register_rule",
 ]
 
 

@@ -18,7 +18,7 @@ from layerwise.optim.groups.complete import (
     complete,
     with_layouts,
 )
-from layerwise.optim.groups.options import DEFAULTS, check_gradient, check_group
+from layerwise.optim.groups.options import DEFAULTS, check_group, sparse_gradient
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.layer_rates import LayerRate, layer_rates
 from layerwise.optim.rules.halves import Halves
@@ -115,15 +115,13 @@ class LayerwiseOptimizer(Optimizer):
 
         accelerate does that for FSDP2: it shards the model and hands the sharded parameters to the optimizer.
         """
-        if lost := self._replace_state():
-            warn_of_fresh_state(lost)
+        live = {param for group in self.param_groups for param in group["params"]}
+        if live != self.state.keys():
+            warn_of_fresh_state(self._replace_state())
 
     def _replace_state(self) -> list[str]:
         """The names of the parameters whose state could not be carried over."""
         lost: list[str] = []
-        live = {param for group in self.param_groups for param in group["params"]}
-        if live == self.state.keys():
-            return lost
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 if param not in self.state:
@@ -131,7 +129,7 @@ class LayerwiseOptimizer(Optimizer):
                     if has_moved(old) and not carry_over(old, new):
                         lost.append(name)
                     self.state[param] = new
-        for param in self.state.keys() - live:
+        for param in self.state.keys() - {param for group in self.param_groups for param in group["params"]}:
             del self.state[param]
         self._note_holders()
         return lost
@@ -176,7 +174,10 @@ class LayerwiseOptimizer(Optimizer):
             [job.name for job in moving], [job.grad for job in moving], self.work.anywhere
         )
         if finite is not False:
-            self._close_batch(moving)
+            if any("half_difference" in job.state for job in moving):
+                self.halves.close(self._half_buffers())
+            if self._replicas is not None:
+                self._note_deviations(moving, self._replicas)
             by_update: dict[Update, list[Job]] = {}
             for job in jobs:
                 by_update.setdefault(job.group["update"], []).append(job)
@@ -205,21 +206,18 @@ class LayerwiseOptimizer(Optimizer):
             local, grad, moves = local_part(param), _NO_GRADIENT, there and param.numel() > 0
             if moves:
                 grad = torch.zeros_like(local) if param.grad is None else local_part(param.grad)
-                check_gradient(name, grad)
+                if grad.layout != torch.strided:
+                    raise sparse_gradient(name, grad)
             state = local_state(param, self.state[param])
             jobs.append(Job(name, param, local, grad, moves, group, state))
         return jobs
 
-    def _close_batch(self, moving: list[Job]) -> None:
-        """Complete what is compared within a batch: its two halves, or the gradients of its replicas."""
-        if any("half_difference" in job.state for job in moving):
-            self.halves.close(self._half_buffers())
-        if self._replicas is not None:
-            between = [job for job in moving if needs_replicas(job.group)]
-            if between:
-                found = self._replicas.deviations([(job.name, job.param) for job in between], self.work)
-                for job, deviation in zip(between, found, strict=True):
-                    job.deviation = deviation
+    def _note_deviations(self, moving: list[Job], replicas: Replicas) -> None:
+        between = [job for job in moving if needs_replicas(job.group)]
+        if between:
+            found = replicas.deviations([(job.name, job.param) for job in between], self.work)
+            for job, deviation in zip(between, found, strict=True):
+                job.deviation = deviation
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what :meth:`hold_half` and :meth:`watch_replicas` noted."""

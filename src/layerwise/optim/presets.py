@@ -6,8 +6,9 @@ Definitions: Muon (Jordan 2024), D-Muon (Moonlight, arXiv 2502.16982), Scion (ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -17,7 +18,64 @@ from layerwise.optim.groups.complete import Recipe
 from layerwise.optim.groups.options import check_option
 from layerwise.optim.optimizer import LayerwiseOptimizer
 from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
+from layerwise.optim.rules.norm_adaptive import NormAdaptive
 from layerwise.optim.rules.rule import RateRule
+from layerwise.optim.rules.static import StaticRates
+
+
+class NamedOptimizer(NamedTuple):
+    """An optimizer that a config, a command or a table can name.
+
+    Example:
+        >>> lw.optimizers()["namo"].rates.__name__
+        'NormAdaptive'
+    """
+
+    build: type[LayerwiseOptimizer]
+    title: str  # as tables and figures write it
+    rates: type[RateRule] | None  # the rate rule that it has by definition
+
+
+_OPTIMIZERS: Final[dict[str, NamedOptimizer]] = {}
+_Class = TypeVar("_Class", bound=type[LayerwiseOptimizer])
+
+
+def register_optimizer(
+    name: str, title: str, rates: type[RateRule] | None = None
+) -> Callable[[_Class], _Class]:
+    """Give an optimizer a name; above its class. A class may have several, with different rate rules.
+
+    Args:
+        name: in a config and on the command line, such as ``"d-muon"``.
+        title: in tables and figures, such as ``"D-Muon"``.
+        rates: the rate rule that it has by definition; None: none, or what its signature says.
+
+    Example:
+        >>> @lw.register_optimizer("sign-descent", title="Sign descent")
+        ... class SignDescent(lw.LayerwiseOptimizer):
+        ...     def __init__(self, params, lr=1e-3, *, weight_decay=0.0):
+        ...         signs = {"default": {"geometry": lw.Sign(), "momentum": 0.0}}
+        ...         super().__init__(params, signs, lr=lr, weight_decay=weight_decay)
+        >>> lw.optimizers()["sign-descent"].title
+        'Sign descent'
+    """
+
+    def register(cls: _Class) -> _Class:
+        _OPTIMIZERS[name] = NamedOptimizer(cls, title, rates)
+        return cls
+
+    return register
+
+
+def optimizers() -> Mapping[str, NamedOptimizer]:
+    """All registered optimizers by name.
+
+    Example:
+        >>> lw.optimizers()["d-muon"].title
+        'D-Muon'
+    """
+    return MappingProxyType(_OPTIMIZERS)
+
 
 MATRIX_ROLES: Final = ("hidden", "conv", "experts", "lora_A", "lora_B")
 
@@ -28,6 +86,7 @@ def _matrices_and_the_rest(matrices: Mapping[str, Any], rest: Mapping[str, Any])
     return dict.fromkeys(MATRIX_ROLES, matrices) | {"default": {"update": "adamw", **rest}}
 
 
+@register_optimizer("muon", title="Muon")
 class Muon(LayerwiseOptimizer):
     """Jordan's Muon on matrices inside the network, AdamW on embeddings, head and vectors.
 
@@ -79,6 +138,8 @@ class Muon(LayerwiseOptimizer):
         )
 
 
+@register_optimizer("d-muon", title="D-Muon")
+@register_optimizer("namo", title="NAMO", rates=NormAdaptive)
 class DMuon(LayerwiseOptimizer):
     """Moonlight's Muon: matrix steps with entries of RMS 0.2, so that one AdamW-sized ``lr`` serves all groups.
 
@@ -125,6 +186,7 @@ class DMuon(LayerwiseOptimizer):
 SCION_RADIUS: Final[Mapping[str, float]] = {"hidden": 50.0, "embedding": 1.0, "head": 3000.0, "vector": 1.0}
 
 
+@register_optimizer("scion", title="Scion")
 class Scion(LayerwiseOptimizer):
     """Scion: the unit step of every layer's own norm, times a radius for each kind of layer. No AdamW anywhere.
 
@@ -184,6 +246,7 @@ class Scion(LayerwiseOptimizer):
         )
 
 
+@register_optimizer("signum", title="Signum")
 class Signum(LayerwiseOptimizer):
     """Signum: the sign of the momentum for every parameter, the unit step of the max-abs norm.
 
@@ -221,6 +284,8 @@ class Signum(LayerwiseOptimizer):
         )
 
 
+@register_optimizer("lanton", title="LANTON", rates=NoiseAdaptive)
+@register_optimizer("static", title="Static", rates=StaticRates)
 class Lanton(LayerwiseOptimizer):
     """LANTON: Scion's geometry in every layer, each unit's rate set by its gradient noise.
 

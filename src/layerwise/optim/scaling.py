@@ -18,9 +18,9 @@ are normalised one by one (the filters of a depthwise convolution): each is a 1 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Final
 
+from layerwise.common.remember import remember
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 
@@ -49,15 +49,15 @@ def step_factor(scaling: str, geometry: Geometry, d_out: int, d_in: int) -> floa
     raise LayerwiseError(f"scaling={scaling!r}: give one of {', '.join(map(repr, SCALINGS))}")
 
 
-@lru_cache(maxsize=4096)
+@remember
 def step_factors(
-    layout: Layout, geometry: Geometry, scaling: str, shape: tuple[int, ...]
+    layout: Layout, geometry: Geometry, scaling: str, radius: float, shape: tuple[int, ...]
 ) -> tuple[float, ...]:
     """What the unit steps of a parameter are multiplied by, one factor for each stack of its layout; 0 for an empty one.
 
     Raises :class:`LayerwiseError` where the scaling or the layout does not fit.
     """
     return tuple(
-        step_factor(scaling, geometry, d_out, d_in) if k and d_out and d_in else 0.0
+        radius * step_factor(scaling, geometry, d_out, d_in) if k and d_out and d_in else 0.0
         for k, d_out, d_in in layout.shapes(shape)
     )

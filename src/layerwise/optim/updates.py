@@ -6,7 +6,7 @@ A parameter group names its kind with ``update``: ``"lmo"``, ``"adamw"``, or an 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -173,35 +173,23 @@ UPDATES: Final[Mapping[str, Update]] = {"lmo": Lmo(), "adamw": AdamW()}
 
 
 def _factors(group: Group, param: Tensor) -> tuple[float, ...]:
-    static = step_factors(group["layout"], group["geometry"], group["scaling"], tuple(param.shape))
-    return tuple(group["radius"] * factor for factor in static)
+    shape = tuple(param.shape)
+    return step_factors(group["layout"], group["geometry"], group["scaling"], group["radius"], shape)
 
 
 def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
-    """``M <- momentum * M + (1 - momentum) * G``, in place."""
-    for weight, chunk in _chunks(jobs):
-        averages = [job.state["momentum_buffer"] for job in chunk]
-        # lerp from a number to itself changes nothing
-        grads = [
-            select(keep, job.grad.to(average.dtype), average)
-            for job, average in zip(chunk, averages, strict=True)
-        ]
-        torch._foreach_lerp_(averages, grads, weight)
-
-
-def _chunks(jobs: Sequence[Job]) -> Iterator[tuple[float, list[Job]]]:
-    chunk: list[Job] = []
-    size, weight = 0, 0.0
+    """``M <- momentum * M + (1 - momentum) * G``, in place: many small tensors in one launch."""
+    by_weight: dict[tuple[float, int], list[Job]] = {}
+    held = 0
     for job in jobs:
-        of_job = 1.0 - job.group["momentum"]
-        if chunk and (of_job != weight or size > CHUNK_BYTES):
-            yield weight, chunk
-            chunk, size = [], 0
-        weight = of_job
-        chunk.append(job)
-        size += job.grad.numel() * job.grad.element_size()
-    if chunk:
-        yield weight, chunk
+        held += job.grad.numel() * job.grad.element_size()
+        by_weight.setdefault((1.0 - job.group["momentum"], held // CHUNK_BYTES), []).append(job)
+    for (weight, _), chunk in by_weight.items():
+        averages = [job.state["momentum_buffer"] for job in chunk]
+        grads = [job.grad.to(average.dtype) for job, average in zip(chunk, averages, strict=True)]
+        if keep is not None:  # lerp from a number to itself changes nothing
+            grads = [select(keep, grad, average) for grad, average in zip(grads, averages, strict=True)]
+        torch._foreach_lerp_(averages, grads, weight)
 
 
 def update_rates(jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:

@@ -22,6 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from layerwise.common.remember import remember
+
 Triple = tuple[float, float, float]
 
 _POLAR_EXPRESS: tuple[Triple, ...] = (
@@ -98,14 +100,16 @@ def newton_schulz(x: Tensor, triples: tuple[Triple, ...], path: str = "auto") ->
 
         return (_gram if path == "triton_gram" else _standard)(x, triples, product)
     steps = _gram if path == "gram" else _blocked
+    product = strip_product if x.size(-2) >= BLOCKS_FROM else plain_product
     size = matrices_at_once(x.size(-2), x.size(-1), x.element_size())
     if size >= x.size(0):
-        return steps(x, triples, strip_product)
+        return steps(x, triples, product)
     for chunk in x.split(size):
-        chunk.copy_(steps(chunk, triples, strip_product))
+        chunk.copy_(steps(chunk, triples, product))
     return x
 
 
+@remember
 def matrices_at_once(d_out: int, d_in: int, element_size: int) -> int:
     """How many matrices a CPU should work on together: as many as stay in the cache with their buffers."""
     n, m = min(d_out, d_in), max(d_out, d_in)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.newton_schulz import PATHS, POLYNOMIALS, newton_schulz
 
@@ -76,7 +75,7 @@ def iteration_dtype(g: Tensor) -> torch.dtype:
     """What Newton-Schulz runs in: bfloat16 only where hardware multiplies it (a CPU without: 28 to 49 times slower)."""
     if g.is_cuda and g.dtype != torch.float64 and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
-    return working_dtype(g)
+    return torch.promote_types(g.dtype, torch.float32)
 
 
 def _normalised_in(g: Tensor, dtype: torch.dtype, path: str) -> Tensor:
@@ -86,7 +85,7 @@ def _normalised_in(g: Tensor, dtype: torch.dtype, path: str) -> Tensor:
     bits real momentum ended up to 2 off (`benchmarks/polar_errors.py`).
     """
     if dtype == torch.bfloat16 and path in ("gram", "triton_gram"):
-        return normalise(g.to(working_dtype(g))).half()  # in range once normalised
+        return normalise(g.to(torch.float32)).half()  # in range once normalised
     return normalise(g.to(dtype))
 
 
@@ -100,8 +99,10 @@ def normalise(g: Tensor) -> Tensor:
 
     The largest entry is divided out first: squares of entries beyond 1e19 or below 1e-23 would leave float32's range.
     """
-    x = g / or_one(largest_entry(g))
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=working_dtype(g))
+    largest = torch.maximum(g.amax((-2, -1), keepdim=True), -g.amin((-2, -1), keepdim=True))
+    x = g / torch.where(largest > 0, largest, 1.0)
+    wide = torch.promote_types(g.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
     return x.div_(norm.clamp_(min=1.0))  # at least 1 (the largest entry), except for a zero matrix
 
 

@@ -7,7 +7,6 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from layerwise.common.similar import nearest
@@ -164,10 +163,9 @@ def check_parameter(name: str, param: object) -> None:
         )
 
 
-def check_gradient(name: str, grad: Tensor) -> None:
-    """Raise :class:`LayerwiseError` for a sparse gradient."""
-    if grad.layout != torch.strided:
-        raise LayerwiseError(
-            f"the gradient of {name!r} is sparse ({grad.layout}): a norm of the whole matrix needs a dense one; "
-            "build the embedding with sparse=False"
-        )
+def sparse_gradient(name: str, grad: Tensor) -> LayerwiseError:
+    """The error for a gradient that is not dense."""
+    return LayerwiseError(
+        f"the gradient of {name!r} is sparse ({grad.layout}): a norm of the whole matrix needs a dense one; "
+        "build the embedding with sparse=False"
+    )

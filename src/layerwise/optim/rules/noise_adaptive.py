@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.rules.rule import NormGroup, RateRule, check_number
+from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
 from layerwise.optim.work.job import Job, MatrixJob, State, select
 
 
@@ -147,6 +147,7 @@ REFERENCES: dict[str, Reference] = {
 }
 
 
+@register_rule("noise_adaptive")
 @dataclass(frozen=True)
 class NoiseAdaptive(RateRule):
     """LANTON's layer rates (arXiv 2510.14009): the noisier a unit's gradient, the smaller its rate.

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from layerwise.geometry import Frobenius
-from layerwise.optim.rules.rule import NormGroup, RateRule, check_number
+from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
 from layerwise.optim.work.job import Job, MatrixJob, State
 
 #: Its square is still a float32: an average that held an infinity once would be NaN ever after.
 LARGEST_NORM = 1e19
 
 
+@register_rule("norm_adaptive")
 @dataclass(frozen=True)
 class NormAdaptive(RateRule):
     """NAMO's scalar per matrix (arXiv 2602.17080): a signal-to-noise ratio in the Frobenius norm, no gradient buffer.

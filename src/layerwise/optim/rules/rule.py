@@ -7,9 +7,10 @@ on the device, on one vector for all the units that are compared with one anothe
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -120,3 +121,36 @@ def check_number(rule: str, name: str, value: object, low: float, high: float) -
     """Raise :class:`LayerwiseError` unless ``low <= value < high``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
         raise LayerwiseError(f"{rule}({name}={value!r}): give a number in [{low:g}, {high:g})")
+
+
+_RULES: Final[dict[str, type[RateRule]]] = {}
+_Rule = TypeVar("_Rule", bound=type[RateRule])
+
+
+def register_rule(name: str) -> Callable[[_Rule], _Rule]:
+    """Give a rate rule the name by which a config calls it; above its class. A rule given as an object needs none.
+
+    Example:
+        >>> @lw.register_rule("half_speed")
+        ... class HalfSpeed(lw.RateRule):
+        ...     def allocate(self, param, units):
+        ...         return {"multiplier": super().allocate(param, units)["multiplier"] / 2}
+        >>> lw.rate_rules()["half_speed"].__name__
+        'HalfSpeed'
+    """
+
+    def register(cls: _Rule) -> _Rule:
+        _RULES[name] = cls
+        return cls
+
+    return register
+
+
+def rate_rules() -> Mapping[str, type[RateRule]]:
+    """All registered rate rules by name.
+
+    Example:
+        >>> lw.rate_rules()["norm_adaptive"].__name__
+        'NormAdaptive'
+    """
+    return MappingProxyType(_RULES)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
-from layerwise.optim.rules.rule import RateRule, check_number
+from layerwise.optim.rules.rule import RateRule, check_number, register_rule
 from layerwise.optim.work.job import State
 
 
+@register_rule("static")
 @dataclass(frozen=True)
 class StaticRates(RateRule):
     """Fixed multipliers by unit name; units that are not named keep 1. The control for any adaptive rule.

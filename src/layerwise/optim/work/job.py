@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from layerwise.common.remember import remember
 from layerwise.common.tensors import local_part
 from layerwise.geometry import Geometry, Layout
 
@@ -95,7 +95,7 @@ class Job:
         return MatrixJob(self.param, layout, own, tensor, factors, seed=seed, deviation=deviation)
 
 
-@lru_cache(maxsize=4096)
+@remember
 def _norm_factors(
     layout: Layout, geometry: Geometry, shape: tuple[int, ...], per_white_noise: bool
 ) -> tuple[float, ...]:
