@@ -62,14 +62,13 @@ def keep_checkpoints(folder: Path) -> None:
         lab_runs_alone.killed(folder, name)
 
 
-def resumed_numbers(folder: Path) -> dict[str, dict[str, Any]]:
-    """The ends of all runs whose middles are kept in the folder."""
+def resumed_numbers(part: str, folder: Path) -> dict[str, Any]:
+    """The ends of all runs of a part whose middles are kept in the folder."""
+    if part == "lab":
+        return {name: lab_runs_alone.resumed(folder, name) for name in lab_runs_alone.RUNS}
     return {
-        "optimizers": {
-            f"{run}, {dtype}": optimizer_runs.resumed(run, dtype, folder / f"{run}, {dtype}.pt")
-            for run, dtype in optimizer_runs.names()
-        },
-        "lab": {name: lab_runs_alone.resumed(folder, name) for name in lab_runs_alone.RUNS},
+        f"{run}, {dtype}": optimizer_runs.resumed(run, dtype, folder / f"{run}, {dtype}.pt")
+        for run, dtype in optimizer_runs.names()
     }
 
 
@@ -86,7 +85,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if given.resume:
-        compare(given.file, resumed_numbers(given.checkpoints))
+        for part in given.only or ("optimizers", "lab"):
+            compare(given.file, {part: resumed_numbers(part, given.checkpoints)})
     elif given.checkpoints:
         keep_checkpoints(given.checkpoints)
     else:
