@@ -77,6 +77,12 @@ BAD = {
         lambda: lw.Lanton(groups(), momentum=0.0, rates=lw.NoiseAdaptive(reference="momentum")),
         ["'momentum'", "momentum=0", "'previous'"],
     ),
+    "a word as a flag": (
+        lambda: lw.NoiseAdaptive(size_normalised="no"),
+        ["size_normalised='no'", "True or False"],
+    ),
+    "a number as a flag": (lambda: lw.Sign(per_input=1), ["per_input=1", "True or False"]),
+    "a flag as a number": (lambda: lw.Spectral(taps=True), ["taps=True"]),
     "namo": (lambda: lw.NormAdaptive(beta2=1.0), ["beta2=1.0"]),
     "static value": (lambda: lw.StaticRates({"up.weight": -1.0}), ["'up.weight'", "-1.0"]),
     "static nan": (lambda: lw.StaticRates({"up.weight": math.nan}), ["nan"]),

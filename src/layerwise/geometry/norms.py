@@ -125,9 +125,9 @@ class Spectral(Geometry):
             raise LayerwiseError(
                 f"Spectral(nuclear={self.nuclear!r}): choose one of {', '.join(NUCLEAR_METHODS)}"
             )
-        if self.taps < 1:
+        if isinstance(self.taps, bool) or not isinstance(self.taps, int) or self.taps < 1:
             raise LayerwiseError(
-                f"Spectral(taps={self.taps}): give the product of the kernel size, at least 1"
+                f"Spectral(taps={self.taps!r}): give the product of the kernel size, at least 1"
             )
 
     def norm(self, x: Tensor) -> Tensor:
@@ -196,6 +196,10 @@ class Sign(Geometry):
 
     per_input: bool = False
     family: ClassVar[str] = "sign"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.per_input, bool):
+            raise LayerwiseError(f"Sign(per_input={self.per_input!r}): give True or False")
 
     @property
     def norm_group(self) -> str:

@@ -23,6 +23,7 @@ from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.layer_rates import LayerRate, layer_rates
 from layerwise.optim.rules.halves import Halves
 from layerwise.optim.state import state_dict as saving
+from layerwise.optim.state.partial import LoadedState, take_what_fits
 from layerwise.optim.state.replaced import carry_over, has_moved, warn_of_fresh_state
 from layerwise.optim.updates import Update
 from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
@@ -106,6 +107,11 @@ class LayerwiseOptimizer(Optimizer):
             params = [param for _, param in group["params"]]
             if not params:
                 group["param_names"] = []  # torch makes none, and then misses them
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and any(lr is other["lr"] for other in self.param_groups):
+                group["lr"] = (
+                    lr.clone()
+                )  # a scheduler that writes into it in place would move it once a group
             super().add_param_group(group)
             self.state.update(zip(params, states, strict=True))
         self._note_holders()
@@ -334,8 +340,21 @@ class LayerwiseOptimizer(Optimizer):
         self._follow_parameters()
         return saving.to_plain(super().state_dict(), self.skipped_steps)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(  # type: ignore[override]  # torch returns nothing
+        self, state_dict: dict[str, Any], strict: bool = True
+    ) -> LoadedState:
         """Load what ``state_dict`` gave.
+
+        Args:
+            state_dict: of an optimizer with the same parameters, or with ``strict=False`` of a model that has since
+                grown or shrunk.
+            strict: False takes the state of every parameter whose name is in both and whose state has the same shape,
+                and the rates of its group. Of an embedding or head with more or fewer rows, those that are in both.
+                The others keep the state they have: of a new optimizer, a fresh one.
+
+        Returns:
+            The names of the parameters that the state does not fit (``missing``), and of those that it holds and this
+            optimizer does not (``unexpected``).
 
         Raises:
             LayerwiseError: where it was made for other parameters or by another optimizer
@@ -343,6 +362,21 @@ class LayerwiseOptimizer(Optimizer):
         """
         self._replace_state()  # what it lost comes now
         saving.check_kind(state_dict)
+        found = self._load_strictly(state_dict) if strict else self._load_what_fits(state_dict)
+        self.halves.forget()
+        if self._replicas is not None:
+            self._replicas.restart()
+        return found
+
+    def _load_what_fits(self, state_dict: dict[str, Any]) -> LoadedState:
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        state_dict = saving.with_new_names(state_dict)
+        found = take_what_fits(self, state_dict)
+        self.guard.skipped_steps = saving.skipped_steps(state_dict)
+        return found
+
+    def _load_strictly(self, state_dict: dict[str, Any]) -> LoadedState:
         loaded: dict[str, Any] = {}
 
         def take(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
@@ -366,9 +400,7 @@ class LayerwiseOptimizer(Optimizer):
                 group["lr"] = lr.fill_(group["lr"])
         saving.copy_state(self, own, loaded)
         self.guard.skipped_steps = saving.skipped_steps(loaded)
-        self.halves.forget()
-        if self._replicas is not None:
-            self._replicas.restart()
+        return LoadedState([], [])
 
 
 @torch.no_grad()

@@ -72,35 +72,40 @@ class Update(ABC):
 
 @dataclass(frozen=True, repr=False)
 class AdamW(Update):
-    """torch's AdamW, called as a function on our state."""
+    """torch's AdamW, called as a function on our state.
+
+    Of a float16 parameter in float32 throughout: ``eps`` and small second moments are 0 in float16, and the step NaN.
+    """
 
     def __repr__(self) -> str:
         return "adamw"
 
     def allocate(self, group: Group, name: str, param: Tensor) -> State:
         """The state torch.optim.AdamW would make at its first step."""
+        dtype = torch.float32 if param.dtype == torch.float16 else param.dtype
         return {
             "step": torch.zeros((), dtype=torch.float32, device=param.device),
-            "exp_avg": torch.zeros_like(param),
-            "exp_avg_sq": torch.zeros_like(param),
+            "exp_avg": torch.zeros_like(param, dtype=dtype),
+            "exp_avg_sq": torch.zeros_like(param, dtype=dtype),
         }
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
         by_group: dict[int, list[Job]] = {}
         for job in jobs:
-            if not job.moves:
-                continue
-            by_group.setdefault(id(job.group), []).append(job)
-            for key in ("exp_avg", "exp_avg_sq"):
-                if job.state[key].dtype != job.local.dtype:  # the model was cast after the optimizer was made
-                    job.state[key] = job.state[key].to(job.local.dtype)
+            if job.moves:
+                by_group.setdefault(id(job.group), []).append(job)
         for members in by_group.values():
             group = members[0].group
+            params = [job.local.float() if job.local.dtype == torch.float16 else job.local for job in members]
+            for job, param in zip(members, params, strict=True):
+                for key in ("exp_avg", "exp_avg_sq"):
+                    if job.state[key].dtype != param.dtype:  # the model was cast after the optimizer was made
+                        job.state[key] = job.state[key].to(param.dtype)
             # The fused kernel can be told on the device to do nothing, which is what `keep` needs.
             fused = keep is not None or isinstance(group["lr"], Tensor)
             adamw(
-                [job.local for job in members],
-                [job.grad.to(job.local.dtype) for job in members],
+                params,
+                [job.grad.to(param.dtype) for job, param in zip(members, params, strict=True)],
                 [job.state["exp_avg"] for job in members],
                 [job.state["exp_avg_sq"] for job in members],
                 [],
@@ -115,6 +120,9 @@ class AdamW(Update):
                 eps=group["eps"],
                 maximize=False,
             )
+            for job, param in zip(members, params, strict=True):
+                if param is not job.local:
+                    job.local.copy_(param)
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,6 +156,11 @@ class Lmo(Update):
         return names
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
+        for job in jobs:
+            if (
+                "base_momentum" in job.group
+            ):  # OneCycleLR and CyclicLR move the first beta, Adam's momentum: so ours
+                job.group["momentum"] = job.group["betas"][0]
         moving = [job for job in jobs if job.moves]
         update_momentum(moving, keep)
         ruled = [job for job in jobs if job.group["rates"] is not None]

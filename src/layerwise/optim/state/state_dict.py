@@ -6,7 +6,7 @@ optimizer was made with: a checkpoint carries the state, the program carries the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -72,15 +72,27 @@ def _no_state(what: str) -> LayerwiseError:
     )
 
 
-def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Raise :class:`LayerwiseError` where ``state_dict`` belongs to another model or another optimizer."""
+def check_keys(state_dict: dict[str, Any]) -> None:
+    """Raise :class:`LayerwiseError` for a dict that is no optimizer's state."""
     if not {"state", "param_groups"} <= state_dict.keys():
         raise _no_state(f"has the keys {sorted(map(str, state_dict))}")
+
+
+def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Raise :class:`LayerwiseError` where ``state_dict`` belongs to another model or another optimizer."""
+    check_keys(state_dict)
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
-        raise _other(f"it has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
+        counts = f"it has {len(saved_groups)} parameter groups, this optimizer {len(groups)}"
+        raise _other(counts + _names_in_one(groups, saved_groups))
     for group, saved in zip(groups, saved_groups, strict=True):
-        _check_names(group["param_names"], saved.get("param_names"), len(saved["params"]))
+        if len(group["params"]) != len(saved["params"]):
+            first = next(iter(group["param_names"]), "no parameter")
+            counts = f"{len(saved['params'])} parameters in it and {len(group['params'])} here"
+            raise _other(
+                f"a group that starts with {first!r} has {counts}{_names_in_one(groups, saved_groups)}"
+            )
+        _check_names(group["param_names"], saved.get("param_names"))
         for key in KEPT:
             live = repr(group[key]) if key in DESCRIBED else group[key]
             if key not in saved or saved[key] != live:
@@ -97,12 +109,23 @@ def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 )
 
 
-def _check_names(here: list[str], saved: list[str] | None, saved_count: int) -> None:
-    if len(here) != saved_count:
-        first = next(iter(here), "no parameter")
-        raise _other(
-            f"a group that starts with {first!r} has {saved_count} parameters in it and {len(here)} here"
-        )
+def _names_in_one(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[str, Any]]) -> str:
+    """The first few parameters that are in one of two optimizers only."""
+    here = {name: None for group in groups for name in group["param_names"]}
+    saved = {name: None for group in saved_groups for name in group.get("param_names") or ()}
+    if not saved:
+        return ""
+    sides = {"it lacks": here.keys() - saved.keys(), "it alone has": saved.keys() - here.keys()}
+    words = []
+    for side, names in sides.items():
+        in_order = [name for name in (*here, *saved) if name in names]
+        if in_order:
+            more = f" and {len(in_order) - 3} more" if len(in_order) > 3 else ""
+            words.append(f"{side} {', '.join(map(repr, in_order[:3]))}{more}")
+    return "".join(f"; {word}" for word in words)
+
+
+def _check_names(here: list[str], saved: list[str] | None) -> None:
     for mine, theirs in zip(here, saved or here, strict=True):
         if mine != theirs:
             raise _other(f"it has the parameter {theirs!r} where this one has {mine!r}")
@@ -111,7 +134,8 @@ def _check_names(here: list[str], saved: list[str] | None, saved_count: int) -> 
 def _other(difference: str) -> LayerwiseError:
     return LayerwiseError(
         f"this checkpoint is of another model or optimizer: {difference}. "
-        "Make the optimizer as it was when the checkpoint was written"
+        "Make the optimizer as it was when the checkpoint was written, or, for a model that has since changed, take what "
+        "fits with load_state_dict(state, strict=False)"
     )
 
 
