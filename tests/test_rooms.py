@@ -36,6 +36,9 @@ INSIDE = {
         "measure": {"measuring", "rates"},
         "steps": {"measuring", "rates"},
         "matching": {"measuring", "steps", "rates"},
+        "updates": {"measuring"},
+        "checking": {"matching", "measuring", "rates", "steps", "updates"},
+        "watching": {"measuring", "steps", "updates"},
     },
     "optim": {
         "guard": set(),

@@ -89,7 +89,7 @@ class Rates(Mapping[str, Rate]):
             return rate.value, rate.value
         if math.isnan(rate.stderr):
             return 0.0, math.inf
-        factor = math.exp(min(_student(level, self.probes - 1) * rate.stderr / rate.value, 700.0))
+        factor = math.exp(min(student_quantile(level, self.probes - 1) * rate.stderr / rate.value, 700.0))
         return rate.value / factor, rate.value * factor
 
     def __str__(self) -> str:
@@ -180,7 +180,7 @@ class Rates(Mapping[str, Rate]):
         return Rates.from_dict(json.loads(Path(path).read_text()))
 
 
-def _student(level: float, freedom: int) -> float:
+def student_quantile(level: float, freedom: int) -> float:
     """Two-sided quantile of Student's t, by the Cornish-Fisher expansion (within 1 % from 4 degrees of freedom on)."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     first = (z**3 + z) / 4

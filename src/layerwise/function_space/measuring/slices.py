@@ -171,6 +171,12 @@ def outputs_of(forward: OutputsOf, inputs: Any, mask: Tensor | None, rows: range
     return found if rows else Outputs(found.values, torch.zeros_like(found.values, dtype=torch.bool), rows=0)
 
 
+def first_examples(inputs: Any, part: int) -> Any:
+    """One in `part` of the examples, from the first on; all where they have no common leading dimension."""
+    examples = None if isinstance(inputs, list) else examples_of(inputs)
+    return inputs if examples is None else _rows(inputs, range(-(-examples // part)))
+
+
 def share(inputs: Any, processes: Processes) -> Any:
     """This process's part of inputs that all processes hold: its consecutive examples, or all where they have none."""
     examples = examples_of(inputs)

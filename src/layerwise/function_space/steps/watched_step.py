@@ -20,6 +20,7 @@ from layerwise.function_space.measuring.process_group import ProcessesOption, pr
 from layerwise.function_space.measuring.runners import unwrap
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.decay import Decay, constant_decay
+from layerwise.function_space.steps.nesting import under_way
 from layerwise.function_space.steps.optimizer_facts import learning_rates, optimized, unwrap_optimizer
 
 
@@ -87,6 +88,24 @@ class WatchedStep:
         """Rates of this step on `inputs`, at the weights before it; the model's own are not touched."""
         return measurement.rates(self.model, self.updates(), inputs, mask, self.old, self.processes, seed)
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """The weights before the step in the model, and those after it in `old`: swapped in place, and back."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        with _unsafe_preserve_version_counter(tuple(self.parameters.values())):
+            for name, p in self.parameters.items():
+                one, other = local_part(p.detach()), local_part(self.old[name])
+                kept = one.clone()
+                one.copy_(other)
+                other.copy_(kept)
+
 
 class ShardedStep(WatchedStep):
     """The same of parameters that FSDP2 shards, which are measured in place: the old shards go back into the parameters.
@@ -97,25 +116,20 @@ class ShardedStep(WatchedStep):
     def rates(
         self, measurement: Measurement, inputs: Any, mask: Tensor | None = None, seed: int | None = None
     ) -> Rates:
-        self._exchange()
-        try:
+        with self.undone():
             updates = {
                 name: TensorUpdate(self.old[name], p.detach(), self.decay.get(name, 0.0))
                 for name, p in self.parameters.items()
             }
             return measurement.rates(self.model, updates, inputs, mask, {}, self.processes, seed)
-        finally:
-            self._exchange()
 
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        """Swap the old weights and the new ones."""
-        with _unsafe_preserve_version_counter(tuple(self.parameters.values())):
-            for name, p in self.parameters.items():
-                one, other = local_part(p.detach()), local_part(self.old[name])
-                kept = one.clone()
-                one.copy_(other)
-                other.copy_(kept)
+
+def before_step(
+    model: nn.Module, optimizer: Optimizer, processes: ProcessesOption = "auto", decay: Decay = "scaled"
+) -> WatchedStep:
+    """What watches the coming step; the arguments are those of `watch`."""
+    sharded = any(is_sharded(p) for p in model.parameters())
+    return (ShardedStep if sharded else WatchedStep)(model, optimizer, processes, decay)
 
 
 @contextmanager
@@ -130,8 +144,7 @@ def watch(
         processes: see `Measurement`.
         decay: see `FLeRM`.
     """
-    sharded = any(is_sharded(p) for p in model.parameters())
-    step = (ShardedStep if sharded else WatchedStep)(model, optimizer, processes, decay)
+    step = before_step(model, optimizer, processes, decay)
 
     def note(*_: Any) -> None:
         step.happened = True
@@ -188,6 +201,10 @@ class StepWatcher(ABC):
             return
         if batch is None:
             raise LayerwiseError(f"step {self.steps} is to be measured, and batch is None: give it inputs")
+        with under_way(self.optimizer):
+            yield from self._watched(batch, mask)
+
+    def _watched(self, batch: Any, mask: Tensor | None) -> Iterator[None]:
         scheduled = self.steps if self.pending is None else self.pending
         with watch(self.model, self.optimizer, self.measurement.processes, self.decay) as step:
             yield

@@ -1,0 +1,1 @@
+"""Does one learning rate fit all sizes of a model? The counterpart of muP's coordinate check."""

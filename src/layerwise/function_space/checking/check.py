@@ -1,0 +1,187 @@
+"""`check`: train a model at several sizes for a few steps, and see which modules' steps change with the size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space.checking.batches import Loss, batches, default_loss, inputs_of
+from layerwise.function_space.checking.one_size import Readings, Recipe, SizeRun
+from layerwise.function_space.checking.size_check import SizeCheck
+from layerwise.function_space.checking.trends import QUANTITIES, Quantity, Trend, Value, trend
+from layerwise.function_space.matching.base_rates import BaseRates, record_base
+from layerwise.function_space.matching.depth_map import DepthMap
+from layerwise.function_space.measuring.measurement import Measurement
+from layerwise.function_space.measuring.outputs import Forward
+from layerwise.function_space.steps.recorder import FunctionSpaceRecorder
+
+#: `match="first"`: match every size to the first one.
+FIRST = "first"
+#: The part of all rates' root sum of squares below which a module's rate is not judged.
+_NEGLIGIBLE = 1e-5
+
+
+def check(
+    make_model: Callable[[Any], nn.Module],
+    sizes: Sequence[float],
+    make_optimizer: Callable[[nn.Module], Optimizer],
+    batch: Any,
+    steps: Sequence[int] = (1, 10, 100),
+    *,
+    loss: Loss | None = None,
+    match: str | BaseRates | None = None,
+    depth: DepthMap | None = None,
+    seeds: Sequence[int] = (0, 1),
+    tolerance: float = 0.2,
+    judge: Quantity = "rate",
+    axis: str = "width",
+    forward: Forward | str | None = None,
+    method: str = "full_cov",
+    probes: int = 64,
+    **options: Any,
+) -> SizeCheck:
+    """Whether one learning rate fits all sizes of a model: how each module's step changes with the size.
+
+    Each size trains for `max(steps)` steps on the same batches, and at each of `steps` every module's function-space rate,
+    the RMS of its activations and of their change since the start (muP's coordinate check), and the RMS and spectral norm of
+    its update are measured. A slope of 0 of their logarithms against that of the size means that the step does the same at
+    every size.
+
+    Args:
+        make_model: called with a size, returns a fresh model; torch is seeded before.
+        sizes: at least two: widths, depths, LoRA ranks, initial scales, ...
+        make_optimizer: called with the model, returns any torch optimizer.
+        batch: one batch, a function of the step (from 0 on), or anything that yields batches. A batch is a dict of keyword
+            arguments, `(inputs, targets)`, or whatever `loss` and `forward` take.
+        steps: the optimizer steps to measure, counted from 1.
+        loss: `loss(model, batch)`. Default: a dict's own `.loss`; cross-entropy or squared error of `(inputs, targets)`.
+        match: FLeRM's base at the first step: `"uniform"`, `"first"` (the first size), a base file or `BaseRates`.
+        depth: FLeRM's depth map.
+        seeds: of models and probes; the spread between them gives the slopes' errors.
+        tolerance: the largest slope that counts as flat.
+        judge: by which quantity a module is judged: `"rate"`, or `"activation_change"` as muP's users do.
+        axis: what the sizes are, in words.
+        forward, method, probes, options: how rates are measured; see `Measurement`.
+
+    Raises:
+        LayerwiseError: fewer than two sizes, a step below 1, a batch without a known loss.
+
+    Example:
+        result = lw.check(make_mlp, (64, 128, 256), lambda model: AdamW(model.parameters(), 1e-3), (x, y))
+        print(result)                                  # slopes and a verdict, module by module
+        assert result.passed
+    """
+    _refuse(sizes, steps, seeds, judge)
+    recipe = Recipe(
+        make_model,
+        make_optimizer,
+        batches(batch, max(steps)),
+        default_loss if loss is None else loss,
+        sorted(set(steps)),
+        Measurement(forward, method, probes, **options),
+        None if match == FIRST else match,
+        depth,
+    )
+    with torch.random.fork_rng(), torch.enable_grad():
+        if match == FIRST:
+            recipe = replace(recipe, match=_base(recipe, sizes[0], seeds))
+        found = [[SizeRun(recipe, size, seed).measure() for seed in seeds] for size in sizes]
+    return SizeCheck(
+        axis, list(sizes), recipe.steps, list(seeds), _trends(sizes, recipe.steps, found), tolerance, judge
+    )
+
+
+def _refuse(sizes: Sequence[float], steps: Sequence[int], seeds: Sequence[int], judge: str) -> None:
+    if len(set(sizes)) < 2 or any(size <= 0 for size in sizes):
+        raise LayerwiseError(f"sizes {list(sizes)}: give at least two different ones above 0")
+    if not steps or min(steps) < 1:
+        raise LayerwiseError(f"steps {list(steps)}: give numbers from 1 on")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise LayerwiseError(f"seeds {list(seeds)}: give at least one, and each once")
+    if judge not in QUANTITIES:
+        raise LayerwiseError(f"judge is {judge!r}: use one of {', '.join(QUANTITIES)}")
+
+
+def _base(recipe: Recipe, size: float, seeds: Sequence[int]) -> BaseRates:
+    """The first step's rates at one size, on the batch that is matched on."""
+
+    def run(seed: int) -> FunctionSpaceRecorder:
+        small = SizeRun(recipe, size, seed)
+        m = small.measurement
+        recorder = FunctionSpaceRecorder(
+            small.model, small.optimizer, forward=m.forward, method=m.method, probes=m.probes,
+            seed=m.seed + (1 << 20), **small.options,
+        )  # fmt: skip
+        small.backward(0)
+        with recorder.step(inputs_of(small.batches[-2])):
+            small.optimizer.step()
+        return recorder
+
+    return record_base(run, seeds)
+
+
+def _trends(
+    sizes: Sequence[float], steps: Sequence[int], found: Sequence[Sequence[Mapping[int, Readings]]]
+) -> list[Trend]:
+    """Of every quantity and module that all sizes have; `found[size][seed][step]`."""
+    trends = []
+    for quantity in QUANTITIES:
+        for step in steps:
+            readings = [[seed[step][quantity] for seed in size] for size in found]
+            readings = _comparable(readings, quantity)
+            silent = _negligible(readings) if quantity == "rate" else set()
+            for module in readings[0][0]:
+                if all(module in values for size in readings for values in size):
+                    values = [[seed[module] for seed in size] for size in readings]
+                    if module in silent:
+                        values = [[Value(0.0) for _ in size] for size in values]
+                    trends.append(trend(module, quantity, step, sizes, values))
+    return trends
+
+
+Found = list[list[Mapping[str, Value]]]
+
+
+def _comparable(readings: Found, quantity: Quantity) -> Found:
+    """Where the sizes have other modules, as deeper models do: stacks of blocks as one, under a star for the number."""
+    names = {frozenset(values) for size in readings for values in size}
+    if len(names) == 1:
+        return readings
+    return [[_stacked(values, quantity) for values in size] for size in readings]
+
+
+def _stacked(values: Mapping[str, Value], quantity: Quantity) -> dict[str, Value]:
+    """The blocks of a stack together: rates are added, the rest is their root mean square."""
+    stacks: dict[str, list[Value]] = {}
+    for name, value in values.items():
+        stacks.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), []).append(value)
+    return {
+        name: _sum(several) if quantity == "rate" else _root_mean_square(several)
+        for name, several in stacks.items()
+    }
+
+
+def _sum(values: list[Value]) -> Value:
+    return Value(sum(v.value for v in values), sum(v.stderr**2 for v in values) ** 0.5)
+
+
+def _root_mean_square(values: list[Value]) -> Value:
+    return Value((sum(v.value**2 for v in values) / len(values)) ** 0.5)
+
+
+def _negligible(readings: Found) -> set[str]:
+    """Modules whose rate is next to nothing at every size, such as that of keys' biases: rounding noise has no slope."""
+    largest: dict[str, float] = {}
+    for size in readings:
+        for values in size:
+            total = sum(v.value**2 for v in values.values()) ** 0.5
+            for name, v in values.items():
+                largest[name] = max(largest.get(name, 0.0), v.value / total if total else 0.0)
+    return {name for name, part in largest.items() if part < _NEGLIGIBLE}

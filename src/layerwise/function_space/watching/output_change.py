@@ -1,0 +1,105 @@
+"""What a watched step does to the outputs: its parts, module by module, and the whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.function_space.measuring.measurement import Measurement, Run
+from layerwise.function_space.measuring.outputs import Forward, Outputs
+from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
+from layerwise.function_space.measuring.runners import untouched
+from layerwise.function_space.measuring.slices import first_examples, share
+from layerwise.function_space.steps.watched_step import WatchedStep, is_supplier
+from layerwise.function_space.updates.by_module import by_module
+from layerwise.function_space.watching.record import Together
+from layerwise.function_space.watching.seen_inputs import SeenInputs
+
+NOT_SEEN = (
+    "the model's inputs in the step before were not seen (it is compiled, or was called under another module): "
+    "give watch(batch=...)"
+)
+
+
+class OutputChange:
+    """Measures steps in function space, on a part of the batch, as the whole costs several steps' time.
+
+    Args:
+        model: the watched model.
+        batch: inputs, or a function that returns them; None: the model's own inputs in the step before.
+        part: which part of these inputs to take, where they are whole examples: 4 for a quarter.
+        forward, method, probes, seed: see `Measurement`.
+        processes: see `Measurement`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any = None,
+        *,
+        part: int = 4,
+        forward: Forward | str | None = None,
+        method: str = "kronecker",
+        probes: int = 8,
+        seed: int = 0,
+        processes: ProcessesOption = "auto",
+    ) -> None:
+        self.model = model
+        self.batch = batch
+        self.part = part
+        self.measurement = Measurement(forward, method, probes, seed, processes=processes)
+        self.skipped: dict[int, str] = {}
+        self._seen = SeenInputs(model)
+        self._inputs: Any = None
+
+    def expect(self, next_but_one: bool, next_one: bool = False) -> None:
+        """Told after each step whether the one after the next, and whether the next one is to be measured."""
+        if self.batch is None:
+            self._inputs = self._seen.take() if next_one else None
+            self._seen.listen(next_but_one)
+
+    def measure(self, step: WatchedStep, number: int) -> tuple[dict[str, float] | None, Together | None]:
+        """The rate of each module, and the whole; `None, None` where there is nothing to measure, with a note."""
+        inputs, self._inputs = self._inputs if self.batch is None else self._given(), None
+        reason = step.why_not()
+        if reason is None and inputs is None and number > 1:
+            reason = NOT_SEEN
+        if reason is not None or inputs is None:
+            if reason is not None:
+                self.skipped[number] = reason
+            return None, None
+        inputs = first_examples(inputs, self.part)
+        measured = step.rates(self.measurement, inputs, seed=self.measurement.seed + number)
+        rates = {
+            module: sum(measured[name].value for name in names)
+            for module, names in by_module(measured).items()
+        }
+        squares = math.fsum(rate.value**2 for rate in measured.values())
+        moved = self._moved(step, inputs)
+        return rates, Together(moved, sum(rates.values()), math.sqrt(squares))
+
+    def _given(self) -> Any:
+        """This process's part of the batch that the user gave."""
+        if is_supplier(self.batch):
+            return self.batch()
+        return share(self.batch, processes_of(self.measurement.processes))
+
+    def _moved(self, step: WatchedStep, inputs: Any) -> float:
+        """RMS difference of the outputs at the weights after the step and before it."""
+        new = self._outputs(step, inputs)
+        with step.undone():
+            old = self._outputs(step, inputs)
+        difference = new.values.double() - old.values.double()
+        if new.mask is not None:
+            difference = torch.where(new.mask, difference, 0.0)
+        _, entries = new.place(step.processes)
+        square = step.processes.sum_(difference.square().sum()).item()
+        return math.sqrt(square / entries) if entries else math.nan
+
+    def _outputs(self, step: WatchedStep, inputs: Any) -> Outputs:
+        run = Run(self.measurement, self.model, {}, step.processes, 0)
+        with untouched(self.model), run.runner(None) as runner, torch.no_grad():
+            return runner.outputs(inputs, None)

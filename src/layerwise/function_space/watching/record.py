@@ -1,0 +1,168 @@
+"""What one watched step did to each module, and to the model as a whole; printed, and as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from layerwise.function_space.updates.by_module import ModuleUpdate
+from layerwise.function_space.watching.unusual import Unusual
+
+
+@dataclass(frozen=True)
+class UnitRate:
+    """The rate that an optimizer gives one unit of a parameter (a matrix of a fused or stacked one, or all of it).
+
+    Attributes:
+        noise: what the rate was made of; nan where the optimizer measures none.
+        multiplier: of the group's rate.
+        lr: the two multiplied, with what FLeRM multiplies them by.
+    """
+
+    noise: float
+    multiplier: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class ModuleReading:
+    """One module at one step.
+
+    Attributes:
+        lr: its effective learning rate: the group's as the step took it, times what the optimizer's own layer rates (and
+            FLeRM) make of it; of several rates their mean, weighted by entries.
+        update: what the step did to its weights.
+        rate: its function-space rate: the RMS change of the outputs, to first order; of several tensors the sum. None where
+            that was not measured at this step.
+        share: its part of the sum of all rates.
+    """
+
+    lr: float
+    update: ModuleUpdate
+    rate: float | None = None
+    share: float | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """What is known, by name."""
+        found = {"lr": self.lr, **asdict(self.update), "rate": self.rate, "share": self.share}
+        return {key: value for key, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Together:
+    """The sum over layers beside its parts, in function space.
+
+    Attributes:
+        moved: RMS change of the outputs that the whole step made, from two forwards: nothing to first order.
+        parts: the sum of the modules' rates: what `moved` would be if all pushed every output the same way.
+        independent: the root of the sum of their squares: what it would be if they were independent.
+    """
+
+    moved: float
+    parts: float
+    independent: float
+
+    @property
+    def reinforcement(self) -> float:
+        """`moved / independent`: above 1 the layers reinforce one another, below 1 they cancel."""
+        return self.moved / self.independent if self.independent else math.nan
+
+
+@dataclass(frozen=True)
+class WatchRecord:
+    """One watched step.
+
+    Attributes:
+        step: its number, counted from 1.
+        modules: of each module with parameters that the optimizer updates.
+        loss_change: what the step changes the loss of its own batch by, to first order; None without gradients.
+        together: in function space, at the steps where that is measured.
+        units: the optimizer's own rates, unit by unit, where it has such.
+        unusual: modules that stand out.
+    """
+
+    step: int
+    modules: Mapping[str, ModuleReading]
+    loss_change: float | None = None
+    together: Together | None = None
+    units: Mapping[str, UnitRate] = field(default_factory=dict)
+    unusual: Sequence[Unusual] = ()
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def table(self) -> str:
+        """A line a module, in the model's order."""
+        keys = list(dict.fromkeys(key for reading in self.modules.values() for key in reading.numbers()))
+        width = max([len("module"), *map(len, self.modules)])
+        lines = [
+            f"step {self.step}",
+            f"{'module':<{width}}" + "".join(f"  {_TITLES[key]:>9}" for key in keys),
+        ]
+        for name, reading in self.modules.items():
+            numbers = reading.numbers()
+            cells = (f"{numbers[key]:>9.3g}" if key in numbers else " " * 9 for key in keys)
+            lines.append("  ".join([f"{name:<{width}}", *cells]).rstrip())
+        if self.loss_change is not None:
+            lines.append(f"predicted change of the loss: {self.loss_change:.3g}")
+        if self.together is not None:
+            t = self.together
+            lines.append(
+                f"outputs moved by {t.moved:.3g} (RMS); sum of the modules' rates {t.parts:.3g}, "
+                f"root of their squares' sum {t.independent:.3g}: reinforcement {t.reinforcement:.2f}"
+            )
+        return "\n".join([*lines, *(str(line) for line in self.unusual)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; what was not measured is absent, what is not finite is null."""
+        data: dict[str, Any] = {
+            "step": self.step,
+            "modules": {name: _finite(reading.numbers()) for name, reading in self.modules.items()},
+        }
+        if self.loss_change is not None:
+            data["loss_change"] = self.loss_change if math.isfinite(self.loss_change) else None
+        if self.together is not None:
+            data["together"] = _finite(
+                {**asdict(self.together), "reinforcement": self.together.reinforcement}
+            )
+        if self.units:
+            data["units"] = {name: _finite(asdict(unit)) for name, unit in self.units.items()}
+        if self.unusual:
+            data["unusual"] = [str(line) for line in self.unusual]
+        return data
+
+    def scalars(self) -> dict[str, float]:
+        """Flat and finite numbers, for loggers: `update_rms/MODULE`, ..., `layer_lr/UNIT`, `layer_noise/UNIT`."""
+        found: dict[str, float] = {}
+        for name, reading in self.modules.items():
+            found |= {f"{key}/{name}": value for key, value in reading.numbers().items()}
+        if self.loss_change is not None:
+            found["watch/loss_change"] = self.loss_change
+        if self.together is not None:
+            found["watch/moved"] = self.together.moved
+            found["watch/reinforcement"] = self.together.reinforcement
+        found["watch/unusual"] = float(len(self.unusual))
+        for name, unit in self.units.items():
+            found[f"layer_lr/{name}"] = unit.lr
+            found[f"layer_noise/{name}"] = unit.noise
+        return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+_TITLES = {
+    "lr": "lr",
+    "weight_rms": "weight",
+    "update_rms": "update",
+    "ratio": "ratio",
+    "spectral": "spectral",
+    "gradient_rms": "gradient",
+    "noise_to_signal": "noise/sig",
+    "loss_change": "loss chg",
+    "rate": "fs rate",
+    "share": "fs share",
+}
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}

@@ -1,0 +1,254 @@
+"""`watch`: hooks into any torch optimizer, and tells every so many steps what it does to each module."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space.measuring.process_group import ProcessesOption
+from layerwise.function_space.measuring.runners import unwrap
+from layerwise.function_space.steps.nesting import is_outermost, when_over
+from layerwise.function_space.steps.optimizer_facts import (
+    optimized,
+    unwrap_optimizer,
+)
+from layerwise.function_space.steps.watched_step import WatchedStep, before_step
+from layerwise.function_space.updates.by_module import by_module, module_updates
+from layerwise.function_space.updates.update_sums import update_sums
+from layerwise.function_space.watching.gradients import Gradients
+from layerwise.function_space.watching.output_change import OutputChange
+from layerwise.function_space.watching.record import ModuleReading, UnitRate, WatchRecord
+from layerwise.function_space.watching.sinks import sinks_of
+from layerwise.function_space.watching.unusual import UnusualRule
+
+_LOG = logging.getLogger("layerwise")
+
+
+def watch(
+    model: nn.Module,
+    optimizer: Any,
+    every: int = 10,
+    to: Any = None,
+    *,
+    function_space_every: int | None = None,
+    batch: Any = None,
+    **options: Any,
+) -> Watch:
+    """Watch what an optimizer does to each module: nothing else in the loop changes.
+
+    Step 1 and every `every`th are recorded. Per module: effective learning rate, RMS of weights and update and their ratio,
+    the update's spectral norm (an estimate from below), the gradient's size and noise to signal, the predicted change of the
+    loss; every `function_space_every`th step its share in function space too, and the sum over layers beside the parts. The
+    run stays the same to the last bit, and steps in between wait for no device. A module that stands out (see
+    `UnusualRule`) is named in `record.unusual`, and in a warning of the logger `layerwise`.
+
+    Args:
+        model: any module; wrappers of torch.compile and data parallelism are seen through, FSDP2's parameters are watched
+            in parts.
+        optimizer: any torch optimizer over some or all of its parameters, or a wrapper that keeps one as `.optimizer`.
+        every: how many steps apart records are.
+        to: where records go besides `Watch.records`: a path (JSON lines), a function, a TensorBoard `SummaryWriter`, a wandb
+            run, or a list of these; on the first process alone.
+        function_space_every: how many steps apart; a multiple of `every`, default 20 of them. 0: never.
+        batch: what to measure on in function space, inputs or a function that returns them. Default: a part of what the
+            model was called with in the step before, which the step's gradient has not seen.
+        options: `keep` (records kept, default 1000), `rule` (an `UnusualRule`), `processes` (see `Measurement`), and those
+            of `OutputChange`: `part`, `forward`, `method`, `probes`, `seed`.
+
+    Raises:
+        LayerwiseError: an optimizer that holds none of the model's parameters, an interval below 1.
+
+    Example:
+        watch = lw.watch(model, optimizer, every=10, to="watch.jsonl")
+        ...                                        # the training loop, as it is
+        print(watch.records[-1])
+    """
+    return Watch(model, optimizer, every, to, function_space_every, batch, **options)
+
+
+class Watch:
+    """What `watch` returns.
+
+    Attributes:
+        records: the last ones.
+        steps: how many optimizer steps were seen.
+        skipped: of each step at which function space was to be measured and was not, why.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        every: int = 10,
+        to: Any = None,
+        function_space_every: int | None = None,
+        batch: Any = None,
+        *,
+        keep: int = 1000,
+        rule: UnusualRule | None = None,
+        processes: ProcessesOption = "auto",
+        **options: Any,
+    ) -> None:
+        self.every = every
+        self.function_space_every = 20 * every if function_space_every is None else function_space_every
+        _check_intervals(every, self.function_space_every)
+        self.model = unwrap(model)
+        self.optimizer = unwrap_optimizer(optimizer)
+        optimized(self.model, self.optimizer)
+        self.sinks = sinks_of(to)
+        self.rule = UnusualRule() if rule is None else rule
+        self.processes = processes
+        self.records: deque[WatchRecord] = deque(maxlen=keep)
+        self.steps = 0
+        self.outputs = OutputChange(self.model, batch, processes=processes, **options)
+        self._gradients = Gradients(self.optimizer)
+        self._step: WatchedStep | None = None
+        self._before = self.optimizer.register_step_pre_hook(self._before_step)
+        self._after = self.optimizer.register_step_post_hook(self._after_step)
+        self._expect()
+
+    @property
+    def skipped(self) -> Mapping[int, str]:
+        """Of each step at which function space was to be measured and was not, why."""
+        return self.outputs.skipped
+
+    def detach(self) -> None:
+        """Leave the model and the optimizer alone from now on."""
+        self._before.remove()
+        self._after.remove()
+        self.outputs.expect(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs: the count of steps and what unusual is measured by. Records are the sink's business."""
+        return {"steps": self.steps, "rule": self.rule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.steps = state["steps"]
+        self.rule.load_state_dict(state["rule"])
+        self._expect()
+
+    def _due(self, step: int) -> bool:
+        return step == 1 or step % self.every == 0
+
+    def _function_space_due(self, step: int) -> bool:
+        return self.function_space_every > 0 and step % self.function_space_every == 0
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not is_outermost(optimizer):
+            return
+        step = self.steps + 1
+        if self._due(step):
+            self._step = before_step(self.model, self.optimizer, self.processes)
+        if self._due(step) or self._due(step + 1):
+            self._gradients.before(_has_closure(args, kwargs), self._named())
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if not is_outermost(optimizer):
+            return
+        self.steps += 1
+        if self._due(self.steps) or self._due(self.steps + 1):
+            self._gradients.after(self._named())
+        if self._step is not None:
+            taken, self._step = self._step, None
+            taken.happened = True
+            told = partial(self._tell, self.steps, taken, self._gradients.now, self._gradients.earlier)
+            when_over(self.optimizer, told)
+        self._gradients.next(self._due(self.steps + 1))
+        self._expect()
+
+    def _tell(
+        self, step: int, taken: WatchedStep, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
+    ) -> None:
+        """Record a step that is over, and hand the record on."""
+        try:
+            record = self._record(step, taken, now, earlier)
+        finally:
+            taken.release()
+        self.records.append(record)
+        if taken.processes.rank:
+            return
+        for line in record.unusual:
+            _LOG.warning("%s", line)
+        for sink in self.sinks:
+            sink(record)
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        return optimized(self.model, self.optimizer)
+
+    def _expect(self) -> None:
+        """Prepare for the steps to come."""
+        self.outputs.expect(
+            self._function_space_due(self.steps + 2), self._function_space_due(self.steps + 1)
+        )
+        if self._due(self.steps + 1):
+            # What sets rates within the step (FLeRM) does so in a hook of its own: ours has to come after it.
+            self._before.remove()
+            self._before = self.optimizer.register_step_pre_hook(self._before_step)
+
+    def _record(
+        self, step: int, taken: WatchedStep, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
+    ) -> WatchRecord:
+        rates, together = None, None
+        if self._function_space_due(step):
+            rates, together = self.outputs.measure(taken, step)
+        updates = module_updates(update_sums(taken.updates(), now, earlier, processes=taken.processes))
+        units = self._units(taken.lrs)
+        lrs = _effective(taken, units)
+        modules = {}
+        for name, update in updates.items():
+            rate = None if rates is None else rates[name]
+            share = None if rates is None else rates[name] / (sum(rates.values()) or 1.0)
+            modules[name] = ModuleReading(lrs[name], update, rate, share)
+        changes = [u.loss_change for u in updates.values() if u.loss_change is not None]
+        unusual = self.rule.judge(step, {name: update.update_rms for name, update in updates.items()})
+        return WatchRecord(step, modules, sum(changes) if changes else None, together, units, unusual)
+
+    def _units(self, lrs: Mapping[str, float]) -> dict[str, UnitRate]:
+        """The optimizer's own rates, where it tells them (`layer_rates()`: unit -> noise, multiplier, lr)."""
+        told = getattr(self.optimizer, "layer_rates", None)
+        if told is None:
+            return {}
+        found = {}
+        for unit, rate in told().items():
+            lr = lrs.get(unit.partition("[")[0], rate.lr / rate.multiplier if rate.multiplier else 0.0)
+            found[unit] = UnitRate(rate.noise, rate.multiplier, lr * rate.multiplier)
+        return found
+
+
+def _effective(taken: WatchedStep, units: Mapping[str, UnitRate]) -> dict[str, float]:
+    """Each module's learning rate: of its parameters' (of the mean of their units') the mean, weighted by entries."""
+    of_units: dict[str, list[float]] = {}
+    for unit, rate in units.items():
+        of_units.setdefault(unit.partition("[")[0], []).append(rate.lr)
+    found = {}
+    for module, names in by_module(taken.parameters).items():
+        sizes = [taken.parameters[name].numel() for name in names]
+        each = [math.fsum(of_units[n]) / len(of_units[n]) if n in of_units else taken.lrs[n] for n in names]
+        same = all(lr == each[0] for lr in each)
+        weighted = sum(size * lr for size, lr in zip(sizes, each, strict=True))
+        found[module] = each[0] if same else weighted / max(1, sum(sizes))
+    return found
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether `step(closure)` was called; the optimizer itself is the first of `args`."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return closure is not None
+
+
+def _check_intervals(every: int, function_space_every: int) -> None:
+    if every < 1:
+        raise LayerwiseError(f"every is {every}: use 1 or more")
+    if function_space_every < 0 or function_space_every % every:
+        raise LayerwiseError(
+            f"function_space_every is {function_space_every}: use a multiple of every={every}, or 0 for never"
+        )

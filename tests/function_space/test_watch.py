@@ -1,0 +1,491 @@
+"""Watching a run: its numbers are those that a few lines by hand give, and it changes no bit of the run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+import pytorch_optimizer
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import ResNet, backward, batch, weights
+from test_recording_leaves_no_trace import data, everything, network, optimizer_for
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import layerwise as lw
+from layerwise.function_space.updates.by_module import module_of
+from layerwise.function_space.updates.spectral_norm import spectral_norms
+from layerwise.function_space.watching.unusual import siblings_of
+
+# Sums of up to 1056 products in float64, added up in another order; differences of weights lose three digits more.
+ROUNDING = 1e-9
+
+OPTIMIZERS = {
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True),
+    "Lion": lambda model: pytorch_optimizer.Lion(model.parameters(), 1e-3, weight_decay=0.1),
+    "torch's Muon": lambda model: torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], 1e-2),
+    "Lanton": lambda model: lw.Lanton(lw.param_groups(model), lr=1e-3, weight_decay=0.1),
+}
+
+
+def by_hand(old: dict, new: dict, gradient: dict, earlier: dict, names: list[str]) -> dict[str, float]:
+    """What a module's reading should be, of flat float64 vectors."""
+
+    def flat(tensors: dict) -> Tensor:
+        return torch.cat([tensors[name].double().flatten() for name in names])
+
+    w, d, g, e = flat(old), flat(new) - flat(old), flat(gradient), flat(earlier)
+    return {
+        "weight_rms": w.square().mean().sqrt().item(),
+        "update_rms": d.square().mean().sqrt().item(),
+        "ratio": (d.norm() / w.norm()).item(),
+        "gradient_rms": g.square().mean().sqrt().item(),
+        "noise_to_signal": ((g - e).norm() / (2 * g @ e).sqrt()).item(),
+        "loss_change": (g @ d).item(),
+    }
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_numbers_are_those_by_hand(name):
+    model = ResNet(32, 3, dtype=torch.float64)
+    optimizer = OPTIMIZERS[name](model)
+    watch = lw.watch(model, optimizer, every=4, function_space_every=0)
+    watched = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    earlier: dict = {}
+    for step in range(1, 9):
+        optimizer.zero_grad()
+        backward(model, 0 if step > 6 else step)  # at the end the same batch twice: the signal is there
+        old = weights(model)
+        gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        if step == 8:
+            new = weights(model)
+            expected: dict = {}
+            for n, p in model.named_parameters():
+                if id(p) in watched:
+                    expected.setdefault(module_of(n), []).append(n)
+            record = watch.records[-1]
+            assert record.step == 8
+            assert list(record.modules) == list(expected)
+            for module, names in expected.items():
+                found = record.modules[module].numbers()
+                for key, value in by_hand(old, new, gradient, earlier, names).items():
+                    assert found[key] == pytest.approx(value, rel=ROUNDING), (module, key)
+            assert record.loss_change == pytest.approx(
+                sum(reading.update.loss_change for reading in record.modules.values())
+            )
+        earlier = gradient
+    assert [record.step for record in watch.records] == [1, 4, 8]
+    assert watch.records[0].modules["blocks.0"].update.noise_to_signal is None  # there was no step before
+
+
+def test_effective_rates_are_what_the_optimizer_makes_of_the_groups():
+    model = ResNet(16, 3)
+    optimizer = lw.Lanton(lw.param_groups(model), lr=1e-2)
+    watch = lw.watch(model, optimizer, every=3, function_space_every=0)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    record, rates = watch.records[-1], optimizer.layer_rates()
+    assert {unit: (rate.noise, rate.multiplier, rate.lr) for unit, rate in record.units.items()} == {
+        unit: (rate.noise, rate.multiplier, pytest.approx(rate.lr)) for unit, rate in rates.items()
+    }
+    # A module's rate is the mean of its parameters', weighted by entries.
+    weight, bias = rates["blocks.1.weight"].lr, rates["blocks.1.bias"].lr
+    assert record.modules["blocks.1"].lr == pytest.approx((16 * weight + bias) / 17)
+
+
+def test_rates_that_flerm_sets_are_seen_whoever_came_first():
+    for flerm_first in (True, False):
+        model = ResNet(16, 3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        made: list = [None, None]
+        for which in ("flerm", "watch") if flerm_first else ("watch", "flerm"):
+            if which == "flerm":
+                made[0] = lw.FLeRM(model, optimizer, "uniform", probes=8)
+            else:
+                made[1] = lw.watch(model, optimizer, every=2, function_space_every=0)
+        flerm, watch = made
+        for step in range(2):
+            optimizer.zero_grad()
+            backward(model, step)
+            old = weights(model)
+            with flerm.step(batch(step)[2]):
+                optimizer.step()
+            if step == 0:  # the step as FLeRM redid it
+                moved = (model.out.weight - old["out.weight"]).square().sum()
+                moved += (model.out.bias - old["out.bias"]).square().sum()
+                update = watch.records[0].modules["out"].update
+                assert update.update_rms == pytest.approx((moved.item() / (5 * 17)) ** 0.5, rel=1e-4)
+        weight, bias = (flerm.learning_rates()[f"blocks.1.{kind}"] for kind in ("weight", "bias"))
+        assert watch.records[-1].modules["blocks.1"].lr == pytest.approx((16 * weight + bias) / 17)
+        assert abs(weight / 0.1 - 1) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_watched_run_is_the_plain_one_bit_for_bit(dtype):
+    def run(watched: bool) -> dict:
+        model = network().to(dtype)
+        optimizer = optimizer_for(model)
+        if watched:
+            watch = lw.watch(model, optimizer, every=1, function_space_every=1)
+        torch.manual_seed(11)
+        for step in range(4):
+            x, y, _ = data(step, dtype)
+            for _ in range(2):  # gradients are accumulated over two micro-batches, and zeroed in place later
+                nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if step < 3:
+                optimizer.zero_grad(set_to_none=False)
+        if watched:
+            assert len(watch.records) == 4
+            assert watch.records[-1].together is not None
+        return everything(model, optimizer)
+
+    plain, watched = run(False), run(True)
+    for key, value in plain.items():
+        assert torch.equal(value, watched[key]), key
+
+
+def test_an_optimizer_that_writes_into_the_gradient_is_found_out():
+    class Centring(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad.sub_(p.grad.mean())
+            return super().step(closure)
+
+    model = ResNet(16, 3)
+    optimizer = Centring(model.parameters(), 0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=0)
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(model, step)
+        squares = sum(p.grad.square().sum() for p in model.blocks[0].parameters())
+        optimizer.step()
+    assert watch.records[0].modules["blocks.0"].update.gradient_rms is None
+    found = watch.records[1].modules["blocks.0"].update.gradient_rms
+    assert found == pytest.approx(math.sqrt(squares / (16 * 17)), rel=1e-5)
+
+
+def test_a_closure_is_watched_like_a_plain_step():
+    records = []
+    for closed in (False, True):
+        model = ResNet(16, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        watch = lw.watch(model, optimizer, every=2, function_space_every=0)
+        for step in range(4):
+
+            def closure(model=model, optimizer=optimizer, step=step):
+                optimizer.zero_grad()
+                return backward(model, step)
+
+            if closed:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        records.append(list(watch.records))
+    assert records[0] == records[1]
+    assert records[0][-1].modules["out"].update.noise_to_signal is not None
+
+
+# ---------------------------------------------------------------------------------------------------- spectral norms
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.sampled_from(["normal", "low rank", "sign"]),
+    st.integers(0, 100), st.sampled_from([1e-12, 1.0, 1e12]),
+)  # fmt: skip
+def test_spectral_norms_come_from_below_and_are_close(rows, columns, kind, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(2, rows, columns, generator=generator, dtype=torch.float64)
+    if kind == "low rank":
+        matrix = matrix[:, :, :1] @ matrix[:, :1, :] + 0.1 * matrix
+    if kind == "sign":
+        matrix = matrix.sign()
+    matrix *= scale
+    true = torch.linalg.svdvals(matrix)[:, 0]
+    estimate = spectral_norms([matrix])[0]
+    assert (estimate <= true * (1 + 1e-12)).all()
+    assert (estimate >= 0.85 * true).all()  # six products; the worst of 10 000 draws of these kinds was 0.9
+    assert torch.allclose(spectral_norms([matrix], 60)[0], true, rtol=1e-9)
+
+
+def test_spectral_norms_of_nothing_and_of_infinity():
+    stack = torch.stack([torch.zeros(3, 4), torch.full((3, 4), math.inf)])
+    zero, infinite = spectral_norms([stack])[0].tolist()
+    assert zero == 0
+    assert not math.isfinite(infinite)
+
+
+# -------------------------------------------------------------------------------------------------- in function space
+
+
+def test_function_space_is_measured_on_the_inputs_of_the_step_before():
+    model = ResNet(16, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = lw.watch(model, optimizer, every=3, method="exact")
+    watch.function_space_every = 6
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        backward(model, step)
+        before, old = copy.deepcopy(model), weights(model)
+        optimizer.step()
+        assert not model._forward_pre_hooks or step == 4  # for the forward of step 5
+    assert [record.step for record in watch.records if record.together is not None] == [6]
+    update = {name: new - old[name] for name, new in weights(model).items()}
+    inputs = batch(5)[0][:8]  # a quarter of 32
+    expected = lw.function_space_rates(before, update, inputs, method="exact")
+    record = watch.records[-1]
+    for module, reading in record.modules.items():
+        values = [rate.value for name, rate in expected.items() if module_of(name) == module]
+        # The updates are differences of float32 weights: 1e-3 of 0.2, to 1e-8.
+        assert reading.rate == pytest.approx(sum(values), rel=1e-3)
+        assert reading.share == pytest.approx(sum(values) / expected.total, rel=1e-3)
+    moved = (model(inputs) - before(inputs)).square().mean().sqrt().item()
+    assert record.together.moved == pytest.approx(moved, rel=1e-3)
+    assert record.together.parts == pytest.approx(expected.total, rel=1e-3)
+    squares = sum(rate.value**2 for rate in expected.values())
+    assert record.together.reinforcement == pytest.approx(moved / math.sqrt(squares), rel=1e-3)
+
+
+def test_the_predicted_loss_change_is_the_real_one_for_a_small_step():
+    model = ResNet(16, 3, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5)
+    watch = lw.watch(model, optimizer)
+    before = backward(model, 0)
+    optimizer.step()
+    assert watch.records[0].loss_change == pytest.approx(backward(model, 0) - before, rel=1e-3)
+
+
+def test_inputs_are_found_however_the_model_is_called():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, scale=1.0):
+            return self.linear(x) * scale
+
+    for call in (
+        lambda model, x: model(x),
+        lambda model, x: model(x=x),
+        lambda model, x: model(x, scale=2.0),
+        lambda model, x: model(x, 2.0),
+    ):
+        model = Two()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        watch = lw.watch(model, optimizer, every=1, function_space_every=2)
+        for _ in range(2):
+            call(model, torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+        assert watch.records[-1].together is not None
+    with torch.no_grad():  # nothing is taken from an evaluation
+        assert watch.outputs._seen.take() is None
+
+
+def test_inputs_that_were_not_seen_are_a_reason():
+    model = ResNet(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=1)
+    for step in range(2):
+        x, y, _ = batch(step)
+        nn.functional.cross_entropy(model.forward(x), y).backward()
+        optimizer.step()
+    assert "give watch(batch=...)" in watch.skipped[2]
+    assert watch.records[-1].together is None
+
+
+# ------------------------------------------------------------------------------------------------- what stands out
+
+
+def planted_run(planted: bool) -> tuple[Tensor, list[lw.WatchRecord]]:
+    """A warm-up of 200 steps; the third of six layers has 8 times its rate from step 61 on."""
+    model = ResNet(48, 6)
+    groups = [{"params": block.parameters()} for block in model.blocks]
+    ends = {"params": [*model.inp.parameters(), *model.out.parameters()]}
+    optimizer = torch.optim.AdamW([*groups, ends], lr=3e-3)
+    watch = lw.watch(model, optimizer, every=10, function_space_every=0)
+    losses = []
+    for step in range(300):
+        for index, group in enumerate(optimizer.param_groups):
+            wrong = 8 if planted and index == 2 and step >= 60 else 1
+            group["lr"] = 3e-3 * min(1, (step + 1) / 200) * wrong
+        optimizer.zero_grad()
+        losses.append(backward(model, step))
+        optimizer.step()
+    return torch.tensor(losses), list(watch.records)
+
+
+def test_a_layer_at_8_times_its_rate_is_named_50_steps_before_the_loss_shows_it(caplog):
+    """At first the loss falls faster than without: only after the warm-up is it worse, for good."""
+    losses, records = planted_run(planted=False)
+    assert not [line for record in records for line in record.unusual]
+    assert not caplog.records
+    wrong, records = planted_run(planted=True)
+    lines = [line for record in records for line in record.unusual]
+    assert {(line.module, line.against) for line in lines} == {
+        ("blocks.2", "history"),
+        ("blocks.2", "siblings"),
+    }
+    assert {line.step for line in lines} == {70}
+    assert all(line.factor == pytest.approx(8, rel=0.1) for line in lines)
+    assert [r.message for r in caplog.records] == [str(line) for line in lines]
+    assert "blocks.2 moves" in caplog.text
+    worse = (wrong - losses).unfold(0, 20, 1).mean(1) > 0.01  # of a loss of 0.4; it is 0.4 better at step 180
+    shown = 20 + next(k for k in range(len(worse)) if worse[k])
+    assert shown >= 70 + 50
+
+
+def test_a_module_that_stops_moving_is_named_once_and_again_after_it_moved():
+    rule = lw.UnusualRule(least=2)
+    updates = {"a.0": 1.0, "a.1": 1.0, "a.2": 1.0, "b": 5.0}
+    stopped = {**updates, "b": 0.0}
+    assert [rule.judge(step, updates) for step in (1, 2)] == [[], []]
+    [line] = rule.judge(3, stopped)
+    assert (
+        str(line) == "step 3: b does not move, unlike before, next to the other modules (RMS of its update 0)"
+    )
+    assert rule.judge(4, stopped) == []
+    assert rule.judge(5, updates) == []
+    assert len(rule.judge(6, stopped)) == 1
+    assert rule.judge(7, dict.fromkeys(updates, 0.0)) == []  # a step that was skipped, or a rate of 0
+
+
+def test_a_schedule_that_all_modules_follow_is_not_unusual():
+    rule = lw.UnusualRule()
+    for step in range(1, 30):
+        assert rule.judge(step, {"a": 1e-3 * 2**-step, "b": 2e-3 * 2**-step, "c": 9e-3 * 2**-step}) == []
+
+
+def test_siblings_are_modules_in_the_same_place_of_other_blocks():
+    assert siblings_of("h.3.mlp.c_fc") == siblings_of("h.11.mlp.c_fc") == "h.*.mlp.c_fc"
+    assert siblings_of("0") == "*"
+    assert siblings_of("conv1.proj2") == "conv1.proj2"
+
+
+# ----------------------------------------------------------------------------------------- where records go, resuming
+
+
+def short_run(model: nn.Module, steps: int = 4, **options: Any) -> lw.Watch:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = lw.watch(model, optimizer, every=2, function_space_every=4, **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    return watch
+
+
+def test_records_go_to_files_functions_tensorboard_and_wandb(tmp_path):
+    class Writer:
+        def __init__(self):
+            self.rows = []
+
+        def add_scalar(self, key, value, step):
+            self.rows.append((key, value, step))
+
+    class Run:
+        def __init__(self):
+            self.rows = []
+
+        def log(self, row, commit):
+            self.rows.append(row)
+
+    seen, writer, run = [], Writer(), Run()
+    watch = short_run(ResNet(8, 1), to=[tmp_path / "new" / "watch.jsonl", seen.append, writer, run])
+    assert seen == list(watch.records)
+    lines = [json.loads(line) for line in (tmp_path / "new" / "watch.jsonl").read_text().splitlines()]
+    assert lines == [record.to_dict() for record in watch.records]
+    assert [line["step"] for line in lines] == [1, 2, 4]
+    assert lines[0]["modules"]["out"].keys() >= {
+        "lr",
+        "weight_rms",
+        "update_rms",
+        "ratio",
+        "spectral",
+        "loss_change",
+    }
+    assert lines[2]["together"].keys() == {"moved", "parts", "independent", "reinforcement"}
+    last = watch.records[-1]
+    assert [row for row in writer.rows if row[2] == 4] == [(k, v, 4) for k, v in last.scalars().items()]
+    assert run.rows[-1] == {**last.scalars(), "watch/step": 4}
+    with pytest.raises(lw.LayerwiseError, match="to is int: give a path"):
+        short_run(ResNet(8, 1), to=3)
+
+
+def test_a_record_prints_as_a_table():
+    text = str(short_run(ResNet(8, 1)).records[-1])
+    head, titles, first, *_ = text.splitlines()
+    assert head == "step 4"
+    assert titles.split()[:4] == ["module", "lr", "weight", "update"]
+    assert first.startswith("inp")
+    assert "predicted change of the loss: -" in text
+    assert "reinforcement" in text
+
+
+def test_a_watch_goes_on_where_it_was():
+    whole = short_run(ResNet(8, 3), 8)
+    model = ResNet(8, 3)
+    first = short_run(model, 4)
+    state = json.loads(json.dumps(first.state_dict()))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    second = lw.watch(model, optimizer, every=2, function_space_every=4)
+    second.load_state_dict(state)
+    for step in range(4, 8):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    assert [*first.records, *second.records] == list(whole.records)
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_a_detached_watch_leaves_nothing_behind():
+    model = ResNet(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=1)
+    watch.detach()
+    backward(model, 0)
+    optimizer.step()
+    assert not watch.records
+    assert not model._forward_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_what_cannot_be_watched_is_refused():
+    model = ResNet(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(lw.LayerwiseError, match="every is 0: use 1 or more"):
+        lw.watch(model, optimizer, every=0)
+    with pytest.raises(lw.LayerwiseError, match="function_space_every is 15: use a multiple of every=10"):
+        lw.watch(model, optimizer, function_space_every=15)
+    with pytest.raises(lw.LayerwiseError, match="holds none of the model's trainable parameters"):
+        lw.watch(ResNet(8, 1), optimizer)
+
+
+def test_steps_that_are_not_recorded_wait_for_no_device():
+    """On tensors without numbers whatever the host would have to wait for fails."""
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        watch = lw.watch(model, optimizer, every=10)
+        watch.load_state_dict({"steps": 1, "rule": watch.rule.state_dict()})
+        for step in range(2, 11):
+            for p in model.parameters():
+                p.grad = torch.empty_like(p)
+            if step < 10:
+                optimizer.step()
+            else:
+                with pytest.raises((DataDependentOutputException, RuntimeError)):  # a recorded one does
+                    optimizer.step()
+    assert watch.steps >= 9
