@@ -34,8 +34,8 @@ class _Bidiagonal:
         if self.left is not None:
             left -= self.above[-1][:, None, None] * self.left
         self.left = left
-        back = torch.bmm(self.matrices.mT, left)
-        return torch.cat([back[..., 0], left.square().sum((1, 2))[:, None]], 1)
+        back = torch.bmm(left.mT, self.matrices)  # not `matrices.mT @ left`, which a CPU takes 20 times as long for
+        return torch.cat([back[:, 0], left.square().sum((1, 2))[:, None]], 1)
 
     def extend(self, summed: Tensor) -> None:
         """One more row of B, from the sums over processes of `products`."""
