@@ -1,6 +1,6 @@
 """Function-space learning rates and FLeRM (arXiv 2502.17405), for any model and any torch optimizer."""
 
-from layerwise.function_space.checking.check import check
+from layerwise.function_space.checking.check_model import check
 from layerwise.function_space.checking.size_check import SizeCheck
 from layerwise.function_space.checking.trends import Trend
 from layerwise.function_space.matching.base_rates import BaseRate, BaseRates, record_base
@@ -12,9 +12,9 @@ from layerwise.function_space.measure import function_space_rates
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.rates import Rate, Rates
 from layerwise.function_space.steps.recorder import FunctionSpaceRecorder, JsonLines, Record
-from layerwise.function_space.watching.record import ModuleReading, Together, WatchRecord
 from layerwise.function_space.watching.unusual import Unusual, UnusualRule
-from layerwise.function_space.watching.watch import Watch, watch
+from layerwise.function_space.watching.watch_record import ModuleReading, Together, WatchRecord
+from layerwise.function_space.watching.watcher import Watch, watch
 
 __all__ = [
     "BaseRate",

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.activations import Activations
-from layerwise.function_space.checking.batches import Loss, inputs_of, to_device
+from layerwise.function_space.checking.checked_batches import Loss, inputs_of, to_device
 from layerwise.function_space.checking.trends import Quantity, Value
 from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.depth_map import DepthMap

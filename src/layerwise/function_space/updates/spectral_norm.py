@@ -34,7 +34,9 @@ class _Bidiagonal:
         if self.left is not None:
             left -= self.above[-1][:, None, None] * self.left
         self.left = left
-        back = torch.bmm(left.mT, self.matrices)  # not `matrices.mT @ left`, which a CPU takes 20 times as long for
+        back = torch.bmm(
+            left.mT, self.matrices
+        )  # not `matrices.mT @ left`, which a CPU takes 20 times as long for
         return torch.cat([back[:, 0], left.square().sum((1, 2))[:, None]], 1)
 
     def extend(self, summed: Tensor) -> None:

@@ -15,8 +15,8 @@ from layerwise.function_space.measuring.runners import untouched
 from layerwise.function_space.measuring.slices import first_examples, share
 from layerwise.function_space.steps.watched_step import WatchedStep, is_supplier
 from layerwise.function_space.updates.by_module import by_module
-from layerwise.function_space.watching.record import Together
 from layerwise.function_space.watching.seen_inputs import SeenInputs
+from layerwise.function_space.watching.watch_record import Together
 
 NOT_SEEN = (
     "the model's inputs in the step before were not seen (it is compiled, or was called under another module): "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.watching.record import WatchRecord
+from layerwise.function_space.watching.watch_record import WatchRecord
 
 Sink = Callable[[WatchRecord], object]
 

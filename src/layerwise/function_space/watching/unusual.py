@@ -65,7 +65,18 @@ class UnusualRule:
 
     Attributes:
         factor: how far off is unusual.
-        window, least: how many values history is, at most and at least.
+        window: how many values history is at most.
+        least: how many it is at least.
+
+    Example:
+        >>> import layerwise as lw
+        >>> rule = lw.UnusualRule(factor=3, least=2)
+        >>> updates = {"a": 1e-3, "b": 1e-3, "c": 2e-3}
+        >>> for step in (1, 2, 3):
+        ...     assert rule.judge(step, updates) == []
+        >>> [unusual] = rule.judge(4, {**updates, "b": 8e-3})
+        >>> unusual.module, unusual.against, unusual.factor
+        ('b', 'history', 4.0)
     """
 
     factor: float = 3.0

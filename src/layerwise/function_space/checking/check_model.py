@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.checking.batches import Loss, batches, default_loss, inputs_of
+from layerwise.function_space.checking.checked_batches import Loss, batches, default_loss, inputs_of
 from layerwise.function_space.checking.one_size import Readings, Recipe, SizeRun
 from layerwise.function_space.checking.size_check import SizeCheck
 from layerwise.function_space.checking.trends import QUANTITIES, Quantity, Trend, Value, trend
@@ -74,9 +74,19 @@ def check(
         LayerwiseError: fewer than two sizes, a step below 1, a batch without a known loss.
 
     Example:
-        result = lw.check(make_mlp, (64, 128, 256), lambda model: AdamW(model.parameters(), 1e-3), (x, y))
-        print(result)                                  # slopes and a verdict, module by module
-        assert result.passed
+        >>> import torch
+        >>> import layerwise as lw
+        >>> def make(width):
+        ...     return torch.nn.Sequential(
+        ...         torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.Linear(width, 3)
+        ...     )
+        >>> def adam(model):
+        ...     return torch.optim.Adam(model.parameters(), lr=1e-3)
+        >>> batch = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> result = lw.check(make, (32, 64, 128), adam, batch, steps=(1,))
+        >>> print(result)  # doctest: +SKIP
+        >>> result.passed
+        False
     """
     _refuse(sizes, steps, seeds, judge)
     recipe = Recipe(

@@ -25,9 +25,9 @@ from layerwise.function_space.updates.by_module import by_module, module_updates
 from layerwise.function_space.updates.update_sums import update_sums
 from layerwise.function_space.watching.gradients import Gradients
 from layerwise.function_space.watching.output_change import OutputChange
-from layerwise.function_space.watching.record import ModuleReading, UnitRate, WatchRecord
 from layerwise.function_space.watching.sinks import sinks_of
 from layerwise.function_space.watching.unusual import UnusualRule
+from layerwise.function_space.watching.watch_record import ModuleReading, UnitRate, WatchRecord
 
 _LOG = logging.getLogger("layerwise")
 
@@ -67,9 +67,19 @@ def watch(
         LayerwiseError: an optimizer that holds none of the model's parameters, an interval below 1.
 
     Example:
-        watch = lw.watch(model, optimizer, every=10, to="watch.jsonl")
-        ...                                        # the training loop, as it is
-        print(watch.records[-1])
+        >>> import torch
+        >>> import layerwise as lw
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> watch = lw.watch(model, optimizer, every=10)  # to="watch.jsonl", a SummaryWriter, wandb.run, a function
+        >>> for _ in range(20):  # the training loop, as it is
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     optimizer.step()
+        >>> [record.step for record in watch.records]
+        [1, 10, 20]
+        >>> print(watch.records[-1])  # doctest: +ELLIPSIS
+        step 20
+        module ...
     """
     return Watch(model, optimizer, every, to, function_space_every, batch, **options)
 
@@ -81,6 +91,19 @@ class Watch:
         records: the last ones.
         steps: how many optimizer steps were seen.
         skipped: of each step at which function space was to be measured and was not, why.
+
+    Example:
+        >>> import torch
+        >>> import layerwise as lw
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> watch = lw.watch(model, optimizer)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> watch.records[0].modules["(model)"].lr
+        0.1
+        >>> state = watch.state_dict()  # into the checkpoint, for `load_state_dict`
+        >>> watch.detach()
     """
 
     def __init__(

@@ -81,6 +81,21 @@ class WatchRecord:
         together: in function space, at the steps where that is measured.
         units: the optimizer's own rates, unit by unit, where it has such.
         unusual: modules that stand out.
+
+    Example:
+        >>> import torch
+        >>> import layerwise as lw
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> watch = lw.watch(model, optimizer)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> record = watch.records[0]
+        >>> update = record.modules["(model)"].update
+        >>> abs(update.update_rms - 0.1 * update.gradient_rms) < 1e-6
+        True
+        >>> sorted(record.to_dict())
+        ['loss_change', 'modules', 'step']
     """
 
     step: int
