@@ -221,7 +221,7 @@ WRONG = {
         lambda: lw.Lanton(lw.param_groups(other_model())),
         r"it has \d parameter groups, this optimizer \d",
     ),
-    "another name": (renamed, r"it has the parameter 'head.weight' where this one has 'down.weight'"),
+    "another name": (renamed, r"it has the parameter 'aside.weight' where this one has 'down.weight'"),
 }
 
 

@@ -24,7 +24,7 @@ from layerwise.optim.layer_rates import LayerRate, layer_rates
 from layerwise.optim.rules.halves import Halves
 from layerwise.optim.state import state_dict as saving
 from layerwise.optim.state.partial import LoadedState, take_what_fits
-from layerwise.optim.state.replaced import carry_over, has_moved, warn_of_fresh_state
+from layerwise.optim.state.replaced import replace_state, warn_of_fresh_state
 from layerwise.optim.updates import Update
 from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
 from layerwise.optim.work.local import LocalWork
@@ -127,16 +127,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _replace_state(self) -> list[str]:
         """The names of the parameters whose state could not be carried over."""
-        lost: list[str] = []
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                if param not in self.state:
-                    new, old = _allocate(group, name, param), self.state.get(self._holders[name], {})
-                    if has_moved(old) and not carry_over(old, new):
-                        lost.append(name)
-                    self.state[param] = new
-        for param in self.state.keys() - {param for group in self.param_groups for param in group["params"]}:
-            del self.state[param]
+        lost = replace_state(self.param_groups, self.state, self._holders)
         self._note_holders()
         return lost
 
@@ -362,45 +353,18 @@ class LayerwiseOptimizer(Optimizer):
         """
         self._replace_state()  # what it lost comes now
         saving.check_kind(state_dict)
-        found = self._load_strictly(state_dict) if strict else self._load_what_fits(state_dict)
+        if strict:
+            loaded, found = saving.load(self, state_dict, super().load_state_dict), LoadedState([], [])
+        else:
+            loaded = state_dict
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                loaded = hook(self, loaded) or loaded
+            found = take_what_fits(self, saving.with_new_names(loaded))
+        self.guard.skipped_steps = saving.skipped_steps(loaded)
         self.halves.forget()
         if self._replicas is not None:
             self._replicas.restart()
         return found
-
-    def _load_what_fits(self, state_dict: dict[str, Any]) -> LoadedState:
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        state_dict = saving.with_new_names(state_dict)
-        found = take_what_fits(self, state_dict)
-        self.guard.skipped_steps = saving.skipped_steps(state_dict)
-        return found
-
-    def _load_strictly(self, state_dict: dict[str, Any]) -> LoadedState:
-        loaded: dict[str, Any] = {}
-
-        def take(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
-            """After all other hooks, which may change what is loaded; and before anything of this optimizer changes."""
-            found = saving.with_new_names(found)
-            saving.check(self, found)
-            loaded.update(found)
-            return saving.without_extras(found)
-
-        live = [{key: group[key] for key in saving.KEPT} for group in self.param_groups]
-        lrs = [group["lr"] for group in self.param_groups]
-        own = {param: dict(state) for param, state in self.state.items()}
-        last = self.register_load_state_dict_pre_hook(take)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-        for group, kept, lr in zip(self.param_groups, live, lrs, strict=True):
-            group.update(kept)
-            if isinstance(lr, Tensor):
-                group["lr"] = lr.fill_(group["lr"])
-        saving.copy_state(self, own, loaded)
-        self.guard.skipped_steps = saving.skipped_steps(loaded)
-        return LoadedState([], [])
 
 
 @torch.no_grad()

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from layerwise.common.tensors import local_part
 from layerwise.errors import warn
-from layerwise.optim.work.job import State
+from layerwise.optim.work.job import Group, State
+
+
+@torch.no_grad()
+def replace_state(
+    groups: Sequence[Group], states: dict[Tensor, State], holders: Mapping[str, Tensor]
+) -> list[str]:
+    """Make state for every parameter that has none, from that of the tensor which stood for its name if it fits.
+
+    Args:
+        groups: the optimizer's, with the tensors as they are now.
+        states: by tensor; those of tensors that are gone are dropped.
+        holders: the tensor that each name stood for.
+
+    Returns:
+        The names of the parameters whose state could not be carried over.
+    """
+    lost: list[str] = []
+    live = set()
+    for group in groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            live.add(param)
+            if param not in states:
+                new, old = group["update"].allocate(group, name, param), states.get(holders[name], {})
+                if has_moved(old) and not carry_over(old, new):
+                    lost.append(name)
+                states[param] = new
+    for param in states.keys() - live:
+        del states[param]
+    return lost
 
 
 def has_moved(state: State) -> bool:

@@ -6,7 +6,7 @@ optimizer was made with: a checkpoint carries the state, the program carries the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -137,6 +137,44 @@ def _other(difference: str) -> LayerwiseError:
         "Make the optimizer as it was when the checkpoint was written, or, for a model that has since changed, take what "
         "fits with load_state_dict(state, strict=False)"
     )
+
+
+def load(
+    optimizer: Optimizer, state_dict: dict[str, Any], torch_load: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Load what belongs to this optimizer, or raise and change nothing.
+
+    Args:
+        optimizer: whose groups and state are set.
+        state_dict: what its ``state_dict`` gave.
+        torch_load: torch's own ``load_state_dict`` of this optimizer, which calls the hooks.
+
+    Returns:
+        What was loaded: ``state_dict`` as the hooks left it.
+    """
+    loaded: dict[str, Any] = {}
+
+    def take(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+        """After all other hooks, which may change what is loaded; and before anything of this optimizer changes."""
+        found = with_new_names(found)
+        check(optimizer, found)
+        loaded.update(found)
+        return without_extras(found)
+
+    live = [{key: group[key] for key in KEPT} for group in optimizer.param_groups]
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    own = {param: dict(state) for param, state in optimizer.state.items()}
+    last = optimizer.register_load_state_dict_pre_hook(take)
+    try:
+        torch_load(state_dict)
+    finally:
+        last.remove()
+    for group, kept, lr in zip(optimizer.param_groups, live, lrs, strict=True):
+        group.update(kept)
+        if isinstance(lr, Tensor):
+            group["lr"] = lr.fill_(group["lr"])
+    copy_state(optimizer, own, loaded)
+    return loaded
 
 
 @torch.no_grad()
