@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import assert_same_bits, make, net, set_gradients, tensors, twin
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 import layerwise as lw
 
@@ -14,6 +15,51 @@ CYCLES = {
     "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=9),
     "cyclic": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.001, max_lr=0.02, step_size_up=3),
 }
+#: Every scheduler of torch that needs no other: two that hold others are in test_optim_schedules.
+ALONE = CYCLES | {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),
+    "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    "multi step": lambda o: lr_scheduler.MultiStepLR(o, [2, 5], 0.5),
+    "constant": lambda o: lr_scheduler.ConstantLR(o, 0.5, 3),
+    "linear": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
+    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 8, 2.0),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
+    "swa": lambda o: SWALR(o, swa_lr=0.001, anneal_epochs=5),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ALONE)
+def test_every_scheduler_resumes_in_the_middle(preset, name):
+    def steps(model, optimizer, scheduler, numbers):
+        for step in numbers:
+            set_gradients(model, step)
+            optimizer.step()
+            scheduler.step(*([1.0] if name == "plateau" else []))
+
+    model = net()
+    optimizer = make(preset, model)
+    scheduler = ALONE[name](optimizer)
+    steps(model, optimizer, scheduler, range(4))
+    states = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
+    steps(model, optimizer, scheduler, range(4, 8))
+    other = net(seed=9)
+    again = make(preset, other)
+    rescheduled = ALONE[name](again)
+    for part, state in zip((other, again, rescheduled), states, strict=True):
+        part.load_state_dict(state)
+    steps(other, again, rescheduled, range(4, 8))
+    assert_same_bits(tensors(model, optimizer), tensors(other, again))
+    for mine, theirs in zip(again.param_groups, optimizer.param_groups, strict=True):
+        assert (mine["lr"], mine["momentum"], mine["betas"]) == (
+            theirs["lr"],
+            theirs["momentum"],
+            theirs["betas"],
+        )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
