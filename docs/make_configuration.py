@@ -40,7 +40,10 @@ for bit (on the same machine, with the same thread count and package versions). 
 `training.keep`, `training.checkpoint_every` and `data.paths` may differ from the interrupted run's. A damaged checkpoint
 is reported and passed over for the one before it.
 
-Tokenised text is cached in `~/.cache/layerwise`, or where the environment variable `LAYERWISE_CACHE` says.
+A folder that is not empty and no run of ours is left as it is; `--overwrite` says what it would delete there.
+
+Tokenised text is cached in `~/.cache/layerwise`, or where the environment variable `LAYERWISE_CACHE` says. With
+`LAYERWISE_MOST_STEPS=3` in the environment no run takes more than 3 steps: to see whether a command works.
 """
 
 
@@ -67,7 +70,7 @@ AFTER = {
     + "\n\nThe vocabulary is the tokenizer's, and the longest sequence `data.seq_len`, unless set. Further keys, as"
     " transformers names them:\n\n"
     + "\n".join(
-        f"- `{name}`: {', '.join(f'`{key}`' for key in sorted(family.setting_names()))}"
+        f"- `{name}`: {', '.join(f'`{key}`' for key in sorted(family.setting_defaults()))}"
         for name, family in FAMILIES.items()
     )
     + "\n\n`model.lora`, such as `model.lora.rank=4`. {lora}",

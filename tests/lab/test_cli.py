@@ -90,7 +90,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     monkeypatch.setattr("layerwise.lab.training.run.train", interrupted)
     assert call("train", str(config)) == 130
     assert capsys.readouterr().err.splitlines() == [
-        "layerwise: interrupted; what is finished is kept (`train`: --resume goes on)"
+        f"layerwise: interrupted; what is finished is kept, layerwise train {config} --resume goes on"
     ]
 
 

@@ -1,5 +1,25 @@
 """The command line, a file for each command."""
 
-from layerwise.lab.cli.app import main
+from __future__ import annotations
+
+import sys
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line. What is wrong with the input, or with the disk, is one line on standard error, exit code 2.
+
+    Raises:
+        SystemExit: always, with the exit code; 130 after Ctrl-C.
+    """
+    try:
+        from layerwise.lab.cli.app import (
+            run,  # here: Ctrl-C in the seconds that the imports take is quiet too
+        )
+
+        run(arguments)
+    except KeyboardInterrupt:
+        print("layerwise: interrupted", file=sys.stderr)
+        sys.exit(130)
+
 
 __all__ = ["main"]

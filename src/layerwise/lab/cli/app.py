@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from typing import Annotated
@@ -49,20 +50,35 @@ def _root(
         processes.refuse_several(f"layerwise {context.invoked_subcommand}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line. A LayerwiseError is one line on standard error and exit code 2."""
+def run(arguments: list[str] | None = None) -> None:
+    """Runs a command. A LayerwiseError, or a disk that fails, is one line on standard error and exit code 2."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, prog_name="layerwise", standalone_mode=True)
-    except LayerwiseError as error:
+        app(given, prog_name="layerwise", standalone_mode=True)
+    except (LayerwiseError, OSError, MemoryError) as error:
         if rank := processes.rank():
             time.sleep(5)  # what the first process says too is said once: its launcher ends the others
         where = f" (process {rank})" if rank else ""
-        print(f"layerwise{where}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"layerwise{where}: {_line(error)}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
-            print(
-                "layerwise: interrupted; what is finished is kept (`train`: --resume goes on)",
-                file=sys.stderr,
-            )
+            print(f"layerwise: interrupted; what is finished is kept, {_way_on(given)}", file=sys.stderr)
         raise
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, LayerwiseError):
+        what = f"{error.filename}: " if error.filename else ""
+        return f"{what}{error.strerror or error}; what was written before is kept"
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}): a smaller model or batch needs less"
+    return " ".join(str(error).split())
+
+
+def _way_on(given: list[str]) -> str:
+    """How the command that was interrupted goes on."""
+    command = shlex.join(["layerwise", *given])
+    if given[:1] == ["train"] and "--resume" not in given:
+        command += " --resume"
+    return f"{command} goes on"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from layerwise.lab.experiments.sweep.run_sweep import Sweep
     from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 
+LONG = 600  # seconds of work that are asked about
+
 HELP = """Sweep learning rates over sizes of a model, and show whether the best one carries over.
 
 CONFIG is a training config with a section `sweep`: what the sizes are, the grid of rates, the methods (standard, flerm,
@@ -50,8 +52,10 @@ def sweep(
         float | None, typer.Option(help="ray: GPUs of a trial, such as 0.25 (default 0: it sees none).")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how many trials there are, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Say how many trials there are and how long they take, and stop."),
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before hours of work.")] = False,
 ) -> None:
     from layerwise.lab.experiments.sweep.run_sweep import run_sweep
     from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
@@ -59,21 +63,33 @@ def sweep(
     path, overrides = split_words(words)
     config = load_config(path, overrides, SweepConfig)
     chosen = _engine(engine, workers, address=address, cpus=cpus, gpus=gpus)
+    seconds = _say_plan(config, 2 if workers is None else workers)
     if dry_run:
-        print(_plan(config))
         return
+    if seconds > LONG and not yes and sys.stdin.isatty():
+        typer.confirm("start?", abort=True, err=True)
     _report(config, run_sweep(config, chosen))
 
 
-def _plan(config: SweepConfig) -> str:
+def _say_plan(config: SweepConfig, workers: int) -> float:
+    """Says what is to be run and about how long it takes; returns the seconds."""
     from layerwise.lab.experiments.sweep.results import read_results
-    from layerwise.lab.experiments.sweep.run_sweep import RESULTS
+    from layerwise.lab.experiments.sweep.run_sweep import RESULTS, seconds_left
     from layerwise.lab.experiments.sweep.trial_plan import make_plan
+    from layerwise.lab.runs.quantities import duration
 
-    trials = make_plan(config).trials
+    plan, sweep = make_plan(config), config.sweep
     done = read_results(config.run_path / RESULTS)
-    left = sum(id not in done for id in trials)
-    return f"{config.run_name}: {len(trials)} trials, {left} of them to run, in {config.run_path}"
+    left = sum(id not in done for id in plan.trials)
+    about = seconds_left(plan, done, workers) if left else 0.0
+    sizes = ", ".join(f"{size:g}" for size in sweep.sizes)
+    print(
+        f"{config.run_name}: {len(plan.trials)} trials, {left} of them to run, in {config.run_path}\n"
+        f"  {sweep.axis} {sizes}; methods {', '.join(sweep.methods)}; {len(sweep.lr)} rates; {len(sweep.seeds)} seeds;"
+        f" {config.steps} steps each: about {duration(about)} on this machine, {max(1, workers)} at a time",
+        flush=True,
+    )
+    return about
 
 
 def _report(config: SweepConfig, swept: Sweep) -> None:

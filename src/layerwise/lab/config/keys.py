@@ -14,6 +14,7 @@ SHORTHANDS = {
     "optimizer": "name",
     "schedule": "name",
     "parallel": "strategy",
+    "optimizer.rates": "rule",
 }
 
 
@@ -38,15 +39,13 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     node = tree
     for depth, part in enumerate(parents):
-        child = node.get(part)
-        if isinstance(child, str) and depth == 0 and part in SHORTHANDS:
-            child = {SHORTHANDS[part]: child}
+        child, section = node.get(part), ".".join(parents[: depth + 1])
+        if isinstance(child, str) and section in SHORTHANDS:
+            child = {SHORTHANDS[section]: child}
         elif child is None:
             child = {}
         if not isinstance(child, dict):
-            raise LayerwiseError(
-                f"override {key}: `{'.'.join(parents[: depth + 1])}` is a value, not a section"
-            )
+            raise LayerwiseError(f"override {key}: `{section}` is a value, not a section")
         node[part] = child
         node = child
     node[last] = value

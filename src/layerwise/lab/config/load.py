@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +43,11 @@ def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text. Errors name `source` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # of numbers of thousands of digits, and of depth
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise LayerwiseError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
@@ -101,4 +106,16 @@ def load_config(
     """
     tree = {} if path is None else read_tree(path)
     apply_overrides(tree, overrides)
-    return validate(schema, tree)
+    return _cut_short(validate(schema, tree))
+
+
+def _cut_short(config: ConfigT) -> ConfigT:
+    """With the environment's LAYERWISE_MOST_STEPS no run takes more steps: to see whether commands work."""
+    most = os.environ.get("LAYERWISE_MOST_STEPS")
+    if not most or not isinstance(config, Config):
+        return config
+    if not most.isdecimal() or int(most) < 1:
+        raise LayerwiseError(f"LAYERWISE_MOST_STEPS={most!r}: a number of steps is needed, from 1")
+    if config.steps <= int(most):
+        return config
+    return config.replace({"training.tokens": None, "training.steps": int(most)})

@@ -7,16 +7,55 @@ transformers config, an optimizer's keywords) stand in the same section and are 
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from layerwise.lab.config.keys import SHORTHANDS, set_key
 from layerwise.lab.config.validate import validate
 
 
-class Section(BaseModel):
+class _Typed(BaseModel):
+    """A section in which `true` is no number."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        found = value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) for item in found) and _takes(field.annotation, int, float):
+            raise PydanticCustomError("number_type", "a number is needed, not true or false")
+        return value
+
+
+def _takes(annotation: Any, *kinds: type) -> bool:
+    """Whether a type is one of `kinds`, or holds one."""
+    return annotation in kinds or any(_takes(part, *kinds) for part in get_args(annotation))
+
+
+def one_folder(name: str, key: str) -> str:
+    """A name that a folder can have, and that stays where it is put. Raises ValueError."""
+    if name in (".", "..") or any(part in name for part in "/\\\0") or not name.isprintable():
+        raise ValueError(
+            f"{key}={name!r}: a name of one folder is needed, without slashes and control characters"
+        )
+    if len(name.encode()) > 200:
+        raise ValueError(f"{key}={name[:40]!r}...: a name of at most 200 bytes is needed")
+    return name
+
+
+class Section(_Typed):
     """A section whose keys are exactly those declared."""
 
     model_config = ConfigDict(
@@ -24,7 +63,7 @@ class Section(BaseModel):
     )
 
 
-class OpenSection(BaseModel):
+class OpenSection(_Typed):
     """A section that also takes the keywords of another class, which are checked against that class."""
 
     model_config = ConfigDict(
@@ -85,6 +124,8 @@ class DataConfig(Section):
     scikit-learn's images; `fashion-mnist`: Debian's package of them, or the folder of its files in `paths`"""
     paths: list[str] = []
     """files and folders (folders: every text file below, in sorted order)"""
+    encoding: str | None = None
+    """of text files, such as `latin-1`; null: UTF-8, or what a byte-order mark says"""
     dataset: str | None = None
     """name on the Hugging Face hub, or a local folder"""
     dataset_config: str | None = None
@@ -123,6 +164,17 @@ class DataConfig(Section):
                 )
         return self
 
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, encoding: str | None) -> str | None:
+        try:
+            "".encode(encoding or "utf-8")
+            if encoding is not None:
+                codecs.getincrementaldecoder(encoding)
+        except (LookupError, UnicodeError):
+            raise ValueError(f"data.encoding={encoding!r}: no encoding that Python knows") from None
+        return encoding
+
     @property
     def holds_images(self) -> bool:
         """Whether an example is an image and its class, not a row of tokens."""
@@ -138,7 +190,7 @@ class OptimizerConfig(OpenSection):
     """base learning rate; null: the optimizer's default"""
     weight_decay: float | None = Field(default=None, ge=0)
     """decoupled decay; null: the optimizer's default"""
-    rates: Annotated[dict[str, Any] | None, _shorthand("rule")] = None
+    rates: Annotated[dict[str, Any] | None, _shorthand(SHORTHANDS["optimizer.rates"])] = None
     """layer rates on top: `rule` (noise_adaptive, norm_adaptive, static) and its keywords"""
     role_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
     """factor on the rate of every parameter of a role (`{hidden: 0.125}`); the roles are those of
@@ -248,6 +300,11 @@ class RunConfig(Section):
     """folder of runs"""
     tensorboard: bool = True
     """also write TensorBoard events, in the run's `tensorboard` folder"""
+
+    @field_validator("name")
+    @classmethod
+    def _stays_in_dir(cls, name: str | None) -> str | None:
+        return None if name is None else one_folder(name, "run.name")
 
 
 class Config(Section):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PydanticSchemaGenerationError,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 
 from layerwise.common import similar
 from layerwise.errors import LayerwiseError
@@ -14,6 +22,8 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 #: Sections of one command's configs, where another is given one.
 SECTIONS_OF = {"compare": "layerwise compare", "sweep": "layerwise sweep"}
+LARGEST = 1e30  # float32 ends at 3e38
+MOST_VALUES, DEEPEST = 100_000, 32  # of a config: aliases of YAML can make a short file an endless one
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -25,6 +35,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 def validate(schema: type[ConfigT], tree: Any, within: str = "") -> ConfigT:
     """`tree` as a `schema`; what is wrong comes as one LayerwiseError line, its keys prefixed by `within`."""
+    check_values(tree, within.removesuffix("."))
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
@@ -32,6 +43,56 @@ def validate(schema: type[ConfigT], tree: Any, within: str = "") -> ConfigT:
         raise LayerwiseError(
             "config: " + "; ".join(_explain(schema, fault, within) for fault in faults)
         ) from None
+
+
+def check_values(tree: Any, key: str = "") -> None:
+    """Raises LayerwiseError for what no key can mean: numbers beyond all use, NUL in a word, sections without end."""
+    left = MOST_VALUES
+    stack = [(key, tree, 0)]
+    while stack:
+        key, value, depth = stack.pop()
+        left -= 1
+        if left < 0 or depth > DEEPEST:
+            raise LayerwiseError(
+                f"config: more than {MOST_VALUES} values, or sections within sections {DEEPEST} deep"
+            )
+        if isinstance(value, dict):
+            stack += [
+                (f"{key}.{name}" if key else str(name), item, depth + 1) for name, item in value.items()
+            ]
+        elif isinstance(value, list | tuple):
+            stack += [(key, item, depth + 1) for item in value]
+        elif isinstance(value, str) and "\0" in value:
+            raise LayerwiseError(f"config: {key}={value!r}: a word cannot hold the character NUL")
+        elif isinstance(value, int | float) and not abs(value) <= LARGEST:
+            raise LayerwiseError(f"config: {key}={value:.6g}: a number of at most {LARGEST:g} is needed")
+
+
+def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], key: str) -> None:
+    """Raises LayerwiseError for a value that is not of the type that `function` says its argument has.
+
+    Types are taken as they stand: `off` is a word and no truth, `true` is no number.
+    """
+    for name, value in values.items():
+        adapter = _adapter(function, name)
+        try:
+            if adapter is not None:
+                adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            reason = str(error.errors(include_url=False)[0]["msg"])
+            raise LayerwiseError(f"{key}.{name}={value!r}: {reason[0].lower()}{reason[1:]}") from None
+
+
+@cache
+def _adapter(function: Callable[..., Any], name: str) -> TypeAdapter[Any] | None:
+    """What checks an argument; None where its type is not said, or is none that can be checked."""
+    try:
+        hints = get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
+        if name not in hints:
+            return None
+        return TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
+    except (NameError, TypeError, PydanticSchemaGenerationError, PydanticUserError):
+        return None
 
 
 def _explain(schema: type[BaseModel], error: Any, within: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import platform
@@ -11,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 
 if TYPE_CHECKING:
     from layerwise.lab.config.schema import DataConfig
@@ -55,15 +56,19 @@ def read_corpus(config: DataConfig) -> Corpus:
     if config.source == "files":
         if not config.paths:
             raise LayerwiseError("data.paths is empty: name the text files or folders of data.source=files")
-        files, root = _text_files(config.paths), ", ".join(config.paths)
-        return Corpus.of(root, _documents(files, root))
+        files, root = _text_files(config.paths, config.encoding), ", ".join(config.paths)
+        return Corpus.of(root, _documents(files, config.encoding))
     return Corpus.of(f"dataset {config.dataset}", _dataset(config))
 
 
 @cache
 def _builtin() -> Corpus:
     """Read once in a process: a sweep trains on it many times."""
-    return Corpus.of(f"Python {platform.python_version()} standard library", _documents(_library_files(), ""))
+    return Corpus.of(f"Python {platform.python_version()} standard library", _library)
+
+
+def _library() -> Iterator[str]:
+    return (path.read_text(encoding="utf-8", errors="replace") for path in _library_files())
 
 
 def _library_files() -> list[Path]:
@@ -77,14 +82,22 @@ def _library_files() -> list[Path]:
     ]
 
 
-def _text_files(paths: list[str]) -> list[Path]:
+def _text_files(paths: list[str], encoding: str | None) -> list[Path]:
     files: list[Path] = []
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and _is_text(file))
+            there = sorted(
+                file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")
+            )
+            found = [file for file in there if _is_text(file, encoding)]
             if not found:
                 raise LayerwiseError(f"data.paths: no text files in folder {name}")
+            if left_out := [file.name for file in there if file not in set(found)]:
+                warn(
+                    f"data.paths: {len(left_out)} files of {name} are no {encoding or 'UTF-8'} text and left out,"
+                    f" {left_out[0]} the first; data.encoding names another encoding"
+                )
             files += found
         elif path.is_file():
             files.append(path)
@@ -93,25 +106,57 @@ def _text_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def _is_text(path: Path) -> bool:
-    """UTF-8 without NUL in its first 64 KiB, and not hidden."""
-    if path.name.startswith("."):
-        return False
+#: What a text begins with that says its encoding by itself. UTF-32 first: its mark begins as UTF-16's does.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+
+
+def _encoding(start: bytes, named: str | None) -> str:
+    """The encoding that was named; else the one of a byte-order mark, or UTF-8."""
+    return named or next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+
+
+def _is_text(path: Path, encoding: str | None) -> bool:
+    """Whether its first 64 KiB are text without NUL."""
     with open(path, "rb") as file:
         start = file.read(1 << 16)
-    # A character cut off at the end of the piece is no fault.
-    return b"\0" not in start and "�" not in start.decode("utf-8", errors="replace")[:-3]
+    decoder = codecs.getincrementaldecoder(_encoding(start, encoding))()
+    try:
+        return "\0" not in decoder.decode(start)  # a character cut off at the end of the piece is no fault
+    except UnicodeDecodeError:
+        return False
 
 
-def _documents(files: list[Path], root: str) -> Callable[[], Iterator[str]]:
+def _documents(files: list[Path], encoding: str | None) -> Callable[[], Iterator[str]]:
     def read() -> Iterator[str]:
         for path in files:
-            try:
-                yield path.read_text(encoding="utf-8", errors="replace")
-            except OSError as error:
-                raise LayerwiseError(f"data.paths: {path} in {root}: {error.strerror}") from None
+            yield _read_text(path, encoding)
 
     return read
+
+
+def _read_text(path: Path, encoding: str | None) -> str:
+    """Raises LayerwiseError for a file that is not in the encoding, whose text would be garbage."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LayerwiseError(f"data.paths: {path}: {error.strerror}") from None
+    used = _encoding(content[:4], encoding)
+    try:
+        text = content.decode(used)
+    except UnicodeDecodeError as error:
+        raise LayerwiseError(
+            f"data.paths: {path} is not {used} text (byte {content[error.start]:#04x} at {error.start}): name its encoding"
+            " in data.encoding, such as latin-1 or cp1252"
+        ) from None
+    if "\0" in text and encoding is None:
+        raise LayerwiseError(
+            f"data.paths: {path} holds NUL characters: it is no text, or of another encoding; name it in data.encoding,"
+            " such as utf-16-le"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
 
 
 def _dataset(config: DataConfig) -> Callable[[], Iterator[str]]:

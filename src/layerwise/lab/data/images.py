@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,11 @@ def load_images(config: DataConfig) -> tuple[Features, Labels]:
         folder = Path(config.paths[0]).expanduser() if config.paths else FASHION_MNIST
         pixels = _read_idx(folder / "train-images-idx3-ubyte.gz", 16)
         labels = _read_idx(folder / "train-labels-idx1-ubyte.gz", 8)
+        if len(labels) == 0 or len(pixels) % len(labels):
+            raise LayerwiseError(
+                f"data.source=fashion-mnist: {folder} holds {len(labels)} labels and {len(pixels)} pixels: a file of it is"
+                " damaged or another"
+            )
         pixels = pixels.reshape(len(labels), -1)
     images = pixels.astype(np.float32)
     return (images - images.mean()) / images.std(), labels.astype(np.int64)
@@ -46,9 +52,9 @@ def _read_idx(path: Path, header: int) -> npt.NDArray[np.uint8]:
     try:
         with gzip.open(path) as file:
             return np.frombuffer(file.read()[header:], dtype=np.uint8)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise LayerwiseError(
-            f"data.source=fashion-mnist: {path}: {error.strerror or error}; install Debian's package"
+            f"data.source=fashion-mnist: {path}: {getattr(error, 'strerror', None) or error}; install Debian's package"
             " dataset-fashion-mnist, or name the folder of its four files in data.paths"
         ) from None
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 from layerwise.lab.data.corpus import Corpus, read_corpus
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ Ids = npt.NDArray[Any]  # one dimension, uint16 or uint32, usually a memory map
 DEFAULT_BPE_VOCABULARY = 2048
 _BPE_SAMPLE = 100_000_000  # characters of training text a BPE is trained on
 _END = "<|end|>"
-_VERSION = 1  # of the cache's contents
+_VERSION = 2  # of the cache's contents
+PARTS = ("train.bin", "validation.bin")
 
 
 class Tokenizer(Protocol):
@@ -98,8 +99,10 @@ def load_tokens(config: DataConfig) -> TokenFiles:
         return _from_id_file(config)
     corpus = read_corpus(config)
     folder = _cached(config, corpus)
-    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-    train, validation = (_open_ids(folder / f"{part}.bin", info["dtype"]) for part in ("train", "validation"))
+    info = _read_info(folder)
+    assert info is not None
+    files = info.pop("files")
+    train, validation = (_open_ids(folder / name, info["dtype"]) for name in files)
     info = {"source": config.source, "name": corpus.name, **info}
     return TokenFiles(train, validation, info["vocab_size"], info)
 
@@ -121,7 +124,10 @@ def _cached(config: DataConfig, corpus: Corpus) -> Path:
     identity = [_VERSION, corpus.sha256, config.tokenizer, vocab_size, config.validation_fraction]
     folder = cache_folder() / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}"
     if folder.exists():
-        return folder
+        if _read_info(folder) is not None:
+            return folder
+        warn(f"cache folder {folder} is damaged: its token ids are made again")
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
@@ -131,6 +137,7 @@ def _cached(config: DataConfig, corpus: Corpus) -> Path:
         ) from None
     try:
         info = _tokenise(config, corpus, vocab_size, work)
+        info["files"] = {name: [(work / name).stat().st_size, _file_hash(work / name)] for name in PARTS}
         (work / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
         try:
             work.rename(folder)
@@ -140,6 +147,19 @@ def _cached(config: DataConfig, corpus: Corpus) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _read_info(folder: Path) -> dict[str, Any] | None:
+    """What info.json says of a cached text; None where the files beside it are not those that were written."""
+    try:
+        info: dict[str, Any] = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        good = list(info["files"]) == list(PARTS) and all(
+            [(folder / name).stat().st_size, _file_hash(folder / name)] == written
+            for name, written in info["files"].items()
+        )
+        return info if good and info["dtype"] in ("uint16", "uint32") and info["vocab_size"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _vocabulary(config: DataConfig) -> int:
@@ -224,7 +244,7 @@ def _from_id_file(config: DataConfig) -> TokenFiles:
         ids = np.load(path, mmap_mode="r") if path.suffix == ".npy" else _open_ids(path, config.token_dtype)
     except FileNotFoundError:
         raise LayerwiseError(f"data.paths: {path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise LayerwiseError(f"data.paths: {path} cannot be read as token ids: {error}") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0:
         raise LayerwiseError(

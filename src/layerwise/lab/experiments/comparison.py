@@ -22,7 +22,7 @@ from layerwise.lab.report.style import Look
 from layerwise.lab.runs.directory import has_ended
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.progress import ProgressKind, make_progress
-from layerwise.lab.training.run import train
+from layerwise.lab.training.run import check_buildable, train
 
 AUTO_EXTENSIONS = 4  # points beyond a grid of `auto` at most, where the best lies at an end
 
@@ -74,7 +74,7 @@ class Runner:
         return [self._run(entry, changes, seed) for seed in range(first, first + seeds)]
 
     def _run(self, entry: Entry, changes: Mapping[str, Any], seed: int) -> Run:
-        placed = self.store.place(self._config(entry, changes, seed), entry.name)
+        placed = self.store.place(self.config_of(entry, changes, seed), entry.name)
         title = f"{entry.label}, rate {changes['lr']:.3g}"
         if self.config.compare.seeds > 1:
             title += f", seed {seed}"
@@ -86,7 +86,8 @@ class Runner:
             self.say(f"{title}: done before, {run.status}{known}")
         return run
 
-    def _config(self, entry: Entry, changes: Mapping[str, Any], seed: int) -> Config:
+    def config_of(self, entry: Entry, changes: Mapping[str, Any], seed: int) -> Config:
+        """The run of one seed, without a place."""
         tree = self.config.model_dump(exclude={"compare"})
         tree["optimizer"] = {**entry.optimizer.model_dump(), **changes}
         tree["training"] |= {"seed": seed, "keep": 1}
@@ -106,6 +107,7 @@ def compare(
     runs = f"{total} run{'s' if total != 1 else ''}"
     say(f"{runs} of {config.steps} steps, {config.tokens_per_step:,} tokens a step")
     runner = Runner(config, progress, say)
+    check_buildable(runner.config_of(entry, {"lr": entry.rates[0]}, config.training.seed) for entry in listed)
     chosen = looks([entry.optimizer.name for entry in listed])
     outcomes = [_tune(runner, Outcome(entry, look)) for entry, look in zip(listed, chosen, strict=True)]
     return conclude(config, outcomes)

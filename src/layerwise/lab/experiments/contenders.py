@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config.schema import Config, OptimizerConfig, Section
+from layerwise.lab.config.schema import Config, OptimizerConfig, Section, one_folder
 from layerwise.lab.config.validate import nearest, validate
 from layerwise.lab.optimizers.default_rates import default_rate
 from layerwise.lab.optimizers.registry import OPTIMIZERS, find_preset
@@ -94,6 +94,11 @@ def entries(config: CompareConfig) -> list[Entry]:
             "optimizer: `compare` sets it for each contender; write compare.contenders.NAME instead,"
             " for example compare.contenders.adamw.lr=1e-3"
         )
+    for name in section.contenders:
+        try:
+            one_folder(name, "compare.contenders")  # its runs are named after it
+        except ValueError as error:
+            raise LayerwiseError(str(error)) from None
     names = list(section.optimizers)
     if "optimizers" not in section.model_fields_set:  # a list of one's own is meant as it stands
         names += [name for name in section.contenders if name not in OPTIMIZERS]

@@ -24,7 +24,7 @@ def load_weights(model: nn.Module, run: str) -> None:
         )
     try:
         model.load_state_dict(load_checkpoint(checkpoints[0])["model"])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise LayerwiseError(f"model.start={run} is a run of another model: {reason}") from None
 

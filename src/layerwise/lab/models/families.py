@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ for _file in iter_modules(layerwise.lab.models.__path__, "layerwise.lab.models."
     if _file.name != __name__:
         import_module(_file.name)  # each registers its families
 
+LARGEST_SIZE, MOST_BLOCKS = 1_000_000, 10_000
+
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     preset: (name, settings)
     for name, family in FAMILIES.items()
@@ -39,13 +42,34 @@ def model_settings(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         family, settings = PRESETS[config.preset]
     else:
         raise LayerwiseError(f"model.preset={config.preset!r}: {nearest(config.preset, PRESETS)}")
-    valid = FAMILIES[family].setting_names()
-    for key in config.settings:
-        if key not in valid:
+    defaults = FAMILIES[family].setting_defaults()
+    for key, value in config.settings.items():
+        if key not in defaults:
             raise LayerwiseError(
-                f"unknown key `model.{key}`: {nearest(key, valid | set(type(config).model_fields))}"
+                f"unknown key `model.{key}`: {nearest(key, defaults.keys() | set(type(config).model_fields))}"
             )
-    return family, {**settings, **config.settings}
+        _check_setting(f"model.{key}", value, defaults[key])
+    settings = {**settings, **config.settings}
+    blocks = math.prod(
+        size for key in FAMILIES[family].layers if isinstance(size := settings.get(key, 1), int)
+    )
+    if blocks > MOST_BLOCKS:
+        raise LayerwiseError(f"model: {blocks:,} blocks: at most {MOST_BLOCKS:,} can be built")
+    return family, settings
+
+
+def _check_setting(key: str, value: Any, default: Any) -> None:
+    """Raises LayerwiseError for what no model has: transformers makes one without blocks of `n_layer=-1`."""
+    if isinstance(default, bool) != isinstance(value, bool):
+        need = "true or false" if isinstance(default, bool) else "a number or word, not true or false"
+        raise LayerwiseError(f"{key}={value!r}: {need} is needed")
+    if isinstance(default, int) and not isinstance(value, int):
+        raise LayerwiseError(f"{key}={value!r}: a whole number is needed")
+    if isinstance(default, float) and not isinstance(value, int | float):
+        raise LayerwiseError(f"{key}={value!r}: a number is needed")
+    counts = isinstance(value, int) and not isinstance(value, bool) and isinstance(default, int | None)
+    if counts and not 1 <= value <= LARGEST_SIZE:
+        raise LayerwiseError(f"{key}={value}: a whole number from 1 to {LARGEST_SIZE:,} is needed")
 
 
 def build_model(config: ModelConfig, examples: Examples, seed: int) -> nn.Module:

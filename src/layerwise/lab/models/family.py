@@ -5,7 +5,9 @@ A new family is one file in this folder: a subclass of `Family` under `@register
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,16 +37,18 @@ class Family(ABC):
     Attributes:
         name: in a config's `model.family`.
         blocks: what its blocks are called, for depth maps: `blocks.*`.
+        layers: the settings whose product is their number.
         presets: names for `model.preset`, each with its settings.
     """
 
     name: ClassVar[str]
     blocks: ClassVar[str]
+    layers: ClassVar[tuple[str, ...]]
     presets: ClassVar[dict[str, Settings]]
 
     @abstractmethod
-    def setting_names(self) -> set[str]:
-        """Keywords of the architecture that a config may set."""
+    def setting_defaults(self) -> dict[str, Any]:
+        """Keywords of the architecture that a config may set, with what they are by default."""
 
     @abstractmethod
     def build(self, settings: Settings, examples: Examples, attention: str) -> nn.Module:
@@ -68,6 +72,13 @@ def tokens_only(examples: Examples, what: str) -> None:
     """Raises LayerwiseError for data that are no token ids."""
     if examples.features is not None:
         raise LayerwiseError(f"{what} reads token ids, data.source gives images: use model=resmlp")
+
+
+def keywords_of(function: Callable[..., Any], without: Container[str]) -> dict[str, Any]:
+    """Its keyword-only arguments and their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    keywords = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {p.name: p.default for p in keywords if p.name not in without}
 
 
 def whole(axis: Axis, value: float, of: float = 1) -> int:

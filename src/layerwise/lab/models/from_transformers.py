@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from typing import Any, ClassVar
 
 from torch import nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.models.family import Examples, Family, Settings, tokens_only
+from layerwise.lab.models.family import Examples, Family, Settings, keywords_of, tokens_only
 
 #: Settings that the data and the training loop decide.
 _OURS = {"vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -28,9 +27,8 @@ class TransformersFamily(Family):
     def classes(self) -> tuple[Any, Any]:
         """Its config's and its model's class, imported when they are asked for."""
 
-    def setting_names(self) -> set[str]:
-        parameters = inspect.signature(self.classes()[0]).parameters.values()
-        return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} - _OURS
+    def setting_defaults(self) -> dict[str, Any]:
+        return keywords_of(self.classes()[0], _OURS)
 
     def build(self, settings: Settings, examples: Examples, attention: str) -> nn.Module:
         """Its longest sequence is the data's unless the settings have one."""

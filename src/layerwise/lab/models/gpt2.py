@@ -15,7 +15,7 @@ _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 class GPT2(TransformersFamily):
     """transformers' GPT2LMHeadModel."""
 
-    name, blocks, positions = "gpt2", "transformer.h.*", "n_positions"
+    name, blocks, layers, positions = "gpt2", "transformer.h.*", ("n_layer",), "n_positions"
     presets = {  # noqa: RUF012 - declared in the base class
         "gpt2-tiny": {"n_layer": 4, "n_embd": 128, "n_head": 4, **_NO_DROPOUT},
         "gpt2-small": {"n_layer": 12, "n_embd": 768, "n_head": 12, **_NO_DROPOUT},

@@ -22,7 +22,8 @@ def _shape(layers: int, hidden: int, intermediate: int, heads: int, groups: int)
 class Llama(TransformersFamily):
     """transformers' LlamaForCausalLM."""
 
-    name, blocks, positions = "llama", "model.layers.*", "max_position_embeddings"
+    name, blocks, layers = "llama", "model.layers.*", ("num_hidden_layers",)
+    positions = "max_position_embeddings"
     presets = {  # noqa: RUF012 - declared in the base class
         "llama-tiny": _shape(4, 128, 352, 4, 2),
         "llama-0.5b": _shape(24, 1280, 3456, 20, 20),

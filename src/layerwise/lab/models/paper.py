@@ -11,7 +11,6 @@ biases, starting at 0.
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import ClassVar, Literal
 
@@ -20,7 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.models.family import Axis, Examples, Family, Settings, register, tokens_only, whole
+from layerwise.lab.models.family import (
+    Axis,
+    Examples,
+    Family,
+    Settings,
+    keywords_of,
+    register,
+    tokens_only,
+    whole,
+)
 
 Norm = Literal["post", "pre", "pre_post_mod"]
 NORMS: tuple[Norm, ...] = ("post", "pre", "pre_post_mod")
@@ -235,13 +243,12 @@ class PaperFamily(Family):
         base_blocks: at depth 1, where the settings do not say.
     """
 
-    blocks = "blocks.*"
+    blocks, layers = "blocks.*", ("depth", "base_blocks")
     model_class: ClassVar[type[nn.Module]]
     base_blocks: ClassVar[int]
 
-    def setting_names(self) -> set[str]:
-        parameters = inspect.signature(self.model_class).parameters.values()
-        return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} - {"attention"}
+    def setting_defaults(self) -> Settings:
+        return keywords_of(self.model_class, {"attention"})
 
     def resize(self, settings: Settings, axis: Axis, value: float) -> Settings:
         """By the multipliers of width and depth; with the depth the branches are rescaled."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 import layerwise.optim as lw
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import param_groups
-from layerwise.lab.config.validate import nearest
+from layerwise.lab.config.validate import check_arguments, nearest
 from layerwise.lab.optimizers.role_factors import scale_roles
 from layerwise.lab.optimizers.torch_muon import TorchMuon
 from layerwise.lab.runs.directory import read_run
@@ -91,6 +91,7 @@ def find_preset(config: OptimizerConfig, section: str = "optimizer") -> Preset:
         if key not in valid:
             known = valid | set(type(config).model_fields)
             raise LayerwiseError(f"unknown key `{section}.{key}` of {config.name}: {nearest(key, known)}")
+    check_arguments(preset.build, _arguments(config.settings), section)
     if config.rates is not None and not preset.takes_rates:
         able = ", ".join(name for name, other in OPTIMIZERS.items() if other.takes_rates)
         raise LayerwiseError(f"{section}.rates: {config.name} has no layer rates; those that have: {able}")
@@ -111,6 +112,13 @@ def _check_rule(preset: Preset, rates: dict[str, Any], section: str) -> None:
     for key in rates:
         if key not in valid | {"rule"}:
             raise LayerwiseError(f"unknown key `{section}.rates.{key}` of rule {name}: {nearest(key, valid)}")
+    given = {key: value for key, value in _arguments(rates).items() if key not in ("rule", "multipliers")}
+    check_arguments(RULES[name], given, f"{section}.rates")
+
+
+def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's lists as the tuples that optimizers take."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def with_defaults(config: OptimizerConfig, lr: float | None = None) -> OptimizerConfig:
@@ -135,7 +143,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """
     config = with_defaults(config)
     preset = find_preset(config)
-    keywords = {key: tuple(v) if isinstance(v, list) else v for key, v in config.settings.items()}
+    keywords = _arguments(config.settings)
     if preset.takes_rates and (config.rates is not None or preset.rule is not None):
         keywords["rates"] = _build_rule(preset, config.rates or {})
     try:

@@ -98,13 +98,24 @@ def _identity(run: Run) -> dict[str, Any]:
     return found
 
 
+#: What says most about why two runs differ, first.
+_TELLING = ("optimizer.lr", "optimizer.", "model.", "schedule.", "training.", "data.", "function_space.")
+MOST_KEYS = 4
+
+
 def _difference(i: int, titles: Sequence[str], flat: Sequence[Mapping[str, Any]]) -> str:
-    """What tells group `i` from the groups of the same optimizer."""
+    """What tells group `i` from the groups of the same optimizer: the rate first, and what else differs."""
     same = [flat[j] for j, title in enumerate(titles) if title == titles[i]]
-    keys = sorted({k for group in same for k in group})
+    keys = {k for group in same for k in group}
     differing = [k for k in keys if len({json.dumps(g.get(k), default=str) for g in same}) > 1]
+
+    def weight(key: str) -> tuple[int, str]:
+        return next((n for n, start in enumerate(_TELLING) if key.startswith(start)), len(_TELLING)), key
 
     def show(value: Any) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    return ", ".join(f"{k.rsplit('.', 1)[-1]} {show(flat[i].get(k))}" for k in differing[:3])
+    ordered = sorted(differing, key=weight)
+    shown = [f"{k.rsplit('.', 1)[-1]} {show(flat[i].get(k))}" for k in ordered[:MOST_KEYS]]
+    more = len(ordered) - len(shown)
+    return ", ".join(shown) + (f", {more} more" if more > 0 else "")

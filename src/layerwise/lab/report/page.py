@@ -15,7 +15,7 @@ from layerwise.lab.report.figures import effective_rates, function_space, heatma
 from layerwise.lab.report.figures.rate_grid import loss_against_rate
 from layerwise.lab.report.grouping import Contender
 from layerwise.lab.report.rate_curve import RateCurve
-from layerwise.lab.report.style import save_figure, theme_css
+from layerwise.lab.report.style import PHONE, WIDE, Arrangement, page_figure, save_figure, theme_css
 from layerwise.lab.runs.recorded import Run
 
 if TYPE_CHECKING:
@@ -32,8 +32,22 @@ class Plan:
     name: str
     section: str
     caption: str
-    draw: Callable[[], Figure]
+    draw: Callable[[Arrangement], Figure]
     folded: str = ""  # a title under which the page folds it away
+
+    def made(self, folder: Path) -> Drawn:
+        """The figure in files, and for the page."""
+        wide = save_figure(lambda: self.draw(WIDE), folder, self.name)
+        return Drawn(self, wide, page_figure(lambda: self.draw(PHONE), f"{self.name}-phone"))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as SVG, for a wide page and for a phone, on which its panels stand below one another."""
+
+    plan: Plan
+    wide: str
+    phone: str
 
 
 @dataclass(frozen=True)
@@ -55,9 +69,7 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
     runs = [run for group in groups for run in group.runs]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figures = [
-            (plan, save_figure(plan.draw, folder / "figures", plan.name)) for plan in plans(groups, story)
-        ]
+        figures = [plan.made(folder / "figures") for plan in plans(groups, story)]
         environment = Environment(
             loader=PackageLoader("layerwise.lab", "report"),
             autoescape=True,
@@ -75,7 +87,7 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
             groups=groups,
             several_seeds=any(len(c.runs) > 1 for c in groups),
             figures=figures,
-            sections=list(dict.fromkeys(plan.section for plan, _ in figures)),
+            sections=list(dict.fromkeys(figure.plan.section for figure in figures)),
             file_types=FILE_TYPES,
             parameters=tables.parameter_rows(runs),
             settings=tables.settings(groups),
@@ -113,19 +125,19 @@ def plans(groups: Sequence[Contender], story: Story) -> Iterator[Plan]:
             "loss", "Loss", "Training loss (line, smoothed; the raw values behind it) and validation loss (markers), "
             "against training tokens and against training time. Losses of the first fifth may lie above the axis."
             + (" Lighter lines are further seeds." if any(len(g.runs) > 1 for g in groups) else ""),
-            lambda: loss.loss_curves(groups),
+            lambda on: loss.loss_curves(groups, on),
         )  # fmt: skip
     if len(groups) > 1 and any(len(run.val_loss) for group in groups for run in group.runs):
         yield Plan(
             "final_loss", "Loss", "Validation loss at the end of training: a dot per seed, a bar at the mean.",
-            lambda: loss.final_losses(groups),
+            lambda on: loss.final_losses(groups, on),
         )  # fmt: skip
     if story.grid:
         yield Plan(
             "loss_against_rate", "Learning rate", "Final validation loss on each optimizer's own grid of base rates, all "
             "with the same schedule length: dots are seeds, the line their mean, the large dot the best rate. An open "
             "ring marks an optimum at the end of its grid, which is then no optimum; a cross a rate that diverged.",
-            lambda: loss_against_rate(story.grid),
+            lambda on: loss_against_rate(story.grid, on),
         )  # fmt: skip
     for group in groups:
         yield from _layer_plans(group)
@@ -148,16 +160,18 @@ def _layer_plans(group: Contender) -> Iterator[Plan]:
         "learning rate; rows from the input of the network to its output."
     )
     if matrices:
-        yield Plan(f"layers_{slug}", section, what, lambda: heatmap.layer_heat_maps(run, matrices))
+        yield Plan(f"layers_{slug}", section, what, lambda on: heatmap.layer_heat_maps(run, matrices, on))
     if vectors:
         folded = "Gains and biases" if matrices else ""
-        yield Plan(f"vectors_{slug}", section, what, lambda: heatmap.layer_heat_maps(run, vectors), folded)
+        yield Plan(
+            f"vectors_{slug}", section, what, lambda on: heatmap.layer_heat_maps(run, vectors, on), folded
+        )
     if history.has_multiplier:
         yield Plan(
-            f"rates_{slug}", section, "Effective learning rate and rate multiplier: a line per unit, coloured by kind of "
-            "tensor; the band is the spread inside the norm group. Groups without a spread are left out. "
-            "A name stands at the mean of its units at the last step.",
-            lambda: effective_rates.effective_rates(run),
+            f"rates_{slug}", section, "Effective learning rate and rate multiplier, coloured by kind of tensor: of each "
+            "kind the median, the range shaded, and a thin line per unit. Norm groups without a spread are left out. A name "
+            "stands where the median of its units ends.",
+            lambda on: effective_rates.effective_rates(run, on),
         )  # fmt: skip
 
 
@@ -168,12 +182,13 @@ def _function_space_plans(group: Contender) -> Iterator[Plan]:
     slug, section = _slug(group.label), f"Function space: {group.label}"
     yield Plan(
         f"function_space_{slug}", section, "Function-space learning rate of each parameter: how much one update of it "
-        "alone changes the outputs of the network. Log scale, a line per parameter.",
-        lambda: function_space.rate_per_layer(run),
+        "alone changes the outputs of the network. Log scale; of each kind of tensor the median, the range shaded, and a "
+        "thin line per parameter.",
+        lambda on: function_space.rate_per_layer(run, on),
     )  # fmt: skip
     yield Plan(
         f"shares_{slug}", section, "Share of each block, and of each kind of tensor, in the sum of these rates.",
-        lambda: function_space.stacked_shares(run),
+        lambda on: function_space.stacked_shares(run, on),
     )  # fmt: skip
 
 

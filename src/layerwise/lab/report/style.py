@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+    from layerwise.lab.runs.recorded import Array
+
 INK = "#1c2127"
 MUTED = "#666e78"
 GRID = "#e4e7eb"
@@ -49,6 +51,26 @@ CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, AMBER, SKY, BROWN, GREY)
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
 WIDTH = 7.2  # inches: the text width of a two-column paper
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """What a figure is drawn for: its width in inches, and how many panels stand side by side."""
+
+    width: float
+    columns: int
+
+    def panels(self, figure: Figure, count: int, **keywords: Any) -> list[Axes]:
+        """`count` axes in rows of `columns`."""
+        rows = -(-count // self.columns)
+        return list(figure.subplots(rows, min(count, self.columns), squeeze=False, **keywords).flat)
+
+    def height(self, count: int, of_one: float) -> float:
+        """Inches of that many panels."""
+        return of_one * -(-count // self.columns)
+
+
+WIDE, PHONE = Arrangement(WIDTH, 2), Arrangement(4.0, 1)
 NOISE_MAP = "magma"
 RATE_MAP = "layerwise_rate"
 
@@ -106,6 +128,7 @@ _RC: dict[str, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "text.color": INK,
+    "text.parse_math": False,  # names of runs and contenders are text, whatever dollars they hold
     "svg.hashsalt": "layerwise",  # the same figure is the same file
     "svg.fonttype": "path",
     "pdf.fonttype": 42,
@@ -138,6 +161,18 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def page_figure(draw: Callable[[], Figure], name: str) -> str:
+    """Draw in the project's style, for the page alone."""
+    with styled():
+        return themed_svg(_svg(draw()), name)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def save_figure(draw: Callable[[], Figure], folder: Path, name: str) -> str:
     """Draw in the project's style, save `name` as PNG, PDF and SVG in `folder`, and return the SVG for the page."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,9 +183,7 @@ def save_figure(draw: Callable[[], Figure], folder: Path, name: str) -> str:
         figure.set_layout_engine("none")  # laid out once, for all three files
         figure.savefig(folder / f"{name}.png", facecolor=PAPER)
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+        svg = _svg(figure)
     (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
     return themed_svg(svg, name)
 
@@ -256,12 +289,30 @@ def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
     axis.set_major_formatter(lambda x, _: plain(x))
 
 
-def step_axis(axes: Axes) -> None:
-    """An x axis of optimizer steps: whole numbers, however short the run."""
+def step_axis(axes: Axes, steps: Array) -> None:
+    """An x axis of these optimizer steps: whole numbers, however short the run, and one alone in the middle."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("Step")
+    if len(steps) == 1:
+        axes.set_xlim(steps[0] - 0.5, steps[0] + 0.5)
+        axes.set_xticks([steps[0]], [f"{steps[0]:g}"])
+        return
+    axes.set_xlim(steps[0], steps[-1])
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """A label that leaves room for what it labels: its middle left out where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]}\u2026{text[-(most // 2 - 1) :]}"
+
+
+_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+
+
+def power_of_ten(exponent: int) -> str:
+    """10 with its exponent in raised digits."""
+    return f"10{str(exponent).translate(_RAISED)}"
 
 
 def plain(x: float) -> str:
@@ -271,4 +322,4 @@ def plain(x: float) -> str:
     exponent = math.floor(math.log10(abs(x)))
     mantissa = x / 10.0**exponent
     head = "" if abs(mantissa - 1) < 1e-9 else f"{mantissa:g}\u00b7"
-    return f"${head}10^{{{exponent}}}$"
+    return f"{head}{power_of_ten(exponent)}"

@@ -124,19 +124,13 @@ def settings(contenders: Sequence[Contender]) -> Settings:
     shared, differing = [], []
     for key in keys:
         if key == "training.seed":
-            differing.append(
-                (key, [", ".join(_text(flatten(r.config).get(key)) for r in c.runs) for c in contenders])
-            )
-            continue
-        values = [_text(flat[key]) if key in flat else "\u2013" for flat in flats]
+            values = [", ".join(_text(flatten(r.config).get(key)) for r in c.runs) for c in contenders]
+        else:
+            values = [_text(flat[key]) if key in flat else "\u2013" for flat in flats]
         if len(set(values)) == 1:
             shared.append((key, values[0]))
         else:
             differing.append((key, values))
-    seeds = [values for key, values in differing if key == "training.seed"]
-    if seeds and len(set(seeds[0])) == 1 and len(contenders) > 1:
-        differing = [item for item in differing if item[0] != "training.seed"]
-        shared.append(("training.seed", seeds[0][0]))
     return Settings(shared, differing)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import random
 import shutil
 from pathlib import Path
@@ -41,10 +40,17 @@ def save_checkpoint(
     work = folder / (final.name + _UNFINISHED)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    with open(work / _STATE, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(work / _STATE, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's own, where it could not write to the end
+        shutil.rmtree(work, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        raise LayerwiseError(
+            f"checkpoint {final} cannot be written ({reason}); those before it stand, and --resume goes on from them"
+        ) from None
     manifest = {"format": _FORMAT, "step": step, "identity": identity, **_fingerprint(work / _STATE)}
     write_json(work / _MANIFEST, manifest)
     _remove(final)
@@ -103,9 +109,12 @@ def read_state(path: Path) -> dict[str, Any]:
     file = path / _STATE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of a file that was made up, torch raises many kinds
         raise _unreadable(file, error) from None
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise DamagedCheckpointError(
+            f"checkpoint {file} holds {type(state).__name__}, not the state of a run"
+        )
     return state
 
 

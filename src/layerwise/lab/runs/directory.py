@@ -14,6 +14,7 @@ had at the checkpoint, so a resumed run's files are those of an uninterrupted on
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -72,6 +73,20 @@ def has_ended(path: Path) -> bool:
     return (path / RUN_FILE).is_file() and read_run(path).status != "running"
 
 
+def in_the_way(path: Path) -> list[str]:
+    """What lies in a folder where a run is to be written, folders with a slash; not what a killed writer leaves."""
+    if not path.is_dir():
+        return []
+    own = (".lock", f"{RUN_FILE}.")
+    return sorted(item.name + "/" * item.is_dir() for item in path.iterdir() if not item.name.startswith(own))
+
+
+def cleared_away(path: Path) -> list[str]:
+    """What of a folder a run deletes when it begins there anew, whoever wrote it."""
+    ours = {"checkpoints/", "tensorboard/", RUN_FILE, *(f"{stream}.jsonl" for stream in STREAMS)}
+    return [name for name in in_the_way(path) if name in ours]
+
+
 def read_run(path: str | Path) -> Run:
     """The run in a directory. Raises LayerwiseError where there is none or run.json is damaged."""
     folder = Path(path)
@@ -119,7 +134,7 @@ class RunWriter:
                 f"run {self.path}: another process is writing it; wait, or set run.name"
             ) from None
         self._files = {
-            name: open(self._stream(name), "ab")  # noqa: SIM115
+            name: open(self._stream(name), "ab", buffering=0)  # noqa: SIM115
             for name in STREAMS
             if self._stream(name).exists()
         }
@@ -136,10 +151,10 @@ class RunWriter:
     def append(self, stream: str, row: dict[str, Any]) -> None:
         """Adds a line to `metrics`, `layers` or `function_space`; it is on its way to the disk at once."""
         if stream not in self._files:
-            self._files[stream] = open(self._stream(stream), "ab")  # noqa: SIM115
-        file = self._files[stream]
-        file.write(json.dumps(_plain(row), allow_nan=False, separators=(",", ":")).encode() + b"\n")
-        file.flush()
+            self._files[stream] = open(self._stream(stream), "ab", buffering=0)  # noqa: SIM115
+        line = json.dumps(_plain(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        if self._files[stream].write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._stream(stream)))
 
     def lengths(self) -> dict[str, int]:
         """Bytes in each stream, for `truncate`. The bytes are on the disk when this returns."""
@@ -147,11 +162,21 @@ class RunWriter:
             os.fsync(file.fileno())
         return {name: file.seek(0, os.SEEK_END) for name, file in self._files.items()}
 
-    def truncate(self, lengths: dict[str, int]) -> None:
-        """Cuts each stream to the length it had; one that `lengths` does not name is emptied."""
+    def truncate(self, lengths: dict[str, int]) -> list[str]:
+        """Cuts each stream to the length it had; one that `lengths` does not name is emptied.
+
+        Returns:
+            The streams that are shorter than they were, or gone: of those the whole lines are kept.
+        """
+        short = [name for name in lengths if name not in self._files]
         for name, file in self._files.items():
-            file.truncate(lengths.get(name, 0))
+            wanted, there = lengths.get(name, 0), file.seek(0, os.SEEK_END)
+            if there < wanted:
+                short.append(name)
+                wanted = self._stream(name).read_bytes().rfind(b"\n") + 1
+            file.truncate(wanted)
             file.seek(0, os.SEEK_END)
+        return short
 
     def close(self) -> None:
         for file in self._files.values():
@@ -179,8 +204,10 @@ class SilentWriter(RunWriter):
 
     def update(self, **entries: Any) -> None: ...
     def append(self, stream: str, row: dict[str, Any]) -> None: ...
-    def truncate(self, lengths: dict[str, int]) -> None: ...
     def close(self) -> None: ...
+
+    def truncate(self, lengths: dict[str, int]) -> list[str]:
+        return []
 
     def lengths(self) -> dict[str, int]:
         return {}

@@ -29,7 +29,11 @@ def latest_checkpoint(run: Path, identity: dict[str, Any], note: Callable[[str],
     damage: list[DamagedCheckpointError] = []
     for path in list_checkpoints(run / "checkpoints"):
         try:
-            saved = read_manifest(path)["identity"]
+            saved = read_manifest(path).get("identity")
+            if not (isinstance(saved, dict) and isinstance(saved.get("config"), dict) and "corpus" in saved):
+                raise DamagedCheckpointError(
+                    f"checkpoint {path}: its manifest does not say what it belongs to"
+                )
             check_same_run(saved["config"], identity["config"], f"checkpoint {path}")
             if saved["corpus"] != identity["corpus"]:
                 raise LayerwiseError(

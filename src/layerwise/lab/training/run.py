@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.identity import hashed
 from layerwise.lab.config.schema import Config
-from layerwise.lab.models.families import model_settings
+from layerwise.lab.data.batches import Batches, open_data
+from layerwise.lab.models.families import build_model, model_settings
+from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.default_rates import default_rate
-from layerwise.lab.optimizers.registry import find_preset, with_defaults
-from layerwise.lab.runs.checkpoint import read_state
-from layerwise.lab.runs.directory import RUN_FILE, RunWriter, SilentWriter, read_run
+from layerwise.lab.optimizers.registry import build_optimizer, check_batch, find_preset, with_defaults
+from layerwise.lab.runs.checkpoint import list_checkpoints, read_state
+from layerwise.lab.runs.directory import (
+    RUN_FILE,
+    RunWriter,
+    SilentWriter,
+    cleared_away,
+    in_the_way,
+    read_lines,
+    read_run,
+)
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training import processes
+from layerwise.lab.training.device import check_precision, own_device
 from layerwise.lab.training.function_space_observers import observers_of
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import Progress, ProgressKind, make_progress
@@ -51,6 +64,24 @@ def complete(config: Config) -> Config:
     )
 
 
+def check_buildable(configs: Iterable[Config]) -> None:
+    """Builds everything that the runs are made of, and trains nothing: what can be known before training, is.
+
+    Raises:
+        LayerwiseError: naming what one of them lacks.
+    """
+    data: dict[str, Batches] = {}
+    for config in map(complete, configs):
+        key = hashed([config.data.model_dump(), config.training.model_dump()])
+        if key not in data:
+            data[key] = open_data(config)
+        examples = Examples(data[key].vocab_size, config.data.seq_len, data[key].features)
+        optimizer = build_optimizer(build_model(config.model, examples, 0), config.optimizer)
+        check_batch(config.training, optimizer, processes.world())
+        check_precision(config.training, config.parallel, own_device())
+        observers_of(config)
+
+
 def train(
     config: Config,
     *,
@@ -61,9 +92,10 @@ def train(
 ) -> Run:
     """Trains what `config` says and returns the run, read back from its directory.
 
-    `resume` goes on from the newest good checkpoint of `config.run_path` (from the start where there is none), bit for
-    bit as if the run had never been interrupted; a run that has ended is returned as it is. `overwrite` starts anew
-    over an older run. A run whose loss stops being finite ends with status "diverged".
+    `resume` goes on from the newest good checkpoint of `config.run_path`, bit for bit as if the run had never been
+    interrupted; from the start, saying so, where none was due yet. A run that has ended is returned as it is. `overwrite`
+    starts anew over an older run. A run whose loss stops being finite ends with status "diverged"; one that was stopped
+    stays "running", and run.json says under `stopped` at which step and why.
 
     Under torchrun or `accelerate launch` every process calls this with the same arguments, on a file system they all
     see: they train one run together, which the first of them writes and shows. They can be others when it is resumed.
@@ -91,7 +123,15 @@ def train(
 def _has_ended(config: Config, resume: bool, overwrite: bool) -> bool:
     """Whether there is nothing left to do. Raises LayerwiseError where there is something else in the run's place."""
     path = config.run_path
-    if overwrite or not (path / RUN_FILE).exists():
+    if overwrite:
+        return False
+    if not (path / RUN_FILE).exists():
+        if (found_there := in_the_way(path)) and not (resume and list_checkpoints(path / "checkpoints")):
+            deleted = ", ".join(cleared_away(path)) or "nothing"
+            raise LayerwiseError(
+                f"run.name: {path} holds {', '.join(found_there[:5])} and no {RUN_FILE}, so it is no run of ours:"
+                f" set another run.name, or --overwrite, which deletes {deleted} there"
+            )
         return False
     found = read_run(path)
     if not resume:
@@ -106,8 +146,28 @@ def _has_ended(config: Config, resume: bool, overwrite: bool) -> bool:
 def _state_to_resume(trainer: Trainer) -> dict[str, Any] | None:
     """The state in the newest good checkpoint, on every process; the first one chooses it."""
     path, identity, note = trainer.writer.path, trainer.identity, trainer.progress.note
-    found = processes.first_says(processes.on_first(lambda: latest_checkpoint(path, identity, note)))
+    every = trainer.config.training.checkpoint_every
+
+    def choose() -> Path | None:
+        found = latest_checkpoint(path, identity, note)
+        if found is None:
+            _check_start_over(path, every)
+            note(f"{path} has no checkpoint: starting at step 0")
+        return found
+
+    found = processes.first_says(processes.on_first(choose))
     return None if found is None else read_state(found)
+
+
+def _check_start_over(path: Path, checkpoint_every: int) -> None:
+    """Raises LayerwiseError where a run has come so far that a checkpoint is missing: starting over would lose it."""
+    steps = [row.get("step") for row in read_lines(path / "metrics.jsonl")]
+    reached = max((step for step in steps if isinstance(step, int)), default=0)
+    if checkpoint_every and reached >= checkpoint_every:
+        raise LayerwiseError(
+            f"run {path} came to step {reached} and has no checkpoint (training.checkpoint_every={checkpoint_every}):"
+            f" they were deleted; --overwrite starts at step 0 and deletes {', '.join(cleared_away(path))}"
+        )
 
 
 def take_steps(

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,6 +23,7 @@ from layerwise.lab.runs.checkpoint import random_state, save_checkpoint, set_ran
 from layerwise.lab.runs.directory import RunWriter
 from layerwise.lab.training import parallel, processes
 from layerwise.lab.training.device import autocast, check_precision, gradient_scaler, own_device, set_seed
+from layerwise.lab.training.interrupts import Interrupts, between_steps
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import Progress
 from layerwise.lab.training.schedules import build_scheduler
@@ -85,8 +86,6 @@ class Trainer:
             shutil.rmtree(self.writer.path / "checkpoints", ignore_errors=True)
             shutil.rmtree(self.writer.path / "tensorboard", ignore_errors=True)
             self.writer.truncate({})
-        if self.config.run.tensorboard and self.rank == 0:
-            self.tensorboard = environment.TensorBoard(self.writer.path / "tensorboard", self.step)
         parameters = sum(p.numel() for p in self.model.parameters())
         self.writer.update(
             name=self.config.run_name,
@@ -101,17 +100,27 @@ class Trainer:
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             result={},
         )
+        if self.config.run.tensorboard and self.rank == 0:  # after run.json, which says whose folder it is
+            self.tensorboard = environment.TensorBoard(self.writer.path / "tensorboard", self.step)
         self.progress.start(self.config.run_name, self.config.steps, self.step)
 
     def run(self) -> None:
         """Trains to the end and writes down how it ended."""
         status = "finished"
         try:
-            self._loop()
+            with between_steps() as interrupts:
+                self._loop(interrupts)
         except DivergedError as reason:
             status = "diverged"
             self.result["reason"] = f"step {self.step}: {reason}"
             self.progress.note(f"{self.config.run_name} diverged at step {self.step}: {reason}")
+        except BaseException as error:
+            reason_given = (
+                "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            )
+            with suppress(OSError):  # the disk may be what failed
+                self.writer.update(stopped={"step": self.step, "reason": reason_given})
+            raise
         tokens = self.step * self.config.tokens_per_step
         self.result |= {
             "steps": self.step,
@@ -137,7 +146,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def _loop(self) -> None:
+    def _loop(self, interrupts: Interrupts) -> None:
         training, steps = self.config.training, self.config.steps
         self._wrapped.train()
         if self.step == 0 and training.eval_every:
@@ -153,6 +162,7 @@ class Trainer:
             checkpoint = last or self._due(training.checkpoint_every)
             if not (log or evaluate or record_rates or checkpoint):
                 self.progress.step(self.step)
+                interrupts.take()
                 continue
             self.seconds += self._now() - started
             row: dict[str, Any] = {
@@ -175,6 +185,7 @@ class Trainer:
                 self._check_finite()
                 self._save()
             self.progress.step(self.step)
+            interrupts.take()
             started = self._now()
 
     def _train_step(self) -> None:
@@ -327,29 +338,38 @@ class Trainer:
             save_checkpoint(folder, self.step, state, self.identity, self.config.training.keep)
 
     def _load(self, state: dict[str, Any]) -> None:
+        """Raises LayerwiseError where the state is not of this run."""
+        if (count := len(state.get("observers", ()))) != len(self.observers):
+            raise LayerwiseError(
+                f"checkpoint in {self.writer.path} was written with {count} observers,"
+                f" this run has {len(self.observers)}: resume with the same ones"
+            )
         try:
-            parallel.load_model(self.model, state["model"])
-            parallel.load_optimizer(self.optimizer, state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            self._take_up(state)
+        except LayerwiseError:
+            raise
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:300]
             raise LayerwiseError(
                 f"checkpoint in {self.writer.path} is of another model or optimizer: {reason}"
             ) from None
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        parallel.load_model(self.model, state["model"])
+        parallel.load_optimizer(self.optimizer, state["optimizer"])
         lambdas = [None] * len(self.scheduler.lr_lambdas)  # functions are not saved
         self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if len(state["observers"]) != len(self.observers):
-            raise LayerwiseError(
-                f"checkpoint in {self.writer.path} was written with {len(state['observers'])} observers,"
-                f" this run has {len(self.observers)}: resume with the same ones"
-            )
         for observer, saved in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(saved)
         self.step, self.seconds, self.result = state["step"], state["seconds"], dict(state["result"])
         self._loss_sum = state["loss_sum"].to(self.device)
         self._loss_steps = state["loss_steps"]
-        self.writer.truncate(state["lengths"])
+        for stream in self.writer.truncate(state["lengths"]):
+            self.progress.note(
+                f"{stream}.jsonl is shorter than it was at step {self.step}: lines of it are lost"
+            )
         random = [state["random"], *state["random_of_others"]]
         if self.rank < len(random):
             set_random_state(random[self.rank])

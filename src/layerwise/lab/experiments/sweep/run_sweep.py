@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from layerwise.lab.config.schema import Config
+from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.record_base import record
 from layerwise.lab.experiments.sweep.engines import Engine, Failure, Row
 from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
@@ -17,6 +20,7 @@ from layerwise.lab.experiments.sweep.trial_plan import BASE_FILE, Plan, Point, T
 from layerwise.lab.runs.directory import write_json
 from layerwise.lab.runs.environment import versions
 from layerwise.lab.training.progress import ProgressKind, make_progress
+from layerwise.lab.training.run import check_buildable, take_steps
 
 RESULTS = "results.jsonl"
 
@@ -43,6 +47,8 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: Progr
     with ResultsFile(folder / RESULTS) as file:
         done = read_results(file.path)
         todo = [trial for id, trial in plan.trials.items() if id not in done]
+        if todo:
+            check_buildable(representatives(plan).values())
         write_json(folder / "sweep.json", {"config": config.model_dump(), "versions": versions()})
         needs_base = any(trial.needs_base for trial in todo)
         work = partial(run_trial, base=_record_base(plan, config, folder / BASE_FILE) if needs_base else None)
@@ -69,6 +75,30 @@ def _said(row: Row | Failure[Trial]) -> str:
     if isinstance(row, Failure):
         return "failed"
     return f"last loss {row['val_loss']:.3f}" if row["val_loss"] is not None else str(row["status"])
+
+
+def seconds_left(plan: Plan, done: Container[str], workers: int) -> float:
+    """About how long the missing trials take: two steps of a trial are timed at each size, and scaled up."""
+    a_step: dict[float, float] = {}
+    for (_, size), config in representatives(plan).items():
+        if size not in a_step:
+            started = time.monotonic()
+            take_steps(config.replace({"function_space.match": None}), 2, [])
+            a_step[size] = (time.monotonic() - started) / 2
+    work = {trial.id: (point.size, trial.config["training"]["steps"]) for point, trial in plan.points.items()}
+    return sum(a_step[size] * steps for id, (size, steps) in work.items() if id not in done) / max(1, workers)
+
+
+def representatives(plan: Plan) -> dict[tuple[str, float], Config]:
+    """A trial of each method at each size, without the match to a base that is not recorded yet."""
+    found: dict[tuple[str, float], Config] = {}
+    for point, trial in plan.points.items():
+        if (point.method, point.size) not in found:
+            config = validate(Config, {**trial.config, "run": {"name": "trial", "tensorboard": False}})
+            if trial.needs_base:
+                config = config.replace({"function_space.match": None})
+            found[point.method, point.size] = config
+    return found
 
 
 def _record_base(plan: Plan, config: SweepConfig, path: Path) -> str:

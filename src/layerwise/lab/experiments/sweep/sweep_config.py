@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from layerwise.lab.config.schema import Config, Section
+from layerwise.lab.config.validate import LARGEST
 from layerwise.lab.models.family import Axis
 
 Method = Literal["standard", "flerm", "uniform", "mup"]
@@ -25,9 +26,9 @@ def _geometric(value: Any) -> Any:
         return value
     try:
         low, high, count = float(value["low"]), float(value["high"]), int(value["count"])
-        if set(value) != {"low", "high", "count"} or not 0 < low < high or count < 2:
+        if set(value) != {"low", "high", "count"} or not 0 < low < high <= LARGEST or not 2 <= count <= 1000:
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError("a grid is a list of rates, or {low: 1e-4, high: 1e-1, count: 10}") from None
     factor = (high / low) ** (1 / (count - 1))
     return [float(f"{low * factor**k:.4g}") for k in range(count)]

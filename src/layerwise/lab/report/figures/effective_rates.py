@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerwise.lab.report.figures.by_kind import draw_kinds, kind_styles, name_kinds
 from layerwise.lab.report.names import network_order
 from layerwise.lab.report.style import (
-    BAND,
-    CYCLE,
     MUTED,
-    WIDTH,
-    label_ends,
+    WIDE,
+    Arrangement,
     new_figure,
     plain_log_ticks,
+    power_of_ten,
     step_axis,
 )
 from layerwise.lab.runs.recorded import Array, Run
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_KINDS = 13  # names that fit beside a panel
-WIDE = 4.0  # spread from which a linear axis would hide the smaller rates
-LineStyle = str | tuple[int, tuple[float, float]]
+FAR_APART = 4.0  # spread from which a linear axis would hide the smaller rates
 FAMILIES = {
     "spectral": "Spectral norm",
     "sign": "Max-abs norm",
@@ -35,12 +34,12 @@ FAMILIES = {
     "col_norm": "Column norm",
     "frobenius": "Frobenius norm",
 }
+HEIGHT = 2.25  # inches of a panel
 
 
-def effective_rates(run: Run) -> Figure:
-    """A row of panels per norm group: the rate of each unit, and what it is of the base rate (the multiplier).
+def effective_rates(run: Run, arrangement: Arrangement = WIDE) -> Figure:
+    """Two panels per norm group: the rate of each unit, and what it is of the base rate (the multiplier).
 
-    A thin line is a unit, its colour the kind of tensor, and the band reaches from the group's lowest to its highest.
     Groups in which no unit's rate differs from another's are left out, unless that leaves none.
     """
     history = run.history
@@ -55,57 +54,48 @@ def effective_rates(run: Run) -> Figure:
         group: rows for group, rows in groups.items() if _largest_ratio(history.lr[list(rows)]) > 1.0005
     }
     shown = sorted((spread or groups).items(), key=lambda item: item[0] == "vector_rms")
-    height = 2.25
-    figure = new_figure(WIDTH, height * len(shown) + 0.1)
-    panels: Any = figure.subplots(len(shown), 2, squeeze=False, sharex=True)
-    for (left, right), (group, kinds) in zip(panels, shown, strict=True):
-        rows = list(kinds)
-        styles = _styles(list(kinds.values()))
-        _band(left, history.steps, history.lr[rows], [styles[k] for k in kinds.values()])
-        _band(right, history.steps, history.multiplier[rows], [styles[k] for k in kinds.values()])
-        if _largest_ratio(history.multiplier[rows]) > WIDE:
-            _log_scale(right, history.multiplier[rows])
-        left.set_title(FAMILIES.get(group, group) or "All units")
-        left.set_title(f"{len(rows)} units" if len(rows) > 1 else "1 unit", **_NOTE)
-        right.set_title(f"spread at most {_largest_ratio(history.lr[rows]):.2f}\u00d7", **_NOTE)
-        left.set_ylabel("Effective learning rate")
-        right.set_ylabel("Rate multiplier")
-        left.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-        left.yaxis.get_offset_text().set_visible(False)
-        _name_scale(left)
-        if len(styles) <= MOST_KINDS:
-            ends = [
-                (float(history.steps[-1]), _typical(history.multiplier[members]), kind, color)
-                for kind, (color, _) in styles.items()
-                if (members := [row for row in rows if kinds[row] == kind])
-            ]
-            label_ends(right, ends, height=height * 0.72, size=7.2 if len(ends) <= 9 else 6.5)
-    for axes in panels[-1]:
-        step_axis(axes)
+    figure = new_figure(arrangement.width, arrangement.height(2 * len(shown), HEIGHT) + 0.1)
+    panels = arrangement.panels(figure, 2 * len(shown))
+    for number, (group, kinds) in enumerate(shown):
+        rows, names = list(kinds), list(kinds.values())
+        title = FAMILIES.get(group, group) or "All units"
+        _rates(panels[2 * number], history.steps, history.lr[rows], names, title)
+        _multipliers(panels[2 * number + 1], history.steps, history.multiplier[rows], names)
+        far = _largest_ratio(history.lr[rows])
+        panels[2 * number + 1].set_title(f"spread at most {far:.2f}\u00d7", **_NOTE)
+    for axes in panels[-arrangement.columns :]:
+        axes.set_xlabel("Step")
     return figure
 
 
 _NOTE: dict[str, Any] = {"loc": "right", "fontsize": 7.5, "color": MUTED, "fontweight": "normal"}
 
 
-def _styles(kinds: list[str]) -> dict[str, tuple[str, LineStyle]]:
-    """Colour and line style of each kind: dashed where the colours come round again, grey where there are too many."""
-    distinct = list(dict.fromkeys(kinds))
-    if len(distinct) > MOST_KINDS:
-        return dict.fromkeys(distinct, (MUTED, "-"))
-    n = len(CYCLE)
-    return {kind: (CYCLE[i % n], "-" if i < n else (0, (4, 1.5))) for i, kind in enumerate(distinct)}
+def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str], title: str) -> None:
+    draw_kinds(axes, steps, values, kinds, kind_styles(kinds))
+    top = float(np.nanmax(values)) * 1.06 or 1.0
+    axes.set_ylim(0, top)
+    exponent = math.floor(math.log10(top))
+    scale = 1.0 if -2 <= exponent < 3 else 10.0**exponent
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value / scale:g}")
+    axes.set_ylabel("Effective learning rate" + ("" if scale == 1 else f", {power_of_ten(exponent)}"))
+    axes.set_title(title)
+    axes.set_title(f"{len(values)} units" if len(values) > 1 else "1 unit", **_NOTE)
+    step_axis(axes, steps)
+    axes.set_xlabel("")
 
 
-def _band(axes: Axes, steps: Array, values: Array, styles: list[tuple[str, LineStyle]]) -> None:
-    present = np.isfinite(values).any(axis=0)
-    x, values = steps[present], values[:, present]
-    axes.fill_between(x, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=BAND, alpha=0.4, lw=0)
-    for line, (color, style) in zip(values, styles, strict=True):
-        axes.plot(x, line, color=color, ls=style, lw=0.9, alpha=0.8 if len(values) <= 60 else 0.4)
-    if len(x) > 1:
-        axes.set_xlim(x[0], x[-1])
-    axes.set_ylim(0, float(np.nanmax(values)) * 1.06 or 1.0)
+def _multipliers(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> None:
+    styles = kind_styles(kinds)
+    draw_kinds(axes, steps, values, kinds, styles)
+    if _largest_ratio(values) > FAR_APART:
+        _log_scale(axes, values)
+    else:
+        axes.set_ylim(0, float(np.nanmax(values)) * 1.06 or 1.0)
+    axes.set_ylabel("Rate multiplier")
+    step_axis(axes, steps)
+    axes.set_xlabel("")
+    name_kinds(axes, steps, values, kinds, styles, height=HEIGHT * 0.72)
 
 
 def _log_scale(axes: Axes, values: Array) -> None:
@@ -114,21 +104,6 @@ def _log_scale(axes: Axes, values: Array) -> None:
     low, high = float(positive.min()) / 1.2, float(positive.max()) * 1.2
     axes.set_ylim(low, high)
     plain_log_ticks(axes.yaxis, low, high)
-
-
-def _name_scale(axes: Axes) -> None:
-    """Move the power of ten from above the axis, where the title stands, into the axis label."""
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
-    scale = axes.yaxis.get_offset_text().get_text()
-    if scale:
-        power = scale.replace("\u00d7", "").replace("\\times", "")
-        axes.set_ylabel(f"{axes.get_ylabel()}, {power}")
-
-
-def _typical(values: Array) -> float:
-    """The geometric mean of the last values of the rows, those that are positive."""
-    last = [row[np.isfinite(row)][-1] for row in values if np.isfinite(row).any()]
-    return float(np.exp(np.mean([np.log(v) for v in last if v > 0] or [0.0])))
 
 
 def _largest_ratio(rates: Array) -> float:

@@ -6,72 +6,76 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from layerwise.lab.report.figures.by_kind import draw_kinds, kind_styles, name_kinds
 from layerwise.lab.report.names import UnitName, network_order
-from layerwise.lab.report.style import CYCLE, MUTED, PAPER, WIDTH, label_ends, new_figure, step_axis
+from layerwise.lab.report.style import (
+    CYCLE,
+    PAPER,
+    WIDE,
+    Arrangement,
+    label_ends,
+    new_figure,
+    plain_log_ticks,
+    step_axis,
+)
 from layerwise.lab.runs.recorded import Array, Run, number
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MOST_KINDS = 8
 
 
-def rate_per_layer(run: Run) -> Figure:
+def rate_per_layer(run: Run, arrangement: Arrangement = WIDE) -> Figure:
     """Function-space rate of each parameter over steps (log scale), coloured by kind of tensor."""
     steps, names, values = _records(run, "value")
-    figure = new_figure(WIDTH * 0.86, 3.3)
+    kinds = [name.part for name in names]
+    values = np.where(values > 0, values, np.nan)
+    figure = new_figure(arrangement.width, 3.3)
     axes = figure.subplots()
-    colors = _colors(names)
     axes.set_yscale("log")
-    for name, line in zip(names, values, strict=True):
-        axes.plot(
-            steps, np.where(line > 0, line, np.nan), color=colors.get(name.part, MUTED), lw=0.9, alpha=0.8
-        )
-    positive = values[np.isfinite(values) & (values > 0)]
-    if positive.size:
-        axes.set_ylim(positive.min() / 1.3, positive.max() * 1.3)
-    if len(steps) > 1:
-        axes.set_xlim(steps[0], steps[-1])
-    step_axis(axes)
+    styles = kind_styles(kinds, MOST_KINDS)
+    draw_kinds(axes, steps, values, kinds, styles)
+    if np.isfinite(values).any():
+        low, high = float(np.nanmin(values)) / 1.3, float(np.nanmax(values)) * 1.3
+        axes.set_ylim(low, high)
+        plain_log_ticks(axes.yaxis, low, high)
+    step_axis(axes, steps)
     axes.set_ylabel("Function-space learning rate")
-    ends = []
-    for part, color in colors.items():
-        members = [i for i, name in enumerate(names) if name.part == part]
-        last = [
-            v[np.isfinite(v) & (v > 0)][-1]
-            for i in members
-            if (v := values[i])[np.isfinite(v) & (v > 0)].size
-        ]
-        if last:
-            ends.append((float(steps[-1]), float(np.exp(np.mean(np.log(last)))), part, color))
-    label_ends(axes, ends, height=2.5, size=7.2)
+    name_kinds(axes, steps, values, kinds, styles, height=2.5)
     return figure
 
 
-def stacked_shares(run: Run) -> Figure:
-    """Shares of the total function-space rate over steps, stacked: by block (left) and by kind of tensor (right)."""
+def stacked_shares(run: Run, arrangement: Arrangement = WIDE) -> Figure:
+    """Shares of the total function-space rate over steps, stacked: by block, and by kind of tensor."""
     steps, names, values = _records(run, "share")
-    figure = new_figure(WIDTH, 2.9)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, title, keys in (
-        (panels[0], "By block", [name.block or name.part for name in names]),
-        (panels[1], "By kind of tensor", [name.part for name in names]),
+    figure = new_figure(arrangement.width, arrangement.height(2, 2.9))
+    for axes, title, keys in zip(
+        arrangement.panels(figure, 2, sharey=True),
+        ("By block", "By kind of tensor"),
+        ([name.block or name.part for name in names], [name.part for name in names]),
+        strict=True,
     ):
-        order = list(dict.fromkeys(keys))
-        sums = np.array([np.nansum(values[[k == key for k in keys]], axis=0) for key in order])
-        colors = _shades(len(order)) if len(order) > MOST_KINDS else list(CYCLE[: len(order)])
-        axes.stackplot(steps, sums, colors=colors, linewidth=0.4, edgecolor=PAPER, alpha=0.85)
-        axes.set_ylim(0, 1)
-        if len(steps) > 1:
-            axes.set_xlim(steps[0], steps[-1])
-        step_axis(axes)
+        _stack(axes, steps, values, keys)
         axes.set_title(title)
-        middles = np.cumsum(sums[:, -1]) - sums[:, -1] / 2
-        ends = [(float(steps[-1]), float(m), k, c) for k, m, c in zip(order, middles, colors, strict=True)]
-        largest = sorted(range(len(ends)), key=lambda i: -sums[i, -1])[:14]
-        label_ends(axes, [ends[i] for i in sorted(largest)], height=2.2, size=7)
-    panels[0].set_ylabel("Share of the function-space rate")
+    figure.axes[0].set_ylabel("Share of the function-space rate")
     return figure
+
+
+def _stack(axes: Axes, steps: Array, values: Array, keys: list[str]) -> None:
+    order = list(dict.fromkeys(keys))
+    sums = np.array([np.nansum(values[[k == key for k in keys]], axis=0) for key in order])
+    colors = _shades(len(order)) if len(order) > MOST_KINDS else list(CYCLE[: len(order)])
+    x = steps if len(steps) > 1 else np.array([steps[0] - 0.3, steps[0] + 0.3])  # one step is a bar
+    drawn = sums if len(steps) > 1 else np.repeat(sums, 2, axis=1)
+    axes.stackplot(x, drawn, colors=colors, linewidth=0.4, edgecolor=PAPER, alpha=0.85)
+    axes.set_ylim(0, 1)
+    step_axis(axes, steps)
+    middles = np.cumsum(sums[:, -1]) - sums[:, -1] / 2
+    ends = [(float(steps[-1]), float(m), k, c) for k, m, c in zip(order, middles, colors, strict=True)]
+    largest = sorted(range(len(ends)), key=lambda i: -sums[i, -1])[:14]
+    label_ends(axes, [ends[i] for i in sorted(largest)], height=2.2, size=7)
 
 
 def _records(run: Run, field: str) -> tuple[Array, list[UnitName], Array]:
@@ -84,14 +88,7 @@ def _records(run: Run, field: str) -> tuple[Array, list[UnitName], Array]:
     values = [
         [number(((line.get("rates") or {}).get(n.unit) or {}).get(field)) for line in lines] for n in names
     ]
-    return np.array([number(line["step"]) for line in lines]), names, np.array(values, dtype=np.float64)
-
-
-def _colors(names: list[UnitName]) -> dict[str, str]:
-    """A colour for each kind that occurs most; the rest stay grey and unnamed."""
-    kinds = [name.part for name in names]
-    common = sorted(dict.fromkeys(kinds), key=lambda k: -kinds.count(k))[:MOST_KINDS]
-    return dict(zip([k for k in dict.fromkeys(kinds) if k in common], CYCLE, strict=False))
+    return np.array([number(line.get("step")) for line in lines]), names, np.array(values, dtype=np.float64)
 
 
 def _shades(n: int) -> list[str]:

@@ -14,7 +14,9 @@ from layerwise.lab.report.style import (
     NOISE_MAP,
     PAPER,
     RATE_MAP,
+    WIDE,
     WIDTH,
+    Arrangement,
     new_figure,
     plain_log_ticks,
     step_axis,
@@ -29,54 +31,56 @@ MANY_ROWS = 46  # above this the rows are named by block
 ROW = 0.135  # inches
 TALLEST = 7.6  # inches
 MIN_BLOCK = 8  # points
+NOISE = "Gradient noise"
 COLUMNS = 400  # steps drawn: more than a page has pixels for are thinned
 
 
-def layer_heat_maps(run: Run, units: Sequence[str]) -> Figure:
-    """Noise (left, log scale, relative to the median of its norm group) and rate multiplier (right) of `units`.
+def layer_heat_maps(run: Run, units: Sequence[str], arrangement: Arrangement = WIDE) -> Figure:
+    """Noise (log scale, relative to the median of its norm group) and rate multiplier of `units`, where there are any.
 
     Norm groups measure noise in different norms, so only their relative noise can share a colour scale.
     """
     history = run.history
-    from matplotlib.colors import LogNorm
-
     assert history is not None
     names = network_order(units, [str(row["name"]) for row in run.parameters])
     rows = [history.units.index(name.unit) for name in names]
     groups = [run.norm_groups.get(name.unit.split("[", 1)[0], "") for name in names]
     pick = _thin(len(history.steps))
-    steps = history.steps[pick]
-    panels = [
-        (
-            relative_noise(history, rows, groups)[:, pick],
-            "Gradient noise",
-            "relative to the norm group's median",
+    noise = relative_noise(history, rows, groups)[:, pick]
+    shown: list[tuple[Array, str, str]] = []
+    if history.has_noise:
+        shown.append((noise, NOISE, "relative to the norm group's median"))
+    if history.has_multiplier:
+        shown.append(
+            (history.multiplier[rows][:, pick], "Rate multiplier", "factor on the base learning rate")
         )
-        if history.has_noise
-        else None,
-        (history.multiplier[rows][:, pick], "Rate multiplier", "factor on the base learning rate")
-        if history.has_multiplier
-        else None,
-    ]
-    shown = [panel for panel in panels if panel is not None]
     body = min(max(len(rows) * ROW, 1.0), TALLEST)
-    figure = new_figure(WIDTH if len(shown) > 1 else WIDTH * 0.62, body + 1.15)
-    columns: Any = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    width = arrangement.width if len(shown) > 1 else min(arrangement.width, 0.62 * WIDTH)
+    figure = new_figure(width, arrangement.height(len(shown), body + 1.3))
+    columns = arrangement.panels(figure, len(shown), sharey=True)
     for axes, (values, title, subtitle) in zip(columns, shown, strict=True):
-        image = _image(axes, values, steps, is_noise=title == "Gradient noise")
-        bar = figure.colorbar(
-            image, ax=axes, location="top", pad=0.02, aspect=34, extend=_clipped(image, values)
-        )
-        if isinstance(image.norm, LogNorm) and image.norm.vmin and image.norm.vmax:
-            plain_log_ticks(bar.ax.xaxis, image.norm.vmin, image.norm.vmax)
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(length=2, labelsize=7.5, pad=1)
-        bar.ax.set_title(f"{title}", loc="left", fontsize=9, pad=4)
-        bar.ax.set_title(subtitle, loc="right", fontsize=7.5, color=MUTED, fontweight="normal", pad=4)
-        step_axis(axes)
+        image = _image(axes, values, history.steps[pick], is_noise=title == NOISE)
+        _scale_bar(figure, axes, image, values, title, subtitle)
+        step_axis(axes, history.steps[pick])
         _separators(axes, names)
-    _row_labels(columns[0], names, body)
+    for axes in columns[:: arrangement.columns]:
+        _row_labels(axes, names, body)
     return figure
+
+
+def _scale_bar(figure: Figure, axes: Axes, image: Any, values: Array, title: str, subtitle: str) -> None:
+    """The colours and what they mean, above a heat map."""
+    from matplotlib.colors import LogNorm
+
+    bar = figure.colorbar(image, ax=axes, location="top", pad=0.02, aspect=34, extend=_clipped(image, values))
+    if isinstance(image.norm, LogNorm) and image.norm.vmin and image.norm.vmax:
+        plain_log_ticks(bar.ax.xaxis, image.norm.vmin, image.norm.vmax)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=2, labelsize=7.5, pad=1)
+    bar.ax.set_title(subtitle, loc="left", fontsize=7.5, color=MUTED, fontweight="normal", pad=4)
+    bar.ax.annotate(
+        title, (0, 1), xycoords="axes fraction", xytext=(0, 26), textcoords="offset points", fontsize=9, fontweight="bold",
+    )  # fmt: skip
 
 
 def relative_noise(history: LayerHistory, rows: Sequence[int], groups: Sequence[str]) -> Array:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerwise.lab.report.grouping import Contender
-from layerwise.lab.report.style import MUTED, PAPER, WIDTH, label_ends, new_figure
+from layerwise.lab.report.style import (
+    BAND,
+    MUTED,
+    PAPER,
+    WIDE,
+    WIDTH,
+    Arrangement,
+    label_ends,
+    new_figure,
+    shortened,
+)
 from layerwise.lab.runs.quantities import count
 from layerwise.lab.runs.recorded import Array, Series
 
@@ -18,29 +28,47 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def loss_curves(contenders: Sequence[Contender]) -> Figure:
-    """Two panels: smoothed training loss (line) and validation loss (markers), against tokens and against seconds."""
-    height = 3.1
-    figure = new_figure(WIDTH, height)
-    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+MOST_NAMED = 12  # contenders that a figure can name; of more, the best stand out
+BEST = 8
+MOST_ROWS = 40
+HEIGHT = 3.1  # inches of a panel
+
+
+def loss_curves(contenders: Sequence[Contender], arrangement: Arrangement = WIDE) -> Figure:
+    """Two panels: smoothed training loss (line) and validation loss (markers), against tokens and against seconds.
+
+    Of more than a dozen contenders the best are named, the others grey.
+    """
+    figure = new_figure(arrangement.width, arrangement.height(2, HEIGHT) + 0.25)
+    by_tokens, by_time = arrangement.panels(figure, 2, sharey=True)
     low, high = loss_limits(contenders)
+    named = standing_out(contenders)
     for axes, x_of, label in (
         (by_tokens, lambda s: s.tokens, "Training tokens"),
         (by_time, lambda s: s.seconds, "Training time"),
     ):
-        lengths = [_draw_contender(axes, c, x_of) for c in contenders]
+        lengths = [_draw_contender(axes, c, x_of, c in named) for c in contenders]
         axes.set_ylim(low, high)
         axes.set_xlim(0, max(lengths) * 1.015 or 1.0)
         axes.set_xlabel(label)
+        axes.set_ylabel("Loss, nats per token" if axes is by_tokens or arrangement.columns == 1 else "")
     for axes, letter, what in ((by_tokens, "a", "Loss against tokens"), (by_time, "b", "Loss against time")):
         axes.set_title(f"{letter}   {what}")
     _count_axis(by_tokens)
     _time_axis(by_time)
-    by_tokens.set_ylabel("Loss, nats per token")
-    ends = [(*_end(c.runs[0].val_loss, c.runs[0].train_loss), c.label, c.look.color) for c in contenders]
-    label_ends(by_tokens, [e for e in ends if math.isfinite(e[1])], height=height * 0.72)
-    _key(by_time)
+    ends = [
+        (*_end(c.runs[0].val_loss, c.runs[0].train_loss), shortened(c.label, 30), c.look.color) for c in named
+    ]
+    label_ends(by_tokens, [e for e in ends if math.isfinite(e[1])], height=HEIGHT * 0.72)
+    _key(figure, len(contenders) - len(named))
     return figure
+
+
+def standing_out(contenders: Sequence[Contender]) -> list[Contender]:
+    """All of a few contenders; of many the best."""
+    if len(contenders) <= MOST_NAMED:
+        return list(contenders)
+    return sorted((c for c in contenders if any(map(math.isfinite, c.final_losses))), key=_mean_loss)[:BEST]
 
 
 def loss_limits(contenders: Sequence[Contender]) -> tuple[float, float]:
@@ -90,35 +118,34 @@ def smooth(values: Array, span: float = 0.03) -> Array:
     return result
 
 
-def _draw_contender(axes: Axes, contender: Contender, x_of: Callable[[Series], Array]) -> float:
+def _draw_contender(axes: Axes, contender: Contender, x_of: Callable[[Series], Array], named: bool) -> float:
     """Draw one contender's runs; returns where the longest ends, 0 where there is nothing to draw."""
-    look = contender.look
+    color = contender.look.color if named else BAND
     ends = [0.0]
     several = len(contender.runs) > 1
     for i, run in enumerate(contender.runs):
         faint = 0.35 if several and i else 1.0
         train, val = run.train_loss, run.val_loss
         if len(train):
-            if not several and len(train) > 40:
-                axes.plot(x_of(train), train.values, color=look.color, alpha=0.16, lw=0.6, zorder=1)
+            if named and not several and len(train) > 40:
+                axes.plot(x_of(train), train.values, color=color, alpha=0.16, lw=0.6, zorder=1)
+            width, over = (1.5, 3) if named else (0.7, 2)
             axes.plot(
-                x_of(train), smooth(train.values), color=look.color, lw=1.5, alpha=0.9 * faint, zorder=3
+                x_of(train), smooth(train.values), color=color, lw=width, alpha=0.9 * faint, zorder=over
             )
             ends.append(float(x_of(train)[-1]))
         if len(val):
+            size = 4.6 if named else 2.0
             axes.plot(
-                x_of(val), val.values, linestyle="none", marker=look.marker, ms=4.6, mfc=look.color,
-                mec=PAPER, mew=0.7, alpha=faint, zorder=5, clip_on=True,
+                x_of(val), val.values, linestyle="none", marker=contender.look.marker, ms=size, mfc=color,
+                mec=PAPER, mew=0.7 if named else 0, alpha=faint, zorder=5 if named else 2, clip_on=True,
             )  # fmt: skip
             ends.append(float(x_of(val)[-1]))
-        if run.status == "diverged" and len(train):
-            finite = np.isfinite(train.values)
-            if finite.any():
-                x = float(x_of(train)[finite][-1])
-                axes.annotate(
-                    "diverged", (x, 0.97), xycoords=("data", "axes fraction"), color=look.color, fontsize=7,
-                    rotation=90, ha="right", va="top",
-                )  # fmt: skip
+        if run.status == "diverged" and np.isfinite(train.values).any():
+            axes.annotate(
+                "diverged", (float(x_of(train)[np.isfinite(train.values)][-1]), 0.97), color=color, fontsize=7,
+                xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top",
+            )  # fmt: skip
     return max(ends)
 
 
@@ -130,19 +157,17 @@ def _end(val: Series, train: Series) -> tuple[float, float]:
     return float(series.tokens[finite][-1]), float(series.values[finite][-1])
 
 
-def _key(axes: Axes) -> None:
-    """What a line and what a marker is, in words, where curves that fall leave room."""
+def _key(figure: Figure, grey: int) -> None:
+    """What a line and what a marker is, in words, below the panels."""
     from matplotlib.lines import Line2D
 
-    axes.legend(
-        handles=[
-            Line2D([], [], color=MUTED, lw=1.5, label="training, smoothed"),
-            Line2D([], [], color=MUTED, marker="o", ls="none", ms=4.6, mec=PAPER, label="validation"),
-        ],
-        loc="upper right",
-        handlelength=1.6,
-        borderaxespad=0.2,
-    )
+    handles = [
+        Line2D([], [], color=MUTED, lw=1.5, label="training, smoothed"),
+        Line2D([], [], color=MUTED, marker="o", ls="none", ms=4.6, mec=PAPER, label="validation"),
+    ]
+    if grey:
+        handles.append(Line2D([], [], color=BAND, lw=1.5, label=f"{grey} more"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.6)
 
 
 def _count_axis(axes: Axes) -> None:
@@ -167,10 +192,13 @@ def _time_axis(axes: Axes) -> None:
     axes.set_xlabel(f"{axes.get_xlabel()}, {name}")
 
 
-def final_losses(contenders: Sequence[Contender]) -> Figure:
+def final_losses(contenders: Sequence[Contender], arrangement: Arrangement = WIDE) -> Figure:
     """Final validation loss: a dot per seed, a bar at the mean, best contender at the top."""
     ranked = sorted((c for c in contenders if any(map(math.isfinite, c.final_losses))), key=_mean_loss)
-    figure = new_figure(WIDTH * 0.62, 0.75 + 0.34 * max(len(ranked), 1))
+    left_out = len(ranked) - MOST_ROWS
+    ranked = ranked[:MOST_ROWS]
+    row_height = 0.34 if len(ranked) < 16 else 0.2
+    figure = new_figure(min(arrangement.width, WIDTH * 0.7), 0.75 + row_height * max(len(ranked), 1))
     axes = figure.subplots()
     for row, contender in enumerate(ranked):
         finite = [v for v in contender.final_losses if math.isfinite(v)]
@@ -180,26 +208,26 @@ def final_losses(contenders: Sequence[Contender]) -> Figure:
         lost = len(contender.final_losses) - len(finite)
         text = f"{np.mean(finite):.3f}" + (f"  ({lost} diverged)" if lost else "")
         axes.annotate(
-            text,
-            (max(finite), row),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=MUTED,
-        )
-    axes.set_yticks(range(len(ranked)), [c.label for c in ranked])
+            text, (max(finite), row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED
+        )  # fmt: skip
+    axes.set_yticks(range(len(ranked)), [shortened(c.label, 34) for c in ranked])
     axes.set_ylim(len(ranked) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", visible=True)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("Final validation loss, nats per token")
-    values = [v for c in ranked for v in c.final_losses if math.isfinite(v)]
+    axes.set_xlabel(
+        "Final validation loss, nats per token"
+        + (f"; {left_out} worse ones left out" if left_out > 0 else "")
+    )
+    _room_for_numbers(axes, [v for c in ranked for v in c.final_losses if math.isfinite(v)])
+    return figure
+
+
+def _room_for_numbers(axes: Axes, values: Sequence[float]) -> None:
     if values:
         reach = max(max(values) - min(values), 0.01)
         axes.set_xlim(min(values) - 0.08 * reach, max(values) + 0.22 * reach)
-    return figure
 
 
 def _mean_loss(contender: Contender) -> float:

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from layerwise.lab.report.rate_curve import LossesByRate, RateCurve
-from layerwise.lab.report.style import MUTED, PAPER, WIDTH, Look, new_figure, plain_log_ticks
+from layerwise.lab.report.style import (
+    MUTED,
+    PAPER,
+    WIDE,
+    Arrangement,
+    Look,
+    new_figure,
+    plain_log_ticks,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,10 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 
-def loss_against_rate(curves: Sequence[RateCurve]) -> Figure:
+def loss_against_rate(curves: Sequence[RateCurve], arrangement: Arrangement = WIDE) -> Figure:
     """One curve each, as `draw_losses` draws it, on axes that show the rates near the best ones."""
-    height = max(3.3, 0.36 * len(curves) + 0.3)  # the legend gives each curve two lines
-    figure = new_figure(WIDTH, height)
+    beside = arrangement.columns > 1
+    legend = 0.36 * len(curves) + 0.3  # inches: each curve has two lines
+    figure = new_figure(arrangement.width, max(3.3, legend) if beside else 3.3 + legend)
     axes = figure.subplots()
     rates = [lr for curve in curves for lr in curve.rates if lr > 0]
     finite = [v for c in curves for values in c.losses.values() for v in values if math.isfinite(v)]
@@ -31,10 +41,13 @@ def loss_against_rate(curves: Sequence[RateCurve]) -> Figure:
     for curve in curves:
         draw_losses(axes, curve, curve.look)
         _point_beyond(axes, curve)
-    axes.legend(
-        handles=[_entry(curve) for curve in curves], loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4,
-        labelspacing=0.9,
-    )  # fmt: skip
+    handles = [_entry(curve) for curve in curves]
+    if beside:
+        axes.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4, labelspacing=0.9
+        )
+    else:
+        figure.legend(handles=handles, loc="outside lower left", handlelength=1.4, labelspacing=0.9)
     axes.set_xlabel("Base learning rate")
     axes.set_ylabel("Final validation loss, nats per token")
     return figure
@@ -61,7 +74,12 @@ def _entry(curve: RateCurve) -> Line2D:
         else f"best {curve.best:.3g}: {curve.mean(curve.best):.3f}"
     )
     return Line2D(
-        [], [], color=curve.look.color, marker=curve.look.marker, ms=4, label=f"{curve.label}\n{best}"
+        [],
+        [],
+        color=curve.look.color,
+        marker=curve.look.marker,
+        ms=4,
+        label=f"{shortened(curve.label)}\n{best}",
     )
 
 
