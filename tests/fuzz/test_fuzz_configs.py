@@ -1,0 +1,137 @@
+"""Any words and any YAML give a config that means what was written, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cases import cases, one_line, run
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from layerwise.errors import LayerwiseError
+from layerwise.lab.config.keys import SHORTHANDS, flatten
+from layerwise.lab.config.load import load_config
+from layerwise.lab.experiments.contenders import CompareConfig, entries
+from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+from layerwise.lab.experiments.sweep.trial_plan import make_plan
+from layerwise.lab.models.families import PRESETS
+from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.training.run import complete
+
+KEYS = [
+    f"{name}.{key}" for name, section in SweepConfig.model_fields.items() for key in section.annotation.model_fields  # type: ignore[union-attr]
+]  # fmt: skip
+FURTHER = ["n_layer", "n_head", "n_embd", "hidden_size", "width", "norm", "resid_pdrop", "n_inner"]
+SETTINGS = [
+    *(f"model.{key}" for key in FURTHER),
+    *(f"optimizer.{key}" for key in sorted({k for preset in OPTIMIZERS.values() for k in preset.keywords()})),
+    *(f"optimizer.rates.{key}" for key in ("rule", "alpha", "beta2", "floor", "reference", "size_normalised")),
+    "optimizer.rates.multipliers",
+]  # fmt: skip
+WORDS = [
+    "off",
+    "no",
+    "on",
+    "yes",
+    "abc",
+    "",
+    "true",
+    "null",
+    "~",
+    "1e300",
+    "-1",
+    "1e20",
+    ".nan",
+    ".inf",
+    "-0.0",
+    "0",
+    "1",
+]
+values = st.one_of(
+    st.sampled_from([*WORDS, *PRESETS, *OPTIMIZERS]),
+    st.integers(-(10**6), 10**6).map(str),
+    st.floats().map(str),
+    st.text(max_size=12),
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-5, 5) | st.floats(-2, 2) | st.text(max_size=4),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+        max_leaves=6,
+    ).map(json.dumps),
+)
+keys = st.one_of(
+    st.sampled_from([*KEYS, *SETTINGS, *SHORTHANDS, "model.lora.rank", "model.lora.targets"]),
+    st.text(max_size=20),
+)
+overrides = st.lists(st.tuples(keys, values).map("=".join), min_size=1, max_size=3)
+
+
+def check(overrides: list[str]) -> None:
+    for schema, use in ((SweepConfig, make_plan), (CompareConfig, entries)):
+        try:
+            config: Any = load_config(None, overrides, schema)
+            complete(config)
+            use(config)
+        except LayerwiseError as error:
+            one_line(error)
+
+
+@cases(short=60, long=4000)
+def test_any_words(count: int) -> None:
+    run(count, check, overrides=overrides)
+
+
+def means_what_was_written(key: str, value: Any) -> None:
+    """A value that was accepted stands in the config as it was given: nothing was dropped or turned into another."""
+    try:
+        config = complete(load_config(None, [f"{key}={json.dumps(value)}"]))
+    except LayerwiseError as error:
+        one_line(error)
+        return
+    assume(not isinstance(value, dict) and value is not None)
+    name = f"{key}.{SHORTHANDS[key]}" if key in SHORTHANDS else key
+    found = flatten(config.model_dump())
+    if name in ("training.tokens", "optimizer.rates.rule"):
+        return  # as steps, and under the rule's own defaults
+    assert name in found, (key, value)
+    stands = found[name]
+    assert list(stands) == list(value) if isinstance(value, list) else stands == value, (key, value, stands)
+    assert isinstance(value, bool) == isinstance(stands, bool), (key, value, stands)
+
+
+@cases(short=60, long=3000)
+def test_what_is_accepted_stands_as_it_was_written(count: int) -> None:
+    plain = (
+        st.booleans()
+        | st.integers(-3, 400)
+        | st.floats(0, 2)
+        | st.sampled_from(["off", "abc", "lanton", "wsd", "bf16"])
+    )
+    taken = [key for key in [*KEYS, *SETTINGS] if not key.startswith("sweep.")]
+    run(count, means_what_was_written, key=st.sampled_from(taken), value=plain | st.lists(plain, max_size=2))
+
+
+def any_file(folder: Path, content: bytes) -> None:
+    file = folder / "config.yaml"
+    file.write_bytes(content)
+    try:
+        complete(load_config(file))
+    except LayerwiseError as error:
+        one_line(error)
+
+
+@cases(short=60, long=3000)
+def test_any_file(tmp_path: Path, count: int) -> None:
+    pieces = st.sampled_from([
+        b"model: ", b"optimizer:\n  lr: ", b"training: {steps: 3}\n", b"&a ", b"*a", b"[", b"{",
+        b"!!python/object:os.system ",
+        b"<<: ", b"---\n", b"\t", b"- ", b"? ", b"| \n", b"'", b'"', b"\xff\xfe", b"1e3", b"lanton",
+        b"!!binary abc", b"!!set {a}",
+    ])  # fmt: skip
+    run(
+        count,
+        any_file,
+        folder=st.just(tmp_path),
+        content=st.lists(pieces | st.binary(max_size=6), max_size=8).map(b"".join),
+    )
