@@ -58,7 +58,7 @@ def _rates(optimizer: str) -> str:
     """The default rate of an optimizer: its signature's, and beside it those of the data file."""
     found = {model: entry["rates"].get(optimizer) for model, entry in base_rates().items()}
     others = "".join(f", `{model}` {rate:g}" for model, rate in found.items() if rate is not None)
-    return f"{OPTIMIZERS[optimizer].lr:g}{others}"
+    return f"{OPTIMIZERS[optimizer].default('lr'):g}{others}"
 
 
 AFTER = {
@@ -84,7 +84,7 @@ AFTER = {
     "|---|---|---|---|---|---|\n"
     + "\n".join(
         f"| `{name}` | `{_class(preset)}`"
-        f" | {_rates(name)} | {preset.weight_decay:g}"
+        f" | {_rates(name)} | {preset.decay:g}"
         f" | {preset.rule or ('none, unless `rates` is given' if preset.takes_rates else 'none')}"
         f" | {', '.join(f'`{key}`' for key in sorted(preset.keywords()))} |"
         for name, preset in OPTIMIZERS.items()

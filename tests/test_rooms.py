@@ -59,7 +59,7 @@ INSIDE = {
         "models": {"config", "runs"},
         "optimizers": {"config", "models", "runs"},
         "training": {"config", "data", "models", "optimizers", "runs"},
-        "report": {"config", "runs"},
+        "report": {"config", "optimizers", "runs"},
         "experiments": {"config", "models", "optimizers", "report", "runs", "training"},
         "cli": {"config", "experiments", "models", "optimizers", "report", "runs", "training"},
     },

@@ -32,4 +32,4 @@ def plain_preset(model: ModelConfig) -> str | None:
 def default_rate(model: ModelConfig, optimizer: str) -> float:
     """The base rate of an optimizer by name: the data file's where the model is a preset as it is, else its signature's."""
     known = base_rates().get(plain_preset(model) or "", {}).get("rates", {})
-    return float(known.get(optimizer, OPTIMIZERS[optimizer].lr))
+    return float(known.get(optimizer, OPTIMIZERS[optimizer].default("lr")))

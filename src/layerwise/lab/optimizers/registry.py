@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 class Preset:
     """An optimizer a config can name."""
 
+    title: str  # in tables and figures
     build: Callable[..., Optimizer]  # (groups of a model, lr=, weight_decay=, keywords)
-    groups: Callable[[nn.Module], Iterable[Any]]
-    weight_decay: float
+    groups: Callable[[nn.Module], Iterable[Any]] = param_groups
     rule: str | None = None  # layer rates it has by definition
+    weight_decay: float | None = None  # by default; None: its signature's
 
     def keywords(self) -> set[str]:
         """The names a config may give besides those that every optimizer has."""
@@ -39,10 +41,15 @@ class Preset:
         named = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
         return named - {"self", "params", "lr", "weight_decay", "rates"} - _NOT_SETTINGS
 
+    def default(self, key: str) -> float:
+        """Of its signature's `lr` or `weight_decay`; 0 where it has none."""
+        parameter = inspect.signature(self.build).parameters.get(key)
+        return 0.0 if parameter is None or parameter.default is parameter.empty else float(parameter.default)
+
     @property
-    def lr(self) -> float:
-        """The default of its signature."""
-        return float(inspect.signature(self.build).parameters["lr"].default)
+    def decay(self) -> float:
+        """The default weight decay."""
+        return self.default("weight_decay") if self.weight_decay is None else self.weight_decay
 
     @property
     def takes_rates(self) -> bool:
@@ -62,23 +69,31 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-OPTIMIZERS: dict[str, Preset] = {
-    "adamw": Preset(torch.optim.AdamW, decay_groups, 0.1),
-    "torch-muon": Preset(TorchMuon, param_groups, 0.1),
-    "muon": Preset(lw.Muon, param_groups, 0.0),
-    "d-muon": Preset(lw.DMuon, param_groups, 0.1),
-    "scion": Preset(lw.Scion, param_groups, 0.0),
-    "signum": Preset(lw.Signum, param_groups, 0.0),
-    "lanton": Preset(lw.Lanton, param_groups, 0.1, rule="noise_adaptive"),
-    "namo": Preset(lw.DMuon, param_groups, 0.1, rule="norm_adaptive"),
-    "static": Preset(lw.Lanton, param_groups, 0.1, rule="static"),
+_TORCHS = {
+    "adamw": Preset("AdamW", torch.optim.AdamW, decay_groups, weight_decay=0.1),
+    "torch-muon": Preset("torch Muon", TorchMuon),
 }
 
-RULES: dict[str, type[lw.RateRule]] = {
-    "noise_adaptive": lw.NoiseAdaptive,
-    "norm_adaptive": lw.NormAdaptive,
-    "static": lw.StaticRates,
-}
+
+class _Known(Mapping[str, Preset]):
+    """torch's optimizers, and every one that is registered with the library, whenever that is."""
+
+    def __getitem__(self, name: str) -> Preset:
+        if name in _TORCHS:
+            return _TORCHS[name]
+        known = lw.optimizers()[name]
+        rule = next((rule for rule, kind in RULES.items() if kind is known.rates), None)
+        return Preset(known.title, known.build, rule=rule)
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(_TORCHS, lw.optimizers())
+
+    def __len__(self) -> int:
+        return len(_TORCHS) + len(lw.optimizers())
+
+
+OPTIMIZERS = _Known()
+RULES = lw.rate_rules()
 
 
 def find_preset(config: OptimizerConfig, section: str = "optimizer") -> Preset:
@@ -127,11 +142,11 @@ def with_defaults(config: OptimizerConfig, lr: float | None = None) -> Optimizer
     `lr` is the rate where the config gives none; None: that of the optimizer's signature.
     """
     preset = find_preset(config)
-    default = preset.lr if lr is None else lr
+    default = preset.default("lr") if lr is None else lr
     return config.model_copy(
         update={
             "lr": default if config.lr is None else config.lr,
-            "weight_decay": preset.weight_decay if config.weight_decay is None else config.weight_decay,
+            "weight_decay": preset.decay if config.weight_decay is None else config.weight_decay,
         }
     )
 
@@ -191,14 +206,12 @@ def mean_multipliers(run: str) -> dict[str, float]:
 
 def needs_halves(optimizer: Optimizer) -> bool:
     """Whether the loop has to show the optimizer the two halves of an accumulated batch."""
-    rules = (group.get("rates") for group in optimizer.param_groups)
-    return any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_halves for rule in rules)
+    return any(getattr(group.get("rates"), "needs_halves", False) for group in optimizer.param_groups)
 
 
 def needs_replicas(optimizer: Optimizer) -> bool:
     """Whether the noise is measured between the gradients of data-parallel processes."""
-    rules = (group.get("rates") for group in optimizer.param_groups)
-    return any(isinstance(rule, lw.NoiseAdaptive) and rule.needs_replicas for rule in rules)
+    return any(getattr(group.get("rates"), "needs_replicas", False) for group in optimizer.param_groups)
 
 
 def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> None:

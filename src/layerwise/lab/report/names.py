@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from layerwise.lab.optimizers.registry import OPTIMIZERS
 from layerwise.lab.report.style import (
     AMBER,
     BLUE,
@@ -20,18 +21,6 @@ from layerwise.lab.report.style import (
     Look,
 )
 
-OPTIMIZER_TITLES = {
-    "adamw": "AdamW",
-    "sgd": "SGD",
-    "muon": "Muon",
-    "torch-muon": "torch Muon",
-    "d-muon": "D-Muon",
-    "scion": "Scion",
-    "signum": "Signum",
-    "lanton": "LANTON",
-    "namo": "NAMO",
-    "static": "Static",
-}
 _LOOKS = {
     "adamw": Look(GREY, "^"),
     "d-muon": Look(BLUE, "s"),
@@ -51,7 +40,9 @@ def optimizer_key(name: str) -> str:
 
 
 def optimizer_title(name: str) -> str:
-    return OPTIMIZER_TITLES.get(optimizer_key(name), name)
+    """As tables and figures write it: what it was registered with, or the name that it has in the run."""
+    preset = OPTIMIZERS.get(optimizer_key(name))
+    return name if preset is None else preset.title
 
 
 def looks(optimizers: Sequence[str]) -> list[Look]:
