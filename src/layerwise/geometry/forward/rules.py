@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import product as pairs
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise.geometry.forward.addresses import constant_along, first_along, small, written_out
+from layerwise.geometry.forward.addresses import constant_along, first_along, written_out
 from layerwise.geometry.forward.evidence import Kind, Site
 from layerwise.geometry.forward.flow import Flow, Operation
 from layerwise.geometry.forward.origins import CONSTANT, Origin, expanded, joined, replayed
@@ -49,7 +48,7 @@ def _rule(op: Operation) -> Rule:
 
 
 def pointwise(flow: Flow, op: Operation) -> None:
-    """Entry by entry: rows stay where they are; a product of two rows of one weight tells them apart."""
+    """Entry by entry: rows stay where they are; a product with results of weights tells them from others."""
     shape = op.results[0].shape
     given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.tensors]
     if all(origin.constant for _, origin in given):
@@ -83,18 +82,15 @@ def _fits(flow: Flow, tensor: Tensor, weight: Tensor, shape: torch.Size) -> bool
 
 
 def _meet(flow: Flow, op: Operation, origins: Sequence[Origin]) -> None:
-    """Rows that are multiplied with other rows of the same weight: a gate and what it lets through."""
-    if len(origins) < 2 or not (origins[0].rows and origins[1].rows):
+    """Rows that are multiplied with results of weights: a gate and what it lets through, a scale and what it scales."""
+    if len(origins) < 2 or op.tensors[0] is op.tensors[1]:
         return
     one, two = origins[:2]
+    if not all(origin.rows or origin.results_of for origin in (one, two)):
+        return  # a rotary embedding, say, multiplies with what no weight made
     names = {(True, False): ("gate", "up"), (False, True): ("up", "gate")}.get((one.bent, two.bent), ("", ""))
-    for mine, yours in pairs(one.rows, two.rows):
-        if not flow.evidence.space.owners(mine) & flow.evidence.space.owners(yours):
-            continue
-        a, b = torch.broadcast_tensors(small(mine), small(yours))
-        if bool(((a != b) & (a >= 0) & (b >= 0)).any()):
-            flow.evidence.went([mine], Site(op.number, 0, names[0]))
-            flow.evidence.went([yours], Site(op.number, 1, names[1]))
+    for operand, (origin, name) in enumerate(zip((one, two), names, strict=True)):
+        flow.evidence.went(origin.rows, Site(op.number, operand, name))
 
 
 def reduction(flow: Flow, op: Operation) -> None:
@@ -253,32 +249,36 @@ def convolution(flow: Flow, op: Operation) -> None:
     x, weight = op.tensors[:2]
     source, kernel = flow.origin(x) or Origin(), flow.origin(weight) or Origin()
     groups, transposed = op.argument("groups"), bool(op.argument("transposed"))
-    if not (kernel.constant and kernel.weights):
-        other(flow, op)
-        return
     _biases(flow, op.tensors[2:])
     result = op.results[0]
     channels = result.ndim - (weight.ndim - 2) - 1
-    shape = [1] * result.ndim
-    shape[channels] = result.shape[channels]
     rows = []
-    for view in kernel.weights:
+    for view in kernel.weights if kernel.constant else ():
         flow.evidence.convolution(view, groups, transposed)
         taps = written_out(view.flatten(2)[..., 0] if view.ndim > 2 else view)
         outputs = taps.unflatten(0, (groups, -1))[:, 0].flatten() if transposed else taps[:, 0]
-        rows.append(outputs.view(shape).expand(result.shape))
-    flow.evidence.transformed |= source.results_of
+        steps = [-1 if dim == channels else 1 for dim in range(result.ndim)]
+        rows.append(outputs.view(steps).expand(result.shape))
+        flow.evidence.transformed |= source.results_of
+    results_of = {n for addresses in rows for n in flow.evidence.space.owners(addresses)}
     if groups == x.shape[channels] == result.shape[channels]:
-        spatial = range(channels + 1, result.ndim)
-        for addresses in source.rows:
-            if constant_along(addresses, spatial):
-                for dim in spatial:
-                    addresses = first_along(addresses, dim, result.shape[dim])
-                rows.append(addresses)
+        rows += _through_filters(source, channels, result)
     else:
         flow.evidence.went(source.rows, Site(op.number, 0))
-    numbers = frozenset(n for view in kernel.weights for n in flow.evidence.space.owners(rows[0]))
-    flow.came_from(result, Origin(rows=tuple(rows), results_of=numbers))
+    results_of |= source.results_of - flow.evidence.transformed
+    flow.came_from(result, Origin(rows=tuple(rows), results_of=frozenset(results_of)))
+
+
+def _through_filters(source: Origin, channels: int, result: Tensor) -> list[Tensor]:
+    """Rows that go on through a depthwise convolution, which mixes places and not channels."""
+    rows = []
+    for addresses in source.rows:
+        places = range(channels + 1, result.ndim)
+        if constant_along(addresses, places):
+            for dim in places:
+                addresses = first_along(addresses, dim, result.shape[dim])
+            rows.append(addresses)
+    return rows
 
 
 def attention(flow: Flow, op: Operation) -> None:

@@ -124,7 +124,7 @@ def _free_modules(model: nn.Module) -> dict[str, Any]:
         inside = [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps))]
         # The module itself may be an element (of a list of heads, of a flat Sequential): what counts is where it lies.
         repeated = any(map(_repeats, inside, inside[1:]))
-        if not repeated and not any(isinstance(p, _TORCH_BLOCKS) or _is_base_model(p) for p in inside):
+        if not repeated and not any(_is_torch_block(p) or _is_base_model(p) for p in inside):
             free[name] = module
     return free
 
@@ -151,6 +151,11 @@ def _is_unread(model: nn.Module, size: int) -> bool:
 
 def _holds_matrix(module: nn.Module) -> bool:
     return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+
+
+def _is_torch_block(module: nn.Module) -> bool:
+    """One of torch's own blocks, and not a model that was derived from one and has a head of its own."""
+    return isinstance(module, _TORCH_BLOCKS) and type(module).__module__.startswith("torch.")
 
 
 def _is_base_model(module: Any) -> bool:
