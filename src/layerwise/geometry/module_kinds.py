@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -67,3 +68,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def is_base_model(module: Any) -> bool:
+    """A transformers model without a task: its class is not called "...For..." something."""
+    prefix = getattr(module, "base_model_prefix", None)
+    if not (isinstance(prefix, str) and prefix and "For" not in type(module).__name__):
+        return False
+    return getattr(module, "base_model", None) is module

@@ -39,6 +39,8 @@ def judged(found: Found, evidence: Evidence, number: int) -> Found:
         return _matrix(found, evidence, number, is_output)
     if "convolution" in kinds:
         return _convolution(found, evidence, number, is_output)
+    if found.role == "head" and "other" in kinds:  # declared, and used in a way that was not followed
+        return found
     if "lookup" in kinds and found.parameter.ndim == 2 and (found.assumed or found.role != "vector"):
         layout = found.layout if found.role in ("embedding", "lora_A", "lora_B") else TransposedLayout()
         role = found.role if found.is_factor else "embedding"
@@ -61,7 +63,7 @@ def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> F
     role = _role(found, layout, is_output)
     if role == "head":
         layout = replace(layout, split=None)
-    if alike(found.layout, layout, shape):
+    if not found.assumed and alike(found.layout, layout, shape):
         layout = found.layout  # the same units, under the names its module has for them
     unsure = found.note and not (seen.parts or found.assumed or role != "hidden")
     note = found.note if unsure else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -17,11 +17,14 @@ from layerwise.geometry.forward.addresses import AddressSpace
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.flow import Flow
 from layerwise.geometry.forward.follow import Follow
+from layerwise.geometry.module_kinds import is_base_model
 
 #: `forward(model, batch)` runs the model; its result is searched for tensors, the outputs.
 Forward = Callable[[nn.Module, Any], Any]
-#: What transformers calls results that are meant for another layer and not outputs of a task.
-_HIDDEN = ("hidden_state", "pooler_output", "past_key_values", "attentions", "cross_attentions", "mems")
+#: What transformers calls results that are meant for its own layers.
+_INNER = ("hidden_states", "past_key_values", "attentions", "mems")
+#: What its base models, which have no task, give to the layers that come after them.
+_HIDDEN = (*_INNER, "last_hidden_state", "pooler_output")
 _OWN_DICTS = ("_parameters", "_buffers", "_modules")
 
 
@@ -43,38 +46,39 @@ def watch(
     names = {name: p.shape for name, p in model.named_parameters()}
     flow = Flow(model, AddressSpace(names), factors, linear)
     with undisturbed(model), Follow(flow):
-        _reached(flow, forward(model, batch))
+        _reached(flow, model, forward(model, batch))
     unseen = [p for n, p in enumerate(model.parameters()) if p.requires_grad and n not in flow.evidence.uses]
     if unseen:
         with undisturbed(model, training=True), Follow(flow):
             try:
-                _reached(flow, forward(model, batch))
+                _reached(flow, model, forward(model, batch))
             except Exception as error:  # batch normalisation refuses a batch of one, for example
                 logging.getLogger(__name__).debug("no second pass in training mode: %s", error)
     return flow.evidence
 
 
-def _reached(flow: Flow, outputs: Any) -> None:
-    for tensor in output_tensors(outputs):
+def _reached(flow: Flow, model: nn.Module, outputs: Any) -> None:
+    for tensor in output_tensors(outputs, _HIDDEN if is_base_model(model) else _INNER):
         origin = flow.origin(tensor)
         if origin is not None:
             flow.evidence.reached |= origin.results_of
 
 
-def output_tensors(outputs: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in what a model returned, without hidden states of transformers' models."""
+def output_tensors(outputs: Any, inner: Sequence[str]) -> Iterator[Tensor]:
+    """The floating-point tensors in what a model returned, without those under the names that are not outputs."""
     if isinstance(outputs, Tensor):
         if outputs.is_floating_point() or outputs.is_complex():
             yield outputs
     elif isinstance(outputs, Mapping):
         for key, value in outputs.items():
-            if not any(word in str(key) for word in _HIDDEN):
-                yield from output_tensors(value)
+            if not any(word in str(key) for word in inner):
+                yield from output_tensors(value, inner)
     elif isinstance(outputs, (tuple, list)):
         for value in outputs:
-            yield from output_tensors(value)
+            yield from output_tensors(value, inner)
     elif is_dataclass(outputs):
-        yield from output_tensors({field.name: getattr(outputs, field.name) for field in fields(outputs)})
+        named = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+        yield from output_tensors(named, inner)
 
 
 @contextmanager
@@ -88,6 +92,7 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
+        stack.enter_context(_unsafe_preserve_version_counter(tuple(buffer for buffer, _ in buffers)))
         stack.callback(_restore, kept, buffers)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
@@ -124,7 +129,7 @@ def _attributes(modules: list[nn.Module]) -> list[tuple[nn.Module, dict[str, Any
 def _restore(
     kept: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]], buffers: list[tuple[Tensor, Tensor]]
 ) -> None:
-    with torch.no_grad(), _unsafe_preserve_version_counter(tuple(buffer for buffer, _ in buffers)):
+    with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
     for module, attributes, own in kept:

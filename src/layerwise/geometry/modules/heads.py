@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.geometry.module_kinds import is_linear
+from layerwise.geometry.module_kinds import is_base_model, is_linear
 
 _TORCH_BLOCKS = (
     nn.MultiheadAttention,
@@ -111,7 +111,7 @@ def _doubts(
     if isinstance(last, _CONV) and any(last is module for module in free.values()) and len(holders) > 1:
         doubts[id(last.weight)] = "may be the output layer: it comes last, and no head was found"
     table: Any = next((m for m in holders if isinstance(m, (nn.Embedding, nn.EmbeddingBag))), None)
-    if table is not None and not any(map(_is_base_model, model.modules())):
+    if table is not None and not any(map(is_base_model, model.modules())):
         doubts[id(table.weight)] = "the model has embeddings, and no head was found"
     return doubts
 
@@ -124,7 +124,7 @@ def _free_modules(model: nn.Module) -> dict[str, Any]:
         inside = [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps))]
         # The module itself may be an element (of a list of heads, of a flat Sequential): what counts is where it lies.
         repeated = any(map(_repeats, inside, inside[1:]))
-        if not repeated and not any(_is_torch_block(p) or _is_base_model(p) for p in inside):
+        if not repeated and not any(_is_torch_block(p) or is_base_model(p) for p in inside):
             free[name] = module
     return free
 
@@ -156,14 +156,6 @@ def _holds_matrix(module: nn.Module) -> bool:
 def _is_torch_block(module: nn.Module) -> bool:
     """One of torch's own blocks, and not a model that was derived from one and has a head of its own."""
     return isinstance(module, _TORCH_BLOCKS) and type(module).__module__.startswith("torch.")
-
-
-def _is_base_model(module: Any) -> bool:
-    """A transformers model without a task: its class is not called "...For..." something."""
-    prefix = getattr(module, "base_model_prefix", None)
-    if not (isinstance(prefix, str) and prefix and "For" not in type(module).__name__):
-        return False
-    return getattr(module, "base_model", None) is module
 
 
 def _repeats(container: nn.Module, element: nn.Module) -> bool:
