@@ -118,7 +118,7 @@ SPLITS: dict[str, int] = {"blocks.*.qkv.*": 3}
 def make_optimizer(model: nn.Module, preset: str, rule: str) -> lw.LayerwiseOptimizer:
     module = model.module if isinstance(model, DistributedDataParallel) else model
     options: dict[str, Any] = {"lr": RATES[preset], "rates": RULES[rule], "weight_decay": 0.1}
-    return getattr(lw, preset)(lw.param_groups(module, OVERRIDES, SPLITS), **options)
+    return getattr(lw, preset)(lw.param_groups(module, overrides=OVERRIDES, splits=SPLITS), **options)
 
 
 def mine(rows: Tensor) -> Tensor:

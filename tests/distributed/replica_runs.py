@@ -47,7 +47,7 @@ class Case:
 
 def optimizer_of(model: nn.Module) -> lw.LayerwiseOptimizer:
     module = model.module if isinstance(model, DistributedDataParallel) else model
-    groups = lw.param_groups(module, OVERRIDES, SPLITS)
+    groups = lw.param_groups(module, overrides=OVERRIDES, splits=SPLITS)
     return lw.Lanton(groups, lr=RATES["Lanton"], rates=NOISE, weight_decay=0.1)
 
 

@@ -147,11 +147,9 @@ class Layout(ABC):
         """(k, d_out, d_in) before any split. Raises LayerwiseError for a shape this layout cannot hold."""
         return self.arrange(shape).stack
 
-    @remember
     def shapes(self, shape: Shape) -> tuple[Stack, ...]:
         """(k, d_out, d_in) of each stack that `to_matrices` gives for a tensor of this shape."""
-        stack = self.stack_shape(shape)
-        return (stack,) if self.split is None else self.split.shapes(stack)
+        return _shapes(self, tuple(shape))
 
     def to_matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Stacks ``[k, d_out, d_in]``; parts of one size share a stack. Views where the strides allow it."""
@@ -193,6 +191,12 @@ class Layout(ABC):
 @remember
 def _arrangement(layout: Layout, shape: tuple[int, ...]) -> Arrangement:
     return layout.arrange(shape)
+
+
+@remember
+def _shapes(layout: Layout, shape: tuple[int, ...]) -> tuple[Stack, ...]:
+    stack = layout.stack_shape(shape)
+    return (stack,) if layout.split is None else layout.split.shapes(stack)
 
 
 @remember
