@@ -38,7 +38,14 @@ class Method:
 
 
 def muon(scaling: str) -> Callable[[Decoder], torch.optim.Optimizer]:
-    return lambda model: lw.Muon(lw.param_groups(model), lr=0.02, scaling=scaling, adamw_lr=2e-3)
+    def build(model: Decoder) -> torch.optim.Optimizer:
+        groups = lw.param_groups(model)
+        for group in groups:
+            if group["role"] == "hidden":
+                group["scaling"] = scaling
+        return lw.Muon(groups, lr=0.02, adamw_lr=2e-3)
+
+    return build
 
 
 def torch_muon(adjust: str) -> Callable[[Decoder], torch.optim.Optimizer]:
@@ -98,10 +105,10 @@ def main() -> None:
     lines = [
         "# What is flat in the width, layer by layer",
         "",
-        "Slope of the log of the function-space rate against that of the width (32, 64, 128, 256), mean over the two blocks; two seeds.",
-        "PreNorm decoder of the paper, batches of 8 x 32 bytes. 0: the same rate fits every width; +1: it should fall as 1/width.",
-        "From `python benchmarks/check_parametrisations.py`; slopes of single modules with their errors, activations, updates and spectral",
-        "norms: check_parametrisations.csv.",
+        "Slope of the log of the function-space rate against that of the width (32, 64, 128, 256), mean over the two",
+        "blocks; two seeds. PreNorm decoder of the paper, batches of 8 x 32 bytes. 0: the same rate fits every width; +1: it",
+        "should fall as 1/width. From `python benchmarks/check_parametrisations.py`; slopes of single modules with their",
+        "errors, activations, updates and spectral norms: check_parametrisations.csv.",
         "",
         "| method | step | embedding | query | key | value | out | up | down | head | flat | |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
