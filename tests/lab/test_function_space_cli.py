@@ -228,49 +228,93 @@ def test_check_tells_a_plain_model_from_a_matched_one(tmp_path: Path) -> None:
     tree = decoder_tree(tmp_path, batch_size=8)
     tree["function_space"] = {"probes": 24, "batches": 2}
     config = validate(Config, tree)
-    plain = check_sizes(config, [8, 16, 32])
-    slopes = {trend.name: trend.slope for trend in plain.trends}
+    plain = check_sizes(config, [8, 16, 32], steps=(1,))
+    slopes = {trend.module: trend.slope for trend in plain.of("rate")}
     assert not plain.passed
     # Adam's step of fixed size on every entry: the change of a hidden layer's output grows with its fan-in.
-    assert 0.6 < (slopes["blocks.0.mlp.down.weight"] or 0) < 1.4
-    matched = check_sizes(config, [8, 16, 32], match="first", tolerance=0.3)
-    assert matched.passed, [trend for trend in matched.trends if not trend.flat(0.3)]
+    assert 0.6 < (slopes["blocks.0.mlp.down"] or 0) < 1.4
+    matched = check_sizes(config, [8, 16, 32], match="first", steps=(1,), tolerance=0.3)
+    assert matched.passed, str(matched)
 
 
-def test_every_size_is_checked_at_one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
+def test_every_size_is_checked_at_one_rate_and_matched_as_the_config_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[Any, ...]] = []
 
-    def note(config: Config, match: str | None, step: int) -> dict[str, Any]:
-        seen[config.model.settings["n_embd"]] = config.optimizer.lr
-        return {}
+    def note(make_model: Any, sizes: Any, make_optimizer: Any, batch: Any, **options: Any) -> None:
+        for size in sizes:
+            model = make_model(size)
+            [lr] = {group["lr"] for group in make_optimizer(model).param_groups}
+            seen.append((model.config.n_embd, lr, options["match"]))
 
-    monkeypatch.setattr("layerwise.lab.experiments.check_sizes._rates", note)
+    monkeypatch.setattr("layerwise.lab.experiments.check_sizes.check", note)
     check_sizes(Config(), [64, 128])  # at 128 it is the preset itself, which has a default rate of its own
-    assert seen == {64: 0.002, 128: 0.002}
-
-
-def test_check_matches_as_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str | None] = []
-
-    def note(config: Config, match: str | None, step: int) -> dict[str, Any]:
-        seen.append(match)
-        return {}
-
-    monkeypatch.setattr("layerwise.lab.experiments.check_sizes._rates", note)
     config = Config().replace({"function_space.match": "uniform"})
-    check_sizes(config, [64, 128])
-    check_sizes(config, [64, 128], match="base.json")
-    assert seen == ["uniform", "uniform", "base.json", "base.json"]
+    check_sizes(config, [64])
+    check_sizes(config, [64], match="base.json")
+    lr = 0.002
+    assert seen == [(64, lr, None), (128, lr, None), (64, lr, "uniform"), (64, lr, "base.json")]
+
+
+USER_FILE = """
+import torch
+from torch import nn
+
+def make(width):
+    model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+    nn.init.normal_(model[4].weight, std=1 / width)
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    return model, OPTIMIZER, (x, x[:, :4].argmax(1))
+"""
+PLAIN = "torch.optim.Adam(model.parameters(), 1e-3)"
+MUP = (
+    "torch.optim.Adam([{'params': [model[2].weight, model[4].weight], 'lr': 0.032 / width},"
+    " {'params': [*model[0].parameters(), model[2].bias, model[4].bias]}], 1e-3)"
+)
+
+
+def test_check_of_a_users_function_tells_by_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, optimizer in (("users_plain", PLAIN), ("users_mup", MUP)):
+        (tmp_path / f"{name}.py").write_text(USER_FILE.replace("OPTIMIZER", optimizer))
+    check = ["--sizes", "32,64,128", "--steps", "1,3"]
+    assert call("check", "users_plain:make", *check, "-o", "out/plain") == 1
+    out = capsys.readouterr().out
+    assert "modules change with the width (function-space rate, slope beyond 0.2): 2" in out
+    assert (tmp_path / "out" / "plain.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "plain.csv").read_text().startswith("module,quantity,step,width,value,slope")
+    for more in ([], ["--judge", "activation_change"]):
+        assert call("check", "users_mup:make", *check, *more) == 0
+        assert "all 3 modules are flat in the width" in capsys.readouterr().out
+    assert call("check", "users_plain:make", *check, "--match", "first") == 0
+    capsys.readouterr()
+    for words, message in (
+        (["nowhere:make", "--sizes", "8,16"], "give package.module:function"),
+        (["users_plain:made", "--sizes", "8,16"], "has no function 'made'"),
+        (["users_plain:nn", "--sizes", "8,16"], "has no function 'nn'"),
+        (["users_plain:make", "--sizes", "8,16", "--steps", "1.5"], "--steps '1.5': write whole numbers"),
+        (["users_plain:make", "x=1", "--sizes", "8,16"], "set it there"),
+    ):
+        assert call("check", *words) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["function_space.probes=8", "function_space.batches=1"]
-    assert call("check", str(config), "--widths", "8,32", "--seeds", "0", *few) == 1
+    assert call("check", str(config), "--widths", "8,32", "--seeds", "0", "--steps", "1", *few) == 1
     out = capsys.readouterr().out
     assert "grows" in out
-    assert "rates change with the size" in out
-    assert call("check", str(config), "--widths", "8,32", "--seeds", "0", "--tolerance", "9", *few) == 0
-    assert "are flat" in capsys.readouterr().out
+    assert "modules change with the width" in out
+    assert (
+        call(
+            "check", str(config), "--widths", "8,32", "--seeds", "0", "--tolerance", "9", "--steps", "1", *few
+        )
+        == 0
+    )
+    assert "are flat in the width" in capsys.readouterr().out
     for words, message in (
         (["check", str(config)], "check needs --widths or --depths"),
         (["check", str(config), "--widths", "8"], "give at least two"),

@@ -38,6 +38,7 @@ def check(
     loss: Loss | None = None,
     match: str | BaseRates | None = None,
     depth: DepthMap | None = None,
+    match_step: int = 1,
     seeds: Sequence[int] = (0, 1),
     tolerance: float = 0.2,
     judge: Quantity = "rate",
@@ -62,8 +63,9 @@ def check(
             arguments, `(inputs, targets)`, or whatever `loss` and `forward` take.
         steps: the optimizer steps to measure, counted from 1.
         loss: `loss(model, batch)`. Default: a dict's own `.loss`; cross-entropy or squared error of `(inputs, targets)`.
-        match: FLeRM's base at the first step: `"uniform"`, `"first"` (the first size), a base file or `BaseRates`.
+        match: FLeRM's base: `"uniform"`, `"first"` (the first size), a base file or `BaseRates`.
         depth: FLeRM's depth map.
+        match_step: the step that is matched, from 1 on: LoRA's A does nothing at first, as B is 0.
         seeds: of models and probes; the spread between them gives the slopes' errors.
         tolerance: the largest slope that counts as flat.
         judge: by which quantity a module is judged: `"rate"`, or `"activation_change"` as muP's users do.
@@ -98,6 +100,7 @@ def check(
         Measurement(forward, method, probes, **options),
         None if match == FIRST else match,
         depth,
+        match_step,
     )
     with torch.random.fork_rng(), torch.enable_grad():
         if match == FIRST:
@@ -120,18 +123,20 @@ def _refuse(sizes: Sequence[float], steps: Sequence[int], seeds: Sequence[int], 
 
 
 def _base(recipe: Recipe, size: float, seeds: Sequence[int]) -> BaseRates:
-    """The first step's rates at one size, on the batch that is matched on."""
+    """The matched step's rates at one size, on the batch that is matched on."""
 
     def run(seed: int) -> FunctionSpaceRecorder:
         small = SizeRun(recipe, size, seed)
         m = small.measurement
+        last = recipe.match_step - 1
         recorder = FunctionSpaceRecorder(
-            small.model, small.optimizer, forward=m.forward, method=m.method, probes=m.probes,
+            small.model, small.optimizer, max(1, last), forward=m.forward, method=m.method, probes=m.probes,
             seed=m.seed + (1 << 20), **small.options,
         )  # fmt: skip
-        small.backward(0)
-        with recorder.step(inputs_of(small.batches[-2])):
-            small.optimizer.step()
+        for step in range(recipe.match_step):
+            small.backward(step)
+            with recorder.step(inputs_of(small.batches[-2])):
+                small.optimizer.step()
         return recorder
 
     return record_base(run, seeds)

@@ -42,6 +42,7 @@ class Recipe:
         measurement: of function-space rates.
         match: what FLeRM matches to; None: nothing.
         depth: FLeRM's depth map.
+        match_step: the step that FLeRM matches, from 1 on.
     """
 
     make_model: Callable[[Any], nn.Module]
@@ -52,6 +53,7 @@ class Recipe:
     measurement: Measurement
     match: BaseRates | str | None = None
     depth: DepthMap | None = None
+    match_step: int = 1
 
 
 class SizeRun:
@@ -113,7 +115,7 @@ class SizeRun:
         # Other probes than those that the result is measured with, which would hide their own noise.
         return FLeRM(
             self.model, self.optimizer, self.recipe.match, self.recipe.depth, forward=m.forward, method=method,
-            probes=m.probes, seed=m.seed + (1 << 20), **self.options,
+            probes=m.probes, seed=m.seed + (1 << 20), at=self.recipe.match_step - 1, **self.options,
         )  # fmt: skip
 
     def _read(self, watched: WatchedStep, activations: Activations, inputs: Any) -> Readings:

@@ -2,72 +2,119 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.cli.terminal import table
-from layerwise.lab.cli.words import Words, numbers, seeds_of, split_words
+from layerwise.lab.cli.words import Words, numbers, seeds_of, split_words, whole_numbers
 from layerwise.lab.config.load import load_config
 
 if TYPE_CHECKING:
+    from layerwise.function_space import SizeCheck
     from layerwise.lab.models.family import Axis
 
-HELP = """Check in seconds whether the layers' updates change the outputs as much at every size.
+HELP = """Check in seconds whether every layer's step does the same at every size of a model.
 
-The model takes a step at each size; the slope of each parameter's function-space rate against the size says whether
-one learning rate fits all. Exit code 0: every slope is within the tolerance, as far as its standard error can tell; 1:
-some are not.
+Of a config (sizes by --widths or --depths, or --sizes with --axis), or of your own model:
+
+    layerwise check package.module:make --sizes 64,128,256
+
+where `make(size)` returns `(model, optimizer, batch)`, and a `loss(model, batch)` if it has to. Each size trains for a few
+steps; the slope of each module's function-space rate against the size says whether one learning rate fits all. Exit code
+0: every slope is within the tolerance, as far as its error can tell; 1: some are not.
 """
 
 
 def check(
     words: Words = None,
-    widths: Annotated[str | None, typer.Option(help="Hidden sizes, such as 64,128,256.")] = None,
-    depths: Annotated[str | None, typer.Option(help="Numbers of blocks, instead of widths.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Sizes of the axis, such as 64,128,256.")] = None,
+    axis: Annotated[
+        str,
+        typer.Option(
+            help="What the sizes are: width, depth, init_scale, lora_rank (of a config), or any word."
+        ),
+    ] = "width",
+    widths: Annotated[str | None, typer.Option(help="Hidden sizes: --axis width --sizes.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Numbers of blocks: --axis depth --sizes.")] = None,
     match: Annotated[
         str | None,
         typer.Option(
             help="Match rates to a base file, `uniform`, or `first` (the first size); default: what the config says."
         ),
     ] = None,
-    step: Annotated[int, typer.Option(help="The optimizer step to measure.")] = 1,
-    seeds: Annotated[str, typer.Option(help="Seeds the rates are averaged over.")] = "0,1",
+    steps: Annotated[str, typer.Option(help="The optimizer steps to measure.")] = "1,10,100",
+    seeds: Annotated[str, typer.Option(help="Seeds; their spread is the slopes' error.")] = "0,1",
     tolerance: Annotated[float, typer.Option(help="Largest slope that counts as flat.")] = 0.2,
+    judge: Annotated[
+        str, typer.Option(help="What modules are judged by: rate, or activation_change as in muP's check.")
+    ] = "rate",
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Write OUTPUT.png (slopes) and OUTPUT.csv (numbers)."),
+    ] = None,
 ) -> None:
-    from rich.console import Console
+    from layerwise.lab.experiments.check_sizes import check_function, check_sizes
 
-    from layerwise.lab.experiments.check_sizes import check_sizes, rows
+    axis, chosen = _sizes(sizes, axis, widths, depths)
+    options: dict[str, Any] = {
+        "match": match, "steps": whole_numbers(steps, "--steps"), "seeds": seeds_of(seeds), "tolerance": tolerance,
+        "judge": judge, "axis": axis,
+    }  # fmt: skip
+    if words and ":" in words[0] and not Path(words[0]).exists():
+        if len(words) > 1:
+            raise LayerwiseError(
+                f"{words[1]!r} goes with a config, and {words[0]} is a function: set it there"
+            )
+        found = check_function(words[0], chosen, **options)
+    else:
+        path, overrides = split_words(words)
+        found = check_sizes(load_config(path, overrides), chosen, **{**options, "axis": cast("Axis", axis)})
+    print(found)
+    if output is not None:
+        _write(found, output)
+    _conclude(found)
 
-    axis, sizes = _sizes(widths, depths)
-    path, overrides = split_words(words)
-    found = check_sizes(
-        load_config(path, overrides),
-        sizes,
-        axis=axis,
-        match=match,
-        step=step,
-        seeds=seeds_of(seeds),
-        tolerance=tolerance,
-    )
-    titles = ("parameter", *(f"{size:g}" for size in found.sizes), "slope", "")
-    Console().print(table(titles, rows(found)))
-    uneven = [trend for trend in found.trends if not trend.flat(tolerance)]
+
+def _conclude(found: SizeCheck) -> None:
+    """The last line, and the exit code."""
+    from layerwise.function_space.checking.trends import QUANTITIES
+
+    uneven = [name for name, verdict in found.verdicts.items() if verdict in ("grows", "shrinks")]
+    what = QUANTITIES[found.judged]
     if uneven:
-        print(f"{len(uneven)} of {len(found.trends)} rates change with the size (slope beyond {tolerance:g})")
-        raise typer.Exit(1)
-    print(f"all {len(found.trends)} rates are flat (slope within {tolerance:g})")
-
-
-def _sizes(widths: str | None, depths: str | None) -> tuple[Axis, list[float]]:
-    """What is varied, and its values. Raises LayerwiseError unless one of the two is given."""
-    if widths is not None and depths is not None:
-        raise LayerwiseError(
-            f"--widths {widths} and --depths {depths}: check changes one of them at a time; give one"
+        print(
+            f"{len(uneven)} of {len(found.verdicts)} modules change with the {found.axis} ({what}, slope beyond"
+            f" {found.tolerance:g}): {', '.join(uneven[:4])}{', ...' if len(uneven) > 4 else ''}"
         )
-    if widths is not None:
-        return "width", numbers(widths, "--widths")
-    if depths is not None:
-        return "depth", numbers(depths, "--depths")
-    raise LayerwiseError("check needs --widths or --depths, such as --widths 64,128,256")
+        raise typer.Exit(1)
+    print(
+        f"all {len(found.verdicts)} modules are flat in the {found.axis} ({what}, slope within {found.tolerance:g})"
+    )
+
+
+def _write(found: SizeCheck, output: Path) -> None:
+    from layerwise.lab.report.figures.size_slopes import size_slopes
+    from layerwise.lab.report.style import styled
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with styled():
+        size_slopes(found).savefig(output.with_suffix(".png"))
+    found.save(output.with_suffix(".csv"))
+    print(f"written to {output.with_suffix('.png')} and {output.with_suffix('.csv')}")
+
+
+def _sizes(sizes: str | None, axis: str, widths: str | None, depths: str | None) -> tuple[str, list[float]]:
+    """What is varied, and its values. Raises LayerwiseError unless one way of three is given."""
+    given = {"--sizes": sizes, "--widths": widths, "--depths": depths}
+    named = {option: text for option, text in given.items() if text is not None}
+    if len(named) > 1:
+        shown = " and ".join(f"{option} {text}" for option, text in named.items())
+        raise LayerwiseError(f"{shown}: check changes one of them at a time; give one")
+    if not named:
+        raise LayerwiseError(
+            "check needs --widths or --depths, such as --widths 64,128,256, or --sizes with --axis"
+        )
+    [(option, text)] = named.items()
+    return {"--widths": "width", "--depths": "depth"}.get(option, axis), numbers(text, option)

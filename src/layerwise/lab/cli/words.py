@@ -61,6 +61,16 @@ def seeds_of(text: str) -> list[int]:
     return seeds
 
 
+def whole_numbers(text: str, option: str) -> list[int]:
+    """`1,10,100` as whole numbers. Raises LayerwiseError."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise LayerwiseError(
+            f"{option} {text!r}: write whole numbers with commas between them, such as 1,10,100"
+        )
+    return [int(word) for word in words]
+
+
 def command_line() -> str:
     """The command that was given, as it can be given again."""
     return shlex.join(["layerwise", *sys.argv[1:]])

@@ -1,0 +1,57 @@
+"""What each module's step does against the size of the model: a line a module, a panel a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from layerwise.lab.report.style import CYCLE, GREY, MARKERS, WIDTH, new_figure, plain_log_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from layerwise.function_space import SizeCheck, Trend
+
+#: More modules than this have no colour of their own unless they are not flat.
+_COLOURED = 12
+
+
+def size_slopes(check: SizeCheck) -> Figure:
+    """Both axes are logarithmic: a flat line does the same at every size. Names are in the legend, with their slopes."""
+    from layerwise.function_space.checking.trends import QUANTITIES
+
+    modules = [name for name, verdict in check.verdicts.items() if verdict != "none"]
+    uneven = [name for name in modules if check.verdicts[name] in ("grows", "shrinks")]
+    shown = modules if len(modules) <= _COLOURED else uneven[:_COLOURED]
+    figure = new_figure(WIDTH, max(2.6, 0.19 * len(shown) + 0.8))
+    panels = figure.subplots(1, len(check.steps), squeeze=False, sharey=True)[0]
+    for axes, step in zip(panels, check.steps, strict=True):
+        for trend in check.of(check.judged, step):
+            if trend.module in modules:
+                _draw(axes, trend, shown.index(trend.module) if trend.module in shown else None)
+        axes.set_title(f"step {step}")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(min(check.sizes) / 1.15, max(check.sizes) * 1.15)
+        plain_log_ticks(axes.xaxis, *axes.get_xlim())
+        axes.set_xlabel(check.axis)
+    panels[0].set_ylabel(QUANTITIES[check.judged])
+    if shown:
+        panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=6.5, handlelength=1.4)
+    return figure
+
+
+def _draw(axes: Axes, trend: Trend, number: int | None) -> None:
+    """One line; without a number of its own it is grey and has no name."""
+    points = [(size, value) for size, value in zip(trend.sizes, trend.values, strict=True) if value > 0]
+    if not points:
+        return
+    sizes, values = zip(*points, strict=True)
+    if number is None:
+        axes.plot(sizes, values, color=GREY, lw=0.8, alpha=0.6)
+        return
+    slope = "" if trend.slope is None else f" {trend.slope:+.2f}"
+    axes.plot(
+        sizes, values, color=CYCLE[number % len(CYCLE)], marker=MARKERS[number // len(CYCLE)], ms=3, lw=1.2,
+        label=f"{trend.module}{slope}",
+    )  # fmt: skip
