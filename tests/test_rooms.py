@@ -60,7 +60,7 @@ INSIDE = {
         "optimizers": {"config", "models", "runs"},
         "training": {"config", "data", "models", "optimizers", "runs"},
         "report": {"config", "optimizers", "runs"},
-        "experiments": {"config", "models", "optimizers", "report", "runs", "training"},
+        "experiments": {"config", "data", "models", "optimizers", "report", "runs", "training"},
         "cli": {"config", "experiments", "models", "optimizers", "report", "runs", "training"},
     },
 }
