@@ -52,6 +52,8 @@ from layerwise.geometry import (
 )
 from layerwise.optim import (
     DMuon,
+    DualMuon,
+    DualNormAdaptive,
     Lanton,
     LayerRate,
     LayerwiseOptimizer,
@@ -81,6 +83,8 @@ __all__ = [
     "ConvTransposeLayout",
     "DMuon",
     "DistributedWork",
+    "DualMuon",
+    "DualNormAdaptive",
     "FLeRM",
     "Frobenius",
     "FunctionSpaceRecorder",

@@ -8,6 +8,7 @@ from layerwise.optim.layer_rates import LayerRate
 from layerwise.optim.optimizer import LayerwiseOptimizer
 from layerwise.optim.presets import (
     DMuon,
+    DualMuon,
     Lanton,
     Muon,
     NamedOptimizer,
@@ -16,6 +17,7 @@ from layerwise.optim.presets import (
     optimizers,
     register_optimizer,
 )
+from layerwise.optim.rules.dual_norm_adaptive import DualNormAdaptive
 from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
 from layerwise.optim.rules.norm_adaptive import NormAdaptive
 from layerwise.optim.rules.rule import RateRule, rate_rules, register_rule
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DMuon",
     "DistributedWork",
+    "DualMuon",
+    "DualNormAdaptive",
     "Lanton",
     "LayerRate",
     "LayerwiseOptimizer",

@@ -17,7 +17,16 @@ from torch.optim.adamw import adamw
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.rule import NormGroup, RateRule
 from layerwise.optim.scaling import step_factors
-from layerwise.optim.work.job import Group, Job, MatrixJob, MatrixWork, State, select
+from layerwise.optim.work.job import (
+    DualNorms,
+    Group,
+    Job,
+    MatrixJob,
+    MatrixWork,
+    State,
+    norm_factors,
+    select,
+)
 
 #: Momentum of many small tensors goes in one launch; a chunk bounds the copies that `keep` makes.
 CHUNK_BYTES = 64 * 2**20
@@ -145,7 +154,9 @@ class Lmo(Update):
         state: State = {"momentum_buffer": torch.zeros_like(param)}
         rule = self.rule(group)
         if rule is not None:
-            state |= rule.allocate(param, self.unit_names(group, name, param))
+            shapes = group["layout"].shapes(param.shape)
+            sizes = [d_out * d_in for k, d_out, d_in in shapes for _ in range(k)]
+            state |= rule.allocate(param, self.unit_names(group, name, param), sizes)
         return state
 
     def rule(self, group: Group) -> RateRule | None:
@@ -166,19 +177,29 @@ class Lmo(Update):
         ruled = [job for job in jobs if job.group["rates"] is not None]
         if ruled:
             update_rates(ruled, work, keep)
-        directions = [
-            MatrixJob(
-                job.param,
-                job.group["layout"],
-                job.group["geometry"],
-                job.direction_input,
-                _factors(job.group, job.param),
-                job.state.get("multiplier"),
-            )
-            for job in moving
-        ]
+        directions = [_direction(job) for job in moving]
         for i, direction in work.directions(directions):
             move(moving[i], direction, keep)
+        learn_rates(ruled, directions, keep)
+
+
+def _direction(job: Job) -> MatrixJob:
+    """Ask for a parameter's unit steps, and where its rule wants them for their dual norms."""
+    group, rule = job.group, job.group["rates"]
+    layout, geometry = group["layout"], group["geometry"]
+    dual = None
+    if rule is not None and rule.own_dual_norm:
+        values = torch.zeros_like(job.state["multiplier"], device=job.local.device)
+        dual = DualNorms(values, norm_factors(layout, geometry, tuple(job.param.shape), True))
+    return MatrixJob(
+        job.param,
+        layout,
+        geometry,
+        job.direction_input,
+        _factors(group, job.param),
+        job.state.get("multiplier"),
+        dual=dual,
+    )
 
 
 #: The kinds that a group can name by text.
@@ -216,12 +237,26 @@ def update_rates(jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> 
         found: dict[Tensor, list[Tensor]] = {}
         for (param, _), norm in zip(asked, work.norms([norm for _, norm in asked]), strict=True):
             found.setdefault(param, []).append(norm)
-        for rule, members in norm_groups(jobs):
-            if any(job.param in found for job in members):
-                units = NormGroup.of(members, found, ("multiplier", *rule.unit_state))
-                units.write(rule.update(units), keep)
+        _update_multipliers(jobs, found, keep)
     for job in moving:
         job.group["rates"].remember(job, keep)
+
+
+def learn_rates(jobs: Sequence[Job], directions: Sequence[MatrixJob], keep: Tensor | None) -> None:
+    """Let the rules that want the directions' own dual norms set the multipliers of the next step."""
+    found = {asked.param: [asked.dual.values] for asked in directions if asked.dual is not None}
+    if found:
+        _update_multipliers(jobs, found, keep)
+
+
+def _update_multipliers(
+    jobs: Sequence[Job], found: Mapping[Tensor, list[Tensor]], keep: Tensor | None
+) -> None:
+    """``found``: norms by parameter. ``jobs``: all that have a rule."""
+    for rule, members in norm_groups(jobs):
+        if any(job.param in found for job in members):
+            units = NormGroup.of(members, found, ("multiplier", *rule.unit_state))
+            units.write(rule.update(units), keep)
 
 
 def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:

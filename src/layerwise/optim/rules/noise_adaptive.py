@@ -233,8 +233,8 @@ class NoiseAdaptive(RateRule):
                 "gradient with; give momentum > 0 or reference='previous'"
             )
 
-    def allocate(self, param: Tensor, units: Sequence[str]) -> State:
-        return super().allocate(param, units) | self._reference.allocate(param)
+    def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
+        return super().allocate(param, units, sizes) | self._reference.allocate(param)
 
     def noise(self, state: State) -> Tensor:
         known: Tensor = state["gradients_seen"] > self._reference.warmup

@@ -44,8 +44,8 @@ class NormAdaptive(RateRule):
             check_number("NormAdaptive", name, value, low, high)
             object.__setattr__(self, name, float(value))
 
-    def allocate(self, param: Tensor, units: Sequence[str]) -> State:
-        state = super().allocate(param, units)
+    def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
+        state = super().allocate(param, units, sizes)
         state["beta1_power"].fill_(1.0)
         return state
 

@@ -87,11 +87,20 @@ class RateRule(ABC):
 
     #: what is kept of each unit beside its multiplier: names of float32 vectors [units], zero at first
     unit_state: ClassVar[tuple[str, ...]] = ()
+    #: whether ``update`` gets the dual norm of the direction itself, over its value on white noise, as its one norm. The
+    #: unit step gives it on the way (``<u, lmo(u)>``), so ``update`` runs after the step, for the next one.
+    own_dual_norm: ClassVar[bool] = False
     #: whether ``LayerwiseOptimizer.watch_replicas`` has to be called before training
     needs_replicas: bool = False
 
-    def allocate(self, param: Tensor, units: Sequence[str]) -> State:
-        """State for one parameter: ``multiplier``, one float32 entry per unit, 1 at first, and ``unit_state``."""
+    def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
+        """State for one parameter: ``multiplier``, one float32 entry per unit, 1 at first, and ``unit_state``.
+
+        Args:
+            param: the whole parameter.
+            units: names of its units.
+            sizes: numbers of their entries.
+        """
         multiplier = torch.ones(len(units), dtype=torch.float32, device=param.device)
         return {"multiplier": multiplier} | {key: torch.zeros_like(multiplier) for key in self.unit_state}
 

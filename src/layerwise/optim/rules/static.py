@@ -50,8 +50,8 @@ class StaticRates(RateRule):
             hint = f"did you mean {near[0]!r}?" if near else f"units look like {ruled[0]!r}"
             raise LayerwiseError(f"StaticRates: no unit is named {name!r} (given {value:g}): {hint}")
 
-    def allocate(self, param: Tensor, units: Sequence[str]) -> State:
-        state = super().allocate(param, units)
+    def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
+        state = super().allocate(param, units, sizes)
         values = [float(self.multipliers.get(unit, 1.0)) for unit in units]
         state["multiplier"].copy_(torch.tensor(values))
         return state

@@ -21,7 +21,7 @@ from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.polar import working_dtype
 from layerwise.optim.work import shardwise, stacks
-from layerwise.optim.work.job import MatrixJob
+from layerwise.optim.work.job import DualNorms, MatrixJob
 from layerwise.optim.work.local import LocalWork
 from layerwise.optim.work.placement import Domain, place
 from layerwise.optim.work.plan import assign, direction_cost, norm_cost, rounds
@@ -100,7 +100,11 @@ class DistributedWork:
             chain.from_iterable(self._shared_directions(domain, tasks) for domain, tasks in shared),
             (iter([(alone[i].index, step)]) for i, step in self._local.directions([t.job for t in alone])),
         )
-        return overlapped(parts)
+        yield from overlapped(parts)
+        for domain, tasks in by_shard:
+            shardwise.fill_dual_norms(domain, [task.job for task in tasks if task.job.dual is not None])
+        for domain, tasks in shared:
+            _share_dual_norms(domain, [task.job.dual for task in tasks if task.job.dual is not None])
 
     # ---------------------------------------------------------------------------------------------------- planning
 
@@ -203,6 +207,7 @@ class DistributedWork:
         held = [task for task in stacked if task.holds_any]
         owned = [stacks.own(task.job, task.placed) for task in held]
         for i, step in self._local.directions(owned):
+            stacks.place_dual_norms(held[i].job, held[i].placed, owned[i])
             yield iter([(held[i].index, step)])
         yield iter([(task.index, task.job.tensor()) for task in stacked if not task.holds_any])
 
@@ -220,6 +225,18 @@ class DistributedWork:
             yield None
             steps = shared()
         yield from steps.items()
+
+
+def _share_dual_norms(domain: Domain, norms: Sequence[DualNorms]) -> None:
+    """Each unit's was filled in by one process alone, so the sums are exact and the same everywhere."""
+    if not norms:
+        return
+    total = torch.cat([dual.values for dual in norms])
+    for group in (domain.shards, domain.replicas):
+        if group is not None:
+            dist.all_reduce(total, group=group)
+    for dual, values in zip(norms, total.split([len(dual.values) for dual in norms]), strict=True):
+        dual.values.copy_(values)
 
 
 def _stacked(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:

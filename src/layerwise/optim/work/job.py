@@ -91,18 +91,42 @@ class Job:
             deviation: take the norm of this replica's difference from ``tensor``, the mean of all.
         """
         layout, own = self.group["layout"], geometry or self.group["geometry"]
-        factors = _norm_factors(layout, own, tuple(self.param.shape), per_white_noise)
+        factors = norm_factors(layout, own, tuple(self.param.shape), per_white_noise)
         return MatrixJob(self.param, layout, own, tensor, factors, seed=seed, deviation=deviation)
 
 
 @remember
-def _norm_factors(
+def norm_factors(
     layout: Layout, geometry: Geometry, shape: tuple[int, ...], per_white_noise: bool
 ) -> tuple[float, ...]:
+    """Per stack of the layout: 1, or one over the dual norm of white noise of unit deviation in its shape."""
     return tuple(
         1.0 / geometry.white_noise_dual(d_out, d_in) if per_white_noise and k * d_out * d_in else 1.0
         for k, d_out, d_in in layout.shapes(shape)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DualNorms:
+    """Where the dual norm of each unit goes that its unit step gives on the way: ``||u||_* = <u, lmo(u)>``."""
+
+    values: Tensor  # [units], float32 or better: 0 until the work has filled it in, on every process
+    factors: tuple[float, ...]  # per stack of the layout: what a norm is multiplied by
+
+    def fill(self, stacks: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+        """From the matrices and their unit steps, before those are scaled."""
+        products = [
+            _inner_products(u, step) * factor
+            for u, step, factor in zip(stacks, steps, self.factors, strict=True)
+        ]
+        self.values.copy_(torch.cat(products))
+
+
+def _inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """``[k, m, n], [k, m, n] -> [k]``, each in one pass over the matrices."""
+    if a.dtype == torch.float16:  # a product of entries could leave its range
+        a, b = a.float(), b.float()
+    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).reshape(len(a))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +144,7 @@ class MatrixJob:
     seed: int | Tensor = 0  # of the probes, where a norm is a stochastic estimate
     deviation: Deviation | None = None  # work on one replica's difference from the tensor, on its owner
     fetched: Tensor | None = None  # the whole of a sharded tensor, once it has been brought together
+    dual: DualNorms | None = None  # what a unit step's work has to fill in beside
 
     def stacks(self) -> tuple[Tensor, ...]:
         """The matrices to work on, where this process holds all of them."""
@@ -138,7 +163,8 @@ class MatrixWork(Protocol):
     def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[tuple[int, Tensor]]:
         """``(index of the job, its unit step times its factors in the parameter's shape)``, in any order.
 
-        Of a sharded parameter, the part that this process holds.
+        Of a sharded parameter, the part that this process holds. Once all have been taken, the ``dual`` of every job
+        that has one is filled in.
         """
 
     def anywhere(self, flags: Tensor) -> Tensor:

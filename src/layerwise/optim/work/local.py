@@ -87,7 +87,9 @@ def unit_steps(jobs: Sequence[MatrixJob]) -> list[Tensor]:
     else:
         together = lmo(torch.cat([stack for (stack,) in given]))
         stepped = [[part] for part in together.split([stack.shape[0] for (stack,) in given])]
-    for job, steps in zip(jobs, stepped, strict=True):
+    for job, stacks, steps in zip(jobs, given, stepped, strict=True):
+        if job.dual is not None:
+            job.dual.fill(stacks, steps)
         _scale(steps, job)
     return [
         job.layout.from_matrices(steps, job.param.shape) for job, steps in zip(jobs, stepped, strict=True)

@@ -9,6 +9,7 @@ With c the size of the entries of a unit step (``Geometry.unit_rms``) and N thei
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -39,6 +40,14 @@ def dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
         ]
 
     return wait
+
+
+def fill_dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> None:
+    """The dual norms that these jobs want beside their unit steps."""
+    wanted = [(job.dual, replace(job, factors=job.dual.factors)) for job in jobs if job.dual is not None]
+    norms = dual_norms(domain, [job for _, job in wanted])
+    for (dual, _), norm in zip(wanted, norms(), strict=True):
+        dual.values.copy_(norm)
 
 
 def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Tensor]]:

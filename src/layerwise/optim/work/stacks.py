@@ -25,10 +25,13 @@ def applies(job: MatrixJob, placed: Placed) -> bool:
 
 def own(job: MatrixJob, placed: Placed) -> MatrixJob:
     """The same job on this process's matrices alone."""
-    multiplier = job.multiplier
+    units = list(own_units(job, placed))
+    multiplier, dual = job.multiplier, job.dual
     if multiplier is not None:
-        multiplier = torch.cat([multiplier[units] for units in own_units(job, placed)])
-    return replace(job, param=local_part(job.param), multiplier=multiplier)
+        multiplier = torch.cat([multiplier[some] for some in units])
+    if dual is not None:
+        dual = replace(dual, values=torch.cat([dual.values[some] for some in units]))
+    return replace(job, param=local_part(job.param), multiplier=multiplier, dual=dual)
 
 
 def own_units(job: MatrixJob, placed: Placed) -> Iterator[slice]:
@@ -49,3 +52,9 @@ def place_units(job: MatrixJob, placed: Placed, own_values: Tensor, values: Tens
         count = units.stop - units.start
         values[units] = own_values[start : start + count]
         start += count
+
+
+def place_dual_norms(job: MatrixJob, placed: Placed, own_job: MatrixJob) -> None:
+    """Write those that the job of this process's units has filled in where those of all units are."""
+    if job.dual is not None and own_job.dual is not None:
+        place_units(job, placed, own_job.dual.values, job.dual.values)

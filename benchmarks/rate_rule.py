@@ -1,0 +1,158 @@
+"""What the rate rule is worth: loss by optimizer, base rate and seed, on small models.
+
+    python benchmarks/rate_rule.py run decisive        # what is missing of a study; again after an interruption
+    python benchmarks/rate_rule.py table               # benchmarks/results/rate_rule.md from all runs there are
+
+Studies are lists of trials in `rate_rule_plan.py`, which also says why each is asked for. A trial is a model, a contender,
+a base rate, factors of roles, a seed and a length; its result is a line of `benchmarks/results/rate_rule.jsonl`. Finished
+trials are not repeated. Several processes can work at one study: each takes what no other has taken.
+
+All trials train in one thread with the lab's data, models and schedule (cosine after 20 steps of warm-up, clipping at 1),
+on the same batches for the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.lab.config.schema import Config
+from layerwise.lab.data.images import ImageData
+from layerwise.lab.data.text import TextData
+from layerwise.lab.models.families import Examples, build_model, loss
+from layerwise.lab.optimizers.registry import build_optimizer
+from layerwise.lab.training.schedules import schedule_factor
+from rate_rule_models import BUILD
+from rate_rule_plan import CONTENDERS, MODELS, STUDIES, Trial
+from rate_rule_table import page
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def configuration(trial: Trial) -> Config:
+    """The lab's config of a trial."""
+    sections = MODELS[trial.model]
+    optimizer = {**CONTENDERS[trial.contender], "lr": trial.lr}
+    if trial.roles:
+        optimizer["role_factors"] = dict(trial.roles)
+    training = {**sections.get("training", {}), "steps": trial.steps, "seed": trial.seed}
+    return Config.model_validate({**sections, "training": training, "optimizer": optimizer})
+
+
+def train(trial: Trial) -> dict[str, Any]:
+    """Validation loss in nats at the end and on the way, and the seconds of processor time of training."""
+    config = configuration(trial)
+    training = config.training
+    data = (ImageData if config.data.holds_images else TextData)(config)
+    examples = Examples(data.vocab_size, config.data.seq_len, data.features)
+    torch.manual_seed(training.seed)
+    own = BUILD.get(trial.model)
+    model = build_model(config.model, examples, training.seed) if own is None else own(examples)
+    optimizer = build_optimizer(model, config.optimizer)
+    factor = schedule_factor(config.schedule, config.steps)
+    base = [group["lr"] for group in optimizer.param_groups]
+    curve: dict[str, float] = {}
+    seconds = 0.0
+    for step in range(config.steps):
+        started = time.process_time()
+        batch = data.batch(step)
+        value = loss(model, batch.inputs, batch.targets)
+        if not math.isfinite(value.item()):
+            return {"loss": None, "diverged": step}
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm or math.inf)
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * factor(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.process_time() - started
+        if (step + 1) % 100 == 0 and step + 1 < config.steps:
+            curve[str(step + 1)] = round(evaluate(model, data, training.batch_size), 4)
+    result = {"loss": round(evaluate(model, data, training.batch_size), 5), "curve": curve}
+    return result | {"seconds": round(seconds, 1)}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: TextData | ImageData, at_once: int) -> float:
+    """Mean loss over the validation examples."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in data.validation(at_once):
+        total += loss(model, batch.inputs, batch.targets).item() * len(batch.inputs)
+        count += len(batch.inputs)
+    model.train()
+    return total / count
+
+
+class Store:
+    """Results in a file of JSON lines; trials that a living process has taken stand in a second file beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.taken = path, path.with_suffix(".taken")
+
+    def results(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def take(self, trials: list[Trial]) -> Trial | None:
+        """The first trial that is neither done nor taken, taken."""
+        with self._locked():
+            done = [row["trial"] for row in self.results()]
+            lines = self.taken.read_text().splitlines() if self.taken.exists() else []
+            rows = [json.loads(line) for line in lines]
+            done += [row["trial"] for row in rows if Path(f"/proc/{row['process']}").exists()]
+            free = next((trial for trial in trials if asdict(trial) not in done), None)
+            if free is not None:
+                self._append(self.taken, {"trial": asdict(free), "process": os.getpid()})
+            return free
+
+    def add(self, trial: Trial, result: dict[str, Any]) -> None:
+        with self._locked():
+            self._append(self.path, {"trial": asdict(trial), **result})
+
+    @staticmethod
+    def _append(path: Path, row: dict[str, Any]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self.path.with_suffix(".lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument(
+        "studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all by default"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    given = parser.parse_args()
+    store = Store(given.out / "rate_rule.jsonl")
+    if given.command == "run":
+        torch.set_num_threads(1)
+        trials = [trial for study in given.studies or STUDIES for trial in STUDIES[study].trials]
+        while (trial := store.take(trials)) is not None:
+            result = train(trial)
+            store.add(trial, result)
+            print(trial, result["loss"], flush=True)
+    (given.out / "rate_rule.md").write_text(page(store.results()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The page that `rate_rule.py` writes: losses by contender and rate, differences with paired intervals, octaves."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import machine
+from rate_rule_plan import STUDIES
+
+#: Student's t at 97.5 %, by degrees of freedom.
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+TOLERANCE = 0.05  # nats: how much worse than its best a rate may be and still count as a good one
+Row = Mapping[str, Any]
+Losses = dict[float, dict[int, float]]  # base rate -> seed -> loss
+
+
+def name_of(trial: Row) -> str:
+    """The contender, with its factors of roles."""
+    factors = {factor for _, factor in trial["roles"]}
+    named = ", ".join(role for role, _ in trial["roles"])
+    shared = len(trial["roles"]) == 3 and len(factors) == 1
+    if not trial["roles"]:
+        return str(trial["contender"])
+    times = f"{factors.pop():g}" if len(factors) == 1 else "/".join(f"{f:g}" for _, f in trial["roles"])
+    return f"{trial['contender']}, {'AdamW groups' if shared else named} x {times}"
+
+
+def losses(rows: Sequence[Row]) -> dict[tuple[str, int], dict[str, Losses]]:
+    """By model and length, then contender; a diverged run has an infinite loss."""
+    found: dict[tuple[str, int], dict[str, Losses]] = {}
+    for row in rows:
+        trial = row["trial"]
+        rates = found.setdefault((trial["model"], trial["steps"]), {}).setdefault(name_of(trial), {})
+        value = math.inf if row["loss"] is None else row["loss"]
+        rates.setdefault(trial["lr"], {})[trial["seed"]] = value
+    return found
+
+
+def best_rate(of: Losses) -> float:
+    """The rate of the least mean loss among those with the most seeds."""
+    most = max(len(seeds) for seeds in of.values())
+    among = {lr: statistics.fmean(seeds.values()) for lr, seeds in of.items() if len(seeds) == most}
+    return min(among, key=among.__getitem__)
+
+
+def octaves(of: Losses) -> str:
+    """How far the base rates reach, in octaves, whose loss is within the tolerance of the best; `>=` at a grid's end.
+
+    On the seed that has the most rates, between tried rates alone.
+    """
+    seed = max(
+        (s for seeds in of.values() for s in seeds), key=lambda s: sum(s in seeds for seeds in of.values())
+    )
+    curve = {lr: seeds[seed] for lr, seeds in sorted(of.items()) if seed in seeds}
+    good = [lr for lr, value in curve.items() if value <= min(curve.values()) + TOLERANCE]
+    ends = good[0] == min(curve) or good[-1] == max(curve)
+    return f"{'>= ' if ends else ''}{math.log2(good[-1] / good[0]):.1f}"
+
+
+def difference(a: Mapping[int, float], b: Mapping[int, float]) -> str:
+    """The mean of a - b over their common seeds, with its 95 % interval where there are two seeds or more."""
+    pairs = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    if not pairs:
+        return ""
+    mean = statistics.fmean(pairs)
+    if len(pairs) < 2:
+        return f"{mean:+.3f} (1 seed)"
+    half = T_975[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{mean:+.3f} ± {half:.3f} ({len(pairs)} seeds)"
+
+
+def section(model: str, steps: int, found: Mapping[str, Losses]) -> list[str]:
+    """One model's table."""
+    at = {name: of[best_rate(of)] for name, of in found.items()}
+    tuned = min(
+        (n for n in at if n.startswith("D-Muon")),
+        key=lambda n: statistics.fmean(at[n].values()),
+        default=None,
+    )
+    lines = [
+        f"## {model}, {steps} steps",
+        "",
+        "| contender | best base rate | loss | seeds | minus D-Muon, one rate | minus D-Muon tuned by role | octaves |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(found, key=lambda n: statistics.fmean(at[n].values())):
+        one = difference(at[name], at["D-Muon"]) if "D-Muon" in at and name != "D-Muon" else ""
+        by_role = difference(at[name], at[tuned]) if tuned and name != tuned else ""
+        lines.append(
+            f"| {name} | {best_rate(found[name]):g} | {statistics.fmean(at[name].values()):.3f} | {len(at[name])} "
+            f"| {one} | {by_role} | {octaves(found[name])} |"
+        )
+    lines += ["", "Every run:", ""]
+    for name, of in found.items():
+        runs = [
+            f"{lr:g}: " + ", ".join(f"{value:.3f} (seed {seed})" for seed, value in sorted(seeds.items()))
+            for lr, seeds in sorted(of.items())
+        ]
+        lines.append(f"- {name}: {'; '.join(runs)}")
+    return [*lines, ""]
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = ["# The rate rule, measured", ""]
+    lines += [
+        f"- `python benchmarks/rate_rule.py run {name}`: {study.question}" for name, study in STUDIES.items()
+    ]
+    lines += [
+        "",
+        "Differences are of the same seeds, with 95 % intervals by Student's t; negative is better.",
+        "",
+    ]
+    for (model, steps), found in losses(rows).items():
+        lines += section(model, steps, found)
+    return "\n".join([*lines, " · ".join(f"{k}: {v}" for k, v in machine.describe().items()), ""])
