@@ -96,6 +96,12 @@ def evaluate(model: nn.Module, data: TextData | ImageData, at_once: int) -> floa
     return total / count
 
 
+def as_row(trial: Trial) -> dict[str, Any]:
+    """As it comes back from the file."""
+    row: dict[str, Any] = json.loads(json.dumps(asdict(trial)))
+    return row
+
+
 class Store:
     """Results in a file of JSON lines; trials that a living process has taken stand in a second file beside it."""
 
@@ -112,14 +118,14 @@ class Store:
             lines = self.taken.read_text().splitlines() if self.taken.exists() else []
             rows = [json.loads(line) for line in lines]
             done += [row["trial"] for row in rows if Path(f"/proc/{row['process']}").exists()]
-            free = next((trial for trial in trials if asdict(trial) not in done), None)
+            free = next((trial for trial in trials if as_row(trial) not in done), None)
             if free is not None:
-                self._append(self.taken, {"trial": asdict(free), "process": os.getpid()})
+                self._append(self.taken, {"trial": as_row(free), "process": os.getpid()})
             return free
 
     def add(self, trial: Trial, result: dict[str, Any]) -> None:
         with self._locked():
-            self._append(self.path, {"trial": asdict(trial), **result})
+            self._append(self.path, {"trial": as_row(trial), **result})
 
     @staticmethod
     def _append(path: Path, row: dict[str, Any]) -> None:

@@ -190,7 +190,7 @@ DUAL_MUON_RADIUS: Final = 0.55
 
 @register_optimizer("dual-muon", title="Dual Muon", rates=DualNormAdaptive)
 class DualMuon(LayerwiseOptimizer):
-    """D-Muon with a rate for each matrix: the larger the dual norm of its direction, the smaller (:class:`DualNormAdaptive`).
+    """D-Muon with a rate for each matrix: the larger its direction's dual norm, the smaller (:class:`DualNormAdaptive`).
 
     D-Muon's frame, with two differences. Matrix steps are 0.55 times as large, so that embeddings, head and vectors move
     about twice as fast beside them. And each matrix has the rate that its own dual norm, which the step has computed
