@@ -135,3 +135,64 @@ class Lanton:
         reference = max(a.values()) if self.anchor == "max" else sum(a.values()) / len(a)
         for n in mates:
             self.multiplier[n] = math.sqrt(a[n] / reference)
+
+
+def dual_and_step(geometry: str, u: np.ndarray) -> tuple[float, np.ndarray, float]:
+    """Dual norm, unit step of steepest ascent and dual norm of white noise, of a matrix in one geometry."""
+    out, inn = u.shape
+    if geometry == "spectral":
+        scale = math.sqrt(out / inn)
+        return scale * nuclear(u), scale * polar(u), scale * min(out, inn) * math.sqrt(max(out, inn))
+    if geometry == "conv":  # taps = 3
+        scale = math.sqrt(3 * out / inn) / 3
+        return scale * nuclear(u), scale * polar(u), scale * min(out, inn) * math.sqrt(max(out, inn))
+    if geometry == "sign":
+        return np.abs(u).sum(), np.sign(u), math.sqrt(2 / math.pi) * u.size
+    if geometry == "sign_per_input":
+        return np.abs(u).sum() / inn, np.sign(u) / inn, math.sqrt(2 / math.pi) * out
+    axis = {"row": 1, "column": 0}.get(geometry)
+    lengths = np.sqrt((u**2).sum(axis=axis, keepdims=True))
+    unit = u / np.where(lengths > 0, lengths, 1.0)
+    length = {
+        "row": 1 / math.sqrt(inn),
+        "column": math.sqrt(out),
+        "frobenius": 1.0,
+        "vector": math.sqrt(u.size),
+    }[geometry]
+    white = {"row": out, "column": u.size, "frobenius": math.sqrt(u.size), "vector": u.size}[geometry]
+    return length * lengths.sum(), length * unit, white
+
+
+class DualNormRates:
+    """Steps of norm one at rates by the dual norms of the steps before, on a dict of matrices in one geometry."""
+
+    def __init__(self, weights, geometry, *, lr, momentum, nesterov, softening, beta):
+        self.w = {name: np.array(w, dtype=np.float64) for name, w in weights.items()}
+        self.geometry, self.lr, self.momentum, self.nesterov = geometry, lr, momentum, nesterov
+        self.softening, self.beta = softening, beta
+        self.m = {name: np.zeros_like(w) for name, w in self.w.items()}
+        self.h: dict[str, float] = {}
+        self.multiplier = dict.fromkeys(self.w, 1.0)
+
+    def step(self, grads):
+        for name, g in grads.items():
+            self.m[name] = self.momentum * self.m[name] + (1 - self.momentum) * g
+            u = self.momentum * self.m[name] + (1 - self.momentum) * g if self.nesterov else self.m[name]
+            dual, step, white = dual_and_step(self.geometry, u)
+            self.w[name] = self.w[name] - self.lr * self.multiplier[name] * step
+            square = (dual / white) ** 2
+            if self.h.get(name, 0.0) == 0.0:
+                self.h[name] = square
+            else:
+                self.h[name] = self.beta * self.h[name] + (1 - self.beta) * square
+        known = sorted((h, self.w[name].size) for name, h in self.h.items() if h > 0)
+        half, below = sum(size for _, size in known) / 2, 0
+        for h, size in known:
+            below += size
+            if below >= half:
+                median = h
+                break
+        for name, h in self.h.items():
+            if h > 0:
+                ratio = (1 + self.softening) * median / (self.softening * median + h)
+                self.multiplier[name] = ratio**0.25
