@@ -86,18 +86,37 @@ def at_best(contender: str, seed: int, tuned: bool = False) -> list[Trial]:
     ]
 
 
+def role(model: str, lr: float, **factors: float) -> Trial:
+    """DualMuon on seed 1 with factors of single roles."""
+    return Trial(model, "DualMuon", lr, 1, roles=tuple(factors.items()))
+
+
+def decisive(*seeds: int) -> tuple[Trial, ...]:
+    return tuple(
+        trial
+        for seed in seeds
+        for some in (at_best("DualMuon", seed), at_best("D-Muon", seed, tuned=True), at_best("D-Muon", seed))
+        for trial in some
+    )
+
+
 STUDIES: Final[Mapping[str, Study]] = {
     "decisive": Study(
         "one rate with the rule against D-Muon with one rate and tuned by role, on the two models it was designed on",
-        tuple(
-            trial
-            for seed in (1, 2, 0, 3, 4)
-            for some in (
-                at_best("DualMuon", seed),
-                at_best("D-Muon", seed, tuned=True),
-                at_best("D-Muon", seed),
-            )
-            for trial in some
+        decisive(1, 2),
+    ),
+    "roles": Study(
+        "whether the AdamW groups want a factor each",
+        (
+            role("gpt2-tiny", 0.032, vector=2.0),
+            role("gpt2-tiny", 0.0226),
+            role("gpt2-tiny", 0.032, head=2.0),
+            role("gpt2-tiny", 0.032, vector=0.5),
+            role("gpt2-tiny", 0.032, embedding=2.0),
+            role("llama-tiny", 0.016, vector=2.0),
+            role("llama-tiny", 0.016, embedding=2.0),
+            role("llama-tiny", 0.016, head=2.0),
         ),
     ),
+    "more seeds": Study("the same on seeds 0, 3 and 4", decisive(0, 3, 4)),
 }

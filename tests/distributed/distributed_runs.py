@@ -109,6 +109,7 @@ RULES = {
     "normalised": lw.NoiseAdaptive(size_normalised=True, anchor="mean"),
     "alpha": lw.NoiseAdaptive(alpha=0.1),
     "namo": lw.NormAdaptive(),
+    "dual": lw.DualNormAdaptive(),
 }
 RATES = {"Muon": 0.02, "DMuon": 0.005, "Scion": 2**-11, "Signum": 0.002, "Lanton": 0.01}
 OVERRIDES = {"experts": {"role": "experts", "layout": StackLayout(Split.equal("gate", "up"))}}

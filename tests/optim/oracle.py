@@ -28,6 +28,16 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
     return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
+def weighted_median(pairs: list[tuple[float, int]]) -> float:
+    """The value at which half of the weight lies at it or below."""
+    half, below = sum(weight for _, weight in pairs) / 2, 0
+    for value, weight in sorted(pairs):
+        below += weight
+        if below >= half:
+            return value
+    raise AssertionError("no weights")
+
+
 class Lanton:
     """LANTON on a dict of arrays.
 
@@ -50,12 +60,14 @@ class Lanton:
         normalised=False,
         scaling="rms_0.2",
         floor=0.1,
+        group_alpha=0.0,
         nesterov=False,
     ):
         self.w = {k: np.array(v, dtype=np.float64) for k, v in weights.items()}
         self.kinds, self.lr, self.momentum, self.wd = kinds, lr, momentum, weight_decay
         self.alpha, self.beta, self.anchor, self.reference = alpha, beta, anchor, reference
         self.normalised, self.scaling, self.floor, self.nesterov = normalised, scaling, floor, nesterov
+        self.group_alpha = group_alpha
         self.m = {k: np.zeros_like(v) for k, v in self.w.items()}
         self.history: dict[str, list[np.ndarray]] = {k: [] for k in self.w}
         self.h: dict[str, float] = {}
@@ -130,8 +142,15 @@ class Lanton:
         if self.alpha > 0:
             a = {n: self.alpha / math.sqrt(self.alpha**2 + self.h[n]) for n in mates}
         else:
-            mean = sum(self.h[n] for n in mates) / len(mates)
-            a = {n: 1 / math.sqrt(max(self.h[n], self.floor * mean)) if mean > 0 else 1.0 for n in mates}
+            self.multiplier |= dict.fromkeys(mates, 1.0)
+            mates = [n for n in mates if self.h[n] > 0]
+            if not mates:
+                return
+            median = weighted_median([(self.h[n], self.w[n].size) for n in mates])
+            if self.group_alpha:
+                a = {n: 1 / math.sqrt(self.h[n] + self.group_alpha**2 * median) for n in mates}
+            else:
+                a = {n: 1 / math.sqrt(max(self.h[n], self.floor * median)) for n in mates}
         reference = max(a.values()) if self.anchor == "max" else sum(a.values()) / len(a)
         for n in mates:
             self.multiplier[n] = math.sqrt(a[n] / reference)
@@ -185,13 +204,7 @@ class DualNormRates:
                 self.h[name] = square
             else:
                 self.h[name] = self.beta * self.h[name] + (1 - self.beta) * square
-        known = sorted((h, self.w[name].size) for name, h in self.h.items() if h > 0)
-        half, below = sum(size for _, size in known) / 2, 0
-        for h, size in known:
-            below += size
-            if below >= half:
-                median = h
-                break
+        median = weighted_median([(h, self.w[name].size) for name, h in self.h.items() if h > 0])
         for name, h in self.h.items():
             if h > 0:
                 ratio = (1 + self.softening) * median / (self.softening * median + h)

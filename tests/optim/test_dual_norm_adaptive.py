@@ -146,9 +146,7 @@ def test_a_unit_without_a_signal_neither_counts_nor_is_slowed():
     for dead in (0, 5):
         torch.manual_seed(0)
         model = Experts()
-        groups = lw.param_groups(
-            model, {"experts": {"role": "experts"}, "dense.weight": {"role": "hidden"}}, {"experts": 1}
-        )
+        groups = lw.param_groups(model, {"experts": {"role": "experts"}, "dense.weight": {"role": "hidden"}})
         optimizer = lw.DMuon(groups, rates=lw.DualNormAdaptive())
         generator = torch.Generator().manual_seed(1)
         for _ in range(20):

@@ -20,9 +20,10 @@ SLOW = pytest.mark.slow
     ("name", "backend"),
     [
         ("d-muon-noise", "eager"),  # the matrices' path and AdamW's, with noise
+        ("scion-dual", "eager"),
         *(
             pytest.param(name, backend, marks=SLOW)
-            for name in ("lanton", "lanton-momentum", "namo", "muon", "scion")
+            for name in ("lanton", "lanton-momentum", "namo", "muon", "scion", "dual-muon")
             for backend in ("eager", "aot_eager")
         ),
     ],

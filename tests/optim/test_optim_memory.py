@@ -14,6 +14,7 @@ RULES = {
     "rates=None": lambda: None,
     "StaticRates": lambda: lw.StaticRates({"up.weight": 0.5}),
     "NormAdaptive": lw.NormAdaptive,
+    "DualNormAdaptive": lw.DualNormAdaptive,
     **{
         reference: lambda reference=reference: lw.NoiseAdaptive(reference=reference)
         for reference in ("previous", "previous_bf16", "momentum", "independent", "replicas")
@@ -37,7 +38,7 @@ def cases():
 
 def test_the_table_has_every_preset_and_rule():
     named = " ".join(row[0] for row in rows())
-    for name in ("Muon", "DMuon", "Scion", "Signum", *RULES):
+    for name in ("Muon", "DMuon", "DualMuon", "Scion", "Signum", *RULES):
         assert name in named
 
 

@@ -82,6 +82,8 @@ CASES = {
     "scale free": {"alpha": 0.0},
     "scale free, low floor": {"alpha": 0.0, "floor": 1e-6},
     "mean": {"alpha": 0.0, "anchor": "mean"},
+    "group": {"alpha": 0.0, "group_alpha": 0.3},
+    "group, mean": {"alpha": 0.0, "group_alpha": 1.0, "anchor": "mean", "size_normalised": True},
     "paper, mean": {"alpha": 0.1, "anchor": "mean"},
     "previous_bf16": {"alpha": 0.0, "reference": "previous_bf16"},
     "momentum": {"alpha": 0.1, "reference": "momentum"},
@@ -126,6 +128,7 @@ def run(start, noise, options, missing=False):
         reference=noise.get("reference", "previous"),
         normalised=noise.get("size_normalised", False),
         floor=noise.get("floor", 0.1),
+        group_alpha=noise.get("group_alpha", 0.0),
         scaling=options.get("scaling", "rms_0.2"),
         nesterov=options.get("nesterov", False),
     )

@@ -17,6 +17,7 @@ rules = st.sampled_from(
         lw.NoiseAdaptive(alpha=0.5, anchor="mean"),
         lw.NoiseAdaptive(reference="momentum", size_normalised=True),
         lw.NormAdaptive(),
+        lw.DualNormAdaptive(),
     ]
 )
 presets = st.sampled_from([lw.Muon, lw.DMuon, lw.Scion, lw.Signum, lw.Lanton])
@@ -58,6 +59,7 @@ def test_neither_the_order_of_parameters_nor_their_grouping_matters(preset, rule
     rule=st.sampled_from(
         [
             None,
+            lw.DualNormAdaptive(),
             *(
                 lw.NoiseAdaptive(reference=reference, anchor=anchor)
                 for reference in ("previous", "previous_bf16", "momentum")

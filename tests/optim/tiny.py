@@ -48,6 +48,8 @@ OPTIMIZERS = {
     "muon": lw.Muon,
     "d-muon": lw.DMuon,
     "d-muon-noise": lambda groups, **kw: lw.DMuon(groups, rates=lw.NoiseAdaptive(), **kw),
+    "dual-muon": lw.DualMuon,
+    "scion-dual": lambda groups, **kw: lw.Scion(groups, rates=lw.DualNormAdaptive(), **kw),
     "namo": lambda groups, **kw: lw.DMuon(groups, rates=lw.NormAdaptive(), **kw),
     "scion": lw.Scion,
     "signum": lw.Signum,

@@ -27,4 +27,5 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
     ordered, order = torch.where(weights > 0, values, torch.inf).sort()
     total = weights[order].cumsum(0)
     middle = torch.searchsorted(total, total[-1:] / 2).clamp(max=len(ordered) - 1)
-    return torch.where(total[-1] > 0, ordered[middle[0]], 0.0)
+    # gathered: an index of no dimension would wait for the device
+    return torch.where(total[-1] > 0, ordered.gather(0, middle)[0], 0.0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
+from layerwise.optim.rules.group_median import weighted_median
 from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
 from layerwise.optim.work.job import Job, MatrixJob, State, select
 
@@ -163,8 +164,10 @@ class NoiseAdaptive(RateRule):
 
     Args:
         alpha: in units of a dual norm of the gradient (of ``size_normalised`` ones: of a gradient entry). It depends on
-            loss scale, clipping, batch and layer size, and the paper does not give one. 0 is the limit alpha -> 0,
-            ``(H_ref / H)^(1/4)``, free of any scale; there ``H`` is kept above ``floor`` times the group's mean.
+            loss scale, clipping, batch and layer size, and the paper does not give one. 0 is free of any scale: the
+            limit alpha -> 0, ``(H_ref / H)^(1/4)`` with ``H`` kept above ``floor`` times the group's median, or with
+            ``group_alpha`` an alpha in units of the group. The median counts a unit by its number of entries, and one
+            that has shown no noise (``H = 0``, an expert without tokens) neither counts nor is compared.
         beta: weight of the old average of H.
         reference: ``"previous"`` (the step before; the paper's practical option), ``"previous_bf16"`` (its copy in
             bfloat16), ``"momentum"`` (no buffer) or ``"independent"`` (two halves of the accumulated batch; the paper's
@@ -173,9 +176,9 @@ class NoiseAdaptive(RateRule):
         size_normalised: divide each dual norm by its value on white noise of unit deviation. Without it (the paper's) a
             unit looks noisier for its shape alone: an MLP's up projection 4x, 16x in H.
         anchor: the group's reference, ``"max"`` or ``"mean"``.
-        floor: see ``alpha``. A unit of the group's mean noise keeps at least ``floor ** 0.25``. It plays the part of an
-            alpha that follows the gradient's scale: without it the queries and keys of a fresh transformer, whose noise
-            is 1e-4 of the other layers', would slow all of those ten-fold.
+        floor: see ``alpha``. A unit of the group's median noise keeps at least ``floor ** 0.25``. Without it the queries
+            and keys of a fresh transformer, whose noise is 1e-4 of the other layers', would slow all of those ten-fold.
+        group_alpha: ``alpha`` over the root of the group's median H, in the place of the floor; 0: the floor.
 
     Example:
         >>> lw.NoiseAdaptive(reference="momentum", size_normalised=True).floor
@@ -189,10 +192,20 @@ class NoiseAdaptive(RateRule):
     size_normalised: bool = False
     anchor: str = "max"
     floor: float = 0.1
-    unit_state: ClassVar = ("noise", "gradients_seen")  # H, and how many gradients it is of
+    group_alpha: float = 0.0
+    unit_state: ClassVar = (
+        "noise",
+        "gradients_seen",
+        "size",
+    )  # H, how many gradients it is of, number of entries
 
     def __post_init__(self) -> None:
-        for name, low, high in (("alpha", 0.0, 1e15), ("beta", 0.0, 1.0), ("floor", SMALLEST_FLOOR, 1.0)):
+        for name, low, high in (
+            ("alpha", 0.0, 1e15),
+            ("beta", 0.0, 1.0),
+            ("floor", SMALLEST_FLOOR, 1.0),
+            ("group_alpha", 0.0, 1e3),
+        ):
             check_number("NoiseAdaptive", name, getattr(self, name), low, high)
             object.__setattr__(
                 self, name, float(getattr(self, name))
@@ -201,6 +214,10 @@ class NoiseAdaptive(RateRule):
             raise LayerwiseError(
                 f"NoiseAdaptive(alpha={self.alpha!r}): its square is lost in float32; give 0, which is the limit of it, "
                 "or at least 1e-15"
+            )
+        if self.alpha and self.group_alpha:
+            raise LayerwiseError(
+                f"NoiseAdaptive(alpha={self.alpha!r}, group_alpha={self.group_alpha!r}): give one of them, the other 0"
             )
         if self.reference not in REFERENCES:
             raise LayerwiseError(
@@ -234,7 +251,9 @@ class NoiseAdaptive(RateRule):
             )
 
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
-        return super().allocate(param, units, sizes) | self._reference.allocate(param)
+        state = super().allocate(param, units, sizes) | self._reference.allocate(param)
+        state["size"].copy_(torch.tensor(sizes))
+        return state
 
     def noise(self, state: State) -> Tensor:
         known: Tensor = state["gradients_seen"] > self._reference.warmup
@@ -256,17 +275,19 @@ class NoiseAdaptive(RateRule):
         average = torch.where(count <= first, square, torch.lerp(square, old, self.beta))
         noise = torch.where(units.present & (count >= first), average, old)
         count = count + units.present
-        return {"noise": noise, "gradients_seen": count, "multiplier": self._multiplier(noise, count > first)}
+        multiplier = self._multiplier(noise, count > first, units.state["size"])
+        return {"noise": noise, "gradients_seen": count, "multiplier": multiplier}
 
-    def _multiplier(self, noise: Tensor, known: Tensor) -> Tensor:
-        number = known.sum().clamp(min=1)
+    def _multiplier(self, noise: Tensor, known: Tensor, size: Tensor) -> Tensor:
         if self.alpha > 0.0:
             square = noise + self.alpha**2
         else:
-            mean = torch.where(known, noise, 0.0).sum() / number
-            # In units of the mean nothing leaves float32's range. Where no unit has any noise all are equally noisy.
-            square = torch.where(mean > 0, (noise / mean).clamp(min=self.floor), 1.0)
+            known = known & (noise > 0)
+            median = weighted_median(noise, torch.where(known, size, 0.0))
+            # In units of the median nothing leaves float32's range.
+            relative = noise / torch.where(median > 0, median, 1.0)
+            square = relative + self.group_alpha**2 if self.group_alpha else relative.clamp(min=self.floor)
         rate = square.rsqrt()  # a / alpha
         among = torch.where(known, rate, 0.0)
-        reference = among.max() if self.anchor == "max" else among.sum() / number
+        reference = among.max() if self.anchor == "max" else among.sum() / known.sum().clamp(min=1)
         return torch.where(known, (rate / reference).sqrt(), 1.0)

@@ -42,8 +42,9 @@ def replace_state(
 
 
 def has_moved(state: State) -> bool:
-    """Whether a step has changed it: but for the multipliers, which follow the rest, it starts as zeros."""
-    tensors = [value for key, value in state.items() if isinstance(value, Tensor) and key != "multiplier"]
+    """Whether a step has changed it: but for multipliers, which follow the rest, and sizes it starts as zeros."""
+    constant = ("multiplier", "size")
+    tensors = [value for key, value in state.items() if isinstance(value, Tensor) and key not in constant]
     return any(value.device.type != "meta" and bool(local_part(value).any()) for value in tensors)
 
 
