@@ -109,11 +109,11 @@ STUDIES: Final[Mapping[str, Study]] = {
         "whether the AdamW groups want a factor each",
         (
             role("gpt2-tiny", 0.032, vector=2.0),
+            role("gpt2-tiny", 0.032, vector=0.5),
+            role("llama-tiny", 0.016, vector=0.5),
             role("gpt2-tiny", 0.0226),
             role("gpt2-tiny", 0.032, head=2.0),
-            role("gpt2-tiny", 0.032, vector=0.5),
             role("gpt2-tiny", 0.032, embedding=2.0),
-            role("llama-tiny", 0.016, vector=2.0),
             role("llama-tiny", 0.016, embedding=2.0),
             role("llama-tiny", 0.016, head=2.0),
         ),
