@@ -31,7 +31,8 @@ from torch import nn
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.images import ImageData
 from layerwise.lab.data.text import TextData
-from layerwise.lab.models.families import Examples, build_model, loss
+from layerwise.lab.models.families import build_model, loss
+from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.schedules import schedule_factor
 from rate_rule_models import BUILD

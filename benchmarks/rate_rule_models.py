@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from layerwise.lab.models.families import Examples
+from layerwise.lab.models.family import Examples
 
 
 def qwen3_tiny(examples: Examples) -> nn.Module:
