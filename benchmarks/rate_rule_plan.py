@@ -106,16 +106,20 @@ STUDIES: Final[Mapping[str, Study]] = {
         decisive(1, 2),
     ),
     "roles": Study(
-        "whether the AdamW groups want a factor each",
+        "whether the AdamW groups want a factor each, with the rule and for D-Muon",
         (
             role("gpt2-tiny", 0.032, vector=2.0),
             role("gpt2-tiny", 0.032, vector=0.5),
             role("llama-tiny", 0.016, vector=0.5),
-            role("gpt2-tiny", 0.0226),
             role("gpt2-tiny", 0.032, head=2.0),
             role("gpt2-tiny", 0.032, embedding=2.0),
+            role("gpt2-tiny", 0.0226),
             role("llama-tiny", 0.016, embedding=2.0),
             role("llama-tiny", 0.016, head=2.0),
+            Trial("gpt2-tiny", "D-Muon", 0.016, 1, roles=roles(4.0, "head")),
+            Trial(
+                "llama-tiny", "D-Muon", 0.008, 1, roles=(("embedding", 3.0), ("head", 6.0), ("vector", 3.0))
+            ),
         ),
     ),
     "more seeds": Study("the same on seeds 0, 3 and 4", decisive(0, 3, 4)),
