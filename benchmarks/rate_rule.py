@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import layerwise as lw
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.images import ImageData
 from layerwise.lab.data.text import TextData
@@ -47,9 +46,8 @@ def configuration(trial: Trial) -> Config:
     """The lab's config of a trial."""
     sections = MODELS[trial.model]
     optimizer = {**CONTENDERS[trial.contender], "lr": trial.lr}
-    factors = {role: factor for role, factor in trial.roles if role != "bias"}
-    if factors:
-        optimizer["role_factors"] = factors
+    if trial.roles:
+        optimizer["role_factors"] = dict(trial.roles)
     training = {**sections.get("training", {}), "steps": trial.steps, "seed": trial.seed}
     return Config.model_validate({**sections, "training": training, "optimizer": optimizer})
 
@@ -64,8 +62,6 @@ def train(trial: Trial) -> dict[str, Any]:
     own = BUILD.get(trial.model)
     model = build_model(config.model, examples, training.seed) if own is None else own(examples)
     optimizer = build_optimizer(model, config.optimizer)
-    if bias := dict(trial.roles).get("bias"):
-        optimizer = split_biases(model, optimizer, bias)
     factor = schedule_factor(config.schedule, config.steps)
     base = [group["lr"] for group in optimizer.param_groups]
     curve: dict[str, float] = {}
@@ -87,22 +83,6 @@ def train(trial: Trial) -> dict[str, Any]:
             curve[str(step + 1)] = round(evaluate(model, data, training.batch_size), 4)
     result = {"loss": round(evaluate(model, data, training.batch_size), 5), "curve": curve}
     return result | {"seconds": round(seconds, 1)}
-
-
-def split_biases(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float) -> torch.optim.Optimizer:
-    """The same optimizer with biases, which are no role of their own, at ``factor`` times their group's rate."""
-    names = {p: name for name, p in model.named_parameters()}
-    groups = []
-    for group in optimizer.param_groups:
-        for biases in (False, True):
-            chosen = [p for p in group["params"] if names[p].endswith("bias") == biases]
-            named = {
-                "params": [(names[p], p) for p in chosen],
-                "lr": group["lr"] * (factor if biases else 1.0),
-            }
-            kept = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr")}
-            groups += [{**kept, **named}] if chosen else []
-    return lw.LayerwiseOptimizer(groups)
 
 
 @torch.no_grad()

@@ -43,84 +43,90 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "AdamW": {"name": "adamw"},
     "D-Muon": {"name": "d-muon"},
     "DualMuon": {"name": "dual-muon"},
+    "DualMuon, head x 1": {"name": "dual-muon", "head": 1.0},  # as embedding and vectors
     "LANTON": {"name": "lanton"},
     "NAMO": {"name": "namo"},
     "the common part alone": {"name": "dual-muon", "rates": {"rule": "static", "multipliers": {}}},
 }
 
-#: what the AdamW groups are multiplied by in D-Muon tuned by role: the best of 1, 2, 3 and 4 on seed 1
-ROLE_FACTORS: Final[Mapping[str, float]] = {"gpt2-tiny": 2.0, "llama-tiny": 3.0}
 
-
-def roles(factor: float, *names: str) -> tuple[tuple[str, float], ...]:
-    """One factor for the groups that AdamW updates, or for those named."""
-    return tuple((name, factor) for name in names or ("embedding", "head", "vector"))
-
-
-def grid(
-    model: str, contender: str, rates: Iterable[float], seeds: Iterable[int], factor: float = 1.0
-) -> list[Trial]:
+def grid(model: str, contender: str, rates: Iterable[float], seeds: Iterable[int]) -> list[Trial]:
     """Every rate on every seed."""
-    given = roles(factor) if factor != 1.0 else ()
-    return [Trial(model, contender, lr, seed, roles=given) for seed, lr in product(seeds, rates)]
+    return [Trial(model, contender, lr, seed) for seed, lr in product(seeds, rates)]
 
 
-TINY: Final = ("llama-tiny", "gpt2-tiny")
-#: base rates of each contender on each model, around the best
-BEST: Final[Mapping[tuple[str, str], float]] = {
-    ("llama-tiny", "D-Muon"): 0.008,
-    ("gpt2-tiny", "D-Muon"): 0.016,
-    ("llama-tiny", "DualMuon"): 0.016,
-    ("gpt2-tiny", "DualMuon"): 0.032,
-}
+def alike(model: str, lr: float, **factors: float) -> Trial:
+    """DualMuon with one rate for all AdamW groups, or with factors for single roles, on seed 1."""
+    return Trial(model, "DualMuon, head x 1", lr, 1, roles=tuple(factors.items()))
 
 
-def at_best(contender: str, seed: int, tuned: bool = False) -> list[Trial]:
-    """One contender on both tiny models, D-Muon with the factors of roles where `tuned`."""
-    return [
-        trial
-        for model in TINY
-        for trial in grid(
-            model, contender, [BEST[model, contender]], [seed], ROLE_FACTORS[model] if tuned else 1.0
-        )
-    ]
+def d_muon(model: str, lr: float, seed: int, **factors: float) -> Trial:
+    """D-Muon with one rate, or with factors of roles."""
+    return Trial(model, "D-Muon", lr, seed, roles=tuple(factors.items()))
 
 
-def role(model: str, lr: float, **factors: float) -> Trial:
-    """DualMuon on seed 1 with factors of single roles."""
-    return Trial(model, "DualMuon", lr, 1, roles=tuple(factors.items()))
-
-
-def decisive(*seeds: int) -> tuple[Trial, ...]:
-    return tuple(
-        trial
-        for seed in seeds
-        for some in (at_best("DualMuon", seed), at_best("D-Muon", seed, tuned=True), at_best("D-Muon", seed))
-        for trial in some
+def decisive(seed: int) -> tuple[Trial, ...]:
+    """Each at the best of what was tried on seed 1."""
+    return (
+        Trial("llama-tiny", "DualMuon", 0.016, seed),
+        Trial("gpt2-tiny", "DualMuon", 0.032, seed),
+        d_muon("llama-tiny", 0.008, seed, **TUNED["llama-tiny"]),
+        d_muon("gpt2-tiny", 0.016, seed, **TUNED["gpt2-tiny"]),
+        d_muon("llama-tiny", 0.008, seed),
+        d_muon("gpt2-tiny", 0.016, seed),
     )
 
 
+#: D-Muon's factors of roles: the best of those tried on seed 1
+TUNED: Final[Mapping[str, Mapping[str, float]]] = {
+    "llama-tiny": {"embedding": 3.0, "head": 3.0, "vector": 3.0},
+    "gpt2-tiny": {"head": 4.0},
+}
+
 STUDIES: Final[Mapping[str, Study]] = {
-    "decisive": Study(
-        "one rate with the rule against D-Muon with one rate and tuned by role, on the two models it was designed on",
-        decisive(1, 2),
-    ),
     "roles": Study(
-        "whether the AdamW groups want a factor each, with the rule and for D-Muon",
+        "the rates of the AdamW groups, one role at a time, with the rule and for D-Muon (seed 1)",
         (
-            role("gpt2-tiny", 0.032, vector=2.0),
-            role("gpt2-tiny", 0.032, vector=0.5),
-            role("llama-tiny", 0.016, vector=0.5),
-            role("gpt2-tiny", 0.032, head=2.0),
-            role("gpt2-tiny", 0.032, embedding=2.0),
-            role("gpt2-tiny", 0.0226),
-            role("llama-tiny", 0.016, embedding=2.0),
-            role("llama-tiny", 0.016, head=2.0),
-            Trial("gpt2-tiny", "D-Muon", 0.016, 1, roles=roles(4.0, "head")),
-            Trial(
-                "llama-tiny", "D-Muon", 0.008, 1, roles=(("embedding", 3.0), ("head", 6.0), ("vector", 3.0))
-            ),
+            Trial("gpt2-tiny", "DualMuon", 0.032, 1),
+            Trial("llama-tiny", "DualMuon", 0.016, 1),
+            alike("gpt2-tiny", 0.032),
+            alike("llama-tiny", 0.016),
+            alike("gpt2-tiny", 0.0226),
+            alike("gpt2-tiny", 0.032, vector=2.0),
+            alike("gpt2-tiny", 0.032, vector=0.5),
+            alike("llama-tiny", 0.016, vector=0.5),
+            alike("gpt2-tiny", 0.032, embedding=2.0),
+            alike("llama-tiny", 0.016, embedding=2.0),
+            d_muon("gpt2-tiny", 0.016, 1, embedding=2.0, head=2.0, vector=2.0),
+            d_muon("llama-tiny", 0.008, 1, embedding=3.0, head=3.0, vector=3.0),
+            d_muon("gpt2-tiny", 0.016, 1, head=4.0),
+            d_muon("llama-tiny", 0.008, 1, embedding=3.0, head=6.0, vector=3.0),
         ),
     ),
-    "more seeds": Study("the same on seeds 0, 3 and 4", decisive(0, 3, 4)),
+    "decisive": Study(
+        "one rate with the rule against D-Muon with one rate and tuned by role, on the two models it was designed on",
+        tuple(trial for seed in (1, 2, 0) for trial in decisive(seed)),
+    ),
+    "digits": Study(
+        "a model that nothing was chosen on: convolutions with norms on images",
+        tuple(
+            trial
+            for contender, rates in (
+                ("DualMuon", (0.004, 0.008, 0.016, 0.032)),
+                ("D-Muon", (0.002, 0.004, 0.008, 0.016)),
+                ("AdamW", (0.001, 0.002, 0.004, 0.008)),
+            )
+            for trial in grid("convnet-digits", contender, rates, (0, 1, 2))
+        ),
+    ),
+    "qk-norm": Study(
+        "a model that nothing was chosen on: norms on queries and keys, and a tied embedding",
+        (
+            Trial("qwen3-tiny", "DualMuon", 0.016, 1),
+            Trial("qwen3-tiny", "D-Muon", 0.008, 1),
+            d_muon("qwen3-tiny", 0.008, 1, head=4.0),
+            Trial("qwen3-tiny", "D-Muon", 0.016, 1),
+            Trial("qwen3-tiny", "DualMuon", 0.032, 1),
+        ),
+    ),
 }

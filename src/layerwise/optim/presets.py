@@ -183,23 +183,25 @@ class DMuon(LayerwiseOptimizer):
         )
 
 
-#: What a matrix in the middle of its group takes of the base rate in :class:`DualMuon`; embeddings, head and vectors take
-#: all of it. Found on two small models (docs/optimizers.md).
+#: What a matrix in the middle of its group takes of the base rate in :class:`DualMuon`, and what the head takes; embedding
+#: and vectors take all of it. Found on two small models (docs/optimizers.md).
 DUAL_MUON_RADIUS: Final = 0.55
+DUAL_MUON_HEAD: Final = 2.0
 
 
 @register_optimizer("dual-muon", title="Dual Muon", rates=DualNormAdaptive)
 class DualMuon(LayerwiseOptimizer):
     """D-Muon with a rate for each matrix: the larger its direction's dual norm, the smaller (:class:`DualNormAdaptive`).
 
-    D-Muon's frame, with two differences. Matrix steps are 0.55 times as large, so that embeddings, head and vectors move
-    about twice as fast beside them. And each matrix has the rate that its own dual norm, which the step has computed
-    anyway, gives it among the others; a matrix in the middle of the group has 0.55 ``lr``.
+    D-Muon's frame, with two differences. Each matrix has the rate that its own dual norm, which the step computes anyway,
+    gives it among the others. And groups have rates of their own: a matrix in the middle has 0.55 ``lr``, embedding and
+    vectors ``lr``, the head, a tied one too, twice ``lr``.
 
     Args:
         params: ``layerwise.param_groups(model)``.
         lr: of all groups; best about twice D-Muon's.
         radius: what matrix steps are multiplied by.
+        head: what the head's rate is multiplied by.
         rates: the rule; None: the same optimizer with every multiplier at 1.
         momentum, nesterov, weight_decay, adamw_betas, adamw_eps, nonfinite: as in :class:`DMuon`.
 
@@ -218,20 +220,21 @@ class DualMuon(LayerwiseOptimizer):
         nesterov: bool = True,
         weight_decay: float = 0.1,
         radius: float = DUAL_MUON_RADIUS,
+        head: float = DUAL_MUON_HEAD,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         rates: RateRule | None = DualNormAdaptive(),  # noqa: B008 (frozen)
         nonfinite: str = "raise",
     ) -> None:
+        check_option("lr", lr, called="lr")
+        check_option("radius", head, called="head")
         matrices = {"scaling": "rms_0.2", "radius": radius, "momentum": momentum, "nesterov": nesterov}
         rest = {"betas": adamw_betas, "eps": adamw_eps}
-        super().__init__(
-            params,
-            _matrices_and_the_rest({**matrices, "rates": rates}, rest),
-            nonfinite=nonfinite,
-            lr=lr,
-            weight_decay=weight_decay,
-        )
+        recipe = {
+            **_matrices_and_the_rest({**matrices, "rates": rates}, rest),
+            "head": {"update": "adamw", **rest, "lr": lr * head},
+        }
+        super().__init__(params, recipe, nonfinite=nonfinite, lr=lr, weight_decay=weight_decay)
 
 
 #: Scion's radii in its nanoGPT set-up: 50 for the blocks, 3000 for the tied head. Vectors have none there; 1 is ours.
