@@ -87,6 +87,16 @@ def test_override_of_options_splits_a_group_off():
     assert "lr" not in group_of(groups, "blocks.0.qkv_proj.weight")
 
 
+def test_options_by_role_and_by_name_and_the_later_dict_wins():
+    by_role = {"role:vector": {"weight_decay": 0.0, "lr": 0.1}, "*.norm.bias": {"lr": 0.2}}
+    groups = param_groups(Model(), overrides=[by_role, {"blocks.1.norm.bias": {"lr": 0.3}}])
+    taken = {name: (g.get("weight_decay"), g.get("lr")) for g in groups for name, _ in g["params"]}
+    assert taken["blocks.0.norm.weight"] == (0.0, 0.1)
+    assert taken["blocks.0.norm.bias"] == (0.0, 0.2)
+    assert taken["blocks.1.norm.bias"] == (0.0, 0.3)
+    assert taken["blocks.0.mlp.weight"] == (None, None)
+
+
 def test_override_with_a_bare_geometry_and_by_a_tied_name():
     groups = param_groups(Model(), overrides={"head.weight": RowNorm()})
     assert group_of(groups, "embed.weight")["geometry"] == RowNorm()
@@ -188,6 +198,7 @@ def flat_model():
         ),
         (lambda: param_groups(Model(), {"head.weight": {"role": "haed"}}), "did you mean 'head'?"),
         (lambda: param_groups(Model(), {"head.weight": {"role": "zzz"}}), "choose from embedding"),
+        (lambda: param_groups(Model(), {"role:vektor": {"lr": 1}}), "did you mean 'vector'?"),
         (lambda: param_groups(Model(), {"head.weight": 3}), "give a geometry or a dict"),
         (lambda: param_groups(Model(), {"head.weight": {"geometry": "sign"}}), "'sign'; give one"),
         (lambda: param_groups(Model(), {"head.weight": {"layout": "x"}}), "layout of embed.weight is 'x'"),

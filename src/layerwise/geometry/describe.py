@@ -13,7 +13,7 @@ from torch import nn
 
 from layerwise.geometry.forward import Forward
 from layerwise.geometry.found import ROLES, How
-from layerwise.geometry.groups import Override, SplitSpec, assign, frozen_names
+from layerwise.geometry.groups import Overrides, SplitSpec, assign, frozen_names
 from layerwise.geometry.layout import Layout
 from layerwise.geometry.norms import Geometry
 
@@ -118,7 +118,7 @@ class Description:
 def describe(
     model: nn.Module,
     batch: Any = None,
-    overrides: Mapping[str, Override] | None = None,
+    overrides: Overrides | None = None,
     splits: Mapping[str, SplitSpec] | None = None,
     forward: Forward | None = None,
 ) -> Description:

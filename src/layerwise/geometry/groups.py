@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -30,6 +31,8 @@ from layerwise.geometry.norms import Geometry, RowNorm, Sign, Spectral, VectorRM
 from layerwise.geometry.parameter_names import canonical_name
 
 Override = Geometry | Mapping[str, Any]
+#: Several of them stand one after the other, and the later one wins.
+Overrides = Mapping[str, Override] | Sequence[Mapping[str, Override]]
 SplitSpec = int | str | Mapping[str, int] | Split
 
 
@@ -65,7 +68,7 @@ def default_geometry(role: str, kernel: tuple[int, ...] = (), layout: Layout | N
 def param_groups(
     model: nn.Module,
     batch: Any = None,
-    overrides: Mapping[str, Override] | None = None,
+    overrides: Overrides | None = None,
     splits: Mapping[str, SplitSpec] | None = None,
     forward: Forward | None = None,
 ) -> list[dict[str, Any]]:
@@ -79,6 +82,8 @@ def param_groups(
             counts what is not certain. (A dict without tensors in this place is taken for `overrides`.)
         overrides: glob pattern on the parameter's name (any of its names if tied) -> a geometry, or a dict of
             group options: `geometry`, `role`, `layout`, and those of the optimizer, such as `lr` or `weight_decay`.
+            `"role:vector"` stands for all parameters of a role, and patterns on names add to it or win over it. Of a
+            list of such dicts the later ones win.
         splits: glob pattern -> how a parameter divides into matrices: `{"q": 512, "k": 128, "v": 128}` (rows of d_out, in
             order), a number of equal parts (1 leaves the parameter whole), a `Split`, or a pattern of `AxesLayout` such
             as `"o (4 i)"`, four matrices along d_in.
@@ -124,7 +129,7 @@ def param_groups(
 def assign(
     model: nn.Module,
     batch: Any = None,
-    overrides: Mapping[str, Override] | None = None,
+    overrides: Overrides | None = None,
     splits: Mapping[str, SplitSpec] | None = None,
     forward: Forward | None = None,
 ) -> tuple[list[Assigned], str]:
@@ -139,12 +144,12 @@ def assign(
     names = [(*found.names, *map(canonical_name, found.names)) for found in trainable]
     frozen = frozen_names(model)
     split_of = _match("splits", splits or {}, names, frozen)
-    override_of = _match("overrides", overrides or {}, names, frozen)
+    options_of = _options(overrides or {}, trainable, names, frozen)
     result = []
     for found in trainable:
         if found.name in split_of:
             found = replace(found, layout=_split_layout(found, split_of[found.name]), note="")
-        result.append(_override(found, override_of.get(found.name, {})))
+        result.append(_override(found, options_of.get(found.name, {})))
     return result, said if batch is not None or forward is not None else ""
 
 
@@ -264,6 +269,41 @@ def _match(
     return {name: patterns[pattern] for name, pattern in matched_by.items()}
 
 
+def _options(
+    overrides: Overrides, trainable: list[Found], names: list[tuple[str, ...]], frozen: list[str]
+) -> dict[str, dict[str, Any]]:
+    """First name of each parameter that something overrides -> its options: by role, then by name, then the next dict."""
+    merged: dict[str, dict[str, Any]] = defaultdict(dict)
+    for layer in [overrides] if isinstance(overrides, Mapping) else overrides:
+        by_role = {
+            key.removeprefix("role:"): value for key, value in layer.items() if key.startswith("role:")
+        }
+        for role in by_role:
+            _check_role(role, "'role:...'")
+        for found in trainable:
+            if found.role in by_role:
+                merged[found.name] |= _as_options(found.name, by_role[found.role])
+        by_name = {key: value for key, value in layer.items() if not key.startswith("role:")}
+        for name, value in _match("overrides", by_name, names, frozen).items():
+            merged[name] |= _as_options(name, value)
+    return merged
+
+
+def _as_options(name: str, value: Override) -> dict[str, Any]:
+    if not isinstance(value, (Geometry, Mapping)):
+        raise LayerwiseError(f"overrides: {name} has {value!r}; give a geometry or a dict of options")
+    return {"geometry": value} if isinstance(value, Geometry) else dict(value)
+
+
+def _check_role(role: str, of: str) -> None:
+    if role not in ROLES:
+        near = nearest(str(role), ROLES, cutoff=0.6)
+        raise LayerwiseError(
+            f"overrides: role {role!r} of {of} is unknown; "
+            + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(ROLES)}")
+        )
+
+
 def _nearest(pattern: str, names: list[tuple[str, ...]]) -> str:
     every = [name for own in names for name in own]
     bare = pattern.replace("*", "").replace("?", "").strip(".")
@@ -320,21 +360,14 @@ def _patterned(found: Found, pattern: str) -> Layout:
     return layout
 
 
-def _override(found: Found, value: Override) -> Assigned:
-    if not isinstance(value, (Geometry, Mapping)):
-        raise LayerwiseError(f"overrides: {found.name} has {value!r}; give a geometry or a dict of options")
-    options = {"geometry": value} if isinstance(value, Geometry) else dict(value)
+def _override(found: Found, given: Mapping[str, Any]) -> Assigned:
+    options = dict(given)
     if "params" in options:
         raise LayerwiseError(
             f"overrides: 'params' of {found.name} cannot be overridden; patterns choose the parameters"
         )
     role = options.pop("role", found.role)
-    if role not in ROLES:
-        near = nearest(str(role), ROLES, cutoff=0.6)
-        raise LayerwiseError(
-            f"overrides: role {role!r} of {found.name} is unknown; "
-            + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(ROLES)}")
-        )
+    _check_role(role, found.name)
     layout = options.pop("layout", None)
     if layout is None:
         layout = found.layout if role == found.role else _layout_of_role(found, role)
@@ -351,7 +384,7 @@ def _override(found: Found, value: Override) -> Assigned:
         raise LayerwiseError(
             f"overrides: geometry of {found.name} is {geometry!r}; give one, such as Spectral()"
         )
-    known = role != found.role or "layout" in dict(value if isinstance(value, Mapping) else {})
+    known = role != found.role or "layout" in given
     return Assigned(
         replace(found, role=role, layout=layout, note="" if known else found.note), geometry, options
     )

@@ -122,9 +122,9 @@ def _pattern(factors: Sequence[Factor], shape: Size) -> str:
 
 
 def channels_split(channels: int, stride: int, sites: Sequence[tuple[Site, Tensor]]) -> Split | None:
-    """The parts of a convolution's output channels, such as q, k and v of a kernel of size one."""
+    """The parts of a convolution's output channels where they are queries, keys and values, or gates."""
     classes = _row_classes([("o", channels, stride)], sites)
-    return None if classes is None else split_of(*classes)
+    return split_of(*classes) if classes is not None and all(classes[1]) else None
 
 
 Classes = tuple[tuple[int, ...], tuple[str, ...]]  # the class of each row, the name of each class
