@@ -32,8 +32,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import layerwise as lw
-from layerwise.integrations.lightning import LayerRates
-from layerwise.integrations.transformers import trainer_optimizer
+from layerwise.integrations.lightning import LayerRates, WatchOptimizers
+from layerwise.integrations.transformers import trainer_optimizer, watch
 from test_examples import Killed
 
 STEPS, ACCUMULATION, CLIP = 8, 2, 0.05
@@ -123,6 +123,23 @@ def hf_trainer(folder: str, preset: Any, *callbacks: TrainerCallback) -> Trainer
         optimizer_cls_and_kwargs=trainer_optimizer(preset, **OPTIONS),
         callbacks=list(callbacks),
     )
+
+
+def test_hf_trainer_logs_what_a_watch_sees_and_goes_on_after_a_kill(tmp_path):
+    first = hf_trainer(str(tmp_path), lw.Lanton, KillIn(7))
+    watch(first, every=2, function_space_every=0)
+    with pytest.raises(Killed):
+        first.train()
+    trainer = hf_trainer(str(tmp_path), lw.Lanton)
+    watched = watch(trainer, every=2, function_space_every=0)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path)))
+    assert watched.watch.steps == STEPS
+    assert [record.step for record in watched.watch.records] == [6, 8]
+    rows = [row for row in trainer.state.log_history if "update_rms/transformer.h.0.mlp.c_fc" in row]
+    last = watched.watch.records[-1].scalars()
+    assert {key: rows[-1][key] for key in last} == last
+    assert rows[-1]["step"] == 8
+    assert any(key.startswith("layer_noise/") for key in last)
 
 
 def token_losses(model: nn.Module, micro: list[Tensor]) -> Iterator[Tensor]:
@@ -221,6 +238,23 @@ def test_lightning_equals_a_loop_of_ones_own(tmp_path, preset):
     with pytest.raises(Killed):
         fit(7)
     assert_same(fit(None).network, own_regression(preset))
+
+
+def test_lightning_logs_what_a_watch_sees():
+    logged: list[tuple[int, dict[str, float]]] = []
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", precision="64-true", accumulate_grad_batches=ACCUMULATION, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        callbacks=[WatchOptimizers(2, to=lambda record: logged.append((record.step, record.scalars())))],
+    )  # fmt: skip
+    module = Module(lw.Lanton, None)
+    trainer.fit(module, DataLoader(module.data, batch_size=8))
+    assert [step for step, _ in logged] == [1, 2, 4]  # lightning computes gradients in a closure of the step
+    assert logged[-1][1].keys() >= {
+        "loss_change/network.0",
+        "noise_to_signal/network.2",
+        "layer_lr/network.0.weight",
+    }
 
 
 @pytest.mark.parametrize(("every", "interval", "steps"), [(None, 0, []), (None, 3, [3]), (2, 0, [2, 4])])

@@ -111,6 +111,20 @@ def observed(how: str, observer: str, steps: int = 3) -> dict[str, Any]:
     return found | {"rates": [record.rates for record in watcher.records]}
 
 
+def watched(how: str) -> list[dict[str, float]]:
+    """The numbers of `lw.watch` over some steps of AdamW, measured in function space on a batch that is the same for all."""
+    model = distribute(make_model(), how)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3, weight_decay=0.1)
+    measured = batch(100)[:2]
+    watch = lw.watch(model, optimizer, 2, function_space_every=4, batch=measured, part=1, method="exact")
+    for step in range(4):
+        optimizer.zero_grad()
+        *inputs, targets = spread(batch(step), "even")
+        nn.functional.cross_entropy(model(*inputs), targets).backward()
+        optimizer.step()
+    return [record.scalars() for record in watch.records]
+
+
 class Noisy(nn.Module):
     """Dropout, BatchNorm, a buffer that is replaced, and a parameter that is not sharded."""
 

@@ -21,6 +21,7 @@ from function_space_runs import (
     tensor_parallel_rates,
     trace,
     unsynchronised,
+    watched,
 )
 from torch.testing import assert_close
 
@@ -151,3 +152,16 @@ def test_what_is_not_supported_says_so(cluster):
         assert "set_requires_gradient_sync(True)" in message
     for message in cluster.run(2, nothing_counts):
         assert "the mask leaves no output entry" in message
+
+
+@pytest.mark.parametrize(("how", "world"), [("ddp", 2)])
+def test_a_watch_sees_what_it_sees_on_one_process(cluster, single, how, world):
+    expected = single(watched, "single")
+    assert [len(numbers) > 20 for numbers in expected] == [True, True, True]
+    assert "watch/moved" in expected[-1]
+    for found in cluster.run(world, watched, how):
+        for numbers, known in zip(found, expected, strict=True):
+            assert numbers.keys() == known.keys()
+            for key, value in known.items():
+                # Updates are differences of weights: of the first, nearly cancelling gradients what is left of 1e-16.
+                assert numbers[key] == pytest.approx(value, rel=1e-7, abs=1e-12), key

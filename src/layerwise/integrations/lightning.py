@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from layerwise.errors import LayerwiseError
+from layerwise.function_space import Watch, WatchRecord, watch
 from layerwise.integrations.logged import layerwise_optimizer, rates_to_log
 
 
@@ -40,6 +41,47 @@ class LayerRates(Callback):  # type: ignore[misc]
             rates = {key: value for opt in trainer.optimizers for key, value in rates_to_log(opt).items()}
             for logger in trainer.loggers:
                 logger.log_metrics(rates, step=step)
+
+
+class WatchOptimizers(Callback):  # type: ignore[misc]
+    """``lw.watch`` of every optimizer of a run: its numbers go to the trainer's loggers.
+
+    Args:
+        every: how many optimizer steps apart; None: the trainer's own interval.
+        options: of ``lw.watch``.
+
+    Attributes:
+        watches: one for each optimizer.
+    """
+
+    def __init__(self, every: int | None = None, **options: Any) -> None:
+        self.every = every
+        self.options = options
+        self.watches: list[Watch] = []
+        self._saved: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        every = (trainer.log_every_n_steps or 1) if self.every is None else self.every
+        also = self.options.get("to")
+
+        def log(record: WatchRecord) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics(record.scalars(), step=record.step)
+
+        options = {**self.options, "to": log if also is None else [log, also]}
+        self.watches = [watch(pl_module, optimizer, every, **options) for optimizer in trainer.optimizers]
+        for one, state in zip(self.watches, self._saved, strict=False):
+            one.load_state_dict(state)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for one in self.watches:
+            one.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"watches": [one.state_dict() for one in self.watches]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._saved = list(state["watches"])
 
 
 class WatchReplicas(Callback):  # type: ignore[misc]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.steps.optimizer_facts import unwrap_optimizer
+from layerwise.function_space.watching.unit_rates import unit_rates, unit_scalars
 from layerwise.optim import LayerwiseOptimizer
 
 
@@ -22,9 +22,4 @@ def layerwise_optimizer(optimizer: Any) -> LayerwiseOptimizer:
 
 def rates_to_log(optimizer: Any, prefix: str = "layer") -> dict[str, float]:
     """``{"layer_lr/UNIT": rate, "layer_noise/UNIT": noise}``; no noise where none is measured."""
-    logs: dict[str, float] = {}
-    for unit, rate in layerwise_optimizer(optimizer).layer_rates().items():
-        logs[f"{prefix}_lr/{unit}"] = rate.lr
-        if not math.isnan(rate.noise):
-            logs[f"{prefix}_noise/{unit}"] = rate.noise
-    return logs
+    return unit_scalars(unit_rates(layerwise_optimizer(optimizer)), prefix)

@@ -10,6 +10,7 @@ with any optimizer. ``TrainingArguments(learning_rate, weight_decay)`` are not u
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,7 +21,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from layerwise.errors import warn
-from layerwise.function_space import FLeRM, FunctionSpaceRecorder
+from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Watch, WatchRecord
+from layerwise.function_space import watch as watch_optimizer
 from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.slices import share
 from layerwise.function_space.steps.watched_step import is_supplier
@@ -88,6 +90,86 @@ class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
 def log_layer_rates(trainer: Trainer) -> None:
     """Have ``trainer`` log each layer's effective learning rate and noise."""
     trainer.add_callback(LayerRatesCallback(trainer))
+
+
+class WatchCallback(TrainerCallback):  # type: ignore[misc]
+    """`lw.watch` of a Trainer's run: logs its numbers to all that the Trainer reports to, and goes on after a resume.
+
+    Args:
+        trainer: whose run.
+        every: how many optimizer steps apart; None: the Trainer's own `logging_steps`.
+        options: of `lw.watch`.
+
+    Attributes:
+        watch: of the training under way, or the last one.
+    """
+
+    FILE = "watch.json"
+
+    def __init__(self, trainer: Trainer, every: int | None = None, **options: Any) -> None:
+        self.trainer = trainer
+        self.every = every
+        self.options = options
+        self.watch: Watch | None = None
+        self._numbers: dict[str, float] = {}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
+        if self.watch is not None:  # of an earlier `train()`
+            self.watch.detach()
+        also = self.options.get("to")
+        every = int(state.logging_steps) if self.every is None else self.every
+        options = {**self.options, "to": self._take if also is None else [self._take, also]}
+        self.watch = watch_optimizer(model, optimizer, every, **options)
+        saved = self._file(args, state)
+        if state.global_step and saved.exists():
+            self.watch.load_state_dict(json.loads(saved.read_text()))
+        elif state.global_step:
+            self.watch.load_state_dict({**self.watch.state_dict(), "steps": state.global_step})
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._numbers:
+            logs = control.should_log
+            self.trainer.log(self._numbers)
+            control.should_log = (
+                logs  # logging has cleared it, and the Trainer's own entry may be still to come
+            )
+            self._numbers = {}
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        assert self.watch is not None
+        if args.should_save:  # on the first process
+            self._file(args, state).write_text(json.dumps(self.watch.state_dict()))
+
+    def _take(self, record: WatchRecord) -> None:
+        self._numbers = record.scalars()
+
+    def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE)
+
+
+def watch(trainer: Trainer, every: int | None = None, **options: Any) -> WatchCallback:
+    """Have ``trainer`` watch its optimizer, any of them, and log what each module's steps are; see ``lw.watch``.
+
+    watched = watch(trainer, every=10)
+    trainer.train()
+    print(watched.watch.records[-1])
+    """
+    callback = WatchCallback(trainer, every, **options)
+    trainer.add_callback(callback)
+    return callback
 
 
 class ReplicasCallback(TrainerCallback):  # type: ignore[misc]

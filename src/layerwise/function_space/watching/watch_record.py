@@ -8,22 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from layerwise.function_space.updates.by_module import ModuleUpdate
+from layerwise.function_space.watching.unit_rates import UnitRate, unit_scalars
 from layerwise.function_space.watching.unusual import Unusual
-
-
-@dataclass(frozen=True)
-class UnitRate:
-    """The rate that an optimizer gives one unit of a parameter (a matrix of a fused or stacked one, or all of it).
-
-    Attributes:
-        noise: what the rate was made of; nan where the optimizer measures none.
-        multiplier: of the group's rate.
-        lr: the two multiplied, with what FLeRM multiplies them by.
-    """
-
-    noise: float
-    multiplier: float
-    lr: float
 
 
 @dataclass(frozen=True)
@@ -159,9 +145,7 @@ class WatchRecord:
             found["watch/moved"] = self.together.moved
             found["watch/reinforcement"] = self.together.reinforcement
         found["watch/unusual"] = float(len(self.unusual))
-        for name, unit in self.units.items():
-            found[f"layer_lr/{name}"] = unit.lr
-            found[f"layer_noise/{name}"] = unit.noise
+        found |= unit_scalars(self.units)
         return {key: value for key, value in found.items() if math.isfinite(value)}
 
 

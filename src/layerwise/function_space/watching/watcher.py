@@ -26,8 +26,9 @@ from layerwise.function_space.updates.update_sums import update_sums
 from layerwise.function_space.watching.gradients import Gradients
 from layerwise.function_space.watching.output_change import OutputChange
 from layerwise.function_space.watching.sinks import sinks_of
+from layerwise.function_space.watching.unit_rates import UnitRate, unit_rates
 from layerwise.function_space.watching.unusual import UnusualRule
-from layerwise.function_space.watching.watch_record import ModuleReading, UnitRate, WatchRecord
+from layerwise.function_space.watching.watch_record import ModuleReading, WatchRecord
 
 _LOG = logging.getLogger("layerwise")
 
@@ -224,7 +225,7 @@ class Watch:
         if self._function_space_due(step):
             rates, together = self.outputs.measure(taken, step)
         updates = module_updates(update_sums(taken.updates(), now, earlier, processes=taken.processes))
-        units = self._units(taken.lrs)
+        units = unit_rates(self.optimizer, taken.lrs)
         lrs = _effective(taken, units)
         modules = {}
         for name, update in updates.items():
@@ -234,17 +235,6 @@ class Watch:
         changes = [u.loss_change for u in updates.values() if u.loss_change is not None]
         unusual = self.rule.judge(step, {name: update.update_rms for name, update in updates.items()})
         return WatchRecord(step, modules, sum(changes) if changes else None, together, units, unusual)
-
-    def _units(self, lrs: Mapping[str, float]) -> dict[str, UnitRate]:
-        """The optimizer's own rates, where it tells them (`layer_rates()`: unit -> noise, multiplier, lr)."""
-        told = getattr(self.optimizer, "layer_rates", None)
-        if told is None:
-            return {}
-        found = {}
-        for unit, rate in told().items():
-            lr = lrs.get(unit.partition("[")[0], rate.lr / rate.multiplier if rate.multiplier else 0.0)
-            found[unit] = UnitRate(rate.noise, rate.multiplier, lr * rate.multiplier)
-        return found
 
 
 def _effective(taken: WatchedStep, units: Mapping[str, UnitRate]) -> dict[str, float]:
