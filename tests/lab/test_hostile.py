@@ -24,6 +24,7 @@ from layerwise.lab.data.tokens import load_tokens
 from layerwise.lab.experiments.comparison import compare
 from layerwise.lab.experiments.contenders import CompareConfig
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+from layerwise.lab.experiments.sweep.trial_plan import make_plan
 from layerwise.lab.report import Contender, load_runs
 from layerwise.lab.report.figures.loss import final_losses, loss_curves
 from layerwise.lab.report.style import PHONE, Look, styled
@@ -170,7 +171,7 @@ def test_a_key_that_then_belongs_to_no_one_is_named() -> None:
         "training.steps=true", "training.clip_norm=true", "optimizer.lr=1e300", "optimizer.lr=true", "model.n_layer=true",
         "model.n_layer=-1", "model.n_head=-1", "model.n_layer=1e20", "model.n_layer=100000000000", "model.resid_pdrop=off",
         "model.n_layer=20000", "run.name=../../evil", "run.name=a/b", "run.name=..", 'run.name="a\\nb"', "run.dir=\"a\\0\"",
-        f"run.name={'x' * 300}", "data.encoding=klingon", "training.steps=1" + "0" * 5000,
+        f"run.name={'x' * 300}", "data.encoding=klingon", "run.tensorboard=off", "training.steps=1" + "0" * 5000,
     ],
 )  # fmt: skip
 def test_what_no_key_can_mean_is_refused_in_one_line(override: str) -> None:
@@ -201,6 +202,11 @@ def test_a_short_file_is_not_an_endless_one(tmp_path: Path) -> None:
 def test_a_grid_of_a_billion_rates_is_refused() -> None:
     with pytest.raises(LayerwiseError, match="a grid is a list of rates"):
         load_config(None, ["sweep.lr={low: 1e-4, high: 1e-1, count: 1e9}"], SweepConfig)
+
+
+def test_heads_that_do_not_share_a_width_are_one_line() -> None:
+    with pytest.raises(LayerwiseError, match="a width of 128 is not a multiple of 148 heads"):
+        make_plan(load_config(None, ["model.n_head=148"], SweepConfig))
 
 
 # ------------------------------------------------------------------ stopped in the middle

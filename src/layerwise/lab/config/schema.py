@@ -36,6 +36,8 @@ class _Typed(BaseModel):
         found = value if isinstance(value, list) else [value]
         if any(isinstance(item, bool) for item in found) and _takes(field.annotation, int, float):
             raise PydanticCustomError("number_type", "a number is needed, not true or false")
+        if field.annotation is bool and not isinstance(value, bool):
+            raise PydanticCustomError("truth_type", "true or false is needed")
         return value
 
 

@@ -81,6 +81,13 @@ def keywords_of(function: Callable[..., Any], without: Container[str]) -> dict[s
     return {p.name: p.default for p in keywords if p.name not in without}
 
 
+def size_of_heads(width: Any, heads: Any) -> int:
+    """Raises LayerwiseError where the width cannot be shared out among the heads."""
+    if not (isinstance(width, int) and isinstance(heads, int)) or width % heads:
+        raise LayerwiseError(f"model: a width of {width} is not a multiple of {heads} heads")
+    return int(width // heads)
+
+
 def whole(axis: Axis, value: float, of: float = 1) -> int:
     """How many times `of` goes into a size. Raises LayerwiseError where that is no whole number."""
     quotient = value / of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerwise.lab.models.family import Axis, Settings, register, whole
+from layerwise.lab.models.family import Axis, Settings, register, size_of_heads, whole
 from layerwise.lab.models.from_transformers import TransformersFamily
 
 # Pretraining on more text than is seen twice needs no dropout.
@@ -30,7 +30,7 @@ class GPT2(TransformersFamily):
     def resize(self, settings: Settings, axis: Axis, value: float) -> Settings:
         """Heads keep their size and grow in number."""
         if axis == "width":
-            head = settings.get("n_embd", 768) // settings.get("n_head", 12)
+            head = size_of_heads(settings.get("n_embd", 768), settings.get("n_head", 12))
             return {"n_embd": whole("width", value), "n_head": whole("width", value, head)}
         if axis == "depth":
             return {"n_layer": whole("depth", value)}

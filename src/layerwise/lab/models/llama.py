@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerwise.lab.models.family import Axis, Settings, register, whole
+from layerwise.lab.models.family import Axis, Settings, register, size_of_heads, whole
 from layerwise.lab.models.from_transformers import TransformersFamily
 
 
@@ -42,8 +42,8 @@ class Llama(TransformersFamily):
         if axis == "init_scale":
             return {"initializer_range": settings.get("initializer_range", 0.02) * value}
         old, heads = settings.get("hidden_size", 4096), settings.get("num_attention_heads", 32)
-        groups = heads // (settings.get("num_key_value_heads") or heads)
-        new_heads = whole("width", value, old // heads)
+        groups = size_of_heads(heads, settings.get("num_key_value_heads") or heads)
+        new_heads = whole("width", value, size_of_heads(old, heads))
         return {
             "hidden_size": whole("width", value),
             "num_attention_heads": new_heads,
