@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,25 @@ class Rate:
 
     Attributes:
         value: RMS change of an output entry that this tensor's update causes, to first order, in the outputs' unit.
-        stderr: its standard error over the probes (0 for `exact`); it knows nothing of an estimator's bias.
+        stderr: its standard error over the probes (0 for `exact`, of a difference what rounding does to it); it knows
+            nothing of an estimator's bias.
         share: its part of the sum over all tensors.
-        estimator: the one used for this tensor's shape.
+        estimator: the one used for this tensor's shape, or the formula of `exact`.
+        linear: of a difference, the rate to first order.
     """
 
     value: float
     stderr: float
     share: float
     estimator: str
+    linear: float | None = None
+
+    @property
+    def linearity(self) -> float | None:
+        """The rate to first order over that of the whole update: 1 where the first order is the truth."""
+        if self.linear is None:
+            return None
+        return self.linear / self.value if self.value else math.nan
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,35 @@ class Rates(Mapping[str, Rate]):
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """Confidence interval of a rate: symmetric in its logarithm, with Student's quantile for few probes."""
         rate = self.rates[name]
+        if self.probes == 0:
+            return max(0.0, rate.value - rate.stderr), rate.value + rate.stderr
         if rate.stderr == 0:
             return rate.value, rate.value
         if math.isnan(rate.stderr):
             return 0.0, math.inf
         factor = math.exp(min(student_quantile(level, self.probes - 1) * rate.stderr / rate.value, 700.0))
         return rate.value / factor, rate.value * factor
+
+    def beside(self, first_order: Rates) -> Rates:
+        """These rates of whole updates, with those to first order beside them."""
+        rates = {
+            name: replace(rate, linear=first_order.rates[name].value) for name, rate in self.rates.items()
+        }
+        return replace(self, rates=rates)
+
+    def nonlinear(self, share: float = 0.1) -> list[str]:
+        """Parameters whose first order is off by more than this part of the whole update's rate, and by more than rounding.
+
+        There an infinitesimal step says little about this one: a router of experts that chooses others, anything rounded or
+        clipped, a large step.
+        """
+        found = []
+        for name, rate in self.rates.items():
+            if rate.linear is not None and math.isfinite(rate.value):
+                off = abs(rate.linear - rate.value)
+                if off > share * rate.value and off > 3 * rate.stderr:
+                    found.append(name)
+        return found
 
     def __str__(self) -> str:
         return self.table()
@@ -101,17 +134,22 @@ class Rates(Mapping[str, Rate]):
         if top is not None:
             names = sorted(names, key=lambda name: -self.rates[name].value)[:top]
         width = max([len("parameter"), *(len(name) for name in names)])
-        lines = [f"{'parameter':<{width}}  {'rate':>10}  {'stderr':>9}  {'share':>6}  estimator"]
+        beside = any(self.rates[name].linear is not None for name in names)
+        titles = f"  {'linear':>10}  {'linearity':>9} " if beside else ""
+        lines = [f"{'parameter':<{width}}  {'rate':>10}{titles}  {'stderr':>9}  {'share':>6}  estimator"]
+        marked = set(self.nonlinear())
         for name in names:
-            r = self.rates[name]
-            lines.append(
-                f"{name:<{width}}  {r.value:>10.4g}  {r.stderr:>9.2g}  {100 * r.share:>5.1f}%  {r.estimator}"
-            )
-        lines.append(
-            f"{'sum':<{width}}  {self.total:>10.4g}  {'':>9}  {'':>6}  RMS change of {self.space}, "
-            f"{self.entries} entries, {self.method}"
-            + ("" if self.method == "exact" else f", {self.probes} probes")
-        )
+            rate = self.rates[name]
+            mark = "*" if name in marked else " "
+            first_order = f"  {rate.linear:>10.4g}  {rate.linearity:>9.3g}{mark}" if beside else ""
+            numbers = f"{rate.value:>10.4g}{first_order}  {rate.stderr:>9.2g}  {100 * rate.share:>5.1f}%"
+            lines.append(f"{name:<{width}}  {numbers}  {rate.estimator}")
+        how = f"{self.method}, {self.probes} probes" if self.probes else self.method
+        said = f"RMS change of {self.space}, {self.entries} entries, {how}"
+        blank = " " * (len(titles) + 21)
+        lines.append(f"{'sum':<{width}}  {self.total:>10.4g}{blank}{said}")
+        if marked:
+            lines.append("* the first order is off by more than 10 %")
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -148,6 +186,7 @@ class Rates(Mapping[str, Rate]):
                     "stderr": _or_null(r.stderr),
                     "share": _or_null(r.share),
                     "estimator": r.estimator,
+                    **({} if r.linear is None else {"linear": _or_null(r.linear)}),
                 }
                 for name, r in self.rates.items()
             },
@@ -158,7 +197,13 @@ class Rates(Mapping[str, Rate]):
         """The inverse of `to_dict`."""
         try:
             rates = {
-                name: Rate(_or_nan(r["value"]), _or_nan(r["stderr"]), _or_nan(r["share"]), r["estimator"])
+                name: Rate(
+                    _or_nan(r["value"]),
+                    _or_nan(r["stderr"]),
+                    _or_nan(r["share"]),
+                    r["estimator"],
+                    _or_nan(r["linear"]) if "linear" in r else None,
+                )
                 for name, r in data["rates"].items()
             }
             rest = {

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from layerwise.common.parameter_names import canonical_name
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.axes import layout_of
@@ -28,7 +29,6 @@ from layerwise.geometry.layout import (
 from layerwise.geometry.module_kinds import unwrapped
 from layerwise.geometry.modules.roles import find_roles
 from layerwise.geometry.norms import Geometry, RowNorm, Sign, Spectral, VectorRMS, spectral_conv
-from layerwise.geometry.parameter_names import canonical_name
 
 Override = Geometry | Mapping[str, Any]
 #: Several of them stand one after the other, and the later one wins.

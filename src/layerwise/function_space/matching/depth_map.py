@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from layerwise.common.parameter_names import canonical_name, canonical_names
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.runners import trainable, unwrap
 
@@ -45,11 +46,27 @@ def infer_depth(model: nn.Module) -> dict[str, str | int]:
 
 
 def sources(names: Collection[str], base: Collection[str] | None, depth: DepthMap) -> dict[str, Source]:
-    """Map every target name to its base tensor. `base` is None in uniform mode, which has no base model.
+    """Map every target name to its base tensor, whatever blocks of either model are wrapped in.
+
+    Args:
+        names: of the model's parameters.
+        base: of the base's, or `None` in uniform mode, which has no base model.
+        depth: the block stacks.
 
     Raises:
         LayerwiseError: a pattern that fits nothing, depths that are no multiples, a tensor without a base.
     """
+    short = canonical_names(names)
+    base_names = None if base is None else {canon: name for name, canon in canonical_names(base).items()}
+    stacks = {canonical_name(pattern): rule for pattern, rule in depth.items()}
+    result = {}
+    for name, source in zip(names, _sources(list(short.values()), base_names, stacks).values(), strict=True):
+        result[name] = source if base_names is None else replace(source, name=base_names[source.name])
+    return result
+
+
+def _sources(names: Collection[str], base: Collection[str] | None, depth: DepthMap) -> dict[str, Source]:
+    """The same by canonical names."""
     found = {name: Source(name, 1) for name in names}
     for pattern, rule in depth.items():
         matcher = _matcher(pattern, rule)

@@ -117,7 +117,9 @@ class FLeRM(StepWatcher):
         if self.base is not None:
             method = method or self.base.fingerprint.method
             forward = forward or NAMED.get(self.base.fingerprint.space)
-        measurement = Measurement(forward, method or "kronecker", probes, seed, **options)
+        if options.get("together") is not None:
+            raise LayerwiseError("FLeRM matches each parameter: leave together= out")
+        measurement = Measurement(forward, method or "kronecker", probes, seed, **{"linear": None, **options})
         super().__init__(model, optimizer, measurement, decay)
         self.parameters = optimized(self.model, self.optimizer)
         check_decay(self.optimizer, self.parameters, decay)
@@ -174,10 +176,16 @@ class FLeRM(StepWatcher):
         """Leave the optimizer as it was before FLeRM."""
         self.named.detach()
 
-    def _measured(self, step: WatchedStep, rates: Rates, scheduled: int) -> None:
+    def _measured(
+        self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None
+    ) -> None:
         self._check_measured(rates)
         measured = {name: rate.value for name, rate in rates.rates.items()}
         targets, negligible = self._targets(step.lrs, scheduled)
+        if rates.method == "difference":
+            for name, rate in rates.rates.items():
+                if rate.value <= 3 * rate.stderr:
+                    negligible[name] = "kept: its measured difference is rounding noise"
         relative = self._rounding_noise(rates) if self.near_zero is None else self.near_zero
         decided = decide(measured, targets, {**negligible, **self.fixed}, relative, self.max_change)
         updates = step.updates()

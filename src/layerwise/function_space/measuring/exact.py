@@ -1,88 +1,150 @@
-"""Rates without noise or bias: the derivative of the outputs along each tensor's update, one forward-mode pass each."""
+"""The derivative of the outputs along an update, without noise or bias, in one forward-mode pass."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from layerwise.common.tensors import or_one, wide_dtype
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Outputs
 
-
-def derivative(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
-    """`d/dt function(point + t * direction)` at 0, by forward-mode differentiation, or twice in reverse.
-
-    Some operations lack a forward-mode formula. The second way then takes the gradient along `u` of the
-    outputs' gradient (which is linear in `u`), along the direction.
-    """
-    # The fused attention kernels have neither formula; the plain one has both.
-    with sdpa_kernel(SDPBackend.MATH):
-        try:
-            with torch.no_grad():
-                tangent: Tensor = torch.func.jvp(function, (point,), (direction,))[1]
-            return tangent
-        except (NotImplementedError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return _twice_reverse(function, point, direction)
-
-
-def _twice_reverse(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
-    leaf = point.detach().requires_grad_()
-    with torch.enable_grad():
-        values = function(leaf)
-        if not values.requires_grad:
-            return torch.zeros_like(values)
-        u = torch.zeros_like(values, requires_grad=True)
-        (gradient,) = torch.autograd.grad(values, leaf, u, create_graph=True, allow_unused=True)
-        if gradient is None or not gradient.requires_grad:
-            return torch.zeros_like(values)
-        (tangent,) = torch.autograd.grad(gradient, u, direction, allow_unused=True)
-    return torch.zeros_like(values) if tangent is None else tangent
+Tensors = Mapping[str, Tensor]
+#: What a rate says it was measured with.
+FORWARD, REVERSE = "exact", "exact, reverse"
 
 
 @dataclass(frozen=True)
-class Derivative:
-    """The derivative of the outputs along an update divided by `scale`, in the place of the outputs' values."""
+class Change:
+    """A change of the outputs, over `scale`, in the place of their values.
+
+    Attributes:
+        outputs: the change, and what of it counts.
+        scale: what it was divided by.
+        formula: how it was found.
+    """
 
     outputs: Outputs
     scale: Tensor
+    formula: str
 
     def log_square(self) -> Tensor:
-        """Logarithm of the sum of squares of the output change, a float64 scalar on the device."""
-        tangent, mask = self.outputs.values.detach(), self.outputs.mask
-        wide = wide_dtype(tangent.device)
-        tangent = tangent if mask is None else torch.where(mask, tangent, torch.zeros_like(tangent))
-        return tangent.to(wide).square().sum().log() + 2 * self.scale.to(wide).log()
+        """Logarithm of the sum of squares of what counts, a float64 scalar on the device."""
+        change, mask = self.outputs.values.detach(), self.outputs.mask
+        wide = wide_dtype(change.device)
+        change = change if mask is None else torch.where(mask, change, torch.zeros_like(change))
+        return change.to(wide).square().sum().log() + 2 * self.scale.to(wide).log()
 
 
-def exact_derivative(
-    function: Callable[[Tensor], Outputs], point: Tensor, update: TensorUpdate
-) -> Derivative:
-    """Of `function`, which gives the outputs with one tensor replaced, at `point` along `update`."""
-    scale = or_one(update.largest)
+def exact_change(
+    function: Callable[[Tensors], Outputs], points: Tensors, updates: Mapping[str, TensorUpdate]
+) -> Change:
+    """The derivative at `points` along `updates` of a function of these tensors that gives the outputs."""
+    scale = or_one(torch.stack([update.largest for update in updates.values()]).amax())
     found: list[Outputs] = []
 
-    def values(tensor: Tensor) -> Tensor:
-        found.append(function(tensor))
+    def values(tensors: Tensors) -> Tensor:
+        found.append(function(tensors))
         return found[-1].values
 
-    tangent = derivative(values, point.detach(), (update.whole() / scale).to(point.dtype))
-    return Derivative(replace(found[-1], values=tangent), scale)
+    at = {name: points[name].detach() for name in updates}
+    along = {name: (update.whole() / scale).to(at[name].dtype) for name, update in updates.items()}
+    tangent, formula = derivative(values, at, along)
+    return Change(replace(found[-1], values=tangent), scale, formula)
 
 
-def rate_of(log_squares: list[float]) -> float:
-    """The rate over several batches of equal weight: the root of the mean square."""
-    if any(math.isnan(value) for value in log_squares):
-        return math.nan
-    peak = max(log_squares)
-    if peak == -math.inf:
-        return 0.0
-    mean = sum(math.exp(value - peak) for value in log_squares) / len(log_squares)
-    return math.exp(0.5 * (peak + math.log(mean)))
+def derivative(function: Callable[[Any], Tensor], points: Tensors, along: Tensors) -> tuple[Tensor, str]:
+    """`d/dt function(points + t * along)` at 0, by forward-mode differentiation or twice in reverse, and which it was.
+
+    Some operations lack a forward-mode formula. The second way then takes the gradient along `u` of the outputs' gradient
+    (which is linear in `u`), along the direction.
+    """
+    # The fused attention kernels have neither formula; the plain one has both.
+    with sdpa_kernel(SDPBackend.MATH), _PlainOperations():
+        try:
+            with torch.no_grad():
+                tangent: Tensor = torch.func.jvp(function, (dict(points),), (dict(along),))[1]
+            return tangent, FORWARD
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return _twice_reverse(function, points, along), REVERSE
+
+
+def _twice_reverse(function: Callable[[Any], Tensor], points: Tensors, along: Tensors) -> Tensor:
+    leaves = {name: point.detach().requires_grad_() for name, point in points.items()}
+    with torch.enable_grad():
+        values = function(leaves)
+        if not values.requires_grad:
+            return torch.zeros_like(values)
+        u = torch.zeros_like(values, requires_grad=True)
+        found = torch.autograd.grad(values, list(leaves.values()), u, create_graph=True, allow_unused=True)
+        pairs = [
+            (g, along[name])
+            for name, g in zip(leaves, found, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        if not pairs:
+            return torch.zeros_like(values)
+        gradients, directions = zip(*pairs, strict=True)
+        (tangent,) = torch.autograd.grad(gradients, u, directions, allow_unused=True)
+    return torch.zeros_like(values) if tangent is None else tangent
+
+
+class _PlainOperations(TorchFunctionMode):
+    """Operations that have neither a forward-mode formula nor a second derivative, written with those that have."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.embedding_bag:
+            return _embedding_bag(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.embedding_bag` by an embedding and a sum, mean or maximum over each bag."""
+    words = input.reshape(-1)
+    if input.ndim == 2:
+        bag = torch.arange(len(input), device=input.device).repeat_interleave(input.shape[1])
+        bags = len(input)
+    else:
+        assert offsets is not None
+        starts = offsets[:-1] if include_last_offset else offsets
+        bags = len(starts)
+        bag = torch.searchsorted(starts, torch.arange(len(words), device=input.device), right=True) - 1
+    rows = torch.nn.functional.embedding(words, weight, None, max_norm, norm_type)
+    counted = (
+        torch.ones_like(words, dtype=torch.bool)
+        if padding_idx is None
+        else words != padding_idx % len(weight)
+    )
+    if mode == "max":
+        held = [rows[(bag == number) & counted] for number in range(bags)]
+        return torch.stack(
+            [each.max(0).values if len(each) else rows.new_zeros(rows.shape[1]) for each in held]
+        )
+    weights = counted.to(rows.dtype)
+    if per_sample_weights is not None:
+        weights = weights * per_sample_weights.reshape(-1)
+    sums = rows.new_zeros(bags, rows.shape[1]).index_add(0, bag, rows * weights[:, None])
+    if mode == "sum":
+        return sums
+    sizes = rows.new_zeros(bags).index_add(0, bag, counted.to(rows.dtype))
+    return sums / sizes.clamp(min=1)[:, None]

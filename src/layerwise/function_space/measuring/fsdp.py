@@ -21,9 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerwise.common.tensors import or_one
+from layerwise.common.tensors import local_part, or_one
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.exact import Derivative
+from layerwise.function_space.measuring.exact import FORWARD, Change
 from layerwise.function_space.measuring.moments import Sink, TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import NO_GRAPH
@@ -109,23 +109,46 @@ class ShardedRunner:
                         sink.add(name, grad[None])
             sink.done(1)
 
-    def derivative(self, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate) -> Derivative:
-        """In forward mode, the gathered parameter replaced by a dual number (twice in reverse would need its graph)."""
-        local = update.block()
-        scale = or_one(self.processes.max_(local.largest))
-        direction = _whole(local.whole() / scale, update.new)
-        with (
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no forward-mode formula
-            forward_ad.dual_level(),
-            _moving_along(self.model, self.parameters[name], direction),
-        ):
+    def derivative(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Change:
+        """In forward mode, gathered parameters replaced by dual numbers (twice in reverse would need their graph)."""
+        local = {name: update.block() for name, update in updates.items()}
+        largest = torch.stack([update.largest for update in local.values()]).amax()
+        scale = or_one(self.processes.max_(largest))
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(
+                sdpa_kernel(SDPBackend.MATH)
+            )  # the fused kernels have no forward-mode formula
+            stack.enter_context(forward_ad.dual_level())
+            for name, update in updates.items():
+                direction = _whole(local[name].whole() / scale, update.new)
+                stack.enter_context(_moving_along(self.model, self.parameters[name], direction))
             outputs = self.outputs(batch, mask)
             tangent = forward_ad.unpack_dual(outputs.values).tangent
-        for module in _modules(self.model):
-            module.reshard()  # without a backward, FSDP leaves the root's parameters gathered
+        self._reshard()
         moved = torch.zeros_like(outputs.values) if tangent is None else tangent
-        return Derivative(replace(outputs, values=moved), scale)
+        return Change(replace(outputs, values=moved), scale, FORWARD)
+
+    @torch.no_grad()
+    def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
+        """With the updates in the parameters' own shards, which come back from a copy."""
+        parameters = [self.parameters[name] for name in updates]
+        shards = {name: local_part(self.parameters[name].detach()) for name in updates}
+        kept = {name: shard.clone() for name, shard in shards.items()}
+        with _unsafe_preserve_version_counter(tuple(parameters)):
+            try:
+                for name, update in updates.items():
+                    shards[name].copy_(update.block().applied(kept[name]))
+                return self.outputs(batch, mask)
+            finally:
+                for name, shard in shards.items():
+                    shard.copy_(kept[name])
+                self._reshard()
+
+    def _reshard(self) -> None:
+        """Without a backward, FSDP leaves the root's parameters gathered."""
+        for module in _modules(self.model):
+            module.reshard()
 
 
 def _whole(shard: Tensor, like: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from layerwise.common.tensors import is_sharded, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.collect import collector_for
-from layerwise.function_space.measuring.exact import rate_of
 from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
@@ -32,15 +31,14 @@ from layerwise.function_space.measuring.outputs import (
     resolve,
     space_name,
 )
+from layerwise.function_space.measuring.per_tensor import CHANGES, per_tensor
 from layerwise.function_space.measuring.probes import Distribution, draw_probes
 from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption
 from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, Runner, untouched
 from layerwise.function_space.measuring.slices import Cutting, Graph, Slices, graphs, rounding_of
 from layerwise.function_space.rates import Rate, Rates
 
-#: Methods that need no probes and take the outputs' change tensor by tensor.
-PER_TENSOR = ("exact",)
-METHODS = (*PER_TENSOR, *ESTIMATORS)
+METHODS = (*CHANGES, *ESTIMATORS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,9 @@ class Measurement:
     Attributes:
         forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; or `"log_softmax"`; default the
             model's output, a tensor or `.logits`.
-        method: `"kronecker"`, `"full_cov"`, `"iid"` or `"exact"` (one forward-mode pass per tensor, no probes).
+        method: `"kronecker"`, `"full_cov"` or `"iid"`, which estimate by probes; `"exact"` (one forward-mode pass per
+            tensor); or `"difference"`, not to first order: the outputs with the whole update less those without (one
+            forward per tensor).
         probes: how many, over all batches together.
         seed: of the probes; they come from a generator of our own.
         probe: their distribution, `"rademacher"` (signs) or `"gaussian"`.
@@ -62,8 +62,12 @@ class Measurement:
         slices: how many slices of whole examples to cut a batch into; each probe differentiates one of them, so that 32
             probes on 8 slices cost four backwards of the batch. The estimators' means stay the same. `"auto"`: four
             probes a slice where examples do not depend on one another, one slice where they do.
+        linear: of `"difference"`, the method that measures the first order beside it, or `None`: nothing does.
+        together: of `"exact"` and `"difference"`, a function that gives each parameter's name the name of those whose
+            updates are applied at once: its block, its role.
+        space: the output space's name, by which a base and a large model are told to have the same one. Default: the name
+            of `forward`, and of a lambda a hash of its code.
         function: what `forward` means.
-        space: the output space's name.
     """
 
     forward: Forward | str | None = None
@@ -76,8 +80,10 @@ class Measurement:
     memory: int = 64 << 20
     processes: ProcessesOption = "auto"
     slices: Slices = "auto"
+    linear: str | None = "exact"
+    together: Callable[[str], str] | None = None
+    space: str = ""
     function: Forward = field(init=False, repr=False, compare=False)
-    space: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -88,8 +94,15 @@ class Measurement:
             raise LayerwiseError(f"probe is {self.probe!r}: use 'rademacher' or 'gaussian'")
         if self.slices != "auto" and (not isinstance(self.slices, int) or self.slices < 1):
             raise LayerwiseError(f"slices is {self.slices!r}: use 'auto' or a number from 1 on")
+        if self.linear is not None and (self.linear not in METHODS or self.linear == "difference"):
+            raise LayerwiseError(f"linear is {self.linear!r}: use 'exact', {', '.join(ESTIMATORS)}, or None")
+        first_order = self.linear if self.method == "difference" else self.method
+        if self.together is not None and first_order in ESTIMATORS:
+            raise LayerwiseError(
+                f"together= needs method='exact' or 'difference', and {first_order} is asked for"
+            )
         object.__setattr__(self, "function", resolve(self.forward))
-        object.__setattr__(self, "space", space_name(self.function))
+        object.__setattr__(self, "space", self.space or space_name(self.function))
 
     def rates(
         self,
@@ -119,9 +132,13 @@ class Measurement:
             raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
         run = Run(self, model, updates, processes, self.seed if seed is None else seed)
         with untouched(model, self.batch_norm, self.autocast), run.runner(at) as runner:
-            if self.method in PER_TENSOR:
-                return run.exact(runner, batches, mask)
-            return run.probed(runner, batches, mask)
+            if self.method in ESTIMATORS:
+                return run.probed(runner, batches, mask)
+            found = run.rates(per_tensor(run, runner, batches, mask))
+        if self.method == "exact" or self.linear is None:
+            return found
+        first_order = replace(self, method=self.linear)
+        return found.beside(first_order.rates(model, updates, inputs, mask, at, processes, seed))
 
 
 @dataclass
@@ -136,6 +153,7 @@ class Run:
         seed: of the probes.
         classes: size of the outputs' last dimension, once outputs were seen.
         dtype: theirs.
+        entries: how many of them counted so far, over all processes.
     """
 
     settings: Measurement
@@ -145,6 +163,7 @@ class Run:
     seed: int
     classes: int = 1
     dtype: str = ""
+    entries: int = 0
 
     @cached_property
     def estimators(self) -> dict[str, Estimator]:
@@ -182,10 +201,10 @@ class Run:
                 del graph  # before the next one is made
         weights = probe_weights(parts)
         values = {}
-        for name, rows in to_cpu(logs, self.processes).items():
+        for name, rows in self.to_cpu(logs).items():
             estimator = self.estimators[name]
             values[name] = (*combine(estimator.exponents, rows, weights), estimator.name)
-        return self.rates(values, len(weights), sum(part.entries for part in parts))
+        return self.rates(values, len(weights))
 
     def _moments(self, runner: Runner, graph: Graph, first_probe: int) -> Mapping[str, Moments]:
         """Moments of every tensor under the probes of one graph."""
@@ -196,38 +215,16 @@ class Run:
             sink = collector_for(self.processes, self.estimators, self.updates, settings.method)
         probes = draw_probes(outputs, graph.probes, settings.probe, self.seed, first_probe, graph.first_row)
         runner.probe(outputs, probes, sink, settings.memory)
-        self._note(outputs)
+        self.note(outputs, graph.entries)
         return sink.moments
 
-    def exact(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
-        """By the outputs' derivative along each tensor's update."""
-        logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
-        entries = 0
-        for batch in batches:
-            counted = 0
-            for name, update in self.updates.items():
-                derivative = runner.derivative(batch, mask, name, update)
-                if not counted:
-                    _, counted = derivative.outputs.place(self.processes)
-                    if not counted:
-                        raise derivative.outputs.nothing_counts()
-                    self._note(derivative.outputs)
-                square = derivative.log_square()
-                if self.processes.count > 1:
-                    square = self.processes.sum_(square.double().exp()).log()
-                logs[name].append((square - math.log(counted)).reshape(1, 1))
-            entries += counted
-        values = {}
-        for name, squares in to_cpu(logs, self.processes).items():
-            values[name] = (rate_of(squares[:, 0].tolist()), 0.0, "exact")
-        return self.rates(values, 0, entries)
-
-    def _note(self, outputs: Outputs) -> None:
-        """Keep what the outputs are like."""
+    def note(self, outputs: Outputs, entries: int) -> None:
+        """Keep what the outputs are like, and count entries."""
         self.classes = outputs.values.shape[-1] if outputs.values.ndim else 1
         self.dtype = str(outputs.values.dtype).removeprefix("torch.")
+        self.entries += entries
 
-    def rates(self, values: Mapping[str, tuple[float, float, str]], probes: int, entries: int) -> Rates:
+    def rates(self, values: Mapping[str, tuple[float, float, str]], probes: int = 0) -> Rates:
         """Of `(value, standard error, estimator)` by name."""
         total = sum(value for value, _, _ in values.values())
         found = {
@@ -236,8 +233,19 @@ class Run:
         }
         settings = self.settings
         return Rates(
-            found, settings.method, probes, self.seed, entries, settings.space, self.classes, self.dtype
+            found, settings.method, probes, self.seed, self.entries, settings.space, self.classes, self.dtype
         )
+
+    def to_cpu(self, found: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        """Bring `[rows, columns]` tensors of every name to the CPU in one copy, the same on every process."""
+        parts = {name: torch.cat(several) for name, several in found.items()}
+        if not parts:
+            return {}
+        home = next((t.device for t in parts.values() if t.device.type != "cpu"), torch.device("cpu"))
+        wide = wide_dtype(home)
+        flat = torch.cat([t.detach().flatten().to(home, wide) for t in parts.values()])
+        pieces = self.processes.same(flat).cpu().double().split([t.numel() for t in parts.values()])
+        return {name: piece.reshape(t.shape) for piece, (name, t) in zip(pieces, parts.items(), strict=True)}
 
 
 class Part(NamedTuple):
@@ -257,15 +265,3 @@ def probe_weights(parts: Sequence[Part]) -> Tensor:
     return torch.tensor(shares, dtype=torch.float64).repeat_interleave(
         torch.tensor([part.probes for part in parts])
     )
-
-
-def to_cpu(found: Mapping[str, list[Tensor]], processes: Processes) -> dict[str, Tensor]:
-    """Bring `[rows, columns]` tensors of every name to the CPU in one copy, the same on every process."""
-    parts = {name: torch.cat(several) for name, several in found.items()}
-    if not parts:
-        return {}
-    home = next((t.device for t in parts.values() if t.device.type != "cpu"), torch.device("cpu"))
-    wide = wide_dtype(home)
-    flat = torch.cat([t.detach().flatten().to(home, wide) for t in parts.values()])
-    pieces = processes.same(flat).cpu().double().split([t.numel() for t in parts.values()])
-    return {name: piece.reshape(t.shape) for piece, (name, t) in zip(pieces, parts.items(), strict=True)}

@@ -128,6 +128,12 @@ class TensorUpdate:
                 delta = delta.add_(old.to(self.dtype), alpha=self.decay)
         return delta
 
+    def applied(self, point: Tensor) -> Tensor:
+        """The tensor after this update alone, from `point`, in its precision."""
+        if self.old is not None and not self.decay:
+            return self.new.detach()
+        return (point.detach().to(self.dtype) + self.whole()).to(point.dtype)
+
     def part(self, start: int, stop: int) -> TensorUpdate:
         """The update of some rows alone."""
         return self._each(lambda t: torch.atleast_1d(t)[start:stop])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -86,12 +89,35 @@ def resolve(forward: Forward | str | None) -> Forward:
 
 
 def space_name(forward: Forward) -> str:
-    """The name under which an output space is compared between a base model and a large one."""
+    """The name under which an output space is compared between a base model and a large one.
+
+    A function's own, wherever it was defined. Lambdas have none, and get a hash of their code.
+    """
     for name, known in NAMED.items():
         if forward is known:
             return name
-    name = getattr(forward, "__qualname__", type(forward).__qualname__)
-    return str(name).rsplit("<locals>.", 1)[-1]
+    inner = forward
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    name = str(getattr(inner, "__qualname__", type(inner).__qualname__)).rsplit("<locals>.", 1)[-1]
+    if "<lambda>" not in name and inner is forward:
+        return name
+    said = repr(_identity(forward)).encode()
+    return f"{name.strip('<>')}-{hashlib.sha256(said).hexdigest()[:12]}"
+
+
+def _identity(value: Any) -> Any:
+    """What a function does, as far as its code and its constants say; other values by their text."""
+    if isinstance(value, functools.partial):
+        return (
+            _identity(value.func),
+            [_identity(v) for v in value.args],
+            sorted(value.keywords.items(), key=str),
+        )
+    code = getattr(value, "__code__", value)
+    if isinstance(code, CodeType):
+        return code.co_code, code.co_names, [_identity(constant) for constant in code.co_consts]
+    return repr(value)
 
 
 def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.exact import Derivative, exact_derivative
+from layerwise.function_space.measuring.exact import Change, exact_change
 from layerwise.function_space.measuring.moments import Sink, TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import run_probes
@@ -28,13 +28,16 @@ class Runner(Protocol):
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         """Hand the gradients of every measured tensor under each probe to `sink`."""
 
-    def derivative(self, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate) -> Derivative:
-        """The exact derivative of the outputs along one tensor's update."""
+    def derivative(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Change:
+        """The exact derivative of the outputs along these updates."""
+
+    def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
+        """The outputs with these updates applied, and without a graph."""
 
 
 class LeafRunner(nn.Module):
     """Runs a model on leaves of our own in the place of its parameters: they share the weights' memory, not their `.grad`
-    and hooks.
+    and hooks. Frozen parameters stay as they are.
 
     A module around the user's, so that `torch.func.functional_call` can replace its tensors; that changes nothing in it.
     """
@@ -43,8 +46,19 @@ class LeafRunner(nn.Module):
         super().__init__()
         self.model = model
         self.function = forward
-        self.points = {name: point.detach() for name, point in points.items()}
-        self.leaves = {name: point.detach().requires_grad_() for name, point in points.items()}
+        self.own = dict(model.named_parameters())
+        written = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+        #: Parameters that the forward writes, such as embeddings with `max_norm`: it gets copies of them.
+        self.written = {name for name, p in self.own.items() if id(p) in written}
+        others = {
+            n: p for n, p in self.own.items() if n not in points and (p.requires_grad or n in self.written)
+        }
+        self.others = {name: self._alias(name, p) for name, p in others.items()}
+        self.points = {name: self._alias(name, point) for name, point in points.items()}
+        self.leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
+
+    def _alias(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if name in self.written else tensor.detach()
 
     def forward(self, inputs: Any) -> Any:
         return self.function(self.model, inputs)
@@ -54,19 +68,32 @@ class LeafRunner(nn.Module):
     ) -> Outputs:
         """The outputs with the leaves as parameters, but for those `replaced`, and copies of the buffers."""
         tensors: dict[str, Tensor] = {name: b.clone() for name, b in self.model.named_buffers()}
-        tensors |= {name: p.detach() for name, p in self.model.named_parameters() if name not in self.leaves}
-        tensors |= {**self.leaves, **(replaced or {})}
+        for name, tensor in {**self.others, **self.leaves, **(replaced or {})}.items():
+            tensor.__dict__.update(self.own[name].__dict__)  # attributes that users put on their parameters
+            tensors[name] = tensor
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        return as_outputs(torch.func.functional_call(self, named, (batch,)), mask)
+        versions = {name: p._version for name, p in self.own.items()}
+        found = torch.func.functional_call(self, named, (batch,))
+        for name, p in self.own.items():
+            if p._version != versions[name]:
+                raise LayerwiseError(
+                    f"the forward writes parameter {name!r} in place, and measuring may not: pass forward= that does not"
+                )
+        return as_outputs(found, mask)
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         run_probes(outputs, self.leaves, probes, sink, memory)
 
-    def derivative(self, batch: Any, mask: Tensor | None, name: str, update: TensorUpdate) -> Derivative:
-        def outputs(tensor: Tensor) -> Outputs:
-            return self.outputs(batch, mask, {**self.points, name: tensor})
+    def derivative(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Change:
+        def outputs(tensors: Mapping[str, Tensor]) -> Outputs:
+            return self.outputs(batch, mask, {**self.points, **tensors})
 
-        return exact_derivative(outputs, self.points[name], update)
+        return exact_change(outputs, self.points, updates)
+
+    def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
+        new = {name: self._alias(name, update.applied(self.points[name])) for name, update in updates.items()}
+        with torch.no_grad():
+            return self.outputs(batch, mask, {**self.points, **new})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -86,6 +113,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Random numbers drawn inside come from the state before it, which comes back."""
+    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    gpus = {
+        d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"
+    }
+    with torch.random.fork_rng(devices=sorted(gpus)):
+        yield
+
+
+@contextmanager
 def untouched(
     model: nn.Module, batch_norm: BatchNormMode = "running", autocast: torch.dtype | None = None
 ) -> Iterator[None]:
@@ -97,25 +135,53 @@ def untouched(
     """
     if batch_norm not in ("running", "batch"):
         raise LayerwiseError(f"batch_norm is {batch_norm!r}: use 'running' or 'batch'")
-    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
-    gpus = {
-        d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"
-    }
-    modes = [(module, module.training) for module in model.modules()]
+    kinds = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} | {"cpu"}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=sorted(gpus)))
+        stack.enter_context(same_random_numbers(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in sorted({device.type for device in devices} | {"cpu"}):
+        for kind in sorted(kinds):
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
-        try:
-            for module, _ in modes:
-                if isinstance(module, _RUNNING_STATISTICS):
-                    module.training = batch_norm == "batch"
-                elif not (isinstance(module, nn.RNNBase) and not module.dropout):
-                    module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        # torch's own path for attention in evaluation mode has no derivatives.
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(_evaluating(model, batch_norm))
+        yield
+
+
+@contextmanager
+def _evaluating(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]:
+    """Every module in evaluation mode.
+
+    An embedding's gradient holds its padding row, whose update counts like any. Wrappers that checkpoint activations do
+    not: they would run the forward again at the weights of that time, the model's own.
+    """
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    checkpointed: list[tuple[Any, Any]] = [
+        (module, module.checkpoint_fn) for module in modules if hasattr(module, "_checkpoint_wrapped_module")
+    ]
+    padded = [(module, module.padding_idx) for module in modules if isinstance(module, nn.Embedding)]
+    try:
+        for module in modules:
+            if isinstance(module, _RUNNING_STATISTICS):
+                module.training = batch_norm == "batch"
+            elif not (isinstance(module, nn.RNNBase) and not module.dropout):
+                module.training = False
+        for embedding, _ in padded:
+            embedding.padding_idx = None
+        for wrapper, _ in checkpointed:
+            wrapper.checkpoint_fn = _called
+        yield
+    finally:
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
+        for embedding, index in padded:
+            embedding.padding_idx = index
+        for wrapper, function in checkpointed:
+            wrapper.checkpoint_fn = function
+
+
+def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)

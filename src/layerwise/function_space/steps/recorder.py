@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
@@ -28,21 +28,26 @@ class Record:
         scheduled: the step it was due at: earlier than `step` if that one was skipped.
         rates: what the step did to the outputs.
         lrs: the learning rates in the optimizer's groups, by parameter name.
+        whole: in every `difference_every`-th record, rates of the whole update, with `rates` as their first order.
     """
 
     step: int
     scheduled: int
     rates: Rates
     lrs: Mapping[str, float]
+    whole: Rates | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """One line of `function_space.jsonl`: `step`, `rates: {parameter: {value, stderr, share}}`, and how measured."""
-        return {"step": self.step, "scheduled": self.scheduled, "lrs": dict(self.lrs), **self.rates.to_dict()}
+        whole = {} if self.whole is None else {"whole": self.whole.to_dict()}
+        head = {"step": self.step, "scheduled": self.scheduled, "lrs": dict(self.lrs)}
+        return {**head, **self.rates.to_dict(), **whole}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Record:
         """The inverse of `to_dict`."""
-        return Record(data["step"], data["scheduled"], Rates.from_dict(data), dict(data["lrs"]))
+        whole = Rates.from_dict(data["whole"]) if "whole" in data else None
+        return Record(data["step"], data["scheduled"], Rates.from_dict(data), dict(data["lrs"]), whole)
 
 
 class JsonLines:
@@ -74,6 +79,8 @@ class FunctionSpaceRecorder(StepWatcher):
         sink: called with each `Record` (on every process that measures), or a path to append JSON lines to (which the
             first of them does).
         decay: `"constant"` leaves decoupled weight decay out of the update, for `FLeRM(decay="constant")`.
+        difference_every: take the outputs' difference under the whole update too (`Record.whole`), at steps 0,
+            difference_every * every, ...: one more forward per tensor there.
         options: the other fields of `Measurement`.
 
     Example:
@@ -101,13 +108,16 @@ class FunctionSpaceRecorder(StepWatcher):
         seed: int = 0,
         sink: Callable[[Record], object] | str | Path | None = None,
         decay: Decay = "scaled",
+        difference_every: int | None = None,
         **options: Any,
     ) -> None:
         if every < 1:
             raise LayerwiseError(f"every is {every}: use 1 or more")
+        if difference_every is not None and difference_every < 1:
+            raise LayerwiseError(f"difference_every is {difference_every}: use 1 or more, or None")
         super().__init__(model, optimizer, Measurement(forward, method, probes, seed, **options), decay)
         check_decay(self.optimizer, optimized(self.model, self.optimizer), decay)
-        self.every = every
+        self.every, self.difference_every = every, difference_every
         self.sink = JsonLines(sink) if isinstance(sink, (str, Path)) else sink
         self.records: list[Record] = []
 
@@ -116,8 +126,14 @@ class FunctionSpaceRecorder(StepWatcher):
         """Whether the coming step will be measured."""
         return self.pending is not None or self.steps % self.every == 0
 
-    def _measured(self, step: WatchedStep, rates: Rates, scheduled: int) -> None:
-        record = Record(self.steps, scheduled, rates, step.lrs)
+    def _measured(
+        self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None
+    ) -> None:
+        whole = None
+        if self.difference_every is not None and (scheduled // self.every) % self.difference_every == 0:
+            difference = replace(self.measurement, method="difference", linear=None)
+            whole = step.rates(difference, inputs, mask).beside(rates)
+        record = Record(self.steps, scheduled, rates, step.lrs, whole)
         self.records.append(record)
         if self.sink is not None and (not isinstance(self.sink, JsonLines) or step.processes.rank == 0):
             self.sink(record)

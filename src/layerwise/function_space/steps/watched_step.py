@@ -183,8 +183,10 @@ class StepWatcher(ABC):
         """Whether the coming step will be measured."""
 
     @abstractmethod
-    def _measured(self, step: WatchedStep, rates: Rates, scheduled: int) -> None:
-        """What to do with the rates of a step, whose old weights still stand."""
+    def _measured(
+        self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None
+    ) -> None:
+        """What to do with the rates of a step on these inputs; its old weights still stand."""
 
     @contextmanager
     def step(self, batch: Any = None, *, mask: Tensor | None = None) -> Iterator[None]:
@@ -213,7 +215,7 @@ class StepWatcher(ABC):
             if reason is None:
                 inputs = batch() if is_supplier(batch) else batch
                 rates = step.rates(self.measurement, inputs, mask, self.measurement.seed + scheduled)
-                self._measured(step, rates, scheduled)
+                self._measured(step, rates, scheduled, inputs, mask)
         finally:
             step.release()
         if reason is None:

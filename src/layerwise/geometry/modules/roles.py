@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from layerwise.common.parameter_names import canonical_names
 from layerwise.geometry.axes import layout_of
 from layerwise.geometry.forward import Evidence, judged
 from layerwise.geometry.found import Found
@@ -31,7 +32,6 @@ from layerwise.geometry.module_kinds import holds_lora, is_hf_conv1d, is_linear,
 from layerwise.geometry.modules.experts import expert_layout, holds_experts
 from layerwise.geometry.modules.fused import fused_note, known_split, recurrent_split
 from layerwise.geometry.modules.heads import Heads, declared_head, output_heads
-from layerwise.geometry.parameter_names import canonical_names
 
 _ENTRY_BY_ENTRY = ("A_log",)  # the decay rates of Mamba's states: a table of numbers, multiplied with nothing
 

@@ -1,0 +1,215 @@
+"""Whole updates: the outputs with them less those without, against closed forms; and what the first order leaves out."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space import (
+    BaseRates,
+    FLeRM,
+    FunctionSpaceRecorder,
+    Rates,
+    Record,
+    function_space_rates,
+)
+
+
+class Experts(nn.Module):
+    """Each example goes to the one expert that the router scores highest."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(4, 3, bias=False), nn.Parameter(torch.randn(3, 2, 4))
+
+    def forward(self, x):
+        scores = self.router(x).softmax(-1)
+        best, chosen = scores.max(-1)
+        return best[:, None] * torch.einsum("bi,boi->bo", x, self.experts[chosen])
+
+
+def net(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def random_update(model, scale=0.1):
+    torch.manual_seed(1)
+    return {name: scale * torch.randn_like(p) for name, p in model.named_parameters()}
+
+
+def by_hand(model, update, x, names):
+    """RMS change of the outputs with these tensors changed."""
+    other = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for name in names:
+            other.get_parameter(name).add_(update[name])
+        return (other(x) - copy.deepcopy(model).eval()(x)).square().mean().sqrt().item()
+
+
+def test_a_difference_is_that_of_two_forwards():
+    model, x = net(), torch.randn(16, 4).double()
+    update = random_update(model, 1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rates = function_space_rates(model, update, x, method="difference")
+    exact = function_space_rates(model, update, x, method="exact")
+    for name in update:
+        assert rates[name].value == pytest.approx(by_hand(model, update, x, [name]), rel=1e-12)
+        assert rates[name].linear == exact[name].value
+        assert rates[name].linearity == exact[name].value / rates[name].value
+        assert torch.equal(model.get_parameter(name), before[name])
+    # The head is linear in its own weights, so there the first order is the truth.
+    assert rates["2.weight"].linearity == pytest.approx(1, rel=1e-12)
+    assert rates.nonlinear() == ["0.weight", "0.bias"]
+    assert "linearity" in str(rates)
+    assert Rates.from_dict(rates.to_dict()) == rates
+
+
+def test_small_updates_are_linear_down_to_rounding():
+    """In float32 the error stated is never exceeded threefold, at updates whose second order is far below it."""
+    model, x = net(torch.float32), torch.randn(64, 4)
+    for scale in (1e-4, 1e-5, 1e-6, 1e-7):
+        rates = function_space_rates(model, random_update(model, scale), x, method="difference")
+        for rate in rates.values():
+            # The second order: some 10 times the square of the update.
+            assert abs(rate.value - rate.linear) <= 3 * rate.stderr + 10 * scale**2
+        assert rates.nonlinear() == []
+
+
+def test_a_router_that_chooses_other_experts_is_marked():
+    torch.manual_seed(0)
+    model, x = Experts().double(), torch.randn(512, 4).double()
+    update = {name: 0.05 * torch.randn_like(p).sign() for name, p in model.named_parameters()}
+    rates = function_space_rates(model, update, x, method="difference")
+    assert rates.nonlinear() == ["router.weight"]
+    assert rates["router.weight"].linearity < 0.5
+    assert rates["router.weight"].value == pytest.approx(
+        by_hand(model, update, x, ["router.weight"]), rel=1e-12
+    )
+
+
+def test_tensors_can_be_changed_together():
+    model, x = net(), torch.randn(16, 4).double()
+    update = random_update(model, 1.0)
+    layer = lambda name: name.split(".")[0]  # noqa: E731
+    rates = function_space_rates(model, update, x, method="difference", together=layer)
+    assert list(rates) == ["0", "2"]
+    for name in rates:
+        both = [f"{name}.weight", f"{name}.bias"]
+        assert rates[name].value == pytest.approx(by_hand(model, update, x, both), rel=1e-12)
+    step = {name: u * 1e-6 for name, u in update.items()}
+    small = function_space_rates(model, step, x, method="difference", together=layer)
+    # Second order over first: 1e-6 or so.
+    assert small["0"].linearity == pytest.approx(1, rel=1e-4)
+    with pytest.raises(LayerwiseError, match="together= needs"):
+        function_space_rates(model, update, x, together=layer)
+    with pytest.raises(LayerwiseError, match="leave together= out"):
+        FLeRM(model, torch.optim.SGD(model.parameters(), 0.1), method="difference", together=layer)
+
+
+class AlwaysNoisy(nn.Module):
+    """Draws random numbers in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(nn.functional.dropout(x, 0.5, training=True))
+
+
+def test_random_layers_draw_the_same_numbers_with_the_update_and_without():
+    torch.manual_seed(0)
+    model, x = AlwaysNoisy().double(), torch.randn(16, 4).double()
+    update = random_update(model)
+    state = torch.get_rng_state()
+    rates = function_space_rates(model, update, x, method="difference")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert rates["linear.weight"].linearity == pytest.approx(1, rel=1e-9)
+
+
+def test_masks_and_several_batches_count_as_for_the_first_order():
+    model = net()
+    update = random_update(model, 1e-6)
+    batches = [torch.randn(6, 4).double(), torch.randn(3, 4).double()]
+    masked = function_space_rates(
+        model, update, batches[0], method="difference", mask=torch.tensor([1, 1, 0, 1, 0, 1])
+    )
+    both = function_space_rates(model, update, batches, method="difference")
+    assert (masked.entries, both.entries) == (12, 27)
+    for rates in (masked, both):
+        for rate in rates.values():
+            assert rate.linearity == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_recorder_takes_the_difference_every_few_records(optimizer, tmp_path):
+    model, x = net(), torch.randn(16, 4).double()
+    plain = copy.deepcopy(model)
+    steps = [optimizer(m.parameters(), lr=0.1) for m in (model, plain)]
+    path = tmp_path / "function_space.jsonl"
+    recorder = FunctionSpaceRecorder(model, steps[0], every=2, difference_every=2, method="exact", sink=path)
+    for _ in range(7):
+        for each, optimizer_ in zip((model, plain), steps, strict=True):
+            optimizer_.zero_grad()
+            each(x).square().mean().backward()
+        before = copy.deepcopy(model)
+        with recorder.step(x):
+            steps[0].step()
+        steps[1].step()
+        record = recorder.records[-1]
+        if record.step in (0, 4) and recorder.steps == record.step + 1:
+            moved = {n: p.detach() - before.get_parameter(n).detach() for n, p in model.named_parameters()}
+            for name, rate in record.whole.items():
+                assert rate.value == pytest.approx(by_hand(before, moved, x, [name]), rel=1e-9)
+                assert rate.linear == record.rates[name].value
+    assert [record.whole is not None for record in recorder.records] == [True, False, True, False]
+    assert [
+        Record.from_dict(__import__("json").loads(line)) for line in path.read_text().splitlines()
+    ] == recorder.records
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_matching_on_differences_reaches_the_bases_difference_where_the_response_is_linear():
+    """The output layer is linear in its weights: there one matching is exact, however large the step."""
+
+    def step(model, watcher, optimizer):
+        torch.manual_seed(3)
+        x = torch.randn(16, 4).double()
+        model(x).square().mean().backward()
+        with watcher.step(x):
+            optimizer.step()
+        return x
+
+    small = net()
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.5)
+    recorder = FunctionSpaceRecorder(small, optimizer, method="difference")
+    step(small, recorder, optimizer)
+    large = net()
+    with torch.no_grad():
+        large[2].weight.mul_(3)
+    before = copy.deepcopy(large)
+    optimizer = torch.optim.SGD(large.parameters(), lr=0.5)
+    flerm = FLeRM(large, optimizer, BaseRates.of(recorder))
+    x = step(large, flerm, optimizer)
+    moved = {n: p.detach() - before.get_parameter(n).detach() for n, p in large.named_parameters()}
+    for name in ("2.weight", "2.bias"):
+        target = recorder.records[0].rates[name].value
+        assert by_hand(before, moved, x, [name]) == pytest.approx(target, rel=1e-9)
+
+
+def test_bad_options_are_one_line():
+    model = net()
+    for options, text in [
+        ({"linear": "difference"}, "linear is 'difference'"),
+        ({"linear": "fast"}, "linear is 'fast'"),
+    ]:
+        with pytest.raises(LayerwiseError, match=text):
+            function_space_rates(
+                model, random_update(model), torch.randn(4, 4).double(), method="difference", **options
+            )
+    with pytest.raises(LayerwiseError, match="difference_every is 0"):
+        FunctionSpaceRecorder(model, torch.optim.SGD(model.parameters(), 0.1), difference_every=0)

@@ -1,0 +1,267 @@
+"""Models that forward-mode or a plain forward alone would measure wrongly, refuse or change."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder, function_space_rates
+from layerwise.function_space.measuring.measurement import Measurement
+
+
+def quotient(model, name, direction, x, h=1e-6):
+    """RMS of a central difference quotient, in float64, with torch's native fast path off."""
+    p = model.get_parameter(name)
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            old = p.clone()
+            above = (p.copy_(old + h * direction), model(x))[1]
+            below = (p.copy_(old - h * direction), model(x))[1]
+            p.copy_(old)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    return ((above - below) / (2 * h)).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding", [None, 3])
+def test_embedding_bags_under_exact(mode, padding):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.EmbeddingBag(11, 6, mode=mode, padding_idx=padding), nn.Tanh(), nn.Linear(6, 2)
+    ).double()
+    x = torch.randint(0, 11, (5, 7))
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    rates = function_space_rates(model, update, x, method="exact")
+    for name, direction in update.items():
+        # Central differences: h^2 and rounding over h, both some 1e-10.
+        assert rates[name].value == pytest.approx(quotient(model, name, direction, x), rel=1e-7)
+
+
+class Ragged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(11, 6, mode="sum")
+        self.register_buffer("words", torch.randint(0, 11, (9,)))
+
+    def forward(self, weights):
+        return self.bag(self.words, torch.tensor([0, 4, 4]), weights)
+
+
+def test_bags_by_offsets_with_weights_and_an_empty_one():
+    torch.manual_seed(0)
+    model, weights = Ragged().double(), torch.rand(9).double()
+    update = {"bag.weight": torch.randn(11, 6).double()}
+    rates = function_space_rates(model, update, weights, method="exact")
+    assert rates["bag.weight"].value == pytest.approx(
+        quotient(model, "bag.weight", update["bag.weight"], weights), rel=1e-7
+    )
+
+
+@pytest.mark.parametrize("method", ["exact", "difference", "full_cov"])
+def test_the_update_of_a_padding_row_counts(method):
+    """Its gradient is 0 in training, and its update need not be: weight decay moves it, and the outputs with it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4, padding_idx=0), nn.Flatten(), nn.Linear(12, 2)).double()
+    update = {"0.weight": torch.zeros(5, 4).double()}
+    update["0.weight"][0] = torch.randn(4)
+    x = torch.tensor([[0, 1, 2], [0, 0, 3]])
+    found = function_space_rates(model, update, x, method=method, probes=400)["0.weight"]
+    assert found.value == pytest.approx(
+        quotient(model, "0.weight", update["0.weight"], x), rel=1e-7, abs=4 * found.stderr
+    )
+    assert model[0].padding_idx == 0
+
+
+class Squared(torch.autograd.Function):
+    """Without a forward-mode formula."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_a_rate_says_which_formula_exact_used():
+    model = nn.Linear(3, 2)
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    x = torch.randn(4, 3)
+    assert function_space_rates(model, update, x, method="exact")["weight"].estimator == "exact"
+    squared = function_space_rates(model, update, x, lambda m, x: Squared.apply(m(x)), "exact")
+    assert squared["weight"].estimator == "exact, reverse"
+
+
+@pytest.mark.parametrize("bag", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("method", ["kronecker", "exact", "difference"])
+def test_embeddings_that_renormalise_their_weights_are_measured_on_copies(bag, frozen, method):
+    torch.manual_seed(0)
+    kind = nn.EmbeddingBag if bag else nn.Embedding
+    model = nn.Sequential(kind(11, 6, max_norm=1.0), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    model[0].weight.requires_grad_(not frozen)
+    before = model[0].weight.detach().clone()
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    rates = function_space_rates(model, update, torch.randint(0, 11, (5, 7)), method=method)
+    assert torch.equal(model[0].weight, before)
+    assert rates["1.bias"].value > 0
+
+
+class Writes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        self.weight.detach().mul_(0.5)
+        return x * self.weight
+
+
+def test_other_forwards_that_write_weights_are_refused():
+    with pytest.raises(LayerwiseError, match="writes parameter 'weight' in place"):
+        function_space_rates(Writes(), {"weight": torch.ones(3)}, torch.ones(2, 3))
+
+
+class Marked(nn.Module):
+    """Reads attributes of its parameters, as mup's readout does `infshape` and quantised layers their state."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.frozen = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3), requires_grad=False)
+        self.free.infshape, self.frozen.quant_state = 2.0, 3.0
+
+    def forward(self, x):
+        return x * self.free * self.free.infshape + self.frozen * self.frozen.quant_state
+
+
+@pytest.mark.parametrize("method", ["full_cov", "exact", "difference"])
+def test_parameters_keep_the_attributes_that_users_gave_them(method):
+    x = torch.eye(3)
+    rates = function_space_rates(Marked(), {"free": torch.ones(3)}, x, method=method, probes=200)
+    # 2 on the diagonal, 0 off it.
+    assert rates["free"].value == pytest.approx(2 / 3**0.5, rel=1e-6, abs=4 * rates["free"].stderr)
+    model = Marked()
+    recorder = FunctionSpaceRecorder(model, torch.optim.SGD([model.free], lr=0.1), every=1)
+    model(x).sum().backward()
+    with recorder.step(x):
+        recorder.optimizer.step()
+    assert recorder.records[0].rates["free"].value > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_own_encoder_is_measured_off_its_fast_path(masked):
+    torch.manual_seed(0)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.embedding, self.encoder = nn.Embedding(7, 8), nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x):
+            padding = x == 0 if masked else None
+            return self.encoder(self.embedding(x), src_key_padding_mask=padding)[:, 0]
+
+    model, x = Encoder().double(), torch.randint(1, 7, (4, 5))
+    x[:2, 3:] = 0
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for method in ("exact", "difference"):
+        small = {name: u * (1e-7 if method == "difference" else 1) for name, u in update.items()}
+        rates = function_space_rates(model, small, x, method=method)
+        assert torch.backends.mha.get_fastpath_enabled()
+        for name in ("encoder.layers.0.linear1.weight", "encoder.layers.0.self_attn.in_proj_weight"):
+            scale = 1e-7 if method == "difference" else 1
+            assert rates[name].value / scale == pytest.approx(
+                quotient(model, name, update[name], x), rel=1e-4
+            )
+
+
+def logits(model, x):
+    return model(x)
+
+
+def test_output_spaces_are_told_apart_by_code_and_by_name():
+    spaces = [
+        Measurement(forward).space
+        for forward in (
+            None,
+            "log_softmax",
+            logits,
+            lambda m, x: m(x),
+            lambda m, x: m(x).log_softmax(-1),
+            lambda m, x: m(x)[0],
+            lambda m, x: m(x)[1],
+            functools.partial(lambda m, x, i: m(x)[i], i=0),
+            functools.partial(lambda m, x, i: m(x)[i], i=1),
+        )
+    ]
+    assert len(set(spaces)) == len(spaces)
+    assert Measurement(lambda m, x: m(x)).space == Measurement(lambda m, x: m(x)).space
+    assert Measurement(logits).space == "logits"
+    assert Measurement(lambda m, x: m(x), space="mine").space == "mine"
+
+
+def test_a_base_of_another_lambda_is_refused():
+    def small(forward, **options):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        recorder = FunctionSpaceRecorder(
+            model, torch.optim.SGD(model.parameters(), 0.1), forward=forward, **options
+        )
+        x = torch.randn(4, 3)
+        model(x).square().mean().backward()
+        with recorder.step(x):
+            recorder.optimizer.step()
+        return BaseRates.of(recorder)
+
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    base = small(lambda m, x: m(x).log_softmax(-1))
+    with pytest.raises(LayerwiseError, match="space is 'lambda-"):
+        FLeRM(model, optimizer, base, forward=lambda m, x: m(x))
+    FLeRM(model, optimizer, small(lambda m, x: m(x), space="mine"), forward=logits, space="mine").detach()
+
+
+def test_blocks_that_are_wrapped_are_matched_by_the_plain_ones_names():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def network(width):
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(2)]
+        return nn.Sequential(nn.Linear(3, width), nn.Sequential(*blocks), nn.Linear(width, 2))
+
+    def train(model, watcher, optimizer):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        model(x).square().mean().backward()
+        with watcher.step(x):
+            optimizer.step()
+        return watcher
+
+    def base():
+        model = network(4)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return BaseRates.of(train(model, FunctionSpaceRecorder(model, optimizer), optimizer))
+
+    found = []
+    for wrap in (
+        lambda block: block,
+        checkpoint_wrapper,
+        lambda block: torch.compile(block, backend="eager"),
+    ):
+        model = network(8)
+        for index in range(2):
+            model[1][index] = wrap(model[1][index])
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        rates = train(model, FLeRM(model, optimizer, base(), {"1.*": "copy"}), optimizer).learning_rates()
+        found.append(list(rates.values()))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
