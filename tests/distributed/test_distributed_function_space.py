@@ -45,7 +45,7 @@ def same(expected, several, tolerance=TOLERANCE):
             assert rates[name].stderr == pytest.approx(expected[name].stderr, rel=1e3 * tolerance), name
 
 
-METHODS = ["kronecker", "full_cov", "iid", "exact"]
+METHODS = ["kronecker", "full_cov", "iid", "exact", "difference"]
 SETUPS = [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
 QUICK = [
     ("ddp", 2, "exact"),
@@ -53,6 +53,8 @@ QUICK = [
     ("fsdp", 2, "exact"),
     ("hsdp", 4, "kronecker"),
     ("fsdp", 2, "iid"),
+    ("ddp", 2, "difference"),
+    ("fsdp", 2, "difference"),
 ]
 
 
