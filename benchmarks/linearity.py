@@ -33,6 +33,8 @@ import layerwise as lw
 
 ROOT = Path(__file__).parent.parent
 WORDS, LENGTH, BATCH = 64, 32, 16
+#: First orders below this are drawn at it: routers' are 0 but for rounding.
+FLOOR = 1e-6
 KINDS = ("router", "experts", "attention", "MLP", "embedding, head", "gain, bias")
 
 
@@ -90,7 +92,9 @@ def batches(seed: int) -> Iterator[Tensor]:
         yield torch.cat(words, 1)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, words: Tensor, watcher: Any, other: Any) -> float:
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, words: Tensor, watcher: Any, other: Any
+) -> float:
     optimizer.zero_grad()
     logits = model(input_ids=words).logits
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
@@ -111,7 +115,14 @@ def over_training(name: str, steps: int, every: int, lr: float) -> list[dict[str
     for _ in range(steps):
         train_step(model, optimizer, next(data), recorder, lambda: {"input_ids": next(other)})
     return [
-        {"model": name, "step": r.step, "tensor": n, "kind": kind(n, shapes[n]), "whole": rate.value, "linear": rate.linear}
+        {
+            "model": name,
+            "step": r.step,
+            "tensor": n,
+            "kind": kind(n, shapes[n]),
+            "whole": rate.value,
+            "linear": rate.linear,
+        }
         for r in recorder.records
         for n, rate in r.rates.items()
         if rate.value > 3 * rate.stderr
@@ -142,14 +153,22 @@ def matched(method: str, lr: float, seed: int) -> list[dict[str, Any]]:
     rates = lw.function_space_rates(before, moved, other, method="difference", linear=None)
     left = flerm.reports[0].left_alone
     return [
-        {"method": method, "lr": lr, "kind": kind(n, moved[n].shape), "off": abs(math.log2(rate.value / targets[n].value))}
+        {
+            "method": method,
+            "lr": lr,
+            "kind": kind(n, moved[n].shape),
+            "off": abs(math.log2(rate.value / targets[n].value)),
+        }
         for n, rate in rates.items()
         if n not in left and rate.value > 3 * rate.stderr and targets[n].value > 3 * rate.stderr
     ]
 
 
 def training_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| model | tensors | measurements | first order / whole: median (5 % to 95 %) | off by more than 10 % |", "|---|---|---|---|---|"]
+    lines = [
+        "| model | tensors | measurements | first order / whole: median (5 % to 95 %) | off by more than 10 % |",
+        "|---|---|---|---|---|",
+    ]
     for model in MODELS:
         for what in KINDS:
             ratios = [r["linear"] / r["whole"] for r in rows if r["model"] == model and r["kind"] == what]
@@ -186,21 +205,32 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(zip(KINDS, ("#cc3311", "#ee7733", "#0077bb", "#33bbee", "#009988", "#bbbbbb"), strict=True))
+    colours = dict(
+        zip(KINDS, ("#cc3311", "#ee7733", "#0077bb", "#33bbee", "#009988", "#bbbbbb"), strict=True)
+    )
     figure, axes = plt.subplots(1, len(MODELS), figsize=(11, 3.9), sharex=True, sharey=True)
     for ax, model in zip(axes, MODELS, strict=True):
         for what in reversed(KINDS):
-            points = [(r["linear"], r["whole"]) for r in rows if r["model"] == model and r["kind"] == what and r["linear"]]
+            points = [
+                (max(r["linear"], FLOOR), r["whole"])
+                for r in rows
+                if r["model"] == model and r["kind"] == what
+            ]
             if points:
-                ax.scatter(*zip(*points, strict=True), s=9, alpha=0.7, color=colours[what], label=what, linewidths=0)
-        ax.axline((1e-3, 1e-3), slope=1, color="#444444", linewidth=0.8)
+                ax.scatter(
+                    *zip(*points, strict=True), s=9, alpha=0.7, color=colours[what], label=what, linewidths=0
+                )
+        span = [FLOOR, max(r["whole"] for r in rows)]
+        ax.plot(span, span, color="#444444", linewidth=0.8)
         ax.set(xscale="log", yscale="log", title=model, xlabel="first order (exact)")
     axes[0].set_ylabel("whole update (difference)")
     labels = {}
     for ax in axes:
         handles, names = ax.get_legend_handles_labels()
         labels |= dict(zip(names, handles, strict=True))
-    figure.legend([labels[k] for k in KINDS], KINDS, loc="outside lower center", ncol=len(KINDS), frameon=False)
+    figure.legend(
+        [labels[k] for k in KINDS], KINDS, loc="outside lower center", ncol=len(KINDS), frameon=False
+    )
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=130)
 
@@ -224,7 +254,9 @@ def main() -> None:
         for seed in range(given.seeds)
         for row in matched(method, lr, seed)
     ]
-    given.output.joinpath("linearity.json").write_text(json.dumps({"training": trained, "matching": matchings}) + "\n")
+    given.output.joinpath("linearity.json").write_text(
+        json.dumps({"training": trained, "matching": matchings}) + "\n"
+    )
     steps = f"{given.steps} steps of signs, lr {given.lr:g}, measured every {given.every}"
     text = [
         "# First order against whole updates",
