@@ -1,4 +1,4 @@
-"""First order against the whole update, tensor by tensor, over training; and FLeRM matching on either in a mixture of experts.
+"""First order against whole updates, tensor by tensor, over training; and FLeRM on either in a mixture of experts.
 
     python benchmarks/linearity.py
 
@@ -261,14 +261,16 @@ def main() -> None:
     text = [
         "# First order against whole updates",
         "",
-        f"From `python benchmarks/linearity.py`. Two blocks of width 32, {WORDS} words of a Markov chain, batch {BATCH} x {LENGTH}; {steps}.",
+        f"From `python benchmarks/linearity.py`. Two blocks of width 32, {WORDS} words of a Markov chain, "
+        f"batch {BATCH} x {LENGTH}; {steps}.",
         "Mixtral: four experts, one of them chosen.",
         "",
         *training_table(trained),
         "",
         "## Matching a mixture of experts of width 64 to one of width 32",
         "",
-        f"One step of AdamW, {given.seeds} seeds. How far what the matched step really did to the outputs (its difference) is from what the",
+        f"One step of AdamW, {given.seeds} seeds. How far what the matched step really did to the outputs (its difference) "
+        "is from what the",
         "small model's did, as a factor: median over tensors and seeds, in brackets the worst.",
         "",
         *matching_table(matchings),
