@@ -156,7 +156,9 @@ def test_what_is_not_supported_says_so(cluster):
         assert "the mask leaves no output entry" in message
 
 
-@pytest.mark.parametrize(("how", "world"), [("ddp", 2)])
+@pytest.mark.parametrize(
+    ("how", "world"), [("ddp", 2), ("fsdp", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)]
+)
 def test_a_watch_sees_what_it_sees_on_one_process(cluster, single, how, world):
     expected = single(watched, "single")
     assert [len(numbers) > 20 for numbers in expected] == [True, True, True]
