@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 #: At the root of the repository, linking into docs/ as `docs/...`.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 #: Folders beside docs/, which its pages link to as `../...`.
-FOLDERS = ("benchmarks", "examples", "configs")
+FOLDERS = ("benchmarks", "examples", "configs", "tests/geometry")
 #: The pages of the API reference: their headings, by the room that a public name comes from.
 ROOMS = {
     "optim": "Optimizers and rate rules",
@@ -21,7 +21,7 @@ ROOMS = {
     "function_space": "Function space",
     "errors": "Errors",
 }
-SUFFIXES = {".md", ".png", ".svg", ".py", ".yaml"}
+SUFFIXES = {".md", ".json", ".png", ".svg", ".py", ".yaml"}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -55,6 +55,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links of docs/ to its neighbours, whose place in the site is beside them."""
     if "/" in page.file.src_uri:
         return markdown.replace("](../../docs/", "](../../").replace("](../docs/", "](../")
-    for folder in FOLDERS:
-        markdown = markdown.replace(f"](../{folder}/", f"]({folder}/")
+    for name in (*(f"{folder}/" for folder in FOLDERS), *PAGES):
+        markdown = markdown.replace(f"](../{name}", f"]({name}")
     return markdown

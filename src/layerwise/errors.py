@@ -7,7 +7,7 @@ import warnings
 class LayerwiseError(ValueError):
     """Bad input. The command line prints its message as one line and exits with code 2.
 
-    Example:
+    Examples:
         >>> lw.NoiseAdaptive(beta=2.0)
         Traceback (most recent call last):
             ...
@@ -18,7 +18,7 @@ class LayerwiseError(ValueError):
 class NonFiniteError(LayerwiseError):
     """A gradient held NaN or inf, and the step was not taken. Training has diverged; nothing was wrong with the input.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1)
         >>> optimizer = lw.DMuon(lw.param_groups(model))
         >>> (model(torch.ones(1, 2)).sum() * float("nan")).backward()

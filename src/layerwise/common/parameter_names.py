@@ -14,7 +14,7 @@ def canonical_name(name: str) -> str:
     `module.` of DistributedDataParallel is an attribute's ordinary name too; `canonical_names` takes it off where all
     names of a model begin with it.
 
-    Example:
+    Examples:
         >>> canonical_name("_orig_mod.blocks.0._checkpoint_wrapped_module.mlp.weight")
         'blocks.0.mlp.weight'
     """

@@ -53,7 +53,7 @@ def function_space_rates(
     Raises:
         LayerwiseError: an unknown name, a wrong shape, or outputs that cannot be measured.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> model = torch.nn.Linear(3, 2, bias=False)

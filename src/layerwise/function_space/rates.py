@@ -57,7 +57,7 @@ class Rates(Mapping[str, Rate]):
         classes: size of the outputs' last dimension.
         dtype: of the outputs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> model = torch.nn.Linear(3, 2)

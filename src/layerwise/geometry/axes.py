@@ -41,7 +41,7 @@ class AxesLayout(Layout):
             - `"(8 o) i"`: `[8 * out, in]`, eight experts in one matrix;
             - `"k k o i"`: `[layers, 2, out, in]`, a bank of weights.
 
-    Example:
+    Examples:
         >>> AxesLayout(pattern="o (4 i)").shapes((32, 64))
         ((4, 32, 16),)
     """

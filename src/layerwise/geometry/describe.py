@@ -124,7 +124,7 @@ def describe(
 ) -> Description:
     """Role, geometry, norm group, layout and units of every trainable parameter; arguments as in `param_groups`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
         >>> found = lw.describe(model, torch.arange(6))
         >>> [(row.name, row.role) for row in found.rows]

@@ -98,7 +98,7 @@ def param_groups(
         LayerwiseError: a pattern that matches nothing, a parameter matched by two patterns, sizes that do not add up,
             and a model without trainable floating-point parameters.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
         >>> batch = torch.arange(6)
         >>> groups = lw.param_groups(model, batch, overrides={"1.weight": {"weight_decay": 0.0}})
@@ -169,7 +169,7 @@ def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> l
     2-D tensors become hidden matrices, 0-D and 1-D ones vectors, all others convolutions; a UserWarning says
     what a shape cannot tell. Parameters without names are called `param_0`, `param_1`, ...
 
-    Example:
+    Examples:
         >>> import warnings
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore")

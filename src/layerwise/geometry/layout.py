@@ -30,7 +30,7 @@ class Split:
     of heads for the interleaved ``[q1 k1 v1 | q2 k2 v2 | ...]``. Sizes are relative, so that layers of different
     width have the same split: q, k, v of 512, 128, 128 rows are `(("q", 4), ("k", 1), ("v", 1))`.
 
-    Example:
+    Examples:
         >>> split = lw.Split.of_sizes({"q": 512, "k": 128, "v": 128})
         >>> print(split)
         q:4|k:1|v:1
@@ -129,7 +129,7 @@ class Arrangement(NamedTuple):
 class Layout(ABC):
     """How a tensor holds units. Frozen; its repr identifies it in checkpoints, its str is for tables.
 
-    Example:
+    Examples:
         >>> layout = lw.TransposedLayout(lw.Split.equal("q", "k", "v"))
         >>> layout.unit_names("c_attn.weight", (4, 12))
         ('c_attn.weight[q]', 'c_attn.weight[k]', 'c_attn.weight[v]')
@@ -218,7 +218,7 @@ def _turned(k: int, d_in: int, d_out: int) -> Arrangement:
 class VectorLayout(Layout):
     """d entries in any shape, scalars too, as one ``[d, 1]`` matrix.
 
-    Example:
+    Examples:
         >>> lw.VectorLayout().shapes((8,))
         ((1, 8, 1),)
     """
@@ -234,7 +234,7 @@ class VectorLayout(Layout):
 class VectorStackLayout(Layout):
     """``[k, d]``: k vectors, such as the biases of k experts.
 
-    Example:
+    Examples:
         >>> lw.VectorStackLayout().shapes((4, 8))
         ((4, 8, 1),)
     """
@@ -251,7 +251,7 @@ class VectorStackLayout(Layout):
 class MatrixLayout(Layout):
     """``[out, in]``, as nn.Linear stores its weight.
 
-    Example:
+    Examples:
         >>> lw.MatrixLayout().shapes((16, 8))
         ((1, 16, 8),)
     """
@@ -268,7 +268,7 @@ class MatrixLayout(Layout):
 class TransposedLayout(Layout):
     """``[in, out]``: GPT-2's Conv1D, and nn.Embedding, whose ``[V, d]`` maps a one-hot of size V to d.
 
-    Example:
+    Examples:
         >>> lw.TransposedLayout().shapes((8, 16))
         ((1, 16, 8),)
     """
@@ -285,7 +285,7 @@ class TransposedLayout(Layout):
 class StackLayout(Layout):
     """``[k, out, in]``: experts.
 
-    Example:
+    Examples:
         >>> lw.StackLayout().shapes((4, 16, 8))
         ((4, 16, 8),)
         >>> lw.StackLayout().unit_names("up", (2, 16, 8))
@@ -304,7 +304,7 @@ class StackLayout(Layout):
 class TransposedStackLayout(StackLayout):
     """``[k, in, out]``: experts that multiply from the right, as gpt-oss and Llama 4 store them.
 
-    Example:
+    Examples:
         >>> lw.TransposedStackLayout().shapes((4, 8, 16))
         ((4, 16, 8),)
     """
@@ -321,7 +321,7 @@ class TransposedStackLayout(StackLayout):
 class ConvLayout(Layout):
     """``[out, in/groups, *kernel]``, any number of axes, as ``[groups, out/groups, in/groups * taps]``.
 
-    Example:
+    Examples:
         >>> lw.ConvLayout().shapes((16, 8, 3, 3))
         ((1, 16, 72),)
     """
@@ -342,7 +342,7 @@ class ConvLayout(Layout):
 class ConvTransposeLayout(Layout):
     """``[in, out/groups, *kernel]`` of nn.ConvTranspose, as ``[groups, out/groups, in/groups * taps]``.
 
-    Example:
+    Examples:
         >>> lw.ConvTransposeLayout().shapes((8, 16, 3, 3))
         ((1, 16, 72),)
     """

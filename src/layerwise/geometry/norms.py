@@ -31,7 +31,7 @@ from layerwise.geometry.spectral.polar import check_stack, largest_entry, polar,
 class Geometry(ABC):
     """A norm on stacks of matrices `[..., d_out, d_in]`. Immutable; `repr` identifies it in checkpoints.
 
-    Example:
+    Examples:
         >>> geometry = lw.RowNorm()
         >>> g = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
         >>> step = geometry.lmo(g)
@@ -103,7 +103,7 @@ class Spectral(Geometry):
     `polar` and `nuclear` name the methods of `layerwise.geometry.spectral.polar` and `nuclear_norm`. Exact ones give the
     identities of a geometry to rounding; with `polar="quintic"` the norm of a unit step lies between 0.67 and 1.21.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[3.0, 0.0], [0.0, -2.0]])
         >>> geometry = lw.Spectral(polar="svd", nuclear="svd")
         >>> geometry.lmo(weight).round(decimals=4)
@@ -172,7 +172,7 @@ def spectral_conv(kernel_size: int | Sequence[int]) -> Spectral:
 
     `kernel_size` as in the module (`(3, 1)`; one entry for a 1-d convolution); an int k means a square k x k kernel.
 
-    Example:
+    Examples:
         >>> lw.spectral_conv(3)
         Spectral(polar='auto', nuclear='auto', taps=9)
         >>> lw.spectral_conv((5,))
@@ -188,7 +188,7 @@ class Sign(Geometry):
 
     `per_input=True` is Scion's l1 -> l_inf form: norm `d_in max |x|`, dual `sum |g| / d_in`, unit step `sign(g) / d_in`.
 
-    Example:
+    Examples:
         >>> g = torch.tensor([[3.0, -0.5]])
         >>> lw.Sign().lmo(g), lw.Sign(per_input=True).lmo(g)
         (tensor([[ 1., -1.]]), tensor([[ 0.5000, -0.5000]]))
@@ -264,7 +264,7 @@ class _SumOfLengths(Geometry):
 class RowNorm(_SumOfLengths):
     """RMS to l_inf operator norm, `sqrt(d_in) max_i ||row_i||`; unit step: every row of length `1 / sqrt(d_in)`.
 
-    Example:
+    Examples:
         >>> lw.RowNorm().lmo(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
         tensor([[0.4243, 0.5657],
                 [0.0000, 0.7071]])
@@ -287,7 +287,7 @@ class RowNorm(_SumOfLengths):
 class ColNorm(_SumOfLengths):
     """l1 to RMS operator norm, `max_j ||col_j|| / sqrt(d_out)`; unit step: every column of length `sqrt(d_out)`.
 
-    Example:
+    Examples:
         >>> lw.ColNorm().lmo(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
         tensor([[0.8485, 0.0000],
                 [1.1314, 1.4142]])
@@ -310,7 +310,7 @@ class ColNorm(_SumOfLengths):
 class Frobenius(_SumOfLengths):
     """Euclidean length of all entries; its own dual; unit step `g / ||g||`.
 
-    Example:
+    Examples:
         >>> lw.Frobenius().lmo(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
         tensor([[0.6000, 0.0000],
                 [0.0000, 0.8000]])
@@ -333,7 +333,7 @@ class Frobenius(_SumOfLengths):
 class VectorRMS(_SumOfLengths):
     """Root mean square of the entries, for gains and biases; dual `sqrt(d) ||g||`; unit step `g / RMS(g)`.
 
-    Example:
+    Examples:
         >>> lw.VectorRMS().lmo(torch.tensor([[3.0], [4.0]]))
         tensor([[0.8485],
                 [1.1314]])

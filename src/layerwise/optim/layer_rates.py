@@ -15,7 +15,7 @@ from layerwise.optim.work.job import Group, State, local_state
 class LayerRate(NamedTuple):
     """What one unit's learning rate is made of.
 
-    Example:
+    Examples:
         >>> rate = lw.LayerRate(noise=4.0, multiplier=0.5, lr=1e-3)
         >>> rate.lr
         0.001

@@ -64,7 +64,7 @@ class LayerwiseOptimizer(Optimizer):
     Raises:
         LayerwiseError: for an unknown option, a value outside its range, a complex or integer parameter.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 8)
         >>> optimizer = lw.LayerwiseOptimizer(lw.param_groups(model), {"default": {"scaling": "unit"}}, lr=0.1, momentum=0.9)
         >>> model(torch.ones(2, 4)).sum().backward()
@@ -266,8 +266,9 @@ class LayerwiseOptimizer(Optimizer):
 
         Args:
             model: a ``DistributedDataParallel`` model, or one under ``fully_shard``.
-            comm_hook, state: for a ``DistributedDataParallel`` that is to average by a communication hook, such as torch's
+            comm_hook: for a ``DistributedDataParallel`` that is to average by a communication hook, such as torch's
                 ``fp16_compress_hook``: it holds one hook, and this one calls yours. It has to average, not add.
+            state: of that hook.
 
         Raises:
             LayerwiseError: where the replicas cannot be seen, or there is only one; it names the alternatives.

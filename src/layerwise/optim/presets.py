@@ -27,7 +27,7 @@ from layerwise.optim.rules.static import StaticRates
 class NamedOptimizer(NamedTuple):
     """An optimizer that a config, a command or a table can name.
 
-    Example:
+    Examples:
         >>> lw.optimizers()["namo"].rates.__name__
         'NormAdaptive'
     """
@@ -51,7 +51,7 @@ def register_optimizer(
         title: in tables and figures, such as ``"D-Muon"``.
         rates: the rate rule that it has by definition; None: none, or what its signature says.
 
-    Example:
+    Examples:
         >>> @lw.register_optimizer("sign-descent", title="Sign descent")
         ... class SignDescent(lw.LayerwiseOptimizer):
         ...     def __init__(self, params, lr=1e-3, *, weight_decay=0.0):
@@ -71,7 +71,7 @@ def register_optimizer(
 def optimizers() -> Mapping[str, NamedOptimizer]:
     """All registered optimizers by name.
 
-    Example:
+    Examples:
         >>> lw.optimizers()["d-muon"].title
         'D-Muon'
     """
@@ -100,11 +100,13 @@ class Muon(LayerwiseOptimizer):
         momentum: weight of the old average.
         nesterov: step along Nesterov's look-ahead.
         weight_decay: decoupled, at ``lr``; for the AdamW groups at ``adamw_lr``.
-        adamw_lr, adamw_betas, adamw_eps: of the AdamW groups.
+        adamw_lr: of the AdamW groups.
+        adamw_betas: theirs.
+        adamw_eps: theirs.
         rates: a rate rule for the matrices, e.g. ``NoiseAdaptive()``.
         nonfinite: ``"raise"`` or ``"skip"``.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
         >>> optimizer = lw.Muon(lw.param_groups(model), lr=0.02, adamw_lr=3e-3)
@@ -149,7 +151,7 @@ class DMuon(LayerwiseOptimizer):
 
     Args: as :class:`Muon`, with one ``lr`` for all groups.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
         >>> optimizer = lw.DMuon(lw.param_groups(model), lr=2e-3)
@@ -203,9 +205,14 @@ class DualMuon(LayerwiseOptimizer):
         radius: what matrix steps are multiplied by.
         head: what the head's rate is multiplied by.
         rates: the rule; None: the same optimizer with every multiplier at 1.
-        momentum, nesterov, weight_decay, adamw_betas, adamw_eps, nonfinite: as in :class:`DMuon`.
+        momentum: weight of the old average.
+        nesterov: step along Nesterov's look-ahead.
+        weight_decay: decoupled, at the group's rate.
+        adamw_betas: of the AdamW groups.
+        adamw_eps: theirs.
+        nonfinite: ``"raise"`` or ``"skip"``.
 
-    Example:
+    Examples:
         >>> import torch, layerwise as lw
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
         >>> optimizer = lw.DualMuon(lw.param_groups(model), lr=2e-3)
@@ -254,9 +261,10 @@ class Scion(LayerwiseOptimizer):
         momentum: weight of the old average (Scion's paper gives 1 minus it, 0.1).
         weight_decay: decoupled; 0 unconstrained, 1 constrained.
         radius: by role; roles that are not named take that of ``"hidden"``.
-        rates, nonfinite: as in :class:`Muon`.
+        rates: a rate rule, e.g. ``NoiseAdaptive()``.
+        nonfinite: ``"raise"`` or ``"skip"``.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
         >>> optimizer = lw.Scion(lw.param_groups(model), lr=5e-4, radius={"hidden": 10.0, "head": 100.0})
@@ -307,7 +315,7 @@ class Signum(LayerwiseOptimizer):
 
     Args: as :class:`Scion`; ``lr`` is the size of every entry's step.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
         >>> before = model[1].weight.detach().clone()
@@ -354,9 +362,10 @@ class Lanton(LayerwiseOptimizer):
         weight_decay: decoupled, at ``lr`` without the multiplier. The paper does not say; 0 is Scion's form.
         scaling: the static factor of each step, which the paper does not give: ``"rms_0.2"`` (entries of RMS 0.2, the
             scale of its D-Muon baseline) or ``"unit"`` (norm one, Scion's, to be used with a ``radius`` in the groups).
-        rates, nonfinite: as in :class:`Muon`; ``rates=None`` is the same optimizer with every multiplier at 1.
+        rates: a rate rule; None: the same optimizer with every multiplier at 1.
+        nonfinite: ``"raise"`` or ``"skip"``.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
         >>> optimizer = lw.Lanton(lw.param_groups(model), lr=2e-3)

@@ -38,7 +38,7 @@ class Update(ABC):
     ``keep``, where it is not None, is a 0-dimensional bool tensor on a device: where it is false nothing may change, and
     gradients may hold anything, NaN included. So it selects values and never multiplies them (0 * nan is nan).
 
-    Example:
+    Examples:
         >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
         ... class SGD(lw.Update):

@@ -70,12 +70,15 @@ def check(
         tolerance: the largest slope that counts as flat.
         judge: by which quantity a module is judged: `"rate"`, or `"activation_change"` as muP's users do.
         axis: what the sizes are, in words.
-        forward, method, probes, options: how rates are measured; see `Measurement`.
+        forward: runs the model on a batch's inputs; default: the model itself.
+        method: how rates are measured, as in `function_space_rates`.
+        probes: how many random probes.
+        options: further ones of `function_space_rates`.
 
     Raises:
         LayerwiseError: fewer than two sizes, a step below 1, a batch without a known loss.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> def make(width):

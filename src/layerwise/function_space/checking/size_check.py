@@ -25,7 +25,7 @@ class SizeCheck:
         tolerance: the largest slope that counts as flat.
         judged: the quantity by which a module is judged.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> def sgd(model):

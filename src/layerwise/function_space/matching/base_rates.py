@@ -48,7 +48,7 @@ class BaseRates:
         records: scheduled step -> parameter name -> rate.
         fingerprint: what they were recorded with.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> model = torch.nn.Linear(3, 2)
@@ -179,7 +179,7 @@ def record_base(run: Callable[[int], FunctionSpaceRecorder], seeds: Iterable[int
         run: `run(seed)` trains a fresh small model and returns its recorder.
         seeds: to call it with.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> def run(seed):

@@ -75,7 +75,7 @@ class FLeRM(StepWatcher):
     Raises:
         LayerwiseError: for a base that does not fit (naming the difference), or an optimizer not proportional to lr.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))

@@ -83,7 +83,7 @@ class FunctionSpaceRecorder(StepWatcher):
             difference_every * every, ...: one more forward per tensor there.
         options: the other fields of `Measurement`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> model = torch.nn.Linear(3, 2)

@@ -36,7 +36,7 @@ class WatchedStep:
         decay: `lr * weight_decay` of parameters whose decay is no part of the update, by name.
         processes: those that take the step together.
 
-    Example:
+    Examples:
         >>> with watch(model, optimizer) as step:
         ...     optimizer.step()
         >>> if step.why_not() is None:

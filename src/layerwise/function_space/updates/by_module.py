@@ -15,7 +15,7 @@ ROOT = "(model)"
 def module_of(parameter: str) -> str:
     """The module that a parameter belongs to; of a parametrised weight, the layer and not its parametrization.
 
-    Example:
+    Examples:
         `module_of("h.0.mlp.c_fc.weight") == "h.0.mlp.c_fc"`
     """
     return parameter.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".") or ROOT

@@ -79,7 +79,7 @@ def spectral_norms(stacks: Sequence[Tensor], steps: int = 6, sum_: Sum | None = 
     Returns:
         For each stack its norms, `[count]`, on the CPU.
 
-    Example:
+    Examples:
         `spectral_norms([torch.stack([layer.weight for layer in layers])])[0]`
     """
     # Small singular values matter to nobody here: scaled to order one, squares neither under- nor overflow.

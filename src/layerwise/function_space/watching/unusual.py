@@ -48,7 +48,7 @@ class Unusual:
 def siblings_of(module: str) -> str:
     """The pattern that a module shares with those in its place in other blocks.
 
-    Example:
+    Examples:
         `siblings_of("h.3.mlp.c_fc") == "h.*.mlp.c_fc"`
     """
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module)
@@ -68,7 +68,7 @@ class UnusualRule:
         window: how many values history is at most.
         least: how many it is at least.
 
-    Example:
+    Examples:
         >>> import layerwise as lw
         >>> rule = lw.UnusualRule(factor=3, least=2)
         >>> updates = {"a": 1e-3, "b": 1e-3, "c": 2e-3}

@@ -68,7 +68,7 @@ class WatchRecord:
         units: the optimizer's own rates, unit by unit, where it has such.
         unusual: modules that stand out.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> model = torch.nn.Linear(4, 2)

@@ -67,7 +67,7 @@ def watch(
     Raises:
         LayerwiseError: an optimizer that holds none of the model's parameters, an interval below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> model = torch.nn.Linear(4, 2)
@@ -93,7 +93,7 @@ class Watch:
         steps: how many optimizer steps were seen.
         skipped: of each step at which function space was to be measured and was not, why.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import layerwise as lw
         >>> model = torch.nn.Linear(4, 2)

@@ -29,7 +29,7 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
 
     Args:
         g: `[..., d_out, d_in]`, real floating point.
-        method, with its relative error on gradient differences of a GPT-2 (float32):
+        method: named with its relative error on gradient differences of a GPT-2 (float32).
             `"svd"`: exact, to rounding.
             `"gram"`: eigenvalues of the Gram matrix; up to 1.3 % too large (rounding hides singular values below
             3e-4 of the largest, and lends as much to those that are zero).
@@ -49,7 +49,7 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
     Raises:
         LayerwiseError: an unknown method, or a tensor that is not a stack of real matrices.
 
-    Example:
+    Examples:
         >>> lw.nuclear_norm(torch.tensor([[3.0, 0.0], [0.0, -2.0]]), "svd")
         tensor(5.)
     """

@@ -37,7 +37,7 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto") -> Tensor:
     Raises:
         LayerwiseError: an unknown method or path, or a tensor that is not a stack of real matrices.
 
-    Example:
+    Examples:
         >>> lw.polar(torch.tensor([[3.0, 0.0], [0.0, -2.0]]), "svd").round(decimals=4)
         tensor([[ 1.,  0.],
                 [ 0., -1.]])

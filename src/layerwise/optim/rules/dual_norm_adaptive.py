@@ -40,7 +40,7 @@ class DualNormAdaptive(RateRule):
             0.57 at three times the median norm, 0.32 at ten times.
         beta: weight of the old average of H.
 
-    Example:
+    Examples:
         >>> import torch, layerwise as lw
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
         >>> optimizer = lw.DMuon(lw.param_groups(model), rates=lw.DualNormAdaptive())

@@ -20,7 +20,7 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
     Returns:
         0-dim, one of ``values``; 0 where all weights are 0.
 
-    Example:
+    Examples:
         >>> weighted_median(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1.0, 1.0, 3.0]))
         tensor(9.)
     """

@@ -180,7 +180,7 @@ class NoiseAdaptive(RateRule):
             and keys of a fresh transformer, whose noise is 1e-4 of the other layers', would slow all of those ten-fold.
         group_alpha: ``alpha`` over the root of the group's median H, in the place of the floor; 0: the floor.
 
-    Example:
+    Examples:
         >>> lw.NoiseAdaptive(reference="momentum", size_normalised=True).floor
         0.1
         >>> optimizer = lw.DMuon(lw.param_groups(nn.Linear(4, 8)), rates=lw.NoiseAdaptive(reference="momentum"))

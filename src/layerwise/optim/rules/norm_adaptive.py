@@ -26,7 +26,7 @@ class NormAdaptive(RateRule):
     ``sqrt(1 - beta2^t) / (1 - beta1^t) * ||M||_F / (sqrt(v) + eps)``, at most ``ceiling``, where M is what the step is
     taken along and beta1 the momentum's weight. It belongs on steps scaled by 0.2 sqrt(max(d_out, d_in)) (``DMuon``).
 
-    Example:
+    Examples:
         >>> optimizer = lw.DMuon(lw.param_groups(nn.Linear(4, 8)), rates=lw.NormAdaptive())
     """
 

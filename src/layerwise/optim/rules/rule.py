@@ -64,7 +64,7 @@ class RateRule(ABC):
     A checkpoint holds a rule's ``repr`` and loads where it is the same: make a rule a frozen dataclass, whose repr has
     all its options.
 
-    Example:
+    Examples:
         Rates that fall with the norm of the gradient, each unit against the mean of its norm group:
 
         >>> from dataclasses import dataclass
@@ -139,7 +139,7 @@ _Rule = TypeVar("_Rule", bound=type[RateRule])
 def register_rule(name: str) -> Callable[[_Rule], _Rule]:
     """Give a rate rule the name by which a config calls it; above its class. A rule given as an object needs none.
 
-    Example:
+    Examples:
         >>> @lw.register_rule("half_speed")
         ... class HalfSpeed(lw.RateRule):
         ...     def allocate(self, param, units):
@@ -158,7 +158,7 @@ def register_rule(name: str) -> Callable[[_Rule], _Rule]:
 def rate_rules() -> Mapping[str, type[RateRule]]:
     """All registered rate rules by name.
 
-    Example:
+    Examples:
         >>> lw.rate_rules()["norm_adaptive"].__name__
         'NormAdaptive'
     """

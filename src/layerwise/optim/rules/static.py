@@ -19,7 +19,7 @@ from layerwise.optim.work.job import State
 class StaticRates(RateRule):
     """Fixed multipliers by unit name; units that are not named keep 1. The control for any adaptive rule.
 
-    Example:
+    Examples:
         >>> optimizer = lw.Scion(lw.param_groups(nn.Linear(4, 8)), lr=1e-3, rates=lw.StaticRates({"weight": 0.5}))
         >>> optimizer.layer_rates()["weight"].lr
         0.0005

@@ -42,7 +42,7 @@ class DistributedWork:
             DTensors bring their own, from their mesh.
         bucket_bytes: how much a process receives in one round, at most, unless one matrix from each is more.
 
-    Example:
+    Examples:
         >>> import torch.distributed as dist
         >>> dist.is_initialized()  # after init_process_group: optimizer.work = lw.DistributedWork(group)
         False

@@ -21,7 +21,7 @@ NORM_BYTES = {"cpu": 2**23, "gpu": 2**28}
 class LocalWork:
     """Everything on this process: where it trains a model of its own, or alone.
 
-    Example:
+    Examples:
         >>> optimizer.work = lw.LocalWork()  # doctest: +SKIP
     """
 
