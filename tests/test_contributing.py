@@ -49,7 +49,7 @@ from torch import nn
 import layerwise as lw
 model, inputs = nn.Linear(4, 3), torch.randn(8, 4)
 update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-rates = lw.function_space_rates(model, update, inputs, method="rows_apart", probes=64)
+rates = lw.function_space_rates(model, update, inputs, method="literal_kronecker", probes=64)
 assert rates["weight"].value > 0
 """,
     "A model family for the lab": """

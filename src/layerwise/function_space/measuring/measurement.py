@@ -38,8 +38,6 @@ from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner
 from layerwise.function_space.measuring.slices import Cutting, Graph, Slices, graphs, rounding_of
 from layerwise.function_space.rates import Rate, Rates
 
-METHODS = (*CHANGES, *ESTIMATORS)
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -86,15 +84,16 @@ class Measurement:
     function: Forward = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise LayerwiseError(f"method is {self.method!r}: use one of {', '.join(METHODS)}")
+        methods = (*CHANGES, *ESTIMATORS)
+        if self.method not in methods:
+            raise LayerwiseError(f"method is {self.method!r}: use one of {', '.join(methods)}")
         if self.probes < 1:
             raise LayerwiseError(f"probes is {self.probes}: use at least 1")
         if self.probe not in ("rademacher", "gaussian"):
             raise LayerwiseError(f"probe is {self.probe!r}: use 'rademacher' or 'gaussian'")
         if self.slices != "auto" and (not isinstance(self.slices, int) or self.slices < 1):
             raise LayerwiseError(f"slices is {self.slices!r}: use 'auto' or a number from 1 on")
-        if self.linear is not None and (self.linear not in METHODS or self.linear == "difference"):
+        if self.linear is not None and (self.linear not in methods or self.linear == "difference"):
             raise LayerwiseError(f"linear is {self.linear!r}: use 'exact', {', '.join(ESTIMATORS)}, or None")
         first_order = self.linear if self.method == "difference" else self.method
         if self.together is not None and first_order in ESTIMATORS:
