@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import function_space_runs
+import golden_function_space
 import lab_runs_alone
 import optimizer_runs
 import process_runs
@@ -28,13 +28,13 @@ def part_numbers(part: str) -> dict[str, Any]:
         return {f"{run}, {dtype}": optimizer_runs.run(run, dtype) for run, dtype in optimizer_runs.names()}
     if part == "function_space":
         kinds = {
-            "measured": function_space_runs.measured,
-            "recorded": function_space_runs.records,
-            "matched": function_space_runs.matchings,
+            "measured": golden_function_space.measured,
+            "recorded": golden_function_space.records,
+            "matched": golden_function_space.matchings,
         }
         return {
             f"{name}, {dtype}": digest(json.dumps(found, sort_keys=True))
-            for dtype in function_space_runs.DTYPES
+            for dtype in golden_function_space.DTYPES
             for kind, numbers in kinds.items()
             for name, found in _named(kind, numbers(dtype))
         }

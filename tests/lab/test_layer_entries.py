@@ -18,11 +18,11 @@ from layerwise.lab.runs.environment import MOST_UNITS, layer_entries, parameter_
 
 @pytest.fixture
 def model() -> nn.Module:
-    """A depthwise convolution: a unit for each of its channels."""
+    """A grouped convolution: a unit for each group."""
     torch.manual_seed(0)
     channels = 2 * MOST_UNITS
-    depthwise = nn.Conv2d(channels, channels, 3, groups=channels, bias=False)
-    return nn.Sequential(nn.Conv2d(3, channels, 1, bias=False), depthwise, nn.Flatten(), nn.LazyLinear(4))
+    grouped = nn.Conv2d(2 * channels, 2 * channels, 3, groups=channels, bias=False)
+    return nn.Sequential(nn.Conv2d(3, 2 * channels, 1, bias=False), grouped, nn.Flatten(), nn.LazyLinear(4))
 
 
 def test_a_parameter_of_many_units_is_summarised(model: nn.Module, tmp_path: Path) -> None:

@@ -79,7 +79,12 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], key
             if adapter is not None:
                 adapter.validate_python(value, strict=True)
         except ValidationError as error:
-            reason = str(error.errors(include_url=False)[0]["msg"])
+            first = error.errors(include_url=False)[0]
+            if (
+                first["type"] == "missing"
+            ):  # a list that is too short: the optimizer itself says what it needs
+                continue
+            reason = str(first["msg"])
             raise LayerwiseError(f"{key}.{name}={value!r}: {reason[0].lower()}{reason[1:]}") from None
 
 
