@@ -77,10 +77,11 @@ def decisive(seed: int) -> tuple[Trial, ...]:
     )
 
 
-#: D-Muon's factors of roles: the best of those tried on seed 1
+#: D-Muon's factors of roles: the best of those tried. (A head at 4 times alone was 0.003 better on GPT-2's seed 1 and 0.02
+#: worse on seed 2.)
 TUNED: Final[Mapping[str, Mapping[str, float]]] = {
     "llama-tiny": {"embedding": 3.0, "head": 3.0, "vector": 3.0},
-    "gpt2-tiny": {"head": 4.0},
+    "gpt2-tiny": {"embedding": 2.0, "head": 2.0, "vector": 2.0},
 }
 
 STUDIES: Final[Mapping[str, Study]] = {
@@ -100,7 +101,7 @@ STUDIES: Final[Mapping[str, Study]] = {
             d_muon("gpt2-tiny", 0.016, 1, embedding=2.0, head=2.0, vector=2.0),
             d_muon("llama-tiny", 0.008, 1, embedding=3.0, head=3.0, vector=3.0),
             d_muon("gpt2-tiny", 0.016, 1, head=4.0),
-            d_muon("llama-tiny", 0.008, 1, embedding=3.0, head=6.0, vector=3.0),
+            d_muon("gpt2-tiny", 0.016, 2, head=4.0),
         ),
     ),
     "decisive": Study(
@@ -112,7 +113,7 @@ STUDIES: Final[Mapping[str, Study]] = {
         tuple(
             trial
             for contender, rates in (
-                ("DualMuon", (0.004, 0.008, 0.016, 0.032)),
+                ("DualMuon", (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)),
                 ("D-Muon", (0.002, 0.004, 0.008, 0.016)),
                 ("AdamW", (0.001, 0.002, 0.004, 0.008)),
             )
@@ -124,7 +125,6 @@ STUDIES: Final[Mapping[str, Study]] = {
         (
             Trial("qwen3-tiny", "DualMuon", 0.016, 1),
             Trial("qwen3-tiny", "D-Muon", 0.008, 1),
-            d_muon("qwen3-tiny", 0.008, 1, head=4.0),
             Trial("qwen3-tiny", "D-Muon", 0.016, 1),
             Trial("qwen3-tiny", "DualMuon", 0.032, 1),
         ),
