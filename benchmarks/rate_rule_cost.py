@@ -1,0 +1,79 @@
+"""What the rate rule adds to a step of D-Muon, in processor time, the two taking turns.
+
+    python benchmarks/rate_rule_cost.py            # about a minute on one core
+
+Processor time instead of the clock's, in one thread: neighbours on the machine then matter little. The ratio is the median
+over rounds of the ratio within a round. Writes `benchmarks/results/rate_rule_cost.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import layerwise as lw
+import machine
+from optimizer_step import SETS, layerwise_groups
+
+RESULTS = Path(__file__).parent / "results"
+#: three blocks of a GPT-2 at d = 384, with q, k and v in one and apart; and the tiny models' block
+CASES = {
+    "three blocks, d = 384": SETS["d384"][:12],
+    "three blocks, d = 384, q, k, v apart": SETS["d384-split"][:18],
+    "four blocks, d = 128": [(384, 128), (128, 128), (512, 128), (128, 512)] * 4,
+}
+
+
+def ratio(shapes: list[tuple[int, int]], rounds: int) -> tuple[float, float, float]:
+    """Seconds of D-Muon's step, and the median and spread (quartiles' distance) of the ratio with the rule."""
+    generator = torch.Generator().manual_seed(0)
+    steps = []
+    for rule in (None, lw.DualNormAdaptive()):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        steps.append(lw.DMuon(layerwise_groups(params), lr=1e-3, rates=rule).step)
+    times: list[list[float]] = []
+    for number in range(-2, rounds):
+        taken = [0.0, 0.0]
+        for which in (0, 1) if number % 2 else (1, 0):
+            started = time.process_time()
+            steps[which]()
+            taken[which] = time.process_time() - started
+        if number >= 0:
+            times.append(taken)
+    ratios = [ruled / plain for plain, ruled in times]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return statistics.median(plain for plain, _ in times), middle, high - low
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = [
+        "# What the rate rule costs",
+        "",
+        "`python benchmarks/rate_rule_cost.py`: processor time of a step of `DMuon`, and with `DualNormAdaptive` over it.",
+        "",
+        "| matrices | D-Muon, seconds | with the rule, over it | between its quartiles |",
+        "|---|---|---|---|",
+    ]
+    for name, shapes in CASES.items():
+        seconds, middle, spread = ratio(shapes, given.rounds)
+        lines.append(f"| {name} | {seconds:.4f} | {middle:.3f} | {spread:.3f} |")
+        print(lines[-1], flush=True)
+    lines += ["", " · ".join(f"{k}: {v}" for k, v in machine.describe().items()), ""]
+    (given.out / "rate_rule_cost.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
