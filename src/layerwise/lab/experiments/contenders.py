@@ -17,7 +17,7 @@ from layerwise.lab.optimizers.default_rates import default_rate
 from layerwise.lab.optimizers.registry import OPTIMIZERS, find_preset
 from layerwise.lab.report.names import optimizer_title
 
-DEFAULT = ("adamw", "d-muon", "scion", "lanton")
+DEFAULT = ("adamw", "lanton", "d-muon", "dual-muon")
 AUTO_STEPS = 2  # grid points of `auto` on each side of the default rate, a factor of two apart
 
 
