@@ -55,6 +55,8 @@ def octaves(of: Losses) -> str:
         (s for seeds in of.values() for s in seeds), key=lambda s: sum(s in seeds for seeds in of.values())
     )
     curve = {lr: seeds[seed] for lr, seeds in sorted(of.items()) if seed in seeds}
+    if len(curve) == 1:
+        return "one rate"
     good = [lr for lr, value in curve.items() if value <= min(curve.values()) + TOLERANCE]
     ends = good[0] == min(curve) or good[-1] == max(curve)
     return f"{'>= ' if ends else ''}{math.log2(good[-1] / good[0]):.1f}"
