@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from layerwise.common.text_table import text_table
 from layerwise.geometry.forward import Forward
 from layerwise.geometry.found import ROLES, How
 from layerwise.geometry.groups import Overrides, SplitSpec, assign, frozen_names
@@ -204,10 +205,7 @@ def _brief(geometry: Geometry) -> str:
 
 
 def _text(lines: list[tuple[str, list[Row]]]) -> str:
-    table = [_HEADER, *(_cells(name, rows) for name, rows in lines)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(1, tuple("-" * width for width in widths))
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+    return text_table(_HEADER, [_cells(name, rows) for name, rows in lines])
 
 
 def _short(count: int) -> str:

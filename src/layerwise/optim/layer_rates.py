@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.optim.work.job import Group, State, local_state
+from layerwise.optim.work.job import Group, State, local_state, rate
 
 
 class LayerRate(NamedTuple):
@@ -23,7 +23,7 @@ class LayerRate(NamedTuple):
 
     noise: float  # H of :class:`NoiseAdaptive`: the averaged squared dual norm; nan where none is measured
     multiplier: float
-    lr: float  # the group's learning rate times the multiplier
+    lr: float  # the group's learning rate, times its lr_scale, times the multiplier
 
 
 def layer_rates(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict[str, LayerRate]:
@@ -31,7 +31,7 @@ def layer_rates(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict
     rows: list[tuple[str, float, bool]] = []  # name, the group's lr, whether a rule sets its multiplier
     values: list[Tensor] = []
     for group in groups:
-        lr, update = float(group["lr"]), group["update"]
+        lr, update = float(rate(group)), group["update"]
         rule = update.rule(group)
         for name, param in zip(group["param_names"], group["params"], strict=True):
             rows.extend((unit, lr, rule is not None) for unit in update.unit_names(group, name, param))

@@ -16,9 +16,11 @@ from layerwise.optim.groups.complete import (
     as_groups,
     check_parameters,
     complete,
+    for_torch,
     with_layouts,
 )
-from layerwise.optim.groups.options import DEFAULTS, check_group, sparse_gradient
+from layerwise.optim.groups.options import DEFAULTS, check_options, sparse_gradient
+from layerwise.optim.groups.overview import scaled_twice, table
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.layer_rates import LayerRate, layer_rates
 from layerwise.optim.rules.halves import Halves
@@ -73,6 +75,8 @@ class LayerwiseOptimizer(Optimizer):
         ['bias', 'weight']
     """
 
+    _told_of_scales = False  # that they are applied twice
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -82,7 +86,7 @@ class LayerwiseOptimizer(Optimizer):
         work: MatrixWork | None = None,
         **defaults: Any,
     ) -> None:
-        check_group(defaults)
+        check_options(defaults)
         self.recipe: Recipe = recipe or {}
         self.guard = NonFiniteGuard(nonfinite)
         self.halves = Halves()
@@ -105,14 +109,7 @@ class LayerwiseOptimizer(Optimizer):
             ready.append((group, [_allocate(group, name, param) for name, param in group["params"]]))
         for group, states in ready:
             params = [param for _, param in group["params"]]
-            if not params:
-                group["param_names"] = []  # torch makes none, and then misses them
-            lr = group["lr"]
-            if isinstance(lr, Tensor) and any(lr is other["lr"] for other in self.param_groups):
-                group["lr"] = (
-                    lr.clone()
-                )  # a scheduler that writes into it in place would move it once a group
-            super().add_param_group(group)
+            super().add_param_group(for_torch(group, self.param_groups))
             self.state.update(zip(params, states, strict=True))
         self._note_holders()
 
@@ -165,6 +162,8 @@ class LayerwiseOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._follow_parameters()
+        if not self._told_of_scales and any("lr_scale" in group for group in self.param_groups):
+            self._told_of_scales = scaled_twice(self.param_groups)
         jobs = self._jobs()
         moving = [job for job in jobs if job.moves]
         finite = self.guard.check(
@@ -309,6 +308,16 @@ class LayerwiseOptimizer(Optimizer):
         """
         self._follow_parameters()
         return layer_rates(self.param_groups, self.state)
+
+    def groups_table(self) -> str:
+        """A line for each group: what its rate, decay, update and geometry became, and the keys that are the user's own.
+
+        Example:
+            >>> groups = lw.param_groups(nn.Linear(4, 8), overrides={"bias": {"lr_scale": 0.5, "name": "biases"}})
+            >>> print(lw.Scion(groups, lr=0.25).groups_table().splitlines()[-1])
+            vector  1           8        0.125 = 0.25 * 0.5  0             lmo     -      VectorRMS()           name='biases'
+        """
+        return table(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:

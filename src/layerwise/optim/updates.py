@@ -35,6 +35,8 @@ CHUNK_BYTES = 64 * 2**20
 class Update(ABC):
     """A kind of update. Make it a frozen dataclass: a checkpoint holds its ``repr`` and loads where that is the same.
 
+    ``job.lr`` is the rate of the step, with the group's ``lr_scale`` in it.
+
     ``keep``, where it is not None, is a 0-dimensional bool tensor on a device: where it is false nothing may change, and
     gradients may hold anything, NaN included. So it selects values and never multiplies them (0 * nan is nan).
 
@@ -49,7 +51,7 @@ class Update(ABC):
         ...         for job in jobs:
         ...             if job.moves:
         ...                 grad = job.grad if keep is None else torch.where(keep, job.grad, 0)
-        ...                 job.local.sub_(grad, alpha=job.group["lr"])
+        ...                 job.local.sub_(grad, alpha=job.lr)
         >>> model = nn.Linear(2, 1, bias=False)
         >>> before = model.weight.detach().clone()
         >>> optimizer = lw.LayerwiseOptimizer(lw.param_groups(model), {"default": {"update": SGD()}}, lr=0.1)
@@ -104,14 +106,14 @@ class AdamW(Update):
             if job.moves:
                 by_group.setdefault(id(job.group), []).append(job)
         for members in by_group.values():
-            group = members[0].group
+            group, lr = members[0].group, members[0].lr
             params = [job.local.float() if job.local.dtype == torch.float16 else job.local for job in members]
             for job, param in zip(members, params, strict=True):
                 for key in ("exp_avg", "exp_avg_sq"):
                     if job.state[key].dtype != param.dtype:  # the model was cast after the optimizer was made
                         job.state[key] = job.state[key].to(param.dtype)
             # The fused kernel can be told on the device to do nothing, which is what `keep` needs.
-            fused = keep is not None or isinstance(group["lr"], Tensor)
+            fused = keep is not None or isinstance(lr, Tensor)
             adamw(
                 params,
                 [job.grad.to(param.dtype) for job, param in zip(members, params, strict=True)],
@@ -124,7 +126,7 @@ class AdamW(Update):
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=group["lr"],
+                lr=lr,
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
@@ -274,7 +276,7 @@ def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
 
 def move(job: Job, direction: Tensor, keep: Tensor | None) -> None:
     """``W <- W - lr * weight_decay * W``, then ``W <- W - lr * direction``, in place."""
-    param, lr, decay = job.local, job.group["lr"], job.group["weight_decay"]
+    param, lr, decay = job.local, job.lr, job.group["weight_decay"]
     if isinstance(lr, Tensor):
         lr = lr.reshape(())
     if decay != 0.0:

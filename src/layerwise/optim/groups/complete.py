@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError, warn
-from layerwise.geometry import group_by_shape
-from layerwise.optim.groups.options import DEFAULTS, check_group, check_parameter
+from layerwise.geometry import VectorLayout, VectorRMS, group_by_shape
+from layerwise.optim.groups.options import DEFAULTS, check_group, check_options, check_parameter
 from layerwise.optim.updates import UPDATES, Update
 from layerwise.optim.work.job import Group
 
@@ -65,6 +65,10 @@ def with_layouts(group: Group, named: int) -> list[Group]:
 def _by_shape(params: list[tuple[str, Tensor]], options: Group) -> list[Group]:
     check_group(options)
     check_parameters(params, (), ())
+    if not params:  # the no_decay of a model without biases: as if it held some
+        return [
+            {"params": [], "role": "vector", "layout": VectorLayout(), "geometry": VectorRMS(), **options}
+        ]
     return [found | options for found in group_by_shape(params)]
 
 
@@ -79,6 +83,7 @@ def complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Group
 def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Group:
     check_group(group)
     preset = recipe.get(str(group.get("role")), recipe.get("default", {}))
+    check_options(preset)
     base = {key: defaults[key] for key in DEFAULTS if key in defaults}
     # A geometry in a preset is its definition (Signum's): it stands above the one param_groups found.
     full = {**base, **preset, **group, **{key: preset[key] for key in ("geometry",) if key in preset}}
@@ -96,6 +101,15 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
         rule.fits(full)
     full["norm_group"] = full["norm_group"] or full["geometry"].norm_group
     return {key: _plain(value) for key, value in full.items()}
+
+
+def for_torch(group: Group, others: Iterable[Group]) -> Group:
+    """A complete group as torch's ``add_param_group`` takes it, beside the ``others`` that are there."""
+    names: Group = {} if group["params"] else {"param_names": []}  # torch makes none, and then misses them
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and any(lr is other["lr"] for other in others):
+        lr = lr.clone()  # a scheduler that writes into it in place would move it once a group
+    return {**group, **names, "lr": lr}
 
 
 def _warn_of_unused(update: Update, group: Group, without: Mapping[str, Any]) -> None:

@@ -38,7 +38,8 @@ DEFAULTS: Final[dict[str, Any]] = {
 #: of another geometry is told apart.
 DESCRIBED: Final = ("layout", "geometry", "rates", "update")
 
-_TORCH_KEYS: Final = (
+#: What torch and its schedulers write into a group.
+TORCH_KEYS: Final = (
     "params",
     "param_names",
     "initial_lr",
@@ -48,19 +49,49 @@ _TORCH_KEYS: Final = (
     "max_momentum",
 )
 
+#: Options that a group has only where it was given them: "lr_scale" multiplies the rate of every step, and nobody else
+#: writes it. Groups without it are saved as they always were.
+OPTIONAL: Final = ("lr_scale",)
+_OPTIONS: Final = (*DEFAULTS, *OPTIONAL)
+
+#: Options of torch's optimizers that change a step and that ours do not have: a true one must not be lost in silence.
+_NOT_OURS: Final = ("amsgrad", "dampening", "differentiable", "maximize", "ns_coefficients", "ns_steps")
+_OTHER_NAMES: Final = {"learning_rate": "lr", "wd": "weight_decay"}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise :class:`LayerwiseError` for an unknown option or a value outside its range."""
+    for key, value in options.items():
+        if key not in _OPTIONS and key not in TORCH_KEYS:
+            raise _unknown(key, value, nearest(key, _OPTIONS, cutoff=0.6))
+    _check_values(options)
+
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Raise :class:`LayerwiseError` for an unknown option or a value outside its range."""
-    for key in group:
-        if key not in DEFAULTS and key not in _TORCH_KEYS:
-            near = nearest(key, DEFAULTS, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(DEFAULTS))}"
-            raise LayerwiseError(
-                f"unknown option {key!r} (value {group[key]!r}) in a parameter group: {hint}"
-            )
+    """As :func:`check_options`, but keys of the user's own are let through, as torch does: ``name``, SAM's ``rho``."""
+    for key, value in group.items():
+        if key in _OPTIONS or key in TORCH_KEYS:
+            continue
+        near = [_OTHER_NAMES[key]] if key in _OTHER_NAMES else nearest(key, _OPTIONS, cutoff=0.8)
+        if near or (key in _NOT_OURS and value):
+            raise _unknown(key, value, near)
+    _check_values(group)
+
+
+def own_keys(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in a group and neither ours nor torch's: the user's."""
+    return {key: value for key, value in group.items() if key not in _OPTIONS and key not in TORCH_KEYS}
+
+
+def _unknown(key: str, value: object, near: list[str]) -> LayerwiseError:
+    hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(_OPTIONS))}"
+    return LayerwiseError(f"unknown option {key!r} (value {value!r}) in a parameter group: {hint}")
+
+
+def _check_values(options: Mapping[str, Any]) -> None:
     for key, check in _CHECKS.items():
-        if key in group:
-            check(key, group[key])
+        if key in options:
+            check(key, options[key])
 
 
 def check_option(key: str, value: object, called: str) -> None:
@@ -131,6 +162,7 @@ def _instance(kind: type, what: str) -> Callable[[str, object], None]:
 
 _CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
     "lr": _learning_rate,
+    "lr_scale": _at_least_zero,
     "weight_decay": _at_least_zero,
     "radius": _at_least_zero,
     "eps": _at_least_zero,

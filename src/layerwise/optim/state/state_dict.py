@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.groups.options import DESCRIBED
+from layerwise.optim.groups.options import DESCRIBED, TORCH_KEYS
 
 #: Group options that loading leaves as they are: what the optimizer is, where the others are how it is set.
 KEPT: Final = (*DESCRIBED, "update", "nesterov", "scaling", "radius", "norm_group", "role")
@@ -28,7 +28,7 @@ def to_plain(state_dict: dict[str, Any], skipped: int) -> dict[str, Any]:
             group[key] = repr(group[key])
         for key, value in group.items():
             # The rate may be a tensor while running, and so what schedulers keep of it; every tool expects a float.
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.numel() == 1:
                 group[key] = float(value)
     state_dict[_SKIPPED] = skipped
     return state_dict
@@ -161,7 +161,8 @@ def load(
         loaded.update(found)
         return without_extras(found)
 
-    live = [{key: group[key] for key in KEPT} for group in optimizer.param_groups]
+    live = [{key: group[key] for key in (*KEPT, "param_names")} for group in optimizer.param_groups]
+    before = [dict(group) for group in optimizer.param_groups]
     lrs = [group["lr"] for group in optimizer.param_groups]
     own = {param: dict(state) for param, state in optimizer.state.items()}
     last = optimizer.register_load_state_dict_pre_hook(take)
@@ -169,8 +170,12 @@ def load(
         torch_load(state_dict)
     finally:
         last.remove()
-    for group, kept, lr in zip(optimizer.param_groups, live, lrs, strict=True):
+    for group, kept, old, lr in zip(optimizer.param_groups, live, before, lrs, strict=True):
         group.update(kept)
+        for key in (
+            old.keys() - group.keys() - set(TORCH_KEYS)
+        ):  # the user's own, and options that are newer than it
+            group[key] = old[key]
         if isinstance(lr, Tensor):
             group["lr"] = lr.fill_(group["lr"])
     copy_state(optimizer, own, loaded)

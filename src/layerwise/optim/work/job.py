@@ -31,6 +31,13 @@ def local_state(param: Tensor, state: State) -> State:
     return {key: local_part(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
+def rate(group: Group) -> float | Tensor:
+    """The learning rate of a group's steps: its ``lr``, times its ``lr_scale`` where it has one."""
+    lr: float | Tensor = group["lr"]
+    scale = group.get("lr_scale", 1.0)
+    return lr if scale == 1.0 else lr * scale
+
+
 def select(keep: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
     """``new`` where ``keep`` allows it, else ``old``: a choice and no product, so that NaN cannot pass."""
     return new if keep is None else torch.where(keep.to(new.device), new, old)
@@ -64,6 +71,11 @@ class Job:
     group: Group
     state: State
     deviation: Deviation | None = None  # where the replicas' own gradients are watched
+
+    @property
+    def lr(self) -> float | Tensor:
+        """The rate of this step: ``lr`` of its group, times ``lr_scale`` where it has one."""
+        return rate(self.group)
 
     def direction_input(self) -> Tensor:
         """What a unit step goes along: the average of the gradients, or Nesterov's look-ahead."""

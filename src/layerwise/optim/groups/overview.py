@@ -1,0 +1,75 @@
+"""What an optimizer's groups became, as a table; and whether somebody else applies their ``lr_scale`` too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from torch import Tensor
+
+from layerwise.common.text_table import text_table
+from layerwise.errors import warn
+from layerwise.optim.groups.options import own_keys
+from layerwise.optim.updates import AdamW
+from layerwise.optim.work.job import Group, rate
+
+_HEADER: Final = (
+    "role",
+    "parameters",
+    "entries",
+    "lr",
+    "weight decay",
+    "update",
+    "rates",
+    "geometry",
+    "kept",
+)
+
+
+def table(groups: Sequence[Group]) -> str:
+    """A line for each group, in order."""
+    return text_table(_HEADER, [_cells(group) for group in groups])
+
+
+def _cells(group: Group) -> tuple[str, ...]:
+    update = group["update"]
+    rule = update.rule(group)
+    return (
+        str(group["role"]),
+        str(len(group["params"])),
+        str(sum(param.numel() for param in group["params"])),
+        _rate(group),
+        f"{float(group['weight_decay']):g}",
+        repr(update),
+        "-" if rule is None else type(rule).__name__,
+        "-" if isinstance(update, AdamW) else repr(group["geometry"]),
+        " ".join(f"{key}={value!r:.30}" for key, value in own_keys(group).items()),
+    )
+
+
+def _rate(group: Group) -> str:
+    effective = f"{float(rate(group)):g}"
+    scale = group.get("lr_scale", 1.0)
+    return effective if scale == 1.0 else f"{effective} = {float(group['lr']):g} * {scale:g}"
+
+
+def scaled_twice(groups: Sequence[Group]) -> bool:
+    """Whether the rates are multiplied by ``lr_scale`` already, by the loop or by timm's schedulers; it then warns.
+
+    They are where rate over ``lr_scale`` is one number for all groups, as a multiple of ``initial_lr`` if there is one,
+    although the scales differ.
+    """
+    scales, ratios = set(), []
+    for group in groups:
+        lr, scale = group["lr"], group.get("lr_scale", 1.0)
+        base = group.get("initial_lr", 1.0)
+        if group["params"] and not isinstance(lr, Tensor) and lr and scale and base:
+            scales.add(scale)
+            ratios.append(float(lr / base / scale))
+    twice = len(scales) > 1 and max(ratios) <= min(ratios) * (1 + 1e-6)
+    if twice:
+        warn(
+            "the groups' lr are multiplied by their lr_scale already, as timm's schedulers do, and every step multiplies "
+            "them by it again: give each group lr * lr_scale as its lr, and no lr_scale"
+        )
+    return twice

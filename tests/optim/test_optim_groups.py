@@ -1,0 +1,160 @@
+"""What training scripts write into groups: a rate's scale, keys of their own, no parameters at all."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny import OPTIMIZERS, assert_same_bits, make, net, take_step, tensors, twin
+
+import layerwise as lw
+
+SCALES = {"embed.weight": 0.5, "up.weight": 0.25, "norm.*": 2.0, "down.weight": 0.0}
+EXACT = {"lr_scale": 0.5}  # a power of two: times a rate without rounding
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_scale_is_the_same_as_that_rate_in_the_group_bit_for_bit(name):
+    scaled, plain = net(), net()
+    one = OPTIMIZERS[name](lw.param_groups(scaled, {"*": EXACT}), weight_decay=0.1)
+    other = make(name, plain, weight_decay=0.1)
+    for group in other.param_groups:
+        group["lr"] *= 0.5
+    for step in range(3):
+        take_step(one, scaled, step)
+        take_step(other, plain, step)
+    assert_same_bits(tensors(scaled, one), tensors(plain, other))
+    assert str(one.layer_rates()) == str(other.layer_rates())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_scale_of_one_changes_no_bit(name):
+    scaled, plain = net(), net()
+    one = OPTIMIZERS[name](lw.param_groups(scaled, {"*": {"lr_scale": 1.0}}))
+    other = make(name, plain)
+    for step in range(3):
+        take_step(one, scaled, step)
+        take_step(other, plain, step)
+    assert_same_bits(tensors(scaled, one), tensors(plain, other))
+
+
+@pytest.mark.parametrize("preset", [lw.Muon, lw.Scion])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_scales_survive_a_loop_that_writes_one_rate_into_all_groups(preset, as_tensor):
+    model = net()
+    optimizer = preset(lw.param_groups(model, {key: {"lr_scale": value} for key, value in SCALES.items()}))
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0625) if as_tensor else 0.0625
+    rates = {name: rate.lr for name, rate in optimizer.layer_rates().items()}
+    assert (rates["embed.weight"], rates["up.weight"], rates["norm.bias"]) == (0.03125, 0.015625, 0.125)
+    assert (rates["down.weight"], rates["head.weight"]) == (0.0, 0.0625)
+    kept = model.down.weight.detach().clone()
+    take_step(optimizer, model, 0)
+    assert torch.equal(model.down.weight, kept)
+    assert not torch.equal(model.head.weight, net().head.weight)
+
+
+def test_rates_that_hold_their_scale_already_are_warned_of_once():
+    """timm's schedulers write `lr * lr_scale`."""
+    model = net()
+    optimizer = lw.Lanton(
+        lw.param_groups(model, {"up.weight": {"lr_scale": 0.3}, "head.weight": {"lr_scale": 0.7}})
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take_step(optimizer, model, 0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group.get("lr_scale", 1.0)
+    with pytest.warns(UserWarning, match="no lr_scale"):
+        take_step(optimizer, model, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take_step(optimizer, model, 2)
+
+
+FOREIGN = {
+    "name": "backbone",
+    "rho": 0.05,
+    "adaptive": False,
+    "initial_lr": 0.3,
+    "use_muon": True,
+    "lr_scale": 0.5,
+}
+
+
+def with_keys(model, keys):
+    return [{**group, **keys} for group in lw.param_groups(model)]
+
+
+@pytest.mark.parametrize("way", ["given", "overridden", "later"])
+def test_keys_of_the_users_own_are_kept_saved_and_loaded(way):
+    model = net()
+    if way == "given":
+        optimizer = lw.Muon(with_keys(model, FOREIGN))
+    elif way == "overridden":
+        optimizer = lw.Muon(lw.param_groups(model, {"*": FOREIGN}))
+    else:
+        optimizer = lw.Muon(lw.param_groups(model))
+        for group in optimizer.param_groups:
+            group.update(FOREIGN)
+    take_step(optimizer, model, 0)
+    again = lw.Muon(lw.param_groups(twin(model)))
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for found in (optimizer, again, copy.deepcopy(optimizer)):
+        for group in found.param_groups:
+            assert {key: group[key] for key in FOREIGN} == FOREIGN
+
+
+def test_keys_that_a_checkpoint_lacks_stay_as_they_are():
+    state = lw.Muon(lw.param_groups(net())).state_dict()
+    assert not any("lr_scale" in group for group in state["param_groups"])  # as it was always saved
+    optimizer = lw.Muon(with_keys(net(), FOREIGN))
+    optimizer.load_state_dict(state)
+    kept = {key: value for key, value in FOREIGN.items() if key != "initial_lr"}  # which schedulers set
+    for group in optimizer.param_groups:
+        assert {key: group[key] for key in kept} == kept
+
+
+@pytest.mark.filterwarnings("ignore:parameters are grouped by shape")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_group_without_parameters_is_a_group(name):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(6, 3, bias=False))
+    build = OPTIMIZERS[name] if name != "static" else lw.Lanton
+
+    def make_one():
+        found = build(
+            [
+                {"params": list(model.parameters()), "weight_decay": 0.1},
+                {"params": [], "weight_decay": 0.0, "name": "no decay"},
+            ]
+        )
+        found.add_param_group({"params": []})
+        return found
+
+    optimizer = make_one()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 0, 0]
+    for step in range(2):
+        take_step(optimizer, model, step)
+    again = make_one()
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[1]["name"] == "no decay"
+    assert str(again.layer_rates()) == str(optimizer.layer_rates())
+
+
+def test_the_table_tells_what_each_group_became():
+    groups = lw.param_groups(
+        net(), {"up.weight": {"lr_scale": 0.5, "name": "first"}, "head.weight": {"lr": 0.125}}
+    )
+    optimizer = lw.Scion(groups, lr=0.25, weight_decay=0.1)
+    header, rule, *lines = optimizer.groups_table().splitlines()
+    assert len(lines) == len(optimizer.param_groups)
+    assert header.split()[:4] == ["role", "parameters", "entries", "lr"]
+    assert set(rule) == {"-", " "}
+    (hidden,) = [line for line in lines if "first" in line]
+    assert all(
+        part in hidden
+        for part in ("hidden", "60", "0.125 = 0.25 * 0.5", "0.1", "lmo", "Spectral", "name='first'")
+    )
+    muon = lw.Muon(lw.param_groups(net())).groups_table()
+    assert "adamw" in muon
+    assert "Sign" not in muon
