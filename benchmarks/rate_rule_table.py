@@ -78,7 +78,7 @@ def section(model: str, steps: int, found: Mapping[str, Losses]) -> list[str]:
     """One model's table."""
     at = {name: of[best_rate(of)] for name, of in found.items()}
     tuned = min(
-        (n for n in at if n.startswith("D-Muon")),
+        (n for n in at if n.startswith("D-Muon,")),  # with factors of roles
         key=lambda n: statistics.fmean(at[n].values()),
         default=None,
     )
