@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 #: Steps of a dotted name that wrappers put in: `torch.compile`, activation checkpointing, FSDP1.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -19,6 +20,38 @@ def canonical_name(name: str) -> str:
         'blocks.0.mlp.weight'
     """
     return ".".join(step for step in name.split(".") if step not in _WRAPPERS)
+
+
+def name_to_compare(name: str) -> str:
+    """What the names of one parameter have in common whatever was wrapped: without the steps `module`, too.
+
+    Example:
+        >>> name_to_compare("module.encoder.module._orig_mod.weight")
+        'encoder.weight'
+    """
+    return ".".join(step for step in canonical_name(name).split(".") if step != "module")
+
+
+def counterparts(names: Sequence[str], others: Sequence[str]) -> dict[str, str]:
+    """Name -> the one of `others` that is of the same parameter, for the names that have one.
+
+    The same name, or else the one that differs by what wrappers add, where that is one name on either side.
+
+    Example:
+        >>> counterparts(["up.weight", "down.weight"], ["module.up.weight"])
+        {'up.weight': 'module.up.weight'}
+    """
+    known = set(others)
+    here, there = (Counter(map(name_to_compare, side)) for side in (names, others))
+    by_short = {name_to_compare(other): other for other in others}
+    found = {}
+    for name in names:
+        short = name_to_compare(name)
+        if name in known:
+            found[name] = name
+        elif here[short] == there[short] == 1:
+            found[name] = by_short[short]
+    return found
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:

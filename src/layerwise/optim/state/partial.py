@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from layerwise.common.parameter_names import counterparts
 from layerwise.errors import LayerwiseError
+from layerwise.optim.state.kinds import in_kind, same_kind
 from layerwise.optim.state.state_dict import KEPT, check_keys
 from layerwise.optim.work.job import State
 
@@ -36,13 +38,16 @@ def take_what_fits(optimizer: Optimizer, state_dict: dict[str, Any]) -> LoadedSt
             )
         for name, index in zip(group["param_names"], group["params"], strict=True):
             saved[name] = group, state_dict["state"].get(index, {})
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    same = counterparts(names, list(saved))
     missing, seen = [], set()
     for group in optimizer.param_groups:
         taken: dict[str, Any] | None = None
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            seen.add(name)
-            theirs, state = saved.get(name, ({}, {}))
-            if name in saved and _take(optimizer.state[param], state, group["role"] in _WITH_ROWS):
+            seen.add(same.get(name))
+            theirs, state = saved.get(same.get(name, ""), ({}, {}))
+            state = in_kind(optimizer.state[param], state)
+            if name in same and _take(optimizer.state[param], state, group["role"] in _WITH_ROWS):
                 taken = taken or theirs
             else:
                 missing.append(name)
@@ -73,7 +78,7 @@ def _take(own: State, saved: State, rows_are_entries: bool) -> bool:
 
 def _fits(mine: Any, theirs: Any, rows_are_entries: bool) -> bool:
     if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
-        return type(mine) is type(theirs)
+        return same_kind(mine, theirs)
     if mine.shape == theirs.shape:
         return True
     same_row = mine.ndim == theirs.ndim == 2 and mine.shape[1] == theirs.shape[1]

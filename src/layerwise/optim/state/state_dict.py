@@ -6,6 +6,7 @@ optimizer was made with: a checkpoint carries the state, the program carries the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from layerwise.common.parameter_names import counterparts, name_to_compare
 from layerwise.errors import LayerwiseError
-from layerwise.optim.groups.options import DESCRIBED, TORCH_KEYS
+from layerwise.optim.groups.options import DEFAULTS, DESCRIBED, TORCH_KEYS
+from layerwise.optim.state.kinds import in_kind, is_number, same_kind
 
 #: Group options that loading leaves as they are: what the optimizer is, where the others are how it is set.
 KEPT: Final = (*DESCRIBED, "update", "nesterov", "scaling", "radius", "norm_group", "role")
 _SKIPPED: Final = "skipped_steps"
+_UNNAMED: Final = re.compile(r"param_\d+")  # what a parameter is called that came without a name
 
 
 def to_plain(state_dict: dict[str, Any], skipped: int) -> dict[str, Any]:
@@ -78,9 +82,24 @@ def check_keys(state_dict: dict[str, Any]) -> None:
         raise _no_state(f"has the keys {sorted(map(str, state_dict))}")
 
 
-def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Raise :class:`LayerwiseError` where ``state_dict`` belongs to another model or another optimizer."""
+def checked(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` with its numbers in the kind the optimizer has; nothing of either is changed.
+
+    Raises :class:`LayerwiseError` where it belongs to another model or another optimizer.
+    """
     check_keys(state_dict)
+    _check_groups(optimizer, state_dict)
+    kinds = {
+        index: in_kind(optimizer.state[param], state_dict["state"].get(index, {}))
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+        for param, index in zip(group["params"], saved["params"], strict=True)
+    }
+    found = {**state_dict, "state": {**state_dict["state"], **kinds}}
+    _check_state(optimizer, found)
+    return found
+
+
+def _check_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         counts = f"it has {len(saved_groups)} parameter groups, this optimizer {len(groups)}"
@@ -98,11 +117,21 @@ def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             if key not in saved or saved[key] != live:
                 first = next(iter(group["param_names"]), "an empty group")
                 raise _other(f"{key} of {first!r} is {saved.get(key)} in it and {live} here")
+        for key, value in saved.items():
+            one = isinstance(value, Tensor) and value.numel() == 1
+            if is_number(group.get(key)) and key in DEFAULTS and not (is_number(value) or one):
+                raise _other(f"{key} is {value!r:.80} in it and {group[key]} here")
+
+
+def _check_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     for name, param, state in _pairs(optimizer, state_dict):
         here = optimizer.state[param]
         if here.keys() != state.keys():
             raise _other(f"the state of {name!r} holds {sorted(state)} in it and {sorted(here)} here")
         for key, value in state.items():
+            if not same_kind(here[key], value):
+                kinds = f"{value!r:.80} in it and a {type(here[key]).__name__} here"
+                raise _other(f"{key} of {name!r} is {kinds}")
             if isinstance(value, Tensor) and value.shape != here[key].shape:
                 raise _other(
                     f"{key} of {name!r} has shape {tuple(value.shape)} in it and {tuple(here[key].shape)} here"
@@ -115,7 +144,8 @@ def _names_in_one(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[
     saved = {name: None for group in saved_groups for name in group.get("param_names") or ()}
     if not saved:
         return ""
-    sides = {"it lacks": here.keys() - saved.keys(), "it alone has": saved.keys() - here.keys()}
+    same = counterparts(list(here), list(saved))
+    sides = {"it lacks": here.keys() - same.keys(), "it alone has": saved.keys() - set(same.values())}
     words = []
     for side, names in sides.items():
         in_order = [name for name in (*here, *saved) if name in names]
@@ -126,8 +156,12 @@ def _names_in_one(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[
 
 
 def _check_names(here: list[str], saved: list[str] | None) -> None:
-    for mine, theirs in zip(here, saved or here, strict=True):
-        if mine != theirs:
+    """As torch matches them, by position; names of both have to agree, but for what wrappers add."""
+    saved = saved or here
+    if any(all(map(_UNNAMED.fullmatch, names)) for names in (here, saved)):
+        return
+    for mine, theirs in zip(here, saved, strict=True):
+        if name_to_compare(mine) != name_to_compare(theirs):
             raise _other(f"it has the parameter {theirs!r} where this one has {mine!r}")
 
 
@@ -157,7 +191,7 @@ def load(
     def take(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
         """After all other hooks, which may change what is loaded; and before anything of this optimizer changes."""
         found = with_new_names(found)
-        check(optimizer, found)
+        found = checked(optimizer, found)
         loaded.update(found)
         return without_extras(found)
 
