@@ -35,7 +35,7 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
             3e-4 of the largest, and lends as much to those that are zero).
             `"polar"`: `<G, P(G)>` with eight Polar Express steps; up to 0.4 % too small.
             `"lanczos"`: block Lanczos quadrature from random vectors; 6 % (standard deviation; 1 % on white noise), mean
-            0 to 4 %. Its worst case is a power law: singular values 1 / i come out 6 % too small. It reads the matrix
+            0 to 4 %. Singular values spread evenly over decades come out tens of per cent too large. It reads the matrix
             three times and waits for nothing.
             `"auto"`: `"polar"` for matrices of up to 64 rows or columns, else `"lanczos"`.
         seed: picks the random probes of `"lanczos"`: an int, or an integer tensor on the device (so that a compiled
