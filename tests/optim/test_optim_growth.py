@@ -57,7 +57,7 @@ def test_blocks_may_come_and_go(name):
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("name", ["lanton", "muon"])
+@pytest.mark.parametrize("name", ["lanton", "muon", "scion-dual"])
 @pytest.mark.parametrize(("before", "after"), [(11, 14), (14, 11)])
 def test_rows_of_a_vocabulary_that_stay_keep_their_state(name, before, after):
     old = trained(name, stack(1, before))
@@ -65,10 +65,40 @@ def test_rows_of_a_vocabulary_that_stay_keep_their_state(name, before, after):
     assert new.load_state_dict(old.state_dict(), strict=False).missing == []
     rows = min(before, after)
     theirs, mine = state_by_name(old), state_by_name(new)
+    fresh = state_by_name(OPTIMIZERS[name](groups(stack(1, after))))
+    for key in mine:
+        if key.endswith(".size"):  # of the parameter as it is: the rules weigh units by it
+            assert torch.equal(mine[key], fresh[key]), key
     for key in mine:
         if key.startswith(("embed", "head")) and mine[key].ndim == 2:
             assert torch.equal(mine[key][:rows], theirs[key][:rows]), key
             assert not mine[key][rows:].any(), key
+
+
+class Adapted(nn.Module):
+    """A layer, and beside it an adapter of rank 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("name", ["lanton", "muon", "dual-muon"])
+def test_adapters_that_were_added_start_anew(name):
+    model = nn.ModuleDict({"a": nn.ModuleDict({"layer": nn.Linear(6, 6)}), "b": nn.Linear(6, 6)})
+    old = OPTIMIZERS[name](lw.param_groups(model))
+    take_step(old, model, 0)
+    larger = nn.ModuleDict({"a": Adapted(), "b": nn.Linear(6, 6)})
+    new = OPTIMIZERS[name](lw.param_groups(larger))
+    found = new.load_state_dict(old.state_dict(), strict=False)
+    assert (sorted(found.missing), found.unexpected) == (["a.down.weight", "a.up.weight"], [])
+    theirs, mine = state_by_name(old), state_by_name(new)
+    assert all(torch.equal(mine[key], value) for key, value in theirs.items())
+    take_step(new, larger, 1)
 
 
 def test_a_widened_layer_starts_anew_and_is_named():

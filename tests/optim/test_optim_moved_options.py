@@ -10,13 +10,12 @@ from torch.optim.swa_utils import SWALR
 
 import layerwise as lw
 
-PRESETS = ["muon", "d-muon", "scion", "signum", "lanton", "lanton-momentum"]
+PRESETS = ["muon", "d-muon", "dual-muon", "scion", "signum", "lanton", "lanton-momentum"]
 CYCLES = {
     "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=9),
     "cyclic": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.001, max_lr=0.02, step_size_up=3),
 }
-#: Every scheduler of torch that needs no other: two that hold others are in test_optim_schedules.
-ALONE = CYCLES | {
+SCHEDULERS = CYCLES | {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
     "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),
     "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
@@ -29,11 +28,30 @@ ALONE = CYCLES | {
     "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 8, 2.0),
     "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
     "swa": lambda o: SWALR(o, swa_lr=0.001, anneal_epochs=5),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.CosineAnnealingLR(o, 5)], [5]
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+def test_no_scheduler_of_torch_is_left_out():
+    tried = {type(make_scheduler(make("muon", net()))).__name__ for make_scheduler in SCHEDULERS.values()}
+    theirs = {
+        name
+        for name in lr_scheduler.__all__
+        if isinstance(kind := getattr(lr_scheduler, name), type)
+        and (issubclass(kind, lr_scheduler.LRScheduler) or hasattr(kind, "step"))
+    }
+    assert tried == (theirs - {"LRScheduler"}) | {"SWALR"}
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # SequentialLR gives it, deprecated
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_resumes_in_the_middle(preset, name):
     def steps(model, optimizer, scheduler, numbers):
         for step in numbers:
@@ -43,13 +61,13 @@ def test_every_scheduler_resumes_in_the_middle(preset, name):
 
     model = net()
     optimizer = make(preset, model)
-    scheduler = ALONE[name](optimizer)
+    scheduler = SCHEDULERS[name](optimizer)
     steps(model, optimizer, scheduler, range(4))
     states = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
     steps(model, optimizer, scheduler, range(4, 8))
     other = net(seed=9)
     again = make(preset, other)
-    rescheduled = ALONE[name](again)
+    rescheduled = SCHEDULERS[name](again)
     for part, state in zip((other, again, rescheduled), states, strict=True):
         part.load_state_dict(state)
     steps(other, again, rescheduled, range(4, 8))
@@ -67,6 +85,7 @@ def test_one_tensor_as_the_rate_of_all_groups_is_lowered_once(preset):
     rates = []
     for lr in (1e-2, torch.tensor(1e-2)):
         optimizer = make(preset, net(), lr=lr)
+        make(preset, net(), lr=lr).param_groups[0]["lr"] *= 0.1  # that of another optimizer
         scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
         scheduler.step(1.0)
         scheduler.step(1.0)

@@ -109,7 +109,7 @@ class LayerwiseOptimizer(Optimizer):
             ready.append((group, [_allocate(group, name, param) for name, param in group["params"]]))
         for group, states in ready:
             params = [param for _, param in group["params"]]
-            super().add_param_group(for_torch(group, self.param_groups))
+            super().add_param_group(for_torch(group))
             self.state.update(zip(params, states, strict=True))
         self._note_holders()
 

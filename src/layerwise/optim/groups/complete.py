@@ -103,12 +103,12 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
     return {key: _plain(value) for key, value in full.items()}
 
 
-def for_torch(group: Group, others: Iterable[Group]) -> Group:
-    """A complete group as torch's ``add_param_group`` takes it, beside the ``others`` that are there."""
+def for_torch(group: Group) -> Group:
+    """A complete group as torch's ``add_param_group`` takes it."""
     names: Group = {} if group["params"] else {"param_names": []}  # torch makes none, and then misses them
     lr = group["lr"]
-    if isinstance(lr, Tensor) and any(lr is other["lr"] for other in others):
-        lr = lr.clone()  # a scheduler that writes into it in place would move it once a group
+    if isinstance(lr, Tensor):
+        lr = lr.clone()  # a scheduler that writes into a shared one in place would move it once a group
     return {**group, **names, "lr": lr}
 
 

@@ -16,6 +16,8 @@ from layerwise.optim.work.job import State
 
 #: Roles whose rows are entries of a vocabulary, so that those in two sizes of it are the same.
 _WITH_ROWS = ("embedding", "head")
+#: State that says what the parameter is like, and not what was seen of it: how many entries a rule's units have.
+_OF_THE_PARAMETER = ("size",)
 
 
 class LoadedState(NamedTuple):
@@ -65,6 +67,8 @@ def _take(own: State, saved: State, rows_are_entries: bool) -> bool:
         return False
     for key, theirs in saved.items():
         mine = own[key]
+        if key in _OF_THE_PARAMETER:
+            continue
         if not isinstance(mine, Tensor):
             own[key] = theirs
         elif mine.shape == theirs.shape:
