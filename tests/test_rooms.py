@@ -36,9 +36,8 @@ INSIDE = {
         "measure": {"measuring", "rates"},
         "steps": {"measuring", "rates"},
         "matching": {"measuring", "steps", "rates"},
-        "updates": {"measuring"},
-        "checking": {"matching", "measuring", "rates", "steps", "updates"},
-        "watching": {"measuring", "steps", "updates"},
+        "checking": {"matching", "measuring", "rates", "steps"},
+        "watching": {"measuring", "steps"},
     },
     "optim": {
         "guard": set(),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerwise.function_space.measuring.outputs import Forward, resolve
 from layerwise.function_space.measuring.runners import LeafRunner, untouched
-from layerwise.function_space.updates.by_module import ROOT, module_of
+from layerwise.function_space.steps.by_module import ROOT, module_of
 
 
 class Activations:

@@ -79,7 +79,8 @@ def decide(
 ) -> dict[str, tuple[float, str]]:
     """The change of each parameter's rate, and a note where it is not simply target / measured.
 
-    A rate of 0 or of rounding noise says nothing about the step that is right: such a parameter keeps its rate.
+    A rate of 0 or of rounding noise says nothing about the step that is right: such a parameter keeps its rate. A key bias
+    is the usual one: it adds the same to all scores of a query, which the softmax takes out again.
 
     Args:
         measured: rates of the step as it was taken.

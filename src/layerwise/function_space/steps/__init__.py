@@ -1,1 +1,1 @@
-"""When it is measured: around one optimizer step, in anybody's loop."""
+"""Around one optimizer step, in anybody's loop: when it is measured, and what it did to each module."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,13 @@ from layerwise.function_space.measuring.process_group import ProcessesOption, pr
 from layerwise.function_space.measuring.runners import unwrap
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.decay import Decay, constant_decay
-from layerwise.function_space.steps.nesting import under_way
 from layerwise.function_space.steps.optimizer_facts import learning_rates, optimized, unwrap_optimizer
+
+#: The function that torch wraps around each class's `step`, hooks and all.
+_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
+
+#: Of each optimizer whose step is surrounded, what is to be done once that is over.
+_UNDER_WAY: WeakKeyDictionary[Optimizer, list[Callable[[], None]]] = WeakKeyDictionary()
 
 
 class WatchedStep:
@@ -159,6 +166,43 @@ def watch(
         hook.remove()
 
 
+def is_outermost(optimizer: Optimizer) -> bool:
+    """Called from a hook of `optimizer.step`: whether no other step of the same optimizer called this one.
+
+    An optimizer whose `step` calls that of its base class has torch call every hook twice.
+    """
+    steps, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is _WRAPPER and frame.f_locals["args"][0] is optimizer:
+            steps += 1
+    return steps <= 1
+
+
+@contextmanager
+def under_way(optimizer: Optimizer) -> Iterator[None]:
+    """Surrounds a step and what is done to it afterwards: FLeRM redoes the steps that it matches."""
+    if optimizer in _UNDER_WAY:  # a recorder around FLeRM, or the other way round
+        yield
+        return
+    waiting = _UNDER_WAY.setdefault(optimizer, [])
+    try:
+        yield
+    finally:
+        del _UNDER_WAY[optimizer]
+    for function in waiting:
+        function()
+
+
+def when_over(optimizer: Optimizer, function: Callable[[], None]) -> None:
+    """Call a function once the optimizer's step is over: at once, unless something surrounds the step."""
+    waiting = _UNDER_WAY.get(optimizer)
+    if waiting is None:
+        function()
+    else:
+        waiting.append(function)
+
+
 class StepWatcher(ABC):
     """Counts optimizer steps and measures those that are due: what a recorder and FLeRM have in common.
 
@@ -203,26 +247,23 @@ class StepWatcher(ABC):
             return
         if batch is None:
             raise LayerwiseError(f"step {self.steps} is to be measured, and batch is None: give it inputs")
-        with under_way(self.optimizer):
-            yield from self._watched(batch, mask)
-
-    def _watched(self, batch: Any, mask: Tensor | None) -> Iterator[None]:
         scheduled = self.steps if self.pending is None else self.pending
-        with watch(self.model, self.optimizer, self.measurement.processes, self.decay) as step:
-            yield
-        try:
-            reason = step.why_not()
+        with under_way(self.optimizer):
+            with watch(self.model, self.optimizer, self.measurement.processes, self.decay) as step:
+                yield
+            try:
+                reason = step.why_not()
+                if reason is None:
+                    inputs = batch() if is_supplier(batch) else batch
+                    rates = step.rates(self.measurement, inputs, mask, self.measurement.seed + scheduled)
+                    self._measured(step, rates, scheduled, inputs, mask)
+            finally:
+                step.release()
             if reason is None:
-                inputs = batch() if is_supplier(batch) else batch
-                rates = step.rates(self.measurement, inputs, mask, self.measurement.seed + scheduled)
-                self._measured(step, rates, scheduled, inputs, mask)
-        finally:
-            step.release()
-        if reason is None:
-            self.pending = None
-        else:
-            self.pending, self.skipped[self.steps] = scheduled, reason
-        self.steps += 1
+                self.pending = None
+            else:
+                self.pending, self.skipped[self.steps] = scheduled, reason
+            self.steps += 1
 
 
 def is_supplier(batch: Any) -> bool:

@@ -13,8 +13,8 @@ from layerwise.function_space.measuring.outputs import Forward, Outputs
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
 from layerwise.function_space.measuring.runners import untouched
 from layerwise.function_space.measuring.slices import first_examples, share
+from layerwise.function_space.steps.by_module import by_module
 from layerwise.function_space.steps.watched_step import WatchedStep, is_supplier
-from layerwise.function_space.updates.by_module import by_module
 from layerwise.function_space.watching.seen_inputs import SeenInputs
 from layerwise.function_space.watching.watch_record import Together
 

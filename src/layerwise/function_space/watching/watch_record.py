@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from layerwise.function_space.updates.by_module import ModuleUpdate
+from layerwise.function_space.steps.by_module import ModuleUpdate
 from layerwise.function_space.watching.unit_rates import UnitRate, unit_scalars
 from layerwise.function_space.watching.unusual import Unusual
 

@@ -15,14 +15,18 @@ from torch.optim import Optimizer
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ProcessesOption
 from layerwise.function_space.measuring.runners import unwrap
-from layerwise.function_space.steps.nesting import is_outermost, when_over
+from layerwise.function_space.steps.by_module import by_module, module_updates
 from layerwise.function_space.steps.optimizer_facts import (
     optimized,
     unwrap_optimizer,
 )
-from layerwise.function_space.steps.watched_step import WatchedStep, before_step
-from layerwise.function_space.updates.by_module import by_module, module_updates
-from layerwise.function_space.updates.update_sums import update_sums
+from layerwise.function_space.steps.update_sums import update_sums
+from layerwise.function_space.steps.watched_step import (
+    WatchedStep,
+    before_step,
+    is_outermost,
+    when_over,
+)
 from layerwise.function_space.watching.gradients import Gradients
 from layerwise.function_space.watching.output_change import OutputChange
 from layerwise.function_space.watching.sinks import sinks_of

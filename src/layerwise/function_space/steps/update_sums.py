@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.common.tensors import is_sharded, local_part
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ALONE, Processes
-from layerwise.function_space.updates.spectral_norm import spectral_norms
+from layerwise.function_space.steps.spectral_norm import spectral_norms
 
 #: Matrices of one shape are worked on together as far as this many entries of them; the sums hold no more memory.
 _TOGETHER = 1 << 25

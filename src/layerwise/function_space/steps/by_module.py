@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from layerwise.function_space.updates.update_sums import TensorSums
+from layerwise.function_space.steps.update_sums import TensorSums
 
 #: What parameters of the model itself, in no module of it, are listed under.
 ROOT = "(model)"
