@@ -49,7 +49,8 @@ INSIDE = {
         "groups": {"rules", "scaling", "updates", "work"},
         "state": {"groups", "work"},
         "optimizer": {"groups", "guard", "layer_rates", "rules", "state", "updates", "work"},
-        "presets": {"groups", "optimizer", "rules"},
+        "named_optimizers": {"optimizer", "rules"},
+        "presets": {"groups", "named_optimizers", "optimizer", "rules"},
     },
     "lab": {
         "runs": set(),

@@ -5,18 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from layerwise.optim.layer_rates import LayerRate
+from layerwise.optim.named_optimizers import NamedOptimizer, optimizers, register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer
-from layerwise.optim.presets import (
-    DMuon,
-    DualMuon,
-    Lanton,
-    Muon,
-    NamedOptimizer,
-    Scion,
-    Signum,
-    optimizers,
-    register_optimizer,
-)
+from layerwise.optim.presets import DMuon, DualMuon, Lanton, Muon, Scion, Signum
 from layerwise.optim.rules.dual_norm_adaptive import DualNormAdaptive
 from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
 from layerwise.optim.rules.norm_adaptive import NormAdaptive
