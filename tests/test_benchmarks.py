@@ -31,3 +31,8 @@ def test_what_is_asked_of_a_gpu_runs_dry_on_a_cpu(tmp_path: Path) -> None:
     page = (tmp_path / "gpu_checks_cpu.md").read_text()
     for words in ("graphs compiled after each", "| 64 |", "| triton_gram |", "noise is", "calls that wait"):
         assert words in page
+
+
+def test_the_cost_of_nuclear_norms_is_measured(tmp_path: Path) -> None:
+    run("nuclear_cost.py", "--small", "--out", str(tmp_path))
+    assert "| 3 of 80 x 80 |" in (tmp_path / "nuclear_cost.md").read_text()

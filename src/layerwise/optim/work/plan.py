@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from layerwise.geometry import Spectral
+from layerwise.geometry.spectral.nuclear import ON_CPU, ON_GPU
 from layerwise.optim.work.job import MatrixJob
 
 
@@ -30,10 +31,12 @@ def _polar_cost(small: int, large: int) -> int:
 
 
 def _nuclear_cost(job: MatrixJob, small: int, large: int) -> int:
+    exact_up_to = (ON_CPU if job.param.device.type == "cpu" else ON_GPU)[1]
     lanczos = isinstance(job.geometry, Spectral) and (
-        job.geometry.nuclear == "lanczos" or (job.geometry.nuclear == "auto" and small > 64)
+        job.geometry.nuclear == "lanczos" or (job.geometry.nuclear == "auto" and small > exact_up_to)
     )
-    return 24 * small * large if lanczos else 8 * _polar_cost(small, large)
+    # seven readings by eight vectors
+    return 56 * small * large if lanczos else 8 * _polar_cost(small, large)
 
 
 @lru_cache(maxsize=64)
