@@ -8,10 +8,16 @@ from pathlib import Path
 
 import torch
 
+from layerwise.geometry.spectral.precision import processor_units
+
+#: What decides how fast a product is, as Linux names it on x86 and on ARM.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16", "svebf16")
+
 
 def describe() -> dict[str, str]:
     info = {
         "cpu": _cpu_model(),
+        "bfloat16 units": ", ".join(processor_units()) or "none",
         "cores": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
@@ -27,9 +33,8 @@ def _cpu_model() -> str:
     if cpuinfo.exists():
         fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
         fields = {key.strip(): value.strip() for key, value in fields.items()}
-        instructions = [
-            name for name in ("avx2", "avx512f", "amx_bf16") if name in fields.get("flags", "").split()
-        ]
+        flags = fields.get("flags", fields.get("Features", "")).split()
+        instructions = [name for name in INSTRUCTIONS if name in flags]
         family = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
         return f"{fields.get('model name', 'unknown')} ({family}; {', '.join(instructions)})"
     return platform.processor() or "unknown"

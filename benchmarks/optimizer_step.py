@@ -10,8 +10,9 @@ are compared with every path of `polar` where they are installed; `gpu_checks.py
 heavyball takes part where it is installed (`pip install -c constraints.txt heavyball`).
 
 Every contender has its own copy of the weights and sees the same two sets of gradients in turn; the order of the
-contenders rotates, so that a noisy moment hits all alike. Published codes cast to bfloat16; on a CPU the cast is taken out
-("float32"), since it would make them 28 to 49 times slower.
+contenders rotates, so that a noisy moment hits all alike. Published codes cast to bfloat16. On a CPU they take part with the
+cast taken out ("float32"), and "as shipped" where the processor has units for bfloat16 or `--shipped` asks for it:
+without units the cast makes them 28 to 49 times slower.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import literal
 import machine
 from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
+from layerwise.geometry.spectral.precision import processor_units
 from layerwise.optim.work.job import MatrixJob
 from layerwise.optim.work.local import LocalWork
 
@@ -68,6 +70,7 @@ LORA: Shapes = [(16, 2048), (2048, 16), (16, 2048), (256, 16)] * 22
 SETS: dict[str, Shapes] = {
     "tiny": gpt_block(64),  # to try the script
     "tiny-split": split_block(64),
+    "d384-block": gpt_block(384),  # for contenders that take a minute a step
     "d384": gpt_block(384) * 12,  # 48 matrices, 190 GFLOP of standard Newton-Schulz
     "d384-split": split_block(384) * 12,
     "gpt2-small": gpt_block(768) * 12,
@@ -94,9 +97,10 @@ class Row:
     peak_mb: float | None = None
 
 
-def layerwise_groups(params: Sequence[Tensor]) -> list[dict[str, Any]]:
+def layerwise_groups(params: Sequence[Tensor], precision: str = "auto") -> list[dict[str, Any]]:
     named = [(f"matrix.{i}", p) for i, p in enumerate(params)]
-    return [{"params": named, "role": "hidden", "layout": MatrixLayout(), "geometry": Spectral()}]
+    geometry = Spectral(precision=precision)
+    return [{"params": named, "role": "hidden", "layout": MatrixLayout(), "geometry": geometry}]
 
 
 def torch_muon(params: Sequence[Tensor], cast: bool) -> Step:
@@ -181,12 +185,13 @@ def gram_polar(params: Sequence[Tensor]) -> Step:
     return in_stacks(params, GramNewtonSchulz())
 
 
-def contenders(device: str) -> dict[str, Callable[[Sequence[Tensor]], Step]]:
-    cast = device != "cpu"
-    kind = "as published" if cast else "float32"
+Build = Callable[[Sequence[Tensor]], Step]
+
+
+def peers(cast: bool, kind: str) -> dict[str, Build]:
+    """Other people's optimizers, with their cast to bfloat16 or without."""
     dtype = torch.bfloat16 if cast else torch.float32
-    found: dict[str, Callable[[Sequence[Tensor]], Step]] = {
-        "AdamW (torch, fused)": lambda ps: torch.optim.AdamW(ps, fused=True).step,
+    found: dict[str, Build] = {
         f"Muon (torch.optim, {kind})": lambda ps: torch_muon(ps, cast),
         f"Muon (Jordan, literal {kind})": lambda ps: literal.LiteralMuon(ps, dtype=dtype).step,
         f"Scion (literal {kind})": lambda ps: literal.LiteralScion(ps, dtype=dtype).step,
@@ -199,14 +204,35 @@ def contenders(device: str) -> dict[str, Callable[[Sequence[Tensor]], Step]]:
         found[f"SCION (pytorch-optimizer, {kind})"] = lambda ps: pytorch_optimizer_step("SCION", ps, cast)
     if importlib.util.find_spec("heavyball"):
         found[f"Muon (heavyball, {kind})"] = lambda ps: heavyball_muon(ps, cast)
-    if cast and importlib.util.find_spec("dion"):
+    return found
+
+
+def kernels() -> dict[str, Build]:
+    """Newton-Schulz alone on a GPU: other people's kernels, and our paths."""
+    found: dict[str, Build] = {}
+    if importlib.util.find_spec("dion"):
         found["Newton-Schulz alone (dion, Triton)"] = dion_polar
-    if cast and importlib.util.find_spec("gram_newton_schulz"):
+    if importlib.util.find_spec("gram_newton_schulz"):
         found["Newton-Schulz alone (gram-newton-schulz)"] = gram_polar
     with_triton = ("triton", "triton_gram") if importlib.util.find_spec("triton") else ()
-    for path in ("standard", "gram", *with_triton) if cast else ():
+    for path in ("standard", "gram", *with_triton):
         found[f"Newton-Schulz alone (layerwise, {path})"] = lambda ps, path=path: in_stacks(
             ps, functools.partial(polar, path=path)
+        )
+    return found
+
+
+def contenders(device: str, shipped: bool) -> dict[str, Build]:
+    found: dict[str, Build] = {"AdamW (torch, fused)": lambda ps: torch.optim.AdamW(ps, fused=True).step}
+    if device == "cpu":
+        found |= peers(cast=False, kind="float32")
+    if device != "cpu" or shipped or processor_units():
+        found |= peers(cast=True, kind="as shipped")
+    if device != "cpu":
+        found |= kernels()
+    elif processor_units():
+        found["Muon (layerwise, float32)"] = lambda ps: (
+            lw.Muon(layerwise_groups(ps, precision="float32"), lr=0.02).step
         )
     return found | {
         "Muon (layerwise)": lambda ps: lw.Muon(layerwise_groups(ps), lr=0.02).step,
@@ -223,11 +249,13 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(shapes: Shapes, device: str, repeats: int, warm_up: int, only: str) -> list[Row]:
+def measure(
+    shapes: Shapes, device: str, repeats: int, warm_up: int, only: str, shipped: bool = False
+) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     gradients = [[torch.randn(s, generator=generator).to(device) for s in shapes] for _ in range(2)]
     entries: list[tuple[str, list[Tensor], Step]] = []
-    for name, build in contenders(device).items():
+    for name, build in contenders(device, shipped).items():
         if only and not any(part in name for part in only.split(",")):
             continue
         params = [torch.nn.Parameter(torch.zeros(s, device=device)) for s in shapes]
@@ -350,6 +378,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds before the clock")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--shipped",
+        action="store_true",
+        help="on a CPU without bfloat16 units, peers with their cast as well",
+    )
     parser.add_argument("--only", default="", help="comma-separated parts of contenders' names")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -359,7 +392,7 @@ def main() -> None:
     info = machine.describe()
     results = {}
     for name in args.sets.split(","):
-        results[name] = measure(SETS[name], args.device, args.repeats, args.warm_up, args.only)
+        results[name] = measure(SETS[name], args.device, args.repeats, args.warm_up, args.only, args.shipped)
         for row in results[name]:
             spread = f"({row.ratio_low:.3f} to {row.ratio_high:.3f})"
             print(

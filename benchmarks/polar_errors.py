@@ -1,10 +1,11 @@
-"""The rounding error of each way to compute a polar factor, in float32 and as a GPU computes.
+"""The rounding error of each way to compute a polar factor, in float32 and in half precision.
 
     python benchmarks/polar_errors.py            # about five minutes on two cores
 
 Every path of `polar` against the same polynomials in float64: the largest singular value of the difference (those of the
-factor itself are near 1). A GPU computes in bfloat16, on the Gram paths in float16; here a CPU does the same, products
-summed in float32 and rounded, a few dozen times slower. Writes `benchmarks/results/polar_errors.md`.
+factor itself are near 1). Where there are units for it that is bfloat16, on a GPU's Gram paths float16; any CPU computes
+the same numbers, products summed in float32 and rounded, a few dozen times slower. Ways that are not offered are
+there for comparison. Writes `benchmarks/results/polar_errors.md`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import literal
 import machine
 from layerwise.geometry import polar
-from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, newton_schulz
-from layerwise.geometry.spectral.polar import _normalised_in
+from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, RESTART_AFTER, newton_schulz
+from layerwise.geometry.spectral.polar import normalised_in
 from noise_estimates import corpus, hidden_gradients
 
 RESULTS = Path(__file__).parent / "results"
 #: What Muon uses, and the steepest.
 METHODS = ("quintic", "polar_express")
-PATHS = ("standard", "gram", "gram in bfloat16")
-DTYPES = {"float32": torch.float32, "on a GPU": torch.bfloat16}
+Product = Callable[[Tensor, Tensor], Tensor]
+Compute = Callable[[Tensor], Tensor]
 
 
 def momentum_matrices(width: int, steps: int) -> list[Tensor]:
@@ -67,43 +68,92 @@ def matrices(width: int, steps: int) -> dict[str, list[Tensor]]:
     }
 
 
-def by_path(method: str, path: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def by_path(method: str, path: str, dtype: torch.dtype) -> Compute:
+    """What `polar` computes on a path; bfloat16 as a processor or a GPU with units for it does."""
+
     def compute(g: Tensor) -> Tensor:
         wide = g.size(0) <= g.size(1)
-        kind, *forced = path.split(" in ")
-        x = _normalised_in((g if wide else g.T).unsqueeze(0), dtype, "" if forced else kind)
-        factor = newton_schulz(x, POLYNOMIALS[method], kind)[0]
+        x = normalised_in((g if wide else g.T).unsqueeze(0), dtype)
+        factor = newton_schulz(x, POLYNOMIALS[method], path)[0]
         return factor if wide else factor.T
 
     return compute
 
 
-def largest_error(compute: Callable[[Tensor], Tensor], method: str, kind: list[Tensor]) -> float:
+def rounded(a: Tensor, b: Tensor) -> Tensor:
+    """Factors in bfloat16, sums and result in float32: what `torch.set_float32_matmul_precision("medium")` asks for."""
+    return a.bfloat16().float() @ b.bfloat16().float()
+
+
+def split(a: Tensor, b: Tensor) -> Tensor:
+    """Both factors as a sum of two bfloat16 numbers: three products, sums in float32. 16 bits instead of 8."""
+    a_high, b_high = a.bfloat16().float(), b.bfloat16().float()
+    a_low, b_low = (a - a_high).bfloat16().float(), (b - b_high).bfloat16().float()
+    return a_high @ b_high + (a_high @ b_low + a_low @ b_high)
+
+
+def standard_by(method: str, product: Product) -> Compute:
+    """The standard iteration in float32, its products by `product`."""
+
+    def compute(g: Tensor) -> Tensor:
+        x = normalised_in(g if g.size(0) <= g.size(1) else g.T, torch.float32)
+        for a, b, c in POLYNOMIALS[method]:
+            gram = product(x, x.T)
+            x = a * x + product(b * gram + c * product(gram, gram), x)
+        return x if g.size(0) <= g.size(1) else x.T
+
+    return compute
+
+
+def gram_by(method: str, product: Product) -> Compute:
+    """The Gram form in float32 with the restart of `newton_schulz`, its products by `product`."""
+
+    def compute(g: Tensor) -> Tensor:
+        x = normalised_in(g if g.size(0) <= g.size(1) else g.T, torch.float32)
+        identity = torch.eye(x.size(0))
+        for triples in (POLYNOMIALS[method][:RESTART_AFTER], POLYNOMIALS[method][RESTART_AFTER:]):
+            gram, q = product(x, x.T), identity
+            for a, b, c in triples:
+                p = a * identity + b * gram + c * product(gram, gram)
+                q = p if q is identity else product(q, p)
+                gram = product(product(gram, p), p)
+            x = product(q, x)
+        return x if g.size(0) <= g.size(1) else x.T
+
+    return compute
+
+
+def largest_error(compute: Compute, method: str, kind: list[Tensor]) -> float:
     return max(
         torch.linalg.matrix_norm(compute(g).double() - polar(g.double(), method), ord=2).item() for g in kind
     )
 
 
+def ways(method: str) -> dict[str, Compute]:
+    """Row of the table to how it is computed."""
+    published: dict[str, Compute] = {
+        f"as published (Jordan), {name}": lambda g, dtype=dtype: literal.jordan_newton_schulz(g, dtype)
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    }
+    return (published if method == "quintic" else {}) | {
+        "`standard`, float32": by_path(method, "standard", torch.float32),
+        "`gram`, float32": by_path(method, "gram", torch.float32),
+        "`standard`, bfloat16": by_path(method, "standard", torch.bfloat16),
+        "`gram`, float16 (a GPU, by name)": by_path(method, "gram", torch.float16),
+        "`gram`, bfloat16 (not offered)": by_path(method, "gram", torch.bfloat16),
+        "`standard`, factors in bfloat16, sums in float32 (not offered)": standard_by(method, rounded),
+        "`gram`, factors in bfloat16, sums in float32 (not offered)": gram_by(method, rounded),
+        "`gram`, factors split in two, sums in float32 (not offered)": gram_by(method, split),
+    }
+
+
 def table(kinds: dict[str, list[Tensor]]) -> list[str]:
-    lines = [
-        f"| method | path | {' | '.join(f'{kind}, {dtype}' for dtype in DTYPES for kind in kinds)} |",
-        "|---|---|" + "---|" * (len(kinds) * len(DTYPES)),
-    ]
-    rows: list[tuple[str, str, Callable[[torch.dtype], Callable[[Tensor], Tensor]]]] = [
-        (method, path, lambda dtype, method=method, path=path: by_path(method, path, dtype))
-        for method in METHODS
-        for path in PATHS
-    ]
-    published = lambda dtype: lambda g: literal.jordan_newton_schulz(g, dtype)  # noqa: E731
-    rows.insert(0, ("quintic", "as published (Jordan)", published))
-    for method, path, computer in rows:
-        errors = [
-            largest_error(computer(dtype), method, kind)
-            for dtype in DTYPES.values()
-            for kind in kinds.values()
-        ]
-        lines.append(f"| {method} | {path} | {' | '.join(f'{e:.1e}' for e in errors)} |")
-        print(lines[-1], flush=True)
+    lines = [f"| method | path and precision | {' | '.join(kinds)} |", "|---|---|" + "---|" * len(kinds)]
+    for method in METHODS:
+        for way, compute in ways(method).items():
+            errors = [largest_error(compute, method, kind) for kind in kinds.values()]
+            lines.append(f"| {method} | {way} | {' | '.join(f'{e:.1e}' for e in errors)} |")
+            print(lines[-1], flush=True)
     return lines
 
 

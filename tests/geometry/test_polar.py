@@ -10,9 +10,17 @@ from stacks import make, rounding, stacks
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.geometry import polar
-from layerwise.geometry.spectral.newton_schulz import BLOCKS_FROM, POLYNOMIALS, newton_schulz, strip_product
-from layerwise.geometry.spectral.polar import _normalised_in
+from layerwise.geometry import Spectral, polar
+from layerwise.geometry.spectral import precision as precisions
+from layerwise.geometry.spectral.newton_schulz import (
+    BLOCKS_FROM,
+    POLYNOMIALS,
+    choose_path,
+    newton_schulz,
+    strip_product,
+)
+from layerwise.geometry.spectral.polar import normalised_in
+from layerwise.geometry.spectral.precision import iteration_dtype, processor_units
 
 examples = settings(max_examples=40, deadline=None)
 
@@ -135,12 +143,111 @@ def test_bad_values_are_named() -> None:
     for call, words in (
         (lambda: polar(torch.ones(2, 2), "newton"), "'newton'"),
         (lambda: polar(torch.ones(2, 2), path="fast"), "'fast'"),
+        (lambda: polar(torch.ones(2, 2), precision="half"), "'half'"),
+        (lambda: Spectral(precision="half"), "precision='half'"),
         (lambda: polar(torch.ones(4)), r"\(4,\)"),
         (lambda: polar(torch.ones(2, 2, dtype=torch.complex64)), "complex64"),
     ):
         with pytest.raises(LayerwiseError, match=words):
             call()
     assert polar(torch.ones(0, 3, 3)).shape == (0, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("reported", "found"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, ()),
+        ({"avx2": True, "avx512_bf16": True}, ("avx512_bf16",)),
+        ({"avx512_bf16": True, "amx_bf16": True}, ("amx_bf16", "avx512_bf16")),
+        ({"neon": True, "bf16": True, "sve_bf16": False}, ("bf16",)),
+    ],
+)
+def test_the_processor_is_asked_for_units_that_multiply_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, reported: dict[str, bool], found: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: reported, raising=False)
+    assert processor_units.__wrapped__() == found
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert processor_units.__wrapped__() == ()
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_torch_that_lists_no_capabilities_is_asked_for_one(
+    monkeypatch: pytest.MonkeyPatch, has: bool
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    assert processor_units.__wrapped__() == (("avx512_bf16",) if has else ())
+
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("units", "shape", "given", "precision", "gram", "dtype"),
+    [
+        ((), (384, 384), F32, "auto", False, F32),
+        (("amx_bf16",), (384, 384), F32, "auto", False, BF16),
+        (("amx_bf16",), (2, 384, 128), BF16, "auto", False, BF16),
+        (("amx_bf16",), (384, 127), F32, "auto", False, F32),  # too small to gain
+        (("amx_bf16",), (384, 384), F64, "auto", False, F64),
+        (("amx_bf16",), (384, 384), F32, "float32", False, F32),
+        (("amx_bf16",), (384, 384), F32, "auto", True, F32),  # the Gram form fails in bfloat16
+        ((), (8, 8), F32, "bfloat16", False, BF16),
+        ((), (8, 8), F32, "bfloat16", True, F32),
+    ],
+)
+def test_the_precision_follows_the_processor_the_size_and_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+    units: tuple[str, ...],
+    shape: tuple[int, ...],
+    given: torch.dtype,
+    precision: str,
+    gram: bool,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(precisions, "processor_units", lambda: units)
+    assert iteration_dtype(torch.zeros(shape, dtype=given), precision, gram) == dtype
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (128, 400)])
+def test_a_processor_with_units_works_in_bfloat16_on_the_standard_path(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    """Wide ones as well, where float32 would take the Gram form. Error by rounding to 8 bits, as on a GPU."""
+    monkeypatch.setattr(precisions, "processor_units", lambda: ("avx512_bf16",))
+    g = make("gaussian", shape, 0).float()
+    found = polar(g)
+    assert found.dtype == F32
+    assert torch.equal(found, polar(g, path="standard", precision="bfloat16"))
+    error = torch.linalg.matrix_norm(found.double() - polar(g.double()), ord=2)
+    # 2^-9 in products of order one, times the slope of later steps; 0.03 at n = 384 (docs/polar.md)
+    assert 1e-4 < error < 0.1
+    assert torch.equal(Spectral().lmo(g), found * (shape[0] / shape[1]) ** 0.5)
+    monkeypatch.setattr(precisions, "processor_units", lambda: ())
+    assert torch.linalg.matrix_norm(polar(g).double() - polar(g.double()), ord=2) < 1e-4
+
+
+@pytest.mark.parametrize(("units", "path"), [(("amx_bf16",), "standard"), ((), "gram")])
+def test_where_torch_was_asked_for_medium_precision_the_gram_form_is_left(
+    monkeypatch: pytest.MonkeyPatch, units: tuple[str, ...], path: str
+) -> None:
+    """On a processor with units, torch then rounds the factors of float32 products to bfloat16."""
+    monkeypatch.setattr(precisions, "processor_units", lambda: units)
+    wide = torch.zeros(1, 64, 256)
+    assert choose_path(wide) == "gram"
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert choose_path(wide) == path
+    assert choose_path(wide.double()) == "gram"
+
+
+def test_a_geometry_s_precision_is_the_caller_s_and_no_part_of_what_a_checkpoint_compares() -> None:
+    g = make("gaussian", (40, 60), 0).float()
+    assert torch.equal(
+        Spectral(precision="bfloat16").lmo(g), polar(g, precision="bfloat16") * (40 / 60) ** 0.5
+    )
+    assert not torch.equal(Spectral(precision="bfloat16").lmo(g), Spectral(precision="float32").lmo(g))
+    assert repr(Spectral(precision="bfloat16")) == repr(Spectral())
 
 
 @pytest.mark.parametrize("path", ["standard", "gram"])
@@ -153,7 +260,7 @@ def test_half_precision_of_a_gpu(path: str) -> None:
         torch.randn(48, 96, generator=torch.Generator().manual_seed(0)).double(), full_matrices=False
     )
     g = (u * torch.arange(1, 49) ** -2.0) @ vh
-    x = _normalised_in(g.float(), torch.bfloat16, path)
+    x = normalised_in(g.float(), torch.float16 if path == "gram" else torch.bfloat16)
     assert x.dtype == (torch.float16 if path == "gram" else torch.bfloat16)
     found = newton_schulz(x[None].clone(), POLYNOMIALS["quintic"], path)[0]
     error = torch.linalg.matrix_norm(found.double() - polar(g), ord=2)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -22,10 +22,12 @@ from torch import Tensor
 from layerwise.common.remember import remember
 from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
+from layerwise.geometry.spectral.lanczos import Seed
 from layerwise.geometry.spectral.nuclear import METHODS as NUCLEAR_METHODS
-from layerwise.geometry.spectral.nuclear import Seed, nuclear_norm
+from layerwise.geometry.spectral.nuclear import nuclear_norm
 from layerwise.geometry.spectral.polar import METHODS as POLAR_METHODS
 from layerwise.geometry.spectral.polar import check_stack, largest_entry, polar, working_dtype
+from layerwise.geometry.spectral.precision import PRECISIONS
 
 
 class Geometry(ABC):
@@ -102,6 +104,8 @@ class Spectral(Geometry):
 
     `polar` and `nuclear` name the methods of `layerwise.geometry.spectral.polar` and `nuclear_norm`. Exact ones give the
     identities of a geometry to rounding; with `polar="quintic"` the norm of a unit step lies between 0.67 and 1.21.
+    `precision` is that of the polar factor: `"auto"` (what the device multiplies fastest), `"float32"` or `"bfloat16"`. It
+    is not part of the `repr`: a run may go on in another.
 
     Examples:
         >>> weight = torch.tensor([[3.0, 0.0], [0.0, -2.0]])
@@ -116,9 +120,14 @@ class Spectral(Geometry):
     polar: str = "auto"
     nuclear: str = "auto"
     taps: int = 1
+    precision: str = field(default="auto", repr=False)
     family: ClassVar[str] = "spectral"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise LayerwiseError(
+                f"Spectral(precision={self.precision!r}): choose one of {', '.join(PRECISIONS)}"
+            )
         if self.polar not in POLAR_METHODS:
             raise LayerwiseError(f"Spectral(polar={self.polar!r}): choose one of {', '.join(POLAR_METHODS)}")
         if self.nuclear not in NUCLEAR_METHODS:
@@ -139,7 +148,7 @@ class Spectral(Geometry):
         return nuclear_norm(g, self.nuclear, seed=seed) * _spectral_factor(self.taps, *g.shape[-2:])
 
     def lmo(self, g: Tensor) -> Tensor:
-        return polar(g, self.polar).mul_(_spectral_factor(self.taps, *g.shape[-2:]))
+        return polar(g, self.polar, precision=self.precision).mul_(_spectral_factor(self.taps, *g.shape[-2:]))
 
     def unit_rms(self, d_out: int, d_in: int) -> float:
         return _spectral_factor(self.taps, d_out, d_in) / math.sqrt(max(d_out, d_in))

@@ -5,7 +5,7 @@ Costs count multiplications of two n x n matrices (2 n^3 FLOP), with r = m / n a
 
 | path          | products   | square | m = 4 n | runs on                                                      |
 |---------------|------------|--------|---------|--------------------------------------------------------------|
-| `standard`    | 10 r + 5   | 15     | 45      | GPUs; small matrices                                         |
+| `standard`    | 10 r + 5   | 15     | 45      | GPUs; small matrices; a CPU in bfloat16                      |
 | `blocked`     | 10 r + 5   | 15     | 45      | CPU, nearly square: buffers, a third of each symmetric saved |
 | `gram`        | 4 r + 14   | 18     | 30      | CPU, m >= 1.5 n: buffers, a third of each symmetric saved    |
 | `triton`      | 10 r + 5   | 15     | 45      | by name only: `standard`, half of each symmetric saved       |
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.remember import remember
+from layerwise.geometry.spectral.precision import rounds_factors
 
 Triple = tuple[float, float, float]
 
@@ -121,6 +122,8 @@ def choose_path(x: Tensor) -> str:
     n, m = x.shape[-2:]
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return "standard"
+    if rounds_factors(x):
+        return "standard"  # the Gram form would lose small singular values; and oneDNN does not multiply into strips
     if m >= GRAM_FROM * n:
         return "gram"
     return "blocked" if n >= BLOCKS_FROM else "standard"

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.newton_schulz import PATHS, POLYNOMIALS, newton_schulz
+from layerwise.geometry.spectral.precision import PRECISIONS, iteration_dtype
 
 METHODS = ("auto", *POLYNOMIALS, "svd")
 
 
 @torch.no_grad()
-def polar(g: Tensor, method: str = "auto", *, path: str = "auto") -> Tensor:
+def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str = "auto") -> Tensor:
     """The polar factor of each matrix of a stack. Not differentiable.
 
     Args:
@@ -28,14 +29,16 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto") -> Tensor:
             within 1e-5 of one, `"svd"` exact (null directions are left out).
         path: how Newton-Schulz computes them: `"standard"`, `"blocked"`, `"gram"` (see
             `layerwise.geometry.spectral.newton_schulz`), or `"auto"`, by shape and device; the same numbers to rounding.
+        precision: what Newton-Schulz works in: `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a GPU that has it in
+            hardware, and on a processor that has for matrices from 128 rows and columns on; else float32. The Gram paths
+            take float16 (on a processor float32) where the others take bfloat16. float64 input stays in float64.
 
     Returns:
         A stack of the same shape and dtype. Zero matrices give zero; the scale of a matrix does not matter,
-        from the smallest to the largest numbers of its dtype. Newton-Schulz works in float64 for float64
-        input, in bfloat16 on GPUs that have it in hardware (float16 on the Gram paths), and in float32 otherwise.
+        from the smallest to the largest numbers of its dtype.
 
     Raises:
-        LayerwiseError: an unknown method or path, or a tensor that is not a stack of real matrices.
+        LayerwiseError: an unknown method, path or precision, or a tensor that is not a stack of real matrices.
 
     Examples:
         >>> lw.polar(torch.tensor([[3.0, 0.0], [0.0, -2.0]]), "svd").round(decimals=4)
@@ -47,11 +50,16 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto") -> Tensor:
         raise LayerwiseError(f"polar method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     if path not in PATHS:
         raise LayerwiseError(f"polar path {path!r} is unknown; choose one of {', '.join(PATHS)}")
+    if precision not in PRECISIONS:
+        raise LayerwiseError(
+            f"polar precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
+        )
     if g.numel() == 0:
         return torch.zeros_like(g)
     if method == "svd":
         return _svd_polar(g)
-    x = _normalised_in(g, iteration_dtype(g), path).reshape(-1, *g.shape[-2:])
+    dtype = iteration_dtype(g, precision, gram=path in ("gram", "triton_gram"))
+    x = normalised_in(g, dtype).reshape(-1, *g.shape[-2:])
     wide = x.size(-2) <= x.size(-1)
     x = newton_schulz(x if wide else x.mT, POLYNOMIALS["quintic" if method == "auto" else method], path)
     return (x if wide else x.mT).reshape(g.shape).to(g.dtype)
@@ -71,22 +79,9 @@ def working_dtype(g: Tensor) -> torch.dtype:
     return torch.float64 if g.dtype == torch.float64 else torch.float32
 
 
-def iteration_dtype(g: Tensor) -> torch.dtype:
-    """What Newton-Schulz runs in: bfloat16 only where hardware multiplies it (a CPU without: 28 to 49 times slower)."""
-    if g.is_cuda and g.dtype != torch.float64 and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.promote_types(g.dtype, torch.float32)
-
-
-def _normalised_in(g: Tensor, dtype: torch.dtype, path: str) -> Tensor:
-    """Singular values in [0, 1], in the dtype that the path iterates in.
-
-    That of the Gram paths is float16 where the others have bfloat16: they square singular values, and with bfloat16's 8
-    bits real momentum ended up to 2 off (`benchmarks/polar_errors.py`).
-    """
-    if dtype == torch.bfloat16 and path in ("gram", "triton_gram"):
-        return normalise(g.to(torch.float32)).half()  # in range once normalised
-    return normalise(g.to(dtype))
+def normalised_in(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """Singular values in [0, 1], in the dtype to iterate in. float16 only once they are: before, they may not fit."""
+    return normalise(g.float()).half() if dtype == torch.float16 else normalise(g.to(dtype))
 
 
 def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:

@@ -1,0 +1,57 @@
+"""The precision that Newton-Schulz runs in: what the device multiplies fastest, unless the caller says otherwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerwise.common.remember import remember
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+#: Units that multiply bfloat16, under the names that torch has for them: Intel's and AMD's, and ARM's.
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+#: On a processor smaller matrices stay in float32: a product of theirs is over before oneDNN has set one up.
+BFLOAT16_FROM = 128
+
+
+def iteration_dtype(g: Tensor, precision: str = "auto", gram: bool = False) -> torch.dtype:
+    """The dtype that Newton-Schulz works in.
+
+    Args:
+        g: the matrices, `[..., d_out, d_in]`. Those in float64 stay in it.
+        precision: one of `PRECISIONS`.
+        gram: whether on a Gram path, which squares singular values: bfloat16's 8 bits sent real momentum up to 2 off
+            (`benchmarks/polar_errors.py`). Where others have bfloat16, it has float16 on a GPU and float32 on a processor.
+    """
+    if g.dtype == torch.float64:
+        return torch.float64
+    if precision == "float32" or (precision == "auto" and not _pays(g)):
+        return torch.float32
+    if gram:
+        return torch.float32 if g.device.type == "cpu" else torch.float16
+    return torch.bfloat16
+
+
+def _pays(g: Tensor) -> bool:
+    """Whether bfloat16 is faster: only where hardware multiplies it (a processor without: 28 to 49 times slower)."""
+    if g.is_cuda:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return g.device.type == "cpu" and min(g.shape[-2:]) >= BFLOAT16_FROM and bool(processor_units())
+
+
+def rounds_factors(x: Tensor) -> bool:
+    """Whether a processor multiplies x in bfloat16: as it is in it, or as the user asked torch for "medium" precision."""
+    medium = torch.get_float32_matmul_precision() == "medium" and bool(processor_units())
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and medium)
+
+
+@remember
+def processor_units() -> tuple[str, ...]:
+    """Those of `BFLOAT16_UNITS` that this processor has and torch's products use: none where torch has no oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
+        has = torch.cpu.get_capabilities()
+        return tuple(unit for unit in BFLOAT16_UNITS if has.get(unit))
+    return ("avx512_bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
