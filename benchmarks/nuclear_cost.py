@@ -98,9 +98,7 @@ def times(shape: tuple[int, int, int], rounds: int) -> list[float]:
 def largest_error(estimate: Callable[[Tensor, int], Tensor], shape: tuple[int, int]) -> float:
     exact = torch.stack([*spectra.closed_forms(min(shape)).values()])
     g = spectra.with_values(exact, shape)
-    return max(
-        (estimate(g, seed).double() / exact.sum(-1) - 1).abs().max().item() for seed in range(SEEDS)
-    )
+    return max((estimate(g, seed).double() / exact.sum(-1) - 1).abs().max().item() for seed in range(SEEDS))
 
 
 def row(shape: tuple[int, int, int], rounds: int) -> str:
