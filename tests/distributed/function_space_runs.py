@@ -90,6 +90,10 @@ OBSERVERS = {
     "recorder": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=8),
     "full_cov": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=8, method="full_cov"),
     "flerm": functools.partial(lw.FLeRM, base="uniform", every=2, probes=8),
+    "difference": functools.partial(
+        lw.FunctionSpaceRecorder, every=1, probes=8, method="exact", difference_every=2
+    ),
+    "flerm on differences": functools.partial(lw.FLeRM, base="uniform", every=2, method="difference"),
 }
 
 
@@ -108,7 +112,8 @@ def observed(how: str, observer: str, steps: int = 3) -> dict[str, Any]:
     found: dict[str, Any] = {"weights": weights(model)}
     if isinstance(watcher, lw.FLeRM):
         return found | {"lrs": watcher.learning_rates(), "reports": watcher.reports}
-    return found | {"rates": [record.rates for record in watcher.records]}
+    whole = [record.whole for record in watcher.records]
+    return found | {"rates": [record.rates for record in watcher.records], "whole": whole}
 
 
 def watched(how: str) -> list[dict[str, float]]:

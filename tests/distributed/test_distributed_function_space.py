@@ -43,6 +43,7 @@ def same(expected, several, tolerance=TOLERANCE):
         for name in expected:
             assert rates[name].value == pytest.approx(expected[name].value, rel=tolerance), name
             assert rates[name].stderr == pytest.approx(expected[name].stderr, rel=1e3 * tolerance), name
+            assert rates[name].linear == pytest.approx(expected[name].linear, rel=tolerance), name
 
 
 METHODS = ["kronecker", "full_cov", "iid", "exact", "difference"]
@@ -95,6 +96,24 @@ def test_recorded_rates_are_those_of_one_process(cluster, single, how):
     several = cluster.run(2, observed, how, "recorder")
     for step, rates in enumerate(expected["rates"]):
         same(rates, [each["rates"][step] for each in several], 1e-9)
+
+
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_whole_updates_of_a_recorded_run_are_those_of_one_process(cluster, single, how):
+    expected = single(observed, "single", "difference")
+    several = cluster.run(2, observed, how, "difference")
+    assert [whole is None for whole in expected["whole"]] == [False, True, False]
+    for step in (0, 2):
+        same(expected["whole"][step], [each["whole"][step] for each in several], 1e-9)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_matches_on_whole_updates_are_those_of_one_process(cluster, single, how):
+    expected = single(observed, "single", "flerm on differences")
+    for got in cluster.run(2, observed, how, "flerm on differences"):
+        assert got["lrs"] == pytest.approx(expected["lrs"], rel=1e-8)
+        for name, weight in expected["weights"].items():
+            assert_close(got["weights"][name], weight, rtol=0, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Whole updates: the outputs with them less those without, against closed forms; and what the first order leaves out."""
 
 import copy
+import functools
+import math
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import (
@@ -213,3 +216,110 @@ def test_bad_options_are_one_line():
             )
     with pytest.raises(LayerwiseError, match="difference_every is 0"):
         FunctionSpaceRecorder(model, torch.optim.SGD(model.parameters(), 0.1), difference_every=0)
+
+
+def peak_bytes(run):
+    """The most that was allocated at any time beyond what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = [0]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held.append(held[-1] + event.nbytes())
+    return max(held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_stays_at_one_copy_of_one_tensor(dtype):
+    """Of eight equal layers one copy, and pieces of 2^17 entries; the activations of one example are next to nothing."""
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(8))).to(dtype)
+    x = torch.randn(1, 1024, dtype=dtype)
+    update = {name: 1e-3 * p.detach() for name, p in model.named_parameters()}
+    one = model[0].weight.numel() * model[0].weight.element_size()
+    measure = functools.partial(function_space_rates, model, update, x, method="difference", linear=None)
+    measure()
+    pieces = 4 * (1 << 17) * 4  # the weights', the update's and their sum in float32, and one to spare
+    assert one <= peak_bytes(measure) <= one + pieces
+    small = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    recorder = FunctionSpaceRecorder(small, optimizer, every=1, method="difference", linear=None)
+
+    def step():
+        with recorder.step(x):
+            optimizer.step()
+
+    for p in small.parameters():
+        p.grad = p.detach().clone()
+    # Around a step the new weights are there already: nothing beside the copy of the old ones.
+    assert peak_bytes(step) <= 8 * one + pieces
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 32), nn.Linear(32, 20)
+        layer = functools.partial(nn.TransformerEncoderLayer, 32, 4, 64, 0.0, batch_first=True)
+        self.blocks = nn.Sequential(layer(), layer(), layer())
+
+    def forward(self, x):
+        return self.head(self.blocks(self.words(x)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 24, 2, batch_first=True), nn.Linear(24, 5)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
+
+
+def layers(depth):
+    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(32, 32), nn.ReLU())), nn.Linear(32, 4))
+
+
+def convolutions():
+    parts = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)]
+    return nn.Sequential(*parts, nn.Flatten(), nn.Linear(1024, 10))
+
+
+NETWORKS = {
+    "layers": (lambda: layers(2), lambda: torch.randn(64, 32)),
+    "sixteen layers": (lambda: layers(16), lambda: torch.randn(64, 32)),
+    "attention": (Attention, lambda: torch.randint(0, 20, (8, 16))),
+    "convolutions": (convolutions, lambda: torch.randn(16, 3, 8, 8)),
+    "recurrent": (Recurrent, lambda: torch.randn(16, 12, 8)),
+    "experts": (Experts, lambda: torch.randn(128, 4)),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_stated_error_of_a_difference_is_that_of_repeated_draws(network):
+    """Weights, inputs and updates of the size of a rounding, drawn eight times: float32 against float64 at the same weights.
+
+    Rounding adds its square to the rate's. `stderr` says the most of it for one network, which the draws come near and
+    three of them are never exceeded, as marks rely on.
+    """
+    make, inputs = NETWORKS[network]
+    parts = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, x = make(), inputs()
+        wide = copy.deepcopy(model).double()
+        # A rounding of most weights: they move in float32 too, and the outputs by about their own rounding.
+        moved = {
+            n: (p + 1e-6 * p.std(correction=0) * torch.randn_like(p)).detach()
+            for n, p in model.named_parameters()
+        }
+        update = {n: moved[n].double() - p.detach() for n, p in model.named_parameters()}
+        wide_x = x.double() if x.is_floating_point() else x
+        found = function_space_rates(model, update, x, method="difference", linear=None)
+        true = function_space_rates(wide, update, wide_x, method="difference", linear=None)
+        parts += [
+            math.sqrt(abs(rate.value**2 - true[name].value ** 2)) / rate.stderr
+            for name, rate in found.items()
+        ]
+    parts.sort()
+    assert parts[-1] < 3
+    assert parts[len(parts) // 2] < 1
+    assert parts[len(parts) * 9 // 10] > 0.1  # an error ten times as large as stated would be of no use

@@ -132,7 +132,11 @@ class TensorUpdate:
         """The tensor after this update alone, from `point`, in its precision."""
         if self.old is not None and not self.decay:
             return self.new.detach()
-        return (point.detach().to(self.dtype) + self.whole()).to(point.dtype)
+        found = torch.empty_like(point)
+        for start, stop in self.pieces():
+            before = torch.atleast_1d(point.detach())[start:stop].to(self.dtype)
+            torch.atleast_1d(found)[start:stop] = before + self.rows(start, stop)
+        return found
 
     def part(self, start: int, stop: int) -> TensorUpdate:
         """The update of some rows alone."""
