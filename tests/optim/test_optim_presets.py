@@ -54,7 +54,8 @@ def test_muon_is_torchs(decay, adjust, nesterov):
     matrices, rest = split(theirs)
     muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=decay, nesterov=nesterov, adjust_lr_fn=adjust)
     adamw = torch.optim.AdamW(rest, lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=decay)
-    walk(ours, theirs, lw.Muon(lw.param_groups(ours), weight_decay=decay, nesterov=nesterov), muon, adamw)
+    groups = lw.param_groups(ours, overrides={"role:vector": {"weight_decay": decay}})
+    walk(ours, theirs, lw.Muon(groups, weight_decay=decay, nesterov=nesterov), muon, adamw)
     assert_close(ours, theirs, **CLOSE)
     for mine, other in zip(split(ours)[1], rest, strict=True):
         assert torch.equal(mine, other)  # AdamW's groups are torch's, bit for bit
@@ -66,7 +67,9 @@ def test_d_muon_is_torchs_match_rms_adamw():
     theirs = twin(ours)
     matrices, rest = split(theirs)
     muon = torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    vectors = {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0}
+    groups = [{"params": [p for p in rest if p.ndim > 1]}, vectors]
+    adamw = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     walk(ours, theirs, lw.DMuon(lw.param_groups(ours), lr=2e-3), muon, adamw)
     assert_close(ours, theirs, **CLOSE)
     for mine, other in zip(split(ours)[1], rest, strict=True):
@@ -138,7 +141,8 @@ def test_scion_is_pytorch_optimizers(constrained, monkeypatch):
         momentum=0.1,
         constraint=constrained,
     )
-    walk(ours, theirs, lw.Scion(lw.param_groups(ours), weight_decay=float(constrained)), reference)
+    groups = lw.param_groups(ours, overrides={"role:vector": {"weight_decay": float(constrained)}})
+    walk(ours, theirs, lw.Scion(groups, weight_decay=float(constrained)), reference)
     # BiasRMS there divides by RMS + 1e-8, which is a relative 1e-8 of steps of lr a step
     assert_close(ours, theirs, rtol=0, atol=1e-11 + STEPS * 2**-12 * 3 * 1e-7)
     for a, b in zip([*split(ours)[0], ours.head.weight], [*matrices, theirs.head.weight], strict=True):
@@ -147,7 +151,7 @@ def test_scion_is_pytorch_optimizers(constrained, monkeypatch):
 
 def test_scions_constrained_form_keeps_every_norm_within_its_radius():
     model = net(torch.float64)
-    groups = lw.param_groups(model)
+    groups = lw.param_groups(model, overrides={"role:vector": {"weight_decay": 1.0}})
     optimizer = lw.Scion(groups, lr=0.1, weight_decay=1.0, radius={"hidden": 2.0, "head": 5.0})
     with torch.no_grad():
         for group in optimizer.param_groups:
@@ -174,7 +178,7 @@ def test_signum_is_the_sign_of_the_average():
         optimizer.step()
         for w, m, p in zip(weights, averages, model.parameters(), strict=True):
             m.mul_(0.8).add_(p.grad, alpha=0.2)
-            w.sub_(1e-2 * 0.1 * w).sub_(1e-2 * m.sign())
+            w.sub_(1e-2 * (0.1 if p.ndim > 1 else 0.0) * w).sub_(1e-2 * m.sign())
     for w, p in zip(weights, model.parameters(), strict=True):
         torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-14)
 

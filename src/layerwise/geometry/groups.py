@@ -91,6 +91,8 @@ def param_groups(
 
     Returns:
         Groups `{"params": [(name, parameter), ...], "role": str, "layout": Layout, "geometry": Geometry, **overridden}`.
+        Gains, biases, tables of positions and what the model's own `no_weight_decay()` names have `weight_decay` 0 in
+        theirs, which stands above an optimizer's, unless an override gives them another.
         Groups and their parameters keep the order of `model.named_parameters()`; names are without the steps that
         wrappers add; frozen and empty parameters are left out.
 
@@ -145,10 +147,12 @@ def assign(
     frozen = frozen_names(model)
     split_of = _match("splits", splits or {}, names, frozen)
     options_of = _options(overrides or {}, trainable, names, frozen)
+    undecayed = _named_undecayed(unwrapped(model))
     result = []
     for found in trainable:
         if found.name in split_of:
             found = replace(found, layout=_split_layout(found, split_of[found.name]), note="")
+        found = replace(found, undecayed=found.undecayed or not undecayed.isdisjoint(found.names))
         result.append(_override(found, options_of.get(found.name, {})))
     return result, said if batch is not None or forward is not None else ""
 
@@ -156,6 +160,12 @@ def assign(
 def frozen_names(model: nn.Module) -> list[str]:
     """Names of the parameters that are not trained."""
     return [canonical_name(name) for name, p in unwrapped(model).named_parameters() if not p.requires_grad]
+
+
+def _named_undecayed(model: nn.Module) -> set[str]:
+    """What the model itself says is not to be decayed: timm's models have a method for it."""
+    named = getattr(model, "no_weight_decay", None)
+    return {canonical_name(str(name)) for name in named()} if callable(named) else set()
 
 
 def _are_overrides(batch: Any) -> bool:
@@ -166,8 +176,8 @@ def _are_overrides(batch: Any) -> bool:
 def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
     """Groups as of `param_groups` for plain `model.parameters()` or `model.named_parameters()`, by shape alone.
 
-    2-D tensors become hidden matrices, 0-D and 1-D ones vectors, all others convolutions; a UserWarning says
-    what a shape cannot tell. Parameters without names are called `param_0`, `param_1`, ...
+    2-D tensors become hidden matrices, 0-D and 1-D ones vectors (not decayed), all others convolutions; a UserWarning
+    says what a shape cannot tell. Parameters without names are called `param_0`, `param_1`, ...
 
     Examples:
         >>> import warnings
@@ -192,7 +202,9 @@ def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> l
         _check_dtype(name, p)
         role, layout, kernel = _by_shape(tuple(p.shape))
         geometry = default_geometry(role, kernel)
-        group = {"params": [], "role": role, "layout": layout, "geometry": geometry}
+        group: dict[str, Any] = {"params": [], "role": role, "layout": layout, "geometry": geometry}
+        if role == "vector":
+            group["weight_decay"] = 0.0
         groups.setdefault(repr((role, geometry)), group)["params"].append((name, p))
     return list(groups.values())
 
@@ -384,6 +396,8 @@ def _override(found: Found, given: Mapping[str, Any]) -> Assigned:
         raise LayerwiseError(
             f"overrides: geometry of {found.name} is {geometry!r}; give one, such as Spectral()"
         )
+    if role == "vector" or (found.undecayed and role == found.role):
+        options.setdefault("weight_decay", 0.0)
     known = role != found.role or "layout" in given
     return Assigned(
         replace(found, role=role, layout=layout, note="" if known else found.note), geometry, options

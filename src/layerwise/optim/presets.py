@@ -204,7 +204,8 @@ class Scion(LayerwiseOptimizer):
         params: ``layerwise.param_groups(model)``; its geometries are used as they are.
         lr: of every group, in units of the radii.
         momentum: weight of the old average (Scion's paper gives 1 minus it, 0.1).
-        weight_decay: decoupled; 0 unconstrained, 1 constrained.
+        weight_decay: decoupled; 0 unconstrained, 1 constrained. Gains and biases are left out, as everywhere: an override
+            ``{"role:vector": {"weight_decay": 1.0}}`` constrains them too.
         radius: by role; roles that are not named take that of ``"hidden"``.
         rates: a rate rule, e.g. ``NoiseAdaptive()``.
         nonfinite: ``"raise"`` or ``"skip"``.

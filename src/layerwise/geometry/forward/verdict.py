@@ -115,7 +115,7 @@ def _entry_by_entry(found: Found, uses: Sequence[Use]) -> Found:
     is_table = found.role != "vector" and any(use.kind in ("bias", "table") for use in uses)
     if wide > 1 and dimensions in (2, 3) and is_table:
         layout: Layout = TransposedLayout() if dimensions == 2 else TransposedStackLayout()
-        return replace(found, role="embedding", layout=layout, note="", how="forward")
+        return replace(found, role="embedding", layout=layout, note="", how="forward", undecayed=True)
     stacked = wide <= 1 and dimensions == 2 and min(found.parameter.shape) > 1
     layout = VectorStackLayout() if stacked else VectorLayout()
     return replace(found, role="vector", layout=layout, note="", how="forward")

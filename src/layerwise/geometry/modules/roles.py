@@ -183,9 +183,10 @@ def _assume(place: _Place, attribute: str) -> Found:
     dimensions = place.parameter.ndim
     if "pos" in attribute or (dimensions == 3 and place.parameter.shape[0] == 1):
         tables = {2: TransposedLayout(), 3: TransposedStackLayout()}
-        return place.assumed(
+        table = place.assumed(
             "embedding", tables.get(dimensions, VectorLayout()), "a table of learned positions"
         )
+        return replace(table, undecayed=True)
     if attribute.endswith("bias"):
         return place.assumed("vector", VectorLayout(), "a bias")
     if dimensions == 2:
