@@ -31,9 +31,9 @@ def twin_groups(model: nn.Module) -> list[dict]:
         layout = VectorLayout() if role == "vector" else MatrixLayout()
         for i, matrix in enumerate(cut(weight.detach())):
             param = nn.Parameter(matrix.clone())
-            groups.append(
-                {"params": [(f"{name}/{i}", param)], "role": role, "layout": layout, "geometry": geometry}
-            )
+            what = {"role": role, "layout": layout, "geometry": geometry}
+            no_decay = {"weight_decay": 0.0} if role == "vector" or "pos" in name else {}
+            groups.append({"params": [(f"{name}/{i}", param)], **what, **no_decay})
     return groups
 
 
