@@ -77,10 +77,17 @@ def test_an_override_decays_them() -> None:
 
 def test_a_role_given_by_the_user_is_decayed_as_that_role_is() -> None:
     model = Tokens()
-    overrides = {"pos_embed": {"role": "experts", "layout": lw.StackLayout()}, "norm.weight": {"role": "vector"}}
+    overrides = {
+        "pos_embed": {"role": "experts", "layout": lw.StackLayout()},
+        "norm.weight": {"role": "vector"},
+    }
     with pytest.warns(UserWarning, match="roles"):
         groups = lw.param_groups(model, overrides=overrides)
-    assert decayed(lw.DMuon(groups, lr=0.1, weight_decay=0.5)) == {"patches.weight", "head.weight", "pos_embed"}
+    assert decayed(lw.DMuon(groups, lr=0.1, weight_decay=0.5)) == {
+        "patches.weight",
+        "head.weight",
+        "pos_embed",
+    }
 
 
 def test_adamw_of_torch_reads_the_same_groups() -> None:
