@@ -1,9 +1,12 @@
-"""How the fuzz suite is run: a short pass in every run of the tests, a long one with `-m slow`, both from fixed seeds."""
+"""How the fuzz suite is run: a short pass with the other tests, a long one with `-m slow` in parts with seeds of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
@@ -11,12 +14,30 @@ from hypothesis import HealthCheck, given, seed, settings
 from layerwise.errors import LayerwiseError
 
 Test = Callable[..., None]
+#: A part is run, and run again, by its name: `pytest -m slow tests/fuzz -k part3`.
+PART = 500
+#: Seconds after which a case counts as hanging.
+PATIENCE = 60
+
+
+class Share(NamedTuple):
+    """Some of a test's cases."""
+
+    count: int
+    seed: int
 
 
 def cases(short: int, long: int) -> pytest.MarkDecorator:
-    """The test takes `count`: how many cases to run."""
-    slow = pytest.param(long, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
-    return pytest.mark.parametrize("count", [short, slow])
+    """The test takes `share`: how many cases to run, and from which seed."""
+    slow = [
+        pytest.param(
+            Share(min(PART, long - first), 20261129 + number),
+            marks=[pytest.mark.slow, pytest.mark.timeout(3600)],
+            id=f"part{number}",
+        )
+        for number, first in enumerate(range(0, long, PART))
+    ]
+    return pytest.mark.parametrize("share", [pytest.param(Share(short, 20261128), id="short"), *slow])
 
 
 def one_line(error: LayerwiseError) -> None:
@@ -25,13 +46,39 @@ def one_line(error: LayerwiseError) -> None:
     assert len(str(error)) < 20_000
 
 
-def run(count: int, check: Test, **strategies: Any) -> None:
-    """Runs `check` on `count` cases. What it raises is shrunk to the smallest case that does."""
+@contextmanager
+def patience() -> Iterator[None]:
+    """A case that takes longer than a minute fails."""
+
+    def hangs(number: int, frame: object) -> None:
+        raise AssertionError(f"the case was still at work after {PATIENCE} s")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    left = signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.alarm(left)
+
+
+def run(share: Share, check: Test, **strategies: Any) -> None:
+    """Runs `check` on as many cases as the share has, no fewer. What it raises is shrunk to the smallest case that does."""
+    ran = 0
+
+    @functools.wraps(check)
+    def counted(**arguments: Any) -> None:
+        nonlocal ran
+        with patience():
+            check(**arguments)
+        ran += 1
+
     options = settings(
-        max_examples=count,
+        max_examples=share.count,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )
-    seed(20261128)(options(given(**strategies)(check)))()
+    seed(share.seed)(options(given(**strategies)(counted)))()
+    assert ran >= share.count, f"only {ran} of {share.count} cases were drawn"

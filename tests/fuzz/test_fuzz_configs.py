@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cases import cases, one_line, run
+from cases import Share, cases, one_line, run
 from hypothesis import assume
 from hypothesis import strategies as st
 
@@ -78,8 +78,8 @@ def check(overrides: list[str]) -> None:
 
 
 @cases(short=60, long=4000)
-def test_any_words(count: int) -> None:
-    run(count, check, overrides=overrides)
+def test_any_words(share: Share) -> None:
+    run(share, check, overrides=overrides)
 
 
 def means_what_was_written(key: str, value: Any) -> None:
@@ -101,7 +101,7 @@ def means_what_was_written(key: str, value: Any) -> None:
 
 
 @cases(short=60, long=3000)
-def test_what_is_accepted_stands_as_it_was_written(count: int) -> None:
+def test_what_is_accepted_stands_as_it_was_written(share: Share) -> None:
     plain = (
         st.booleans()
         | st.integers(-3, 400)
@@ -109,7 +109,7 @@ def test_what_is_accepted_stands_as_it_was_written(count: int) -> None:
         | st.sampled_from(["off", "abc", "lanton", "wsd", "bf16"])
     )
     taken = [key for key in [*KEYS, *SETTINGS] if not key.startswith("sweep.")]
-    run(count, means_what_was_written, key=st.sampled_from(taken), value=plain | st.lists(plain, max_size=2))
+    run(share, means_what_was_written, key=st.sampled_from(taken), value=plain | st.lists(plain, max_size=2))
 
 
 def any_file(folder: Path, content: bytes) -> None:
@@ -122,7 +122,7 @@ def any_file(folder: Path, content: bytes) -> None:
 
 
 @cases(short=60, long=3000)
-def test_any_file(tmp_path: Path, count: int) -> None:
+def test_any_file(tmp_path: Path, share: Share) -> None:
     pieces = st.sampled_from([
         b"model: ", b"optimizer:\n  lr: ", b"training: {steps: 3}\n", b"&a ", b"*a", b"[", b"{",
         b"!!python/object:os.system ",
@@ -130,7 +130,7 @@ def test_any_file(tmp_path: Path, count: int) -> None:
         b"!!binary abc", b"!!set {a}",
     ])  # fmt: skip
     run(
-        count,
+        share,
         any_file,
         folder=st.just(tmp_path),
         content=st.lists(pieces | st.binary(max_size=6), max_size=8).map(b"".join),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import cases, one_line, run
+from cases import Share, cases, one_line, run
 from hypothesis import strategies as st
 
 from layerwise.errors import LayerwiseError
@@ -39,7 +39,7 @@ def text(folder: Path, content: bytes, encoding: str | None) -> None:
 
 
 @cases(short=40, long=2000)
-def test_any_text(tmp_path: Path, count: int) -> None:
+def test_any_text(tmp_path: Path, share: Share) -> None:
     words = st.text(max_size=30)
     content = st.one_of(
         st.binary(max_size=40), words.map(lambda t: t.encode("utf-8", "replace")),
@@ -47,7 +47,7 @@ def test_any_text(tmp_path: Path, count: int) -> None:
         words.map(lambda t: t.encode("latin-1", "replace")),
     )  # fmt: skip
     encodings = st.sampled_from([None, None, "utf-8", "latin-1", "cp1252", "utf-16-le", "ascii"])
-    run(count, text, folder=st.just(tmp_path), content=content, encoding=encodings)
+    run(share, text, folder=st.just(tmp_path), content=content, encoding=encodings)
 
 
 def ids(folder: Path, suffix: str, content: bytes, dtype: str) -> None:
@@ -62,7 +62,7 @@ def ids(folder: Path, suffix: str, content: bytes, dtype: str) -> None:
 
 
 @cases(short=40, long=1000)
-def test_any_file_of_ids(tmp_path: Path, count: int) -> None:
+def test_any_file_of_ids(tmp_path: Path, share: Share) -> None:
     array = st.sampled_from(["uint16", "int64", "float32", "object"]).flatmap(
         lambda dtype: st.lists(st.integers(0, 9), max_size=9).map(
             lambda numbers: _npy(np.array(numbers, dtype=dtype))
@@ -70,7 +70,7 @@ def test_any_file_of_ids(tmp_path: Path, count: int) -> None:
     )
     cut = st.tuples(array, st.integers(0, 200)).map(lambda pair: pair[0][: pair[1]])
     run(
-        count, ids, folder=st.just(tmp_path), suffix=st.sampled_from([".npy", ".bin"]),
+        share, ids, folder=st.just(tmp_path), suffix=st.sampled_from([".npy", ".bin"]),
         content=st.binary(max_size=40) | array | cut, dtype=st.sampled_from(["uint16", "uint32"]),
     )  # fmt: skip
 
@@ -92,12 +92,12 @@ def cache(folder: Path, file: str, content: bytes) -> None:
     assert decoded(load_tokens(config)) == whole
 
 
-@cases(short=20, long=600)
-def test_any_cache(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@cases(short=20, long=1000)
+def test_any_cache(tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch) -> None:
     names = st.sampled_from(["train.bin", "validation.bin", "info.json"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         content = st.binary(max_size=40) | st.sampled_from(
             [b"{}", b'{"files": {}}', b"[]", b"null", b'{"files": 3}']
         )
-        run(count, cache, folder=st.just(tmp_path), file=names, content=content)
+        run(share, cache, folder=st.just(tmp_path), file=names, content=content)

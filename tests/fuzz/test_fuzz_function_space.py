@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cases import cases, run
+from cases import Share, cases, run
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
@@ -43,10 +43,10 @@ def check(sizes: list[int], acts: list[str], seed: int, batch: int, scale: float
         assert torch.equal(p, weights[name])
 
 
-@cases(short=15, long=1500)
-def test_exact_rates_are_those_of_jvp(count: int) -> None:
+@cases(short=15, long=2000)
+def test_exact_rates_are_those_of_jvp(share: Share) -> None:
     run(
-        count, check, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 9999),
+        share, check, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 9999),
         acts=st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=2), batch=st.integers(1, 5),
         scale=st.sampled_from([1.0, 1e-3, 1e3]),
     )  # fmt: skip

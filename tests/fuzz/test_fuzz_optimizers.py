@@ -7,7 +7,8 @@ import warnings
 from typing import Any
 
 import torch
-from cases import cases, one_line, run
+from cases import Share, cases, one_line, run
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,7 +17,15 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import OptimizerConfig
 from layerwise.lab.optimizers.registry import OPTIMIZERS, build_optimizer
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+RULES = [None, "noise_adaptive", "norm_adaptive", "dual_norm_adaptive"]
+#: torch's AdamW and Muon keep eps in the weights' precision, where 1e-8 is 0 in float16; the lab's weights are float32.
+TORCHS = {"adamw", "torch-muon"}
 LAYERS = {
     "linear": lambda n: nn.Linear(n, n), "thin": lambda n: nn.Sequential(nn.Linear(n, 1), nn.Linear(1, n)),
     "norm": nn.LayerNorm, "conv": lambda n: nn.Sequential(nn.Unflatten(1, (1, n)), nn.Conv1d(1, 2, 1), nn.Flatten(),
@@ -43,6 +52,7 @@ def step(model: nn.Module, optimizer: Any, number: int, width: int, dtype: str, 
 
 
 def check(layers: list[str], width: int, dtype: str, name: str, rule: str | None, spoil: str) -> None:
+    assume(dtype != "float16" or name not in TORCHS)
     rates = None if rule is None or not OPTIMIZERS[name].takes_rates else {"rule": rule}
     settings = OptimizerConfig(name=name, rates=rates, lr=1e-3)
     with warnings.catch_warnings():
@@ -67,10 +77,10 @@ def check(layers: list[str], width: int, dtype: str, name: str, rule: str | None
         assert all(rate.multiplier >= 0 for rate in optimizer.layer_rates().values())
 
 
-@cases(short=25, long=3000)
-def test_any_model(count: int) -> None:
+@cases(short=25, long=4000)
+def test_any_model(share: Share) -> None:
     run(
-        count, check, layers=st.lists(st.sampled_from(sorted(LAYERS)), max_size=3), width=st.integers(1, 6),
+        share, check, layers=st.lists(st.sampled_from(sorted(LAYERS)), max_size=3), width=st.integers(1, 6),
         dtype=st.sampled_from(sorted(DTYPES)), name=st.sampled_from(sorted(OPTIMIZERS)),
-        rule=st.sampled_from([None, "noise_adaptive", "norm_adaptive"]), spoil=st.sampled_from(["", "", "zero", "none"]),
+        rule=st.sampled_from(RULES), spoil=st.sampled_from(["", "", "zero", "none"]),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import cases, one_line, run
+from cases import Share, cases, one_line, run
 from hypothesis import strategies as st
 
 from layerwise.errors import LayerwiseError
@@ -108,12 +108,12 @@ def report(pristine: Path, folder: Path, file: str, how: tuple[str, float, Any])
             plan.draw(PHONE)
 
 
-@cases(short=8, long=400)
-def test_a_report_of_a_spoiled_run(pristine: Path, tmp_path: Path, count: int) -> None:
+@cases(short=8, long=500)
+def test_a_report_of_a_spoiled_run(pristine: Path, tmp_path: Path, share: Share) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(
-            count,
+            share,
             report,
             pristine=st.just(pristine),
             folder=st.just(tmp_path),
@@ -136,12 +136,12 @@ def resume(pristine: Path, folder: Path, file: str, how: tuple[str, float, Any])
     assert b"\0" not in (path / "metrics.jsonl").read_bytes()
 
 
-@cases(short=8, long=600)
-def test_a_spoiled_run_goes_on_or_says_why_not(pristine: Path, tmp_path: Path, count: int) -> None:
+@cases(short=8, long=1000)
+def test_a_spoiled_run_goes_on_or_says_why_not(pristine: Path, tmp_path: Path, share: Share) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(
-            count,
+            share,
             resume,
             pristine=st.just(pristine),
             folder=st.just(tmp_path),
