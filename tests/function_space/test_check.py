@@ -216,7 +216,7 @@ def test_what_cannot_be_checked_is_refused():
         ({"sizes": (8,)}, "give at least two different ones"),
         ({"steps": (0, 1)}, "give numbers from 1 on"),
         ({"seeds": (0, 0)}, "each once"),
-        ({"judge": "loss"}, "judge is 'loss': use one of rate"),
+        ({"judge": "loss"}, r"judge='loss'\): give 'rate' or 'activation'"),
         ({"batch": []}, "batch yields nothing"),
         ({"batch": 3}, "batch is int"),
         ({"make_model": lambda size: size}, r"make_model\(8\) returned int"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from layerwise.common.checked import checked
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
@@ -17,6 +18,7 @@ from layerwise.function_space.measuring.runners import trainable, unwrap
 from layerwise.function_space.rates import Rates
 
 
+@checked
 def function_space_rates(
     model: nn.Module,
     update: Mapping[str, Tensor],

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from torch import nn
-
+from layerwise.common.checked import checked
 from layerwise.common.text_table import text_table
 from layerwise.geometry.forward import Forward
 from layerwise.geometry.found import ROLES, How
-from layerwise.geometry.groups import Overrides, SplitSpec, assign, frozen_names
+from layerwise.geometry.groups import Model, Overrides, SplitSpec, assign, frozen_names
 from layerwise.geometry.layout import Layout
 from layerwise.geometry.norms import Geometry
 
@@ -116,8 +115,9 @@ class Description:
         )
 
 
+@checked
 def describe(
-    model: nn.Module,
+    model: Model,
     batch: Any = None,
     overrides: Overrides | None = None,
     splits: Mapping[str, SplitSpec] | None = None,

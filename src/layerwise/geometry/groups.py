@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from layerwise.common.checked import checked
 from layerwise.common.parameter_names import canonical_name
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError, warn
@@ -35,6 +36,8 @@ Override = Geometry | Mapping[str, Any]
 Overrides = Mapping[str, Override] | Sequence[Mapping[str, Override]]
 SplitSpec = int | str | Mapping[str, int] | Split
 
+#: What a model is where parameters may come in its place.
+Model = Annotated[nn.Module, "the model (an nn.Module); for plain parameters use group_by_shape(parameters)"]
 
 _SPLITS = "give a number of equal parts, a dict of sizes, a Split, or a pattern such as 'o (4 i)'"
 
@@ -65,8 +68,9 @@ def default_geometry(role: str, kernel: tuple[int, ...] = (), layout: Layout | N
     return {"embedding": Sign(), "head": Sign(per_input=True), "vector": VectorRMS()}[role]
 
 
+@checked
 def param_groups(
-    model: nn.Module,
+    model: Model,
     batch: Any = None,
     overrides: Overrides | None = None,
     splits: Mapping[str, SplitSpec] | None = None,
@@ -173,6 +177,7 @@ def _are_overrides(batch: Any) -> bool:
     return isinstance(batch, Mapping) and not any(isinstance(value, Tensor) for value in batch.values())
 
 
+@checked
 def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
     """Groups as of `param_groups` for plain `model.parameters()` or `model.named_parameters()`, by shape alone.
 
@@ -218,11 +223,6 @@ def _by_shape(shape: tuple[int, ...]) -> tuple[str, Layout, tuple[int, ...]]:
 
 
 def _trainable(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[list[Found], str]:
-    if not isinstance(model, nn.Module):
-        raise LayerwiseError(
-            f"expected the model (an nn.Module), got {type(model).__name__}; "
-            "for plain parameters use group_by_shape(parameters)"
-        )
     for name, p in model.named_parameters():
         if is_lazy(p):
             raise LayerwiseError(

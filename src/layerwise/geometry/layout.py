@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor, cat, split, unflatten
 
+from layerwise.common.checked import checked
 from layerwise.common.remember import remember
 from layerwise.errors import LayerwiseError
 
@@ -22,6 +23,7 @@ Shape = Sequence[int]
 Stack = tuple[int, int, int]
 
 
+@checked
 @dataclass(frozen=True)
 class Split:
     """Named parts of d_out, in order, with sizes relative to one another.
@@ -125,6 +127,7 @@ class Arrangement(NamedTuple):
     stack: Stack
 
 
+@checked
 @dataclass(frozen=True)
 class Layout(ABC):
     """How a tensor holds units. Frozen; its repr identifies it in checkpoints, its str is for tables.
@@ -214,6 +217,7 @@ def _turned(k: int, d_in: int, d_out: int) -> Arrangement:
     return Arrangement((k, d_in, d_out), (0, 2, 1), (k, d_out, d_in))
 
 
+@checked
 @dataclass(frozen=True)
 class VectorLayout(Layout):
     """d entries in any shape, scalars too, as one ``[d, 1]`` matrix.
@@ -230,6 +234,7 @@ class VectorLayout(Layout):
         return f"d{self._suffix()}"
 
 
+@checked
 @dataclass(frozen=True)
 class VectorStackLayout(Layout):
     """``[k, d]``: k vectors, such as the biases of k experts.
@@ -247,6 +252,7 @@ class VectorStackLayout(Layout):
         return f"k,d{self._suffix()}"
 
 
+@checked
 @dataclass(frozen=True)
 class MatrixLayout(Layout):
     """``[out, in]``, as nn.Linear stores its weight.
@@ -264,6 +270,7 @@ class MatrixLayout(Layout):
         return f"out,in{self._suffix()}"
 
 
+@checked
 @dataclass(frozen=True)
 class TransposedLayout(Layout):
     """``[in, out]``: GPT-2's Conv1D, and nn.Embedding, whose ``[V, d]`` maps a one-hot of size V to d.
@@ -281,6 +288,7 @@ class TransposedLayout(Layout):
         return f"in,out{self._suffix()}"
 
 
+@checked
 @dataclass(frozen=True)
 class StackLayout(Layout):
     """``[k, out, in]``: experts.
@@ -300,6 +308,7 @@ class StackLayout(Layout):
         return f"k,out,in{self._suffix()}"
 
 
+@checked
 @dataclass(frozen=True)
 class TransposedStackLayout(StackLayout):
     """``[k, in, out]``: experts that multiply from the right, as gpt-oss and Llama 4 store them.
@@ -317,6 +326,7 @@ class TransposedStackLayout(StackLayout):
         return f"k,in,out{self._suffix()}"
 
 
+@checked
 @dataclass(frozen=True)
 class ConvLayout(Layout):
     """``[out, in/groups, *kernel]``, any number of axes, as ``[groups, out/groups, in/groups * taps]``.
@@ -338,6 +348,7 @@ class ConvLayout(Layout):
         return f"out,in,*k{grouped}{self._suffix()}"
 
 
+@checked
 @dataclass(frozen=True)
 class ConvTransposeLayout(Layout):
     """``[in, out/groups, *kernel]`` of nn.ConvTranspose, as ``[groups, out/groups, in/groups * taps]``.

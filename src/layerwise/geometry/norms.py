@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from layerwise.common.checked import checked
 from layerwise.common.remember import remember
 from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
@@ -92,6 +93,7 @@ class Geometry(ABC):
         return self.lmo(noise)
 
 
+@checked
 @dataclass(frozen=True)
 class Spectral(Geometry):
     """RMS to RMS operator norm, `sqrt(d_in / d_out) sigma_max`; dual `sqrt(d_out / d_in)` nuclear.
@@ -176,6 +178,7 @@ def _spectral_factor(taps: int, d_out: int, d_in: int) -> float:
     return math.sqrt(d_out / (d_in // taps)) / taps
 
 
+@checked
 def spectral_conv(kernel_size: int | Sequence[int]) -> Spectral:
     """Scion's SpectralConv for a convolution seen as `[out, in * taps]`.
 
@@ -191,6 +194,7 @@ def spectral_conv(kernel_size: int | Sequence[int]) -> Spectral:
     return Spectral(taps=math.prod(sizes))
 
 
+@checked
 @dataclass(frozen=True)
 class Sign(Geometry):
     """Largest entry, `max |x|`; dual `sum |g|`; unit step `sign(g)`.

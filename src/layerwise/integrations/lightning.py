@@ -12,11 +12,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import Watch, WatchRecord, watch
 from layerwise.integrations.logged import layerwise_optimizer, rates_to_log
 
 
+@checked
 class LayerRates(Callback):  # type: ignore[misc]
     """Logs ``layer_lr/UNIT`` and ``layer_noise/UNIT`` every ``every`` optimizer steps (None: the trainer's own interval).
 
@@ -43,6 +45,7 @@ class LayerRates(Callback):  # type: ignore[misc]
                 logger.log_metrics(rates, step=step)
 
 
+@checked
 class WatchOptimizers(Callback):  # type: ignore[misc]
     """``lw.watch`` of every optimizer of a run: its numbers go to the trainer's loggers.
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from layerwise.common.checked import checked
 from layerwise.errors import warn
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Watch, WatchRecord
 from layerwise.function_space import watch as watch_optimizer
@@ -54,6 +55,7 @@ def trainer_optimizer(
     return lambda: build, options  # the Trainer calls the first for a factory, and that with its model
 
 
+@checked
 class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
     """Logs ``layer_lr/UNIT`` and ``layer_noise/UNIT`` at each of the trainer's logging steps, to all that it reports to."""
 
@@ -92,6 +94,7 @@ def log_layer_rates(trainer: Trainer) -> None:
     trainer.add_callback(LayerRatesCallback(trainer))
 
 
+@checked
 class WatchCallback(TrainerCallback):  # type: ignore[misc]
     """`lw.watch` of a Trainer's run: logs its numbers to all that the Trainer reports to, and goes on after a resume.
 
@@ -187,6 +190,7 @@ def watch_replicas(trainer: Trainer) -> None:
     trainer.add_callback(ReplicasCallback(trainer))
 
 
+@checked
 class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
     """Function-space rates (or FLeRM) around the Trainer's optimizer steps; they go on after a resume.
 

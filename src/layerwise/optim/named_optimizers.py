@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple, TypeVar
 
+from layerwise.common.checked import checked
 from layerwise.optim.optimizer import LayerwiseOptimizer
 from layerwise.optim.rules.rule import RateRule
 
@@ -27,6 +28,7 @@ _OPTIMIZERS: Final[dict[str, NamedOptimizer]] = {}
 _Class = TypeVar("_Class", bound=type[LayerwiseOptimizer])
 
 
+@checked
 def register_optimizer(
     name: str, title: str, rates: type[RateRule] | None = None
 ) -> Callable[[_Class], _Class]:
@@ -48,7 +50,7 @@ def register_optimizer(
     """
 
     def register(cls: _Class) -> _Class:
-        _OPTIMIZERS[name] = NamedOptimizer(cls, title, rates)
+        _OPTIMIZERS[name] = NamedOptimizer(checked(cls), title, rates)
         return cls
 
     return register

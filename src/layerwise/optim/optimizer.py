@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layerwise.common.checked import checked
 from layerwise.common.tensors import local_part
 from layerwise.optim.groups.complete import (
     Recipe,
@@ -41,6 +42,7 @@ _NOT_AVERAGED = (
 )
 
 
+@checked
 class LayerwiseOptimizer(Optimizer):
     """Steps of unit size in each layer's own norm, with a rate for each layer.
 

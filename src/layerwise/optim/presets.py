@@ -7,7 +7,7 @@ Definitions: Muon (Jordan 2024), D-Muon (Moonlight, arXiv 2502.16982), Scion (ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from torch import Tensor
 
@@ -227,14 +227,12 @@ class Scion(LayerwiseOptimizer):
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        radius: Mapping[str, float] = SCION_RADIUS,
+        radius: Annotated[
+            Mapping[str, float], "radii by role, such as {'hidden': 50.0, 'head': 3000.0}"
+        ] = SCION_RADIUS,
         rates: RateRule | None = None,
         nonfinite: str = "raise",
     ) -> None:
-        if not isinstance(radius, Mapping):
-            raise LayerwiseError(
-                f"Scion(radius={radius!r}): give radii by role, such as {{'hidden': 50.0, 'head': 3000.0}}"
-            )
         radii = dict(SCION_RADIUS) | dict(radius)
         unknown = set(radii) - {*SCION_RADIUS, *MATRIX_ROLES}
         if unknown:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.checked_batches import Loss, batches, default_loss, inputs_of
 from layerwise.function_space.checking.one_size import Readings, Recipe, SizeRun
@@ -28,6 +29,7 @@ FIRST = "first"
 _NEGLIGIBLE = 1e-5
 
 
+@checked
 def check(
     make_model: Callable[[Any], nn.Module],
     sizes: Sequence[float],
@@ -93,7 +95,7 @@ def check(
         >>> result.passed
         False
     """
-    _refuse(sizes, steps, seeds, judge)
+    _refuse(sizes, steps, seeds)
     recipe = Recipe(
         make_model,
         make_optimizer,
@@ -114,15 +116,13 @@ def check(
     )
 
 
-def _refuse(sizes: Sequence[float], steps: Sequence[int], seeds: Sequence[int], judge: str) -> None:
+def _refuse(sizes: Sequence[float], steps: Sequence[int], seeds: Sequence[int]) -> None:
     if len(set(sizes)) < 2 or any(size <= 0 for size in sizes):
         raise LayerwiseError(f"sizes {list(sizes)}: give at least two different ones above 0")
     if not steps or min(steps) < 1:
         raise LayerwiseError(f"steps {list(steps)}: give numbers from 1 on")
     if not seeds or len(set(seeds)) < len(seeds):
         raise LayerwiseError(f"seeds {list(seeds)}: give at least one, and each once")
-    if judge not in QUANTITIES:
-        raise LayerwiseError(f"judge is {judge!r}: use one of {', '.join(QUANTITIES)}")
 
 
 def _base(recipe: Recipe, size: float, seeds: Sequence[int]) -> BaseRates:

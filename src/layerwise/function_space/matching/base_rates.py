@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from layerwise.common.checked import checked
 from layerwise.common.files import write_whole
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.fingerprint import Fingerprint, comparable, fingerprint_of
@@ -172,6 +173,7 @@ class BaseRates:
         return BaseRates(records, found)
 
 
+@checked
 def record_base(run: Callable[[int], FunctionSpaceRecorder], seeds: Iterable[int] = (0, 1, 2)) -> BaseRates:
     """Base rates averaged over seeds.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.decide import (
@@ -40,6 +41,7 @@ from layerwise.function_space.steps.optimizer_facts import (
 from layerwise.function_space.steps.watched_step import StepWatcher, WatchedStep
 
 
+@checked
 class FLeRM(StepWatcher):
     """Function-space learning rate matching (arXiv 2502.17405), around the optimizer's step.
 
@@ -110,7 +112,7 @@ class FLeRM(StepWatcher):
         **options: Any,
     ) -> None:
         require_linear(unwrap_optimizer(optimizer))
-        _check_options(at, every, lr, max_change)
+        _check_options(at, every, max_change)
         self.base = (
             None if base == "uniform" else base if isinstance(base, BaseRates) else BaseRates.load(base)
         )
@@ -278,12 +280,10 @@ def _fixed(parameters: Mapping[str, Tensor], patterns: Sequence[str]) -> dict[st
     return found
 
 
-def _check_options(at: int, every: int | None, lr: str, max_change: float | None) -> None:
+def _check_options(at: int, every: int | None, max_change: float | None) -> None:
     if at < 0:
         raise LayerwiseError(f"at is {at}: use 0 or more")
     if every is not None and every < 1:
         raise LayerwiseError(f"every is {every}: use 1 or more, or None")
-    if lr not in ("groups", "base"):
-        raise LayerwiseError(f"lr is {lr!r}: use 'groups' or 'base'")
     if max_change is not None and max_change < 1:
         raise LayerwiseError(f"max_change is {max_change}: use 1 or more, or None")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from layerwise.common.checked import checked
 from layerwise.common.tensors import is_sharded, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.collect import collector_for
@@ -39,6 +40,7 @@ from layerwise.function_space.measuring.slices import Cutting, Graph, Slices, gr
 from layerwise.function_space.rates import Rate, Rates
 
 
+@checked
 @dataclass(frozen=True)
 class Measurement:
     """How to measure: everything but the model, the update and the inputs.
@@ -89,8 +91,6 @@ class Measurement:
             raise LayerwiseError(f"method is {self.method!r}: use one of {', '.join(methods)}")
         if self.probes < 1:
             raise LayerwiseError(f"probes is {self.probes}: use at least 1")
-        if self.probe not in ("rademacher", "gaussian"):
-            raise LayerwiseError(f"probe is {self.probe!r}: use 'rademacher' or 'gaussian'")
         if self.slices != "auto" and (not isinstance(self.slices, int) or self.slices < 1):
             raise LayerwiseError(f"slices is {self.slices!r}: use 'auto' or a number from 1 on")
         if self.linear is not None and (self.linear not in methods or self.linear == "difference"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
@@ -61,6 +62,7 @@ class JsonLines:
             file.write(json.dumps(record.to_dict()) + "\n")
 
 
+@checked
 class FunctionSpaceRecorder(StepWatcher):
     """Measures every so many optimizer steps what the step did to the outputs, and changes nothing.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.common.checked import checked
 from layerwise.function_space.measuring.measurement import Measurement, Run
 from layerwise.function_space.measuring.outputs import Forward, Outputs
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
@@ -24,6 +25,7 @@ NOT_SEEN = (
 )
 
 
+@checked
 class OutputChange:
     """Measures steps in function space, on a part of the batch, as the whole costs several steps' time.
 

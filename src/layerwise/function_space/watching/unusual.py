@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal
 
+from layerwise.common.checked import checked
+
 
 @dataclass(frozen=True)
 class Unusual:
@@ -54,6 +56,7 @@ def siblings_of(module: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module)
 
 
+@checked
 @dataclass
 class UnusualRule:
     """Names modules whose update is `factor` times off their own history or their siblings, up or down.

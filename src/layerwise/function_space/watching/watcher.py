@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ProcessesOption
 from layerwise.function_space.measuring.runners import unwrap
@@ -37,6 +38,7 @@ from layerwise.function_space.watching.watch_record import ModuleReading, WatchR
 _LOG = logging.getLogger("layerwise")
 
 
+@checked
 def watch(
     model: nn.Module,
     optimizer: Any,
@@ -89,6 +91,7 @@ def watch(
     return Watch(model, optimizer, every, to, function_space_every, batch, **options)
 
 
+@checked
 class Watch:
     """What `watch` returns.
 

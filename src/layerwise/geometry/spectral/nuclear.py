@@ -56,8 +56,10 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
     check_stack(g)
     if method not in METHODS:
         raise LayerwiseError(f"nuclear norm method {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    if probes < 2 or probes % 2:
-        raise LayerwiseError(f"nuclear_norm(probes={probes}): give an even number, at least 2")
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2 or probes % 2:
+        raise LayerwiseError(f"nuclear_norm(probes={probes!r}): give an even number, at least 2")
+    if isinstance(seed, bool) or not isinstance(seed, int | Tensor):
+        raise LayerwiseError(f"nuclear_norm(seed={seed!r}): give a whole number or a tensor of them")
     x = g.to(working_dtype(g))
     if x.numel() == 0:
         return x.new_zeros(x.shape[:-2])

@@ -67,6 +67,8 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str
 
 def check_stack(g: Tensor) -> None:
     """Refuse what is not `[..., d_out, d_in]` of real floating-point numbers."""
+    if not isinstance(g, Tensor):
+        raise LayerwiseError(f"g={g!r}: expected a stack of real matrices [..., d_out, d_in], a tensor")
     if g.ndim < 2 or not g.is_floating_point():
         raise LayerwiseError(
             f"expected a stack of real matrices [..., d_out, d_in], got shape {tuple(g.shape)} of {g.dtype}; "

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, TypeVar
 import torch
 from torch import Tensor
 
+from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.job import Job, MatrixJob, State, select
 
@@ -136,6 +137,7 @@ _RULES: Final[dict[str, type[RateRule]]] = {}
 _Rule = TypeVar("_Rule", bound=type[RateRule])
 
 
+@checked
 def register_rule(name: str) -> Callable[[_Rule], _Rule]:
     """Give a rate rule the name by which a config calls it; above its class. A rule given as an object needs none.
 
@@ -149,7 +151,7 @@ def register_rule(name: str) -> Callable[[_Rule], _Rule]:
     """
 
     def register(cls: _Rule) -> _Rule:
-        _RULES[name] = cls
+        _RULES[name] = checked(cls)
         return cls
 
     return register

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -25,13 +26,11 @@ class StaticRates(RateRule):
         0.0005
     """
 
-    multipliers: Mapping[str, float] = field(default_factory=dict)
+    multipliers: Annotated[Mapping[str, float], "multipliers by unit name, such as {'head.weight': 0.5}"] = (
+        field(default_factory=dict)
+    )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.multipliers, Mapping):
-            raise LayerwiseError(
-                f"StaticRates({self.multipliers!r}): give multipliers by unit name, such as {{'head.weight': 0.5}}"
-            )
         for name, value in self.multipliers.items():
             check_number("StaticRates", f"multipliers[{name!r}]", value, 0.0, float("inf"))
         # In one order and as floats: a checkpoint tells rules apart by their text.

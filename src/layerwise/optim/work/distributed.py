@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from layerwise.common.checked import checked
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.polar import working_dtype
@@ -31,6 +32,7 @@ Direction = tuple[int, Tensor]
 Cost = Callable[[MatrixJob], int]
 
 
+@checked
 class DistributedWork:
     """Matrix work over the processes that hold the parameters; see the module.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -166,6 +166,7 @@ class MatrixJob:
         return self.layout.to_matrices(tensor)
 
 
+@runtime_checkable
 class MatrixWork(Protocol):
     """Where the work on whole matrices happens: the one object that distributed set-ups replace."""
 
