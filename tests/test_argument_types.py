@@ -150,11 +150,12 @@ def test_numbers_of_numpy_and_of_torch_are_numbers() -> None:
     groups = lw.param_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     optimizer = lw.DMuon(groups, lr=torch.tensor(0.1), momentum=np.float32(0.5), nesterov=True)
     assert next(g for g in optimizer.param_groups if g["role"] == "hidden")["momentum"] == 0.5
-    assert lw.Spectral(taps=np.int64(3)).taps == 3
     assert lw.ConvLayout(groups=2) == lw.ConvLayout(None, 2)
 
 
-def test_what_a_user_registers_is_checked_without_a_word() -> None:
+def test_what_a_user_registers_is_checked_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerwise.optim.rules.rule._RULES", {})
+
     @lw.register_rule("checked_rule")
     class CheckedRule(lw.RateRule):
         def __init__(self, power: float = 0.5) -> None:

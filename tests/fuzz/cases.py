@@ -1,4 +1,4 @@
-"""How the fuzz suite is run: a short pass with the other tests, a long one with `-m slow` in parts with seeds of their own."""
+"""How the fuzz suite is run: a short pass with the other tests, a long one with `-m slow`, in parts with their own seeds."""
 
 from __future__ import annotations
 
