@@ -80,21 +80,24 @@ def train(trial: Trial) -> dict[str, Any]:
         optimizer.zero_grad()
         seconds += time.process_time() - started
         if (step + 1) % 100 == 0 and step + 1 < config.steps:
-            curve[str(step + 1)] = round(evaluate(model, data, training.batch_size), 4)
-    result = {"loss": round(evaluate(model, data, training.batch_size), 5), "curve": curve}
-    return result | {"seconds": round(seconds, 1)}
+            curve[str(step + 1)] = round(evaluate(model, data, training.batch_size)[0], 4)
+    final, wrong = evaluate(model, data, training.batch_size)
+    errors = {"errors": round(wrong, 4)} if config.data.holds_images else {}
+    return {"loss": round(final, 5), **errors, "curve": curve, "seconds": round(seconds, 1)}
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: TextData | ImageData, at_once: int) -> float:
-    """Mean loss over the validation examples."""
+def evaluate(model: nn.Module, data: TextData | ImageData, at_once: int) -> tuple[float, float]:
+    """Mean loss over the validation examples, and of images the fraction that is classed wrongly."""
     model.eval()
-    total, count = 0.0, 0
+    total, wrong, count = 0.0, 0, 0
     for batch in data.validation(at_once):
         total += loss(model, batch.inputs, batch.targets).item() * len(batch.inputs)
         count += len(batch.inputs)
+        if isinstance(data, ImageData):
+            wrong += int((model(batch.inputs).argmax(-1) != batch.targets).sum())
     model.train()
-    return total / count
+    return total / count, wrong / count
 
 
 def as_row(trial: Trial) -> dict[str, Any]:

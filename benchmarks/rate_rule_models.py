@@ -44,11 +44,18 @@ class ConvBlock(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Rows of 64 pixels to logits: four residual convolutions of 32 channels on 8 x 8 pixels, then on 4 x 4."""
+    """Rows of pixels to logits: two residual convolutions of 32 channels on 7 x 7 or 8 x 8 places, two of 64 on half.
 
-    def __init__(self, classes: int) -> None:
+    Args:
+        side: pixels along an image's side.
+        patch: pixels along the side of what the stem reads at once; 1: a 3 x 3 convolution instead.
+        classes: of images.
+    """
+
+    def __init__(self, side: int, patch: int, classes: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 32, 3, padding=1)
+        self.side = side
+        self.stem = nn.Conv2d(1, 32, 3, padding=1) if patch == 1 else nn.Conv2d(1, 32, patch, stride=patch)
         self.early = nn.Sequential(ConvBlock(32), ConvBlock(32))
         self.down = nn.Conv2d(32, 64, 2, stride=2)
         self.late = nn.Sequential(ConvBlock(64), ConvBlock(64))
@@ -56,15 +63,24 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(64, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.early(self.stem(pixels.unflatten(-1, (1, 8, 8))))
+        x = self.early(self.stem(pixels.unflatten(-1, (1, self.side, self.side))))
         x = torch.relu(self.norm(self.late(self.down(x))))
         logits: Tensor = self.head(x.mean((-2, -1)))
         return logits
 
 
 def convnet_digits(examples: Examples) -> nn.Module:
-    """For scikit-learn's digits."""
-    return ConvNet(examples.vocab_size)
+    """For scikit-learn's digits, 8 x 8."""
+    return ConvNet(8, 1, examples.vocab_size)
 
 
-BUILD = {"qwen3-tiny": qwen3_tiny, "convnet-digits": convnet_digits}
+def convnet_fashion(examples: Examples) -> nn.Module:
+    """For Fashion-MNIST, 28 x 28, in patches of 4 x 4."""
+    return ConvNet(28, 4, examples.vocab_size)
+
+
+BUILD = {
+    "qwen3-tiny": qwen3_tiny,
+    "convnet-digits": convnet_digits,
+    "convnet-fashion": convnet_fashion,
+}

@@ -32,11 +32,16 @@ DIGITS: Final[Mapping[str, Any]] = {
     "data": {"source": "digits", "validation_fraction": 0.2},
     "training": {"batch_size": 32, "eval_batches": 100},
 }
+FASHION: Final[Mapping[str, Any]] = {
+    "data": {"source": "fashion-mnist", "validation_fraction": 0.1},
+    "training": {"batch_size": 32, "eval_batches": 200},
+}
 MODELS: Final[Mapping[str, Mapping[str, Any]]] = {
     "gpt2-tiny": {"model": "gpt2-tiny"},
     "llama-tiny": {"model": "llama-tiny"},
     "qwen3-tiny": {},  # norms on queries and keys, a tied embedding: built in `rate_rule_models.py`
     "convnet-digits": DIGITS,  # likewise
+    "convnet-fashion": FASHION,
 }
 
 CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {

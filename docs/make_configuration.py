@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from layerwise.lab.config.schema import LoraConfig
+from layerwise.lab.experiments.contenders import CompareSection
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.models.families import FAMILIES, PRESETS
 from layerwise.lab.optimizers.default_rates import base_rates
@@ -104,6 +105,21 @@ AFTER = {
     " ([transfer](transfer.md#sizes-of-your-own-model)):\n\n"
     "    sweep: {axis: width, sizes: [64, 256], lr: {low: 1e-4, high: 1e-1, count: 10}, methods: [standard, flerm]}\n\n"
     "`layerwise sweep CONFIG --dry-run` says how many trials that is.",
+    "compare": "For `layerwise compare` alone, in which each contender takes the place of the optimizer. Equal budgets, with"
+    " a contender tuned by role, and what a difference is worth in tokens:\n\n"
+    "    compare:\n"
+    "      optimizers: [dual-muon, d-muon, adamw]\n"
+    "      seeds: 3\n"
+    "      lr_grid: auto\n"
+    "      by_role: [d-muon]                                # shown once with one rate and once tuned by role\n"
+    "      roles: {embedding: [2, 4], head: [2, 4], vector: [0.5, 2]}\n"
+    "      trials: 12                                       # of each contender, all seeds each\n"
+    "      baseline: d-muon\n"
+    "      lengths: [0.85, 1.15, 1.3]                       # the baseline's own runs of other lengths\n\n"
+    "Tuning goes coordinate by coordinate: base rates, each role's factors at the best so far, the base rate again; what is"
+    " left of `trials` goes into finer base rates. The report has, for each contender at its best, the difference to the"
+    " baseline with a paired 95 % interval over seeds, the tokens that the baseline needs for the same loss, and the octaves"
+    " of base rate within 0.05 of the best.",
 }
 
 
@@ -150,8 +166,8 @@ def _table(name: str, section: type[BaseModel]) -> str:
 def page() -> str:
     """The text of the page."""
     parts = [INTRODUCTION]
-    for name, outer in SweepConfig.model_fields.items():
-        section = outer.annotation
+    sections = {name: field.annotation for name, field in SweepConfig.model_fields.items()}
+    for name, section in {**sections, "compare": CompareSection}.items():
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
         after = f"\n{AFTER[name]}\n" if name in AFTER else ""

@@ -20,8 +20,11 @@ from layerwise.lab.experiments import comparison as module
 from layerwise.lab.experiments.comparison import compare
 from layerwise.lab.experiments.comparison_notes import rates_file
 from layerwise.lab.experiments.contenders import DEFAULT, CompareConfig, entries
+from layerwise.lab.experiments.standings import paired
 from layerwise.lab.optimizers.default_rates import base_rates
 from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.report.rate_curve import RateCurve
+from layerwise.lab.report.style import Look
 from layerwise.lab.runs.directory import read_run, write_json
 from layerwise.lab.training.progress import QuietProgress
 from layerwise.lab.training.run import complete
@@ -45,10 +48,13 @@ def configured(words: list[str], *more: str) -> CompareConfig:
 
 
 class FakeTraining:
-    """Stands for `train`: writes the record of a run whose loss is a parabola in log2 of the rate, and counts."""
+    """Stands for `train`: writes the record of a run whose loss is a parabola in log2 of the rate, and counts.
 
-    def __init__(self, best: float, diverges_above: float = math.inf) -> None:
-        self.best, self.diverges_above = best, diverges_above
+    A factor of the head costs the square of its distance from 4, in octaves; tokens are worth 0.2 an octave.
+    """
+
+    def __init__(self, best: float, diverges_above: float = math.inf, head: float = 0.0) -> None:
+        self.best, self.diverges_above, self.head = best, diverges_above, head
         self.rates: list[float] = []
 
     def __call__(self, config: Any, *, resume: bool, progress: Any) -> Any:
@@ -62,6 +68,8 @@ class FakeTraining:
         self.rates.append(rate)
         diverged = rate > self.diverges_above
         loss = 3 + math.log2(rate / self.best) ** 2 + 0.01 * config.training.seed
+        loss += self.head * math.log2(config.optimizer.role_factors.get("head", 1.0) / 4) ** 2
+        loss -= 0.2 * math.log2(config.steps / 4)
         status = "diverged" if diverged else "finished"
         write_json(
             path / "run.json",
@@ -230,6 +238,93 @@ def test_the_default_contenders_have_tuned_rates_in_the_one_file() -> None:
     assert base_rates()["gpt2-tiny"]["command"]
 
 
+# ------------------------------------------------------------------ equal budgets
+
+
+def test_a_contender_tuned_by_role_starts_from_the_plain_one_and_finds_the_factors(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeTraining(best=2e-3, head=0.1)
+    monkeypatch.setattr(module, "train", fake)
+    config = configured(
+        words, "compare.optimizers=[d-muon]", "compare.d-muon=[1e-3, 2e-3, 4e-3]", "compare.by_role=[d-muon]",
+        "compare.roles={head: [0.5, 2, 4, 8], vector: [2]}",
+    )  # fmt: skip
+    result = compare(config, progress="quiet")
+    plain, tuned = result.standings
+    assert str(plain.point) == "rate 0.002"
+    assert str(tuned.point) == "rate 0.002, head x 4"
+    assert (plain.trials, tuned.trials) == (
+        3,
+        3 + 4 + 1 + 2,
+    )  # the grid, heads, vectors, the rates beside the best
+    assert len(fake.rates) == 3 + 4 + 1 + 2  # what both have was made once
+    assert [contender.label for contender in result.contenders] == ["D-Muon", "D-Muon by role"]
+    assert result.contenders[1].final_losses == pytest.approx([3.0])
+    assert rates_file(config, result.contenders, result.curves, "") is None
+    assert tuned.difference is None  # the baseline: the best of them
+    assert str(plain.difference) == "+0.4000 (1 seed)"
+
+
+def test_every_contender_has_the_same_number_of_trials(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeTraining(best=3e-3)
+    monkeypatch.setattr(module, "train", fake)
+    config = configured(
+        words, "compare.optimizers=[d-muon, lanton]", "compare.by_role=[d-muon]", "compare.roles={head: [0.5, 2]}",
+        "compare.trials=7", "compare.d-muon=[1e-3, 2e-3]", "compare.lr_grid.lanton=[2e-3, 4e-3]",
+    )  # fmt: skip
+    result = compare(config, progress="quiet")
+    assert [standing.trials for standing in result.standings] == [7, 7, 7]
+    for curve in result.curves[:2]:
+        best = curve.best
+        assert best is not None
+        assert (
+            abs(math.log2(best / 3e-3)) < 0.26
+        )  # half-octave points around the best, not the end of the grid
+        assert curve.edge is None
+    assert "Every contender had 7 trials" in result.notes[-1]
+
+
+def test_how_contenders_stand_is_said_with_intervals_and_in_tokens(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "train", FakeTraining(best=2e-3))
+    config = configured(
+        words, "compare.optimizers=[d-muon, lanton]", "compare.seeds=3", "compare.baseline=d-muon",
+        "compare.lr_grid={d-muon: [2e-3], lanton: [1e-3, 2e-3, 4e-3]}", "compare.lengths=[0.5, 2]",
+    )  # fmt: skip
+    base, other = compare(config, progress="quiet").standings
+    assert (base.difference, base.tokens, base.octaves) == (None, "", "")
+    assert str(other.difference) == "+0.0000 \u00b1 0.0000"
+    assert other.tokens == "1.00"
+    assert other.octaves == "0.1"  # 0.05 of the nat to either neighbour
+
+
+def test_intervals_are_students() -> None:
+    # Differences -0.1, -0.2, -0.3: mean -0.2, deviation 0.1; t of 2 degrees of freedom at 97.5 % is 4.3027.
+    interval = paired([2.9, 2.8, 2.7], [3.0, 3.0, 3.0])
+    assert interval is not None
+    assert interval.mean == pytest.approx(-0.2)
+    assert interval.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
+    assert paired([math.inf, 2.8], [3.0, 3.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "octaves"),
+    [
+        ([3.5, 3.0, 3.5], "0.2"),  # 0.05 of 0.5 nats an octave, on both sides
+        ([3.04, 3.0, 3.01, 3.11], "at least 2.4"),
+        ([3.04, 3.0, math.inf], "at least 1.0"),
+        ([math.inf, math.inf], "at least 0.0"),
+    ],
+)
+def test_octaves_are_read_off_the_curve(losses: list[float], octaves: str) -> None:
+    curve = RateCurve("", Look("", ""), {1e-3 * 2**i: [loss] for i, loss in enumerate(losses)})
+    assert str(curve.octaves(0.05)) == octaves
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -249,6 +344,11 @@ def test_the_default_contenders_have_tuned_rates_in_the_one_file() -> None:
         ),
         ("optimizer.lr=1e-3", "compare.contenders.NAME"),
         ("compare.seedz=2", "did you mean `seeds`"),
+        ("compare.baseline=lantom", "did you mean `lanton`"),
+        ("compare.lengths=[1.3]", "give compare.baseline too"),
+        ("compare.roles={head: [2]}", "by_role"),
+        ("compare={by_role: [d-mun], roles: {head: [2]}}", "did you mean `d-muon`"),
+        ("compare={by_role: [d-muon], roles: {head: [-2]}}", "positive factors"),
     ],
 )
 def test_bad_configs_are_refused_before_anything_is_trained(

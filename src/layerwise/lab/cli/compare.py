@@ -27,6 +27,8 @@ Every contender starts from the same weights and sees the same batches. Ends wit
 
 CONFIG is a YAML file as for `layerwise train`, without an optimizer; a section `compare` may hold `optimizers`, `seeds`,
 `lr_grid: {lanton: [2e-3, 4e-3, 8e-3]}`, and `contenders: {mine: {name: lanton, momentum: 0.9}}`.
+Equal budgets, and tuning by role: `trials: 9`,
+`roles: {head: [2, 4], vector: [0.5, 2]}`, `by_role: [d-muon]`. All keys: docs/configuration.md.
 """
 
 
@@ -70,6 +72,7 @@ def compare(
 def _write(config: CompareConfig, comparison: Comparison, folder: Path) -> Path:
     """The report, and the best rates as a file where any were tuned."""
     from layerwise.lab.experiments.comparison_notes import curve_rows, rates_file
+    from layerwise.lab.experiments.standings import standing_rows
     from layerwise.lab.report import Story, write_report
 
     curves = comparison.curves if comparison.tuned else []
@@ -79,6 +82,7 @@ def _write(config: CompareConfig, comparison: Comparison, folder: Path) -> Path:
         command_line(),
         grid=curves,
         grid_rows=curve_rows(curves),
+        standings=standing_rows(comparison.standings),
     )
     page = write_report(comparison.contenders, folder, story)
     rates = rates_file(config, comparison.contenders, curves, command_line())
@@ -90,6 +94,8 @@ def _write(config: CompareConfig, comparison: Comparison, folder: Path) -> Path:
 def _print_results(comparison: Comparison) -> None:
     from rich.console import Console
 
+    from layerwise.lab.experiments.standings import standing_rows
+    from layerwise.lab.report.page import STANDING_TITLES
     from layerwise.lab.report.tables import result_rows
 
     rows = result_rows(comparison.contenders)
@@ -103,6 +109,8 @@ def _print_results(comparison: Comparison) -> None:
     ]  # fmt: skip
     console = Console()
     console.print(table(titles, cells, bold=[i for i, row in enumerate(rows) if row.leads]))
+    if comparison.standings:
+        console.print(table(STANDING_TITLES, standing_rows(comparison.standings)))
     for note in comparison.notes:
         console.print(note, style="yellow", highlight=False, markup=False)
 

@@ -7,58 +7,37 @@ repeated, one that was interrupted goes on, whatever the command that asks for i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.comparison_notes import notes
 from layerwise.lab.experiments.contenders import CompareConfig, Entry, entries
+from layerwise.lab.experiments.standings import Standing, baseline, standings, standings_note
 from layerwise.lab.experiments.store import RunStore
+from layerwise.lab.experiments.tuning import Outcome, Point, Tuning
 from layerwise.lab.report import Contender, RateCurve
 from layerwise.lab.report.names import looks
-from layerwise.lab.report.style import Look
 from layerwise.lab.runs.directory import has_ended
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.progress import ProgressKind, make_progress
 from layerwise.lab.training.run import check_buildable, train
 
-AUTO_EXTENSIONS = 4  # points beyond a grid of `auto` at most, where the best lies at an end
-
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` returns: each contender at its best rate, all losses on the grids, and what to note."""
+    """What `compare` returns: each contender at its best, all losses by rate, how they stand, and what to note."""
 
     contenders: list[Contender]
     curves: list[RateCurve]
     notes: list[str]
+    standings: list[Standing]
 
     @property
     def tuned(self) -> bool:
         """Whether any contender was given more than one rate."""
         return any(len(curve.rates) > 1 for curve in self.curves)
-
-
-@dataclass
-class Outcome:
-    """All runs of one contender: base rate -> a run per seed."""
-
-    entry: Entry
-    look: Look
-    runs: dict[float, list[Run]] = field(default_factory=dict)
-
-    @property
-    def curve(self) -> RateCurve:
-        losses = {lr: [run.final_val_loss for run in runs] for lr, runs in self.runs.items()}
-        return RateCurve(self.entry.label, self.look, losses)
-
-    @property
-    def at_best(self) -> Contender:
-        """At the rate of the lowest mean loss, or at the lowest where all diverged."""
-        rate = self.curve.best if self.curve.best is not None else self.curve.rates[0]
-        return Contender(self.entry.label, self.look, tuple(self.runs[rate]))
 
 
 class Runner:
@@ -68,14 +47,16 @@ class Runner:
         self.config, self.progress, self.say = config, progress, say
         self.store = RunStore(config.folder)
 
-    def runs(self, entry: Entry, changes: Mapping[str, Any]) -> list[Run]:
-        """A run per seed of the contender's optimizer with `changes` (`{"lr": 1e-3}`)."""
+    def runs(self, entry: Entry, point: Point, length: float = 1.0) -> list[Run]:
+        """A run per seed of the contender at a point; `length`: a fraction of the comparison's steps."""
         first, seeds = self.config.training.seed, self.config.compare.seeds
-        return [self._run(entry, changes, seed) for seed in range(first, first + seeds)]
+        return [self._run(entry, point, length, seed) for seed in range(first, first + seeds)]
 
-    def _run(self, entry: Entry, changes: Mapping[str, Any], seed: int) -> Run:
-        placed = self.store.place(self.config_of(entry, changes, seed), entry.name)
-        title = f"{entry.label}, rate {changes['lr']:.3g}"
+    def _run(self, entry: Entry, point: Point, length: float, seed: int) -> Run:
+        placed = self.store.place(self.config_of(entry, point, length, seed), entry.name)
+        title = f"{entry.label}, {point}"
+        if length != 1.0:
+            title += f", {length:g} of the length"
         if self.config.compare.seeds > 1:
             title += f", seed {seed}"
         ended = has_ended(placed.run_path)
@@ -86,12 +67,21 @@ class Runner:
             self.say(f"{title}: done before, {run.status}{known}")
         return run
 
-    def config_of(self, entry: Entry, changes: Mapping[str, Any], seed: int) -> Config:
+    def config_of(self, entry: Entry, point: Point, length: float = 1.0, seed: int | None = None) -> Config:
         """The run of one seed, without a place."""
         tree = self.config.model_dump(exclude={"compare"})
-        tree["optimizer"] = {**entry.optimizer.model_dump(), **changes}
-        tree["training"] |= {"seed": seed, "keep": 1}
+        own = entry.optimizer.role_factors
+        factors = own | {role: own.get(role, 1.0) * factor for role, factor in point.factors}
+        tree["optimizer"] = {**entry.optimizer.model_dump(), "lr": point.lr, "role_factors": factors}
+        tree["training"] |= {"seed": self.config.training.seed if seed is None else seed, "keep": 1}
+        if length != 1.0:
+            tree["training"] |= {"steps": round(length * self.config.steps), "tokens": None}
         return validate(Config, tree)
+
+    def examples(self, entry: Entry) -> Iterator[Config]:
+        """A run of the contender, and one with a factor for every role that it is tuned by."""
+        for factors in {(), *(((role, 2.0),) for role in entry.roles)}:
+            yield self.config_of(entry, Point(entry.rates[0], factors))
 
 
 def compare(
@@ -102,39 +92,28 @@ def compare(
     Raises:
         LayerwiseError: before anything is trained, where the config cannot be run.
     """
-    listed = entries(config)
-    total = sum(len(entry.rates) for entry in listed) * config.compare.seeds
+    section, listed = config.compare, entries(config)
+    trials = [section.trials or len(entry.rates) for entry in listed]
+    total = sum(trials) * section.seeds
     runs = f"{total} run{'s' if total != 1 else ''}"
     say(f"{runs} of {config.steps} steps, {config.tokens_per_step:,} tokens a step")
     runner = Runner(config, progress, say)
-    check_buildable(runner.config_of(entry, {"lr": entry.rates[0]}, config.training.seed) for entry in listed)
+    check_buildable(example for entry in listed for example in runner.examples(entry))
     chosen = looks([entry.optimizer.name for entry in listed])
-    outcomes = [_tune(runner, Outcome(entry, look)) for entry, look in zip(listed, chosen, strict=True)]
-    return conclude(config, outcomes)
+    outcomes = [
+        Tuning(Outcome(entry, look), runner.runs, section.trials, say).search()
+        for entry, look in zip(listed, chosen, strict=True)
+    ]
+    return conclude(runner, outcomes)
 
 
-def _tune(runner: Runner, outcome: Outcome) -> Outcome:
-    """The contender at every rate of its grid, and beyond it where the grid may grow and its best is at an end."""
-    entry = outcome.entry
-    for rate in entry.rates:
-        outcome.runs[rate] = runner.runs(entry, {"lr": rate})
-    for _ in range(AUTO_EXTENSIONS if entry.may_extend else 0):
-        further = _beyond(outcome.curve)
-        if further is None:
-            break
-        runner.say(f"{entry.label}: the best rate is at the end of the grid; trying {further:g}")
-        outcome.runs[further] = runner.runs(entry, {"lr": further})
-    return outcome
-
-
-def _beyond(curve: RateCurve) -> float | None:
-    """The next rate outside a grid whose best is at its end; None where the best lies inside."""
-    if curve.best is None:
-        return curve.rates[0] / 2
-    return {None: None, "lowest": curve.rates[0] / 2, "highest": curve.rates[-1] * 2}[curve.edge]
-
-
-def conclude(config: CompareConfig, outcomes: Sequence[Outcome]) -> Comparison:
-    """Each contender at its best, and what has to be said of how it was found."""
-    curves = [outcome.curve for outcome in outcomes]
-    return Comparison([outcome.at_best for outcome in outcomes], curves, list(notes(config, curves)))
+def conclude(runner: Runner, outcomes: Sequence[Outcome]) -> Comparison:
+    """Each contender at its best, how they stand to one another, and what has to be said of how it was found."""
+    section, curves = runner.config.compare, [outcome.curve for outcome in outcomes]
+    made = Comparison([o.at_best for o in outcomes], curves, list(notes(runner.config, curves)), [])
+    if not made.tuned and section.seeds == 1:
+        return made
+    base = baseline(section, outcomes)
+    lengths = {length: runner.runs(base.entry, base.best, length) for length in section.lengths}
+    stood = standings(outcomes, base, lengths)
+    return replace(made, standings=stood, notes=[*made.notes, standings_note(base, section.trials)])

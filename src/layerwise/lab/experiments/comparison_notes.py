@@ -73,6 +73,9 @@ def rates_file(
         return None
     lines = [f"{preset}:", f"  command: {json.dumps(command)}", "  rates:"]
     for contender, curve in zip(contenders, curves, strict=True):
-        if len(curve.rates) > 1 and curve.best is not None and curve.edge is None:
+        factors = contender.runs[0].config["optimizer"][
+            "role_factors"
+        ]  # of a contender tuned by role: no one rate
+        if len(curve.rates) > 1 and curve.best is not None and curve.edge is None and not factors:
             lines.append(f"    {contender.optimizer}: {curve.best!r}")
     return "\n".join(lines) + "\n"

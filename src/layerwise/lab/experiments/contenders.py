@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,6 +34,18 @@ class CompareSection(Section):
     lr_grid: Literal["auto"] | dict[str, list[float]] | None = None
     """contender -> base rates to try; `auto`: factors of two around the default rate, as many as it takes for
     the best not to be the first or last; null: the default rates alone"""
+    roles: dict[str, list[float]] = Field(default={})
+    """role -> factors to try on the rate of its parameters, one role after the other, for those of `by_role`"""
+    by_role: list[str] = Field(default=[])
+    """contenders that are also shown tuned by role, as contenders of their own (`d-muon-by-role`)"""
+    trials: int | None = Field(default=None, ge=1)
+    """trials of each contender (base rates and factors, each over all seeds), the same for all; what the grids
+    leave of it goes into finer base rates; null: as many as the grids ask for"""
+    baseline: str | None = None
+    """contender that the others are measured against; null: the best of them"""
+    lengths: list[float] = Field(default=[])
+    """lengths at which the baseline is also run at its best rate, as fractions of the steps (`[0.85, 1.15, 1.3]`),
+    which show how many tokens a difference in loss is worth"""
 
     @model_validator(mode="before")
     @classmethod
@@ -58,6 +70,22 @@ class CompareSection(Section):
         for name, rates in (self.lr_grid if isinstance(self.lr_grid, dict) else {}).items():
             if not rates or any(not rate > 0 or math.isinf(rate) for rate in rates):
                 raise ValueError(f"compare.lr_grid.{name}={rates}: give one or more positive rates")
+        for role, factors in self.roles.items():
+            if not factors or any(not factor > 0 or math.isinf(factor) for factor in factors):
+                raise ValueError(f"compare.roles.{role}={factors}: give one or more positive factors")
+        if any(not length > 0 or math.isinf(length) for length in self.lengths):
+            raise ValueError(f"compare.lengths={self.lengths}: give positive fractions of the steps")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        if bool(self.roles) != bool(self.by_role):
+            raise ValueError(
+                "compare.roles are the factors that the contenders of compare.by_role try: give both, such as"
+                " roles={head: [1, 2, 4]} and by_role=[d-muon]"
+            )
+        if self.lengths and self.baseline is None:
+            raise ValueError("compare.lengths are lengths of the baseline's runs: give compare.baseline too")
         return self
 
 
@@ -77,13 +105,15 @@ class Entry:
     """A contender: its name, its optimizer, its rates, and whether the grid may be extended."""
 
     name: str
+    label: str
     optimizer: OptimizerConfig
     rates: tuple[float, ...]
     may_extend: bool
+    roles: Mapping[str, Sequence[float]] = field(default_factory=dict)  # factors to try
 
-    @property
-    def label(self) -> str:
-        return optimizer_title(self.name)
+    def by_role(self, roles: Mapping[str, Sequence[float]]) -> Entry:
+        """The same contender tuned by role."""
+        return replace(self, name=f"{self.name}-by-role", label=f"{self.label} by role", roles=roles)
 
 
 def entries(config: CompareConfig) -> list[Entry]:
@@ -103,13 +133,19 @@ def entries(config: CompareConfig) -> list[Entry]:
     if "optimizers" not in section.model_fields_set:  # a list of one's own is meant as it stands
         names += [name for name in section.contenders if name not in OPTIMIZERS]
     grids = section.lr_grid if isinstance(section.lr_grid, dict) else {}
-    for name in [*names, *grids]:
+    for name in [*names, *grids, *section.by_role]:
         if name not in OPTIMIZERS and name not in section.contenders:
             valid = [*OPTIMIZERS, *section.contenders]
             raise LayerwiseError(f"compare: unknown optimizer {name!r}: {nearest(name, valid)}")
     if len(set(names)) < len(names):
         raise LayerwiseError(f"compare.optimizers={','.join(names)}: each contender once")
-    return [_entry(config, name, grids) for name in names]
+    found = [_entry(config, name, grids) for name in names]
+    found += [
+        _entry(config, name, grids).by_role(section.roles) for name in section.by_role
+    ]  # the runs that both have are made once
+    if section.baseline is not None and section.baseline not in (known := [entry.name for entry in found]):
+        raise LayerwiseError(f"compare.baseline={section.baseline!r}: {nearest(section.baseline, known)}")
+    return found
 
 
 def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]]) -> Entry:
@@ -117,14 +153,15 @@ def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]
     section = f"compare.contenders.{name}"
     optimizer = validate(OptimizerConfig, settings, f"{section}.")
     find_preset(optimizer, section)
+    label = optimizer_title(name)
     start = default_rate(config.model, optimizer.name) if optimizer.lr is None else optimizer.lr
     if name in grids:
-        return Entry(name, optimizer, tuple(sorted(set(grids[name]))), may_extend=False)
+        return Entry(name, label, optimizer, tuple(sorted(set(grids[name]))), may_extend=False)
     if config.compare.lr_grid == "auto":
         if start == 0:
             raise LayerwiseError(
                 f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out"
             )
         points = range(-AUTO_STEPS, AUTO_STEPS + 1)
-        return Entry(name, optimizer, tuple(start * 2.0**k for k in points), may_extend=True)
-    return Entry(name, optimizer, (start,), may_extend=False)
+        return Entry(name, label, optimizer, tuple(start * 2.0**k for k in points), may_extend=True)
+    return Entry(name, label, optimizer, (start,), may_extend=False)

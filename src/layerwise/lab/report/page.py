@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE_TYPES = ("png", "pdf", "svg")
+STANDING_TITLES = ("contender", "trials", "at its best", "minus baseline, 95 %", "tokens", "octaves")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Story:
     command: str = ""
     grid: Sequence[RateCurve] = ()  # losses on the grid of base rates, where one was run
     grid_rows: Sequence[tuple[str, str, str]] = field(default=())  # (contender, base rate, losses over seeds)
+    standings: Sequence[Sequence[str]] = ()  # a row of STANDING_TITLES for each contender
 
 
 def write_report(groups: Sequence[Contender], folder: Path, story: Story | None = None) -> Path:
@@ -81,6 +83,7 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
         environment.filters["code"] = code_spans
         page = environment.get_template("template.html").render(
             story=story,
+            standing_titles=STANDING_TITLES,
             notes=[*story.notes, *warnings(runs)],
             headline=tables.headline(runs),
             results=tables.result_rows(groups),

@@ -1,0 +1,138 @@
+"""How a contender is tuned: base rates, then factors of roles one after the other, up to a number of trials.
+
+A trial is a `Point`, run once for each seed. The search is coordinate by coordinate: the base rates of the grid, each
+role's factors at the best point so far, the base rate again. What is left of the budget goes into finer base rates, so
+that contenders without roles get as many trials as those that have some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from layerwise.lab.experiments.contenders import Entry
+from layerwise.lab.report import Contender, RateCurve
+from layerwise.lab.report.style import Look
+from layerwise.lab.runs.recorded import Run
+
+AUTO_EXTENSIONS = 4  # points beyond a grid of `auto` at most, where the best lies at an end
+
+
+@dataclass(frozen=True)
+class Point:
+    """A base rate, and factors on it by role: only those that are not 1."""
+
+    lr: float
+    factors: tuple[tuple[str, float], ...] = ()
+
+    def with_factor(self, role: str, factor: float) -> Point:
+        others = {**dict(self.factors), role: factor}
+        return replace(self, factors=tuple(sorted((r, f) for r, f in others.items() if f != 1.0)))
+
+    def __str__(self) -> str:
+        return ", ".join([f"rate {self.lr:.3g}", *(f"{role} x {factor:g}" for role, factor in self.factors)])
+
+
+@dataclass
+class Outcome:
+    """All runs of one contender: point -> a run per seed, in the order in which they were asked for."""
+
+    entry: Entry
+    look: Look
+    runs: dict[Point, list[Run]] = field(default_factory=dict)
+
+    def curve_at(self, factors: tuple[tuple[str, float], ...]) -> RateCurve:
+        """Losses by base rate, of the points that have these factors."""
+        losses = {
+            point.lr: [run.final_val_loss for run in runs]
+            for point, runs in self.runs.items()
+            if point.factors == factors
+        }
+        return RateCurve(self.entry.label, self.look, losses)
+
+    @property
+    def best(self) -> Point:
+        """The point of the lowest mean loss; the lowest rate without factors where all diverged."""
+        curves = {point.factors: self.curve_at(point.factors) for point in self.runs}
+        means = {point: curves[point.factors].mean(point.lr) for point in self.runs}
+        return min(means, key=lambda point: (means[point], bool(point.factors), point.lr))
+
+    @property
+    def curve(self) -> RateCurve:
+        """Losses by base rate, at the best factors."""
+        return self.curve_at(self.best.factors)
+
+    @property
+    def at_best(self) -> Contender:
+        return Contender(self.entry.label, self.look, tuple(self.runs[self.best]))
+
+
+class Tuning:
+    """The search of one contender.
+
+    Args:
+        outcome: where its runs are kept.
+        run: a run per seed of a point.
+        trials: points to run, neither more nor fewer; None: as many as the grids ask for.
+        say: is told in a line where the grid grows.
+    """
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        run: Callable[[Entry, Point], list[Run]],
+        trials: int | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.outcome, self.entry, self.run, self.trials, self.say = outcome, outcome.entry, run, trials, say
+
+    def search(self) -> Outcome:
+        for rate in self.entry.rates:
+            self.attempt(Point(rate))
+        self.grow()
+        for role, factors in self.entry.roles.items():
+            for factor in factors:
+                self.attempt(self.outcome.best.with_factor(role, factor))
+        if self.entry.roles:
+            self.grow()  # with factors the best base rate is another
+        while not self.spent:
+            self.attempt(replace(self.outcome.best, lr=finer(self.outcome.curve)))
+        return self.outcome
+
+    @property
+    def spent(self) -> bool:
+        return self.trials is None or len(self.outcome.runs) >= self.trials
+
+    def attempt(self, point: Point) -> None:
+        """Runs a point unless it is known or the budget is spent."""
+        if point in self.outcome.runs or (self.trials is not None and self.spent):
+            return
+        self.outcome.runs[point] = self.run(self.entry, point)
+
+    def grow(self) -> None:
+        """Base rates beyond a grid whose best is at its end, where the grid may grow; around factors just found."""
+        for _ in range(AUTO_EXTENSIONS if self.entry.may_extend or self.entry.roles else 0):
+            further = beyond(self.outcome.curve)
+            if further is None:
+                return
+            self.say(f"{self.entry.label}: the best rate is at the end of the grid; trying {further:g}")
+            self.attempt(replace(self.outcome.best, lr=further))
+
+
+def beyond(curve: RateCurve) -> float | None:
+    """The next rate outside a grid whose best is at its end; None where the best lies inside."""
+    if curve.best is None:
+        return curve.rates[0] / 2
+    if len(curve.rates) == 1:
+        return curve.rates[0] / 2
+    return {None: None, "lowest": curve.rates[0] / 2, "highest": curve.rates[-1] * 2}[curve.edge]
+
+
+def finer(curve: RateCurve) -> float:
+    """The rate most worth trying next: beyond an open end, else in the middle of the wider gap beside the best."""
+    outside = beyond(curve)
+    if outside is not None:
+        return outside
+    at = curve.rates.index(curve.best)  # type: ignore[arg-type]
+    below, best, above = curve.rates[at - 1 : at + 2]
+    return (best * (below if best / below > above / best else above)) ** 0.5
