@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import machine
+from layerwise.lab.experiments.standings import paired
 from rate_rule_plan import STUDIES
 
-#: Student's t at 97.5 %, by degrees of freedom.
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 TOLERANCE = 0.05  # nats: how much worse than its best a rate may be and still count as a good one
 Row = Mapping[str, Any]
 Losses = dict[float, dict[int, float]]  # base rate -> seed -> loss
@@ -64,14 +63,13 @@ def octaves(of: Losses) -> str:
 
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> str:
     """The mean of a - b over their common seeds, with its 95 % interval where there are two seeds or more."""
-    pairs = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    if not pairs:
+    seeds = sorted(a.keys() & b.keys())
+    interval = paired([a[seed] for seed in seeds], [b[seed] for seed in seeds]) if seeds else None
+    if interval is None:
         return ""
-    mean = statistics.fmean(pairs)
-    if len(pairs) < 2:
-        return f"{mean:+.3f} (1 seed)"
-    half = T_975[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return f"{mean:+.3f} ± {half:.3f} ({len(pairs)} seeds)"
+    if interval.seeds < 2:
+        return f"{interval.mean:+.3f} (1 seed)"
+    return f"{interval.mean:+.3f} ± {interval.half:.3f} ({interval.seeds} seeds)"
 
 
 def section(model: str, steps: int, found: Mapping[str, Losses]) -> list[str]:
