@@ -346,6 +346,7 @@ def test_octaves_are_read_off_the_curve(losses: list[float], octaves: str) -> No
         ("compare.seedz=2", "did you mean `seeds`"),
         ("compare.baseline=lantom", "did you mean `lanton`"),
         ("compare.lengths=[1.3]", "give compare.baseline too"),
+        ("compare={trials: 4, lr_grid: auto}", "AdamW has 5 base rates and factors"),
         ("compare.roles={head: [2]}", "by_role"),
         ("compare={by_role: [d-mun], roles: {head: [2]}}", "did you mean `d-muon`"),
         ("compare={by_role: [d-muon], roles: {head: [-2]}}", "positive factors"),

@@ -143,6 +143,13 @@ def entries(config: CompareConfig) -> list[Entry]:
     found += [
         _entry(config, name, grids).by_role(section.roles) for name in section.by_role
     ]  # the runs that both have are made once
+    for entry in found:
+        least = len(entry.rates) + sum(map(len, entry.roles.values()))
+        if section.trials is not None and section.trials < least:
+            raise LayerwiseError(
+                f"compare.trials={section.trials}: {entry.label} has {least} base rates and factors to try;"
+                f" give trials={least} or more, or fewer of those"
+            )
     if section.baseline is not None and section.baseline not in (known := [entry.name for entry in found]):
         raise LayerwiseError(f"compare.baseline={section.baseline!r}: {nearest(section.baseline, known)}")
     return found

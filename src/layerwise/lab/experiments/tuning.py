@@ -7,6 +7,7 @@ that contenders without roles get as many trials as those that have some.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -73,7 +74,7 @@ class Tuning:
     Args:
         outcome: where its runs are kept.
         run: a run per seed of a point.
-        trials: points to run, neither more nor fewer; None: as many as the grids ask for.
+        trials: points to run, neither more nor fewer, at least as many as the grids hold; None: what they ask for.
         say: is told in a line where the grid grows.
     """
 
@@ -87,33 +88,35 @@ class Tuning:
         self.outcome, self.entry, self.run, self.trials, self.say = outcome, outcome.entry, run, trials, say
 
     def search(self) -> Outcome:
+        roles = self.entry.roles
         for rate in self.entry.rates:
             self.attempt(Point(rate))
-        self.grow()
-        for role, factors in self.entry.roles.items():
+        if self.entry.may_extend:
+            self.grow(kept=sum(map(len, roles.values())))
+        for role, factors in roles.items():
             for factor in factors:
                 self.attempt(self.outcome.best.with_factor(role, factor))
-        if self.entry.roles:
+        if roles:
             self.grow()  # with factors the best base rate is another
-        while not self.spent:
+        while self.trials is not None and self.left > 0:
             self.attempt(replace(self.outcome.best, lr=finer(self.outcome.curve)))
         return self.outcome
 
     @property
-    def spent(self) -> bool:
-        return self.trials is None or len(self.outcome.runs) >= self.trials
+    def left(self) -> float:
+        """Trials that are not spent."""
+        return math.inf if self.trials is None else self.trials - len(self.outcome.runs)
 
     def attempt(self, point: Point) -> None:
-        """Runs a point unless it is known or the budget is spent."""
-        if point in self.outcome.runs or (self.trials is not None and self.spent):
-            return
-        self.outcome.runs[point] = self.run(self.entry, point)
+        """Runs a point unless it is known."""
+        if point not in self.outcome.runs:
+            self.outcome.runs[point] = self.run(self.entry, point)
 
-    def grow(self) -> None:
-        """Base rates beyond a grid whose best is at its end, where the grid may grow; around factors just found."""
-        for _ in range(AUTO_EXTENSIONS if self.entry.may_extend or self.entry.roles else 0):
+    def grow(self, kept: int = 0) -> None:
+        """Base rates beyond a grid whose best is at its end, at the best factors; `kept`: trials to be left over."""
+        for _ in range(AUTO_EXTENSIONS):
             further = beyond(self.outcome.curve)
-            if further is None:
+            if further is None or self.left <= kept:
                 return
             self.say(f"{self.entry.label}: the best rate is at the end of the grid; trying {further:g}")
             self.attempt(replace(self.outcome.best, lr=further))
