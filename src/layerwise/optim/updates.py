@@ -170,9 +170,7 @@ class Lmo(Update):
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
         for job in jobs:
-            if (
-                "base_momentum" in job.group
-            ):  # OneCycleLR and CyclicLR move the first beta, Adam's momentum: so ours
+            if "base_momentum" in job.group:  # OneCycleLR and CyclicLR move Adam's first beta: so ours
                 job.group["momentum"] = job.group["betas"][0]
         moving = [job for job in jobs if job.moves]
         update_momentum(moving, keep)

@@ -59,9 +59,8 @@ def _caught(model: nn.Module, found: dict[str, list[Tensor]]) -> Iterator[None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensor = _first_tensor(output)
             if tensor is not None:
-                found.setdefault(name, []).append(
-                    tensor.detach().float().clone()
-                )  # it may be changed in place
+                # A copy: it may be changed in place.
+                found.setdefault(name, []).append(tensor.detach().float().clone())
 
         return hook
 

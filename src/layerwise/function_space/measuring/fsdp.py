@@ -116,9 +116,8 @@ class ShardedRunner:
         scale = or_one(self.processes.max_(largest))
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(
-                sdpa_kernel(SDPBackend.MATH)
-            )  # the fused kernels have no forward-mode formula
+            # The fused kernels have no forward-mode formula.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(forward_ad.dual_level())
             for name, update in updates.items():
                 direction = _whole(local[name].whole() / scale, update.new)

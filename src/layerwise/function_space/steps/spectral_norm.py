@@ -34,9 +34,8 @@ class _Bidiagonal:
         if self.left is not None:
             left -= self.above[-1][:, None, None] * self.left
         self.left = left
-        back = torch.bmm(
-            left.mT, self.matrices
-        )  # not `matrices.mT @ left`, which a CPU takes 20 times as long for
+        # Not `matrices.mT @ left`, which a CPU takes 20 times as long for.
+        back = torch.bmm(left.mT, self.matrices)
         return torch.cat([back[:, 0], left.square().sum((1, 2))[:, None]], 1)
 
     def extend(self, summed: Tensor) -> None:
@@ -109,9 +108,8 @@ def _start(stack: Tensor) -> Tensor:
     """A fixed vector of unit length that no structure of weights is likely to be orthogonal to."""
     columns = stack.shape[-1]
     phases = torch.arange(1, columns + 1, dtype=torch.float64) * (math.sqrt(5) - 1) / 2
-    vector = (
-        1.0 + (2 * math.pi * phases).sin()
-    )  # no entry repeats: the golden ratio is far from every fraction
+    # No entry repeats: the golden ratio is far from every fraction.
+    vector = 1.0 + (2 * math.pi * phases).sin()
     vector = (vector / vector.norm()).to(stack.device, stack.dtype)
     return vector.repeat(stack.shape[0], 1)[..., None]
 

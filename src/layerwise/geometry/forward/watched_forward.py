@@ -133,9 +133,8 @@ def _restore(
         for buffer, value in buffers:
             buffer.copy_(value)
     for module, attributes, own in kept:
-        reshard: Any = getattr(
-            module, "reshard", None
-        )  # FSDP2 keeps account of the parameters it puts in and takes out
+        # FSDP2 keeps account of the parameters it puts in and takes out.
+        reshard: Any = getattr(module, "reshard", None)
         if reshard is not None:
             reshard()
         for key, values in own.items():

@@ -162,10 +162,7 @@ def known_split(owner: nn.Module, attribute: str, d_out: int) -> Split | None:
             continue
         try:
             split = rule(owner)
-        except (
-            AttributeError,
-            TypeError,
-        ):  # another library's class of this name, or a version with other attributes
+        except (AttributeError, TypeError):  # another library's class of this name, or other attributes
             return None
         return split if split is not None and split.divides(d_out) else None
     return None

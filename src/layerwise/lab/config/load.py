@@ -43,11 +43,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """The value of a YAML text. Errors name `source` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # of numbers of thousands of digits, and of depth
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers of thousands of digits; depth
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise LayerwiseError(f"{source}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None

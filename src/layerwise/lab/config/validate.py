@@ -80,9 +80,7 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], key
                 adapter.validate_python(value, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            if (
-                first["type"] == "missing"
-            ):  # a list that is too short: the optimizer itself says what it needs
+            if first["type"] == "missing":  # a list too short: the optimizer itself says what it needs
                 continue
             reason = str(first["msg"])
             raise LayerwiseError(f"{key}.{name}={value!r}: {reason[0].lower()}{reason[1:]}") from None
@@ -122,9 +120,8 @@ def _section_at(schema: type[BaseModel], location: Sequence[int | str]) -> type[
     """The section class in which a validation error lies."""
     for part in location:
         field = schema.model_fields.get(str(part))
-        kinds = (
-            [] if field is None else [field.annotation, *get_args(field.annotation)]
-        )  # `Section | None` too
+        # `Section | None` too
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
         sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not sections:
             break

@@ -40,9 +40,8 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> nn.Module:
         r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, init_lora_weights="gaussian"
     )
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # peft sees by itself that GPT-2's weights are (in, out), and calls an old name
+        with warnings.catch_warnings():
+            # peft sees by itself that GPT-2's weights are (in, out), and calls an old name.
             warnings.filterwarnings("ignore", "fan_in_fan_out|`is_gradient_checkpointing`")
             adapted = peft.get_peft_model(model, settings)
     except (ValueError, AttributeError, KeyError) as error:

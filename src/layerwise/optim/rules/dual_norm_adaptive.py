@@ -54,9 +54,8 @@ class DualNormAdaptive(RateRule):
     def __post_init__(self) -> None:
         for name, low, high in (("softening", 1e-6, 1e6), ("beta", 0.0, 1.0)):
             check_number("DualNormAdaptive", name, getattr(self, name), low, high)
-            object.__setattr__(
-                self, name, float(getattr(self, name))
-            )  # a checkpoint compares the text of rules
+            # A checkpoint compares the text of rules.
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
         state = super().allocate(param, units, sizes)

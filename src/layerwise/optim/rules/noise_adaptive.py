@@ -193,11 +193,8 @@ class NoiseAdaptive(RateRule):
     anchor: str = "max"
     floor: float = 0.1
     group_alpha: float = 0.0
-    unit_state: ClassVar = (
-        "noise",
-        "gradients_seen",
-        "size",
-    )  # H, how many gradients it is of, number of entries
+    #: H, how many gradients it is of, number of entries.
+    unit_state: ClassVar = ("noise", "gradients_seen", "size")
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -207,9 +204,8 @@ class NoiseAdaptive(RateRule):
             ("group_alpha", 0.0, 1e3),
         ):
             check_number("NoiseAdaptive", name, getattr(self, name), low, high)
-            object.__setattr__(
-                self, name, float(getattr(self, name))
-            )  # a checkpoint tells rules apart by their text
+            # A checkpoint tells rules apart by their text.
+            object.__setattr__(self, name, float(getattr(self, name)))
         if 0.0 < self.alpha < 1e-15:
             raise LayerwiseError(
                 f"NoiseAdaptive(alpha={self.alpha!r}): its square is lost in float32; give 0, which is the limit of it, "

@@ -148,9 +148,7 @@ class MatrixJob:
     param: Tensor
     layout: Layout
     geometry: Geometry
-    tensor: Callable[
-        [], Tensor
-    ]  # this process's part of it; made when the work starts, so that few are alive
+    tensor: Callable[[], Tensor]  # this process's part of it; made when the work starts: few are alive
     factors: tuple[float, ...]  # per stack of the layout: what a norm or a unit step is multiplied by
     multiplier: Tensor | None = None  # [units]: what a unit step is multiplied by as well
     seed: int | Tensor = 0  # of the probes, where a norm is a stochastic estimate
