@@ -1,9 +1,11 @@
-"""Writing a file as a whole."""
+"""Writing a file as a whole, and numbers as JSON has them."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: str | Path, text: str) -> None:
@@ -25,3 +27,19 @@ def write_whole(path: str | Path, text: str) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain_json(value: Any) -> Any:
+    """Dicts, lists and numbers as JSON has them: NaN and infinities, which it lacks, are null.
+
+    Example:
+        >>> plain_json({"loss": float("nan"), "lrs": (0.1, 0.2)})
+        {'loss': None, 'lrs': [0.1, 0.2]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from torch import nn
+
 #: Steps of a dotted name that wrappers put in: `torch.compile`, activation checkpointing, FSDP1.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
@@ -61,3 +63,14 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     while short and all(name.startswith("module.") and name.count(".") > 1 for name in short):
         short = [name.removeprefix("module.") for name in short]
     return dict(zip(given, short if len(set(short)) == len(set(given)) else given, strict=True))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, DataParallel and DistributedDataParallel: it names the parameters."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

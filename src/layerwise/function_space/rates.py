@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from layerwise.common.files import plain_json
 from layerwise.errors import LayerwiseError
 
 if TYPE_CHECKING:
@@ -172,43 +173,20 @@ class Rates(Mapping[str, Rate]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; a standard error that does not exist (one probe) is null."""
-        return {
-            "method": self.method,
-            "probes": self.probes,
-            "seed": self.seed,
-            "entries": self.entries,
-            "space": self.space,
-            "classes": self.classes,
-            "dtype": self.dtype,
-            "rates": {
-                name: {
-                    "value": _or_null(r.value),
-                    "stderr": _or_null(r.stderr),
-                    "share": _or_null(r.share),
-                    "estimator": r.estimator,
-                    **({} if r.linear is None else {"linear": _or_null(r.linear)}),
-                }
-                for name, r in self.rates.items()
-            },
-        }
+        data = asdict(self)
+        rates = data.pop("rates")
+        for rate in rates.values():
+            if rate["linear"] is None:
+                del rate["linear"]
+        found: dict[str, Any] = plain_json({**data, "rates": rates})
+        return found
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Rates:
         """The inverse of `to_dict`."""
         try:
-            rates = {
-                name: Rate(
-                    _or_nan(r["value"]),
-                    _or_nan(r["stderr"]),
-                    _or_nan(r["share"]),
-                    r["estimator"],
-                    _or_nan(r["linear"]) if "linear" in r else None,
-                )
-                for name, r in data["rates"].items()
-            }
-            rest = {
-                key: data[key] for key in ("method", "probes", "seed", "entries", "space", "classes", "dtype")
-            }
+            rates = {name: Rate(**_without_null(rate)) for name, rate in data["rates"].items()}
+            rest = {field.name: data[field.name] for field in fields(Rates) if field.name != "rates"}
         except (KeyError, TypeError, AttributeError) as error:
             raise LayerwiseError(
                 f"not function-space rates: {error!r} (made by Rates.to_dict or Rates.save)"
@@ -234,9 +212,6 @@ def student_quantile(level: float, freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
-def _or_null(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _without_null(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_dict` wrote as null is NaN again."""
+    return {key: math.nan if value is None else value for key, value in numbers.items()}

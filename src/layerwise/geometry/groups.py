@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from layerwise.common.checked import checked
-from layerwise.common.parameter_names import canonical_name
+from layerwise.common.parameter_names import canonical_name, unwrap
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.axes import layout_of
@@ -27,7 +27,6 @@ from layerwise.geometry.layout import (
     TransposedLayout,
     VectorLayout,
 )
-from layerwise.geometry.module_kinds import unwrapped
 from layerwise.geometry.modules.roles import find_roles
 from layerwise.geometry.norms import Geometry, RowNorm, Sign, Spectral, VectorRMS, spectral_conv
 
@@ -151,7 +150,7 @@ def assign(
     frozen = frozen_names(model)
     split_of = _match("splits", splits or {}, names, frozen)
     options_of = _options(overrides or {}, trainable, names, frozen)
-    undecayed = _named_undecayed(unwrapped(model))
+    undecayed = _named_undecayed(unwrap(model))
     result = []
     for found in trainable:
         if found.name in split_of:
@@ -163,7 +162,7 @@ def assign(
 
 def frozen_names(model: nn.Module) -> list[str]:
     """Names of the parameters that are not trained."""
-    return [canonical_name(name) for name, p in unwrapped(model).named_parameters() if not p.requires_grad]
+    return [canonical_name(name) for name, p in unwrap(model).named_parameters() if not p.requires_grad]
 
 
 def _named_undecayed(model: nn.Module) -> set[str]:
@@ -235,7 +234,7 @@ def _trainable(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[l
         if p.requires_grad:
             _check_dtype(name, p)
     seen = look(model, batch, forward)
-    everything = find_roles(unwrapped(model), seen.evidence)
+    everything = find_roles(unwrap(model), seen.evidence)
     if not everything:
         raise LayerwiseError(f"{type(model).__name__} has no parameters: there is nothing to train")
     trainable = [found for found in everything if found.parameter.requires_grad and found.parameter.numel()]

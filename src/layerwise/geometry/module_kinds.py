@@ -59,17 +59,6 @@ def lora_factors(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`, DataParallel and DistributedDataParallel."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def is_base_model(module: Any) -> bool:
     """A transformers model without a task: its class is not called "...For..." something."""
     prefix = getattr(module, "base_model_prefix", None)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from layerwise.common.parameter_names import canonical_name, canonical_names
+from layerwise.common.parameter_names import canonical_name, canonical_names, unwrap
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.runners import trainable, unwrap
+from layerwise.function_space.measuring.runners import trainable
 
 #: Pattern of a block stack (`"transformer.h.*"`, the star is the block's number) -> `"split"`, `"copy"`, or the number of
 #: blocks that the base model has (then split).

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,20 +188,23 @@ class Run:
         """By an estimator, from the gradients under random probes of the outputs."""
         how = Cutting(self.settings.slices, rounding_of(self.model, self.settings.autocast), self.processes)
         logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
-        parts: list[Part] = []
+        weights: list[float] = []  # of each probe: batches count alike, slices by their entries
         for index, batch in enumerate(batches):
             count = self.settings.probes // len(batches) + (index < self.settings.probes % len(batches))
+            slices: list[tuple[int, int]] = []  # entries and probes of each
             for graph in graphs(runner.outputs, batch, mask, max(1, count), how):
-                moments = self._moments(runner, graph, sum(part.probes for part in parts))
-                for name, found in moments.items():
+                done = len(weights) + sum(probes for _, probes in slices)
+                for name, found in self._moments(runner, graph, done).items():
                     logs[name].append(found.logs(graph.probes) - math.log(graph.entries))
-                parts.append(Part(index, graph.entries, graph.probes))
+                slices.append((graph.entries, graph.probes))
                 del graph  # before the next one is made
-        weights = probe_weights(parts)
+            total = sum(entries for entries, _ in slices)
+            for entries, probes in slices:
+                weights += [entries / total / len(batches) / probes] * probes
         values = {}
         for name, rows in self.to_cpu(logs).items():
-            estimator = self.estimators[name]
-            values[name] = (*combine(estimator.exponents, rows, weights), estimator.name)
+            estimator, shares = self.estimators[name], torch.tensor(weights, dtype=torch.float64)
+            values[name] = (*combine(estimator.exponents, rows, shares), estimator.name)
         return self.rates(values, len(weights))
 
     def _moments(self, runner: Runner, graph: Graph, first_probe: int) -> Mapping[str, Moments]:
@@ -245,22 +247,3 @@ class Run:
         flat = torch.cat([t.detach().flatten().to(home, wide) for t in parts.values()])
         pieces = self.processes.same(flat).cpu().double().split([t.numel() for t in parts.values()])
         return {name: piece.reshape(t.shape) for piece, (name, t) in zip(pieces, parts.items(), strict=True)}
-
-
-class Part(NamedTuple):
-    """Probes that were run on one graph: a batch's, or a slice's of it."""
-
-    batch: int
-    entries: int
-    probes: int
-
-
-def probe_weights(parts: Sequence[Part]) -> Tensor:
-    """Of each probe: batches count alike, slices of a batch by their entries, probes of a slice alike."""
-    totals: dict[int, int] = defaultdict(int)
-    for part in parts:
-        totals[part.batch] += part.entries
-    shares = [part.entries / totals[part.batch] / len(totals) / part.probes for part in parts]
-    return torch.tensor(shares, dtype=torch.float64).repeat_interleave(
-        torch.tensor([part.probes for part in parts])
-    )

@@ -96,17 +96,6 @@ class LeafRunner(nn.Module):
             return self.outputs(batch, mask, {**self.points, **new})
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DataParallel and DistributedDataParallel: it names the parameters."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable parameters by name; a tied one once, under its first name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

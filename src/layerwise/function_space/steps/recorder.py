@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -51,13 +51,20 @@ class Record:
         return Record(data["step"], data["scheduled"], Rates.from_dict(data), dict(data["lrs"]), whole)
 
 
+class ToDict(Protocol):
+    """A record that has plain JSON data."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 class JsonLines:
-    """A sink that appends each record to a file as one line."""
+    """A sink that appends each record to a file as one line of JSON."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, record: Record) -> None:
+    def __call__(self, record: ToDict) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record.to_dict()) + "\n")
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
+from layerwise.common.parameter_names import unwrap
 from layerwise.common.tensors import is_sharded, local_part
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
-from layerwise.function_space.measuring.runners import unwrap
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.decay import Decay, constant_decay
 from layerwise.function_space.steps.optimizer_facts import learning_rates, optimized, unwrap_optimizer

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.function_space.steps.recorder import JsonLines
 from layerwise.function_space.watching.watch_record import WatchRecord
 
 Sink = Callable[[WatchRecord], object]
-
-
-class RecordLines:
-    """Appends each record to a file, as one line of JSON."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, record: WatchRecord) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record.to_dict()) + "\n")
 
 
 class TensorBoardScalars:
@@ -58,7 +46,7 @@ def sinks_of(to: Any) -> list[Sink]:
     if isinstance(to, (list, tuple)):
         return [sink for each in to for sink in sinks_of(each)]
     if isinstance(to, (str, Path)):
-        return [RecordLines(to)]
+        return [JsonLines(to)]
     if hasattr(to, "add_scalar"):
         return [TensorBoardScalars(to)]
     if callable(to):

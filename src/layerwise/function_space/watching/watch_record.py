@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from layerwise.common.files import plain_json
 from layerwise.function_space.steps.by_module import ModuleUpdate
 from layerwise.function_space.watching.unit_rates import UnitRate, unit_scalars
 from layerwise.function_space.watching.unusual import Unusual
@@ -120,19 +121,18 @@ class WatchRecord:
         """Plain JSON data; what was not measured is absent, what is not finite is null."""
         data: dict[str, Any] = {
             "step": self.step,
-            "modules": {name: _finite(reading.numbers()) for name, reading in self.modules.items()},
+            "modules": {name: reading.numbers() for name, reading in self.modules.items()},
         }
         if self.loss_change is not None:
-            data["loss_change"] = self.loss_change if math.isfinite(self.loss_change) else None
+            data["loss_change"] = self.loss_change
         if self.together is not None:
-            data["together"] = _finite(
-                {**asdict(self.together), "reinforcement": self.together.reinforcement}
-            )
+            data["together"] = {**asdict(self.together), "reinforcement": self.together.reinforcement}
         if self.units:
-            data["units"] = {name: _finite(asdict(unit)) for name, unit in self.units.items()}
+            data["units"] = {name: asdict(unit) for name, unit in self.units.items()}
         if self.unusual:
             data["unusual"] = [str(line) for line in self.unusual]
-        return data
+        found: dict[str, Any] = plain_json(data)
+        return found
 
     def scalars(self) -> dict[str, float]:
         """Flat and finite numbers, for loggers: `update_rms/MODULE`, ..., `layer_lr/UNIT`, `layer_noise/UNIT`."""
@@ -161,7 +161,3 @@ _TITLES = {
     "rate": "fs rate",
     "share": "fs share",
 }
-
-
-def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}

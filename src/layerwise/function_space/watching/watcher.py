@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import checked
+from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ProcessesOption
-from layerwise.function_space.measuring.runners import unwrap
 from layerwise.function_space.steps.by_module import by_module, module_updates
 from layerwise.function_space.steps.optimizer_facts import (
     optimized,

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from layerwise.common.parameter_names import unwrap
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.made_batch import made_batch
 from layerwise.geometry.forward.watched_forward import Forward, call, watch
-from layerwise.geometry.module_kinds import is_linear, lora_factors, unwrapped
+from layerwise.geometry.module_kinds import is_linear, lora_factors
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
     Returns:
         The evidence; where the model cannot be run, none, and a line that says why.
     """
-    inner = unwrapped(model)
+    inner = unwrap(model)
     given = batch is not None or forward is not None
     if not given:
         batch = made_batch(inner)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.common.tensors import is_sharded
+
 _TOKENS = 8
 
 
@@ -18,7 +20,7 @@ def made_batch(model: Any) -> dict[str, Any] | None:
     Not safe is a model with hooks (of accelerate, FSDP2, or the user's own) or with sharded parameters: running it may
     move weights or wait for other processes.
     """
-    if not _is_pretrained(model) or _has_hooks(model) or any(_is_sharded(p) for p in model.parameters()):
+    if not _is_pretrained(model) or _has_hooks(model) or any(is_sharded(p) for p in model.parameters()):
         return None
     names = inspect.signature(model.forward).parameters
     wanted = [model.main_input_name, *_WITH_THEM.get(model.main_input_name, ())]
@@ -50,10 +52,6 @@ def _has_hooks(model: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         for module in model.modules()
     )
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    return type(parameter).__name__ == "DTensor"
 
 
 def _tokens(config: Any) -> Tensor:

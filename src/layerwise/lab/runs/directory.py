@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from layerwise.common.files import write_whole
+from layerwise.common.files import plain_json, write_whole
 from layerwise.errors import LayerwiseError
 from layerwise.lab.runs.recorded import Run
 
@@ -34,20 +33,9 @@ STREAMS = ("metrics", "layers", "function_space")
 FORMAT = 1
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN or infinity: they are written as null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file as a whole: a reader sees the old text or the new one."""
-    write_whole(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(plain_json(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -152,7 +140,7 @@ class RunWriter:
         """Adds a line to `metrics`, `layers` or `function_space`; it is on its way to the disk at once."""
         if stream not in self._files:
             self._files[stream] = open(self._stream(stream), "ab", buffering=0)  # noqa: SIM115
-        line = json.dumps(_plain(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(plain_json(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
         if self._files[stream].write(line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._stream(stream)))
 
