@@ -57,8 +57,6 @@ def function_space_rates(
         LayerwiseError: an unknown name, a wrong shape, or outputs that cannot be measured.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> model = torch.nn.Linear(3, 2, bias=False)
         >>> update = {"weight": torch.ones(2, 3)}
         >>> inputs = torch.eye(3)  # each output then moves by one
@@ -67,11 +65,7 @@ def function_space_rates(
     """
     inner = unwrap(model)
     _check_update(update, dict(inner.named_parameters()))
-    updates = {
-        name: TensorUpdate(placed_as(update[name], p))
-        for name, p in trainable(inner).items()
-        if name in update
-    }
+    updates = {n: TensorUpdate(placed_as(update[n], p)) for n, p in trainable(inner).items() if n in update}
     measurement = Measurement(forward, method, probes, seed, **options)
     return measurement.rates(inner, updates, inputs, mask, processes=processes_of(measurement.processes))
 

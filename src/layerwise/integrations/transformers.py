@@ -67,13 +67,7 @@ class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
         layerwise_optimizer(optimizer)  # fails at once where there are no layer rates
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        optimizer: Any,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: Any, **__: Any
     ) -> None:
         # Read here, as the schedule moves on before the step is logged; and only if it will be, as reading waits.
         step = state.global_step + 1
@@ -120,11 +114,10 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
-        *,
+        *_: Any,
         model: nn.Module,
         optimizer: Any,
-        **_: Any,
+        **__: Any,
     ) -> None:
         if self.watch is not None:  # of an earlier `train()`
             self.watch.detach()
@@ -132,7 +125,7 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         every = int(state.logging_steps) if self.every is None else self.every
         options = {**self.options, "to": self._take if also is None else [self._take, also]}
         self.watch = watch_optimizer(model, optimizer, every, **options)
-        saved = self._file(args, state)
+        saved = _beside_checkpoint(args, state, self.FILE)
         if state.global_step and saved.exists():
             self.watch.load_state_dict(json.loads(saved.read_text()))
         elif state.global_step:
@@ -144,23 +137,16 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         if self._numbers:
             logs = control.should_log
             self.trainer.log(self._numbers)
-            control.should_log = (
-                logs  # logging has cleared it, and the Trainer's own entry may be still to come
-            )
+            control.should_log = logs  # logging has cleared it; the Trainer's own entry may still come
             self._numbers = {}
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         assert self.watch is not None
         if args.should_save:  # on the first process
-            self._file(args, state).write_text(json.dumps(self.watch.state_dict()))
+            _beside_checkpoint(args, state, self.FILE).write_text(json.dumps(self.watch.state_dict()))
 
     def _take(self, record: WatchRecord) -> None:
         self._numbers = record.scalars()
-
-    def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE)
 
 
 def watch(trainer: Trainer, every: int | None = None, **options: Any) -> WatchCallback:
@@ -217,16 +203,15 @@ class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
-        *,
+        *_: Any,
         model: nn.Module,
         optimizer: Any,
-        **_: Any,
+        **__: Any,
     ) -> None:
         if isinstance(self.observer, FLeRM):  # of an earlier `train()`
             self.observer.detach()
         self.observer = self.make(model, optimizer)
-        saved = self._file(args, state)
+        saved = _beside_checkpoint(args, state, self.FILE)
         if not state.global_step:
             return
         if saved.exists():
@@ -249,12 +234,12 @@ class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
         self._step.__exit__(None, None, None)
         self._step = None
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         assert self.observer is not None
         if args.should_save:  # on the first process
-            torch.save(self.observer.state_dict(), self._file(args, state))
+            torch.save(self.observer.state_dict(), _beside_checkpoint(args, state, self.FILE))
 
-    def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE)
+
+def _beside_checkpoint(args: TrainingArguments, state: TrainerState, name: str) -> Path:
+    """A file of ours in the folder of the Trainer's checkpoint of this step."""
+    return Path(args.output_dir, f"checkpoint-{state.global_step}", name)
