@@ -46,6 +46,7 @@ MODELS: Final[Mapping[str, Mapping[str, Any]]] = {
 CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "D-Muon": {"name": "d-muon"},
     "DualMuon": {"name": "dual-muon"},
+    "the common part alone": {"name": "dual-muon", "rates": {"rule": "static", "multipliers": {}}},
 }
 
 #: D-Muon's factors of roles, and the base rates: the best of what was tried on seed 1.
@@ -133,6 +134,13 @@ STUDIES: Final[Mapping[str, Study]] = {
     "digits": Study(
         "the same on scikit-learn's digits, 359 images held out",
         tuple(trial for seed in (0, 1, 2) for trial in images("convnet-digits", DIGITS_RATES, seed)),
+    ),
+    "controls": Study(
+        "the Llama (seed 1) with the groups' fixed rates and no rule, and D-Muon with 1.3 times the tokens",
+        (
+            Trial("llama-tiny", "the common part alone", 0.016, 1),
+            Trial("llama-tiny", "D-Muon", 0.008, 1, 390),
+        ),
     ),
     "longer": Study(
         "the Llama at 1,000 steps (seed 1): whether the gain shrinks",

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import machine
-from layerwise.lab.experiments.standings import paired
+from layerwise.lab.experiments.standings import TOLERANCE, paired
+from layerwise.lab.report import RateCurve
+from layerwise.lab.report.style import Look
 from rate_rule_plan import STUDIES
 
-TOLERANCE = 0.05  # nats: how much worse than its best a rate may be and still count as a good one
 Row = Mapping[str, Any]
 Losses = dict[float, dict[int, float]]  # base rate -> seed -> loss
 
@@ -46,19 +47,29 @@ def best_rate(of: Losses) -> float:
 
 
 def octaves(of: Losses) -> str:
-    """How far the base rates reach, in octaves, whose loss is within the tolerance of the best; `>=` at a grid's end.
-
-    On the seed that has the most rates, between tried rates alone.
-    """
+    """How far the base rates reach whose loss is within the tolerance of the best, on the seed that has the most rates."""
     seed = max(
         (s for seeds in of.values() for s in seeds), key=lambda s: sum(s in seeds for seeds in of.values())
     )
-    curve = {lr: seeds[seed] for lr, seeds in sorted(of.items()) if seed in seeds}
-    if len(curve) == 1:
-        return "one rate"
-    good = [lr for lr, value in curve.items() if value <= min(curve.values()) + TOLERANCE]
-    ends = good[0] == min(curve) or good[-1] == max(curve)
-    return f"{'>= ' if ends else ''}{math.log2(good[-1] / good[0]):.1f}"
+    curve = RateCurve("", Look("", ""), {lr: [seeds[seed]] for lr, seeds in of.items() if seed in seeds})
+    return str(curve.octaves(TOLERANCE)) if len(curve.rates) > 1 else "one rate"
+
+
+def wrong(rows: Sequence[Row], model: str, found: Mapping[str, Losses]) -> list[str]:
+    """Of images: how many are classed wrongly at each contender's best rate."""
+    lines = []
+    for name, of in found.items():
+        errors = [
+            row["errors"]
+            for row in rows
+            if row["trial"]["model"] == model
+            and name_of(row["trial"]) == name
+            and row["trial"]["lr"] == best_rate(of)
+            and "errors" in row
+        ]
+        if errors:
+            lines.append(f"{name} {100 * statistics.fmean(errors):.1f} %")
+    return ["", f"Classed wrongly at the best rate: {', '.join(lines)}."] if lines else []
 
 
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> str:
@@ -72,7 +83,7 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> str:
     return f"{interval.mean:+.3f} ± {interval.half:.3f} ({interval.seeds} seeds)"
 
 
-def section(model: str, steps: int, found: Mapping[str, Losses]) -> list[str]:
+def section(model: str, steps: int, found: Mapping[str, Losses], rows: Sequence[Row]) -> list[str]:
     """One model's table."""
     at = {name: of[best_rate(of)] for name, of in found.items()}
     tuned = min(
@@ -93,7 +104,7 @@ def section(model: str, steps: int, found: Mapping[str, Losses]) -> list[str]:
             f"| {name} | {best_rate(found[name]):g} | {statistics.fmean(at[name].values()):.3f} | {len(at[name])} "
             f"| {one} | {by_role} | {octaves(found[name])} |"
         )
-    lines += ["", "Every run:", ""]
+    lines += [*wrong(rows, model, found), "", "Every run:", ""]
     for name, of in found.items():
         runs = [
             f"{lr:g}: " + ", ".join(f"{value:.3f} (seed {seed})" for seed, value in sorted(seeds.items()))
@@ -115,5 +126,5 @@ def page(rows: Sequence[Row]) -> str:
         "",
     ]
     for (model, steps), found in losses(rows).items():
-        lines += section(model, steps, found)
+        lines += section(model, steps, found, rows)
     return "\n".join([*lines, " · ".join(f"{k}: {v}" for k, v in machine.describe().items()), ""])

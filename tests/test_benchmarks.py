@@ -1,8 +1,11 @@
 """The benchmark scripts run from end to end, on sizes that say nothing."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -36,3 +39,20 @@ def test_what_is_asked_of_a_gpu_runs_dry_on_a_cpu(tmp_path: Path) -> None:
 def test_the_cost_of_nuclear_norms_is_measured(tmp_path: Path) -> None:
     run("nuclear_cost.py", "--small", "--out", str(tmp_path))
     assert "| 3 of 80 x 80 |" in (tmp_path / "nuclear_cost.md").read_text()
+
+
+def test_the_rate_rules_table_is_made_from_its_rows_and_the_rows_from_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from rate_rule_plan import STUDIES, Trial
+    from rate_rule_table import page
+
+    results = BENCHMARKS / "results"
+    rows = [json.loads(line) for line in (results / "rate_rule.jsonl").read_text().splitlines()]
+    made, written = page(rows), (results / "rate_rule.md").read_text(encoding="utf-8")
+    assert made.splitlines()[:-1] == written.splitlines()[:-1]  # the last line is the machine's
+    planned = {trial for study in STUDIES.values() for trial in study.trials}
+    for row in rows:
+        trial = {**row["trial"], "roles": tuple(map(tuple, row["trial"]["roles"]))}
+        assert Trial(**trial) in planned
