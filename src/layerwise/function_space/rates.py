@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from layerwise.common.files import plain_json
+from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 
 if TYPE_CHECKING:
@@ -134,21 +135,20 @@ class Rates(Mapping[str, Rate]):
         names = list(self.rates)
         if top is not None:
             names = sorted(names, key=lambda name: -self.rates[name].value)[:top]
-        width = max([len("parameter"), *(len(name) for name in names)])
         beside = any(self.rates[name].linear is not None for name in names)
-        titles = f"  {'linear':>10}  {'linearity':>9} " if beside else ""
-        lines = [f"{'parameter':<{width}}  {'rate':>10}{titles}  {'stderr':>9}  {'share':>6}  estimator"]
         marked = set(self.nonlinear())
+        both = ("linear", "linearity ") if beside else ()
+        rows = [("parameter", "rate", *both, "stderr", "share", "estimator")]
         for name in names:
             rate = self.rates[name]
             mark = "*" if name in marked else " "
-            first_order = f"  {rate.linear:>10.4g}  {rate.linearity:>9.3g}{mark}" if beside else ""
-            numbers = f"{rate.value:>10.4g}{first_order}  {rate.stderr:>9.2g}  {100 * rate.share:>5.1f}%"
-            lines.append(f"{name:<{width}}  {numbers}  {rate.estimator}")
+            both = (f"{rate.linear:.4g}", f"{rate.linearity:.3g}{mark}") if beside else ()
+            numbers = (f"{rate.value:.4g}", *both, f"{rate.stderr:.2g}", f"{100 * rate.share:.1f}%")
+            rows.append((name, *numbers, rate.estimator))
         how = f"{self.method}, {self.probes} probes" if self.probes else self.method
         said = f"RMS change of {self.space}, {self.entries} entries, {how}"
-        blank = " " * (len(titles) + 21)
-        lines.append(f"{'sum':<{width}}  {self.total:>10.4g}{blank}{said}")
+        rows.append(("sum", f"{self.total:.4g}", *[""] * (len(rows[0]) - 3), said))
+        lines = aligned(rows, right=range(1, len(rows[0]) - 1))
         if marked:
             lines.append("* the first order is off by more than 10 %")
         return "\n".join(lines)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.trends import QUANTITIES, Quantity, Trend, Verdict
 
@@ -87,14 +88,13 @@ class SizeCheck:
         quantity = self.judged if quantity is None else quantity
         trends = self.of(quantity)
         modules = list(dict.fromkeys(trend.module for trend in trends))
-        width = max([len("module"), *map(len, modules)])
-        head = "".join(f"  {f'step {step}':>14}" for step in self.steps)
-        lines = [f"{'module':<{width}}{head}"]
+        verdicts = self.judging(quantity).verdicts
+        rows = [("module", *(f"step {step}" for step in self.steps), "")]
         for module in modules:
             row = {trend.step: trend for trend in trends if trend.module == module}
-            cells = "".join(f"  {_slope(row.get(step)):>14}" for step in self.steps)
-            verdict = self.judging(quantity).verdicts[module]
-            lines.append(f"{module:<{width}}{cells}  {'' if verdict == 'none' else verdict}".rstrip())
+            verdict = "" if verdicts[module] == "none" else verdicts[module]
+            rows.append((module, *(_slope(row.get(step)) for step in self.steps), verdict))
+        lines = aligned(rows, right=range(1, len(self.steps) + 1))
         sizes = ", ".join(f"{size:g}" for size in self.sizes)
         lines.append(
             f"slope of log {QUANTITIES[quantity]} against log {self.axis} ({sizes}), with 95 % interval"

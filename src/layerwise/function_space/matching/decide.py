@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from layerwise.common.text_table import aligned
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -45,15 +47,13 @@ class MatchReport:
         }
 
     def __str__(self) -> str:
-        width = max([len("parameter"), *(len(name) for name in self.rows)])
-        lines = [
-            f"matched at step {self.step}",
-            f"{'parameter':<{width}}    measured      target      change          lr",
-        ]
+        rows = [("parameter", "measured", "target", "change", "lr", "")]
         for name, row in self.rows.items():
-            numbers = "".join(f"  {x:>10.4g}" for x in (row.measured, row.target, row.change, row.lr))
-            lines.append(f"{name:<{width}}{numbers}  {row.note}".rstrip())
-        return "\n".join(lines)
+            measured, target, change, lr = (
+                f"{x:.4g}" for x in (row.measured, row.target, row.change, row.lr)
+            )
+            rows.append((name, measured, target, change, lr, row.note))
+        return "\n".join([f"matched at step {self.step}", *aligned(rows, right=range(1, 5))])
 
 
 def noise_floor(measured: Mapping[str, float], relative: float) -> float:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from layerwise.common.files import plain_json
+from layerwise.common.text_table import aligned
 from layerwise.function_space.steps.by_module import ModuleUpdate
 from layerwise.function_space.watching.unit_rates import UnitRate, unit_scalars
 from layerwise.function_space.watching.unusual import Unusual
@@ -98,15 +99,11 @@ class WatchRecord:
     def table(self) -> str:
         """A line a module, in the model's order."""
         keys = list(dict.fromkeys(key for reading in self.modules.values() for key in reading.numbers()))
-        width = max([len("module"), *map(len, self.modules)])
-        lines = [
-            f"step {self.step}",
-            f"{'module':<{width}}" + "".join(f"  {_TITLES[key]:>9}" for key in keys),
-        ]
+        rows = [("module", *(_TITLES[key] for key in keys))]
         for name, reading in self.modules.items():
             numbers = reading.numbers()
-            cells = (f"{numbers[key]:>9.3g}" if key in numbers else " " * 9 for key in keys)
-            lines.append("  ".join([f"{name:<{width}}", *cells]).rstrip())
+            rows.append((name, *(f"{numbers[key]:.3g}" if key in numbers else "" for key in keys)))
+        lines = [f"step {self.step}", *aligned(rows, right=range(1, len(keys) + 1))]
         if self.loss_change is not None:
             lines.append(f"predicted change of the loss: {self.loss_change:.3g}")
         if self.together is not None:
