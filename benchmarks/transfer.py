@@ -35,6 +35,17 @@ HIGHER = [
     "sweep.lr_of.uniform={low: 0.015625, high: 256, count: 15}",
 ]
 
+# The paper's own model and range for the initial scale, 4^-2 to 4^4; unbiased rates, three seeds for intervals.
+PAPER_SCALE = [
+    "sweep.axis=init_scale",
+    "sweep.sizes=[1, 0.0625, 0.25, 4, 16, 64, 256]",
+    "sweep.lr={low: 0.0078125, high: 0.5, count: 7}",
+    "sweep.lr_of.uniform={low: 0.5, high: 32, count: 7}",
+    "sweep.seeds=[0, 1, 2]",
+    "function_space.method=full_cov",
+    "function_space.probes=128",
+]
+
 #: Figure -> sweep -> its title, its config and what is changed in it.
 SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
     "width": {
@@ -52,6 +63,9 @@ SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
         "resmlp_init": ("ResMLP", "resmlp.yaml", [*SCALE, *HIGHER]),
         "post_init": ("PostNorm", "decoder.yaml", [*SCALE, "model.norm=post"]),
         "pre_init": ("PreNorm", "decoder.yaml", [*SCALE, "model.norm=pre"]),
+    },
+    "init_scale_paper": {
+        "pre_post_mod_init": ("PreNormPostMod", "decoder.yaml", [*PAPER_SCALE, "model.norm=pre_post_mod"]),
     },
     "lora": {"lora": ("LoRA on GPT-2", "lora.yaml", [])},
 }

@@ -22,6 +22,7 @@ from layerwise.function_space import (
     WatchRecord,
     check,
     function_space_rates,
+    match_lora,
     record_base,
     watch,
 )
@@ -125,6 +126,7 @@ __all__ = [
     "describe",
     "function_space_rates",
     "group_by_shape",
+    "match_lora",
     "nuclear_norm",
     "optimizers",
     "param_groups",

@@ -109,8 +109,11 @@ def test_kroneckers_error_is_that_of_its_own_mean():
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     x = torch.randn(24, 8)
-    limit = function_space_rates(model, update, x, probes=20000)["0.weight"].value
-    rates = [function_space_rates(model, update, x, probes=32, seed=seed) for seed in range(200)]
+    limit = function_space_rates(model, update, x, method="kronecker", probes=20000)["0.weight"].value
+    rates = [
+        function_space_rates(model, update, x, method="kronecker", probes=32, seed=seed)
+        for seed in range(200)
+    ]
     inside = [low <= limit <= high for low, high in (r.interval("0.weight") for r in rates)]
     assert 0.90 <= sum(inside) / 200 <= 0.99
     assert all(r["0.weight"].estimator == "kronecker" and r["0.bias"].estimator == "full_cov" for r in rates)

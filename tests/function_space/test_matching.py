@@ -63,7 +63,7 @@ def test_realised_rates_equal_the_targets_at_the_matched_step(name, step):
     base = base_of(make, every=3, steps=step + 1)
     model = ResNet(48, 4)
     optimizer = make(model)
-    flerm = FLeRM(model, optimizer, base, {"blocks.*": "split"}, at=step, method="kronecker", seed=7)
+    flerm = FLeRM(model, optimizer, base, {"blocks.*": "split"}, at=step, seed=7)
     for t in range(step + 1):
         optimizer.zero_grad()
         backward(model, t)
@@ -341,7 +341,7 @@ def test_decay_can_stay_constant():
         base = base_of(make, decay=decay)
         model = ResNet(48, 4)
         optimizer = make(model)
-        flerm = FLeRM(model, optimizer, base, {"blocks.*": "split"}, decay=decay, method="kronecker")
+        flerm = FLeRM(model, optimizer, base, {"blocks.*": "split"}, decay=decay)
         for t in range(2):
             optimizer.zero_grad()
             backward(model, t)

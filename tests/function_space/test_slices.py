@@ -155,7 +155,7 @@ def test_examples_that_depend_on_one_another_are_measured_together(case, slices)
 def test_slices_of_padding_alone_are_passed_over():
     model, update = network()
     x = torch.randn(4, 3).double()
-    found = function_space_rates(model, update, x, mask=torch.tensor([0, 1, 1, 0]), slices=4)
+    found = function_space_rates(model, update, x, mask=torch.tensor([0, 1, 1, 0]), probes=32, slices=4)
     assert found.entries == 4
     assert found.probes == 16  # those of the two slices that count
     with pytest.raises(LayerwiseError, match="no output entry"):

@@ -20,14 +20,14 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "muon": lambda m: lw.Muon(lw.param_groups(m), lr=0.01, weight_decay=0.1),
 }
 MEASURED: dict[str, dict[str, Any]] = {
-    "kronecker": {},
-    "full_cov": {"method": "full_cov"},
-    "iid": {"method": "iid"},
+    "kronecker": {"method": "kronecker", "probes": 32},
+    "full_cov": {"method": "full_cov", "probes": 32},
+    "iid": {"method": "iid", "probes": 32},
     "exact": {"method": "exact"},
-    "log_softmax": {"forward": "log_softmax", "probes": 8},
-    "gaussian": {"probe": "gaussian", "probes": 8, "seed": 3},
-    "one slice": {"slices": 1, "probes": 5},
-    "three slices": {"slices": 3, "probes": 9},
+    "log_softmax": {"method": "kronecker", "forward": "log_softmax", "probes": 8},
+    "gaussian": {"method": "kronecker", "probe": "gaussian", "probes": 8, "seed": 3},
+    "one slice": {"method": "kronecker", "slices": 1, "probes": 5},
+    "three slices": {"method": "kronecker", "slices": 3, "probes": 9},
 }
 MATCHED: dict[str, dict[str, Any]] = {
     "base": {"depth": {"blocks.*": "split"}},
@@ -65,8 +65,12 @@ def measured(dtype: str) -> dict[str, Any]:
         for name, options in MEASURED.items()
     }
     mask = tokens(2) > 4
-    found["mask"] = numbers(lw.function_space_rates(model, update, tokens(1), mask=mask, probes=8))
-    found["batches"] = numbers(lw.function_space_rates(model, update, [tokens(1), tokens(2)[:4]], probes=8))
+    found["mask"] = numbers(
+        lw.function_space_rates(model, update, tokens(1), mask=mask, method="kronecker", probes=8)
+    )
+    found["batches"] = numbers(
+        lw.function_space_rates(model, update, [tokens(1), tokens(2)[:4]], method="kronecker", probes=8)
+    )
     return found
 
 

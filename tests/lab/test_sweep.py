@@ -21,10 +21,11 @@ from layerwise.lab.experiments.sweep import run_sweep
 from layerwise.lab.experiments.sweep.analysis import Curve, transfers
 from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
 from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
+from layerwise.lab.experiments.sweep.resampling import best_rates, shift_interval
 from layerwise.lab.experiments.sweep.results import ResultsFile, loss_of, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.sweep_report import analyse, write_report
-from layerwise.lab.experiments.sweep.table import cells, titles
+from layerwise.lab.experiments.sweep.table import cells, details, titles
 from layerwise.lab.experiments.sweep.trial_plan import Point, make_plan
 from layerwise.lab.training.run import train
 
@@ -304,3 +305,25 @@ def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
     assert len(rows) == 4
     assert len(matched) == 2
     assert all("lora_B" in name for rates in matched for name in rates)
+
+
+def test_a_shift_has_the_interval_that_its_seeds_allow() -> None:
+    sure = Curve("flerm", 1, {1: [3, 3.1, 3.2], 2: [1, 1.1, 1.2], 4: [2, 2.1, 2.2]}, 5.0)
+    # Best at 2, at 4, and at 4 for one seed each; on the mean at 4. Of 27 resamples, 7 have seed 0 at least twice.
+    split = Curve("flerm", 2, {1: [9, 9, 9], 2: [1, 2, 2], 4: [2, 1, 1]}, 5.0)
+    assert best_rates(sure) == {2: 27}
+    assert best_rates(split) == {2: 7, 4: 20}
+    assert shift_interval(sure, split, 2.0) == (0, 1)
+    assert shift_interval(split, split, 2.0) == (-1, 1)
+    _, row = transfers([sure, split], {"flerm": 2.0})
+    assert (row.interval, row.grid_steps, row.half_loss) == ((0, 1), 1, 9)
+    assert details(row) == ("0..+1", "9.000")
+
+
+def test_one_seed_or_missing_ones_give_no_interval() -> None:
+    one = Curve("flerm", 1, {1: [3], 2: [1]}, 5.0)
+    missing = Curve("flerm", 2, {1: [3, 2], 2: [1]}, 5.0)
+    assert shift_interval(one, one, 2.0) is None
+    assert shift_interval(missing, missing, 2.0) is None
+    lost = Curve("flerm", 2, {1: [math.inf, 2], 2: [1, math.inf]}, 5.0)
+    assert best_rates(lost) == {1: 1, 2: 1}  # where both seeds are drawn, no rate has finite losses

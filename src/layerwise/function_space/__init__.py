@@ -8,6 +8,7 @@ from layerwise.function_space.matching.decide import Matched, MatchReport
 from layerwise.function_space.matching.depth_map import infer_depth
 from layerwise.function_space.matching.fingerprint import Fingerprint
 from layerwise.function_space.matching.flerm import FLeRM
+from layerwise.function_space.matching.lora import LoraMatch, match_lora
 from layerwise.function_space.measure import function_space_rates
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.rates import Rate, Rates
@@ -23,6 +24,7 @@ __all__ = [
     "Fingerprint",
     "FunctionSpaceRecorder",
     "JsonLines",
+    "LoraMatch",
     "MatchReport",
     "Matched",
     "Measurement",
@@ -40,6 +42,7 @@ __all__ = [
     "check",
     "function_space_rates",
     "infer_depth",
+    "match_lora",
     "record_base",
     "watch",
 ]

@@ -25,8 +25,8 @@ def function_space_rates(
     update: Mapping[str, Tensor],
     inputs: Any,
     forward: Forward | str | None = None,
-    method: str = "kronecker",
-    probes: int = 32,
+    method: str = "full_cov",
+    probes: int = 64,
     seed: int = 0,
     *,
     mask: Tensor | None = None,
@@ -43,7 +43,7 @@ def function_space_rates(
         update: parameter name -> dW, in the parameter's shape. Frozen parameters are left out of the result.
         inputs: a tensor, a tuple (positional arguments), a dict (keywords), or a list of such batches.
         forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; `"log_softmax"` by name.
-        method: `"kronecker"`, `"full_cov"`, `"iid"`, or `"exact"`.
+        method: `"full_cov"`, `"kronecker"`, `"iid"`, `"exact"` or `"difference"`: see `Measurement`.
         probes: number of random probes, each one backward pass.
         seed: of the probes.
         mask: which outputs count, of the shape that the outputs' shape begins with (such as `[batch, positions]`).

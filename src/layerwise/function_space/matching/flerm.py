@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from layerwise.function_space.matching.decide import (
     rounding_noise,
 )
 from layerwise.function_space.matching.depth_map import DepthMap, infer_depth, sources
+from layerwise.function_space.matching.fixed import fixed_parameters
 from layerwise.function_space.matching.named_rates import NamedRates
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import NAMED, Forward
@@ -31,7 +31,6 @@ from layerwise.function_space.steps.decay import Decay, check_decay
 from layerwise.function_space.steps.optimizer_facts import (
     class_name,
     group_of,
-    learning_rates,
     optimized,
     require_linear,
     settings_by_name,
@@ -69,7 +68,7 @@ class FLeRM(StepWatcher):
         near_zero: a rate below this part of all rates' root sum of squares counts as rounding noise, and its parameter
             keeps its learning rate. Default: `decide.rounding_noise` of the coarsest dtype at work.
         forward: see `Measurement`; default what the base was recorded with.
-        method: see `Measurement`; default what the base was recorded with.
+        method: see `Measurement`; default what the base was recorded with, `"full_cov"` in uniform mode.
         probes: see `Measurement`.
         seed: see `Measurement`; step n's probes are seeded `seed + n`.
         options: the other fields of `Measurement`.
@@ -107,7 +106,7 @@ class FLeRM(StepWatcher):
         near_zero: float | None = None,
         forward: Forward | str | None = None,
         method: str | None = None,
-        probes: int = 32,
+        probes: int = 64,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -121,13 +120,13 @@ class FLeRM(StepWatcher):
             forward = forward or NAMED.get(self.base.fingerprint.space)
         if options.get("together") is not None:
             raise LayerwiseError("FLeRM matches each parameter: leave together= out")
-        measurement = Measurement(forward, method or "kronecker", probes, seed, **{"linear": None, **options})
+        measurement = Measurement(forward, method or "full_cov", probes, seed, **{"linear": None, **options})
         super().__init__(model, optimizer, measurement, decay)
         self.parameters = optimized(self.model, self.optimizer)
         check_decay(self.optimizer, self.parameters, decay)
         self.at, self.every, self.lr = at, every, lr
         self.max_change, self.near_zero = max_change, near_zero
-        self.fixed = _fixed(self.parameters, fixed)
+        self.fixed = fixed_parameters(self.parameters, fixed)
         base_names = None if self.base is None else self.base.names
         inferred = {} if base_names is None else infer_depth(self.model)
         self.depth = dict(inferred if depth is None else depth)
@@ -157,8 +156,7 @@ class FLeRM(StepWatcher):
 
     def learning_rates(self) -> dict[str, float]:
         """Each parameter's learning rate in the next step: its group's, times its multiplier."""
-        rates = learning_rates(self.optimizer, self.parameters)
-        return {name: lr * self.named.multipliers[name] for name, lr in rates.items()}
+        return self.named.learning_rates()
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the optimizer's state: the multipliers and the count of steps."""
@@ -268,16 +266,6 @@ class FLeRM(StepWatcher):
 
     def _rounding_noise(self, rates: Rates) -> float:
         return rounding_noise({p.dtype for p in self.parameters.values()} | {getattr(torch, rates.dtype)})
-
-
-def _fixed(parameters: Mapping[str, Tensor], patterns: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for pattern in patterns:
-        names = fnmatch.filter(parameters, pattern)
-        if not names:
-            raise LayerwiseError(f"fixed pattern {pattern!r} fits no parameter")
-        found |= dict.fromkeys(names, "fixed")
-    return found
 
 
 def _check_options(at: int, every: int | None, max_change: float | None) -> None:

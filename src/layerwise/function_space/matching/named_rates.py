@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.steps.decay import Decay, kept_constant
-from layerwise.function_space.steps.optimizer_facts import Group
+from layerwise.function_space.steps.optimizer_facts import Group, learning_rates
 
 #: Optimizers whose rates are set by name: two that do so would multiply each other's split groups, more each step.
 _TAKEN: WeakSet[Optimizer] = WeakSet()
@@ -41,6 +41,7 @@ class NamedRates:
             )
         _TAKEN.add(optimizer)
         self.optimizer = optimizer
+        self.parameters = parameters
         self.ids = {id(p): name for name, p in parameters.items()}
         self.multipliers = dict.fromkeys(parameters, 1.0)
         self.decay = decay
@@ -50,6 +51,11 @@ class NamedRates:
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self.restore),
         ]
+
+    def learning_rates(self) -> dict[str, float]:
+        """Each parameter's learning rate in the next step: its group's, times its multiplier."""
+        rates = learning_rates(self.optimizer, self.parameters)
+        return {name: lr * self.multipliers[name] for name, lr in rates.items()}
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on."""

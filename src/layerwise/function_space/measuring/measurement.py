@@ -47,9 +47,9 @@ class Measurement:
     Attributes:
         forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; or `"log_softmax"`; default the
             model's output, a tensor or `.logits`.
-        method: `"kronecker"`, `"full_cov"` or `"iid"`, which estimate by probes; `"exact"` (one forward-mode pass per
-            tensor); or `"difference"`, not to first order: the outputs with the whole update less those without (one
-            forward per tensor).
+        method: `"full_cov"` (unbiased), `"kronecker"` or `"iid"`, which estimate by probes; `"exact"` (one forward-mode
+            pass per tensor); or `"difference"`, not to first order: the outputs with the whole update less those without
+            (one forward per tensor).
         probes: how many, over all batches together.
         seed: of the probes; they come from a generator of our own.
         probe: their distribution, `"rademacher"` (signs) or `"gaussian"`.
@@ -58,8 +58,8 @@ class Measurement:
         memory: bytes that gradients of probes taken together may use.
         processes: which processes hold parts of one global batch and measure together: `"auto"`, all of
             torch.distributed where it is initialised; a process group; or `None`: this process by itself.
-        slices: how many slices of whole examples to cut a batch into; each probe differentiates one of them, so that 32
-            probes on 8 slices cost four backwards of the batch. The estimators' means stay the same. `"auto"`: four
+        slices: how many slices of whole examples to cut a batch into; each probe differentiates one of them, so that 64
+            probes on 16 slices cost four backwards of the batch. The estimators' means stay the same. `"auto"`: four
             probes a slice where examples do not depend on one another, one slice where they do.
         linear: of `"difference"`, the method that measures the first order beside it, or `None`: nothing does.
         together: of `"exact"` and `"difference"`, a function that gives each parameter's name the name of those whose
@@ -70,8 +70,8 @@ class Measurement:
     """
 
     forward: Forward | str | None = None
-    method: str = "kronecker"
-    probes: int = 32
+    method: str = "full_cov"
+    probes: int = 64
     seed: int = 0
     probe: Distribution = "rademacher"
     batch_norm: BatchNormMode = "running"

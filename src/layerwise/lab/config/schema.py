@@ -266,9 +266,9 @@ class FunctionSpaceConfig(Section):
     """steps between lines of function_space.jsonl, from the first one on; 0: none"""
     space: Literal["output", "log_softmax"] = "output"
     """the outputs: the model's own (logits), or their log-softmax"""
-    method: Literal["kronecker", "full_cov", "iid", "exact", "difference"] = "kronecker"
+    method: Literal["kronecker", "full_cov", "iid", "exact", "difference"] = "full_cov"
     """estimator of the rates"""
-    probes: int = Field(default=32, ge=1)
+    probes: int = Field(default=64, ge=1)
     """random probes, over all batches together"""
     batches: int = Field(default=4, ge=1)
     """batches to measure on: training batches from after the last step"""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from layerwise.lab.experiments.sweep.resampling import shift_interval
 from layerwise.lab.experiments.sweep.results import loss_of
 from layerwise.lab.experiments.sweep.sweep_config import Method, SweepConfig
 from layerwise.lab.experiments.sweep.trial_plan import Plan
@@ -68,9 +69,10 @@ class Curve(LossesByRate):
 class Transfer:
     """One row of the table. Losses are in nats; `None` is unknown: every rate diverged, or the grid ends before.
 
-    shift: best rate here over the base's best. grid_steps: the same in steps of the grid. edge: the best rate (here or
-    at the base) is an end of its grid, so that the shift is only a bound. own_loss, spread: at the best rate here.
-    carried_loss: at the base's best rate. to_failure: the lowest rate that fails here over the base's best;
+    shift: best rate here over the base's best. grid_steps: the same in steps of the grid. interval: 95 % of the latter
+    where seeds are resampled (`shift_interval`). edge: the best rate (here or at the base) is an end of its grid, so that
+    the shift is only a bound. own_loss, spread: at the best rate here. carried_loss: at the base's best rate. half_loss:
+    at half of it, where that is on the grid. to_failure: the lowest rate that fails here over the base's best;
     `open_ended`: no rate on the grid fails, and it is a lower bound. safety: by how much to divide the base's best rate
     to stay a factor of 4 below the failing one.
     """
@@ -80,10 +82,12 @@ class Transfer:
     best: float | None
     shift: float | None
     grid_steps: float | None
+    interval: tuple[float, float] | None
     edge: bool
     own_loss: float | None
     spread: float | None
     carried_loss: float | None
+    half_loss: float | None
     to_failure: float | None
     open_ended: bool
     safety: float | None
@@ -132,15 +136,20 @@ def _transfer(base: Curve, curve: Curve, step: float) -> Transfer:
         best=best,
         shift=shift,
         grid_steps=math.log(shift) / math.log(step) if shift else None,
+        interval=None if curve is base else shift_interval(base, curve, step),
         edge=base.at_edge or curve.at_edge,
         own_loss=curve.mean(best) if best else None,
         spread=curve.spread(best) if best else None,
-        carried_loss=_finite(curve.mean(start)) if start is not None and start in curve.losses else None,
+        carried_loss=_loss_at(curve, start),
+        half_loss=_loss_at(curve, start / 2 if start else None),
         to_failure=to_failure,
         open_ended=failing is None,
         safety=max(1.0, MARGIN / to_failure) if known and to_failure else None,
     )
 
 
-def _finite(value: float) -> float | None:
+def _loss_at(curve: Curve, lr: float | None) -> float | None:
+    """Mean loss at a rate, which may differ from the grid's by rounding; None off the grid and where it diverged."""
+    near = [rate for rate in curve.losses if lr is not None and math.isclose(rate, lr, rel_tol=1e-3)]
+    value = curve.mean(near[0]) if near else math.inf
     return value if math.isfinite(value) else None

@@ -1,0 +1,233 @@
+"""LoRA in one call: learning rates for the adapters of a peft model that were tuned at another rank or alpha."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from layerwise.errors import LayerwiseError, warn
+from layerwise.function_space.matching.decide import Matched, MatchReport, decide, rounding_noise
+from layerwise.function_space.matching.fixed import fixed_parameters
+from layerwise.function_space.matching.named_rates import NamedRates
+from layerwise.function_space.matching.trial_adapters import TRIAL, as_found, renamed, trial_adapter, twin
+from layerwise.function_space.measuring.measurement import Measurement
+from layerwise.function_space.measuring.outputs import Forward
+from layerwise.function_space.measuring.process_group import processes_of
+from layerwise.function_space.measuring.runners import unwrap
+from layerwise.function_space.steps.optimizer_facts import (
+    group_of,
+    optimized,
+    require_linear,
+    unscheduled_rate,
+    unwrap_optimizer,
+)
+from layerwise.function_space.steps.watched_step import watch
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class LoraMatch:
+    """Matched rates of adapters, which apply whenever the optimizer steps.
+
+    Attributes:
+        report: what was measured and decided for each parameter.
+        named: the multipliers, by parameter name.
+    """
+
+    def __init__(self, report: MatchReport, named: NamedRates) -> None:
+        self.report, self.named = report, named
+        self.load_state_dict({"multipliers": {name: row.change for name, row in report.rows.items()}})
+
+    def learning_rates(self) -> dict[str, float]:
+        """Each parameter's learning rate in the next step: its group's, times its multiplier."""
+        return self.named.learning_rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The multipliers, for a resumed run to take instead of matching again."""
+        return {"multipliers": dict(self.named.multipliers)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take multipliers by parameter name; those not named keep theirs."""
+        self.named.multipliers |= state["multipliers"]
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was."""
+        self.named.detach()
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def match_lora(
+    model: nn.Module,
+    optimizer: Any,
+    batches: Sequence[Any],
+    base_rank: int,
+    base_alpha: float | None = None,
+    *,
+    at: int = 4,
+    loss: Loss | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    fixed: Sequence[str] = (),
+    max_change: float | None = None,
+    forward: Forward | str | None = None,
+    method: str = "full_cov",
+    probes: int = 64,
+    **options: Any,
+) -> LoraMatch:
+    """Rates for a model's LoRA adapters at which they move its outputs as adapters of another rank and alpha do.
+
+    Call it once, before training. Fresh adapters of `base_rank` and fresh ones like the model's own each take `at` steps
+    on `batches`, at the optimizer's rates; then one more step is measured, on the batches left. From then on every
+    parameter of the adapters has its rate times `base / own`. Training adapters, the optimizer's state, random numbers
+    and gradients are as before; the frozen weights are shared and never written.
+
+    Args:
+        model: of peft, with one active LoRA adapter.
+        optimizer: over its parameters, with the rates that were tuned at `base_rank`.
+        batches: at least `at + 2` dicts of keyword arguments with labels (else give `loss` and `forward`).
+        base_rank: the rank that the rates were tuned at.
+        base_alpha: the alpha that they were tuned at; default the model's own.
+        at: the step that is matched, from 0 on. Not 0: B is 0 then, and A without effect.
+        loss: `loss(model, batch)`. Default: the model's own.
+        seeds: of the fresh adapters that rates are averaged over.
+        fixed: name patterns of parameters that keep their rates, such as `("*lora_A*",)`.
+        max_change: largest factor, up or down.
+        forward: see `Measurement`.
+        method: see `Measurement`.
+        probes: see `Measurement`.
+        options: the other fields of `Measurement`.
+
+    Raises:
+        LayerwiseError: for what is no such model, too few batches, or an optimizer not proportional to lr.
+
+    Examples:
+        >>> import layerwise as lw
+        >>> match = lw.match_lora(model, optimizer, batches, base_rank=8)  # doctest: +SKIP
+        >>> print(match)  # doctest: +SKIP
+    """
+    model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
+    adapter, config = _adapter_of(model)
+    _check(optimizer, batches, base_rank, at, seeds)
+    parameters = optimized(model, optimizer)
+    trials = _Trials(
+        model, optimizer, adapter, list(batches), at, loss or _own_loss, list(seeds),
+        Measurement(forward, method, probes, **{"linear": None, **options}),
+    )  # fmt: skip
+    base_config = copy.deepcopy(config)
+    base_config.r, base_config.lora_alpha = base_rank, config.lora_alpha if base_alpha is None else base_alpha
+    with as_found(model, adapter):
+        targets, measured = trials.rates(base_config), trials.rates(copy.deepcopy(config))
+    kept = {name: "kept: no part of the adapter" for name in parameters if name not in measured}
+    negligible = {**kept, **fixed_parameters(parameters, fixed)}
+    measured, targets = ({**dict.fromkeys(kept, 0.0), **rates} for rates in (measured, targets))
+    noise = rounding_noise({p.dtype for p in parameters.values()})
+    decided = decide(measured, targets, negligible, noise, max_change)
+    groups = group_of(optimizer, parameters)
+    rows = {
+        name: Matched(measured[name], targets[name], change, unscheduled_rate(groups[name]) * change, note)
+        for name, (change, note) in decided.items()
+    }
+    return _matched(MatchReport(at, rows), NamedRates(optimizer, parameters))
+
+
+def _matched(report: MatchReport, named: NamedRates) -> LoraMatch:
+    kept = [name for name, note in report.left_alone.items() if note != "fixed"]
+    if kept:
+        warn(f"match_lora left {len(kept)} learning rates as they were ({', '.join(kept[:4])}): see report")
+    return LoraMatch(report, named)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Steps of fresh adapters in the place of the model's own."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    adapter: str
+    batches: list[Any]
+    at: int
+    loss: Loss
+    seeds: list[int]
+    measurement: Measurement
+
+    def rates(self, config: Any) -> dict[str, float]:
+        """Rates of step `at` of adapters with a config, by the names of the model's own, averaged over seeds."""
+        found = [self._one(config, seed) for seed in self.seeds]
+        return {name: fmean(one[name] for one in found) for name in found[0]}
+
+    def _one(self, config: Any, seed: int) -> dict[str, float]:
+        with trial_adapter(self.model, config, seed):
+            optimizer = twin(self.optimizer, self.model, self.adapter)
+            for batch in self.batches[: self.at]:
+                self._backward(optimizer, batch)
+                optimizer.step()
+            self._backward(optimizer, self.batches[self.at])
+            with watch(self.model, optimizer, None) as step:
+                optimizer.step()
+            inputs = self.batches[self.at + 1 :]
+            rates = step.rates(self.measurement, inputs, seed=self.measurement.seed + seed)
+            step.release()
+        return {renamed(name, TRIAL, self.adapter): rate.value for name, rate in rates.items()}
+
+    def _backward(self, optimizer: Optimizer, batch: Any) -> None:
+        optimizer.zero_grad()
+        self.loss(self.model, batch).backward()
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    loss = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
+    if not isinstance(loss, Tensor):
+        raise LayerwiseError("the model gives no loss for these batches: put labels into them, or pass loss=")
+    return loss
+
+
+def _adapter_of(model: nn.Module) -> tuple[str, Any]:
+    configs, active = getattr(model, "peft_config", None), getattr(model, "active_adapter", None)
+    if not isinstance(configs, Mapping) or not isinstance(active, str) or active not in configs:
+        raise LayerwiseError(
+            f"model is {type(model).__name__}: match_lora needs a model of peft with one active adapter, as "
+            "get_peft_model makes it"
+        )
+    config = configs[active]
+    if not hasattr(config, "r") or not hasattr(config, "lora_alpha"):
+        raise LayerwiseError(
+            f"the active adapter {active!r} is a {type(config).__name__}: match_lora needs LoRA"
+        )
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if getattr(config, key, None)]
+    if patterns:
+        raise LayerwiseError(
+            f"the adapter's {patterns[0]} gives modules ranks of their own: use FLeRM with a base file"
+        )
+    if config.init_lora_weights not in (True, "gaussian", "orthogonal"):
+        raise LayerwiseError(
+            f"init_lora_weights={config.init_lora_weights!r} writes into the frozen weights: use True or 'gaussian', or "
+            "FLeRM with a base file"
+        )
+    return active, config
+
+
+def _check(
+    optimizer: Optimizer, batches: Sequence[Any], base_rank: int, at: int, seeds: Sequence[int]
+) -> None:
+    require_linear(optimizer)
+    if base_rank < 1:
+        raise LayerwiseError(f"base_rank is {base_rank}: use 1 or more")
+    if at < 1:
+        raise LayerwiseError(f"at is {at}: use 1 or more (in step 0 B is 0, and A moves nothing)")
+    if len(batches) < at + 2:
+        raise LayerwiseError(
+            f"{len(batches)} batches: give at least {at + 2}, for {at + 1} steps and to measure on"
+        )
+    if not seeds:
+        raise LayerwiseError("seeds is empty: give at least one")
+    if processes_of("auto").count > 1:
+        raise LayerwiseError(
+            "match_lora runs on one process: call it there, and load its state_dict() into the others' optimizers"
+        )
