@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layerwise.common.checked import checked
+from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.matching.decide import Matched, MatchReport, decide, rounding_noise
 from layerwise.function_space.matching.fixed import fixed_parameters
@@ -19,7 +21,6 @@ from layerwise.function_space.matching.trial_adapters import TRIAL, as_found, re
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import processes_of
-from layerwise.function_space.measuring.runners import unwrap
 from layerwise.function_space.steps.optimizer_facts import (
     group_of,
     optimized,
@@ -64,6 +65,7 @@ class LoraMatch:
         return str(self.report)
 
 
+@checked
 def match_lora(
     model: nn.Module,
     optimizer: Any,
