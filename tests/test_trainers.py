@@ -16,7 +16,7 @@ import lightning
 import pytest
 import torch
 from accelerate import Accelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from torch.testing import assert_close
@@ -238,6 +238,70 @@ def test_lightning_equals_a_loop_of_ones_own(tmp_path, preset):
     with pytest.raises(Killed):
         fit(7)
     assert_same(fit(None).network, own_regression(preset))
+
+
+class Unfreezing(BaseFinetuning):
+    """The first layer and its gain join in the second epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.network[:2])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.network[:2], optimizer, lr=0.01)
+        elif epoch > 1:  # a resume has frozen them again; their groups come from the checkpoint
+            self.make_trainable(pl_module.network[:2])
+
+
+class Growing(lightning.LightningModule):
+    def __init__(self, killed_in: int | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Embedding(9, 6), nn.LayerNorm(6), nn.Linear(6, 6, bias=False), nn.Linear(6, 9)
+        self.network, self.killed_in = nn.Sequential(*layers).double(), killed_in
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return nn.functional.cross_entropy(
+            self.network(batch[0]).flatten(0, 1), batch[0].roll(1, 1).flatten()
+        )
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.global_step + 1 == self.killed_in:
+            raise Killed
+
+    def configure_optimizers(self) -> Any:
+        return lw.Lanton(lw.param_groups(self), **OPTIONS)
+
+
+def test_what_lightning_unfreezes_has_its_roles_and_resumes(tmp_path):
+    data = TensorDataset(torch.randint(0, 9, (16, 5), generator=torch.Generator().manual_seed(0)))
+
+    def fit(killed_in: int | None, resume: bool) -> tuple[Growing, Any]:
+        trainer = lightning.Trainer(
+            max_epochs=3, accelerator="cpu", precision="64-true", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[Unfreezing(), ModelCheckpoint(tmp_path, save_last=True)],
+        )  # fmt: skip
+        module = Growing(killed_in)
+        # lightning's callback saves the groups as they are, our objects in them: torch.load has to be allowed them
+        path = "last" if resume else None
+        trainer.fit(module, DataLoader(data, batch_size=8), ckpt_path=path, weights_only=False)
+        return module, trainer.optimizers[0]
+
+    whole, optimizer = fit(None, resume=False)
+    roles = {name: group["role"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert roles == {
+        "network.0.weight": "embedding",
+        "network.1.weight": "vector",
+        "network.1.bias": "vector",
+        "network.2.weight": "hidden",
+        "network.3.weight": "head",
+        "network.3.bias": "vector",
+    }
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(Killed):
+        fit(6, resume=False)  # in the third epoch: the checkpoint is of the second
+    assert_same(fit(None, resume=True)[0].network, whole.network)
 
 
 def test_lightning_logs_what_a_watch_sees():

@@ -56,7 +56,8 @@ def test_groups_hold_every_parameter_once_with_what_they_share():
         ("vector", VectorLayout(), VectorRMS()),
         ("hidden", MatrixLayout(), Spectral()),
     ]
-    assert all(set(group) - {"weight_decay"} == {"params", "role", "layout", "geometry"} for group in groups)
+    kept = {"params", "role", "layout", "geometry", "origin"}
+    assert all(set(group) - {"weight_decay"} == kept for group in groups)
 
 
 def test_groups_make_a_torch_optimizer():

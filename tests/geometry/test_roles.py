@@ -461,6 +461,27 @@ def test_unknown_fused_projection_stays_whole_and_says_so():
     assert "declare its split" in row.note
 
 
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(8, 2, 64), (6, 1, 48), (4, 2, 16)])
+def test_a_known_class_with_fewer_heads_for_keys_is_split_by_its_own_numbers_and_says_so(
+    heads, key_heads, width
+):
+    class CausalSelfAttention(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.n_head, self.n_kv_head = heads, key_heads
+            self.c_attn = nn.Linear(width, rows, bias=False)
+
+    size = width // heads
+    fits = CausalSelfAttention((heads + 2 * key_heads) * size)
+    row = rows(Net(attn=fits, out=nn.Linear(8, 2)))["attn.c_attn.weight"]
+    assert row.layout.split.rows(row.shape[0]) == (width, key_heads * size, key_heads * size)
+    assert "declare its split" in row.note
+    other = CausalSelfAttention((heads + 2 * key_heads) * size + 1)  # its numbers say nothing of this one
+    row = rows(Net(attn=other, out=nn.Linear(8, 2)))["attn.c_attn.weight"]
+    assert len(row.units) == 1
+    assert "declare its split" in row.note
+
+
 def test_weight_norm_and_spectral_norm_are_seen_through():
     model = Net(
         conv=nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),

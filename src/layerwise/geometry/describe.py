@@ -11,9 +11,10 @@ from typing import Any
 
 from layerwise.common.checked import checked
 from layerwise.common.text_table import text_table
+from layerwise.geometry.declared import Overrides, SplitSpec
 from layerwise.geometry.forward import Forward
 from layerwise.geometry.found import ROLES, How
-from layerwise.geometry.groups import Model, Overrides, SplitSpec, assign, frozen_names
+from layerwise.geometry.groups import Model, assign, frozen_names
 from layerwise.geometry.layout import Layout
 from layerwise.geometry.norms import Geometry
 
@@ -134,8 +135,8 @@ def describe(
         170 entries in 5 parameters: 1 embedding, 1 head, 1 hidden, 2 vector
     """
     rows, entries = [], 0
-    everything, said = assign(model, batch, overrides, splits, forward)
-    for assigned in everything:
+    everything = assign(model, batch, overrides, splits, forward)
+    for assigned in everything.parameters:
         found = assigned.found
         shape = tuple(found.parameter.shape)
         entries += found.parameter.numel()
@@ -153,7 +154,7 @@ def describe(
                 how=found.how,
             )
         )
-    return Description(tuple(rows), entries, tuple(frozen_names(model)), said)
+    return Description(tuple(rows), entries, tuple(frozen_names(model)), everything.said)
 
 
 def _alike(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:

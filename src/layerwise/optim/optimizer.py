@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,6 +15,7 @@ from layerwise.optim.groups.complete import (
     Recipe,
     as_groups,
     check_parameters,
+    check_rules,
     complete,
     for_torch,
     with_layouts,
@@ -25,12 +25,14 @@ from layerwise.optim.groups.overview import scaled_twice, table
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.layer_rates import LayerRate, layer_rates
 from layerwise.optim.rules.halves import Halves
+from layerwise.optim.rules.rule import needs_replicas
 from layerwise.optim.state import state_dict as saving
+from layerwise.optim.state.following import Following
 from layerwise.optim.state.partial import LoadedState, take_what_fits
-from layerwise.optim.state.replaced import replace_state, warn_of_fresh_state
+from layerwise.optim.state.replaced import warn_of_fresh_state
 from layerwise.optim.updates import Update
+from layerwise.optim.work.default import default_work
 from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
-from layerwise.optim.work.local import LocalWork
 
 if TYPE_CHECKING:  # it is slow to import
     from layerwise.optim.rules.replicas import Replicas
@@ -95,60 +97,65 @@ class LayerwiseOptimizer(Optimizer):
         self._halves_agree = False  # until the processes were asked
         self._replicas: Replicas | None = None
         self._work = work
+        self._following = Following()
         super().__init__(as_groups(params), DEFAULTS | defaults)
-        self._check_rules()
+        check_rules(self.param_groups)
 
     # ------------------------------------------------------------------------------------------ groups and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of :func:`layerwise.param_groups`, or any group of parameters (then split by shape)."""
+        """Add a group of :func:`layerwise.param_groups`, or any group of parameters.
+
+        Plain parameters of a model whose groups are here get the roles that they have in it, others are split by shape.
+        """
         known = [param for group in self.param_groups for param in group["params"]]
         names = {name for group in self.param_groups for name in group["param_names"]}
-        ready = []
-        for given in with_layouts(param_group, len(known)):  # all are checked before any is added
-            group = complete(given, self.recipe, self.defaults)
-            check_parameters(group["params"], known, names)
-            ready.append((group, [_allocate(group, name, param) for name, param in group["params"]]))
+        origin, ready = param_group.get("origin"), []
+        for part in self._following.by_role(param_group):
+            for given in with_layouts(part, len(known)):  # all are checked before any is added
+                group = complete(given, self.recipe, self.defaults)
+                check_parameters(group["params"], known, names)
+                ready.append((group, [_allocate(group, name, param) for name, param in group["params"]]))
+                origin = origin or part.get("origin")
         for group, states in ready:
             params = [param for _, param in group["params"]]
-            super().add_param_group(for_torch(group))
+            super().add_param_group(for_torch(group, self.param_groups))
             self.state.update(zip(params, states, strict=True))
-        self._note_holders()
+        self._following.note(self.param_groups, origin)
+
+    def add_trainable(self, model: nn.Module, batch: Any = None) -> list[str]:
+        """Take over what has changed in a model: parameters that are trained since, that were replaced, or that are gone.
+
+        New ones get the roles that the model gives them. They join the group that they belong to, with its rate as it
+        is, and get one of their own where there is none; overrides and splits are those that the groups were made with.
+        Replaced ones keep the state that fits them. Schedules know the groups that were there when they were made.
+
+        Args:
+            model: the model, wrapped or not.
+            batch: as for :func:`layerwise.param_groups`.
+
+        Returns:
+            The names of the parameters that are new here.
+
+        Examples:
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+            >>> _ = model[0].requires_grad_(False)
+            >>> optimizer = lw.Lanton(lw.param_groups(model))
+            >>> _ = model[0].requires_grad_(True)
+            >>> optimizer.add_trainable(model)
+            ['0.weight', '0.bias']
+        """
+        joined, groups = self._following.take_over(self.param_groups, model, batch)
+        self._follow_parameters()
+        added = [name for group in groups for name, _ in group["params"]]
+        for group in groups:
+            self.add_param_group(group)
+        check_rules(self.param_groups)
+        return joined + added
 
     def _follow_parameters(self) -> None:
-        """Give state to tensors that were put in a parameter's place after this optimizer was made: its old one if it fits.
-
-        accelerate does that for FSDP2: it shards the model and hands the sharded parameters to the optimizer.
-        """
-        live = {param for group in self.param_groups for param in group["params"]}
-        if live != self.state.keys():
-            warn_of_fresh_state(self._replace_state())
-
-    def _replace_state(self) -> list[str]:
-        """The names of the parameters whose state could not be carried over."""
-        lost = replace_state(self.param_groups, self.state, self._holders)
-        self._note_holders()
-        return lost
-
-    def _note_holders(self) -> None:
-        """Which tensor each name stands for, to know it again once it is replaced."""
-        self._holders = {
-            name: param
-            for group in self.param_groups
-            for name, param in zip(group["param_names"], group["params"], strict=True)
-        }
-
-    def _check_rules(self) -> None:
-        units = [
-            (unit, group["update"].rule(group))
-            for group in self.param_groups
-            for name, param in zip(group["param_names"], group["params"], strict=True)
-            for unit in group["update"].unit_names(group, name, param)
-        ]
-        for group in self.param_groups:
-            if (rule := group["update"].rule(group)) is not None:
-                ruled = [unit for unit, other in units if other == rule]
-                rule.check(ruled, [unit for unit, other in units if other != rule])
+        """Give state to tensors that were put in a parameter's place since."""
+        warn_of_fresh_state(self._following.sync(self.param_groups, self.state))
 
     # -------------------------------------------------------------------------------------------------- the step
 
@@ -167,6 +174,9 @@ class LayerwiseOptimizer(Optimizer):
         if not self._told_of_scales and any("lr_scale" in group for group in self.param_groups):
             self._told_of_scales = scaled_twice(self.param_groups)
         jobs = self._jobs()
+        if self._following.put_in_place(self.param_groups, jobs):
+            self._follow_parameters()
+            jobs = self._jobs()
         moving = [job for job in jobs if job.moves]
         finite = self.guard.check(
             [job.name for job in moving], [job.grad for job in moving], self.work.anywhere
@@ -293,7 +303,7 @@ class LayerwiseOptimizer(Optimizer):
     def work(self) -> MatrixWork:
         """Where the work on whole matrices happens; set it to choose otherwise."""
         if self._work is None:
-            self._work = _default_work()
+            self._work = default_work()
         return self._work
 
     @work.setter
@@ -335,7 +345,8 @@ class LayerwiseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._note_holders()
+        self._following = Following()
+        self._following.note(self.param_groups)
         self.defaults.pop("differentiable", None)  # torch adds it here, and groups added later would take it
 
     def state_dict(self) -> dict[str, Any]:
@@ -363,7 +374,7 @@ class LayerwiseOptimizer(Optimizer):
             LayerwiseError: where it was made for other parameters or by another optimizer
                 (``layerwise.optim.state.state_dict.KEPT`` are the options that have to be the same).
         """
-        self._replace_state()  # what it lost comes now
+        self._following.sync(self.param_groups, self.state)  # what was lost comes now
         saving.check_kind(state_dict)
         if strict:
             loaded, found = saving.load(self, state_dict, super().load_state_dict), LoadedState([], [])
@@ -383,18 +394,3 @@ class LayerwiseOptimizer(Optimizer):
 def _allocate(group: Group, name: str, param: Tensor) -> State:
     state: State = group["update"].allocate(group, name, param)
     return state
-
-
-def needs_replicas(group: Group) -> bool:
-    """Whether the noise of a group is measured between data-parallel replicas."""
-    rule = group["update"].rule(group)
-    return rule is not None and rule.needs_replicas
-
-
-def _default_work() -> MatrixWork:
-    """Over all processes where torch.distributed is initialised with more than one, else on this one."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        from layerwise.optim.work.distributed import DistributedWork
-
-        return DistributedWork()
-    return LocalWork()

@@ -26,6 +26,19 @@ def _whole_parts(owner: Any) -> Split | None:
     return None if own_sizes or _has_fewer_key_heads(owner) else QKV
 
 
+def grouped_split(owner: nn.Module, attribute: str, d_out: int) -> Split | None:
+    """q, k, v one after the other by a class's own heads: where a class known for equal thirds has fewer for keys.
+
+    Its numbers fill the projection, but they do not say that it keeps the order of its namesake.
+    """
+    known = any(_RULES.get((attribute, base.__name__)) is _whole_parts for base in type(owner).__mro__)
+    heads, key_heads = _number(owner, _HEADS), _number(owner, _KEY_HEADS)
+    if not known or not heads or not key_heads or heads % key_heads or heads == key_heads:
+        return None
+    split = Split.of_sizes({"q": heads, "k": key_heads, "v": key_heads})
+    return split if split.divides(d_out) else None
+
+
 def _gate_up(owner: Any) -> Split:
     """``[all gate | all up]``."""
     return GATE_UP

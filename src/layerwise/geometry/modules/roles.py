@@ -30,7 +30,7 @@ from layerwise.geometry.layout import (
 )
 from layerwise.geometry.module_kinds import holds_lora, is_hf_conv1d, is_linear, is_norm, is_torch_norm
 from layerwise.geometry.modules.experts import expert_layout, holds_experts
-from layerwise.geometry.modules.fused import fused_note, known_split, recurrent_split
+from layerwise.geometry.modules.fused import fused_note, grouped_split, known_split, recurrent_split
 from layerwise.geometry.modules.heads import Heads, declared_head, output_heads
 
 _ENTRY_BY_ENTRY = ("A_log",)  # the decay rates of Mamba's states: a table of numbers, multiplied with nothing
@@ -232,4 +232,10 @@ def _projection_split(place: _Place, d_out: int) -> tuple[Split | None, str]:
     split = known_split(parent, attribute, d_out)
     if split is not None:
         return split, ""
+    split = grouped_split(parent, attribute, d_out)
+    if split is not None:
+        return (
+            split,
+            f"assumed {split}, as {type(parent).__name__} has fewer heads for keys; if not, declare its split",
+        )
     return None, fused_note(parent, attribute, d_out)

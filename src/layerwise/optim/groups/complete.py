@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from layerwise.optim.work.job import Group
 
 #: Options by role; "default" is for every role that is not named.
 Recipe = Mapping[str, Mapping[str, Any]]
+_NO_OPTIONS = ("params", "param_names", "origin")
 
 
 def as_groups(params: Iterable[Any]) -> list[Group]:
@@ -56,7 +57,7 @@ def with_layouts(group: Group, named: int) -> list[Group]:
             f"a parameter group has no 'params' (its keys: {', '.join(map(repr, group))}): add them"
         )
     params = name_params(_as_list(group["params"]), group.get("param_names"), named)
-    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    options = {key: value for key, value in group.items() if key not in _NO_OPTIONS}
     if options.get("layout") is not None:
         return [{"params": params, **options}]
     return _by_shape(params, {key: value for key, value in options.items() if value is not None})
@@ -103,13 +104,31 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
     return {key: _plain(value) for key, value in full.items()}
 
 
-def for_torch(group: Group) -> Group:
-    """A complete group as torch's ``add_param_group`` takes it."""
+def for_torch(group: Group, others: Iterable[Group]) -> Group:
+    """A complete group as torch's ``add_param_group`` takes it, beside the ``others`` that are there."""
     names: Group = {} if group["params"] else {"param_names": []}  # torch makes none, and then misses them
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.clone()  # a scheduler that writes into a shared one in place would move it once a group
+    if any(
+        "initial_lr" in other for other in others
+    ):  # a schedule runs; one made anew needs it of every group
+        group = {"initial_lr": float(lr), **group}
     return {**group, **names, "lr": lr}
+
+
+def check_rules(groups: Sequence[Group]) -> None:
+    """Let every rate rule see the names of the units that it rules, and of the others."""
+    units = [
+        (unit, group["update"].rule(group))
+        for group in groups
+        for name, param in zip(group["param_names"], group["params"], strict=True)
+        for unit in group["update"].unit_names(group, name, param)
+    ]
+    for group in groups:
+        if (rule := group["update"].rule(group)) is not None:
+            ruled = [unit for unit, other in units if other == rule]
+            rule.check(ruled, [unit for unit, other in units if other != rule])
 
 
 def _warn_of_unused(update: Update, group: Group, without: Mapping[str, Any]) -> None:
@@ -144,7 +163,8 @@ def check_parameters(
         check_parameter(name, param)
         if id(param) in seen:
             raise LayerwiseError(
-                f"parameter {name!r} is given twice: every tensor belongs to one group, once"
+                f"parameter {name!r} is given twice: every tensor belongs to one group, once (what has been unfrozen in a "
+                "model is added by optimizer.add_trainable(model))"
             )
         if name in names:
             raise LayerwiseError(f"two parameters are named {name!r}: give each a name of its own")

@@ -127,6 +127,12 @@ class RateRule(ABC):
         """Raise :class:`LayerwiseError` where the rule names a unit that is neither among those it rules nor the others."""
 
 
+def needs_replicas(group: Mapping[str, Any]) -> bool:
+    """Whether the noise of a group is measured between data-parallel replicas."""
+    rule: RateRule | None = group["update"].rule(group)
+    return rule is not None and rule.needs_replicas
+
+
 def check_number(rule: str, name: str, value: object, low: float, high: float) -> None:
     """Raise :class:`LayerwiseError` unless ``low <= value < high``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:

@@ -15,7 +15,7 @@ from layerwise.optim.state.state_dict import KEPT, check_keys
 from layerwise.optim.work.job import State
 
 #: Roles whose rows are entries of a vocabulary, so that those in two sizes of it are the same.
-_WITH_ROWS = ("embedding", "head")
+WITH_ROWS = ("embedding", "head")
 #: State that says what the parameter is like, and not what was seen of it: how many entries a rule's units have.
 _OF_THE_PARAMETER = ("size",)
 
@@ -49,7 +49,7 @@ def take_what_fits(optimizer: Optimizer, state_dict: dict[str, Any]) -> LoadedSt
             seen.add(same.get(name))
             theirs, state = saved.get(same.get(name, ""), ({}, {}))
             state = in_kind(optimizer.state[param], state)
-            if name in same and _take(optimizer.state[param], state, group["role"] in _WITH_ROWS):
+            if name in same and take(optimizer.state[param], state, group["role"] in WITH_ROWS):
                 taken = taken or theirs
             else:
                 missing.append(name)
@@ -58,7 +58,7 @@ def take_what_fits(optimizer: Optimizer, state_dict: dict[str, Any]) -> LoadedSt
     return LoadedState(missing, [name for name in saved if name not in seen])
 
 
-def _take(own: State, saved: State, rows_are_entries: bool) -> bool:
+def take(own: State, saved: State, rows_are_entries: bool) -> bool:
     """Copy all of a parameter's state, or nothing where a key or a shape does not fit."""
     if own.keys() != saved.keys():
         return False

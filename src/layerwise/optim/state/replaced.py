@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from layerwise.common.tensors import local_part
 from layerwise.errors import warn
+from layerwise.geometry.origin import Origin
+from layerwise.optim.state.partial import WITH_ROWS, take
 from layerwise.optim.work.job import Group, State
+
+
+class Held(NamedTuple):
+    """What stood for a name when it was last looked at."""
+
+    param: Tensor
+    entries: int  # of the parameter: its data may be resized in place
+    origin: Origin | None = None  # the model that it came from, where that is known
 
 
 @torch.no_grad()
 def replace_state(
-    groups: Sequence[Group], states: dict[Tensor, State], holders: Mapping[str, Tensor]
+    groups: Sequence[Group], states: dict[Tensor, State], holders: Mapping[str, Held]
 ) -> list[str]:
-    """Make state for every parameter that has none, from that of the tensor which stood for its name if it fits.
+    """Make state for every parameter that has none, or of another size, from that of what stood for its name if it fits.
+
+    Of an embedding or head with more or fewer rows, those that are in both keep their state.
 
     Args:
         groups: the optimizer's, with the tensors as they are now.
         states: by tensor; those of tensors that are gone are dropped.
-        holders: the tensor that each name stood for.
+        holders: what stood for each name.
 
     Returns:
         The names of the parameters whose state could not be carried over.
@@ -31,9 +44,12 @@ def replace_state(
     for group in groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):
             live.add(param)
-            if param not in states:
-                new, old = group["update"].allocate(group, name, param), states.get(holders[name], {})
-                if has_moved(old) and not carry_over(old, new):
+            held = holders.get(name, Held(param, param.numel()))
+            if param not in states or (held.param is param and held.entries != param.numel()):
+                new, old = group["update"].allocate(group, name, param), states.get(held.param, {})
+                if has_moved(old) and not (
+                    carry_over(old, new) or take(new, old, group["role"] in WITH_ROWS)
+                ):
                     lost.append(name)
                 states[param] = new
     for param in states.keys() - live:

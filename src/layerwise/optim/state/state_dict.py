@@ -99,6 +99,48 @@ def checked(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def in_own_order(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` in the order of the optimizer's groups, where names say what belongs where; else as it is.
+
+    Parameters that were unfrozen during a run stand last in it, and in their places in the next one.
+    """
+    groups, saved_groups = optimizer.param_groups, state_dict.get("param_groups", ())
+    if any("param_names" not in saved for saved in saved_groups):
+        return state_dict
+    saved = {
+        name: (group, index)
+        for group in saved_groups
+        for name, index in zip(group["param_names"], group["params"], strict=True)
+    }
+    names = [name for group in groups for name in group["param_names"]]
+    same = counterparts(names, list(saved))
+    if not len(same) == len(names) == len(saved) or any(map(_UNNAMED.fullmatch, names)):
+        return state_dict  # what does not fit is told by the checks
+    if [[same[name] for name in group["param_names"]] for group in groups] == [
+        group["param_names"] for group in saved_groups
+    ]:
+        return state_dict
+    ordered = []
+    for group in groups:
+        theirs = [saved[same[name]] for name in group["param_names"]]
+        kinds = [_options(other) for other, _ in theirs] or [_options(group)]
+        if any(kind != kinds[0] for kind in kinds):
+            return state_dict
+        ordered.append(
+            {**kinds[0], "param_names": list(group["param_names"]), "params": [i for _, i in theirs]}
+        )
+    return {**state_dict, "param_groups": ordered}
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a group, in the form in which it is saved."""
+    kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    return {
+        key: repr(value) if key in DESCRIBED and not isinstance(value, str) else value
+        for key, value in kept.items()
+    }
+
+
 def _check_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
@@ -190,8 +232,7 @@ def load(
 
     def take(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
         """After all other hooks, which may change what is loaded; and before anything of this optimizer changes."""
-        found = with_new_names(found)
-        found = checked(optimizer, found)
+        found = checked(optimizer, in_own_order(optimizer, with_new_names(found)))
         loaded.update(found)
         return without_extras(found)
 

@@ -1,0 +1,199 @@
+"""What happens to a model under its optimizer: parameters that are replaced, resized, unfrozen or taken away."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from layerwise.common.parameter_names import unwrap
+from layerwise.errors import LayerwiseError, warn
+from layerwise.geometry.groups import groups_of
+from layerwise.geometry.origin import Origin
+from layerwise.optim.state.replaced import Held, replace_state
+from layerwise.optim.work.job import Group, Job, State
+
+_TAKE_OVER = "call optimizer.add_trainable(model), which takes over what has changed"
+
+
+class Following:
+    """The models that an optimizer's groups were made of, and the tensors that stood there when they were last looked at."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Held] = {}
+        self._entries: dict[Tensor, int] = {}
+        self._at_rest: frozenset[str] = frozenset()  # without a gradient when the models were last looked at
+        self._frozen: list[tuple[str, weakref.ref[Tensor]]] = []
+
+    # --------------------------------------------------------------------------------------- the optimizer's own
+
+    def note(self, groups: Sequence[Group], origin: Origin | None = None) -> None:
+        """Which tensor each name stands for; names that are new come from ``origin``."""
+        if origin is not None and origin not in self._origins():
+            self._note_frozen(origin)
+        before, self._held = self._held, {}
+        for group in groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                known = before.get(name)
+                came_from = origin if known is None else known.origin
+                self._held[name] = Held(param, param.numel(), came_from)
+        self._entries = {held.param: held.entries for held in self._held.values()}
+
+    def sync(self, groups: Sequence[Group], states: dict[Tensor, State]) -> list[str]:
+        """Give state to tensors that stand where others stood, and to those whose size is another.
+
+        accelerate puts others there for FSDP2: it shards the model and hands the sharded parameters to the optimizer.
+
+        Returns:
+            The names of the parameters whose state could not be carried over.
+        """
+        entries = {param: param.numel() for group in groups for param in group["params"]}
+        if entries == self._entries and entries.keys() == states.keys():
+            return []
+        lost = replace_state(groups, states, self._held)
+        before = self._held
+        self.note(groups)
+        models_have = {id(p) for origin in self._origins() for p in origin.parameters().values()}
+        for name, held in self._held.items():
+            put_there = name in before and before[name].param is not held.param
+            if (
+                put_there and id(held.param) not in models_have
+            ):  # somebody's master copy: it is not ours to replace
+                self._held[name] = held._replace(origin=None)
+        return lost
+
+    def _origins(self) -> list[Origin]:
+        """The models that are still there."""
+        origins = {id(held.origin): held.origin for held in self._held.values()}
+        return [origin for origin in origins.values() if origin is not None and origin.model is not None]
+
+    def _note_frozen(self, origin: Origin) -> None:
+        named = origin.parameters().items()
+        self._frozen += [(name, weakref.ref(p)) for name, p in named if not p.requires_grad]
+
+    # ---------------------------------------------------------------------------------------------- at every step
+
+    def put_in_place(self, groups: Sequence[Group], jobs: Sequence[Job]) -> bool:
+        """Put into the groups what the models now hold where they held a parameter without a gradient; whether any was.
+
+        The models are looked at where other parameters than before have no gradient.
+
+        Raises:
+            LayerwiseError: for a parameter that a model no longer has, and one without numbers.
+        """
+        if self._frozen:
+            self._tell_of_unfrozen()
+        at_rest = {job.name: job.param for job in jobs if not job.moves}
+        if at_rest.keys() == self._at_rest:
+            return False
+        self._at_rest = frozenset(at_rest)
+        new = self._successors(at_rest)
+        for name, tensor in new.items():
+            if tensor is None:
+                raise LayerwiseError(
+                    f"the model no longer has the parameter {name!r}, or it is frozen or quantised there now: {_TAKE_OVER}"
+                )
+        for name, param in at_rest.items():
+            if param.device.type == "meta" and name not in new:
+                raise LayerwiseError(
+                    f"parameter {name!r} is on the meta device and has no numbers: the model was materialised after the "
+                    f"optimizer was made, and the optimizer does not know where: {_TAKE_OVER}"
+                )
+        _replace(groups, new)
+        return bool(new)
+
+    def _tell_of_unfrozen(self) -> None:
+        """Warn once of parameters that were frozen when the optimizer was made, have gradients now and are not in it."""
+        alive = [(name, param()) for name, param in self._frozen]
+        names = [name for name, p in alive if p is not None and p.requires_grad and p.grad is not None]
+        names = [name for name in names if name not in self._held]
+        if names:
+            self._frozen = []
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warn(
+                f"{', '.join(map(repr, names[:3]))}{more} had been frozen when the optimizer was made, have gradients now "
+                "and are not trained by it: call optimizer.add_trainable(model) to train them"
+            )
+
+    def _successors(self, names: Iterable[str]) -> dict[str, Tensor | None]:
+        """Of the parameters that their model no longer holds: what stands there and can be trained, or None."""
+        found: dict[str, Tensor | None] = {}
+        for origin in self._origins():
+            now = origin.parameters()
+            holds = {id(p) for p in now.values()}
+            for name in names:
+                held = self._held[name]
+                if held.origin is origin and id(held.param) not in holds:
+                    found[name] = self._usable(now.get(name))
+        return found
+
+    def _usable(self, tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is not None and tensor.requires_grad and tensor not in self._entries else None
+
+    # ------------------------------------------------------------------------------------------- when one is asked
+
+    def by_role(self, group: Group) -> list[Group]:
+        """A group of plain parameters, those of a known model by the roles they have there; any other group as it is."""
+        if group.get("layout") is not None or isinstance(group.get("params"), (Tensor, set, frozenset)):
+            return [group]
+        given = list(group.get("params", ()))
+        left = {id(item[1] if isinstance(item, tuple) else item): item for item in given}
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        parts: list[Group] = []
+        for origin in self._origins():
+            known = {id(p) for p in origin.parameters().values()}
+            for found in groups_of(origin) if known & left.keys() else ():
+                mine = [(name, p) for name, p in found["params"] if left.pop(id(p), None) is not None]
+                parts += [{**found, **options, "params": mine}] if mine else []
+        if not parts:
+            return [{**group, "params": given} if "params" in group else group]
+        return [*parts, {**options, "params": list(left.values())}] if left else parts
+
+    def take_over(self, groups: list[Group], model: nn.Module, batch: Any) -> tuple[list[str], list[Group]]:
+        """Bring the groups up to what the model is now.
+
+        Returns:
+            The names of the parameters that came to groups which were there, and groups to add.
+        """
+        origin = next((each for each in self._origins() if each.model is unwrap(model)), None)
+        if origin is None:
+            origin = Origin(model)
+            self._adopt(origin)
+        _replace(groups, self._successors(self._held))
+        live = {id(p): group for group in groups for p in group["params"]}
+        joined, to_add = [], []
+        for found in groups_of(origin, batch):
+            new = [(name, p) for name, p in found["params"] if id(p) not in live]
+            home = next((live[id(p)] for _, p in found["params"] if id(p) in live), None)
+            if new and home is not None and all(home[key] == found[key] for key in ("role", "layout")):
+                for name, p in new:
+                    home["params"].append(p)
+                    home["param_names"].append(name)
+                    self._held[name] = Held(p, 0, origin)  # `sync` gives it state
+                    joined.append(name)
+            elif new:
+                to_add.append({**found, "params": new})
+        self._frozen = []
+        self._note_frozen(origin)
+        return joined, to_add
+
+    def _adopt(self, origin: Origin) -> None:
+        """Parameters of unknown models that have the names of this one's are its own."""
+        now = origin.parameters()
+        for name, held in self._held.items():
+            unknown = held.origin is None or held.origin.model is None
+            if unknown and name in now:
+                self._held[name] = held._replace(origin=origin)
+
+
+def _replace(groups: Sequence[Group], new: Mapping[str, Tensor | None]) -> None:
+    """In place: another tensor for some names; None takes the parameter out."""
+    for group in groups if new else ():
+        rows = [
+            (name, new.get(name, param))
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        ]
+        group["params"][:] = [param for _, param in rows if param is not None]
+        group["param_names"][:] = [name for name, param in rows if param is not None]
