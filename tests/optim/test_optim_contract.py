@@ -139,8 +139,10 @@ def test_adamw_groups_with_a_tensor_lr_are_torchs_fused_adamw():
     model, other = net(), net()
     optimizer = lw.DMuon(lw.param_groups(model), lr=torch.tensor(1e-2))
     matrices = {"up.weight", "down.weight"}
-    rest = [p for n, p in other.named_parameters() if n not in matrices]
-    adamw = torch.optim.AdamW(rest, lr=torch.tensor(1e-2), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    rest = {n: p for n, p in other.named_parameters() if n not in matrices}
+    vectors = [p for p in rest.values() if p.ndim == 1]
+    groups = [{"params": [p for p in rest.values() if p.ndim == 2]}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=torch.tensor(1e-2), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for step in range(5):
         set_gradients(model, step)
         set_gradients(other, step)
