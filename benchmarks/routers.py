@@ -25,16 +25,18 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import layerwise as lw
 import machine
-from layerwise.function_space.matching.decide import MatchReport
 from linearity import LENGTH, WORDS, batches, decoder, kind
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = (32, 128)
 SEQUENCES = 64
 RATES = (1e-3, 1e-2)
-#: How often the repeated match measures again what its step does.
-ROUNDS = 3
-METHODS = ("exact", "difference", "repeated")
+#: What is matched on, and FLeRM's corrections.
+METHODS = {
+    "exact": ("exact", 0),
+    "difference, once": ("difference", 0),
+    "difference, corrected": ("difference", 3),
+}
 KINDS = ("router", "experts", "attention", "embedding, head", "gain, bias")
 
 
@@ -69,64 +71,48 @@ class FirstStep:
             for name, p in self.model.named_parameters()
         }
 
-    def whole(self, scales: Mapping[str, float], update: Mapping[str, Tensor], on: Any) -> lw.Rates:
-        """The outputs' change under each update alone, times its scale."""
-        scaled = {name: scales.get(name, 1.0) * delta for name, delta in update.items()}
-        return lw.function_space_rates(self.before, scaled, on, method="difference", linear=None)
+    def whole(self, update: Mapping[str, Tensor], on: Any) -> lw.Rates:
+        """The outputs' change under each update alone."""
+        return lw.function_space_rates(self.before, update, on, method="difference", linear=None)
 
 
 @dataclass(frozen=True)
 class Matching:
-    """The small model's step with its rates, and the large one's with what FLeRM made of it."""
+    """The small model's step with its rates, and the large one's that was matched to it."""
 
     small: FirstStep
     rates: lw.Rates
     large: FirstStep
-    report: MatchReport
 
 
-def match(method: str, lr: float, seed: int, words: Tensor, on: Any) -> Matching:
+def match(name: str, lr: float, seed: int, words: Tensor, on: Any) -> Matching:
     """A large model's first step matched to a small one's, by FLeRM."""
+    method, corrections = METHODS[name]
     small = FirstStep(WIDTHS[0], lr, seed, words)
     recorder = lw.FunctionSpaceRecorder(small.model, small.optimizer, method=method)
     with recorder.step(on):
         small.optimizer.step()
     large = FirstStep(WIDTHS[1], lr, seed, words)
-    flerm = lw.FLeRM(large.model, large.optimizer, lw.BaseRates.of(recorder))
+    flerm = lw.FLeRM(large.model, large.optimizer, lw.BaseRates.of(recorder), corrections=corrections)
     with flerm.step(on):
         large.optimizer.step()
-    return Matching(small, recorder.records[0].rates, large, flerm.reports[0])
-
-
-def repeated(found: Matching, update: Mapping[str, Tensor], on: Any) -> dict[str, float]:
-    """The changes of a match on differences, after measuring and correcting again what they do."""
-    changes = {name: row.change for name, row in found.report.rows.items()}
-    for _ in range(ROUNDS):
-        for name, rate in found.large.whole(changes, update, on).items():
-            if name not in found.report.left_alone and rate.value > 3 * rate.stderr:
-                changes[name] *= found.rates[name].value / rate.value
-    return changes
+    return Matching(small, recorder.records[0].rates, large)
 
 
 def matched(lr: float, seed: int) -> list[dict[str, Any]]:
     """For each method and tensor: what the matched step does over what the small model's does, on a fresh batch."""
     words, on, fresh = data(10 + seed)
-    found = {method: match(method, lr, seed, words, on) for method in ("exact", "difference")}
-    changes = {
-        method: {name: row.change for name, row in each.report.rows.items()} for method, each in found.items()
-    }
-    last = found["difference"]
-    # The step redone is `change` times the step: back to the optimizer's own.
-    update = {name: delta / changes["difference"][name] for name, delta in last.large.moved().items()}
-    changes["repeated"] = repeated(last, update, on)
-    target = last.small.whole({}, last.small.moved(), fresh)
+    found = {method: match(method, lr, seed, words, on) for method in METHODS}
+    last = found["difference, corrected"]
+    target = last.small.whole(last.small.moved(), fresh)
     rows = []
     for method in METHODS:
-        for name, rate in last.large.whole(changes[method], update, fresh).items():
+        large = found[method].large
+        for name, rate in large.whole(large.moved(), fresh).items():
             if rate.value > 3 * rate.stderr and target[name].value > 3 * target[name].stderr:
                 off = math.log2(rate.value / target[name].value)
                 known = {"lr": lr, "seed": seed, "method": method, "tensor": name}
-                what = kind(name, update[name].shape)
+                what = kind(name, large.model.get_parameter(name).shape)
                 rows.append({**known, "kind": what, "linearity": last.rates[name].linearity, "off": off})
     return rows
 
@@ -149,7 +135,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 cells.append(
                     f"{2 ** statistics.median(off):.2f}, off {size:.2f} ({2 ** max(map(abs, off)):.1f})"
                 )
-            linear = statistics.median(row["linearity"] for row in of_kind if row["method"] == "difference")
+            linear = statistics.median(row["linearity"] for row in of_kind)
             lines.append(f"| {lr:g} | {what} | {linear:.2f} | " + " | ".join(cells) + " |")
     return lines
 
@@ -178,7 +164,7 @@ def main() -> None:
         "on a fresh batch: its change of the outputs over that of the small model's, median over tensors and seeds; "
         "`off`: the",
         "median factor up or down, in brackets the largest. `linearity`: first order over whole update, of the small model.",
-        f"`repeated`: matched on differences, then measured and corrected {ROUNDS} times more on the same batch.",
+        "`corrected`: what the matched step does was measured and corrected 3 times more on the same batch.",
         "",
         *table(rows),
         "",

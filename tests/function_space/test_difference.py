@@ -204,6 +204,57 @@ def test_matching_on_differences_reaches_the_bases_difference_where_the_response
         assert by_hand(before, moved, x, [name]) == pytest.approx(target, rel=1e-9)
 
 
+class Saturating(nn.Module):
+    """Outputs that follow the root of their weights: as the number of examples that a router sends elsewhere does."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.size = size
+
+    def forward(self, x):
+        return self.size * x * self.weight.abs().sqrt()
+
+
+@pytest.mark.parametrize(("corrections", "left"), [(0, 0.5), (1, 0.25), (3, 1 / 16)])
+def test_each_correction_halves_what_a_root_leaves(corrections, left):
+    """One matching multiplies the step by r, its outputs by the root of r; and so on with what is left."""
+
+    def step(model, watcher, optimizer):
+        model.weight.grad = torch.ones_like(model.weight)
+        with watcher.step(torch.ones(4, 3, dtype=torch.float64)):
+            optimizer.step()
+
+    small, large = Saturating(1.0), Saturating(8.0)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.25) for model in (small, large)]
+    recorder = FunctionSpaceRecorder(small, optimizers[0], method="difference", linear=None)
+    step(small, recorder, optimizers[0])
+    flerm = FLeRM(large, optimizers[1], BaseRates.of(recorder), corrections=corrections)
+    step(large, flerm, optimizers[1])
+    moved = large(torch.ones(1, 3).double())[0, 0].item()
+    target = recorder.records[0].rates["weight"].value
+    assert math.log(moved / target) == pytest.approx(left * math.log(8))
+    # The report's rate is that of the step as it was redone.
+    assert flerm.learning_rates()["weight"] == pytest.approx(large.weight[0].abs().item())
+
+
+def test_corrections_stay_within_the_bound():
+    small, large = Saturating(1.0), Saturating(8.0)
+    reports = []
+    for model, watch in ((small, FunctionSpaceRecorder), (large, FLeRM)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+        options = (
+            {} if watch is FunctionSpaceRecorder else {"base": BaseRates.of(reports[0]), "max_change": 10}
+        )
+        reports.append(watch(model, optimizer, method="difference", linear=None, **options))
+        model.weight.grad = torch.ones_like(model.weight)
+        with reports[-1].step(torch.ones(4, 3, dtype=torch.float64)):
+            optimizer.step()
+    row = reports[1].reports[0].rows["weight"]
+    assert row.change == pytest.approx(0.1)  # 1/8 at first, and 1/64 in the end
+    assert row.note.startswith("clamped from 0.0")
+
+
 def test_bad_options_are_one_line():
     model = net()
     for options, text in [
@@ -214,6 +265,8 @@ def test_bad_options_are_one_line():
             function_space_rates(
                 model, random_update(model), torch.randn(4, 4).double(), method="difference", **options
             )
+    with pytest.raises(LayerwiseError, match="corrections is -1"):
+        FLeRM(model, torch.optim.SGD(model.parameters(), 0.1), corrections=-1)
     with pytest.raises(LayerwiseError, match="difference_every is 0"):
         FunctionSpaceRecorder(model, torch.optim.SGD(model.parameters(), 0.1), difference_every=0)
 

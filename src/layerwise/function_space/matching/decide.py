@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from layerwise.common.text_table import aligned
+from layerwise.function_space.rates import Rate
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,35 @@ def decide(
         elif value <= floor:
             note = f"kept: its measured rate is rounding noise (below {floor:.2g})"
         else:
-            change = targets[name] / value
-            if max_change is not None and not 1 / max_change <= change <= max_change:
-                clamped = min(max(change, 1 / max_change), max_change)
-                note, change = f"clamped from {change:.3g}", clamped
+            change, note = _bounded(targets[name] / value, max_change)
         decided[name] = (change, note)
     return decided
+
+
+def corrected(
+    decided: Mapping[str, tuple[float, str]],
+    measured: Mapping[str, Rate],
+    targets: Mapping[str, float],
+    max_change: float | None,
+) -> dict[str, tuple[float, str]]:
+    """The changes after one more look at what the redone step does: a whole update does not follow its rate.
+
+    Args:
+        decided: changes and notes so far; those with a note are left as they are.
+        measured: differences of the step as it was redone.
+        targets: what they should be.
+        max_change: bound of a change in all, up or down.
+    """
+    found = dict(decided)
+    for name, (change, note) in decided.items():
+        rate = measured[name]
+        if not note and rate.value > 3 * rate.stderr:
+            found[name] = _bounded(change * targets[name] / rate.value, max_change)
+    return found
+
+
+def _bounded(change: float, most: float | None) -> tuple[float, str]:
+    """A change within its bound, and a note where it was not."""
+    if most is None or 1 / most <= change <= most:
+        return change, ""
+    return min(max(change, 1 / most), most), f"clamped from {change:.3g}"

@@ -17,6 +17,7 @@ from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.decide import (
     Matched,
     MatchReport,
+    corrected,
     decide,
     noise_floor,
     rounding_noise,
@@ -64,6 +65,8 @@ class FLeRM(StepWatcher):
             each tensor (the groups give the schedule).
         fixed: name patterns of parameters that keep the groups' rates, such as `("*lora_A*",)`.
         max_change: largest factor, up or down, of one matching.
+        corrections: of `method="difference"`, how often what the redone step does is measured again, and the step
+            corrected: jumps and large steps do not follow their rate.
         decay: `"scaled"`: decoupled weight decay follows the matched rate; `"constant"`: `lr * weight_decay` stays.
         near_zero: a rate below this part of all rates' root sum of squares counts as rounding noise, and its parameter
             keeps its learning rate. Default: `decide.rounding_noise` of the coarsest dtype at work.
@@ -102,6 +105,7 @@ class FLeRM(StepWatcher):
         lr: Literal["groups", "base"] = "groups",
         fixed: Sequence[str] = (),
         max_change: float | None = None,
+        corrections: int = 3,
         decay: Decay = "scaled",
         near_zero: float | None = None,
         forward: Forward | str | None = None,
@@ -111,7 +115,7 @@ class FLeRM(StepWatcher):
         **options: Any,
     ) -> None:
         require_linear(unwrap_optimizer(optimizer))
-        _check_options(at, every, max_change)
+        _check_options(at, every, max_change, corrections)
         self.base = (
             None if base == "uniform" else base if isinstance(base, BaseRates) else BaseRates.load(base)
         )
@@ -125,7 +129,7 @@ class FLeRM(StepWatcher):
         self.parameters = optimized(self.model, self.optimizer)
         check_decay(self.optimizer, self.parameters, decay)
         self.at, self.every, self.lr = at, every, lr
-        self.max_change, self.near_zero = max_change, near_zero
+        self.max_change, self.near_zero, self.corrections = max_change, near_zero, corrections
         self.fixed = fixed_parameters(self.parameters, fixed)
         base_names = None if self.base is None else self.base.names
         inferred = {} if base_names is None else infer_depth(self.model)
@@ -188,12 +192,15 @@ class FLeRM(StepWatcher):
                     negligible[name] = "kept: its measured difference is rounding noise"
         relative = self._rounding_noise(rates) if self.near_zero is None else self.near_zero
         decided = decide(measured, targets, {**negligible, **self.fixed}, relative, self.max_change)
-        updates = step.updates()
+        self._redo(step, {name: change for name, (change, _) in decided.items()})
+        for _ in range(self.corrections if rates.method == "difference" else 0):
+            again = step.rates(self.measurement, inputs, mask)
+            further = corrected(decided, again, targets, self.max_change)
+            self._redo(step, {name: further[name][0] / change for name, (change, _) in decided.items()})
+            decided = further
         rows = {}
         for name, (change, note) in decided.items():
-            if change != 1.0:
-                updates[name].redo(self.parameters[name], change)
-                self.named.multipliers[name] *= change
+            self.named.multipliers[name] *= change
             lr = step.lrs[name] * self.named.multipliers[name]
             rows[name] = Matched(measured[name], targets[name], change, lr, note)
         self.reports.append(MatchReport(self.steps, rows))
@@ -201,6 +208,13 @@ class FLeRM(StepWatcher):
         if kept:
             shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
             warn(f"FLeRM left {len(kept)} learning rates as they were ({shown}): see reports[-1]")
+
+    def _redo(self, step: WatchedStep, factors: Mapping[str, float]) -> None:
+        """Multiply what the step did to each parameter."""
+        updates = step.updates()
+        for name, factor in factors.items():
+            if factor != 1.0:
+                updates[name].redo(self.parameters[name], factor)
 
     def _targets(self, now: Mapping[str, float], scheduled: int) -> tuple[dict[str, float], dict[str, str]]:
         """The function-space rate that each parameter's step should have at the groups' rates, and who has none."""
@@ -268,10 +282,12 @@ class FLeRM(StepWatcher):
         return rounding_noise({p.dtype for p in self.parameters.values()} | {getattr(torch, rates.dtype)})
 
 
-def _check_options(at: int, every: int | None, max_change: float | None) -> None:
+def _check_options(at: int, every: int | None, max_change: float | None, corrections: int) -> None:
     if at < 0:
         raise LayerwiseError(f"at is {at}: use 0 or more")
     if every is not None and every < 1:
         raise LayerwiseError(f"every is {every}: use 1 or more, or None")
     if max_change is not None and max_change < 1:
         raise LayerwiseError(f"max_change is {max_change}: use 1 or more, or None")
+    if corrections < 0:
+        raise LayerwiseError(f"corrections is {corrections}: use 0 or more")

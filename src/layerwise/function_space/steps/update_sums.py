@@ -14,8 +14,9 @@ from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 from layerwise.function_space.steps.spectral_norm import spectral_norms
 
-#: Matrices of one shape are worked on together as far as this many entries of them; the sums hold no more memory.
-_TOGETHER = 1 << 25
+#: Tensors of one shape are worked on together as far as this many entries of them: of their weights, updates, gradients,
+#: earlier gradients and the difference of these.
+_TOGETHER = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,20 @@ def update_sums(
     together = processes if sharded else ALONE  # replicas are equal: there is nothing to ask
     rows: dict[str, Tensor] = {}
     norms: dict[str, float] = {}
-    for names in _alike(updates):
+    gradients, earlier = gradients or {}, earlier or {}
+    for names in _alike(updates, gradients, earlier):
         parts = [_part(updates[name], together) for name in names]
-        deltas = torch.stack([part.update() for part in parts])
-        for name, part, delta in zip(names, parts, deltas, strict=True):
-            given = [
-                part.of(found[name]) if found and name in found else None for found in (gradients, earlier)
-            ]
-            rows[name] = _sums(part, delta, *given) / part.copies
+        deltas = _stacked([part.update() for part in parts])
+        tensors = [_stacked([part.weight() for part in parts]), deltas]
+        for found in (gradients, earlier) if names[0] in gradients else ():
+            given = [part.of(found[n]) for n, part in zip(names, parts, strict=True) if n in found]
+            tensors += [_stacked(given)] if given else []
+        rows |= dict(zip(names, _sums(*tensors) / parts[0].copies, strict=True))
         if len(parts[0].shape) > 1:
             # Replicated parts count once for each process that holds them: their squares have to add up to one's.
             matrices = parts[0].matrices(deltas) / math.sqrt(parts[0].copies)
-            found = spectral_norms([matrices], steps, together.sum_ if sharded else None)[0]
-            norms |= dict(zip(names, found.tolist(), strict=True))
+            largest = spectral_norms([matrices], steps, together.sum_ if sharded else None)[0]
+            norms |= dict(zip(names, largest.tolist(), strict=True))
     table = _table(rows, together)
     return {
         name: TensorSums(
@@ -89,13 +91,16 @@ def update_sums(
     }
 
 
-def _alike(updates: Mapping[str, TensorUpdate]) -> Iterator[list[str]]:
+def _alike(
+    updates: Mapping[str, TensorUpdate], gradients: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
+) -> Iterator[list[str]]:
     """Names of tensors that can be stacked, in lots of bounded size; in the same order on every process."""
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, update in updates.items():
         new = update.new
         places = str(getattr(new, "placements", None))
-        kinds.setdefault((tuple(new.shape), update.dtype, new.device, places), []).append(name)
+        known = name in gradients, name in gradients and name in earlier
+        kinds.setdefault((new.shape, update.dtype, new.device, places, known), []).append(name)
     for names in kinds.values():
         count = max(1, _TOGETHER // max(1, updates[names[0]].new.numel()))
         yield from (names[start : start + count] for start in range(0, len(names), count))
@@ -163,18 +168,30 @@ def _gathered(tensor: Tensor) -> Tensor:
     return tensor if full is None else full()
 
 
-def _sums(part: _Part, delta: Tensor, gradient: Tensor | None, earlier: Tensor | None) -> Tensor:
-    found = [_square(part.weight()), _square(delta)]
-    if gradient is not None:
-        found += [_square(gradient), torch.dot(gradient, delta).double()]
+def _stacked(flat: list[Tensor]) -> Tensor:
+    """`[count, entries]`; one alone is not copied."""
+    return flat[0][None] if len(flat) == 1 else torch.stack(flat)
+
+
+def _sums(
+    weights: Tensor, deltas: Tensor, gradients: Tensor | None = None, earlier: Tensor | None = None
+) -> Tensor:
+    """`[count, sums]` of tensors `[count, entries]`, in the order of `TensorSums`."""
+    found = [_squares(weights), _squares(deltas)]
+    if gradients is not None:
+        found += [_squares(gradients), _dots(gradients, deltas)]
         if earlier is not None:
-            found += [torch.dot(gradient, earlier).double(), _square(gradient - earlier)]
-    return torch.stack(found)
+            found += [_dots(gradients, earlier), _squares(gradients - earlier)]
+    return torch.stack(found, 1)
 
 
-def _square(tensor: Tensor) -> Tensor:
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=wide).double().square()
+def _squares(rows: Tensor) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=wide).double().square()
+
+
+def _dots(rows: Tensor, others: Tensor) -> Tensor:
+    return torch.linalg.vecdot(rows, others).double()
 
 
 def _table(rows: Mapping[str, Tensor], processes: Processes) -> dict[str, list[float]]:

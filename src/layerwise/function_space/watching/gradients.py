@@ -26,20 +26,21 @@ class Gradients:
         self.earlier: dict[str, Tensor] = {}
         self._writes = False
         self._versions: dict[str, int] = {}
+        self._parameters: Mapping[str, nn.Parameter] = {}
 
     def before(self, closure: bool, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the gradients before the step, unless it makes them itself, in a closure."""
-        self.now, self._versions = {}, {}
+        self.now, self._versions, self._parameters = {}, {}, parameters
         if not closure:
-            self.now = self._read(parameters)
+            self.now = self._read()
             if self._writes:
                 self.now = {name: g.clone() for name, g in self.now.items()}
             self._versions = {name: g._version for name, g in self.now.items()}
 
-    def after(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def after(self) -> None:
         """Take the closure's gradients after the step, or see whether the others still stand."""
         if not self._versions:
-            self.now = self._read(parameters)
+            self.now = self._read()
         elif any(self.now[name]._version != version for name, version in self._versions.items()):
             self._writes, self.now = True, {}
 
@@ -47,10 +48,10 @@ class Gradients:
         """The step is over; `keep`: the next one is compared with it."""
         # A loop may clear its gradients in place, or go on adding to them.
         self.earlier = {name: g.clone() for name, g in self.now.items()} if keep else {}
-        self.now, self._versions = {}, {}
+        self.now, self._versions, self._parameters = {}, {}, {}
 
-    def _read(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        found = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+    def _read(self) -> dict[str, Tensor]:
+        found = {name: p.grad.detach() for name, p in self._parameters.items() if p.grad is not None}
         scale = getattr(self.optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):  # of a GradScaler, where a fused optimizer divides by it in its step
             found = {name: g / scale.to(g.device, torch.float32) for name, g in found.items()}

@@ -180,14 +180,15 @@ class Watch:
         if self._due(step):
             self._step = before_step(self.model, self.optimizer, self.processes)
         if self._due(step) or self._due(step + 1):
-            self._gradients.before(_has_closure(args, kwargs), self._named())
+            named = optimized(self.model, self.optimizer) if self._step is None else self._step.parameters
+            self._gradients.before(_has_closure(args, kwargs), named)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if not is_outermost(optimizer):
             return
         self.steps += 1
         if self._due(self.steps) or self._due(self.steps + 1):
-            self._gradients.after(self._named())
+            self._gradients.after()
         if self._step is not None:
             taken, self._step = self._step, None
             taken.happened = True
@@ -211,9 +212,6 @@ class Watch:
             _LOG.warning("%s", line)
         for sink in self.sinks:
             sink(record)
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        return optimized(self.model, self.optimizer)
 
     def _expect(self) -> None:
         """Prepare for the steps to come."""
