@@ -8,73 +8,73 @@ optimizer.layer_rates()
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from layerwise.errors import LayerwiseError, NonFiniteError
-from layerwise.function_space import (
-    BaseRates,
-    FLeRM,
-    FunctionSpaceRecorder,
-    Rates,
-    SizeCheck,
-    UnusualRule,
-    Watch,
-    WatchRecord,
-    check,
-    function_space_rates,
-    match_lora,
-    record_base,
-    watch,
-)
-from layerwise.geometry import (
-    ColNorm,
-    ConvLayout,
-    ConvTransposeLayout,
-    Frobenius,
-    Geometry,
-    Layout,
-    MatrixLayout,
-    RowNorm,
-    Sign,
-    Spectral,
-    Split,
-    StackLayout,
-    TransposedLayout,
-    TransposedStackLayout,
-    VectorLayout,
-    VectorRMS,
-    VectorStackLayout,
-    describe,
-    group_by_shape,
-    nuclear_norm,
-    param_groups,
-    polar,
-    spectral_conv,
-)
-from layerwise.optim import (
-    DMuon,
-    DualMuon,
-    DualNormAdaptive,
-    Lanton,
-    LayerRate,
-    LayerwiseOptimizer,
-    LocalWork,
-    Muon,
-    NoiseAdaptive,
-    NormAdaptive,
-    RateRule,
-    Scion,
-    Signum,
-    StaticRates,
-    Update,
-    optimizers,
-    rate_rules,
-    register_optimizer,
-    register_rule,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from layerwise.optim import DistributedWork
+    from layerwise.errors import LayerwiseError, NonFiniteError
+    from layerwise.function_space import (
+        BaseRates,
+        FLeRM,
+        FunctionSpaceRecorder,
+        Rates,
+        SizeCheck,
+        UnusualRule,
+        Watch,
+        WatchRecord,
+        check,
+        function_space_rates,
+        match_lora,
+        record_base,
+        watch,
+    )
+    from layerwise.geometry import (
+        ColNorm,
+        ConvLayout,
+        ConvTransposeLayout,
+        Frobenius,
+        Geometry,
+        Layout,
+        MatrixLayout,
+        RowNorm,
+        Sign,
+        Spectral,
+        Split,
+        StackLayout,
+        TransposedLayout,
+        TransposedStackLayout,
+        VectorLayout,
+        VectorRMS,
+        VectorStackLayout,
+        describe,
+        group_by_shape,
+        nuclear_norm,
+        param_groups,
+        polar,
+        spectral_conv,
+    )
+    from layerwise.optim import (
+        DistributedWork,
+        DMuon,
+        DualMuon,
+        DualNormAdaptive,
+        Lanton,
+        LayerRate,
+        LayerwiseOptimizer,
+        LocalWork,
+        Muon,
+        NoiseAdaptive,
+        NormAdaptive,
+        RateRule,
+        Scion,
+        Signum,
+        StaticRates,
+        Update,
+        optimizers,
+        rate_rules,
+        register_optimizer,
+        register_rule,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -140,9 +140,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "DistributedWork":  # torch.distributed's tensors are slow to import
-        from layerwise.optim import DistributedWork
+#: Where the names are. Imported when the first of them is asked for: Ctrl-C in the seconds that torch takes then comes to
+#: the command line, which ends quietly.
+_ROOMS: Final = ("errors", "geometry", "optim", "function_space")
 
-        return DistributedWork
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"layerwise.{name}")
+    if name in __all__:
+        for room in map(import_module, (f"layerwise.{name}" for name in _ROOMS)):
+            if hasattr(room, name):
+                return globals().setdefault(name, getattr(room, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -117,6 +117,51 @@ def test_damaged_files_are_one_line(tmp_path):
         BaseRates.load(path)
 
 
+@pytest.mark.parametrize(
+    ("way", "odd"),
+    [
+        *((["records", "0", "first", "value"], bad) for bad in ("0.1", [0.1], None, True, math.nan, -1.0, math.inf)),
+        *((["records", "0", "first", "lr"], bad) for bad in ("x", [], None, math.nan, 0.0)),
+        (["records", "0", "first", "stderr"], "x"),
+        (["records", "0", "first"], []),
+        (["records", "0"], []),
+        (["records", "0"], {}),
+        (["records", "zero"], {}),
+        (["records", "1"], {}),
+        (["fingerprint", "dtype"], "float99"),
+        (["fingerprint", "dtype"], None),
+        (["fingerprint", "classes"], "2"),
+        (["fingerprint", "seeds"], 0),
+        (["fingerprint", "settings", 0, "settings"], []),
+        (["fingerprint", "space"], None),
+    ],
+)  # fmt: skip
+def test_a_base_file_with_odd_values_is_one_line(tmp_path, way, odd):
+    """Words, lists, NaN, a rate at a learning rate of 0: nothing of it reaches a model."""
+    path = tmp_path / "base.json"
+    recorded().save(path)
+    tree = json.loads(path.read_text())
+    node = tree
+    for key in way[:-1]:
+        node = next(iter(node.values())) if key == "first" else node[key]
+    node[next(iter(node)) if way[-1] == "first" else way[-1]] = odd
+    path.write_text(json.dumps(tree))
+    with pytest.raises(LayerwiseError, match=r"base\.json' is damaged \(.+\): record it again") as said:
+        BaseRates.load(path)
+    assert "\n" not in str(said.value)
+
+
+def test_a_rate_of_zero_is_no_damage(tmp_path):
+    """A parameter that the step did not move, or that moves no output."""
+    path = tmp_path / "base.json"
+    recorded().save(path)
+    tree = json.loads(path.read_text())
+    for rate in tree["records"]["0"].values():
+        rate["value"] = 0.0
+    path.write_text(json.dumps(tree))
+    assert all(rate.value == 0 for rate in BaseRates.load(path).at(0).values())
+
+
 def test_a_base_file_is_written_as_a_whole(tmp_path, monkeypatch):
     base, path, link = recorded(), tmp_path / "base.json", tmp_path / "link.json"
     path.write_text("old")

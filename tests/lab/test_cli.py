@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import typer
 import yaml
 from tiny_run import tiny_tree
 
@@ -94,6 +98,21 @@ def test_an_interrupted_command_says_how_to_go_on(
     ]
 
 
+@pytest.mark.parametrize("library", ["torch", "numpy", "typer"])
+def test_ctrl_c_while_a_library_is_imported_is_quiet(tmp_path: Path, library: str) -> None:
+    """In the first seconds of the command, before any of it runs."""
+    (tmp_path / f"{library}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # as on a terminal
+        "from layerwise.lab.cli import main; main(['train'])"  # what the installed command does
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(layerwise.__file__).parent.parent)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "layerwise: interrupted\n"
+
+
 def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "--resme") == 2
     assert "--resume" in capsys.readouterr().err
@@ -115,6 +134,65 @@ def test_words() -> None:
     assert split_words([long]) == (None, [long])
     with pytest.raises(LayerwiseError, match=r"config aaa.* cannot be read"):
         load_config("a" * 300)
+
+
+@pytest.fixture
+def hours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A terminal, a sweep in an empty folder that is estimated to take hours, and what was run of it."""
+    ran: list[str] = []
+
+    def sweep(config: Any, engine: Any) -> None:
+        ran.append(config.run_name)
+        raise LayerwiseError("the sweep itself")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("layerwise.lab.experiments.sweep.run_sweep.seconds_left", lambda *_: 4 * 3600.0)
+    monkeypatch.setattr("layerwise.lab.experiments.sweep.run_sweep.run_sweep", sweep)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    return ran
+
+
+def test_a_sweep_without_arguments_says_its_plan_and_asks_before_hours_of_work(
+    hours: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text) or _abort())
+    assert call("sweep") == 1
+    said = capsys.readouterr()
+    assert (asked, hours) == (["start?"], [])
+    assert re.search(r"width: (\d+) trials, \1 of them to run, in runs/", said.out)
+    assert re.search(
+        r"width .*; methods standard.*; \d+ rates; .* steps each\n  about 4 h 00 min on this machine",
+        said.out,
+    )
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("word", ["--yes", "--dry-run"])
+def test_a_sweep_does_not_ask_where_it_is_told_to_start_or_only_to_plan(hours: list[str], word: str) -> None:
+    assert call("sweep", word) == (2 if word == "--yes" else 0)
+    assert len(hours) == (word == "--yes")
+
+
+def test_a_sweep_shows_its_first_result_when_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny_tree(tmp_path)
+    tree["model"] = {"preset": "decoder", "base_width": 4, "base_heads": 1, "base_blocks": 1}
+    tree["training"] |= {"steps": 3, "eval_every": 3}
+    tree["sweep"] = {"sizes": [4, 8], "lr": [0.01, 0.1], "seeds": [0], "methods": ["standard"]}
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    assert call("sweep", str(file), "--workers", "0") == 0
+    said = capsys.readouterr()
+    assert "4 trials, 4 of them to run" in said.out
+    assert re.search(r"trial 1/4  last loss \d\.\d+", said.err)
+    assert call("sweep", str(file), "--workers", "0") == 0
+    assert "4 trials, 0 of them to run" in capsys.readouterr().out
+
+
+def _abort() -> NoReturn:
+    raise typer.Abort
 
 
 def test_the_module_is_the_command() -> None:

@@ -184,6 +184,17 @@ def test_a_sparse_gradient_names_the_parameter_and_changes_nothing():
     optimizer.step()
 
 
+def test_a_sparse_half_names_the_parameter_and_is_not_held():
+    model = net()
+    optimizer = make("lanton-independent", model)
+    set_gradients(model, 0)
+    model.embed.weight.grad = model.embed.weight.grad.to_sparse()
+    with pytest.raises(lw.LayerwiseError, match=r"'embed.weight' is sparse.*sparse=False"):
+        optimizer.hold_half()
+    optimizer.zero_grad()
+    take_step(optimizer, model, 1)
+
+
 def test_independent_noise_without_halves_says_what_to_call():
     model = net()
     optimizer = make("lanton-independent", model)

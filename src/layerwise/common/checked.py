@@ -126,7 +126,9 @@ def _fits_made_of(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
     if issubclass(origin, Callable):  # type: ignore[arg-type]
         return callable(value)
     if issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(fits(key, inner[0]) for key in value)
+        return isinstance(value, Mapping) and all(
+            fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items()
+        )
     if origin is Iterable:  # what comes of it shows when it is read
         return isinstance(value, Iterable) or inner[0] is Any
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)):
@@ -155,7 +157,7 @@ def wanted(hint: Any) -> str:
     if origin is not None and issubclass(origin, Callable):  # type: ignore[arg-type]
         return "a function"
     if origin is not None and issubclass(origin, Mapping):
-        return f"a dict with {wanted(inner[0])} as each key"
+        return f"a dict, each key {wanted(inner[0])} and each value {wanted(inner[1])}"
     if origin is not None:
         return f"a list, each of it {wanted(inner[0])}"
     if hint in _WORDS:

@@ -20,7 +20,7 @@ from layerwise.optim.groups.complete import (
     for_torch,
     with_layouts,
 )
-from layerwise.optim.groups.options import DEFAULTS, check_options, sparse_gradient
+from layerwise.optim.groups.options import DEFAULTS, check_options, dense
 from layerwise.optim.groups.overview import scaled_twice, table
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.layer_rates import LayerRate, layer_rates
@@ -213,9 +213,7 @@ class LayerwiseOptimizer(Optimizer):
         ):
             local, grad, moves = local_part(param), _NO_GRADIENT, there and param.numel() > 0
             if moves:
-                grad = torch.zeros_like(local) if param.grad is None else local_part(param.grad)
-                if grad.layout != torch.strided:
-                    raise sparse_gradient(name, grad)
+                grad = torch.zeros_like(local) if param.grad is None else local_part(dense(name, param.grad))
             state = local_state(param, self.state[param])
             jobs.append(Job(name, param, local, grad, moves, group, state))
         return jobs
@@ -245,7 +243,7 @@ class LayerwiseOptimizer(Optimizer):
         call must not be under ``no_sync``.
 
         Raises:
-            LayerwiseError: at the first call, where the processes hold different gradients of one parameter.
+            LayerwiseError: a sparse gradient; at the first call, different gradients of one parameter on the processes.
         """
         self.halves.hold(self._half_buffers())
         if not self._halves_agree:
@@ -257,8 +255,10 @@ class LayerwiseOptimizer(Optimizer):
     def _half_buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._follow_parameters()
         for group in self.param_groups:
-            for param in group["params"]:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
                 if "half_difference" in self.state[param]:
+                    if param.grad is not None:
+                        dense(name, param.grad)
                     yield param, local_state(param, self.state[param])["half_difference"]
 
     def watch_replicas(

@@ -19,6 +19,7 @@ from layerwise.function_space.steps.recorder import FunctionSpaceRecorder
 FORMAT = 1
 
 
+@checked
 @dataclass(frozen=True)
 class BaseRate:
     """One base tensor at one step.
@@ -166,11 +167,24 @@ class BaseRates:
             records = {
                 int(s): {n: BaseRate(**r) for n, r in rates.items()} for s, rates in data["records"].items()
             }
-            if not records:
-                raise ValueError("no records")
+            _check_records(records)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LayerwiseError(f"base file {str(path)!r} is damaged ({error}): record it again") from None
         return BaseRates(records, found)
+
+
+def _check_records(records: Mapping[int, Mapping[str, BaseRate]]) -> None:
+    """Raises ValueError for rates that no measurement gives, and where two steps are of other parameters."""
+    if not records:
+        raise ValueError("no records")
+    first = next(iter(records.values()))
+    for step, rates in records.items():
+        if not rates or rates.keys() != first.keys():
+            raise ValueError(f"the parameters of step {step} are not those of step {next(iter(records))}")
+        for name, rate in rates.items():
+            numbers = [number for number in asdict(rate).values() if number is not None]
+            if not all(0 <= number < math.inf for number in numbers) or (rate.value and not rate.lr):
+                raise ValueError(f"of {name!r} at step {step}: {rate}")
 
 
 @checked

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.steps.optimizer_facts import class_name, optimized, settings_by_name
 from layerwise.function_space.steps.recorder import FunctionSpaceRecorder
@@ -19,6 +20,7 @@ from layerwise.function_space.steps.recorder import FunctionSpaceRecorder
 UNBIASED = frozenset({"exact", "full_cov"})
 
 
+@checked
 @dataclass(frozen=True)
 class Fingerprint:
     """What base rates were recorded with.
@@ -56,6 +58,10 @@ class Fingerprint:
     parameters: int
     shapes: str
     versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise LayerwiseError(f"dtype is {self.dtype!r}, which torch does not have")
 
     def require(self, names: Mapping[str, str], **found: Any) -> None:
         """Compare with what a large model is measured with; `names` maps its parameters to base ones.

@@ -81,14 +81,15 @@ def _say_plan(config: SweepConfig, workers: int) -> float:
     plan, sweep = make_plan(config), config.sweep
     done = read_results(config.run_path / RESULTS)
     left = sum(id not in done for id in plan.trials)
-    about = seconds_left(plan, done, workers) if left else 0.0
     sizes = ", ".join(f"{size:g}" for size in sweep.sizes)
     print(
         f"{config.run_name}: {len(plan.trials)} trials, {left} of them to run, in {config.run_path}\n"
         f"  {sweep.axis} {sizes}; methods {', '.join(sweep.methods)}; {len(sweep.lr)} rates; {len(sweep.seeds)} seeds;"
-        f" {config.steps} steps each: about {duration(about)} on this machine, {max(1, workers)} at a time",
-        flush=True,
+        f" {config.steps} steps each",
+        flush=True,  # timing the steps takes a while
     )
+    about = seconds_left(plan, done, workers) if left else 0.0
+    print(f"  about {duration(about)} on this machine, {max(1, workers)} at a time", flush=True)
     return about
 
 

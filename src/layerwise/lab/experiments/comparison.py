@@ -60,7 +60,8 @@ class Runner:
         if self.config.compare.seeds > 1:
             title += f", seed {seed}"
         ended = has_ended(placed.run_path)
-        run = train(placed, resume=True, progress=make_progress(self.progress, title))
+        begun = placed.run_path.exists()
+        run = train(placed, resume=begun, progress=make_progress(self.progress, title))
         if ended:
             loss = run.final_val_loss
             known = f", validation loss {loss:.4f}" if math.isfinite(loss) else ""

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from layerwise.common.similar import nearest
@@ -195,9 +196,11 @@ def check_parameter(name: str, param: object) -> None:
         )
 
 
-def sparse_gradient(name: str, grad: Tensor) -> LayerwiseError:
-    """The error for a gradient that is not dense."""
-    return LayerwiseError(
-        f"the gradient of {name!r} is sparse ({grad.layout}): a norm of the whole matrix needs a dense one; "
-        "build the embedding with sparse=False"
-    )
+def dense(name: str, grad: Tensor) -> Tensor:
+    """The gradient. Raises :class:`LayerwiseError` for a sparse one."""
+    if grad.layout != torch.strided:
+        raise LayerwiseError(
+            f"the gradient of {name!r} is sparse ({grad.layout}): a norm of the whole matrix needs a dense one; "
+            "build the embedding with sparse=False"
+        )
+    return grad
