@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
@@ -26,7 +26,9 @@ Override = Geometry | Mapping[str, Any]
 #: Several of them stand one after the other, and the later one wins.
 Overrides = Mapping[str, Override] | Sequence[Mapping[str, Override]]
 SplitSpec = int | str | Mapping[str, int] | Split
-_SPLITS = "give a number of equal parts, a dict of sizes, a Split, or a pattern such as 'o (4 i)'"
+_SPLITS = "a number of equal parts, a dict of sizes, a Split, or a pattern such as 'o (4 i)'"
+#: By a pattern on the parameter's name.
+Splits = Annotated[Mapping[str, SplitSpec], _SPLITS]
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
     elif isinstance(spec, int) and not isinstance(spec, bool) and spec >= 1:
         split = Split.equal(*map(str, range(spec))) if spec > 1 else None
     else:
-        raise LayerwiseError(f"splits: {found.name} has {spec!r}; {_SPLITS}")
+        raise LayerwiseError(f"splits: {found.name} has {spec!r}; give {_SPLITS}")
     if split is not None:
         try:
             split.rows(d_out)
@@ -164,7 +166,7 @@ def _patterned(found: Found, pattern: str) -> Layout:
         layout.shapes(tuple(found.parameter.shape))
     except LayerwiseError as error:
         raise LayerwiseError(
-            f"splits: {found.name} of shape {tuple(found.parameter.shape)} has {pattern!r}; {_SPLITS} ({error})"
+            f"splits: {found.name} of shape {tuple(found.parameter.shape)} has {pattern!r}; give {_SPLITS} ({error})"
         ) from None
     return layout
 

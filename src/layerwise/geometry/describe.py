@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from layerwise.common.checked import checked
 from layerwise.common.text_table import text_table
-from layerwise.geometry.declared import Overrides, SplitSpec
+from layerwise.geometry.declared import Overrides, Splits
 from layerwise.geometry.forward import Forward
 from layerwise.geometry.found import ROLES, How
 from layerwise.geometry.groups import Model, assign, frozen_names
@@ -121,7 +121,7 @@ def describe(
     model: Model,
     batch: Any = None,
     overrides: Overrides | None = None,
-    splits: Mapping[str, SplitSpec] | None = None,
+    splits: Splits | None = None,
     forward: Forward | None = None,
 ) -> Description:
     """Role, geometry, norm group, layout and units of every trainable parameter; arguments as in `param_groups`.

@@ -17,7 +17,7 @@ from layerwise.geometry.by_shape import check_dtype
 from layerwise.geometry.declared import (
     Assigned,
     Overrides,
-    SplitSpec,
+    Splits,
     matched,
     options_by_name,
     overridden,
@@ -54,7 +54,7 @@ def param_groups(
     model: Model,
     batch: Any = None,
     overrides: Overrides | None = None,
-    splits: Mapping[str, SplitSpec] | None = None,
+    splits: Splits | None = None,
     forward: Forward | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for a layerwise optimizer: one for each role, layout, geometry and set of overrides.
@@ -131,7 +131,7 @@ def assign(
     model: nn.Module,
     batch: Any = None,
     overrides: Overrides | None = None,
-    splits: Mapping[str, SplitSpec] | None = None,
+    splits: Splits | None = None,
     forward: Forward | None = None,
     seen: Mapping[str, Found] | None = None,
 ) -> Assignment:
