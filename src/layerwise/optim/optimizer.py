@@ -24,6 +24,7 @@ from layerwise.optim.groups.options import DEFAULTS, check_options, dense
 from layerwise.optim.groups.overview import scaled_twice, table
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.layer_rates import LayerRate, layer_rates
+from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.halves import Halves
 from layerwise.optim.rules.rule import needs_replicas
 from layerwise.optim.state import state_dict as saving
@@ -63,6 +64,7 @@ class LayerwiseOptimizer(Optimizer):
         params: the groups of :func:`layerwise.param_groups`, or parameters (then treated by shape, with a warning).
         recipe: group options by role; the presets' definition.
         nonfinite: ``"raise"`` (default) or ``"skip"`` for a step with a NaN or inf gradient; see ``optim.guard``.
+        rounding: ``"stochastic"`` rounds bfloat16 weights up or down at random, without bias; see ``optim.rounding``.
         work: where the work on whole matrices happens, as the attribute ``work``, which can be set later too. None: over
             all processes of torch.distributed where it is initialised at the first step, else on this one.
         defaults: group options (``layerwise.optim.groups.options.DEFAULTS``) for what neither a group nor the recipe gives.
@@ -87,9 +89,11 @@ class LayerwiseOptimizer(Optimizer):
         recipe: Recipe | None = None,
         *,
         nonfinite: str = "raise",
+        rounding: str = "nearest",
         work: MatrixWork | None = None,
         **defaults: Any,
     ) -> None:
+        defaults |= {} if rounding == "nearest" else {"rounding": rounding}
         check_options(defaults)
         self.recipe: Recipe = recipe or {}
         self.guard = NonFiniteGuard(nonfinite)
@@ -98,6 +102,7 @@ class LayerwiseOptimizer(Optimizer):
         self._replicas: Replicas | None = None
         self._work = work
         self._following = Following()
+        self._vanishing = Vanishing()
         super().__init__(as_groups(params), DEFAULTS | defaults)
         check_rules(self.param_groups)
 
@@ -186,13 +191,14 @@ class LayerwiseOptimizer(Optimizer):
                 self.halves.close(self._half_buffers())
             if self._replicas is not None:
                 self._note_deviations(moving, self._replicas)
+            samples = self._vanishing.before(moving)
             by_update: dict[Update, list[Job]] = {}
             for job in jobs:
                 by_update.setdefault(job.group["update"], []).append(job)
             for update, members in by_update.items():
                 update.step(members, self.work, finite if isinstance(finite, Tensor) else None)
-        if self.halves.held:
-            self.halves.forget()
+            self._vanishing.after(samples, self.param_groups)
+        self.halves.forget()
         if self._replicas is not None:
             self._replicas.next_turn()
         return loss
@@ -294,9 +300,7 @@ class LayerwiseOptimizer(Optimizer):
         return [param for group in self.param_groups if needs_replicas(group) for param in group["params"]]
 
     def _steps_tried(self) -> int:
-        seen = [
-            self.state[param]["gradients_seen"].max() for param in self._between_replicas() if param.numel()
-        ]
+        seen = [self.state[p]["gradients_seen"].max() for p in self._between_replicas() if p.numel()]
         return self.skipped_steps + (int(torch.stack([n.cpu() for n in seen]).max()) if seen else 0)
 
     @property
@@ -345,7 +349,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._following = Following()
+        self._following, self._vanishing = Following(), Vanishing()
         self._following.note(self.param_groups)
         self.defaults.pop("differentiable", None)  # torch adds it here, and groups added later would take it
 

@@ -50,6 +50,7 @@ class Muon(LayerwiseOptimizer):
         adamw_eps: theirs.
         rates: a rate rule for the matrices, e.g. ``NoiseAdaptive()``.
         nonfinite: ``"raise"`` or ``"skip"``.
+        rounding: of bfloat16 weights, ``"nearest"`` or ``"stochastic"``.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -74,6 +75,7 @@ class Muon(LayerwiseOptimizer):
         adamw_eps: float = 1e-10,
         rates: RateRule | None = None,
         nonfinite: str = "raise",
+        rounding: str = "nearest",
     ) -> None:
         matrices = {"scaling": "floored", "momentum": momentum, "nesterov": nesterov, "rates": rates}
         rest = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
@@ -81,6 +83,7 @@ class Muon(LayerwiseOptimizer):
             params,
             _matrices_and_the_rest(matrices, rest),
             nonfinite=nonfinite,
+            rounding=rounding,
             lr=lr,
             weight_decay=weight_decay,
         )
@@ -118,6 +121,7 @@ class DMuon(LayerwiseOptimizer):
         adamw_eps: float = 1e-8,
         rates: RateRule | None = None,
         nonfinite: str = "raise",
+        rounding: str = "nearest",
     ) -> None:
         matrices = {"scaling": "rms_0.2", "momentum": momentum, "nesterov": nesterov, "rates": rates}
         rest = {"betas": adamw_betas, "eps": adamw_eps}
@@ -125,6 +129,7 @@ class DMuon(LayerwiseOptimizer):
             params,
             _matrices_and_the_rest(matrices, rest),
             nonfinite=nonfinite,
+            rounding=rounding,
             lr=lr,
             weight_decay=weight_decay,
         )
@@ -156,6 +161,7 @@ class DualMuon(LayerwiseOptimizer):
         adamw_betas: of the AdamW groups.
         adamw_eps: theirs.
         nonfinite: ``"raise"`` or ``"skip"``.
+        rounding: of bfloat16 weights, ``"nearest"`` or ``"stochastic"``.
 
     Examples:
         >>> import torch, layerwise as lw
@@ -177,6 +183,7 @@ class DualMuon(LayerwiseOptimizer):
         adamw_eps: float = 1e-8,
         rates: RateRule | None = DualNormAdaptive(),  # noqa: B008 (frozen)
         nonfinite: str = "raise",
+        rounding: str = "nearest",
     ) -> None:
         check_option("lr", lr, called="lr")
         check_option("radius", head, called="head")
@@ -186,7 +193,9 @@ class DualMuon(LayerwiseOptimizer):
             **_matrices_and_the_rest({**matrices, "rates": rates}, rest),
             "head": {"update": "adamw", **rest, "lr": lr * head},
         }
-        super().__init__(params, recipe, nonfinite=nonfinite, lr=lr, weight_decay=weight_decay)
+        super().__init__(
+            params, recipe, nonfinite=nonfinite, rounding=rounding, lr=lr, weight_decay=weight_decay
+        )
 
 
 #: Scion's radii in its nanoGPT set-up: 50 for the blocks, 3000 for the tied head. Vectors have none there; 1 is ours.
@@ -209,6 +218,7 @@ class Scion(LayerwiseOptimizer):
         radius: by role; roles that are not named take that of ``"hidden"``.
         rates: a rate rule, e.g. ``NoiseAdaptive()``.
         nonfinite: ``"raise"`` or ``"skip"``.
+        rounding: of bfloat16 weights, ``"nearest"`` or ``"stochastic"``.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -232,6 +242,7 @@ class Scion(LayerwiseOptimizer):
         ] = SCION_RADIUS,
         rates: RateRule | None = None,
         nonfinite: str = "raise",
+        rounding: str = "nearest",
     ) -> None:
         radii = dict(SCION_RADIUS) | dict(radius)
         unknown = set(radii) - {*SCION_RADIUS, *MATRIX_ROLES}
@@ -246,6 +257,7 @@ class Scion(LayerwiseOptimizer):
             params,
             recipe,
             nonfinite=nonfinite,
+            rounding=rounding,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
@@ -279,11 +291,13 @@ class Signum(LayerwiseOptimizer):
         weight_decay: float = 0.0,
         rates: RateRule | None = None,
         nonfinite: str = "raise",
+        rounding: str = "nearest",
     ) -> None:
         super().__init__(
             params,
             {"default": {"geometry": Sign()}},
             nonfinite=nonfinite,
+            rounding=rounding,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
@@ -308,6 +322,7 @@ class Lanton(LayerwiseOptimizer):
             scale of its D-Muon baseline) or ``"unit"`` (norm one, Scion's, to be used with a ``radius`` in the groups).
         rates: a rate rule; None: the same optimizer with every multiplier at 1.
         nonfinite: ``"raise"`` or ``"skip"``.
+        rounding: of bfloat16 weights, ``"nearest"`` or ``"stochastic"``.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -331,10 +346,12 @@ class Lanton(LayerwiseOptimizer):
         scaling: str = "rms_0.2",
         rates: RateRule | None = NoiseAdaptive(),  # noqa: B008 (frozen)
         nonfinite: str = "raise",
+        rounding: str = "nearest",
     ) -> None:
         super().__init__(
             params,
             nonfinite=nonfinite,
+            rounding=rounding,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,

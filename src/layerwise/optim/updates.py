@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from layerwise.errors import LayerwiseError
+from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, store
 from layerwise.optim.rules.rule import NormGroup, RateRule
 from layerwise.optim.scaling import step_factors
 from layerwise.optim.work.job import (
@@ -28,6 +29,7 @@ from layerwise.optim.work.job import (
     select,
 )
 
+_MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 #: Momentum of many small tensors goes in one launch; a chunk bounds the copies that `keep` makes.
 CHUNK_BYTES = 64 * 2**20
 
@@ -101,39 +103,49 @@ class AdamW(Update):
         }
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
-        by_group: dict[int, list[Job]] = {}
+        together: dict[tuple[int, torch.dtype], list[Job]] = {}
         for job in jobs:
             if job.moves:
-                by_group.setdefault(id(job.group), []).append(job)
-        for members in by_group.values():
-            group, lr = members[0].group, members[0].lr
-            params = [job.local.float() if job.local.dtype == torch.float16 else job.local for job in members]
-            for job, param in zip(members, params, strict=True):
-                for key in ("exp_avg", "exp_avg_sq"):
-                    if job.state[key].dtype != param.dtype:  # the model was cast after the optimizer was made
-                        job.state[key] = job.state[key].to(param.dtype)
-            # The fused kernel can be told on the device to do nothing, which is what `keep` needs.
-            fused = keep is not None or isinstance(lr, Tensor)
-            adamw(
-                params,
-                [job.grad.to(param.dtype) for job, param in zip(members, params, strict=True)],
-                [job.state["exp_avg"] for job in members],
-                [job.state["exp_avg_sq"] for job in members],
-                [],
-                [job.state["step"] for job in members],
-                fused=fused or None,
-                found_inf=None if keep is None else 1.0 - keep.float(),
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=lr,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for job, param in zip(members, params, strict=True):
-                if param is not job.local:
-                    job.local.copy_(param)
+                together.setdefault((id(job.group), job.local.dtype), []).append(job)
+        for members in together.values():
+            _adamw(members, keep)
+
+
+def _adamw(jobs: Sequence[Job], keep: Tensor | None) -> None:
+    """Of jobs of one group and one dtype. In float32 where the weights are not enough, and then rounded once."""
+    group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
+    wide = first.dtype == torch.float16 or is_stochastic(group, first)
+    params = [job.local.float() if wide else job.local for job in jobs]
+    moments = [
+        [job.state[key].to(param.dtype) for job, param in zip(jobs, params, strict=True)] for key in _MOMENTS
+    ]
+    # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
+    fused = keep is not None or isinstance(lr, Tensor) or first.dtype == torch.bfloat16
+    adamw(
+        params,
+        [job.grad.to(param.dtype) for job, param in zip(jobs, params, strict=True)],
+        moments[0],
+        moments[1],
+        [],
+        [job.state["step"] for job in jobs],
+        fused=fused or None,
+        found_inf=None if keep is None else 1.0 - keep.float(),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    for i, (job, param) in enumerate(zip(jobs, params, strict=True)):
+        for key, values in zip(_MOMENTS, moments, strict=True):
+            if wide and job.local.dtype == torch.bfloat16:
+                job.state[key].copy_(values[i])
+            else:  # the same tensor, unless the model was cast after the optimizer was made
+                job.state[key] = values[i]
+        if wide:
+            store(job, param)
 
 
 @dataclass(frozen=True, repr=False)
@@ -273,8 +285,11 @@ def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
 
 
 def move(job: Job, direction: Tensor, keep: Tensor | None) -> None:
-    """``W <- W - lr * weight_decay * W``, then ``W <- W - lr * direction``, in place."""
+    """``W <- W - lr * weight_decay * W``, then ``W <- W - lr * direction``, in place; in half precision both at once."""
     param, lr, decay = job.local, job.lr, job.group["weight_decay"]
+    if param.dtype in HALF and (decay != 0.0 or is_stochastic(job.group, param)):
+        move_once_rounded(job, direction, keep)
+        return
     if isinstance(lr, Tensor):
         lr = lr.reshape(())
     if decay != 0.0:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry import VectorLayout, VectorRMS, group_by_shape
-from layerwise.optim.groups.options import DEFAULTS, check_group, check_options, check_parameter
+from layerwise.optim.groups.options import DEFAULTS, OPTIONAL, check_group, check_options, check_parameter
 from layerwise.optim.updates import UPDATES, Update
 from layerwise.optim.work.job import Group
 
@@ -85,7 +85,7 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
     check_group(group)
     preset = recipe.get(str(group.get("role")), recipe.get("default", {}))
     check_options(preset)
-    base = {key: defaults[key] for key in DEFAULTS if key in defaults}
+    base = {key: defaults[key] for key in (*DEFAULTS, *OPTIONAL) if key in defaults}
     # A geometry in a preset is its definition (Signum's): it stands above the one param_groups found.
     full = {**base, **preset, **group, **{key: preset[key] for key in ("geometry",) if key in preset}}
     if full["layout"] is None or full["geometry"] is None:
@@ -100,6 +100,8 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
     _warn_of_unused(update, group, {**base, **preset})
     if (rule := update.rule(full)) is not None:
         rule.fits(full)
+    if full.get("rounding") == "stochastic":
+        full.setdefault("rounding_seed", 0)
     full["norm_group"] = full["norm_group"] or full["geometry"].norm_group
     return {key: _plain(value) for key, value in full.items()}
 

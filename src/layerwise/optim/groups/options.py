@@ -13,6 +13,7 @@ from torch import Tensor
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
+from layerwise.optim.rounding import ROUNDINGS
 from layerwise.optim.rules.rule import RateRule
 from layerwise.optim.scaling import SCALINGS
 from layerwise.optim.updates import UPDATES, Update
@@ -51,8 +52,8 @@ TORCH_KEYS: Final = (
 )
 
 #: Options that a group has only where it was given them: "lr_scale" multiplies the rate of every step, and nobody else
-#: writes it. Groups without it are saved as they always were.
-OPTIONAL: Final = ("lr_scale",)
+#: writes it; "rounding" of bfloat16 weights, "rounding_seed" moves on with every step. Groups without are saved as always.
+OPTIONAL: Final = ("lr_scale", "rounding", "rounding_seed")
 _OPTIONS: Final = (*DEFAULTS, *OPTIONAL)
 
 #: Options of torch's optimizers that change a step and that ours do not have: a true one must not be lost in silence.
@@ -125,6 +126,11 @@ def _at_least_zero(key: str, value: object, fix: str = "give a finite number of 
         raise _fail(key, value, fix)
 
 
+def _whole(key: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise _fail(key, value, "give a whole number from 0 up to 2^31")
+
+
 def _fraction(key: str, value: object) -> None:
     fix = "give a number from 0 up to, but not including, 1: the weight of the old average"
     if not 0.0 <= _as_number(key, value, fix) < 1.0:
@@ -165,6 +171,8 @@ _CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
     "lr": _learning_rate,
     "lr_scale": _at_least_zero,
     "weight_decay": _at_least_zero,
+    "rounding": _one_of(*ROUNDINGS),
+    "rounding_seed": _whole,
     "radius": _at_least_zero,
     "eps": _at_least_zero,
     "momentum": _fraction,
