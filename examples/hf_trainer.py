@@ -61,7 +61,7 @@ def make_trainer(output_dir: str) -> Trainer:
         optimizer_cls_and_kwargs=trainer_optimizer(lw.Lanton, lr=0.02, weight_decay=0.1),
         callbacks=[FunctionSpaceCallback(partial(FunctionSpaceRecorder, every=3, probes=4), measured)],
     )
-    log_layer_rates(trainer)
+    log_layer_rates(trainer, by="unit")
     return trainer
 
 

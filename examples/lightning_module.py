@@ -50,7 +50,7 @@ def train(folder: str) -> Regression:
         gradient_clip_val=1.0,  # of the gradients
         log_every_n_steps=2,
         logger=CSVLogger(folder, name="logs"),
-        callbacks=[LayerRates(), ModelCheckpoint(folder, save_last=True)],
+        callbacks=[LayerRates(by="unit"), ModelCheckpoint(folder, save_last=True)],
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,

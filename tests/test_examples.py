@@ -156,7 +156,7 @@ def test_layer_rates_of_another_optimizer_are_refused():
     import torch
 
     from layerwise import LayerwiseError
-    from layerwise.integrations.logged import rates_to_log
+    from layerwise.integrations.logged import RateLog
 
     with pytest.raises(LayerwiseError, match="SGD"):
-        rates_to_log(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+        RateLog()(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))

@@ -8,6 +8,7 @@ Trainer(callbacks=[LayerRates()])
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,22 +16,30 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import Watch, WatchRecord, watch
-from layerwise.integrations.logged import layerwise_optimizer, rates_to_log
+from layerwise.integrations.logged import RateLog, layerwise_optimizer
 
 
 @checked
 class LayerRates(Callback):  # type: ignore[misc]
-    """Logs ``layer_lr/UNIT`` and ``layer_noise/UNIT`` every ``every`` optimizer steps (None: the trainer's own interval).
+    """Logs ``layer_lr/NAME`` and ``layer_noise/NAME``: at most 512 names a step.
 
     lightning moves the schedule on before callbacks see a step, so these are the rates of the step to come.
+
+    Args:
+        every: how many optimizer steps apart; None: the trainer's own interval.
+        by: ``"role and block"`` (means over the units of one role in one block), ``"role"``, ``"block"`` or ``"unit"``.
+        only: glob patterns of parameters; the others are left out.
     """
 
-    def __init__(self, every: int | None = None) -> None:
+    def __init__(
+        self, every: int | None = None, by: str = "role and block", only: str | Sequence[str] = "*"
+    ) -> None:
         if every is not None and every < 1:
             raise LayerwiseError(
                 f"LayerRates(every={every}): use 1 or more, or None for the trainer's interval"
             )
         self.every = every
+        self.log_rates = RateLog(by, only)
         self._logged = 0  # with accumulation, several batches end at one step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -40,7 +49,7 @@ class LayerRates(Callback):  # type: ignore[misc]
             return
         self._logged = step
         if trainer.is_global_zero:
-            rates = {key: value for opt in trainer.optimizers for key, value in rates_to_log(opt).items()}
+            rates = {key: value for opt in trainer.optimizers for key, value in self.log_rates(opt).items()}
             for logger in trainer.loggers:
                 logger.log_metrics(rates, step=step)
 

@@ -11,7 +11,7 @@ with any optimizer. ``TrainingArguments(learning_rate, weight_decay)`` are not u
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.slices import share
 from layerwise.function_space.steps.watched_step import is_supplier
 from layerwise.geometry import param_groups
-from layerwise.integrations.logged import layerwise_optimizer, rates_to_log
+from layerwise.integrations.logged import RateLog, layerwise_optimizer
 from layerwise.optim import Lanton, LayerwiseOptimizer
 
 Observer = FunctionSpaceRecorder | FLeRM
@@ -57,10 +57,11 @@ def trainer_optimizer(
 
 @checked
 class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
-    """Logs ``layer_lr/UNIT`` and ``layer_noise/UNIT`` at each of the trainer's logging steps, to all that it reports to."""
+    """Logs layer rates at each of the trainer's logging steps, to all that it reports to; see ``log_layer_rates``."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, log: RateLog) -> None:
         self.trainer = trainer
+        self.log = log
         self._rates: dict[str, float] = {}
 
     def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
@@ -72,7 +73,7 @@ class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
         # Read here, as the schedule moves on before the step is logged; and only if it will be, as reading waits.
         step = state.global_step + 1
         if step % state.logging_steps == 0 or (step == 1 and args.logging_first_step):
-            self._rates = rates_to_log(optimizer)
+            self._rates = self.log(optimizer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -83,9 +84,15 @@ class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
             self._rates = {}
 
 
-def log_layer_rates(trainer: Trainer) -> None:
-    """Have ``trainer`` log each layer's effective learning rate and noise."""
-    trainer.add_callback(LayerRatesCallback(trainer))
+def log_layer_rates(trainer: Trainer, by: str = "role and block", only: str | Sequence[str] = "*") -> None:
+    """Have ``trainer`` log ``layer_lr/NAME`` and ``layer_noise/NAME``: at most 512 names a step.
+
+    Args:
+        trainer: whose run.
+        by: ``"role and block"`` (means over the units of one role in one block), ``"role"``, ``"block"`` or ``"unit"``.
+        only: glob patterns of parameters; the others are left out.
+    """
+    trainer.add_callback(LayerRatesCallback(trainer, RateLog(by, only)))
 
 
 @checked

@@ -32,7 +32,8 @@ def is_stochastic(group: Group, param: Tensor) -> bool:
 def move_once_rounded(job: Job, direction: Tensor, keep: Tensor | None) -> None:
     """``W <- round(W - lr * (weight_decay * W + direction))``, in place, for a parameter in half precision."""
     param, lr, decay = job.local, job.lr, job.group["weight_decay"]
-    if param.dtype == torch.bfloat16 and not isinstance(lr, Tensor) and not is_stochastic(job.group, param):
+    alike = param.dtype == direction.dtype == torch.bfloat16  # not where a model was cast under its optimizer
+    if alike and not isinstance(lr, Tensor) and not is_stochastic(job.group, param):
         # lerp computes in float32: W + lr decay (-direction / decay - W)
         target = select(keep, direction.mul(-1.0 / decay), param)
         param.lerp_(target, lr * decay)
