@@ -64,7 +64,7 @@ def test_a_filter_leaves_the_others_out_and_says_where_it_matches_nothing():
         f"layer_{kind}/layers.1.{i}.weight" for kind in ("lr", "noise") for i in (0, 1)
     }
     assert len(RateLog("role", ["head.*", "embed.*"])(optimizer)) == 6
-    with pytest.raises(lw.LayerwiseError, match="matches no unit, such as 'embed.weight'"):
+    with pytest.raises(lw.LayerwiseError, match=r"matches no unit, such as 'embed.weight'"):
         RateLog(only="haed.*")(optimizer)
 
 
@@ -82,5 +82,5 @@ def test_a_step_never_logs_more_names_than_the_bound_and_says_once_that_it_takes
 
 
 def test_another_level_is_refused():
-    with pytest.raises(lw.LayerwiseError, match="by='layer'.*'role and block'"):
+    with pytest.raises(lw.LayerwiseError, match=r"by='layer'.*'role and block'"):
         RateLog("layer")

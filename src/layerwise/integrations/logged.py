@@ -36,7 +36,7 @@ class RateLog:
 
     Args:
         by: one number for each `"unit"`, for the units of one `"role"` or one `"block"` (`model.layers.3`), or, `"role and
-            block"`, of one role in one block. Where that is more than 512 names, the next coarser is taken, with one warning.
+            block"`, of one role in one block. Where that is more than 512 names, the next coarser is taken, and said once.
         only: glob patterns of units or parameters; the others are left out.
 
     Examples:
