@@ -147,6 +147,8 @@ STUDIES: Final[Mapping[str, Study]] = {
         (
             Trial("llama-tiny", "DualMuon", 0.016, 1, 1000),
             by_role("llama-tiny", 0.008, 1, LLAMA_ROLES, 1000),
+            by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES, 1000),
+            by_role("llama-tiny", 0.004, 1, LLAMA_ROLES, 1000),
         ),
     ),
 }
