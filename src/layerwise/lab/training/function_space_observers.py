@@ -175,7 +175,7 @@ def _matched_steps(settings: FunctionSpaceConfig, steps: int) -> range:
     if settings.match_step > steps:
         raise LayerwiseError(
             f"function_space.match_step={settings.match_step} in a run of {steps} steps: its rates would never be"
-            f" matched; set {steps} or less, or take more steps (training.steps, of a check --step)"
+            f" matched; set {steps} or less, or take more steps (training.steps)"
         )
     return range(settings.match_step - 1, steps, settings.match_every or steps)
 
