@@ -160,3 +160,13 @@ def test_layer_rates_of_another_optimizer_are_refused():
 
     with pytest.raises(LayerwiseError, match="SGD"):
         RateLog()(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rates_of_another_rank_are_used_by_the_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    found = example("lora_rank")
+    rates, loss = found["train"](str(tmp_path))
+    assert len(rates) == 12  # A and B of three matrices in two blocks
+    assert sum(rate > found["TUNED_RATE"] for name, rate in rates.items() if "lora_B" in name) >= 5
+    assert loss < 3.4  # it learns: a uniform guess among 32 is 3.47

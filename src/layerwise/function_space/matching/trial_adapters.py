@@ -44,6 +44,7 @@ def as_found(model: nn.Module, adapter: str) -> Iterator[None]:
 @contextmanager
 def trial_adapter(model: Any, config: Any, seed: int) -> Iterator[None]:
     """A fresh adapter, drawn from a seed, alone active and alone trainable."""
+    active = model.active_adapter
     torch.manual_seed(seed)
     model.add_adapter(TRIAL, config)
     try:
@@ -54,6 +55,7 @@ def trial_adapter(model: Any, config: Any, seed: int) -> Iterator[None]:
         model.train(model.training)
         yield
     finally:
+        model.set_adapter(active)  # peft warns where an active one is deleted
         model.delete_adapter(TRIAL)
 
 
