@@ -46,14 +46,19 @@ def optimizer_title(name: str) -> str:
 
 
 def looks(optimizers: Sequence[str]) -> list[Look]:
-    """A look for each contender, in order: an optimizer's own, and for its second entry a colour that none has."""
+    """A look for each contender, in order: an optimizer's own, and for its second entry a colour that none has.
+
+    With more contenders than colours two share one, under another marker: 64 looks are told apart.
+    """
     reserved = {_LOOKS[key].color for name in optimizers if (key := optimizer_key(name)) in _LOOKS}
     free = [color for color in CYCLE if color not in reserved]
     chosen: list[Look] = []
     for i, name in enumerate(optimizers):
         own = _LOOKS.get(optimizer_key(name))
         if own is None or own in chosen:
-            own = Look(free.pop(0) if free else CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)])
+            color = free.pop(0) if free else CYCLE[i % len(CYCLE)]
+            markers = [MARKERS[(i + shift) % len(MARKERS)] for shift in range(len(MARKERS))]
+            own = next((look for marker in markers if (look := Look(color, marker)) not in chosen), Look(color))
         chosen.append(own)
     return chosen
 
