@@ -48,3 +48,11 @@ def test_a_registered_optimizer_is_known_everywhere(registered: str, tmp_path: P
     assert "| `sign-descent` |" in runpy.run_path(str(PAGE))["page"]()
     assert train(tiny_config(tmp_path, optimizer__name=registered), progress="quiet").status == "finished"
     assert registered in OPTIMIZERS
+
+
+@pytest.mark.parametrize("names", [["adamw"] * 40, ["adamw", "lanton", "d-muon", "scion"] * 10])
+def test_forty_contenders_have_forty_looks(names: list[str]) -> None:
+    """There are eight colours: where one comes again, it comes with another marker."""
+    chosen = looks(names)
+    assert len(set(chosen)) == len(names)
+    assert len({look.color for look in chosen[:8]}) == 8
