@@ -58,7 +58,9 @@ def looks(optimizers: Sequence[str]) -> list[Look]:
         if own is None or own in chosen:
             color = free.pop(0) if free else CYCLE[i % len(CYCLE)]
             markers = [MARKERS[(i + shift) % len(MARKERS)] for shift in range(len(MARKERS))]
-            own = next((look for marker in markers if (look := Look(color, marker)) not in chosen), Look(color))
+            own = next(
+                (look for marker in markers if (look := Look(color, marker)) not in chosen), Look(color)
+            )
         chosen.append(own)
     return chosen
 
