@@ -15,7 +15,7 @@ from layerwise.lab.config.load import load_config
 from layerwise.lab.optimizers.registry import OPTIMIZERS
 from layerwise.lab.report.names import looks, optimizer_title
 from layerwise.lab.training.run import complete, train
-from layerwise.optim import presets
+from layerwise.optim import named_optimizers
 
 PAGE = Path(__file__).parents[2] / "docs" / "make_configuration.py"
 
@@ -33,7 +33,7 @@ def registered() -> Iterator[str]:
             )
 
     yield "sign-descent"
-    presets._OPTIMIZERS.pop("sign-descent")
+    named_optimizers._OPTIMIZERS.pop("sign-descent")
 
 
 def test_a_registered_optimizer_is_known_everywhere(registered: str, tmp_path: Path) -> None:
