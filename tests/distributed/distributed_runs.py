@@ -117,9 +117,8 @@ SPLITS: dict[str, int] = {"blocks.*.qkv.*": 3}
 
 
 def make_optimizer(model: nn.Module, preset: str, rule: str) -> lw.LayerwiseOptimizer:
-    module = model.module if isinstance(model, DistributedDataParallel) else model
     options: dict[str, Any] = {"lr": RATES[preset], "rates": RULES[rule], "weight_decay": 0.1}
-    return getattr(lw, preset)(lw.param_groups(module, overrides=OVERRIDES, splits=SPLITS), **options)
+    return getattr(lw, preset)(lw.param_groups(model, overrides=OVERRIDES, splits=SPLITS), **options)
 
 
 def mine(rows: Tensor) -> Tensor:
@@ -184,6 +183,15 @@ def sharded_after(steps: int) -> dict[str, Any]:
     for group, held in zip(optimizer.param_groups, places, strict=True):
         group["params"] = [sharded[name] for name in held]
     optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(steps))
+    return results(model, optimizer)
+
+
+def sharded_unseen(steps: int) -> dict[str, Any]:
+    """The model is sharded after its optimizer was made, and nobody tells the optimizer."""
+    model = make_model()
+    optimizer = make_optimizer(model, "Lanton", "previous")
+    distribute(model, "fsdp")
     train(model, optimizer, range(steps))
     return results(model, optimizer)
 

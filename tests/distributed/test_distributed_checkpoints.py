@@ -19,6 +19,12 @@ def test_sharded_checkpoints_move_between_world_sizes(cluster, uninterrupted, tm
     same(uninterrupted, cluster.run(4, saved, "hsdp", str(tmp_path), range(3, 4), True))
 
 
+def test_dcp_goes_from_ddp_into_a_plain_model_and_back(cluster, uninterrupted, tmp_path):
+    cluster.run(2, saved, "ddp", str(tmp_path), range(2), False)
+    cluster.run(1, saved, "single", str(tmp_path), range(2, 3), True)
+    same(uninterrupted, cluster.run(2, saved, "ddp", str(tmp_path), range(3, 4), True))
+
+
 @pytest.mark.parametrize(("there", "back"), [(("fsdp", 4), ("single", 1)), (("ddp", 2), ("fsdp", 2))])
 def test_one_file_of_whole_tensors_loads_anywhere(cluster, uninterrupted, tmp_path, there, back):
     file = str(tmp_path / "state.pt")

@@ -340,3 +340,11 @@ def test_meta_parameters_and_sharded_parameters_need_no_data(tmp_path):
 def test_exports():
     for name in ("Description", "Layout", "Split", "describe", "group_by_shape", "param_groups"):
         assert name in geometry.__all__
+
+
+def test_no_warning_of_doubts_where_the_model_was_run_by_forward_alone():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups = param_groups(model, forward=lambda model, batch: model(torch.arange(5)))
+    assert len(groups) == 3

@@ -110,7 +110,7 @@ BAD = {
         ["ids", "int32", "requires_grad=False"],
     ),
     "empty": (lambda: lw.Lanton([]), ["no parameters", "param_groups"]),
-    "empty groups": (lambda: lw.Lanton([{"params": []}]), ["no parameters"]),
+    "no groups": (lambda: lw.Lanton([]), ["no parameters"]),
     "single tensor": (lambda: lw.Lanton(nn.Parameter(torch.ones(2))), ["single tensor", "list"]),
     "the model itself": (lambda: lw.Lanton(net()), ["Net", "param_groups"]),
     "not a tensor": (lambda: lw.Lanton(["up.weight"]), ["'up.weight'", "tensor"]),

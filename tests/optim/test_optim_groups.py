@@ -158,3 +158,15 @@ def test_the_table_tells_what_each_group_became():
     muon = lw.Muon(lw.param_groups(net())).groups_table()
     assert "adamw" in muon
     assert "Sign" not in muon
+
+
+def test_groups_that_are_all_empty_are_taken_as_torch_takes_them_and_no_group_is_an_error():
+    with pytest.warns(UserWarning, match="all groups are empty"):
+        optimizer = lw.Lanton([{"params": []}, {"params": []}])
+    optimizer.step()
+    assert optimizer.load_state_dict(optimizer.state_dict()) == ([], [])
+    optimizer.add_param_group(lw.param_groups(net())[0])
+    optimizer.step()
+    for nothing in ([], iter(())):
+        with pytest.raises(lw.LayerwiseError, match="got no parameters"):
+            lw.Lanton(nothing)

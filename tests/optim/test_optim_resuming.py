@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tiny import OPTIMIZERS, assert_same_bits, make, net, set_gradients, take_step, tensors, twin
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import layerwise as lw
 
@@ -63,6 +65,36 @@ def test_a_run_goes_on_under_other_wrappers(wrapper, strict, back, named):
     assert names == [
         group["param_names"] for group in made_afresh.param_groups
     ]  # its own names, not the saved ones
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("wrapper", ["compile", "checkpointing inside", "a compiled block"])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_run_goes_on_under_other_wrappers_by_dcp(wrapper, back, tmp_path):
+    def made(wrapped):
+        model = WRAPPERS[wrapper](net()) if wrapped else net()
+        return model, lw.Lanton(lw.param_groups(model))
+
+    def step(model, optimizer, seeds):
+        for seed in seeds:
+            set_gradients(model, seed)
+            optimizer.step()
+
+    (model, optimizer), (again, its_optimizer), (whole, uninterrupted) = (
+        made(not back),
+        made(back),
+        made(back),
+    )
+    step(model, optimizer, range(2))
+    saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(saved, checkpoint_id=tmp_path)
+    found = dict(zip(("model", "optimizer"), get_state_dict(again, its_optimizer), strict=True))
+    dcp.load(found, checkpoint_id=tmp_path)
+    set_state_dict(again, its_optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    step(again, its_optimizer, range(2, 4))
+    step(whole, uninterrupted, range(4))
+    for mine, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:parameters are grouped by shape")

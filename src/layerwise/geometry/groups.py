@@ -97,14 +97,18 @@ def param_groups(
     if overrides is None and _are_overrides(batch):
         batch, overrides = None, batch
     everything = assign(model, batch, overrides, splits, forward)
-    return grouped(everything, Origin(model, overrides, splits, everything.frozen), looked=batch is not None)
+    return grouped(
+        everything,
+        Origin(model, overrides, splits, everything.frozen),
+        batch is not None or forward is not None,
+    )
 
 
 def groups_of(origin: Origin, batch: Any = None) -> list[dict[str, Any]]:
     """Groups as of `param_groups` of what a model is now, with what the user said of it and what was seen then."""
     assert origin.model is not None
     everything = assign(origin.model, batch, origin.overrides, origin.splits, seen=origin.seen)
-    return grouped(everything, origin, looked=batch is not None)
+    return grouped(everything, origin, batch is not None)
 
 
 def grouped(everything: Assignment, origin: Origin, looked: bool) -> list[dict[str, Any]]:

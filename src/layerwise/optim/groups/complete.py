@@ -40,10 +40,12 @@ def as_groups(params: Iterable[Any]) -> list[Group]:
         {**group, "params": _as_list(group["params"])} if "params" in group else group for group in dicts
     ]
     groups = dicts if dicts or not given else _by_shape(name_params(given, None, 0), {})
-    if not any(group.get("params") for group in groups):
+    if not groups:
         raise LayerwiseError(
             "the optimizer got no parameters: pass layerwise.param_groups(model), or check requires_grad"
         )
+    if not any(group.get("params", True) for group in groups):  # torch takes them
+        warn("all groups are empty: nothing is trained until parameters are added; check requires_grad")
     return groups
 
 
