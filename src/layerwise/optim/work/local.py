@@ -36,7 +36,9 @@ class LocalWork:
 
     def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[tuple[int, Tensor]]:
         for batch in batches(jobs, directions_at_once):
-            yield from zip(batch, unit_steps([jobs[i] for i in batch]), strict=True)
+            # Not `yield from zip(...)`: torch.compile of 2.14 fails where that ends (Python 3.13).
+            for i, step in zip(batch, unit_steps([jobs[i] for i in batch]), strict=True):  # noqa: UP028
+                yield i, step
 
     def anywhere(self, flags: Tensor) -> Tensor:
         return flags
