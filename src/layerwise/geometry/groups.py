@@ -97,11 +97,8 @@ def param_groups(
     if overrides is None and _are_overrides(batch):
         batch, overrides = None, batch
     everything = assign(model, batch, overrides, splits, forward)
-    return grouped(
-        everything,
-        Origin(model, overrides, splits, everything.frozen),
-        batch is not None or forward is not None,
-    )
+    origin = Origin(model, overrides, splits, everything.frozen)
+    return grouped(everything, origin, batch is not None or forward is not None)
 
 
 def groups_of(origin: Origin, batch: Any = None) -> list[dict[str, Any]]:
