@@ -134,6 +134,30 @@ def test_a_manifest_that_was_made_up_is_one_line(tmp_path: Path) -> None:
         train(tiny_config(tmp_path), progress="quiet", resume=True, observers=[StopAt(0)])
 
 
+@pytest.mark.parametrize(
+    "key", ["name", "status", "config", "versions", "machine", "corpus", "result", "parameters"]
+)
+def test_an_entry_of_another_kind_in_run_json_is_one_line(tmp_path: Path, key: str) -> None:
+    """Found by tests/fuzz: it was a traceback where the entry was read."""
+    path = fabricate(tmp_path / "a", "adamw", steps=10, with_layers=False)
+    info = json.loads((path / "run.json").read_text())
+    for odd in (True, -1, 1e308, [[]] if key != "parameters" else {"a": 1}):
+        (path / "run.json").write_text(json.dumps({**info, key: odd}))
+        with pytest.raises(LayerwiseError, match=rf"run.json is damaged \({key} is .*--overwrite"):
+            read_run(path)
+
+
+def test_a_line_whose_layers_are_no_layers_ends_a_record(tmp_path: Path) -> None:
+    path = fabricate(tmp_path / "a", "lanton", steps=20, with_function_space=True)
+    whole = read_run(path)
+    for file, key in (("layers", "layers"), ("function_space", "rates")):
+        lines = (path / f"{file}.jsonl").read_text().splitlines()
+        for odd in (True, "x", [], {"a": 3}):
+            odd_line = json.dumps({**json.loads(lines[2]), key: odd})
+            (path / f"{file}.jsonl").write_text("\n".join([*lines[:2], odd_line, *lines[3:]]))
+            assert getattr(read_run(path), file) == getattr(whole, file)[:2]
+
+
 # ------------------------------------------------------------------ words on the command line
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from layerwise.common.files import plain_json, write_whole
 from layerwise.errors import LayerwiseError
@@ -31,6 +31,17 @@ from layerwise.lab.runs.recorded import Run
 RUN_FILE = "run.json"
 STREAMS = ("metrics", "layers", "function_space")
 FORMAT = 1
+#: What entries of run.json are, where they are there.
+KINDS: Final = {
+    "name": str,
+    "status": str,
+    "config": dict,
+    "versions": dict,
+    "machine": dict,
+    "corpus": dict,
+    "result": dict,
+    "parameters": list,
+}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,10 +61,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not all(_by_name(row.get(key)) for key in ("layers", "rates")):
             break
         rows.append(row)
     return rows
+
+
+def _by_name(entries: Any) -> bool:
+    """Whether what a line holds of each layer or parameter is that, or is not there."""
+    if entries is None:
+        return True
+    return isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())
 
 
 def has_ended(path: Path) -> bool:
@@ -90,6 +108,12 @@ def read_run(path: str | Path) -> Run:
         ) from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise LayerwiseError(f"run {folder}: {RUN_FILE} is not of format {FORMAT}, which this version reads")
+    for key, kind in KINDS.items():
+        if not isinstance(info.get(key), kind | None):
+            raise LayerwiseError(
+                f"run {folder}: {RUN_FILE} is damaged ({key} is {info[key]!r:.60}); move the folder away, or train again"
+                " with --overwrite"
+            )
     metrics, layers, function_space = (read_lines(folder / f"{stream}.jsonl") for stream in STREAMS)
     return Run(folder, info, metrics, layers, function_space)
 
