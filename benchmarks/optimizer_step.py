@@ -38,7 +38,8 @@ import machine
 from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
 from layerwise.geometry.spectral.precision import processor_units
-from layerwise.optim.work.job import MatrixJob
+from layerwise.optim.rules.noise_adaptive import PreviousGradient
+from layerwise.optim.work.job import Job
 from layerwise.optim.work.local import LocalWork
 
 RESULTS = Path(__file__).parent / "results"
@@ -150,17 +151,16 @@ def heavyball_muon(params: Sequence[Tensor], cast: bool) -> Step:
 
 def noise_alone(params: Sequence[Tensor]) -> Step:
     """What LANTON's noise adds to a step: the difference, its dual norms in the optimizer's batches, and the copy."""
-    geometry, work = Spectral(), LocalWork()
-    previous = [torch.zeros_like(p) for p in params]
+    group = {"layout": MatrixLayout(), "geometry": Spectral(), "momentum": 0.95, "nesterov": False}
+    reference, work = PreviousGradient(), LocalWork()
+    states = [reference.allocate(p) for p in params]
 
     def step() -> None:
         jobs = [
-            MatrixJob(p, MatrixLayout(), geometry, lambda p=p, old=old: p.grad - old, (1.0,), seed=1)
-            for p, old in zip(params, previous, strict=True)
+            Job("", p, p, p.grad, True, group, state, 0.02) for p, state in zip(params, states, strict=True)
         ]
-        work.norms(jobs)
-        for p, old in zip(params, previous, strict=True):
-            old.copy_(p.grad)
+        work.norms([job.norm(reference, seed=1) for job in jobs])
+        reference.remember(jobs, None)
 
     return step
 

@@ -56,3 +56,22 @@ def test_the_rate_rules_table_is_made_from_its_rows_and_the_rows_from_the_plan(
     for row in rows:
         trial = {**row["trial"], "roles": tuple(map(tuple, row["trial"]["roles"]))}
         assert Trial(**trial) in planned
+
+
+def test_the_host_cost_is_measured(tmp_path: Path) -> None:
+    run("host_cost.py", "--small", "--out", str(tmp_path))
+    assert "| Lanton (layerwise) |" in (tmp_path / "host_cost.md").read_text()
+
+
+def test_growth_is_measured_within_the_stated_memory(tmp_path: Path) -> None:
+    run("growth.py", "--small", "--out", str(tmp_path))
+    page = (tmp_path / "growth.md").read_text()
+    for words in (
+        "With the width",
+        "With the layers",
+        "With the experts",
+        "With the batch",
+        "With processes",
+    ):
+        assert words in page
+    assert (tmp_path / "growth.png").stat().st_size > 0

@@ -156,16 +156,26 @@ class Layout(ABC):
 
     def to_matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Stacks ``[k, d_out, d_in]``; parts of one size share a stack. Views where the strides allow it."""
-        sizes, order, shape = _arrangement(self, tuple(tensor.shape))
-        stack = tensor.reshape(sizes).permute(order).reshape(shape)
+        return self.matrices_of(tensor[None])
+
+    def matrices_of(self, tensors: Tensor) -> tuple[Tensor, ...]:
+        """`to_matrices` of each of ``[n, *shape]``, one after the other in stacks ``[n k, d_out, d_in]``."""
+        count, *shape = tensors.shape
+        sizes, order, (k, d_out, d_in) = _arrangement(self, tuple(shape))
+        turned = tensors.reshape(count, *sizes).permute(0, *(dim + 1 for dim in order))
+        stack = turned.reshape(count * k, d_out, d_in)
         return (stack,) if self.split is None else self.split.divide(stack)
 
     def from_matrices(self, matrices: Sequence[Tensor], shape: Shape) -> Tensor:
         """The inverse of `to_matrices`: a tensor of `shape`; a view where it can be, not always contiguous."""
-        sizes, order, stack_shape = _arrangement(self, tuple(shape))
-        stack = matrices[0] if self.split is None else self.split.join(matrices, stack_shape)
-        divided = stack.reshape([sizes[dim] for dim in order])
-        return divided.permute(_inverse(order)).reshape(tuple(shape))
+        return self.tensors_of(matrices, shape, 1)[0]
+
+    def tensors_of(self, matrices: Sequence[Tensor], shape: Shape, count: int) -> Tensor:
+        """The inverse of `matrices_of`: ``[count, *shape]``."""
+        sizes, order, (k, d_out, d_in) = _arrangement(self, tuple(shape))
+        stack = matrices[0] if self.split is None else self.split.join(matrices, (count * k, d_out, d_in))
+        divided = stack.reshape(count, *(sizes[dim] for dim in order))
+        return divided.permute(0, *(dim + 1 for dim in _inverse(order))).reshape(count, *shape)
 
     def unit_names(self, name: str, shape: Shape) -> tuple[str, ...]:
         """One name a unit, in the order of `to_matrices` with its stacks one after the other."""

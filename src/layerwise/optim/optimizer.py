@@ -33,7 +33,7 @@ from layerwise.optim.state.partial import LoadedState, take_what_fits
 from layerwise.optim.state.replaced import warn_of_fresh_state
 from layerwise.optim.updates import Update
 from layerwise.optim.work.default import default_work
-from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
+from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state, rate
 
 if TYPE_CHECKING:  # it is slow to import
     from layerwise.optim.rules.replicas import Replicas
@@ -205,23 +205,20 @@ class LayerwiseOptimizer(Optimizer):
 
     def _jobs(self) -> list[Job]:
         """One of each parameter. Where another process has a gradient and this one has none, it stands for zero."""
-        rows = [
-            (name, param, group)
-            for group in self.param_groups
-            for name, param in zip(group["param_names"], group["params"], strict=True)
-        ]
-        here = [param.grad is not None for _, param, _ in rows]
+        here = [param.grad is not None for group in self.param_groups for param in group["params"]]
         flags = torch.tensor(here)
         anywhere = self.work.anywhere(flags)
+        moving = iter(here if anywhere is flags else anywhere.tolist())
         jobs = []
-        for (name, param, group), there in zip(
-            rows, here if anywhere is flags else anywhere.tolist(), strict=True
-        ):
-            local, grad, moves = local_part(param), _NO_GRADIENT, there and param.numel() > 0
-            if moves:
-                grad = torch.zeros_like(local) if param.grad is None else local_part(dense(name, param.grad))
-            state = local_state(param, self.state[param])
-            jobs.append(Job(name, param, local, grad, moves, group, state))
+        for group in self.param_groups:
+            lr = rate(group)
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                local, grad, moves = local_part(param), _NO_GRADIENT, next(moving) and param.numel() > 0
+                if moves:
+                    given = param.grad
+                    grad = torch.zeros_like(local) if given is None else local_part(dense(name, given))
+                state = local_state(param, self.state[param])
+                jobs.append(Job(name, param, local, grad, moves, group, state, lr))
         return jobs
 
     def _note_deviations(self, moving: list[Job], replicas: Replicas) -> None:

@@ -19,19 +19,22 @@ from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, sto
 from layerwise.optim.rules.rule import NormGroup, RateRule
 from layerwise.optim.scaling import step_factors
 from layerwise.optim.work.job import (
+    DIRECTIONS,
     DualNorms,
     Group,
     Job,
     MatrixJob,
     MatrixWork,
     State,
-    norm_factors,
-    select,
+    select_all,
+    white_noise_factors,
 )
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
-#: Momentum of many small tensors goes in one launch; a chunk bounds the copies that `keep` makes.
+#: Many small tensors go in one launch; a chunk bounds the copies that `keep` makes.
 CHUNK_BYTES = 64 * 2**20
+#: On a CPU AdamW goes over a chunk several times: it should stay in the cache, and its copies small beside a model.
+ADAMW_BYTES = 2**20
 
 
 class Update(ABC):
@@ -108,7 +111,9 @@ class AdamW(Update):
             if job.moves:
                 together.setdefault((id(job.group), job.local.dtype), []).append(job)
         for members in together.values():
-            _adamw(members, keep)
+            at_once = ADAMW_BYTES if members[0].local.device.type == "cpu" else CHUNK_BYTES
+            for chunk in [members] if keep is not None else chunks(members, at_once):
+                _adamw(chunk, keep)
 
 
 def _adamw(jobs: Sequence[Job], keep: Tensor | None) -> None:
@@ -128,7 +133,8 @@ def _adamw(jobs: Sequence[Job], keep: Tensor | None) -> None:
         moments[1],
         [],
         [job.state["step"] for job in jobs],
-        fused=fused or None,
+        foreach=not fused and len(jobs) > 1,
+        fused=fused,
         found_inf=None if keep is None else 1.0 - keep.float(),
         amsgrad=False,
         beta1=group["betas"][0],
@@ -162,7 +168,9 @@ class Lmo(Update):
 
     def allocate(self, group: Group, name: str, param: Tensor) -> State:
         try:
-            _factors(group, param)  # fails here, not in the first step
+            step_factors(  # fails here, not in the first step
+                group["layout"], group["geometry"], group["scaling"], group["radius"], tuple(param.shape)
+            )
         except LayerwiseError as error:
             raise LayerwiseError(f"parameter {name!r}: {error}") from None
         state: State = {"momentum_buffer": torch.zeros_like(param)}
@@ -189,53 +197,77 @@ class Lmo(Update):
         ruled = [job for job in jobs if job.group["rates"] is not None]
         if ruled:
             update_rates(ruled, work, keep)
-        directions = [_direction(job) for job in moving]
-        for i, direction in work.directions(directions):
-            move(moving[i], direction, keep)
-        learn_rates(ruled, directions, keep)
+        dual = [job for job in ruled if job.moves and job.group["rates"].own_dual_norm]
+        duals = dual_norms_wanted(dual) if dual else {}
+        for some in work.directions(_unit_steps(moving, duals)):
+            move([moving[i] for i, _ in some], [direction for _, direction in some], keep)
+        if duals:
+            _update_multipliers(ruled, {name: [dual.values] for name, dual in duals.items()}, keep)
 
 
-def _direction(job: Job) -> MatrixJob:
-    """Ask for a parameter's unit steps, and where its rule wants them for their dual norms."""
-    group, rule = job.group, job.group["rates"]
-    layout, geometry = group["layout"], group["geometry"]
-    dual = None
-    if rule is not None and rule.own_dual_norm:
-        values = torch.zeros_like(job.state["multiplier"], device=job.local.device)
-        dual = DualNorms(values, norm_factors(layout, geometry, tuple(job.param.shape), True))
-    return MatrixJob(
-        job.param,
-        layout,
-        geometry,
-        job.direction_input,
-        _factors(group, job.param),
-        job.state.get("multiplier"),
-        dual=dual,
-    )
+def _unit_steps(jobs: Sequence[Job], duals: Mapping[str, DualNorms]) -> list[MatrixJob]:
+    """Ask for the parameters' unit steps, and for their dual norms where those are wanted."""
+    factors: dict[object, tuple[float, ...]] = {}  # the same for all of a shape in a group
+    asked = []
+    for job in jobs:
+        group, shape = job.group, job.param.shape
+        layout, geometry, key = group["layout"], group["geometry"], (id(group), shape)
+        if key not in factors:
+            scaling, radius = group["scaling"], group["radius"]
+            factors[key] = step_factors(layout, geometry, scaling, radius, tuple(shape))
+        multiplier, dual = job.state.get("multiplier"), duals.get(job.name)
+        asked.append(
+            MatrixJob(job, job.param, layout, geometry, DIRECTIONS, factors[key], multiplier, dual=dual)
+        )
+    return asked
+
+
+def dual_norms_wanted(jobs: Sequence[Job]) -> dict[str, DualNorms]:
+    """Where to put them, by name: one tensor for all on a device."""
+    by_device: dict[torch.device, list[Job]] = {}
+    for job in jobs:
+        by_device.setdefault(job.local.device, []).append(job)
+    wanted = {}
+    for device, members in by_device.items():
+        units = [job.state["multiplier"].numel() for job in members]
+        values = torch.zeros(sum(units), dtype=torch.float32, device=device).split(units)
+        for job, own in zip(members, values, strict=True):
+            layout, geometry = job.group["layout"], job.group["geometry"]
+            factors = white_noise_factors(layout, geometry, tuple(job.param.shape))
+            wanted[job.name] = DualNorms(own, factors)
+    return wanted
 
 
 #: The kinds that a group can name by text.
 UPDATES: Final[Mapping[str, Update]] = {"lmo": Lmo(), "adamw": AdamW()}
 
 
-def _factors(group: Group, param: Tensor) -> tuple[float, ...]:
-    shape = tuple(param.shape)
-    return step_factors(group["layout"], group["geometry"], group["scaling"], group["radius"], shape)
+def chunks(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
+    """In order, each of gradients of at most ``limit`` bytes; a larger one comes alone."""
+    found: list[list[Job]] = []
+    held = 0
+    for job in jobs:
+        size = job.grad.nbytes
+        if not found or held + size > limit:
+            found.append([])
+            held = 0
+        found[-1].append(job)
+        held += size
+    return found
 
 
 def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
     """``M <- momentum * M + (1 - momentum) * G``, in place: many small tensors in one launch."""
-    by_weight: dict[tuple[float, int], list[Job]] = {}
-    held = 0
+    by_momentum: dict[float, list[Job]] = {}
     for job in jobs:
-        held += job.grad.numel() * job.grad.element_size()
-        by_weight.setdefault((1.0 - job.group["momentum"], held // CHUNK_BYTES), []).append(job)
-    for (weight, _), chunk in by_weight.items():
-        averages = [job.state["momentum_buffer"] for job in chunk]
-        grads = [job.grad.to(average.dtype) for job, average in zip(chunk, averages, strict=True)]
-        if keep is not None:  # lerp from a number to itself changes nothing
-            grads = [select(keep, grad, average) for grad, average in zip(grads, averages, strict=True)]
-        torch._foreach_lerp_(averages, grads, weight)
+        by_momentum.setdefault(job.group["momentum"], []).append(job)
+    for momentum, members in by_momentum.items():
+        for chunk in chunks(members, CHUNK_BYTES):
+            averages = [job.state["momentum_buffer"] for job in chunk]
+            grads = [job.grad.to(average.dtype) for job, average in zip(chunk, averages, strict=True)]
+            if keep is not None:  # a lerp from a number to itself changes nothing
+                grads = select_all(keep, grads, averages)
+            torch._foreach_lerp_(averages, grads, 1.0 - momentum)
 
 
 def update_rates(jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
@@ -244,29 +276,21 @@ def update_rates(jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> 
     ``jobs``: all that have a rule, those without a gradient too, whose units are compared with the others'.
     """
     moving = [job for job in jobs if job.moves]
-    asked = [(job.param, norm) for job in moving for norm in job.group["rates"].norms(job)]
+    asked = [norm for job in moving for norm in job.group["rates"].norms(job)]
     if asked:
-        found: dict[Tensor, list[Tensor]] = {}
-        for (param, _), norm in zip(asked, work.norms([norm for _, norm in asked]), strict=True):
-            found.setdefault(param, []).append(norm)
+        found: dict[str, list[Tensor]] = {}
+        for asked_job, norm in zip(asked, work.norms(asked), strict=True):
+            found.setdefault(asked_job.job.name, []).append(norm)
         _update_multipliers(jobs, found, keep)
-    for job in moving:
-        job.group["rates"].remember(job, keep)
+    for rule, members in norm_groups(moving):
+        for chunk in chunks(members, CHUNK_BYTES):
+            rule.remember(chunk, keep)
 
 
-def learn_rates(jobs: Sequence[Job], directions: Sequence[MatrixJob], keep: Tensor | None) -> None:
-    """Let the rules that want the directions' own dual norms set the multipliers of the next step."""
-    found = {asked.param: [asked.dual.values] for asked in directions if asked.dual is not None}
-    if found:
-        _update_multipliers(jobs, found, keep)
-
-
-def _update_multipliers(
-    jobs: Sequence[Job], found: Mapping[Tensor, list[Tensor]], keep: Tensor | None
-) -> None:
-    """``found``: norms by parameter. ``jobs``: all that have a rule."""
+def _update_multipliers(jobs: Sequence[Job], found: Mapping[str, list[Tensor]], keep: Tensor | None) -> None:
+    """``found``: norms by the parameter's name. ``jobs``: all that have a rule."""
     for rule, members in norm_groups(jobs):
-        if any(job.param in found for job in members):
+        if any(job.name in found for job in members):
             units = NormGroup.of(members, found, ("multiplier", *rule.unit_state))
             units.write(rule.update(units), keep)
 
@@ -274,31 +298,44 @@ def _update_multipliers(
 def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
     """Each rule with the parameters whose units it compares with one another."""
     found: list[tuple[str, RateRule, list[Job]]] = []
+    by_group: dict[int, list[Job]] = {}
     for job in jobs:
-        rule, name = job.group["rates"], job.group["norm_group"]
-        mates = next((m for other, r, m in found if other == name and (r is rule or r == rule)), None)
+        mates = by_group.get(id(job.group))
         if mates is None:
-            found.append((name, rule, [job]))
-        else:
-            mates.append(job)
+            rule, name = job.group["rates"], job.group["norm_group"]
+            mates = next((m for other, r, m in found if other == name and (r is rule or r == rule)), [])
+            if not mates:
+                found.append((name, rule, mates))
+            by_group[id(job.group)] = mates
+        mates.append(job)
     return [(rule, members) for _, rule, members in found]
 
 
-def move(job: Job, direction: Tensor, keep: Tensor | None) -> None:
+def move(jobs: Sequence[Job], directions: list[Tensor], keep: Tensor | None) -> None:
     """``W <- W - lr * weight_decay * W``, then ``W <- W - lr * direction``, in place; in half precision both at once."""
-    param, lr, decay = job.local, job.lr, job.group["weight_decay"]
-    if param.dtype in HALF and (decay != 0.0 or is_stochastic(job.group, param)):
-        move_once_rounded(job, direction, keep)
-        return
-    if isinstance(lr, Tensor):
-        lr = lr.reshape(())
-    if decay != 0.0:
-        # In float64 what is on the device comes out as the host's arithmetic does.
-        shrink = lr * decay if keep is None else keep.to(param.device).double() * (lr * decay)
-        param.mul_(1.0 - shrink)
     if keep is not None:
-        direction = select(keep, direction, 0.0)
-    if isinstance(lr, Tensor):
-        param.sub_(direction * lr)
-    else:
-        param.sub_(direction, alpha=lr)
+        directions = select_all(keep, directions, [0.0] * len(directions))
+    by_group: dict[int, list[int]] = {}
+    for i, job in enumerate(jobs):
+        by_group.setdefault(id(job.group), []).append(i)
+    for alike in by_group.values():
+        lr, decay = jobs[alike[0]].lr, jobs[alike[0]].group["weight_decay"]
+        params, steps = [jobs[i].local for i in alike], [directions[i] for i in alike]
+        if params[0].dtype in HALF and (decay != 0.0 or is_stochastic(jobs[alike[0]].group, params[0])):
+            for i in alike:
+                move_once_rounded(jobs[i], directions[i], keep)
+            continue
+        if isinstance(lr, Tensor):
+            lr = lr.reshape(())
+        left = 1.0 - lr * decay  # of the weights
+        if keep is not None and decay != 0.0:
+            # In float64 what is on the device comes out as the host's arithmetic does.
+            left = 1.0 - keep.to(params[0].device).double() * (lr * decay)
+        if decay != 0.0:
+            torch._foreach_mul_(params, left.to(params[0]) if isinstance(left, Tensor) else left)
+        if isinstance(lr, Tensor):
+            same = lr.device == steps[0].device  # to send a rate there would wait for the device
+            scaled = torch._foreach_mul(steps, lr) if same else [step * lr for step in steps]
+            torch._foreach_sub_(params, scaled)
+        else:
+            torch._foreach_sub_(params, steps, alpha=lr)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from layerwise.common.tensors import or_one
 from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, newton_schulz
-from layerwise.geometry.spectral.polar import normalise
+from layerwise.geometry.spectral.polar import normalised_in
 
 Seed = int | Tensor
 
@@ -167,7 +167,9 @@ def _roots_by_products(b: Tensor, p: int) -> tuple[Tensor, list[Tensor]]:
 
 def exact_polar(x: Tensor) -> Tensor:
     """The polar factor of wide matrices within 1e-5, in the precision of x (`polar` would take bfloat16 on a GPU)."""
-    factor = newton_schulz(normalise(x).reshape(-1, *x.shape[-2:]), POLYNOMIALS["polar_express8"])
+    factor = newton_schulz(
+        normalised_in(x, x.dtype).reshape(-1, *x.shape[-2:]), POLYNOMIALS["polar_express8"]
+    )
     return factor.reshape(x.shape)
 
 

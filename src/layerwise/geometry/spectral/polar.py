@@ -81,31 +81,29 @@ def working_dtype(g: Tensor) -> torch.dtype:
     return torch.float64 if g.dtype == torch.float64 else torch.float32
 
 
-def normalised_in(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Singular values in [0, 1], in the dtype to iterate in. float16 only once they are: before, they may not fit."""
-    return normalise(g.float()).half() if dtype == torch.float16 else normalise(g.to(dtype))
-
-
 def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
     """`max |g|` over dim, which is kept. A maximum and a minimum take a tenth of the time of a norm of order infinity."""
     return torch.maximum(g.amax(dim, keepdim=True), -g.amin(dim, keepdim=True))
 
 
-def normalise(g: Tensor) -> Tensor:
+def normalised_in(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Each matrix divided by its Frobenius norm, so that no singular value exceeds one; zero stays zero.
 
     The largest entry is divided out first: squares of entries beyond 1e19 or below 1e-23 would leave float32's range.
+    float16 only comes in the end, as entries may not fit before.
     """
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    g = g.to(wide)
     largest = torch.maximum(g.amax((-2, -1), keepdim=True), -g.amin((-2, -1), keepdim=True))
     x = g / torch.where(largest > 0, largest, 1.0)
-    wide = torch.promote_types(g.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
-    return x.div_(norm.clamp_(min=1.0))  # at least 1 (the largest entry), except for a zero matrix
+    summed = torch.promote_types(wide, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=summed)
+    return x.div_(norm.clamp_(min=1.0)).to(dtype)  # at least 1 (the largest entry), except for a zero matrix
 
 
 def _svd_polar(g: Tensor) -> Tensor:
     """`U V^T` over the directions whose singular value is above rounding, as `torch.linalg.matrix_rank` counts them."""
-    x = normalise(g.to(working_dtype(g)))
+    x = normalised_in(g, working_dtype(g))
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     cut = s[..., :1] * max(x.shape[-2:]) * torch.finfo(x.dtype).eps
     factor: Tensor = (u * (s > cut).unsqueeze(-2)) @ vh

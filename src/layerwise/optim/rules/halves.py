@@ -21,12 +21,15 @@ class Halves:
     def hold(self, params: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Note one more half, for ``(parameter, its buffer)``. After both the next call begins another batch."""
         self.held = self.held % 2 + 1
+        buffers, grads = [], []
         for param, buffer in params:
-            grad = torch.zeros_like(buffer) if param.grad is None else local_part(param.grad)
-            if self.held == 1:
-                buffer.copy_(grad)
-            else:
-                buffer.mul_(2.0).sub_(grad)
+            buffers.append(buffer)
+            grads.append(torch.zeros_like(buffer) if param.grad is None else local_part(param.grad))
+        if buffers and self.held == 1:
+            torch._foreach_copy_(buffers, grads)
+        elif buffers:
+            torch._foreach_mul_(buffers, 2.0)
+            torch._foreach_sub_(buffers, grads)
 
     def close(self, params: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Before the step: the second half is what ``.grad`` holds now, unless it was noted already."""

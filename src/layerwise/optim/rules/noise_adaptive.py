@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +12,14 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.group_median import weighted_median
 from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
-from layerwise.optim.work.job import Job, MatrixJob, State, select
+from layerwise.optim.work.job import Deviation, Job, MatrixJob, Source, State, select_all, stacked
 
 
-class Reference(ABC):
-    """The gradient G' that LANTON compares the gradient G with."""
+class Reference(Source):
+    """The gradient G' that LANTON compares the gradient G with; as a source of matrices, G - G'.
+
+    That is scaled so that for white noise of deviation sigma the square of its norm is that of 2 sigma^2.
+    """
 
     #: how many gradients must have been seen before a difference means anything
     warmup: int = 1
@@ -26,27 +27,16 @@ class Reference(ABC):
     def allocate(self, param: Tensor) -> State:
         return {}
 
-    @abstractmethod
-    def norm(self, job: Job, per_white_noise: bool, seed: Tensor) -> MatrixJob:
-        """Ask for the norm of G - G', scaled so that for white noise of deviation sigma its square is that of 2 sigma^2."""
+    def deviation(self, job: Job) -> Deviation | None:
+        """Where G' is a replica's own gradient."""
+        return None
 
-    def remember(self, job: Job, keep: Tensor | None) -> None:
+    def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
         """Keep what the next step needs."""
 
 
-class Difference(Reference):
-    """A G' that is known where G is: beside the parameter, or this process's part of it."""
-
-    @abstractmethod
-    def difference(self, job: Job) -> Tensor:
-        """G - G', scaled."""
-
-    def norm(self, job: Job, per_white_noise: bool, seed: Tensor) -> MatrixJob:
-        return job.norm(partial(self.difference, job), per_white_noise=per_white_noise, seed=seed)
-
-
 @dataclass(frozen=True)
-class PreviousGradient(Difference):
+class PreviousGradient(Reference):
     """G' is the gradient of the step before (LANTON's practical option): one gradient buffer.
 
     ``dtype`` is the buffer's, None for the parameter's own. The buffer is a copy: training loops zero or reuse ``.grad``.
@@ -57,18 +47,20 @@ class PreviousGradient(Difference):
     def allocate(self, param: Tensor) -> State:
         return {"previous_gradient": torch.zeros_like(param, dtype=self.dtype or param.dtype)}
 
-    def difference(self, job: Job) -> Tensor:
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        grads = stacked([job.grad for job in jobs])
         # in float32 at least: the difference of two float16 gradients can leave float16
-        dtype = torch.promote_types(job.grad.dtype, torch.float32)
-        return job.grad.to(dtype) - job.state["previous_gradient"]
+        dtype = torch.promote_types(grads.dtype, torch.float32)
+        return grads.to(dtype) - stacked([job.state["previous_gradient"] for job in jobs])
 
-    def remember(self, job: Job, keep: Tensor | None) -> None:
-        previous = job.state["previous_gradient"]
-        previous.copy_(select(keep, job.grad.to(previous.dtype), previous))
+    def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
+        previous = [job.state["previous_gradient"] for job in jobs]
+        grads = [job.grad for job in jobs]
+        torch._foreach_copy_(previous, grads if keep is None else select_all(keep, grads, previous))
 
 
 @dataclass(frozen=True)
-class MomentumReference(Difference):
+class MomentumReference(Reference):
     """G' is the bias-corrected average of the gradients before this one: no buffer beyond the momentum's.
 
     The average before G went in is ``(M - (1 - beta) G) / beta``, and ``k`` gradients old it is corrected by
@@ -79,22 +71,23 @@ class MomentumReference(Difference):
 
     warmup: int = 1
 
-    def difference(self, job: Job) -> Tensor:
-        beta, average = job.group["momentum"], job.state["momentum_buffer"]
-        old = beta ** job.state["gradients_seen"][0].clamp(min=1)  # beta^k; on the first step nothing is read
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        beta, averages = jobs[0].group["momentum"], stacked([job.state["momentum_buffer"] for job in jobs])
+        seen = stacked([job.state["gradients_seen"] for job in jobs])[:, 0]
+        old = beta ** seen.clamp(min=1)  # beta^k; on the first step nothing is read
         variance = (1 - beta) / (1 + beta) * (1 + old) / (1 - old)
-        scale = (2 / (1 + variance)).sqrt()
-        weight = 1 / (beta * (1 - old))
-        # 0-dim float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
-        dtype = torch.promote_types(average.dtype, torch.float32)
+        scale = (2 / (1 + variance)).sqrt().reshape(-1, *[1] * (averages.ndim - 1))
+        weight = 1 / (beta * (1 - old)).reshape(scale.shape)
+        # float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
+        dtype = torch.promote_types(averages.dtype, torch.float32)
         return torch.sub(
-            job.grad.to(dtype) * (scale * (1 + (1 - beta) * weight)),
-            average.to(dtype) * (scale * weight),
+            stacked([job.grad for job in jobs]).to(dtype) * (scale * (1 + (1 - beta) * weight)),
+            averages.to(dtype) * (scale * weight),
         )
 
 
 @dataclass(frozen=True)
-class IndependentHalf(Difference):
+class IndependentHalf(Reference):
     """G' is the gradient of an independent minibatch at the same weights (LANTON's theoretical option).
 
     The two halves of an accumulated batch are such a pair. With A what ``.grad`` holds after the first half and B after
@@ -108,9 +101,8 @@ class IndependentHalf(Difference):
     def allocate(self, param: Tensor) -> State:
         return {"half_difference": torch.zeros_like(param)}
 
-    def difference(self, job: Job) -> Tensor:
-        half: Tensor = job.state["half_difference"]
-        return half * 2.0**0.5
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        return stacked([job.state["half_difference"] for job in jobs]) * 2.0**0.5
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,7 @@ class ReplicaGradient(Reference):
 
     warmup: int = 0
 
-    def norm(self, job: Job, per_white_noise: bool, seed: Tensor) -> MatrixJob:
+    def deviation(self, job: Job) -> Deviation:
         if job.deviation is None:
             raise LayerwiseError(
                 "noise reference 'replicas' compares the gradients of data-parallel processes: call "
@@ -133,7 +125,10 @@ class ReplicaGradient(Reference):
                 "backward(), or, on one process, use reference='independent' (two halves of an accumulated batch) or "
                 "'previous'"
             )
-        return job.norm(lambda: job.grad, per_white_noise=per_white_noise, seed=seed, deviation=job.deviation)
+        return job.deviation
+
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        return stacked([job.grad for job in jobs])  # the mean, from which the deviation is taken
 
 
 #: Below it a floor would not keep a unit of no noise at all from an infinite rate.
@@ -256,15 +251,22 @@ class NoiseAdaptive(RateRule):
         return torch.where(known, state["noise"], float("nan"))
 
     def norms(self, job: Job) -> list[MatrixJob]:
-        seed = job.state["gradients_seen"][0].long()  # new probes each step, the same after a resume
-        return [self._reference.norm(job, self.size_normalised, seed)]
+        reference = REFERENCES[self.reference]
+        return [
+            job.norm(
+                reference,
+                per_white_noise=self.size_normalised,
+                seed=job.state["gradients_seen"],  # new probes each step, the same after a resume
+                deviation=reference.deviation(job),
+            )
+        ]
 
-    def remember(self, job: Job, keep: Tensor | None) -> None:
-        self._reference.remember(job, keep)
+    def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
+        REFERENCES[self.reference].remember(jobs, keep)
 
     def update(self, units: NormGroup) -> Mapping[str, Tensor]:
         old, count = units.state["noise"], units.state["gradients_seen"]
-        first = self._reference.warmup
+        first = REFERENCES[self.reference].warmup
         # At most so large that the sum over units stays finite; a difference beyond float32 has a norm of inf or nan.
         most = torch.finfo(torch.float32).max / old.numel()
         square = units.norms[0].square().nan_to_num(nan=most).clamp(max=most)

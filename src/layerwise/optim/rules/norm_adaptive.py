@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.geometry import Frobenius
 from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
-from layerwise.optim.work.job import Job, MatrixJob, State
+from layerwise.optim.work.job import DIRECTIONS, GRADIENTS, Job, MatrixJob, State
 
 #: Its square is still a float32: an average that held an infinity once would be NaN ever after.
 LARGEST_NORM = 1e19
@@ -50,7 +50,7 @@ class NormAdaptive(RateRule):
         return state
 
     def norms(self, job: Job) -> list[MatrixJob]:
-        return [job.norm(lambda: job.grad, Frobenius()), job.norm(job.direction_input, Frobenius())]
+        return [job.norm(GRADIENTS, Frobenius()), job.norm(DIRECTIONS, Frobenius())]
 
     def update(self, units: NormGroup) -> Mapping[str, Tensor]:
         gradient, direction = units.norms.clamp(max=LARGEST_NORM)

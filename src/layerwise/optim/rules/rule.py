@@ -31,25 +31,28 @@ class NormGroup:
     members: Sequence[Job]  # the parameters whose units they are, in order
 
     @classmethod
-    def of(
-        cls, members: Sequence[Job], found: Mapping[Tensor, list[Tensor]], keys: Sequence[str]
-    ) -> NormGroup:
-        """Side by side: the norms ``found`` by parameter, and the state of all ``members`` under ``keys``."""
-        multipliers = [job.state["multiplier"] for job in members]
-        device = multipliers[0].device  # parameters of one model may be on several
-        rows = max(len(norms) for norms in found.values())
-        norms, present, momentum = [], [], []
-        for job, like in zip(members, multipliers, strict=True):
-            seen = found.get(job.param)
-            norms.append(
-                torch.zeros(rows, like.numel(), device=device)
-                if seen is None
-                else torch.stack(seen).to(device, torch.float32)
-            )
-            present.append(torch.full((like.numel(),), seen is not None, device=device))
-            momentum.append(torch.full_like(like, job.group["momentum"], device=device))
-        state = {key: torch.cat([job.state[key].to(device) for job in members]) for key in keys}
-        return cls(torch.cat(norms, dim=1), torch.cat(present), torch.cat(momentum), state, members)
+    def of(cls, members: Sequence[Job], found: Mapping[str, list[Tensor]], keys: Sequence[str]) -> NormGroup:
+        """Side by side: the norms ``found`` by name, and the state of all ``members`` under ``keys``."""
+        device = members[0].state["multiplier"].device  # parameters of one model may be on several
+        rows = next(len(found[job.name]) for job in members if job.name in found)
+        absent = [torch.zeros((), dtype=torch.float32, device=device)] * rows
+        norms: list[Sequence[Tensor]] = []
+        runs: list[
+            tuple[int, bool, float]
+        ] = []  # units, whether they have a gradient, their group's momentum
+        for job in members:
+            seen, units = found.get(job.name), job.state["multiplier"].numel()
+            norms.append([value.expand(units) for value in absent] if seen is None else seen)
+            run = (seen is not None, job.group["momentum"])
+            if runs and runs[-1][1:] == run:
+                runs[-1] = (runs[-1][0] + units, *run)
+            else:
+                runs.append((units, *run))
+        beside = [_side_by_side(row, device).float() for row in zip(*norms, strict=True)]
+        present = [torch.full((units,), there, device=device) for units, there, _ in runs]
+        momentum = [torch.full((n,), weight, dtype=torch.float32, device=device) for n, _, weight in runs]
+        state = {key: _side_by_side([job.state[key] for job in members], device) for key in keys}
+        return cls(torch.stack(beside), torch.cat(present), torch.cat(momentum), state, members)
 
     def write(self, new: Mapping[str, Tensor], keep: Tensor | None) -> None:
         """Put new values of the state into the parameters' own, where ``keep`` allows it."""
@@ -57,6 +60,10 @@ class NormGroup:
             targets = [job.state[key] for job in self.members]
             chosen = select(keep, values, self.state[key])
             torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
+
+
+def _side_by_side(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([t if t.device == device else t.to(device) for t in tensors])
 
 
 class RateRule(ABC):
@@ -113,7 +120,7 @@ class RateRule(ABC):
         """New values of ``multiplier`` and ``unit_state``, from the old ones and the norms of one norm group."""
         return {}
 
-    def remember(self, job: Job, keep: Tensor | None) -> None:
+    def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
         """Keep what the next step's norms need, unless ``keep`` (a 0-dim bool; None stands for true) forbids it."""
 
     def noise(self, state: State) -> Tensor:

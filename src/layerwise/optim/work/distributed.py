@@ -28,7 +28,7 @@ from layerwise.optim.work.placement import Domain, place
 from layerwise.optim.work.plan import assign, direction_cost, norm_cost, rounds
 from layerwise.optim.work.routes import Task, fetch, give_back, spread
 
-Direction = tuple[int, Tensor]
+Directions = Sequence[tuple[int, Tensor]]  # index of a job, and its unit step
 Cost = Callable[[MatrixJob], int]
 
 
@@ -95,12 +95,15 @@ class DistributedWork:
         found |= {t.index: n for t, n in zip(alone, self._local.norms([t.job for t in alone]), strict=True)}
         return [found[i] for i in range(len(jobs))]
 
-    def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[Direction]:
+    def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[Directions]:
         alone, by_shard, shared = self._sorted(jobs)
-        parts: Iterable[Iterator[Direction | None]] = chain(
+        parts: Iterable[Iterator[Directions | None]] = chain(
             (self._shardwise_directions(domain, tasks) for domain, tasks in by_shard),
             chain.from_iterable(self._shared_directions(domain, tasks) for domain, tasks in shared),
-            (iter([(alone[i].index, step)]) for i, step in self._local.directions([t.job for t in alone])),
+            (
+                iter([[(alone[i].index, step) for i, step in some]])
+                for some in self._local.directions([t.job for t in alone])
+            ),
         )
         yield from overlapped(parts)
         for domain, tasks in by_shard:
@@ -184,7 +187,7 @@ class DistributedWork:
 
     def _norm_round(
         self, domain: Domain, tasks: Sequence[Task], found: dict[int, Tensor]
-    ) -> Iterator[Direction | None]:
+    ) -> Iterator[Directions | None]:
         fetched = fetch(domain, tasks)
         yield None
         mine = fetched()
@@ -194,30 +197,31 @@ class DistributedWork:
     # -------------------------------------------------------------------------------------------------- directions
 
     @staticmethod
-    def _shardwise_directions(domain: Domain, tasks: Sequence[Task]) -> Iterator[Direction | None]:
+    def _shardwise_directions(domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
         steps = shardwise.unit_steps(domain, [task.job for task in tasks])
         yield None
-        for task, step in zip(tasks, steps(), strict=True):
-            yield task.index, step
+        yield [(task.index, step) for task, step in zip(tasks, steps(), strict=True)]
 
     def _shared_directions(
         self, domain: Domain, tasks: Sequence[Task]
-    ) -> Iterator[Iterator[Direction | None]]:
+    ) -> Iterator[Iterator[Directions | None]]:
         stacked, travelling = _stacked(tasks)
         for some in self._rounds(domain, travelling, direction_cost):
             yield self._direction_round(domain, some)
         held = [task for task in stacked if task.holds_any]
         owned = [stacks.own(task.job, task.placed) for task in held]
-        for i, step in self._local.directions(owned):
-            stacks.place_dual_norms(held[i].job, held[i].placed, owned[i])
-            yield iter([(held[i].index, step)])
-        yield iter([(task.index, task.job.tensor()) for task in stacked if not task.holds_any])
+        for directions in self._local.directions(owned):
+            for i, _ in directions:
+                stacks.place_dual_norms(held[i].job, held[i].placed, owned[i])
+            yield iter([[(held[i].index, step) for i, step in directions]])
+        yield iter([[(task.index, task.job.tensor()) for task in stacked if not task.holds_any]])
 
-    def _direction_round(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Direction | None]:
+    def _direction_round(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
         fetched = fetch(domain, tasks)
         yield None
         mine = fetched()
-        steps = {mine[i].index: step for i, step in self._local.directions([task.job for task in mine])}
+        own = self._local.directions([task.job for task in mine])
+        steps = {mine[i].index: step for some in own for i, step in some}
         if domain.shards is not None:
             returned = give_back(domain, tasks, steps)
             yield None
@@ -226,7 +230,7 @@ class DistributedWork:
             shared = spread(domain, tasks, steps)
             yield None
             steps = shared()
-        yield from steps.items()
+        yield list(steps.items())
 
 
 def _share_dual_norms(domain: Domain, norms: Sequence[DualNorms]) -> None:
@@ -249,12 +253,12 @@ def _stacked(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     return kinds
 
 
-def overlapped(parts: Iterable[Iterator[Direction | None]]) -> Iterator[Direction]:
+def overlapped(parts: Iterable[Iterator[Directions | None]]) -> Iterator[Directions]:
     """Run iterators that yield None whenever they have sent something: each goes on after younger ones have sent, too.
 
     Every process runs the same parts, so the exchanges come in the same order everywhere.
     """
-    running: list[Iterator[Direction | None]] = []  # youngest first
+    running: list[Iterator[Directions | None]] = []  # youngest first
     waiting = iter(parts)
     while True:
         new = next(waiting, None)

@@ -1,14 +1,16 @@
 """The two records of a step: a parameter at that step, and the work on the matrices of one tensor of its shape.
 
 Both are made once a step. The optimizer makes a :class:`Job` of each parameter, and gives it to the guard, to the rate
-rules and to the kinds of update. Those make a :class:`MatrixJob` where they need a norm or a unit step of each unit.
+rules and to the kinds of update. Those make a :class:`MatrixJob` where they need a norm or a unit step of each unit. What
+the matrices of many jobs come from, a :class:`Source` makes together.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,9 +25,10 @@ Group = dict[str, Any]
 
 def local_state(param: Tensor, state: State) -> State:
     """This process's part of the state, beside its parameter: frameworks move a model after the optimizer was made."""
+    device = param.device
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.device != param.device:
-            state[key] = value.to(param.device)
+        if getattr(value, "device", device) != device:
+            state[key] = value.to(device)
     if not hasattr(param, "to_local"):
         return state
     return {key: local_part(value) if isinstance(value, Tensor) else value for key, value in state.items()}
@@ -41,6 +44,28 @@ def rate(group: Group) -> float | Tensor:
 def select(keep: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
     """``new`` where ``keep`` allows it, else ``old``: a choice and no product, so that NaN cannot pass."""
     return new if keep is None else torch.where(keep.to(new.device), new, old)
+
+
+def select_all(keep: Tensor, new: list[Tensor], old: Sequence[Tensor | float]) -> list[Tensor]:
+    """:func:`select` for many tensors, in the dtype of ``old``: one choice for all of a shape, so few launches."""
+    by_shape: dict[object, list[int]] = {}
+    for i, tensor in enumerate(new):
+        by_shape.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
+    chosen = list(new)
+    for alike in by_shape.values():
+        before = [old[i] for i in alike]
+        values, tensors = stacked([new[i] for i in alike]), [b for b in before if isinstance(b, Tensor)]
+        if tensors:
+            values = values.to(tensors[0].dtype)
+        together = select(keep, values, stacked(tensors) if tensors else before[0])
+        for i, tensor in zip(alike, together.unbind(), strict=True):
+            chosen[i] = tensor
+    return chosen
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """``[n, ...]``: a copy, and of one tensor a view."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 class Deviation(NamedTuple):
@@ -70,23 +95,12 @@ class Job:
     moves: bool  # whether any process has a gradient; else the parameter is left alone
     group: Group
     state: State
+    lr: float | Tensor  # of this step: that of its group, times the group's lr_scale
     deviation: Deviation | None = None  # where the replicas' own gradients are watched
-
-    @property
-    def lr(self) -> float | Tensor:
-        """The rate of this step: ``lr`` of its group, times ``lr_scale`` where it has one."""
-        return rate(self.group)
-
-    def direction_input(self) -> Tensor:
-        """What a unit step goes along: the average of the gradients, or Nesterov's look-ahead."""
-        average: Tensor = self.state["momentum_buffer"]
-        if not self.group["nesterov"]:
-            return average
-        return torch.lerp(self.grad.to(average.dtype), average, self.group["momentum"])
 
     def norm(
         self,
-        tensor: Callable[[], Tensor],
+        tensor: Callable[[], Tensor] | Source,
         geometry: Geometry | None = None,
         *,
         per_white_noise: bool = False,
@@ -96,24 +110,71 @@ class Job:
         """Ask for the dual norm of each unit of a tensor in the parameter's shape.
 
         Args:
-            tensor: makes this process's part of it, when the work starts.
+            tensor: makes this process's part of it, when the work starts. A :class:`Source` makes those of many parameters
+                of a shape in a few launches.
             geometry: whose norm; None: the parameter's own.
             per_white_noise: divided by the norm of white noise of unit deviation in that shape.
-            seed: of the probes, where the norm is a stochastic estimate.
+            seed: of the probes, where the norm is a stochastic estimate: one for all units, or ``[units]`` of which the
+                first is taken.
             deviation: take the norm of this replica's difference from ``tensor``, the mean of all.
         """
-        layout, own = self.group["layout"], geometry or self.group["geometry"]
-        factors = norm_factors(layout, own, tuple(self.param.shape), per_white_noise)
-        return MatrixJob(self.param, layout, own, tensor, factors, seed=seed, deviation=deviation)
+        layout, own, factors = self.group["layout"], geometry or self.group["geometry"], None
+        if per_white_noise:
+            factors = white_noise_factors(layout, own, tuple(self.param.shape))
+        source = tensor if isinstance(tensor, Source) else _OneTensor(tensor)
+        return MatrixJob(self, self.param, layout, own, source, factors, seed=seed, deviation=deviation)
+
+
+class Source(ABC):
+    """What the matrices of jobs are made of. Equal ones (a frozen dataclass is equal by its fields) work together."""
+
+    #: whether it is of one parameter alone
+    alone: ClassVar[bool] = False
+
+    @abstractmethod
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        """``[jobs, *shape]``: this process's part of one tensor for each, all of one shape and with one momentum."""
+
+
+@dataclass(frozen=True, eq=False)
+class _OneTensor(Source):
+    """Of one parameter alone."""
+
+    make: Callable[[], Tensor]
+    alone: ClassVar = True
+
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        return self.make()[None]
+
+
+@dataclass(frozen=True)
+class Gradients(Source):
+    """The gradients of the step."""
+
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        return stacked([job.grad for job in jobs])
+
+
+@dataclass(frozen=True)
+class Directions(Source):
+    """What unit steps go along: the average of the gradients, or Nesterov's look-ahead."""
+
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        averages = stacked([job.state["momentum_buffer"] for job in jobs])
+        group = jobs[0].group
+        if not group["nesterov"]:
+            return averages
+        return torch.lerp(stacked([job.grad for job in jobs]).to(averages.dtype), averages, group["momentum"])
+
+
+GRADIENTS, DIRECTIONS = Gradients(), Directions()
 
 
 @remember
-def norm_factors(
-    layout: Layout, geometry: Geometry, shape: tuple[int, ...], per_white_noise: bool
-) -> tuple[float, ...]:
-    """Per stack of the layout: 1, or one over the dual norm of white noise of unit deviation in its shape."""
+def white_noise_factors(layout: Layout, geometry: Geometry, shape: tuple[int, ...]) -> tuple[float, ...]:
+    """Per stack of the layout: one over the dual norm of white noise of unit deviation in its shape; 1 for an empty one."""
     return tuple(
-        1.0 / geometry.white_noise_dual(d_out, d_in) if per_white_noise and k * d_out * d_in else 1.0
+        1.0 / geometry.white_noise_dual(d_out, d_in) if k * d_out * d_in else 1.0
         for k, d_out, d_in in layout.shapes(shape)
     )
 
@@ -125,43 +186,36 @@ class DualNorms:
     values: Tensor  # [units], float32 or better: 0 until the work has filled it in, on every process
     factors: tuple[float, ...]  # per stack of the layout: what a norm is multiplied by
 
-    def fill(self, stacks: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-        """From the matrices and their unit steps, before those are scaled."""
-        products = [
-            _inner_products(u, step) * factor
-            for u, step, factor in zip(stacks, steps, self.factors, strict=True)
-        ]
-        self.values.copy_(torch.cat(products))
 
-
-def _inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """``[k, m, n], [k, m, n] -> [k]``, each in one pass over the matrices."""
-    if a.dtype == torch.float16:  # a product of entries could leave its range
-        a, b = a.float(), b.float()
-    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).reshape(len(a))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take three times as long to make
 class MatrixJob:
-    """A dual norm, or a unit step, of each unit of one tensor in a parameter's shape."""
+    """A dual norm, or a unit step, of each unit of one tensor in a parameter's shape. Never changed."""
 
-    param: Tensor
+    job: Job
+    param: Tensor  # the job's, or this process's part of it where that is all it works on
     layout: Layout
     geometry: Geometry
-    tensor: Callable[[], Tensor]  # this process's part of it; made when the work starts: few are alive
-    factors: tuple[float, ...]  # per stack of the layout: what a norm or a unit step is multiplied by
+    source: Source  # of this process's part of the tensor; made when the work starts, so that few are alive
+    factors: tuple[float, ...] | None  # per stack of the layout: what a norm or a unit step is multiplied by
     multiplier: Tensor | None = None  # [units]: what a unit step is multiplied by as well
-    seed: int | Tensor = 0  # of the probes, where a norm is a stochastic estimate
+    seed: int | Tensor = 0  # of the probes, where a norm is a stochastic estimate; [units]: the first
     deviation: Deviation | None = None  # work on one replica's difference from the tensor, on its owner
     fetched: Tensor | None = None  # the whole of a sharded tensor, once it has been brought together
     dual: DualNorms | None = None  # what a unit step's work has to fill in beside
 
-    def stacks(self) -> tuple[Tensor, ...]:
-        """The matrices to work on, where this process holds all of them."""
+    @property
+    def by_itself(self) -> bool:
+        """Whether its tensor is made alone, and not along with those of other jobs."""
+        return self.fetched is not None or self.deviation is not None or self.source.alone
+
+    def tensor(self) -> Tensor:
+        """This process's part of the tensor."""
+        return self.source.stacked([self.job])[0]
+
+    def whole(self) -> Tensor:
+        """What the work is on, where this process holds all of it."""
         tensor = self.tensor() if self.fetched is None else self.fetched
-        if self.deviation is not None:
-            tensor = self.deviation.from_mean(tensor)
-        return self.layout.to_matrices(tensor)
+        return tensor if self.deviation is None else self.deviation.from_mean(tensor)
 
 
 @runtime_checkable
@@ -171,8 +225,8 @@ class MatrixWork(Protocol):
     def norms(self, jobs: Sequence[MatrixJob]) -> list[Tensor]:
         """The dual norm of every unit, ``[units]`` in float32 or better, for each job in order."""
 
-    def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[tuple[int, Tensor]]:
-        """``(index of the job, its unit step times its factors in the parameter's shape)``, in any order.
+    def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[Sequence[tuple[int, Tensor]]]:
+        """Some at a time, in any order: ``(index of the job, its unit step times its factors in the parameter's shape)``.
 
         Of a sharded parameter, the part that this process holds. Once all have been taken, the ``dual`` of every job
         that has one is filled in.

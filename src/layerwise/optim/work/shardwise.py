@@ -35,7 +35,7 @@ def dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
 
     def wait() -> list[Tensor]:
         return [
-            (length * _scale(job) * job.factors[0]).to(working_dtype(job.param)).reshape(1)
+            (length * _scale(job) * (job.factors or (1.0,))[0]).to(working_dtype(job.param)).reshape(1)
             for job, length in zip(jobs, lengths(), strict=True)
         ]
 
@@ -64,7 +64,9 @@ def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
 
 def _unit_step(job: MatrixJob, length: Tensor | None) -> Tensor:
     tensor = job.tensor()
-    scale = torch.full((), _scale(job) * job.factors[0], dtype=torch.float64, device=tensor.device)
+    scale = torch.full(
+        (), _scale(job) * (job.factors or (1.0,))[0], dtype=torch.float64, device=tensor.device
+    )
     if job.multiplier is not None:
         scale = scale * job.multiplier[0]
     if length is None:
