@@ -35,8 +35,8 @@ def move_once_rounded(job: Job, direction: Tensor, keep: Tensor | None) -> None:
     alike = param.dtype == direction.dtype == torch.bfloat16  # not where a model was cast under its optimizer
     if alike and not isinstance(lr, Tensor) and not is_stochastic(job.group, param):
         # lerp computes in float32: W + lr decay (-direction / decay - W)
-        target = select(keep, direction.mul(-1.0 / decay), param)
-        param.lerp_(target, lr * decay)
+        moved = param.lerp(direction.mul(-1.0 / decay), lr * decay)
+        param.copy_(select(keep, moved, param))  # a lerp from -0.0 to itself is +0.0: no bit may change
         return
     if isinstance(lr, Tensor):
         lr = lr.reshape(())
