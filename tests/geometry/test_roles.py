@@ -533,3 +533,12 @@ def test_group_order_and_contents():
     grouped = {name: p for group in groups for name, p in group["params"]}
     assert all(grouped[name] is p for name, p in model.named_parameters())
     assert grouped.keys() == dict(model.named_parameters()).keys()
+
+
+def test_a_config_without_a_vocabulary_is_no_error():
+    config = tf.CanineConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_hash_buckets=64
+    )
+    assert not hasattr(config, "vocab_size")
+    table = rows(tf.CanineForSequenceClassification(config))
+    assert table["classifier.weight"].role == "head"

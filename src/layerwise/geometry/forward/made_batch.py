@@ -57,9 +57,10 @@ def _has_hooks(model: nn.Module) -> bool:
 def _tokens(config: Any) -> Tensor:
     """Eight tokens, the last of which ends the text, for models that read their answer off there."""
     text = config.get_text_config()
-    ids = (torch.arange(_TOKENS)[None] + 3) % max(1, text.vocab_size)
+    entries = getattr(text, "vocab_size", None) or 64  # CANINE hashes its characters and has no vocabulary
+    ids = (torch.arange(_TOKENS)[None] + 3) % entries
     end = getattr(text, "eos_token_id", None)
-    if isinstance(end, int) and 0 <= end < text.vocab_size:
+    if isinstance(end, int) and 0 <= end < entries:
         ids[:, -1] = end
     return ids
 
