@@ -28,6 +28,7 @@ from layerwise.lab.experiments.sweep.trial_plan import make_plan
 from layerwise.lab.report import Contender, load_runs
 from layerwise.lab.report.figures.loss import final_losses, loss_curves
 from layerwise.lab.report.style import PHONE, Look, styled
+from layerwise.lab.report.tables import headline
 from layerwise.lab.runs.checkpoint import list_checkpoints
 from layerwise.lab.runs.directory import read_run
 from layerwise.lab.training.observers import Observer
@@ -145,6 +146,38 @@ def test_an_entry_of_another_kind_in_run_json_is_one_line(tmp_path: Path, key: s
         (path / "run.json").write_text(json.dumps({**info, key: odd}))
         with pytest.raises(LayerwiseError, match=rf"run.json is damaged \({key} is .*--overwrite"):
             read_run(path)
+
+
+@pytest.mark.parametrize("odd", [None, "", "x", "2026"])
+def test_a_run_of_no_known_status_does_not_pass_for_one_that_has_ended(
+    tmp_path: Path, odd: str | None
+) -> None:
+    path = stopped(tmp_path, 6)
+    info = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**info, "status": odd}))
+    with pytest.raises(LayerwiseError, match=r"run.json is damaged \(status is .*--overwrite"):
+        train(tiny_config(tmp_path), progress="quiet", resume=True)
+
+
+@pytest.mark.parametrize("row", [None, 3, [], {}, {"name": 3}, {"name": "a", "shape": 3}])
+def test_a_parameter_table_of_other_rows_is_one_line(tmp_path: Path, row: Any) -> None:
+    path = fabricate(tmp_path / "a", "adamw", steps=10, with_layers=False)
+    info = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**info, "parameters": [*info["parameters"], row]}))
+    with pytest.raises(LayerwiseError, match=r"run.json is damaged \(parameters is "):
+        read_run(path)
+
+
+@pytest.mark.parametrize("key", ["name", "config", "versions", "machine", "corpus", "result", "parameters"])
+def test_an_entry_that_is_null_is_one_that_is_not_there(tmp_path: Path, key: str) -> None:
+    path = fabricate(tmp_path / "a", "adamw", steps=10, with_layers=False)
+    info = json.loads((path / "run.json").read_text())
+    runs = []
+    for changed in ({**info, key: None}, {k: value for k, value in info.items() if k != key}):
+        (path / "run.json").write_text(json.dumps(changed))
+        runs.append(read_run(path))
+    null, gone = ((run.name, run.config, run.result, list(run.parameters), headline([run])) for run in runs)
+    assert null == gone
 
 
 def test_a_line_whose_layers_are_no_layers_ends_a_record(tmp_path: Path) -> None:

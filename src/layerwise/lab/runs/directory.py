@@ -42,6 +42,7 @@ KINDS: Final = {
     "result": dict,
     "parameters": list,
 }
+STATUSES: Final = ("running", "finished", "diverged")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,6 +73,27 @@ def _by_name(entries: Any) -> bool:
     if entries is None:
         return True
     return isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())
+
+
+def _damaged(info: dict[str, Any]) -> str | None:
+    """The first entry of run.json that is not what it has to be; None where all are."""
+    for key, kind in KINDS.items():
+        if not isinstance(info.get(key), kind | None):
+            return key
+    # Any other word would count as ended: the run would never go on.
+    if info.get("status", "running") not in STATUSES:
+        return "status"
+    rows = info.get("parameters") or ()
+    return None if all(_is_parameter(row) for row in rows) else "parameters"
+
+
+def _is_parameter(row: Any) -> bool:
+    """Whether a row of the parameter table has a name, and a shape that is one if it has any."""
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("name"), str)
+        and isinstance(row.get("shape"), list | None)
+    )
 
 
 def has_ended(path: Path) -> bool:
@@ -108,12 +130,11 @@ def read_run(path: str | Path) -> Run:
         ) from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise LayerwiseError(f"run {folder}: {RUN_FILE} is not of format {FORMAT}, which this version reads")
-    for key, kind in KINDS.items():
-        if not isinstance(info.get(key), kind | None):
-            raise LayerwiseError(
-                f"run {folder}: {RUN_FILE} is damaged ({key} is {info[key]!r:.60}); move the folder away, or train again"
-                " with --overwrite"
-            )
+    if (key := _damaged(info)) is not None:
+        raise LayerwiseError(
+            f"run {folder}: {RUN_FILE} is damaged ({key} is {info[key]!r:.60}); move the folder away, or train again"
+            " with --overwrite"
+        )
     metrics, layers, function_space = (read_lines(folder / f"{stream}.jsonl") for stream in STREAMS)
     return Run(folder, info, metrics, layers, function_space)
 

@@ -68,7 +68,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return str(self.info.get("name", self.path.name))
+        return str(self.info.get("name") or self.path.name)
 
     @property
     def status(self) -> str:
@@ -76,11 +76,11 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        return dict(self.info.get("config", {}))
+        return dict(self.info.get("config") or {})
 
     @property
     def result(self) -> dict[str, Any]:
-        return dict(self.info.get("result", {}))
+        return dict(self.info.get("result") or {})
 
     @property
     def optimizer(self) -> str:
