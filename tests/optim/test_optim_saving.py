@@ -65,15 +65,17 @@ def test_loading_neither_aliases_nor_changes_what_was_given():
             assert torch.equal(state["state"][index][key], value), (index, key)
 
 
-def test_a_tensor_lr_stays_the_same_tensor_and_takes_the_saved_value():
+def test_a_groups_tensor_lr_stays_the_same_tensor_and_takes_the_saved_value():
     model = net()
     optimizer = make("lanton", model, lr=torch.tensor(0.01))
     state = optimizer.state_dict()
     lr = torch.tensor(0.5)
     again = make("lanton", net(), lr=lr)
+    own = [group["lr"] for group in again.param_groups]  # a compiled step reads them
     again.load_state_dict(state)
-    assert again.param_groups[0]["lr"] is lr
-    assert lr.item() == pytest.approx(0.01)
+    assert all(group["lr"] is tensor for group, tensor in zip(again.param_groups, own, strict=True))
+    assert [tensor.item() for tensor in own] == pytest.approx([0.01] * len(own))
+    assert lr.item() == 0.5  # the caller's, of which each group has a copy
 
 
 @every_optimizer
