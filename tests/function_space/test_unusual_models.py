@@ -265,3 +265,125 @@ def test_blocks_that_are_wrapped_are_matched_by_the_plain_ones_names():
         found.append(list(rates.values()))
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
+
+
+class Opaque(torch.autograd.Function):
+    """A product with a frozen weight whose backward torch cannot differentiate again."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad @ ctx.saved_tensors[0], None
+
+
+class Twice(Opaque):
+    """The same, differentiable again."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.saved_tensors[0], None
+
+
+class Silent(Opaque):
+    """The same, whose backward drops its graph without the error of `once_differentiable`."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.no_grad():
+            return grad @ ctx.saved_tensors[0], None
+
+
+class Quantised(nn.Module):
+    """A residual block whose frozen product is `function`; as bitsandbytes', one without formulas where nothing trains."""
+
+    def __init__(self, function, inference_path):
+        super().__init__()
+        self.first, self.function, self.inference_path = nn.Linear(4, 4), function, inference_path
+        self.register_buffer("frozen", torch.randn(4, 4))
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        if self.inference_path and not (torch.is_grad_enabled() and h.requires_grad):
+            return h + h.detach() @ self.frozen.T
+        return h + self.function.apply(h, self.frozen)
+
+
+@pytest.mark.parametrize("inference_path", [False, True])
+def test_exact_is_right_through_custom_functions_without_a_forward_formula(inference_path):
+    torch.manual_seed(0)
+    model, x = Quantised(Twice, inference_path).double(), torch.randn(6, 4).double()
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    rates = function_space_rates(model, update, x, method="exact")
+    for name, direction in update.items():
+        assert rates[name].value == pytest.approx(quotient(model, name, direction, x), rel=1e-7)
+        assert rates[name].estimator == "exact, reverse"
+
+
+@pytest.mark.parametrize("function", [Opaque, Silent])
+@pytest.mark.parametrize("inference_path", [False, True])
+def test_exact_refuses_custom_functions_that_have_a_first_derivative_alone(function, inference_path):
+    torch.manual_seed(0)
+    model, x = Quantised(function, inference_path), torch.randn(6, 4)
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(LayerwiseError, match=r"'first.weight' cannot be found.*method='full_cov'"):
+        function_space_rates(model, update, x, method="exact")
+    found = function_space_rates(model, update, x, method="full_cov", probes=400)["first.weight"]
+    true = quotient(model.double(), "first.weight", update["first.weight"].double(), x.double())
+    assert found.value == pytest.approx(true, abs=4 * found.stderr)
+
+
+def test_exact_follows_custom_functions_that_have_a_forward_formula():
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] * grad
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return 2 * ctx.saved_tensors[0] * tangent
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double(), torch.randn(6, 4).double()
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    rates = function_space_rates(model, update, x, lambda m, x: m[1](Forward.apply(m[0](x))), "exact")
+    for name, direction in update.items():
+        squared = nn.Sequential(model[0], Square(), model[1])
+        where = name.replace("1.", "2.")
+        assert rates[name].value == pytest.approx(quotient(squared, where, direction, x), rel=1e-7)
+        assert rates[name].estimator == "exact"
+
+
+class Square(nn.Module):
+    def forward(self, x):
+        return x * x
+
+
+def test_exact_is_right_on_a_4_bit_base():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    base.weight = bitsandbytes.nn.Params4bit(torch.randn(64, 64) / 8, requires_grad=False, quant_type="nf4")
+    base.to("cpu")
+    if not base.weight.bnb_quantized:
+        base.weight._quantize("cpu")
+    base.support_avx512bf16_for_cpu = False  # the path that GPUs take
+    model, x = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), base), torch.randn(16, 8)
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    rates = function_space_rates(model, update, x, method="exact")
+    for name, direction in update.items():
+        # Central differences in float32: rounding over h, some 1e-4.
+        assert rates[name].value == pytest.approx(quotient(model, name, direction, x, h=1e-3), rel=1e-2)

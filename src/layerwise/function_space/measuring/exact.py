@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from layerwise.common.tensors import or_one, wide_dtype
+from layerwise.errors import LayerwiseError
+from layerwise.function_space.measuring.adjoint import Adjoint
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Outputs
 
@@ -43,9 +45,16 @@ class Change:
 
 
 def exact_change(
-    function: Callable[[Tensors], Outputs], points: Tensors, updates: Mapping[str, TensorUpdate]
+    function: Callable[[Tensors], Outputs],
+    points: Tensors,
+    updates: Mapping[str, TensorUpdate],
+    check: Adjoint | None,
 ) -> Change:
-    """The derivative at `points` along `updates` of a function of these tensors that gives the outputs."""
+    """The derivative at `points` along `updates` of a function of these tensors that gives the outputs.
+
+    Raises:
+        LayerwiseError: neither formula agrees with `check`.
+    """
     scale = or_one(torch.stack([update.largest for update in updates.values()]).amax())
     found: list[Outputs] = []
 
@@ -55,12 +64,20 @@ def exact_change(
 
     at = {name: points[name].detach() for name in updates}
     along = {name: (update.whole() / scale).to(at[name].dtype) for name, update in updates.items()}
-    tangent, formula = derivative(values, at, along)
-    return Change(replace(found[-1], values=tangent), scale, formula)
+    for tangent, formula in derivatives(values, at, along):
+        if check is None or check.agrees(list(updates), tangent, scale):
+            return Change(replace(found[-1], values=tangent), scale, formula)
+    raise LayerwiseError(
+        f"the exact derivative along {', '.join(map(repr, updates))} cannot be found: the forward runs an autograd "
+        "function or operator that has a backward, but neither a forward-mode formula nor a second derivative; "
+        "use method='full_cov', or beside method='difference' linear='full_cov'"
+    )
 
 
-def derivative(function: Callable[[Any], Tensor], points: Tensors, along: Tensors) -> tuple[Tensor, str]:
-    """`d/dt function(points + t * along)` at 0, by forward-mode differentiation or twice in reverse, and which it was.
+def derivatives(
+    function: Callable[[Any], Tensor], points: Tensors, along: Tensors
+) -> Iterator[tuple[Tensor, str]]:
+    """`d/dt function(points + t * along)` at 0, by forward-mode differentiation and then twice in reverse, and which it is.
 
     Some operations lack a forward-mode formula. The second way then takes the gradient along `u` of the outputs' gradient
     (which is linear in `u`), along the direction.
@@ -69,12 +86,16 @@ def derivative(function: Callable[[Any], Tensor], points: Tensors, along: Tensor
     with sdpa_kernel(SDPBackend.MATH), _PlainOperations():
         try:
             with torch.no_grad():
-                tangent: Tensor = torch.func.jvp(function, (dict(points),), (dict(along),))[1]
-            return tangent, FORWARD
+                tangent: Tensor | None = torch.func.jvp(function, (dict(points),), (dict(along),))[1]
         except (NotImplementedError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            return _twice_reverse(function, points, along), REVERSE
+            tangent = None
+    if tangent is not None:
+        yield tangent, FORWARD
+    with sdpa_kernel(SDPBackend.MATH), _PlainOperations():
+        tangent = _twice_reverse(function, points, along)
+    yield tangent, REVERSE
 
 
 def _twice_reverse(function: Callable[[Any], Tensor], points: Tensors, along: Tensors) -> Tensor:

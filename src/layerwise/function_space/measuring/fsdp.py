@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerwise.common.tensors import local_part, or_one
 from layerwise.errors import LayerwiseError
+from layerwise.function_space.measuring.adjoint import Adjoint
 from layerwise.function_space.measuring.exact import FORWARD, Change
 from layerwise.function_space.measuring.moments import Sink, TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
@@ -109,7 +110,12 @@ class ShardedRunner:
                         sink.add(name, grad[None])
             sink.done(1)
 
-    def derivative(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Change:
+    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> None:
+        """None: forward mode is not held against the backward here (docs/limitations.md)."""
+
+    def derivative(
+        self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
+    ) -> Change:
         """In forward mode, gathered parameters replaced by dual numbers (twice in reverse would need their graph)."""
         local = {name: update.block() for name, update in updates.items()}
         largest = torch.stack([update.largest for update in local.values()]).amax()

@@ -26,9 +26,11 @@ _ROUNDINGS = 4
 
 def exact_changes(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
     """The outputs' derivative along each update."""
+    with same_random_numbers(run.model):
+        check = runner.adjoint(batch, mask, run.updates) if run.updates else None
     for name, updates in together(run).items():
         with same_random_numbers(run.model):
-            change = runner.derivative(batch, mask, updates)
+            change = runner.derivative(batch, mask, updates, check)
         yield name, change
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
+from layerwise.function_space.measuring.adjoint import Adjoint, adjoint
 from layerwise.function_space.measuring.exact import Change, exact_change
 from layerwise.function_space.measuring.moments import Sink, TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
@@ -28,8 +29,13 @@ class Runner(Protocol):
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         """Hand the gradients of every measured tensor under each probe to `sink`."""
 
-    def derivative(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Change:
-        """The exact derivative of the outputs along these updates."""
+    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
+        """What to hold derivatives along any of these updates against, where it takes that."""
+
+    def derivative(
+        self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
+    ) -> Change:
+        """The exact derivative of the outputs along these updates, one that agrees with `check`."""
 
     def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
         """The outputs with these updates applied, and without a graph."""
@@ -84,11 +90,16 @@ class LeafRunner(nn.Module):
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         run_probes(outputs, self.leaves, probes, sink, memory)
 
-    def derivative(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Change:
-        def outputs(tensors: Mapping[str, Tensor]) -> Outputs:
-            return self.outputs(batch, mask, {**self.points, **tensors})
+    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
+        return adjoint(self._of_tensors(batch, mask), self.points, updates)
 
-        return exact_change(outputs, self.points, updates)
+    def derivative(
+        self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
+    ) -> Change:
+        return exact_change(self._of_tensors(batch, mask), self.points, updates, check)
+
+    def _of_tensors(self, batch: Any, mask: Tensor | None) -> Callable[[Mapping[str, Tensor]], Outputs]:
+        return lambda tensors: self.outputs(batch, mask, {**self.points, **tensors})
 
     def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
         new = {name: self._alias(name, update.applied(self.points[name])) for name, update in updates.items()}
