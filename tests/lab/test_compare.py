@@ -58,9 +58,9 @@ class FakeTraining:
         self.rates: list[float] = []
 
     def __call__(self, config: Any, *, resume: bool, progress: Any) -> Any:
-        assert resume
         config = complete(config)
         path = config.run_path
+        assert resume == path.exists()  # a run that was begun goes on
         if (path / "run.json").exists():
             return read_run(path)
         path.mkdir(parents=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,7 +27,7 @@ from typing import Any, Final, Self
 
 from layerwise.common.files import plain_json, write_whole
 from layerwise.errors import LayerwiseError
-from layerwise.lab.runs.recorded import Run
+from layerwise.lab.runs.recorded import Run, number
 
 RUN_FILE = "run.json"
 STREAMS = ("metrics", "layers", "function_space")
@@ -62,16 +63,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if not isinstance(row, dict) or not all(_by_name(row.get(key)) for key in ("layers", "rates")):
+        if not isinstance(row, dict) or not _is_record(row):
             break
         rows.append(row)
     return rows
 
 
+def _is_record(row: dict[str, Any]) -> bool:
+    """Whether a line has layers or parameters by name, at a step, where it has any."""
+    held = [row[key] for key in ("layers", "rates") if row.get(key) is not None]
+    return all(map(_by_name, held)) and (not held or math.isfinite(number(row.get("step"))))
+
+
 def _by_name(entries: Any) -> bool:
-    """Whether what a line holds of each layer or parameter is that, or is not there."""
-    if entries is None:
-        return True
+    """Whether what a line holds of each layer or parameter is that."""
     return isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())
 
 
