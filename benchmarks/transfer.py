@@ -4,7 +4,7 @@
 
 Five figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
 depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, and LoRA rank x8 on a GPT-2 that is trained
-here first. Each with {standard, FLeRM, uniform, and for widths 1/width} x learning rates x 2 or 3 seeds: 1743 trials,
+here first. Each with {standard, FLeRM, uniform, and for widths 1/width} x learning rates x 2 or 3 seeds: 1759 trials,
 about an hour of CPU time. Finished trials, those committed included, are not repeated. The texts are the running
 Python's own library and manual: on another version of Python the losses differ a little.
 """

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
         watch,
     )
     from layerwise.geometry import (
+        AxesLayout,
         ColNorm,
         ConvLayout,
         ConvTransposeLayout,
+        DepthwiseLayout,
         Frobenius,
         Geometry,
         Layout,
@@ -78,11 +80,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AxesLayout",
     "BaseRates",
     "ColNorm",
     "ConvLayout",
     "ConvTransposeLayout",
     "DMuon",
+    "DepthwiseLayout",
     "DistributedWork",
     "DualMuon",
     "DualNormAdaptive",

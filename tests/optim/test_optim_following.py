@@ -347,3 +347,11 @@ def test_the_groups_do_not_keep_a_model_alive():
     optimizer = lw.Lanton(groups)
     optimizer.step()
     assert parameters
+
+
+@pytest.mark.parametrize("other", [nn.Linear(2, 2), [nn.Linear(2, 2)]], ids=["another model", "a list"])
+def test_what_is_not_the_model_is_refused(other):
+    optimizer = lw.Lanton(lw.param_groups(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))))
+    with pytest.raises(lw.LayerwiseError, match=r"add_trainable: (Linear holds none|model is of type list)"):
+        optimizer.add_trainable(other)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4

@@ -42,7 +42,7 @@ class AxesLayout(Layout):
             - `"k k o i"`: `[layers, 2, out, in]`, a bank of weights.
 
     Examples:
-        >>> AxesLayout(pattern="o (4 i)").shapes((32, 64))
+        >>> lw.AxesLayout(pattern="o (4 i)").shapes((32, 64))
         ((4, 32, 16),)
     """
 

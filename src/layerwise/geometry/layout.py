@@ -383,7 +383,12 @@ class ConvTransposeLayout(Layout):
 
 @dataclass(frozen=True)
 class DepthwiseLayout(Layout):
-    """``[channels, 1, *kernel]``, a filter for each channel, as one ``[channels, taps]`` matrix whose rows are filters."""
+    """``[channels, 1, *kernel]``, a filter for each channel, as one ``[channels, taps]`` matrix whose rows are filters.
+
+    Examples:
+        >>> lw.DepthwiseLayout().shapes((16, 1, 3, 3))
+        ((1, 16, 9),)
+    """
 
     def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) >= 2 and shape[1] == 1, shape, "[channels, 1, *kernel]")

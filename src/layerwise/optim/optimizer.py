@@ -28,7 +28,7 @@ from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.halves import Halves
 from layerwise.optim.rules.rule import needs_replicas
 from layerwise.optim.state import state_dict as saving
-from layerwise.optim.state.following import Following
+from layerwise.optim.state.following import Following, check_model
 from layerwise.optim.state.partial import LoadedState, take_what_fits
 from layerwise.optim.state.replaced import warn_of_fresh_state
 from layerwise.optim.updates import Update
@@ -142,6 +142,9 @@ class LayerwiseOptimizer(Optimizer):
         Returns:
             The names of the parameters that are new here.
 
+        Raises:
+            LayerwiseError: for a model that holds nothing of what is here.
+
         Examples:
             >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
             >>> _ = model[0].requires_grad_(False)
@@ -150,6 +153,7 @@ class LayerwiseOptimizer(Optimizer):
             >>> optimizer.add_trainable(model)
             ['0.weight', '0.bias']
         """
+        check_model(model, self.param_groups)
         joined, groups = self._following.take_over(self.param_groups, model, batch)
         self._follow_parameters()
         added = [name for group in groups for name, _ in group["params"]]

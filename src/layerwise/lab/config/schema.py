@@ -193,7 +193,7 @@ class OptimizerConfig(OpenSection):
     weight_decay: float | None = Field(default=None, ge=0)
     """decoupled decay; null: the optimizer's default"""
     rates: Annotated[dict[str, Any] | None, _shorthand(SHORTHANDS["optimizer.rates"])] = None
-    """layer rates on top: `rule` (noise_adaptive, norm_adaptive, static) and its keywords"""
+    """layer rates on top: `rule` (dual_norm_adaptive, noise_adaptive, norm_adaptive, static) and its keywords"""
     role_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
     """factor on the rate of every parameter of a role (`{hidden: 0.125}`); the roles are those of
     `layerwise.describe`"""

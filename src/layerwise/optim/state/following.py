@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.common.parameter_names import unwrap
+from layerwise.common.parameter_names import canonical_name, unwrap
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.groups import groups_of
 from layerwise.geometry.origin import Origin
@@ -197,3 +197,19 @@ def _replace(groups: Sequence[Group], new: Mapping[str, Tensor | None]) -> None:
         ]
         group["params"][:] = [param for _, param in rows if param is not None]
         group["param_names"][:] = [name for name, param in rows if param is not None]
+
+
+def check_model(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Raise :class:`LayerwiseError` for what is no model, and for one of which neither a tensor nor a name is here."""
+    if not isinstance(model, nn.Module):
+        raise LayerwiseError(
+            f"add_trainable: model is of type {type(model).__name__}: give the model, an nn.Module"
+        )
+    names = {name for group in groups for name in group["param_names"]}
+    tensors = {id(param) for group in groups for param in group["params"]}
+    named = [(canonical_name(name), id(p)) for name, p in unwrap(model).named_parameters()]
+    if not any(name in names or tensor in tensors for name, tensor in named):
+        raise LayerwiseError(
+            f"add_trainable: {type(model).__name__} holds none of this optimizer's parameters: give the model that it "
+            "trains, or add other parameters by add_param_group"
+        )
