@@ -183,12 +183,8 @@ def test_an_entry_that_is_null_is_one_that_is_not_there(tmp_path: Path, key: str
 def test_a_line_whose_layers_are_no_layers_ends_a_record(tmp_path: Path) -> None:
     path = fabricate(tmp_path / "a", "lanton", steps=20, with_function_space=True)
     whole = read_run(path)
-    for file, key in (
-        ("layers", "layers"),
-        ("function_space", "rates"),
-        ("layers", "step"),
-        ("function_space", "step"),
-    ):
+    held = {"layers": "layers", "function_space": "rates"}
+    for file, key in [*held.items(), *((file, "step") for file in held)]:
         lines = (path / f"{file}.jsonl").read_text().splitlines()
         for odd in (True, "x", [], {"a": 3}):
             odd_line = json.dumps({**json.loads(lines[2]), key: odd})
