@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import fmean
 
@@ -61,3 +62,17 @@ def test_a_parameter_of_many_units_is_summarised(model: nn.Module, tmp_path: Pat
     static = mean_multipliers(str(tmp_path / "run"))  # the fixed rates that control for adaptive ones
     assert {static[unit] for unit in channels} == {summary["multiplier"]}
     lw.Lanton(lw.param_groups(model), rates=lw.StaticRates(static))
+
+
+@pytest.mark.parametrize("damaged", [1e308, -1e308, 10**400, "much", None, True])
+def test_numbers_that_no_run_records_are_missing_values(tmp_path: Path, damaged: object) -> None:
+    entry = {"noise": 1.0, "multiplier": 0.5, "lr": 1e-3}
+    with RunWriter(tmp_path / "run") as writer:
+        writer.update(name="run", status="finished", config={}, parameters=[])
+    lines = [{"step": step, "layers": {"0.weight": entry}} for step in (1, 2)]
+    lines[1]["layers"] = {"0.weight": {**entry, "multiplier": damaged}}
+    (tmp_path / "run" / "layers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    history = read_run(tmp_path / "run").history
+    assert history is not None
+    assert history.multiplier[0, 0] == 0.5
+    assert math.isnan(history.multiplier[0, 1])

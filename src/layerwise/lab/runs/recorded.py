@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+
+#: Above float32's largest: no run records it, a damaged file may hold it, and the axes of figures overflow.
+LARGEST: Final = 1e39
 
 
 @dataclass(frozen=True)
@@ -156,13 +159,14 @@ class Run:
 
 
 def number(value: Any) -> float:
-    """A float from a record; NaN for what is not a number (JSON has null and strings for those)."""
+    """A float from a record; NaN for what is not a number (JSON has null and strings for those) or beyond `LARGEST`."""
     if isinstance(value, bool) or value is None:
         return math.nan
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
         return math.nan
+    return found if abs(found) <= LARGEST or math.isinf(found) else math.nan
 
 
 def _layer_history(lines: Sequence[Mapping[str, Any]]) -> LayerHistory | None:
