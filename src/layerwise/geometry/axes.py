@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from math import prod
 
+from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.layout import (
     Arrangement,
@@ -26,6 +27,7 @@ _KNOWN: dict[str, type[Layout]] = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class AxesLayout(Layout):
     """Any arrangement of matrices, written as a word for each dimension of the tensor.

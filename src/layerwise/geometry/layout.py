@@ -381,6 +381,7 @@ class ConvTransposeLayout(Layout):
         return f"in,out,*k{grouped}{self._suffix()}"
 
 
+@checked
 @dataclass(frozen=True)
 class DepthwiseLayout(Layout):
     """``[channels, 1, *kernel]``, a filter for each channel, as one ``[channels, taps]`` matrix whose rows are filters.
