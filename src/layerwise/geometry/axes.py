@@ -13,6 +13,7 @@ from layerwise.geometry.layout import (
     Layout,
     MatrixLayout,
     Shape,
+    Split,  # noqa: F401 (the type of a field that AxesLayout has from Layout, by which its arguments are checked)
     StackLayout,
     TransposedLayout,
     TransposedStackLayout,
