@@ -36,7 +36,7 @@ def test_there_are_commands_and_each_is_one_of_ours() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_they_run_one_after_the_other(tmp_path: Path) -> None:
-    for folder in ("configs", "benchmarks/transfer"):
+    for folder in ("configs", "benchmarks/transfer", "examples"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     environment = {
         **os.environ, "LAYERWISE_MOST_STEPS": "2", "LAYERWISE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1",
