@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import layerwise as lw
 import machine
 from layerwise.lab.models.paper import Decoder
+from script import RESULTS, write_page
 
-RESULTS = Path(__file__).parent / "results"
 WIDTHS = (32, 64, 128, 256)
 STEPS = (1, 10)
 TEXT = b"".join(Path(module.__file__).read_bytes() for module in (argparse, csv, difflib))
@@ -115,8 +115,7 @@ def main() -> None:
             cells = " | ".join(summary(found, step))
             lines.append(f"| {name} | {step} | {cells} | {flat} of {len(trends)} | {method.note} |")
             print(lines[-1], flush=True)
-    lines += ["", ", ".join(f"{key}: {value}" for key, value in machine.describe().items()), ""]
-    (RESULTS / "check_parametrisations.md").write_text("\n".join(lines))
+    write_page(RESULTS / "check_parametrisations.md", [*lines, "", machine.line(", ")])
 
 
 if __name__ == "__main__":

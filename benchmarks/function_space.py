@@ -11,7 +11,6 @@ procedure is a literal copy (tests/function_space/naive.py); its 41 probes are o
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import machine
 from layerwise.function_space import FunctionSpaceRecorder, function_space_rates
-from machine import describe
+from script import RESULTS, documented_parser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "function_space"))
 from naive import NaiveFLeRM
@@ -278,18 +278,17 @@ def memory(width: int, examples: int, length: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = documented_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/function_space.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    machine = "; ".join(f"{key} {value}" for key, value in describe().items())
     blocks = [
         [
             "# What measuring function-space rates costs",
             "",
-            f"`python benchmarks/function_space.py`, {machine}.",
+            f"`python benchmarks/function_space.py`, {machine.line('; ', ' ')}.",
         ]
     ]
     blocks += [costs(128, examples, 64, args.rounds, args.seeds, variants(examples)) for examples in (4, 16)]
@@ -298,7 +297,7 @@ def main() -> None:
     text = "\n\n".join("\n".join(lines) for lines in blocks) + "\n"
     print(text)
     if args.write:
-        (Path(__file__).parent / "results" / "function_space.md").write_text(text)
+        (RESULTS / "function_space.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Run `optimizer_step.py --device cuda` for times against other libraries. No GPU 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import time
@@ -29,8 +28,8 @@ from layerwise.geometry import polar
 from layerwise.geometry.spectral.newton_schulz import PATHS
 from layerwise.optim import LayerwiseOptimizer
 from optimizer_step import SETS, layerwise_groups, synchronise
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 PATH_SHAPES = {
     "cpu": [(384, 384), (384, 1536), (768, 768), (768, 3072)],
     "cuda": [(384, 1536), (768, 768), (768, 3072), (2048, 2048), (2048, 5632)],
@@ -179,9 +178,7 @@ def noise_share(device: str, small: bool, repeats: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="sizes that a CPU gets through in seconds")
     parser.add_argument("--only", default="", help="a part of a section's title")
@@ -206,12 +203,12 @@ def main() -> None:
         "Paths of the polar factor": lambda: paths(args.device, kinds, repeats),
         "Noise's share": lambda: noise_share(args.device, args.small, repeats),
     }
-    where = "; ".join(f"{k} {v}" for k, v in machine.describe().items())
+    where = machine.line("; ", " ")
     lines = ["# What a GPU is asked", "", f"Written by `benchmarks/gpu_checks.py`. Machine: {where}."]
     for title, section in sections.items():
         if args.only.lower() in title.lower():
             lines += ["", f"## {title}", "", *section()]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_page(stem.with_suffix(".md"), lines)
     print("\n".join(lines))
 
 

@@ -10,7 +10,6 @@ Writes `benchmarks/results/growth.md` and `growth.png`.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import statistics
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 import layerwise as lw
 import machine
 from optimizer_step import torch_muon
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], Any]
 MIB = 2**20
 #: docs/growth.md: what a step may hold beside weights, gradients and state.
@@ -290,9 +289,7 @@ def figure(found: dict[str, dict[str, list[Point]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--small", action="store_true", help="two sizes each, to try the script")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -312,11 +309,9 @@ def main() -> None:
         *[line for key, axis in AXES.items() for line in axis_table(axis, found[key])],
         *shares_by_batch(batches),
         *by_processes(counts, shapes),
-        " · ".join(f"{k}: {v}" for k, v in machine.describe().items()),
-        "",
+        machine.line(),
     ]
-    given.out.mkdir(exist_ok=True)
-    (given.out / "growth.md").write_text("\n".join(lines), encoding="utf-8")
+    write_page(given.out / "growth.md", lines)
     figure(found, given.out / "growth.png")
     for points in found.values():
         for name in ("Muon (layerwise)", "Lanton (layerwise)"):

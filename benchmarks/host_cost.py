@@ -9,7 +9,6 @@ tensors counted as one, views not counted (a test holds them to bounds). Writes 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layerwise as lw
 import machine
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], Any]
 
 
@@ -115,9 +114,7 @@ def table(pairs: int, rounds: int, counts: list[int]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--small", action="store_true", help="few pairs and rounds, to try the script")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -132,11 +129,9 @@ def main() -> None:
         "",
         *table(pairs, rounds, counts),
         "",
-        " · ".join(f"{k}: {v}" for k, v in machine.describe().items()),
-        "",
+        machine.line(),
     ]
-    given.out.mkdir(exist_ok=True)
-    (given.out / "host_cost.md").write_text("\n".join(lines), encoding="utf-8")
+    write_page(given.out / "host_cost.md", lines)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from layerwise.function_space import function_space_rates
 from layerwise.lab.models.paper import Decoder, ResMLP
+from script import RESULTS, documented_parser, write_page
 
-RESULT = Path(__file__).parent / "results" / "kronecker_between_sizes.md"
 ESTIMATORS = ("kronecker", "full_cov")
 SEEDS = (0, 1, 2)
 PROBES = 512
@@ -126,9 +126,7 @@ def carried(case: Case, lr: float) -> Mapping[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's rate")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -145,7 +143,7 @@ def main() -> None:
             cells.append(f"{fmean(errors):+.0%}, {pstdev(errors):.0%}, {worst:+.0%}")
         lines.append(f"| {case.title} | {case.steps} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_page(RESULTS / "kronecker_between_sizes.md", lines)
 
 
 if __name__ == "__main__":

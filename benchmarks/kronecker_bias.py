@@ -8,7 +8,6 @@ range is over seeds, optimizers and depths. The last column is the relative stan
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import defaultdict
 
@@ -29,6 +28,7 @@ from layerwise.function_space.measuring.moments import (
 from layerwise.function_space.measuring.outputs import resolve
 from layerwise.function_space.measuring.probes import draw_probes
 from layerwise.function_space.measuring.runners import LeafRunner, trainable, untouched
+from script import documented_parser
 
 
 class Experts(nn.Module):
@@ -180,7 +180,7 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = documented_parser(__doc__)
     parser.add_argument("--probes", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64])

@@ -8,7 +8,6 @@ some minutes on one core).
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import warnings
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 import layerwise as lw
+from script import RESULTS, documented_parser, write_page
 
 ROOT = Path(__file__).parent.parent
 WORDS, LENGTH, BATCH = 64, 32, 16
@@ -180,11 +180,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = documented_parser(__doc__)
     options.add_argument("--steps", type=int, default=61)
     options.add_argument("--every", type=int, default=15)
     options.add_argument("--lr", type=float, default=1e-3)
-    options.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    options.add_argument("--output", type=Path, default=RESULTS)
     options.add_argument("--figure", type=Path, default=ROOT / "docs/figures/linearity.png")
     given = options.parse_args()
     torch.set_num_threads(1)
@@ -200,9 +200,8 @@ def main() -> None:
         "Mixtral: eight experts, two of them chosen.",
         "",
         *training_table(trained),
-        "",
     ]
-    given.output.joinpath("linearity.md").write_text("\n".join(text))
+    write_page(given.output / "linearity.md", text)
     draw(trained, given.figure)
 
 

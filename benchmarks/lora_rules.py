@@ -9,7 +9,6 @@ tried on the same grid at the other ranks. Finished runs are not repeated; sever
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections.abc import Iterator
@@ -29,9 +28,9 @@ from layerwise.lab.experiments.sweep.resampling import shift_interval
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.models.families import build_model
 from layerwise.lab.models.family import Examples
+from script import RESULTS, documented_parser
 from transfer import CONFIGS, prepare_adapters
 
-RESULTS = Path(__file__).parent / "results" / "lora_rules.jsonl"
 BASE_RANK, ALPHA, STEPS, LENGTH = 2, 8, 100, 64
 RULES = {
     "one rate": "alpha / rank, one rate for A and B",
@@ -194,12 +193,10 @@ def table(found: dict[str, float], ranks: list[int], seeds: list[int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "lora_rules.jsonl")
     parser.add_argument("--table", action="store_true", help="run nothing: the table of what has finished")
     options = parser.parse_args()
     torch.set_num_threads(1)

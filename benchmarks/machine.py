@@ -28,6 +28,11 @@ def describe() -> dict[str, str]:
     return info
 
 
+def line(between: str = " · ", colon: str = ": ") -> str:
+    """`describe()` in a page."""
+    return between.join(f"{key}{colon}{value}" for key, value in describe().items())
+
+
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

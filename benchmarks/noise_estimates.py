@@ -11,7 +11,6 @@ Writes `benchmarks/results/noise_estimates.md`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -25,8 +24,8 @@ import machine
 import spectra
 from layerwise.geometry import nuclear_norm, polar
 from layerwise.geometry.spectral.lanczos import _bidiagonalise, _random_signs, _roots, steps_for
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 BETA = 0.95
 SETTLED = 20  # steps after which the moving average is looked at
 SEEDS = 20
@@ -190,9 +189,7 @@ def errors_of_rates(values: dict[str, list[dict[str, float]]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--width", type=int, default=192, help="of the GPT-2 whose rates are looked at")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
@@ -209,7 +206,7 @@ def main() -> None:
         "# Errors of nuclear norms",
         "",
         "Written by `benchmarks/noise_estimates.py`; all against a float64 SVD.",
-        "Machine: " + "; ".join(f"{k} {v}" for k, v in machine.describe().items()) + ".",
+        "Machine: " + machine.line("; ", " ") + ".",
         "",
         "## Every kind of spectrum",
         "",
@@ -234,8 +231,7 @@ def main() -> None:
         "",
         *errors_of_rates(trajectories(args.width, args.layers, args.steps)),
     ]
-    args.out.mkdir(exist_ok=True)
-    (args.out / "noise_estimates.md").write_text("\n".join(lines) + "\n")
+    write_page(args.out / "noise_estimates.md", lines)
     print("\n".join(lines))
     if args.record:
         spectra.RECORDED.write_text(json.dumps(record) + "\n")

@@ -10,15 +10,14 @@ their multipliers with the paper's option over all spectral units and recorded s
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
 import numpy as np
 
 from layerwise.lab.runs.directory import Run, find_runs, read_run
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 OPTIONS = {
     "previous": "the paper's: the gradient of the step before",
     "previous_bf16": "the same, kept in bfloat16",
@@ -43,9 +42,7 @@ def multipliers(run: Run) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     runs = [read_run(path) for path in find_runs(folder)]
@@ -71,8 +68,7 @@ def main() -> None:
         loss = run.info["result"]["val_loss"]
         lines.append(f"| `{name}` | {meaning} | {correlation:.3f} | {apart:.3f} | {loss:.3f} |")
     print("\n".join(lines[6:]))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "noise_references.md").write_text("\n".join(lines) + "\n")
+    write_page(RESULTS / "noise_references.md", lines)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Writes `benchmarks/results/nuclear_cost.md`.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -30,8 +29,8 @@ from layerwise.geometry.spectral.lanczos import (
     exact_polar,
 )
 from layerwise.geometry.spectral.polar import largest_entry
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 PROBES = 8
 SEEDS = 4
 #: matrices at once, and their shape
@@ -114,9 +113,7 @@ def row(shape: tuple[int, int, int], rounds: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--small", action="store_true", help="one size and round, to try the script")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -136,9 +133,7 @@ def main() -> None:
     for shape in sizes:
         lines.append(row(shape, rounds))
         print(lines[-1], flush=True)
-    lines += ["", " · ".join(f"{k}: {v}" for k, v in machine.describe().items()), ""]
-    given.out.mkdir(exist_ok=True)
-    (given.out / "nuclear_cost.md").write_text("\n".join(lines), encoding="utf-8")
+    write_page(given.out / "nuclear_cost.md", [*lines, "", machine.line()])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ without units the cast makes them 28 to 49 times slower.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -41,8 +40,8 @@ from layerwise.geometry.spectral.precision import processor_units
 from layerwise.optim.rules.noise_adaptive import PreviousGradient
 from layerwise.optim.work.job import Job
 from layerwise.optim.work.local import LocalWork
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 Shapes = list[tuple[int, int]]
 Step = Callable[[], Any]
 
@@ -319,9 +318,9 @@ def fastest_muon(rows: list[Row]) -> Row:
     return min(literal_ones, key=lambda r: r.median)
 
 
-def table(results: dict[str, list[Row]], info: dict[str, str]) -> str:
+def table(results: dict[str, list[Row]]) -> list[str]:
     lines = ["# Time of an optimizer step", "", "Written by `benchmarks/optimizer_step.py`."]
-    lines.append("Machine: " + "; ".join(f"{k} {v}" for k, v in info.items()) + ".")
+    lines.append("Machine: " + machine.line("; ", " ") + ".")
     for name, rows in results.items():
         gpu = rows[0].launches is not None
         lines += [
@@ -339,7 +338,7 @@ def table(results: dict[str, list[Row]], info: dict[str, str]) -> str:
             ratios = f"{r.ratio:.3f} | {r.ratio_low:.2f} to {r.ratio_high:.2f}"
             line = f"| {r.name} | {r.median * 1e3:.1f} | {spread} | {ratios} |"
             lines.append(line + (f" {r.launches} | {r.peak_mb:.0f} |" if gpu else ""))
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def figure(results: dict[str, list[Row]], path: Path) -> None:
@@ -371,9 +370,7 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--sets", default="d384,d384-split", help=f"comma-separated: {', '.join(SETS)}")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds before the clock")
@@ -407,7 +404,7 @@ def main() -> None:
     record = {name: record[name] for name in SETS if name in record}
     results = {name: [Row(**row) for row in kept["rows"]] for name, kept in record.items()}
     stem.with_suffix(".json").write_text(json.dumps({"machine": info, "sets": record}, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table(results, info))
+    write_page(stem.with_suffix(".md"), table(results))
     figure(results, stem.with_suffix(".png"))
 
 

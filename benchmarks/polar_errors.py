@@ -10,9 +10,7 @@ there for comparison. Writes `benchmarks/results/polar_errors.md`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,8 +22,8 @@ from layerwise.geometry import polar
 from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, RESTART_AFTER, newton_schulz
 from layerwise.geometry.spectral.polar import normalised_in
 from noise_estimates import corpus, hidden_gradients
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 #: What Muon uses, and the steepest.
 METHODS = ("quintic", "polar_express")
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -158,9 +156,7 @@ def table(kinds: dict[str, list[Tensor]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
@@ -170,12 +166,11 @@ def main() -> None:
         f"Written by `benchmarks/polar_errors.py`: matrices of {args.width} x {args.width} and {args.width} x "
         f"{4 * args.width}, and the momentum of a three-layer GPT-2 of that width after {args.steps} steps; "
         "the largest error in the spectral norm against the same polynomials in float64.",
-        "Machine: " + "; ".join(f"{k} {v}" for k, v in machine.describe().items()) + ".",
+        "Machine: " + machine.line("; ", " ") + ".",
         "",
         *table(matrices(args.width, args.steps)),
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "polar_errors.md").write_text("\n".join(lines) + "\n")
+    write_page(RESULTS / "polar_errors.md", lines)
 
 
 if __name__ == "__main__":

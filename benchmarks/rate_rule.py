@@ -13,7 +13,6 @@ on the same batches for the same seed.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import math
@@ -38,8 +37,7 @@ from layerwise.lab.training.schedules import schedule_factor
 from rate_rule_models import BUILD
 from rate_rule_plan import CONTENDERS, MODELS, STUDIES, Trial
 from rate_rule_table import page
-
-RESULTS = Path(__file__).parent / "results"
+from script import RESULTS, documented_parser
 
 
 def configuration(trial: Trial) -> Config:
@@ -144,9 +142,7 @@ class Store:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument(
         "studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all by default"

@@ -8,7 +8,6 @@ over rounds of the ratio within a round. Writes `benchmarks/results/rate_rule_co
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 import layerwise as lw
 import machine
 from optimizer_step import SETS, layerwise_groups
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 #: three blocks of a GPT-2 at d = 384, with q, k and v in one and apart; and the tiny models' block
 CASES = {
     "three blocks, d = 384": SETS["d384"][:12],
@@ -52,9 +51,7 @@ def ratio(shapes: list[tuple[int, int]], rounds: int) -> tuple[float, float, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -71,8 +68,7 @@ def main() -> None:
         seconds, middle, spread = ratio(shapes, given.rounds)
         lines.append(f"| {name} | {seconds:.4f} | {middle:.3f} | {spread:.3f} |")
         print(lines[-1], flush=True)
-    lines += ["", " · ".join(f"{k}: {v}" for k, v in machine.describe().items()), ""]
-    (given.out / "rate_rule_cost.md").write_text("\n".join(lines), encoding="utf-8")
+    write_page(given.out / "rate_rule_cost.md", [*lines, "", machine.line()])
 
 
 if __name__ == "__main__":

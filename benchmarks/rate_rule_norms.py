@@ -12,7 +12,6 @@ other three lie from the exact direction's, as the root mean square of the logar
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,8 @@ from layerwise.lab.data.text import TextData
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.training.schedules import schedule_factor
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 BASE_RATES = {"gpt2-tiny": 0.032, "llama-tiny": 0.016}
 WINDOW = 10
 KINDS = ("direction", "direction, exact", "gradient", "difference")
@@ -124,9 +123,7 @@ def measure(name: str, batch: int, moments: list[int]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--models", default="gpt2-tiny,llama-tiny")
     parser.add_argument("--batches", default="4,16,64", help="sequences of 128 tokens")
     parser.add_argument("--steps", default="20,100", help="moments, ascending")
@@ -148,8 +145,7 @@ def main() -> None:
     for name in given.models.split(","):
         for batch in given.batches.split(","):
             lines += measure(name, int(batch), moments)
-    lines += ["", " · ".join(f"{k}: {v}" for k, v in machine.describe().items()), ""]
-    (given.out / "rate_rule_norms.md").write_text("\n".join(lines), encoding="utf-8")
+    write_page(given.out / "rate_rule_norms.md", [*lines, "", machine.line()])
 
 
 if __name__ == "__main__":

@@ -127,4 +127,4 @@ def page(rows: Sequence[Row]) -> str:
     ]
     for (model, steps), found in losses(rows).items():
         lines += section(model, steps, found, rows)
-    return "\n".join([*lines, " · ".join(f"{k}: {v}" for k, v in machine.describe().items()), ""])
+    return "\n".join([*lines, machine.line(), ""])

@@ -8,7 +8,6 @@ matching gave it, is applied alone on a fresh batch, and the change of the outpu
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -26,8 +25,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import layerwise as lw
 import machine
 from linearity import LENGTH, WORDS, batches, decoder, kind
+from script import RESULTS, documented_parser, write_page
 
-RESULTS = Path(__file__).parent / "results"
 WIDTHS = (32, 128)
 SEQUENCES = 64
 RATES = (1e-3, 1e-2)
@@ -141,9 +140,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = documented_parser(__doc__)
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--output", type=Path, default=RESULTS)
     given = options.parse_args()
@@ -168,10 +165,9 @@ def main() -> None:
         "",
         *table(rows),
         "",
-        ", ".join(f"{key}: {value}" for key, value in machine.describe().items()),
-        "",
+        machine.line(", "),
     ]
-    given.output.joinpath("routers.md").write_text("\n".join(text))
+    write_page(given.output / "routers.md", text)
     given.output.joinpath("routers.json").write_text(json.dumps(rows) + "\n")
 
 

@@ -9,13 +9,11 @@ Writes `benchmarks/results/training_loop.md`.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +30,7 @@ from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.run import complete, train
 from layerwise.lab.training.schedules import build_scheduler
-
-RESULTS = Path(__file__).parent / "results"
+from script import RESULTS, documented_parser, write_page
 
 
 class BareLoop:
@@ -92,9 +89,7 @@ def measure(overrides: dict[str, Any], window: int, windows: int) -> tuple[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--window", type=int, default=10, help="steps in a window")
     parser.add_argument("--windows", type=int, default=12, help="windows of each loop")
     args = parser.parse_args()
@@ -108,7 +103,7 @@ def main() -> None:
             lab, bare, ratio = measure({**overrides, "optimizer.name": optimizer}, args.window, args.windows)
             rows.append(f"| {name} | {optimizer} | {1e3 * bare:.0f} | {1e3 * lab:.0f} | {ratio:.3f} |")
             print(rows[-1], flush=True)
-    where = "; ".join(f"{key} {value}" for key, value in machine.describe().items())
+    where = machine.line("; ", " ")
     lines = [
         "# The lab's training loop against a bare one",
         "",
@@ -120,8 +115,7 @@ def main() -> None:
         "|---|---|---|---|---|",
         *rows,
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "training_loop.md").write_text("\n".join(lines) + "\n")
+    write_page(RESULTS / "training_loop.md", lines)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Python's own library and manual: on another version of Python the losses differ 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from layerwise.lab.config.load import load_config
@@ -25,6 +24,7 @@ from layerwise.lab.experiments.sweep.table import markdown
 from layerwise.lab.experiments.sweep.trial_plan import make_plan
 from layerwise.lab.report.style import save_figure
 from layerwise.lab.training.run import train
+from script import documented_parser
 
 CONFIGS = Path(__file__).parent / "transfer"
 DEPTH = ["sweep.axis=depth"]
@@ -106,9 +106,7 @@ def draw(figure: str, folder: Path, workers: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--workers", type=int, default=2, help="trials side by side")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/transfer"), help="folder of results"

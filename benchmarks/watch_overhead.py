@@ -7,11 +7,9 @@ The hooks' own CPU time is taken, and not the difference of two runs, which on a
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import layerwise as lw
 import machine
-
-RESULTS = Path(__file__).parent / "results" / "watch_overhead.md"
+from script import RESULTS, documented_parser, write_page
 
 
 @dataclass(frozen=True)
@@ -116,9 +113,7 @@ def costs(setting: Setting, records: int) -> Costs:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--records", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="print, and leave the results file alone")
     options = parser.parse_args()
@@ -138,9 +133,8 @@ def main() -> None:
             f"| {setting} | {times} | {found.per_cent(10):.2f} % | {found.per_cent(10, 200):.2f} % |"
         )
         print(lines[-1], flush=True)
-    lines += ["", ", ".join(f"{key}: {value}" for key, value in machine.describe().items()), ""]
     if not options.dry_run:
-        RESULTS.write_text("\n".join(lines))
+        write_page(RESULTS / "watch_overhead.md", [*lines, "", machine.line(", ")])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,19 @@
+"""What the scripts of this folder share: where results go, a parser with the script's own text, a page of lines."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def documented_parser(text: str | None) -> argparse.ArgumentParser:
+    """Its help shows the script's docstring as it stands."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def write_page(path: Path, lines: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
