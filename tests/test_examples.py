@@ -39,20 +39,20 @@ class Killed(BaseException):
 
 def train_until_killed(name: str, folder: str, die: Any) -> None:
     """Run an example; in one of its optimizer steps `die()` is called."""
-    from layerwise import LayerwiseOptimizer
+    from layerwise.optim import optimizer
 
-    jobs, steps = LayerwiseOptimizer._jobs, count(1)
+    jobs, steps = optimizer.jobs_of, count(1)
 
-    def mortal(optimizer: LayerwiseOptimizer) -> Any:
+    def mortal(*given: Any) -> Any:
         if next(steps) == KILLED_AT[name]:
             die()
-        return jobs(optimizer)
+        return jobs(*given)
 
-    LayerwiseOptimizer._jobs = mortal
+    optimizer.jobs_of = mortal
     try:
         example(name)["train"](folder)
     finally:
-        LayerwiseOptimizer._jobs = jobs
+        optimizer.jobs_of = jobs
 
 
 def killed_and_resumed(name: str, folder: Path) -> tuple[Any, Any]:

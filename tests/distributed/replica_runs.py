@@ -104,7 +104,7 @@ def watched(case: Case, steps: int) -> dict[str, Any]:
             param.grad.div_(case.loss_scale)
         if case.clip:
             clip_grad_norm_(model.parameters(), case.clip)
-        held = optimizer._replicas.bytes_held()
+        held = optimizer._second._replicas.bytes_held()
         with recorder.step(tuple(mine(data) for data in batch(step)[:2])) if recorder else nullcontext():
             optimizer.step()
     return results(model, optimizer) | {"held": held}
@@ -137,7 +137,7 @@ def literal(case: Case, replicas: int, steps: int) -> dict[str, Any]:
     model = make_model()
     optimizer = optimizer_of(model)
     optimizer.work = LocalWork()
-    optimizer._replicas = twin = Literal(optimizer, replicas)
+    optimizer._second._replicas = twin = Literal(optimizer, replicas)
     for step in range(steps):
         twin.own = []
         for replica in range(replicas):

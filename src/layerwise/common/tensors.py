@@ -1,9 +1,11 @@
-"""Scales to divide by, precisions to sum in, and the part of a sharded tensor that this process holds."""
+"""Scales to divide by, precisions to sum in, the part of a sharded tensor that this process holds, dense gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from layerwise.errors import LayerwiseError
 
 
 def or_one(scale: Tensor) -> Tensor:
@@ -25,3 +27,13 @@ def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a DTensor; any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
+
+
+def dense(name: str, grad: Tensor) -> Tensor:
+    """The gradient. Raises LayerwiseError for a sparse one."""
+    if grad.layout != torch.strided:
+        raise LayerwiseError(
+            f"the gradient of {name!r} is sparse ({grad.layout}): a norm of the whole matrix needs a dense one; "
+            "build the embedding with sparse=False"
+        )
+    return grad

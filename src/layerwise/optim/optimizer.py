@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import checked
-from layerwise.common.tensors import local_part
 from layerwise.optim.groups.complete import (
     Recipe,
     as_groups,
@@ -20,29 +19,19 @@ from layerwise.optim.groups.complete import (
     for_torch,
     with_layouts,
 )
-from layerwise.optim.groups.options import DEFAULTS, check_options, dense
+from layerwise.optim.groups.options import DEFAULTS, check_options
 from layerwise.optim.groups.overview import scaled_twice, table
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.layer_rates import LayerRate, layer_rates
 from layerwise.optim.rounding import Vanishing
-from layerwise.optim.rules.halves import Halves
-from layerwise.optim.rules.rule import needs_replicas
+from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
 from layerwise.optim.state import state_dict as saving
 from layerwise.optim.state.following import Following, check_model
 from layerwise.optim.state.partial import LoadedState, take_what_fits
 from layerwise.optim.state.replaced import warn_of_fresh_state
 from layerwise.optim.updates import Update
 from layerwise.optim.work.default import default_work
-from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state, rate
-
-if TYPE_CHECKING:  # it is slow to import
-    from layerwise.optim.rules.replicas import Replicas
-
-_NO_GRADIENT = torch.empty(0)
-_NOT_AVERAGED = (
-    "hold_half: the processes hold different gradients, so they have not been averaged and the weights would drift apart: "
-    "leave no_sync before the last backward() of each half, or use reference='replicas'"
-)
+from layerwise.optim.work.job import Group, Job, MatrixWork, State, jobs_of
 
 
 @checked
@@ -97,9 +86,7 @@ class LayerwiseOptimizer(Optimizer):
         check_options(defaults)
         self.recipe: Recipe = recipe or {}
         self.guard = NonFiniteGuard(nonfinite)
-        self.halves = Halves()
-        self._halves_agree = False  # until the processes were asked
-        self._replicas: Replicas | None = None
+        self._second = SecondGradients()
         self._work = work
         self._following = Following()
         self._vanishing = Vanishing()
@@ -182,19 +169,16 @@ class LayerwiseOptimizer(Optimizer):
         self._follow_parameters()
         if not self._told_of_scales and any("lr_scale" in group for group in self.param_groups):
             self._told_of_scales = scaled_twice(self.param_groups)
-        jobs = self._jobs()
+        jobs = jobs_of(self.param_groups, self.state, self.work)
         if self._following.put_in_place(self.param_groups, jobs):
             self._follow_parameters()
-            jobs = self._jobs()
+            jobs = jobs_of(self.param_groups, self.state, self.work)
         moving = [job for job in jobs if job.moves]
         finite = self.guard.check(
             [job.name for job in moving], [job.grad for job in moving], self.work.anywhere
         )
         if finite is not False:
-            if any("half_difference" in job.state for job in moving):
-                self.halves.close(self._half_buffers())
-            if self._replicas is not None:
-                self._note_deviations(moving, self._replicas)
+            self._second.before_step(moving, self.param_groups, self.state, self.work)
             samples = self._vanishing.before(moving)
             by_update: dict[Update, list[Job]] = {}
             for job in jobs:
@@ -202,41 +186,12 @@ class LayerwiseOptimizer(Optimizer):
             for update, members in by_update.items():
                 update.step(members, self.work, finite if isinstance(finite, Tensor) else None)
             self._vanishing.after(samples, self.param_groups)
-        self.halves.forget()
-        if self._replicas is not None:
-            self._replicas.next_turn()
+        self._second.after_step()
         return loss
-
-    def _jobs(self) -> list[Job]:
-        """One of each parameter. Where another process has a gradient and this one has none, it stands for zero."""
-        here = [param.grad is not None for group in self.param_groups for param in group["params"]]
-        flags = torch.tensor(here)
-        anywhere = self.work.anywhere(flags)
-        moving = iter(here if anywhere is flags else anywhere.tolist())
-        jobs = []
-        for group in self.param_groups:
-            lr = rate(group)
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                local, grad, moves = local_part(param), _NO_GRADIENT, next(moving) and param.numel() > 0
-                if moves:
-                    given = param.grad
-                    grad = torch.zeros_like(local) if given is None else local_part(dense(name, given))
-                state = local_state(param, self.state[param])
-                jobs.append(Job(name, param, local, grad, moves, group, state, lr))
-        return jobs
-
-    def _note_deviations(self, moving: list[Job], replicas: Replicas) -> None:
-        between = [job for job in moving if needs_replicas(job.group)]
-        if between:
-            found = replicas.deviations([(job.name, job.param) for job in between], self.work)
-            for job, deviation in zip(between, found, strict=True):
-                job.deviation = deviation
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what :meth:`hold_half` and :meth:`watch_replicas` noted."""
-        self.halves.forget()
-        if self._replicas is not None:
-            self._replicas.forget()
+        self._second.forget()
         super().zero_grad(set_to_none)
 
     def hold_half(self) -> None:
@@ -252,21 +207,8 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             LayerwiseError: a sparse gradient; at the first call, different gradients of one parameter on the processes.
         """
-        self.halves.hold(self._half_buffers())
-        if not self._halves_agree:
-            whole = [buffer for param, buffer in self._half_buffers() if local_part(param) is param]
-            if whole:
-                self.work.check_same(whole, _NOT_AVERAGED)
-            self._halves_agree = True
-
-    def _half_buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._follow_parameters()
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                if "half_difference" in self.state[param]:
-                    if param.grad is not None:
-                        dense(name, param.grad)
-                    yield param, local_state(param, self.state[param])["half_difference"]
+        self._second.hold_half(self.param_groups, self.state, self.work)
 
     def watch_replicas(
         self, model: nn.Module, comm_hook: Callable[..., Any] | None = None, state: Any = None
@@ -291,18 +233,12 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             LayerwiseError: where the replicas cannot be seen, or there is only one; it names the alternatives.
         """
-        from layerwise.optim.rules.replicas import Replicas
-
-        watcher = self._replicas or Replicas(self._between_replicas, self._steps_tried)
-        watcher.watch(model, comm_hook, state)
-        self._replicas = watcher
-
-    def _between_replicas(self) -> list[Tensor]:
-        return [param for group in self.param_groups if needs_replicas(group) for param in group["params"]]
+        self._second.watch(
+            model, comm_hook, state, lambda: between_replicas(self.param_groups), self._steps_tried
+        )
 
     def _steps_tried(self) -> int:
-        seen = [self.state[p]["gradients_seen"].max() for p in self._between_replicas() if p.numel()]
-        return self.skipped_steps + (int(torch.stack([n.cpu() for n in seen]).max()) if seen else 0)
+        return self.skipped_steps + gradients_seen(between_replicas(self.param_groups), self.state)
 
     @property
     def work(self) -> MatrixWork:
@@ -344,13 +280,13 @@ class LayerwiseOptimizer(Optimizer):
     # ---------------------------------------------------------------------------------------- saving and loading
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"recipe": self.recipe, "guard": self.guard, "_work": self._work, "halves": Halves()}
-        own |= {"_halves_agree": False, "_replicas": None}  # the copy watches no model
+        own = {"recipe": self.recipe, "guard": self.guard, "_work": self._work}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._following, self._vanishing = Following(), Vanishing()
+        self._second = SecondGradients()  # the copy watches no model
         self._following.note(self.param_groups)
         self.defaults.pop("differentiable", None)  # torch adds it here, and groups added later would take it
 
@@ -389,9 +325,7 @@ class LayerwiseOptimizer(Optimizer):
                 loaded = hook(self, loaded) or loaded
             found = take_what_fits(self, saving.with_new_names(loaded))
         self.guard.skipped_steps = saving.skipped_steps(loaded)
-        self.halves.forget()
-        if self._replicas is not None:
-            self._replicas.restart()
+        self._second.restart()
         return found
 
 

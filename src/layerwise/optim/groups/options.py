@@ -7,7 +7,6 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from layerwise.common.similar import nearest
@@ -202,13 +201,3 @@ def check_parameter(name: str, param: object) -> None:
             f"parameter {name!r} has dtype {param.dtype}: only real floating-point parameters have a geometry; "
             "freeze it (requires_grad=False) or give its real and imaginary parts as parameters of their own"
         )
-
-
-def dense(name: str, grad: Tensor) -> Tensor:
-    """The gradient. Raises :class:`LayerwiseError` for a sparse one."""
-    if grad.layout != torch.strided:
-        raise LayerwiseError(
-            f"the gradient of {name!r} is sparse ({grad.layout}): a norm of the whole matrix needs a dense one; "
-            "build the embedding with sparse=False"
-        )
-    return grad

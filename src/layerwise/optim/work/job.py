@@ -8,7 +8,7 @@ the matrices of many jobs come from, a :class:`Source` makes together.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from layerwise.common.remember import remember
-from layerwise.common.tensors import local_part
+from layerwise.common.tensors import dense, local_part
 from layerwise.geometry import Geometry, Layout
 
 State = dict[str, Any]
 Group = dict[str, Any]
+
+_NO_GRADIENT = torch.empty(0)
 
 
 def local_state(param: Tensor, state: State) -> State:
@@ -123,6 +125,25 @@ class Job:
             factors = white_noise_factors(layout, own, tuple(self.param.shape))
         source = tensor if isinstance(tensor, Source) else _OneTensor(tensor)
         return MatrixJob(self, self.param, layout, own, source, factors, seed=seed, deviation=deviation)
+
+
+def jobs_of(groups: Sequence[Group], states: Mapping[Tensor, State], work: MatrixWork) -> list[Job]:
+    """One of each parameter. Where another process has a gradient and this one has none, it stands for zero."""
+    here = [param.grad is not None for group in groups for param in group["params"]]
+    flags = torch.tensor(here)
+    anywhere = work.anywhere(flags)
+    moving = iter(here if anywhere is flags else anywhere.tolist())
+    jobs = []
+    for group in groups:
+        lr = rate(group)
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            local, grad, moves = local_part(param), _NO_GRADIENT, next(moving) and param.numel() > 0
+            if moves:
+                given = param.grad
+                grad = torch.zeros_like(local) if given is None else local_part(dense(name, given))
+            state = local_state(param, states[param])
+            jobs.append(Job(name, param, local, grad, moves, group, state, lr))
+    return jobs
 
 
 class Source(ABC):

@@ -1,0 +1,115 @@
+"""What noise references note between the backward passes and the step: halves of a batch, and replicas' own gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.common.tensors import dense, local_part
+from layerwise.optim.rules.halves import Halves
+from layerwise.optim.rules.rule import needs_replicas
+from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
+
+if TYPE_CHECKING:  # it is slow to import
+    from layerwise.optim.rules.replicas import CommHook, Replicas
+
+_NOT_AVERAGED = (
+    "hold_half: the processes hold different gradients, so they have not been averaged and the weights would drift apart: "
+    "leave no_sync before the last backward() of each half, or use reference='replicas'"
+)
+
+
+class SecondGradients:
+    """Gradients beside the one of the step, for ``NoiseAdaptive``'s ``"independent"`` and ``"replicas"``."""
+
+    def __init__(self) -> None:
+        self._halves = Halves()
+        self._halves_agree = False  # until the processes were asked
+        self._replicas: Replicas | None = None
+
+    def hold_half(self, groups: Sequence[Group], states: Mapping[Tensor, State], work: MatrixWork) -> None:
+        """See ``LayerwiseOptimizer.hold_half``."""
+        self._halves.hold(_half_buffers(groups, states))
+        if not self._halves_agree:
+            rows = _half_buffers(groups, states)
+            whole = [buffer for param, buffer in rows if local_part(param) is param]
+            if whole:
+                work.check_same(whole, _NOT_AVERAGED)
+            self._halves_agree = True
+
+    def watch(
+        self,
+        model: nn.Module,
+        comm_hook: CommHook | None,
+        state: Any,
+        wanted: Callable[[], list[Tensor]],
+        turn: Callable[[], int],
+    ) -> None:
+        """See ``LayerwiseOptimizer.watch_replicas``; `wanted` and `turn` as for `Replicas`."""
+        from layerwise.optim.rules.replicas import Replicas
+
+        watcher = self._replicas or Replicas(wanted, turn)
+        watcher.watch(model, comm_hook, state)
+        self._replicas = watcher
+
+    def before_step(
+        self,
+        moving: Sequence[Job],
+        groups: Sequence[Group],
+        states: Mapping[Tensor, State],
+        work: MatrixWork,
+    ) -> None:
+        """Make what was noted ready for the rules."""
+        if any("half_difference" in job.state for job in moving):
+            self._halves.close(_half_buffers(groups, states))
+        if self._replicas is not None:
+            self._note_deviations([job for job in moving if needs_replicas(job.group)], self._replicas, work)
+
+    @staticmethod
+    def _note_deviations(between: Sequence[Job], replicas: Replicas, work: MatrixWork) -> None:
+        if between:
+            found = replicas.deviations([(job.name, job.param) for job in between], work)
+            for job, deviation in zip(between, found, strict=True):
+                job.deviation = deviation
+
+    def after_step(self) -> None:
+        """The batch is over, whether its step was taken or skipped."""
+        self._halves.forget()
+        if self._replicas is not None:
+            self._replicas.next_turn()
+
+    def forget(self) -> None:
+        """The gradients were cleared."""
+        self._halves.forget()
+        if self._replicas is not None:
+            self._replicas.forget()
+
+    def restart(self) -> None:
+        """A checkpoint was loaded."""
+        self._halves.forget()
+        if self._replicas is not None:
+            self._replicas.restart()
+
+
+def between_replicas(groups: Sequence[Group]) -> list[Tensor]:
+    """The parameters whose noise is measured between replicas."""
+    return [param for group in groups if needs_replicas(group) for param in group["params"]]
+
+
+def gradients_seen(params: Sequence[Tensor], states: Mapping[Tensor, State]) -> int:
+    """Of how many steps any of them has seen the gradient (reading it waits for the device)."""
+    seen = [states[param]["gradients_seen"].max() for param in params if param.numel()]
+    return int(torch.stack([count.cpu() for count in seen]).max()) if seen else 0
+
+
+def _half_buffers(groups: Sequence[Group], states: Mapping[Tensor, State]) -> Iterator[tuple[Tensor, Tensor]]:
+    """``(parameter, its buffer)`` where halves are compared. Raises LayerwiseError for a sparse gradient."""
+    for group in groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            if "half_difference" in states[param]:
+                if param.grad is not None:
+                    dense(name, param.grad)
+                yield param, local_state(param, states[param])["half_difference"]
