@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.newton_schulz import PATHS, POLYNOMIALS, newton_schulz
 from layerwise.geometry.spectral.precision import PRECISIONS, iteration_dtype
@@ -94,8 +95,7 @@ def normalised_in(g: Tensor, dtype: torch.dtype) -> Tensor:
     """
     wide = torch.float32 if dtype == torch.float16 else dtype
     g = g.to(wide)
-    largest = torch.maximum(g.amax((-2, -1), keepdim=True), -g.amin((-2, -1), keepdim=True))
-    x = g / torch.where(largest > 0, largest, 1.0)
+    x = g / or_one(largest_entry(g))
     summed = torch.promote_types(wide, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=summed)
     return x.div_(norm.clamp_(min=1.0)).to(dtype)  # at least 1 (the largest entry), except for a zero matrix

@@ -124,9 +124,7 @@ class Tuning:
 
 def beyond(curve: RateCurve) -> float | None:
     """The next rate outside a grid whose best is at its end; None where the best lies inside."""
-    if curve.best is None:
-        return curve.rates[0] / 2
-    if len(curve.rates) == 1:
+    if curve.best is None or len(curve.rates) == 1:
         return curve.rates[0] / 2
     return {None: None, "lowest": curve.rates[0] / 2, "highest": curve.rates[-1] * 2}[curve.edge]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import is_sharded
 from layerwise.optim.work.job import State
 
 
@@ -17,7 +18,7 @@ def in_kind(own: State, saved: State) -> State:
 
 
 def _alike(mine: Any, theirs: Any) -> Any:
-    if is_number(theirs) and isinstance(mine, Tensor) and mine.numel() == 1 and not hasattr(mine, "to_local"):
+    if is_number(theirs) and isinstance(mine, Tensor) and mine.numel() == 1 and not is_sharded(mine):
         return torch.full(tuple(mine.shape), float(theirs), dtype=mine.dtype)
     if is_number(mine) and isinstance(theirs, Tensor) and theirs.numel() == 1:
         return type(mine)(theirs.item())

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layerwise.common.parameter_names import counterparts
+from layerwise.common.tensors import is_sharded
 from layerwise.errors import LayerwiseError
 from layerwise.optim.state.kinds import in_kind, same_kind
 from layerwise.optim.state.state_dict import KEPT, check_keys
@@ -86,7 +87,7 @@ def _fits(mine: Any, theirs: Any, rows_are_entries: bool) -> bool:
     if mine.shape == theirs.shape:
         return True
     same_row = mine.ndim == theirs.ndim == 2 and mine.shape[1] == theirs.shape[1]
-    return rows_are_entries and same_row and not hasattr(mine, "to_local")
+    return rows_are_entries and same_row and not is_sharded(mine)
 
 
 def _set_options(group: dict[str, Any], saved: dict[str, Any]) -> None:

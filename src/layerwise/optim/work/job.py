@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.remember import remember
-from layerwise.common.tensors import dense, local_part
+from layerwise.common.tensors import dense, is_sharded, local_part
 from layerwise.geometry import Geometry, Layout
 
 State = dict[str, Any]
@@ -31,7 +31,7 @@ def local_state(param: Tensor, state: State) -> State:
     for key, value in state.items():
         if getattr(value, "device", device) != device:
             state[key] = value.to(device)
-    if not hasattr(param, "to_local"):
+    if not is_sharded(param):
         return state
     return {key: local_part(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
