@@ -355,3 +355,21 @@ def test_what_is_not_the_model_is_refused(other):
     with pytest.raises(lw.LayerwiseError, match=r"add_trainable: (Linear holds none|model is of type list)"):
         optimizer.add_trainable(other)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+
+
+def test_a_model_is_followed_after_a_state_was_loaded():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10))
+    optimizer = lw.DMuon(lw.param_groups(model), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.arange(6)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+    step()  # the old tensor has no gradient any more: the new one is found
+    before = model[1].weight.detach().clone()
+    step()
+    assert not torch.equal(model[1].weight, before)

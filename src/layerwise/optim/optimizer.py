@@ -285,8 +285,8 @@ class LayerwiseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._following, self._vanishing = Following(), Vanishing()
-        self._second = SecondGradients()  # the copy watches no model
+        if "recipe" in state:  # a copy, which watches no model; torch comes here too where a state is loaded
+            self._following, self._vanishing, self._second = Following(), Vanishing(), SecondGradients()
         self._following.note(self.param_groups)
         self.defaults.pop("differentiable", None)  # torch adds it here, and groups added later would take it
 
