@@ -9,7 +9,8 @@ from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError, warn
-from layerwise.geometry.declared import default_geometry
+from layerwise.geometry.declared import overridden
+from layerwise.geometry.found import Found
 from layerwise.geometry.layout import ConvLayout, Layout, MatrixLayout, VectorLayout
 
 
@@ -41,12 +42,10 @@ def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> l
     groups: dict[str, dict[str, Any]] = {}
     for name, p in named:
         check_dtype(name, p)
-        role, layout, kernel = _by_shape(tuple(p.shape))
-        geometry = default_geometry(role, kernel)
-        group: dict[str, Any] = {"params": [], "role": role, "layout": layout, "geometry": geometry}
-        if role == "vector":
-            group["weight_decay"] = 0.0
-        groups.setdefault(repr((role, geometry)), group)["params"].append((name, p))
+        assigned = overridden(Found(name, p, *_by_shape(tuple(p.shape))), {})
+        found, geometry = assigned.found, assigned.geometry
+        kind = {"role": found.role, "layout": found.layout, "geometry": geometry, **assigned.options}
+        groups.setdefault(repr((found.role, geometry)), {"params": [], **kind})["params"].append((name, p))
     return list(groups.values())
 
 

@@ -41,11 +41,15 @@ class Assignment:
     Attributes:
         parameters: those that are trained.
         frozen: by name, what a forward pass showed of the others (without their tensors), should they be trained later.
+        overrides: of the user.
+        looked: whether a batch or a way to run the model was given.
         said: why a batch that was given could not be used, "" if it was or none was given.
     """
 
     parameters: list[Assigned]
     frozen: Mapping[str, Found]
+    overrides: Overrides | None
+    looked: bool
     said: str
 
 
@@ -94,27 +98,24 @@ def param_groups(
         [('embedding', '0.weight'), ('hidden', '1.weight'), ('vector', '1.bias'), ('head', '3.weight')]
         >>> optimizer = lw.Lanton(groups, lr=2e-3)
     """
-    if overrides is None and _are_overrides(batch):
-        batch, overrides = None, batch
     everything = assign(model, batch, overrides, splits, forward)
-    origin = Origin(model, overrides, splits, everything.frozen)
-    return grouped(everything, origin, batch is not None or forward is not None)
+    return grouped(everything, Origin(model, everything.overrides, splits, everything.frozen))
 
 
 def groups_of(origin: Origin, batch: Any = None) -> list[dict[str, Any]]:
     """Groups as of `param_groups` of what a model is now, with what the user said of it and what was seen then."""
     assert origin.model is not None
     everything = assign(origin.model, batch, origin.overrides, origin.splits, seen=origin.seen)
-    return grouped(everything, origin, batch is not None)
+    return grouped(everything, origin)
 
 
-def grouped(everything: Assignment, origin: Origin, looked: bool) -> list[dict[str, Any]]:
+def grouped(everything: Assignment, origin: Origin) -> list[dict[str, Any]]:
     """Parameters that share everything, in one group; a warning where something is not certain."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     doubts = sum(bool(assigned.found.note) for assigned in everything.parameters)
     if everything.said:
         warn(everything.said)
-    elif doubts and not looked:
+    elif doubts and not everything.looked:
         warn(
             f"the roles of {doubts} parameters are not certain: print(layerwise.describe(model)) says which and why; "
             "param_groups(model, batch) finds them by running the model once"
@@ -157,7 +158,8 @@ def assign(
         found = replace(found, undecayed=found.undecayed or not undecayed.isdisjoint(found.names))
         result.append(overridden(found, options_of.get(found.name, {})))
     kept = {found.name: replace(found, parameter=_NOTHING) for found in left_out if found.how == "forward"}
-    return Assignment(result, kept, said if batch is not None or forward is not None else "")
+    looked = batch is not None or forward is not None
+    return Assignment(result, kept, overrides, looked, said if looked else "")
 
 
 def _as_seen(found: Found, seen: Mapping[str, Found]) -> Found:
