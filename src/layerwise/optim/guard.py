@@ -22,10 +22,30 @@ POLICIES: Final = ("raise", "skip")
 WITH_EVENTS: Final = ("cuda",)
 
 
+class OnHost(NamedTuple):
+    """Numbers of a device on their way to the host, which does not wait for them."""
+
+    values: Tensor
+    arrival: torch.cuda.Event
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> OnHost:
+        """A copy that is filled in the background."""
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        arrival = torch.cuda.Event()
+        arrival.record()
+        return cls(host, arrival)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the values may be read."""
+        return bool(self.arrival.query())
+
+
 class _Finding(NamedTuple):
     names: tuple[str, ...]
-    bad: Tensor  # bool, on the host, filled in the background
-    arrived: torch.cuda.Event
+    bad: OnHost
 
 
 class NonFiniteGuard:
@@ -85,19 +105,15 @@ class NonFiniteGuard:
         if self.policy == "skip":
             self._skipped = any_bad.int() + self._skipped
         else:
-            host = torch.empty_like(bad, device="cpu", pin_memory=True)
-            host.copy_(bad, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._findings.append(_Finding(names, host, arrived))
+            self._findings.append(_Finding(names, OnHost.of(bad)))
         return ~any_bad
 
     def _raise_arrived(self) -> None:
-        while self._findings and self._findings[0].arrived.query():
-            finding = self._findings.pop(0)
-            if bool(finding.bad.any()):
+        while self._findings and self._findings[0].bad.arrived:
+            names, bad = self._findings.pop(0)
+            if bool(bad.values.any()):
                 self._findings.clear()
-                raise _error(finding.names, finding.bad)
+                raise _error(names, bad.values)
 
 
 def _not_finite(gradients: Sequence[Tensor], order: float) -> Tensor:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import warn
-from layerwise.optim.guard import WITH_EVENTS
+from layerwise.optim.guard import WITH_EVENTS, OnHost
 from layerwise.optim.work.job import Group, Job, select
 
 ROUNDINGS: Final = ("nearest", "stochastic")
@@ -68,25 +68,22 @@ def _seed(job: Job) -> int:
     return zlib.crc32(f"{job.group['rounding_seed']} {job.name}".encode())
 
 
-class _Finding(NamedTuple):
-    still: Tensor  # on the host: entries that should have moved and did not, and all that should have
-    arrived: torch.cuda.Event | None
-
-
 class Vanishing:
     """Warns once where most entries of weights in half precision do not move, by a sample at a few steps."""
 
     def __init__(self) -> None:
         self._steps = 0
         self._told = False
-        self._finding: _Finding | None = None
+        self._finding: OnHost | None = (
+            None  # entries that should have moved and did not, and all that should have
+        )
 
     def before(self, moving: Sequence[Job]) -> list[tuple[Job, Tensor]]:
         """A sample of every parameter that may be too coarse for its steps, at the steps that are looked at."""
         self._steps += 1
         if self._told or (self._finding is None and self._steps not in _LOOKS):
             return []
-        self._tell()
+        self._tell_of_finding()
         coarse = [
             job for job in moving if job.local.dtype in HALF and not is_stochastic(job.group, job.local)
         ]
@@ -106,21 +103,18 @@ class Vanishing:
             counts.append(torch.stack([(due & (_sample(job.local) == old)).sum(), due.sum()]))
         total = torch.stack([count.to(counts[0].device) for count in counts]).sum(0)
         if total.device.type in WITH_EVENTS:
-            host = torch.empty_like(total, device="cpu", pin_memory=True)
-            host.copy_(total, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._finding = _Finding(host, arrived)
+            self._finding = OnHost.of(total)
         else:
-            self._finding = _Finding(total.cpu(), None)
-            self._tell()
+            self._tell(total)
 
-    def _tell(self) -> None:
-        """Once the finding is on the host, which is not waited for."""
-        if self._finding is None or (self._finding.arrived is not None and not self._finding.arrived.query()):
-            return
-        still, due = self._finding.still.tolist()
-        self._finding = None
+    def _tell_of_finding(self) -> None:
+        """Once it is on the host, which is not waited for."""
+        if self._finding is not None and self._finding.arrived:
+            found, self._finding = self._finding.values, None
+            self._tell(found)
+
+    def _tell(self, counts: Tensor) -> None:
+        still, due = counts.tolist()
         if due and still > due / 2:
             self._told = True
             warn(
