@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from layerwise.common.text_table import aligned
+from layerwise.errors import warn
+from layerwise.function_space.matching.fixed import FIXED
 from layerwise.function_space.rates import Rate
 
 
@@ -46,6 +48,13 @@ class MatchReport:
             for name, row in self.rows.items()
             if row.note and not row.note.startswith("clamped")
         }
+
+    def warn_of_kept(self, who: str, where: str) -> None:
+        """Say which rates stay as they were although nobody asked for that."""
+        kept = [name for name, note in self.left_alone.items() if note != FIXED]
+        if kept:
+            shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+            warn(f"{who} left {len(kept)} learning rates as they were ({shown}): see {where}")
 
     def __str__(self) -> str:
         rows = [("parameter", "measured", "target", "change", "lr", "")]

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 
+#: The note of a parameter whose rate the user keeps.
+FIXED = "fixed"
+
 
 def fixed_parameters(parameters: Mapping[str, Tensor], patterns: Sequence[str]) -> dict[str, str]:
     """The parameters that fit a pattern, each with the note that a report has for it.
@@ -21,5 +24,5 @@ def fixed_parameters(parameters: Mapping[str, Tensor], patterns: Sequence[str]) 
         names = fnmatch.filter(parameters, pattern)
         if not names:
             raise LayerwiseError(f"fixed pattern {pattern!r} fits no parameter")
-        found |= dict.fromkeys(names, "fixed")
+        found |= dict.fromkeys(names, FIXED)
     return found

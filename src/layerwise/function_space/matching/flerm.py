@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.checked import checked
-from layerwise.errors import LayerwiseError, warn
+from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.decide import (
     Matched,
@@ -204,10 +204,7 @@ class FLeRM(StepWatcher):
             lr = step.lrs[name] * self.named.multipliers[name]
             rows[name] = Matched(measured[name], targets[name], change, lr, note)
         self.reports.append(MatchReport(self.steps, rows))
-        kept = [name for name in self.reports[-1].left_alone if name not in self.fixed]
-        if kept:
-            shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
-            warn(f"FLeRM left {len(kept)} learning rates as they were ({shown}): see reports[-1]")
+        self.reports[-1].warn_of_kept("FLeRM", "reports[-1]")
 
     def _redo(self, step: WatchedStep, factors: Mapping[str, float]) -> None:
         """Multiply what the step did to each parameter."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from layerwise.common.checked import checked
 from layerwise.common.parameter_names import unwrap
-from layerwise.errors import LayerwiseError, warn
+from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.decide import Matched, MatchReport, decide, rounding_noise
 from layerwise.function_space.matching.fixed import fixed_parameters
 from layerwise.function_space.matching.named_rates import NamedRates
@@ -136,14 +136,9 @@ def match_lora(
         name: Matched(measured[name], targets[name], change, unscheduled_rate(groups[name]) * change, note)
         for name, (change, note) in decided.items()
     }
-    return _matched(MatchReport(at, rows), NamedRates(optimizer, parameters))
-
-
-def _matched(report: MatchReport, named: NamedRates) -> LoraMatch:
-    kept = [name for name, note in report.left_alone.items() if note != "fixed"]
-    if kept:
-        warn(f"match_lora left {len(kept)} learning rates as they were ({', '.join(kept[:4])}): see report")
-    return LoraMatch(report, named)
+    report = MatchReport(at, rows)
+    report.warn_of_kept("match_lora", "report")
+    return LoraMatch(report, NamedRates(optimizer, parameters))
 
 
 @dataclass(frozen=True)
