@@ -1,7 +1,9 @@
 """What the rate rule is worth: loss by optimizer, base rate and seed, on small models.
 
+    python benchmarks/rate_rule.py plan                # of each study: trials, how many are done, seconds that are left
     python benchmarks/rate_rule.py run decisive        # what is missing of a study; again after an interruption
     python benchmarks/rate_rule.py table               # benchmarks/results/rate_rule.md from all runs there are
+    python benchmarks/rate_rule.py run rivals --steps 5 --out tried       # whether all trials of a study can be run
 
 Studies are lists of trials in `rate_rule_plan.py`, which also says why each is asked for. A trial is a model, a contender,
 a base rate, factors of roles, a seed and a length; its result is a line of `benchmarks/results/rate_rule.jsonl`. Finished
@@ -18,15 +20,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import rate_rule_rivals
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.images import ImageData
 from layerwise.lab.data.text import TextData
@@ -34,25 +37,37 @@ from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.schedules import schedule_factor
-from rate_rule_models import BUILD
-from rate_rule_plan import CONTENDERS, MODELS, STUDIES, Trial
-from rate_rule_table import page
+from rate_rule_models import BUILD, prepare
+from rate_rule_plan import CONTENDERS, FROZEN, MODELS, STUDIES, Trial
+from rate_rule_table import page, plan
 from script import RESULTS, documented_parser
 
+#: whose multipliers `FROZEN` contenders take
+SOURCE = "DualMuon"
 
-def configuration(trial: Trial) -> Config:
-    """The lab's config of a trial."""
+
+def configuration(trial: Trial, means: Mapping[str, float] | None = None) -> Config:
+    """The lab's config of a trial.
+
+    Args:
+        trial: what is run.
+        means: for a contender of `FROZEN`, the mean multipliers that it is made of.
+    """
     sections = MODELS[trial.model]
-    optimizer = {**CONTENDERS[trial.contender], "lr": trial.lr}
+    contender = CONTENDERS[SOURCE if trial.contender in FROZEN else trial.contender]
+    optimizer = {**contender, "lr": trial.lr}
+    if trial.contender in FROZEN:
+        optimizer["rates"] = {"rule": "static", "multipliers": FROZEN[trial.contender](means or {})}
     if trial.roles:
         optimizer["role_factors"] = dict(trial.roles)
     training = {**sections.get("training", {}), "steps": trial.steps, "seed": trial.seed}
     return Config.model_validate({**sections, "training": training, "optimizer": optimizer})
 
 
-def train(trial: Trial) -> dict[str, Any]:
-    """Validation loss in nats at the end and on the way, and the seconds of processor time of training."""
-    config = configuration(trial)
+def train(trial: Trial, means: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Validation loss in nats at the end and on the way, the seconds of processor time of training, mean multipliers."""
+    prepare(trial.model)
+    config = configuration(trial, means)
     training = config.training
     data = (ImageData if config.data.holds_images else TextData)(config)
     examples = Examples(data.vocab_size, config.data.seq_len, data.features)
@@ -63,6 +78,7 @@ def train(trial: Trial) -> dict[str, Any]:
     factor = schedule_factor(config.schedule, config.steps)
     base = [group["lr"] for group in optimizer.param_groups]
     curve: dict[str, float] = {}
+    multipliers: list[dict[str, float]] = []
     seconds = 0.0
     for step in range(config.steps):
         started = time.process_time()
@@ -74,14 +90,38 @@ def train(trial: Trial) -> dict[str, Any]:
         nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm or math.inf)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor(step)
-        optimizer.step()
+        optimizer.step(lambda value=value: value)  # for those that look at the loss
         optimizer.zero_grad()
         seconds += time.process_time() - started
+        if trial.contender == SOURCE and step % 10 == 0:
+            multipliers.append({unit: rate.multiplier for unit, rate in optimizer.layer_rates().items()})
         if (step + 1) % 100 == 0 and step + 1 < config.steps:
             curve[str(step + 1)] = round(evaluate(model, data, training.batch_size)[0], 4)
     final, wrong = evaluate(model, data, training.batch_size)
-    errors = {"errors": round(wrong, 4)} if config.data.holds_images else {}
-    return {"loss": round(final, 5), **errors, "curve": curve, "seconds": round(seconds, 1)}
+    extra: dict[str, Any] = {"errors": round(wrong, 4)} if config.data.holds_images else {}
+    if multipliers:
+        extra["multipliers"] = mean_multipliers(multipliers)
+    return {"loss": round(final, 5), **extra, "curve": curve, "seconds": round(seconds, 1)}
+
+
+def mean_multipliers(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of the units that a rule set at all."""
+    means = {unit: round(sum(row[unit] for row in rows) / len(rows), 4) for unit in rows[0]}
+    return {unit: mean for unit, mean in means.items() if any(row[unit] != 1.0 for row in rows)}
+
+
+def result_of(trial: Trial, store: Store) -> dict[str, Any]:
+    """Trains a trial, and before one of `FROZEN` the run whose multipliers it takes, where no result has them."""
+    if trial.contender not in FROZEN:
+        return train(trial)
+    source = replace(trial, contender=SOURCE)
+    known = (
+        row["multipliers"]
+        for row in store.results()
+        if row["trial"] == as_row(source) and "multipliers" in row
+    )
+    means = next(known, None) or train(source).get("multipliers")
+    return {"loss": None, "diverged": 0} if means is None else train(trial, means)
 
 
 @torch.no_grad()
@@ -143,18 +183,28 @@ class Store:
 
 def main() -> None:
     parser = documented_parser(__doc__)
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "table", "plan"))
     parser.add_argument(
         "studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all by default"
     )
+    parser.add_argument(
+        "--steps", type=int, help="of every trial, in place of its own: to see whether it runs"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args()
+    rate_rule_rivals.register()
+    given.out.mkdir(parents=True, exist_ok=True)
     store = Store(given.out / "rate_rule.jsonl")
+    if given.command == "plan":
+        print(plan(given.studies or list(STUDIES), store.results()))
+        return
     if given.command == "run":
         torch.set_num_threads(1)
         trials = [trial for study in given.studies or STUDIES for trial in STUDIES[study].trials]
+        if given.steps is not None:
+            trials = [replace(trial, steps=given.steps) for trial in trials]
         while (trial := store.take(trials)) is not None:
-            result = train(trial)
+            result = result_of(trial, store)
             store.add(trial, result)
             print(trial, result["loss"], flush=True)
     (given.out / "rate_rule.md").write_text(page(store.results()), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The models of `rate_rule.py` that the lab has no preset of."""
+"""The models of `rate_rule.py` that the lab has no preset of, and what has to be there before a model is built."""
 
 from __future__ import annotations
 
@@ -84,3 +84,11 @@ BUILD = {
     "convnet-digits": convnet_digits,
     "convnet-fashion": convnet_fashion,
 }
+
+
+def prepare(model: str) -> None:
+    """Make what a model needs before it is built: the trained GPT-2 that adapters are put on, and their text."""
+    if model == "gpt2-lora":
+        from lora_rules import prepare as train_what_is_adapted
+
+        train_what_is_adapted()

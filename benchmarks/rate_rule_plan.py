@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+
+from rate_rule_rivals import by_kind, by_unit
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,81 @@ FASHION: Final[Mapping[str, Any]] = {
     "data": {"source": "fashion-mnist", "validation_fraction": 0.1},
     "training": {"batch_size": 32, "eval_batches": 200},
 }
+#: 5.5 million parameters
+LLAMA_SMALL: Final[Mapping[str, Any]] = {
+    "preset": "llama-tiny",
+    "num_hidden_layers": 6,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+#: Adapters on a GPT-2 of two blocks that has read Python's source, to read Python's manual (`benchmarks/transfer`).
+LORA: Final[Mapping[str, Any]] = {
+    "model": {
+        "preset": "gpt2-tiny",
+        "n_layer": 2,
+        "n_embd": 64,
+        "n_head": 2,
+        "start": "runs/transfer/pretrained",
+        "lora": {"rank": 8, "alpha": 8, "targets": ["c_attn", "c_fc", "c_proj"]},
+    },
+    "data": {
+        "source": "files",
+        "paths": ["runs/transfer/manual.txt"],
+        "tokenizer": "byte",
+        "seq_len": 64,
+    },
+    "training": {"eval_batches": 16},
+}
 MODELS: Final[Mapping[str, Mapping[str, Any]]] = {
     "gpt2-tiny": {"model": "gpt2-tiny"},
     "llama-tiny": {"model": "llama-tiny"},
+    "llama-tiny, batch 8": {"model": "llama-tiny", "training": {"batch_size": 8, "eval_batches": 16}},
+    "llama-tiny, batch 64": {"model": "llama-tiny", "training": {"batch_size": 64, "eval_batches": 2}},
+    "llama-small": {"model": LLAMA_SMALL},
+    "gpt2-lora": LORA,
     "qwen3-tiny": {},  # norms on queries and keys, a tied embedding: built in `rate_rule_models.py`
     "convnet-digits": DIGITS,  # likewise
     "convnet-fashion": FASHION,
+}
+#: Processor time of a training step where no result says it: two cores of an AMD EPYC of 2021 (AVX2), busy.
+SECONDS_A_STEP: Final[Mapping[str, float]] = {
+    "gpt2-tiny": 0.37,
+    "llama-tiny": 0.35,
+    "llama-tiny, batch 8": 0.25,
+    "llama-tiny, batch 64": 1.2,
+    "llama-small": 1.2,
+    "gpt2-lora": 0.05,
+    "qwen3-tiny": 0.35,
+    "convnet-digits": 0.02,
+    "convnet-fashion": 0.02,
 }
 
 CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "D-Muon": {"name": "d-muon"},
     "DualMuon": {"name": "dual-muon"},
     "the common part alone": {"name": "dual-muon", "rates": {"rule": "static", "multipliers": {}}},
+    "AdamW": {"name": "adamw"},
+    "torch's Muon": {"name": "torch-muon"},
+    "NAMO": {"name": "namo"},
+    "LANTON": {"name": "lanton"},
+    "LANTON's noise on D-Muon": {
+        "name": "d-muon",
+        # the paper's formula with alpha^2 = 0.1 of the group's median, as the rule has it
+        "rates": {"rule": "noise_adaptive", "size_normalised": True, "group_alpha": 0.316},
+    },
+    "Scion": {"name": "scion"},
+    "the step's norm on Scion": {"name": "scion", "rates": {"rule": "dual_norm_adaptive"}},
+    "UpdateFloor(0.35)": {"name": "d-muon", "weight_decay": 0.0, "rates": {"rule": "update_floor"}},
+    "MuonMax-Momo": {"name": "muonmax-momo"},
+    "DualMuon, multipliers permuted": {"name": "dual-muon", "rates": {"rule": "permuted_dual_norm"}},
+}
+#: DualMuon with multipliers that stand still: what is made of their means over its run on the same model at the same rate,
+#: seed and length, which is trained first where no result holds it.
+FROZEN: Final[Mapping[str, Callable[[Mapping[str, float]], dict[str, float]]]] = {
+    "DualMuon, multipliers frozen by unit": by_unit,
+    "DualMuon, multipliers frozen by kind": by_kind,
 }
 
 #: D-Muon's factors of roles, and the base rates: the best of what was tried on seed 1.
@@ -93,9 +158,69 @@ def qwen3(seed: int) -> tuple[Trial, ...]:
     )
 
 
-def images(model: str, rates: Mapping[str, Iterable[float]], seed: int) -> tuple[Trial, ...]:
+def at_rates(model: str, rates: Mapping[str, Iterable[float]], seed: int) -> tuple[Trial, ...]:
     """Every rate of every contender."""
     return tuple(Trial(model, contender, lr, seed) for contender, tried in rates.items() for lr in tried)
+
+
+#: By model: the base rates of the rivals and controls. Factors of two about the best of earlier trials.
+RIVALS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
+    "llama-tiny": {
+        "DualMuon": (0.008, 0.016),
+        "DualMuon, multipliers frozen by unit": (0.008, 0.016),
+        "DualMuon, multipliers frozen by kind": (0.008, 0.016),
+        "DualMuon, multipliers permuted": (0.008, 0.016),
+        "the common part alone": (0.008, 0.016),
+        "UpdateFloor(0.35)": (0.004, 0.008, 0.016),
+        "NAMO": (0.008, 0.016, 0.032),
+        "MuonMax-Momo": (0.01, 0.1, 1.0),
+        "LANTON": (0.008, 0.016, 0.032),
+        "LANTON's noise on D-Muon": (0.008, 0.016, 0.032),
+        "Scion": (2**-13, 2**-12, 2**-11),
+        "the step's norm on Scion": (2**-13, 2**-12, 2**-11),
+        "torch's Muon": (0.004, 0.008, 0.016),
+        "AdamW": (0.002, 0.004, 0.008),
+    },
+    "gpt2-tiny": {
+        "DualMuon": (0.016, 0.032),
+        "DualMuon, multipliers frozen by unit": (0.016, 0.032),
+        "DualMuon, multipliers frozen by kind": (0.016, 0.032),
+        "DualMuon, multipliers permuted": (0.016, 0.032),
+        "the common part alone": (0.016, 0.032),
+        "UpdateFloor(0.35)": (0.008, 0.016, 0.032),
+        "NAMO": (0.016, 0.032, 0.064),
+        "MuonMax-Momo": (0.01, 0.1, 1.0),
+        "LANTON": (0.016, 0.032, 0.064),
+        "LANTON's noise on D-Muon": (0.016, 0.032, 0.064),
+        "Scion": (2**-12, 2**-11, 2**-10),
+        "the step's norm on Scion": (2**-12, 2**-11, 2**-10),
+        "torch's Muon": (0.008, 0.016, 0.032),
+        "AdamW": (0.001, 0.002, 0.004),
+    },
+}
+ADAMW_ROLES: Final[Mapping[str, Mapping[str, float]]] = {"llama-tiny": LLAMA_ROLES, "gpt2-tiny": GPT2_ROLES}
+
+
+def rivals(model: str, seed: int) -> tuple[Trial, ...]:
+    """Every rival and control at its rates, and AdamW with D-Muon's factors of roles."""
+    factors = tuple(ADAMW_ROLES[model].items())
+    adamw = tuple(Trial(model, "AdamW", lr, seed, roles=factors) for lr in (0.001, 0.002))
+    return (*at_rates(model, RIVALS[model], seed), *adamw)
+
+
+def three(
+    model: str, roles: Mapping[str, float], rates: Iterable[float], seed: int, steps: int
+) -> tuple[Trial, ...]:
+    """D-Muon, D-Muon tuned by role and DualMuon: the first two at `rates`, the third at twice as much."""
+    return tuple(
+        trial
+        for lr in rates
+        for trial in (
+            Trial(model, "DualMuon", 2 * lr, seed, steps),
+            by_role(model, lr, seed, roles, steps),
+            Trial(model, "D-Muon", lr, seed, steps),
+        )
+    )
 
 
 STUDIES: Final[Mapping[str, Study]] = {
@@ -126,14 +251,14 @@ STUDIES: Final[Mapping[str, Study]] = {
             trial
             for seed in (0, 1, 2)
             for trial in (
-                *images("convnet-fashion", FASHION_RATES, seed),
+                *at_rates("convnet-fashion", FASHION_RATES, seed),
                 *(by_role("convnet-fashion", lr, seed, TIED_ROLES) for lr in (0.004, 0.008, 0.016)),
             )
         ),
     ),
     "digits": Study(
         "the same on scikit-learn's digits, 359 images held out",
-        tuple(trial for seed in (0, 1, 2) for trial in images("convnet-digits", DIGITS_RATES, seed)),
+        tuple(trial for seed in (0, 1, 2) for trial in at_rates("convnet-digits", DIGITS_RATES, seed)),
     ),
     "controls": Study(
         "the Llama (seed 1) with the groups' fixed rates and no rule, and D-Muon with 1.3 times the tokens",
@@ -149,6 +274,36 @@ STUDIES: Final[Mapping[str, Study]] = {
             by_role("llama-tiny", 0.008, 1, LLAMA_ROLES, 1000),
             by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES, 1000),
             by_role("llama-tiny", 0.004, 1, LLAMA_ROLES, 1000),
+        ),
+    ),
+    "rivals": Study(
+        "what others reach, and what of the rule is worth something (seed 1): other optimizers and rules, and the rule with"
+        " its multipliers frozen, permuted among the matrices, or all at 1",
+        (*rivals("llama-tiny", 1), *rivals("gpt2-tiny", 1)),
+    ),
+    "small": Study(
+        "a Llama of 5.5 M parameters at 1,000 steps (seed 1): whether the gain lasts with size",
+        three("llama-small", LLAMA_ROLES, (0.008, 0.004), 1, 1000),
+    ),
+    "batches": Study(
+        "batches of 8 sequences, and of 64 (seed 1), 200 steps of the second",
+        (
+            *three("llama-tiny, batch 8", LLAMA_ROLES, (0.004, 0.008), 1, 300),
+            *three("llama-tiny, batch 64", LLAMA_ROLES, (0.008, 0.016), 1, 200),
+        ),
+    ),
+    "lora": Study(
+        "adapters of rank 8 on a small GPT-2; D-Muon tuned by role has B at 2 or 4 times A's rate, or half of it",
+        tuple(
+            trial
+            for seed in (0, 1, 2)
+            for lr in (0.004, 0.008, 0.016)
+            for trial in (
+                Trial("gpt2-lora", "DualMuon", 2 * lr, seed),
+                Trial("gpt2-lora", "D-Muon", lr, seed),
+                *(by_role("gpt2-lora", lr, seed, {"lora_B": factor}) for factor in (0.5, 2.0, 4.0)),
+                Trial("gpt2-lora", "AdamW", lr, seed),
+            )
         ),
     ),
 }

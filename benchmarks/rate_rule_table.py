@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import machine
 from layerwise.lab.experiments.standings import TOLERANCE, paired
 from layerwise.lab.report import RateCurve
 from layerwise.lab.report.style import Look
-from rate_rule_plan import STUDIES
+from rate_rule_plan import SECONDS_A_STEP, STUDIES, Trial
 
 Row = Mapping[str, Any]
 Losses = dict[float, dict[int, float]]  # base rate -> seed -> loss
@@ -25,7 +27,8 @@ def name_of(trial: Row) -> str:
     if not trial["roles"]:
         return str(trial["contender"])
     times = f"{factors.pop():g}" if len(factors) == 1 else "/".join(f"{f:g}" for _, f in trial["roles"])
-    return f"{trial['contender']}, {'AdamW groups' if shared else named} x {times}"
+    groups = "AdamW groups" if shared and trial["contender"] != "AdamW" else named
+    return f"{trial['contender']}, {groups} x {times}"
 
 
 def losses(rows: Sequence[Row]) -> dict[tuple[str, int], dict[str, Losses]]:
@@ -112,6 +115,28 @@ def section(model: str, steps: int, found: Mapping[str, Losses], rows: Sequence[
         ]
         lines.append(f"- {name}: {'; '.join(runs)}")
     return [*lines, ""]
+
+
+def seconds_of(trial: Trial, rows: Sequence[Row]) -> float:
+    """Processor time that a trial takes: by runs of its model by its contender, else by any, else by `SECONDS_A_STEP`."""
+    same_model = [row for row in rows if row["trial"]["model"] == trial.model and row.get("seconds")]
+    same = [row for row in same_model if row["trial"]["contender"] == trial.contender] or same_model
+    a_step = [row["seconds"] / row["trial"]["steps"] for row in same] or [SECONDS_A_STEP[trial.model]]
+    return trial.steps * statistics.median(a_step)
+
+
+def plan(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """A line for each study: its trials, how many are done, and the processor time of the others."""
+    done = [row["trial"] for row in rows]
+    lines = [f"{'study':<12} {'trials':>6} {'done':>5} {'seconds left':>13}"]
+    total = 0.0
+    for name in names:
+        trials = STUDIES[name].trials
+        missing = [trial for trial in trials if json.loads(json.dumps(asdict(trial))) not in done]
+        seconds = sum(seconds_of(trial, rows) for trial in missing)
+        total += seconds
+        lines.append(f"{name:<12} {len(trials):>6} {len(trials) - len(missing):>5} {seconds:>13,.0f}")
+    return "\n".join([*lines, f"{'together':<25} {total:>13,.0f}"])
 
 
 def page(rows: Sequence[Row]) -> str:

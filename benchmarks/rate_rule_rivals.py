@@ -1,0 +1,166 @@
+"""Rivals and controls of the rate rule, which only `rate_rule.py` needs: it registers them, the package does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import layerwise as lw
+
+
+@dataclass(frozen=True)
+class OverPolarFactor(lw.Frobenius):
+    """The Frobenius norm over that of a polar factor in the same shape, `sqrt(min(d_out, d_in))`."""
+
+    def dual_norm(self, g: Tensor, *, seed: int | Tensor = 0) -> Tensor:
+        return super().dual_norm(g, seed=seed) / min(g.shape[-2:]) ** 0.5
+
+
+@dataclass(frozen=True)
+class UpdateFloor(lw.RateRule):
+    """A floor on the update-to-weight ratio: `max(1, ratio ||W||_F / ||O||_F)`, O the polar factor of the step.
+
+    The one per-matrix rule that the public GPT-2 speed-run's optimizer track kept; there without weight decay.
+    """
+
+    ratio: float = 0.35
+
+    def norms(self, job: Any) -> Sequence[Any]:
+        return [job.norm(lambda: job.local, OverPolarFactor())]
+
+    def update(self, units: Any) -> Mapping[str, Tensor]:
+        floor = (self.ratio * units.norms[0]).clamp(min=1.0)
+        return {"multiplier": torch.where(units.present, floor, units.state["multiplier"])}
+
+
+@dataclass(frozen=True)
+class PermutedDualNorm(lw.DualNormAdaptive):
+    """The control for whose multiplier is whose: those of `DualNormAdaptive`, each at another unit of its group.
+
+    The permutation is drawn once, from `seed` and the number of units.
+    """
+
+    seed: int = 0
+
+    def update(self, units: Any) -> Mapping[str, Tensor]:
+        new = dict(super().update(units))
+        own = new["multiplier"]
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed))
+        return new | {"multiplier": own[order.to(own.device)]}
+
+
+def by_unit(means: Mapping[str, float]) -> dict[str, float]:
+    """Every unit's own mean multiplier."""
+    return dict(means)
+
+
+def by_kind(means: Mapping[str, float]) -> dict[str, float]:
+    """One multiplier for all blocks: the mean over the units whose names differ only in numbers."""
+    kinds: dict[str, list[float]] = {}
+    for unit, mean in means.items():
+        kinds.setdefault(_kind(unit), []).append(mean)
+    return {unit: fmean(kinds[_kind(unit)]) for unit in means}
+
+
+def _kind(unit: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", unit)
+
+
+class MuonMaxMomo(Optimizer):
+    """MuonMax with model-based momentum (arXiv 2510.09827), written from its formulas.
+
+    Steepest descent, not normalised, in the norm `max_l ||W_l||_2` over matrices beside Adam's norm over the rest:
+
+        d^2 = matrix_scale S^2 + sum m^2 / (sqrt(v) + eps)       S = sum over matrices of ||M_l||_*
+        rate = min(lr, (F - lower_bound + <m, w>)_+ / d^2)       F: the average of loss - <g, w>, with the momentum's weight
+        W_l <- (1 - lr weight_decay) W_l - rate matrix_scale S polar(M_l)
+        w   <- (1 - lr weight_decay) w - rate m / (sqrt(v) + eps)
+
+    Averages begin at their first value. The nuclear norms are this step's (`<M, polar(M)>`), where the paper takes the last
+    step's to save a pass.
+
+    Args:
+        params: `layerwise.param_groups(model)`; fused matrices are taken apart as for every optimizer here.
+        lr: largest rate.
+        weight_decay: decoupled; groups that have their own (0 of gains and biases) keep it.
+        momentum: of the averages.
+        beta2: of v.
+        eps: beside sqrt(v).
+        matrix_scale: of the matrices' part of the norm.
+        lower_bound: of the loss.
+        polar: method of the polar factor.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        matrix_scale: float = 10.0,
+        lower_bound: float = 0.0,
+        polar: str = "auto",
+    ) -> None:
+        self.momentum, self.beta2, self.eps = momentum, beta2, eps
+        self.matrix_scale, self.lower_bound, self.polar = matrix_scale, lower_bound, polar
+        self.model_value: Tensor | None = None  # F
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """One step; `closure` returns the loss that the gradients are of."""
+        loss = closure().detach()
+        moving = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        directions: dict[Tensor, Tensor] = {}
+        sum_of_norms, square, along_gradient, along_average = loss.new_zeros(4).unbind()
+        for group, p in moving:
+            average = self._averaged(p, "momentum", p.grad, self.momentum)
+            along_gradient += (p * p.grad).sum()
+            along_average += (p * average).sum()
+            if _is_matrix(group):
+                directions[p] = self._polar(group["layout"], average)
+                sum_of_norms += (directions[p] * average).sum()
+            else:
+                scale = self._averaged(p, "square", p.grad.square(), self.beta2).sqrt() + self.eps
+                directions[p] = average / scale
+                square += (directions[p] * average).sum()
+        now = loss - along_gradient
+        before = now if self.model_value is None else self.model_value
+        self.model_value = torch.lerp(now, before, self.momentum)
+        room = (self.model_value - self.lower_bound + along_average).clamp(min=0.0)
+        longest = room / (self.matrix_scale * sum_of_norms.square() + square).clamp(min=1e-12)
+        for group, p in moving:
+            p.mul_(1.0 - group["lr"] * group["weight_decay"])
+            factor = self.matrix_scale * sum_of_norms if _is_matrix(group) else 1.0
+            p.sub_(longest.clamp(max=group["lr"]) * factor * directions[p])
+        return loss
+
+    def _averaged(self, p: Tensor, key: str, value: Tensor, weight: float) -> Tensor:
+        """The running average of a parameter under `key`, which begins at its first value."""
+        average: Tensor = self.state[p].setdefault(key, value.clone())
+        return average.lerp_(value, 1.0 - weight)
+
+    def _polar(self, layout: lw.Layout, tensor: Tensor) -> Tensor:
+        stacks = [lw.polar(stack, self.polar) for stack in layout.to_matrices(tensor)]
+        return layout.from_matrices(stacks, tensor.shape)
+
+
+def _is_matrix(group: Mapping[str, Any]) -> bool:
+    return group["role"] not in ("embedding", "head", "vector")
+
+
+def register() -> None:
+    """Let configs name them."""
+    lw.register_rule("update_floor")(UpdateFloor)
+    lw.register_rule("permuted_dual_norm")(PermutedDualNorm)
+    lw.register_optimizer("muonmax-momo", title="MuonMax-Momo")(MuonMaxMomo)
