@@ -376,3 +376,34 @@ def test_the_command_line_says_it_in_one_line(
         main(arguments)
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def equal_budgets(words: list[str], *more: str) -> CompareConfig:
+    """The committed comparison on a model of next to nothing."""
+    committed = Path(__file__).parents[2] / "configs" / "rate-rule-llama-tiny.yaml"
+    small = ["model.num_hidden_layers=1", "model.hidden_size=16", "model.intermediate_size=16",
+        "model.num_attention_heads=2", "model.num_key_value_heads=1", "compare.seeds=1"]  # fmt: skip
+    data = [word for word in words if not word.startswith("model.")]
+    return load_config(committed, [*data, *small, *more], CompareConfig)
+
+
+def test_the_committed_comparison_gives_all_contenders_the_same_budget(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = FakeTraining(best=0.01, head=0.1)
+    monkeypatch.setattr(module, "train", training)
+    made = compare(equal_budgets(words), progress="quiet")
+    stood = {s.label: s for s in made.standings}
+    assert [(label, s.trials) for label, s in stood.items()] == [
+        ("Dual Muon", 10), ("D-Muon", 10), ("D-Muon by role", 10),
+    ]  # fmt: skip
+    assert dict(stood["D-Muon by role"].point.factors) == {"head": 4.0}  # where the stand-in has its optimum
+    assert [bool(s.tokens) for s in made.standings] == [True, True, False]  # the baseline is tuned by role
+
+
+def test_the_committed_comparison_runs_from_end_to_end(words: list[str]) -> None:
+    cut = ["compare.lr_grid={d-muon: [0.01], dual-muon: [0.01]}", "compare.roles={head: [2]}",
+        "compare.trials=2", "compare.lengths=[1.3]"]  # fmt: skip
+    made = compare(equal_budgets(words, *cut), progress="quiet")
+    assert all(run.status == "finished" for contender in made.contenders for run in contender.runs)
+    assert all(math.isfinite(loss) for curve in made.curves for at in curve.losses.values() for loss in at)
