@@ -20,7 +20,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,15 +65,33 @@ def configuration(trial: Trial, means: Mapping[str, float] | None = None) -> Con
 
 
 def train(trial: Trial, means: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Validation loss in nats at the end and on the way, the seconds of processor time of training, mean multipliers."""
+    """Trains a trial on the processor, and returns what `fit` does."""
     prepare(trial.model)
-    config = configuration(trial, means)
+    return fit(configuration(trial, means), BUILD.get(trial.model), recorded=trial.contender == SOURCE)
+
+
+def fit(
+    config: Config,
+    build: Callable[[Examples], nn.Module] | None = None,
+    device: str = "cpu",
+    recorded: bool = False,
+) -> dict[str, Any]:
+    """Validation loss in nats at the end and on the way, and the seconds of training.
+
+    Args:
+        config: the lab's config of a run.
+        build: makes the model in the place of the lab.
+        device: where it is trained. Seconds are processor time on a CPU and wall time on a GPU.
+        recorded: whether the time means of the multipliers come along.
+    """
     training = config.training
+    clock = time.process_time if device == "cpu" else time.perf_counter
     data = (ImageData if config.data.holds_images else TextData)(config)
     examples = Examples(data.vocab_size, config.data.seq_len, data.features)
     torch.manual_seed(training.seed)
-    own = BUILD.get(trial.model)
-    model = build_model(config.model, examples, training.seed) if own is None else own(examples)
+    model = build_model(config.model, examples, training.seed) if build is None else build(examples)
+    model = model.to(device)
+    half = training.precision == "bf16"
     optimizer = build_optimizer(model, config.optimizer)
     factor = schedule_factor(config.schedule, config.steps)
     base = [group["lr"] for group in optimizer.param_groups]
@@ -81,9 +99,10 @@ def train(trial: Trial, means: Mapping[str, float] | None = None) -> dict[str, A
     multipliers: list[dict[str, float]] = []
     seconds = 0.0
     for step in range(config.steps):
-        started = time.process_time()
-        batch = data.batch(step)
-        value = loss(model, batch.inputs, batch.targets)
+        started = clock()
+        batch = data.batch(step).to(torch.device(device))
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            value = loss(model, batch.inputs, batch.targets)
         if not math.isfinite(value.item()):
             return {"loss": None, "diverged": step}
         value.backward()
@@ -92,8 +111,8 @@ def train(trial: Trial, means: Mapping[str, float] | None = None) -> dict[str, A
             group["lr"] = lr * factor(step)
         optimizer.step(lambda value=value: value)  # for those that look at the loss
         optimizer.zero_grad()
-        seconds += time.process_time() - started
-        if trial.contender == SOURCE and step % 10 == 0:
+        seconds += clock() - started
+        if recorded and step % 10 == 0:
             multipliers.append({unit: rate.multiplier for unit, rate in optimizer.layer_rates().items()})
         if (step + 1) % 100 == 0 and step + 1 < config.steps:
             curve[str(step + 1)] = round(evaluate(model, data, training.batch_size)[0], 4)
@@ -128,8 +147,9 @@ def result_of(trial: Trial, store: Store) -> dict[str, Any]:
 def evaluate(model: nn.Module, data: TextData | ImageData, at_once: int) -> tuple[float, float]:
     """Mean loss over the validation examples, and of images the fraction that is classed wrongly."""
     model.eval()
+    device = next(model.parameters()).device
     total, wrong, count = 0.0, 0, 0
-    for batch in data.validation(at_once):
+    for batch in (found.to(device) for found in data.validation(at_once)):
         total += loss(model, batch.inputs, batch.targets).item() * len(batch.inputs)
         count += len(batch.inputs)
         if isinstance(data, ImageData):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,51 @@ def test_growth_is_measured_within_the_stated_memory(tmp_path: Path) -> None:
     ):
         assert words in page
     assert (tmp_path / "growth.png").stat().st_size > 0
+
+
+def test_the_rates_on_a_gpu_run_dry_on_a_cpu_and_go_on_where_the_last_call_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_rates
+    from rate_rule import Store
+
+    whole = gpu_rates.settings
+    monkeypatch.setattr(
+        gpu_rates, "settings", lambda name, size: [trials[:1] for trials in whole(name, size)]
+    )
+    gpu_rates.prepare(tmp_path, [BENCHMARKS], 60_000, 300)
+    store, tokens = Store(tmp_path / "gpu_rates.jsonl"), tmp_path / "tokens.npy"
+    gpu_rates.run(store, gpu_rates.SMALL, tokens, "cpu", minutes=0.0)
+    assert not store.results()  # nothing that would not be over in time
+    store.add(
+        next(gpu_rates.due(gpu_rates.SMALL, [])), {"loss": 1.0, "wall": 0.1, "device": "a", "torch": "b"}
+    )
+    gpu_rates.run(store, gpu_rates.SMALL, tokens, "cpu", minutes=9.0)
+    rows = store.results()
+    assert [row["loss"] for row in rows].count(1.0) == 1  # what was there is not repeated
+    assert all(row["loss"] is not None for row in rows)
+    assert [sum(row["trial"]["seed"] == seed for row in rows) for seed in (1, 2, 3)] == [5, 5, 5]
+    page = "\n".join(gpu_rates.page(rows))
+    for contender in ("DualMuon", "D-Muon", "D-Muon, AdamW groups x 2", "LANTON", "AdamW"):
+        assert f"| {contender} |" in page
+
+
+def test_on_a_gpu_every_contender_has_as_many_settings_and_its_best_one_is_run_on_more_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_rates
+    from rate_rule import as_row
+
+    for name, size in gpu_rates.SIZES.items():
+        tried = gpu_rates.settings(name, size)
+        assert [len(trials) for trials in tried] == [4] * 5
+        best = [trials[2] for trials in tried]
+        known = [
+            {"trial": as_row(trial), "loss": 3.0 if trial in best else None}
+            for trials in tried
+            for trial in trials
+        ]
+        left = list(gpu_rates.due({name: size}, known))
+        assert left == [replace(trial, seed=seed) for trial in best for seed in (2, 3)]
