@@ -38,12 +38,42 @@ HIGHER = [
 # The paper's own model and range for the initial scale, 4^-2 to 4^4; unbiased rates, three seeds for intervals.
 PAPER_SCALE = [
     "sweep.axis=init_scale",
-    "sweep.sizes=[1, 0.0625, 0.25, 4, 16, 256]",
+    "sweep.sizes=[1, 0.0625, 0.25, 4, 16, 64, 256]",
     "sweep.lr={low: 0.0078125, high: 0.5, count: 7}",
     "sweep.lr_of.uniform={low: 0.5, high: 32, count: 7}",
     "sweep.seeds=[0, 1, 2]",
     "function_space.method=full_cov",
     "function_space.probes=128",
+]
+
+# Five times as many steps, five seeds, and rates matched by what is now the default.
+LONG = [
+    "training.steps=400",
+    "training.eval_every=400",
+    "sweep.seeds=[0, 1, 2, 3, 4]",
+    "function_space.method=full_cov",
+    "function_space.probes=64",
+]
+LONG_DECODER = [
+    *LONG,
+    "model.norm=pre",
+    "sweep.lr={low: 0.00048828125, high: 0.0625, count: 8}",
+    "sweep.lr_of={flerm: {low: 0.001953125, high: 0.0625, count: 6}, mup: {low: 0.001953125, high: 0.0625, count: 6}, "
+    "uniform: {low: 0.125, high: 8, count: 7}}",
+]
+LONG_RESMLP = [
+    *LONG,
+    "sweep.lr={low: 0.000244140625, high: 0.03125, count: 8}",
+    "sweep.lr_of={flerm: {low: 0.0009765625, high: 0.03125, count: 6}, mup: {low: 0.0009765625, high: 0.03125, count: 6}, "
+    "uniform: {low: 0.125, high: 8, count: 7}}",
+]
+LONG_MUON = [
+    *LONG,
+    "model.norm=pre",
+    "optimizer.name=d-muon",
+    "sweep.methods=[standard, flerm, uniform]",
+    "sweep.lr={low: 0.0009765625, high: 0.0625, count: 7}",
+    "sweep.lr_of={uniform: {low: 0.125, high: 8, count: 7}}",
 ]
 
 #: Figure -> sweep -> its title, its config and what is changed in it.
@@ -66,6 +96,11 @@ SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
     },
     "init_scale_paper": {
         "pre_post_mod_init": ("PreNormPostMod", "decoder.yaml", [*PAPER_SCALE, "model.norm=pre_post_mod"]),
+    },
+    "width_400": {
+        "pre_400": ("PreNorm, Adam", "decoder.yaml", LONG_DECODER),
+        "pre_muon_400": ("PreNorm, D-Muon", "decoder.yaml", LONG_MUON),
+        "resmlp_400": ("ResMLP, Adam", "resmlp.yaml", LONG_RESMLP),
     },
     "lora": {"lora": ("LoRA on GPT-2", "lora.yaml", [])},
 }
