@@ -242,11 +242,11 @@ class Runs:
         return Curve("standard", width, losses, math.log(257))
 
 
-def trials(model: str, best: int, seeds: list[int]) -> Iterator[Trial]:
+def trials(model: str, best: int, ways: list[str], seeds: list[int]) -> Iterator[Trial]:
     """The large model's runs, a seed after the other."""
     for seed in seeds:
         yield from (Trial(model, ONE_RATE, LARGE, k, seed) for k in GRIDS[LARGE])
-        for way, offset in itertools.product(WAYS, CARRIED):
+        for way, offset in itertools.product(ways, CARRIED):
             yield Trial(model, way, LARGE, best + offset, seed)
 
 
@@ -274,6 +274,8 @@ def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for way in (ONE_RATE, *WAYS):
+        if Trial(model, way, LARGE, best, seeds[-1]).key not in runs.found:
+            continue
         grid = GRIDS[LARGE] if way == ONE_RATE else range(best + CARRIED[0], best + CARRIED[-1] + 1)
         curve = runs.curve(model, way, LARGE, grid, seeds)
         assert curve.best is not None
@@ -296,6 +298,7 @@ def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
 def main() -> None:
     parser = documented_parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["gpt2"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS / "when_to_match.jsonl")
     options = parser.parse_args()
@@ -313,7 +316,7 @@ def main() -> None:
         small = runs.curve(model, ONE_RATE, SMALL, GRIDS[SMALL], options.seeds)
         assert small.best is not None
         best = round(math.log2(small.best))
-        for trial in trials(model, best, options.seeds):
+        for trial in trials(model, best, options.ways, options.seeds):
             runs.run(trial, best)
         lines += table(runs, model, best, options.seeds)
     options.results.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")

@@ -18,62 +18,69 @@ _LARGE = 1 << 14
 
 
 @dataclass
-class _Bidiagonal:
-    """Golub-Kahan-Lanczos on a stack of matrices: `A V = U B`, with B upper bidiagonal.
+class _Lanczos:
+    """Lanczos on `A^T A` of several stacks of matrices with equally many columns: `V^T A^T A V = T`, tridiagonal.
 
-    Where rows of the matrices are spread over processes, `left` is this process's rows and `right` is everywhere the same.
+    Starting an operation is what small matrices cost, so the vectors of all stacks are worked on together, and the products
+    alone go stack by stack. Where rows of the matrices are spread over processes, `right` is everywhere the same.
+
+    Attributes:
+        stacks: `[count, rows, columns]` each.
+        right: the vectors of all, `[total, columns]`.
+        diagonal: of T, `[total]` each.
+        above: beside it.
+        earlier: the vectors before.
     """
 
-    matrices: Tensor  # [count, rows, columns]
-    right: Tensor  # [count, columns, 1]
-    diagonal: list[Tensor] = field(default_factory=list)  # [count] each
+    stacks: list[Tensor]
+    right: Tensor
+    diagonal: list[Tensor] = field(default_factory=list)
     above: list[Tensor] = field(default_factory=list)
-    left: Tensor | None = None
+    earlier: Tensor | None = None
 
     def products(self) -> Tensor:
-        """The next left vector times A, and the left vector's squared norm: `[count, columns + 1]`, to be summed."""
-        left = _times(self.matrices, self.right)
-        if self.left is not None:
-            left -= self.above[-1][:, None, None] * self.left
-        self.left = left
-        # Not `matrices.mT @ left`, which a CPU takes 20 times as long for.
-        back = torch.bmm(left.mT, self.matrices)
-        return torch.cat([back[:, 0], left.square().sum((1, 2))[:, None]], 1)
+        """`A^T A` times the vectors, `[total, columns]`, to be summed over processes."""
+        parts = self.right.split([len(stack) for stack in self.stacks])
+        # Not `stack.mT @ left`, which a CPU takes 20 times as long for.
+        back = [
+            torch.bmm(_times(stack, part[..., None]).mT, stack)[:, 0]
+            for stack, part in zip(self.stacks, parts, strict=True)
+        ]
+        return back[0] if len(back) == 1 else torch.cat(back)
 
     def extend(self, summed: Tensor) -> None:
-        """One more row of B, from the sums over processes of `products`."""
-        assert self.left is not None
-        length = summed[:, -1].clamp_min(0).sqrt()
-        inverse = torch.where(length > 0, 1 / length, 0.0)
-        self.left = self.left * inverse[:, None, None]
-        right = summed[:, :-1, None] * inverse[:, None, None] - length[:, None, None] * self.right
-        rest = right.norm(dim=(1, 2))
-        self.right = right * torch.where(rest > 0, 1 / rest, 0.0)[:, None, None]
-        self.diagonal.append(length)
+        """One more row of T, from the sums over processes of `products`."""
+        rayleigh = torch.linalg.vecdot(self.right, summed)
+        following = torch.addcmul(summed, self.right, rayleigh[:, None], value=-1)
+        if self.earlier is not None:
+            following.addcmul_(self.earlier, self.above[-1][:, None], value=-1)
+        rest = torch.linalg.vector_norm(following, dim=1)
+        self.earlier, self.right = self.right, following / or_one(rest)[:, None]
+        self.diagonal.append(rayleigh)
         self.above.append(rest)
 
     def norms(self) -> Tensor:
-        """The largest singular value of B, `[count]`, on the CPU: never above that of the matrices, but for rounding."""
-        bidiagonal = torch.diag_embed(torch.stack(self.diagonal, -1))
+        """The root of the largest eigenvalue of T, `[total]`, on the CPU: never above the norm, but for rounding."""
+        tridiagonal = torch.diag_embed(torch.stack(self.diagonal, -1))
         if len(self.above) > 1:
-            bidiagonal += torch.diag_embed(torch.stack(self.above[:-1], -1), 1)
+            # The decomposition reads what is below the diagonal.
+            tridiagonal += torch.diag_embed(torch.stack(self.above[:-1], -1), -1)
         # NaN and inf, which the decomposition refuses, are what the norm then is.
-        bidiagonal = bidiagonal.cpu()  # so small that a device takes longer, and its user wants numbers
-        finite = bidiagonal.isfinite().all(-1).all(-1)
-        singular = torch.linalg.svdvals(torch.where(finite[:, None, None], bidiagonal, 0.0))[:, 0]
-        return torch.where(finite, singular, math.nan)
+        tridiagonal = tridiagonal.cpu()  # so small that a device takes longer, and its user wants numbers
+        finite = tridiagonal.isfinite().all(-1).all(-1)
+        largest = torch.linalg.eigvalsh(torch.where(finite[:, None, None], tridiagonal, 0.0))[:, -1]
+        return torch.where(finite, largest.clamp_min(0).sqrt(), math.nan)
 
 
 def spectral_norms(stacks: Sequence[Tensor], steps: int = 6, sum_: Sum | None = None) -> list[Tensor]:
     """Estimates of the spectral norms of matrices, from below.
 
-    `steps` steps of Golub-Kahan-Lanczos bidiagonalisation from a fixed vector: two products with each matrix a step. Six
-    steps are within a few per cent for the updates of training (tests hold them against an SVD), and exact from
-    `min(rows, columns)` steps on.
+    `steps` steps of Lanczos on `A^T A` from a fixed vector: two products with each matrix a step. Six steps are within a few
+    per cent for the updates of training (tests hold them against an SVD), and exact from `min(rows, columns)` steps on.
 
     Args:
         stacks: matrices of equal shape together, `[count, rows, columns]` each, float32 or float64.
-        steps: of the bidiagonalisation.
+        steps: of Lanczos.
         sum_: where rows of matrices are spread over processes, or whole matrices are on all of them scaled so that their
             squares add up to one matrix's: adds a tensor over processes. All stacks go in one exchange a step.
 
@@ -88,17 +95,29 @@ def spectral_norms(stacks: Sequence[Tensor], steps: int = 6, sum_: Sum | None = 
     if sum_ is not None:
         peaks = _summed(peaks, sum_)
     scales = [or_one(peak) for peak in peaks]
-    parts = [
-        _Bidiagonal(stack / scale[:, None, None], _start(stack))
-        for stack, scale in zip(stacks, scales, strict=True)
-    ]
+    scaled = [stack / scale[:, None, None] for stack, scale in zip(stacks, scales, strict=True)]
+    if sum_ is None:
+        scaled = [stack.mT if stack.shape[1] < stack.shape[2] else stack for stack in scaled]
+    alike = _by_columns(scaled)
+    parts = [_started([scaled[k] for k in places]) for places in alike]
     for _ in range(steps):
         products = [part.products() for part in parts]
         if sum_ is not None:
             products = _summed(products, sum_)
         for part, summed in zip(parts, products, strict=True):
             part.extend(summed)
-    return [part.norms() * scale.cpu() for part, scale in zip(parts, scales, strict=True)]
+    found: dict[int, Tensor] = {}
+    for places, part in zip(alike, parts, strict=True):
+        found |= zip(places, part.norms().split([len(scaled[k]) for k in places]), strict=True)
+    return [found[k] * scale.cpu() for k, scale in enumerate(scales)]
+
+
+def _by_columns(stacks: Sequence[Tensor]) -> list[list[int]]:
+    """Places of the stacks whose vectors are of one kind."""
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for place, stack in enumerate(stacks):
+        kinds.setdefault((stack.shape[2], stack.dtype, stack.device), []).append(place)
+    return list(kinds.values())
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
@@ -114,14 +133,14 @@ def _peak(stack: Tensor) -> Tensor:
     return stack.abs().amax((1, 2)) if stack.numel() else stack.new_zeros(stack.shape[0])
 
 
-def _start(stack: Tensor) -> Tensor:
-    """A fixed vector of unit length that no structure of weights is likely to be orthogonal to."""
-    columns = stack.shape[-1]
-    phases = torch.arange(1, columns + 1, dtype=torch.float64) * (math.sqrt(5) - 1) / 2
+def _started(stacks: list[Tensor]) -> _Lanczos:
+    """All start from one vector of unit length, that no structure of weights is likely to be orthogonal to."""
+    like = stacks[0]
+    phases = torch.arange(1, like.shape[-1] + 1, dtype=torch.float64) * (math.sqrt(5) - 1) / 2
     # No entry repeats: the golden ratio is far from every fraction.
     vector = 1.0 + (2 * math.pi * phases).sin()
-    vector = (vector / vector.norm()).to(stack.device, stack.dtype)
-    return vector.repeat(stack.shape[0], 1)[..., None]
+    vector = (vector / vector.norm()).to(like.device, like.dtype)
+    return _Lanczos(stacks, vector.repeat(sum(len(stack) for stack in stacks), 1))
 
 
 def _summed(parts: Sequence[Tensor], sum_: Sum) -> list[Tensor]:

@@ -12,11 +12,14 @@ from torch import Tensor
 from layerwise.common.tensors import is_sharded, local_part
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ALONE, Processes
-from layerwise.function_space.steps.spectral_norm import spectral_norms
+from layerwise.function_space.steps.spectral_norm import Sum, spectral_norms
 
 #: Tensors of one shape are worked on together as far as this many entries of them: of their weights, updates, gradients,
 #: earlier gradients and the difference of these.
 _TOGETHER = 1 << 23
+#: Matrices are kept for one estimate of all their spectral norms up to this many entries: only of small ones is it the
+#: number of operations that costs.
+_KEPT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def update_sums(
     steps: int = 6,
     processes: Processes = ALONE,
 ) -> dict[str, TensorSums]:
-    """The sums of each tensor. Waits for the device once for each shape of matrices and once for the sums.
+    """The sums of each tensor. Waits for the device once for each lot of matrices and once for the sums.
 
     Args:
         updates: what a step did, with the weights before it as `old`.
@@ -67,7 +70,7 @@ def update_sums(
     sharded = any(is_sharded(update.new) for update in updates.values())
     together = processes if sharded else ALONE  # replicas are equal: there is nothing to ask
     rows: dict[str, Tensor] = {}
-    norms: dict[str, float] = {}
+    norms = _Norms(steps, together.sum_ if sharded else None)
     gradients, earlier = gradients or {}, earlier or {}
     for names in _alike(updates, gradients, earlier):
         parts = [_part(updates[name], together) for name in names]
@@ -80,15 +83,39 @@ def update_sums(
         if len(parts[0].shape) > 1:
             # Replicated parts count once for each process that holds them: their squares have to add up to one's.
             matrices = parts[0].matrices(deltas) / math.sqrt(parts[0].copies)
-            largest = spectral_norms([matrices], steps, together.sum_ if sharded else None)[0]
-            norms |= dict(zip(names, largest.tolist(), strict=True))
+            norms.add(names, matrices)
+    norms.estimate()
     table = _table(rows, together)
     return {
         name: TensorSums(
-            update.new.numel(), table[name][0], table[name][1], norms.get(name), *table[name][2:]
+            update.new.numel(), table[name][0], table[name][1], norms.found.get(name), *table[name][2:]
         )
         for name, update in updates.items()
     }
+
+
+class _Norms:
+    """Spectral norms by name, small matrices of several shapes together."""
+
+    def __init__(self, steps: int, sum_: Sum | None) -> None:
+        self.steps, self.sum_ = steps, sum_
+        self.found: dict[str, float] = {}
+        self._names: list[str] = []
+        self._stacks: list[Tensor] = []
+
+    def add(self, names: list[str], matrices: Tensor) -> None:
+        """`matrices`: `[count, rows, columns]`, one for each name."""
+        self._names += names
+        self._stacks.append(matrices)
+        if sum(stack.numel() for stack in self._stacks) > _KEPT:
+            self.estimate()
+
+    def estimate(self) -> None:
+        """Of what was added since."""
+        norms = spectral_norms(self._stacks, self.steps, self.sum_)
+        numbers = [number for stack in norms for number in stack.tolist()]
+        self.found |= dict(zip(self._names, numbers, strict=True))
+        self._names, self._stacks = [], []
 
 
 def _alike(
