@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
+from layerwise.common.layer_rate import LayerRate
 from layerwise.common.parameter_names import canonical_name
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.steps.optimizer_facts import unwrap_optimizer
-from layerwise.function_space.watching.unit_rates import UnitRate, unit_rates, unit_scalars
+from layerwise.function_space.watching.unit_rates import unit_rates, unit_scalars
 from layerwise.optim import LayerwiseOptimizer
 
 #: What the numbers are means over, the finest first.
@@ -85,8 +86,8 @@ def _wanted(unit: str, patterns: Sequence[str]) -> bool:
     return any(unit == pattern or fnmatchcase(parameter, pattern) for pattern in patterns)
 
 
-def _grouped(units: dict[str, UnitRate], roles: dict[str, str], by: str) -> dict[str, list[UnitRate]]:
-    found: dict[str, list[UnitRate]] = {}
+def _grouped(units: dict[str, LayerRate], roles: dict[str, str], by: str) -> dict[str, list[LayerRate]]:
+    found: dict[str, list[LayerRate]] = {}
     for unit, rate in units.items():
         parameter = unit.partition("[")[0]
         role, block = roles[parameter], block_of(parameter)
@@ -107,10 +108,10 @@ def block_of(parameter: str) -> str:
     return "" if first is None else ".".join(steps[: first + 1])
 
 
-def _mean(rates: Sequence[UnitRate]) -> UnitRate:
+def _mean(rates: Sequence[LayerRate]) -> LayerRate:
     """The mean of each number; of the noise over the units that have one."""
     noise = [rate.noise for rate in rates if not math.isnan(rate.noise)]
-    return UnitRate(
+    return LayerRate(
         math.fsum(noise) / len(noise) if noise else math.nan,
         math.fsum(rate.multiplier for rate in rates) / len(rates),
         math.fsum(rate.lr for rate in rates) / len(rates),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from layerwise.optim.layer_rates import LayerRate
+from layerwise.common.layer_rate import LayerRate
 from layerwise.optim.named_optimizers import NamedOptimizer, optimizers, register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer
 from layerwise.optim.presets import DMuon, DualMuon, Lanton, Muon, Scion, Signum

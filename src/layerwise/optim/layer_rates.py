@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from layerwise.common.layer_rate import LayerRate
 from layerwise.optim.work.job import Group, State, local_state, rate
-
-
-class LayerRate(NamedTuple):
-    """What one unit's learning rate is made of.
-
-    Examples:
-        >>> rate = lw.LayerRate(noise=4.0, multiplier=0.5, lr=1e-3)
-        >>> rate.lr
-        0.001
-    """
-
-    noise: float  # H of :class:`NoiseAdaptive`: the averaged squared dual norm; nan where none is measured
-    multiplier: float
-    lr: float  # the group's learning rate, times its lr_scale, times the multiplier
 
 
 def layer_rates(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict[str, LayerRate]:

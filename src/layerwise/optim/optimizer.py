@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import checked
+from layerwise.common.layer_rate import LayerRate
 from layerwise.optim.groups.complete import (
     Recipe,
     as_groups,
@@ -22,7 +23,7 @@ from layerwise.optim.groups.complete import (
 from layerwise.optim.groups.options import DEFAULTS, check_options
 from layerwise.optim.groups.overview import scaled_twice, table
 from layerwise.optim.guard import NonFiniteGuard
-from layerwise.optim.layer_rates import LayerRate, layer_rates
+from layerwise.optim.layer_rates import layer_rates
 from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
 from layerwise.optim.state import state_dict as saving

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,9 @@ from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 from layerwise.function_space.steps.spectral_norm import Sum, spectral_norms
 
-#: Tensors of one shape are worked on together as far as this many entries of them: of their weights, updates, gradients,
-#: earlier gradients and the difference of these.
-_TOGETHER = 1 << 23
+#: Tensors of one shape are worked on together up to this many entries: six stacks of them (weights before and after,
+#: update, gradients, earlier ones and the difference of these) are 160 MiB in float32.
+_TOGETHER = (160 << 20) // (6 * 4)
 #: Matrices are kept for one estimate of all their spectral norms up to this many entries: only of small ones is it the
 #: number of operations that costs.
 _KEPT = 1 << 20
@@ -73,17 +73,16 @@ def update_sums(
     norms = _Norms(steps, together.sum_ if sharded else None)
     gradients, earlier = gradients or {}, earlier or {}
     for names in _alike(updates, gradients, earlier):
-        parts = [_part(updates[name], together) for name in names]
-        deltas = _stacked([part.update() for part in parts])
-        tensors = [_stacked([part.weight() for part in parts]), deltas]
-        for found in (gradients, earlier) if names[0] in gradients else ():
-            given = [part.of(found[n]) for n, part in zip(names, parts, strict=True) if n in found]
-            tensors += [_stacked(given)] if given else []
-        rows |= dict(zip(names, _sums(*tensors) / parts[0].copies, strict=True))
-        if len(parts[0].shape) > 1:
-            # Replicated parts count once for each process that holds them: their squares have to add up to one's.
-            matrices = parts[0].matrices(deltas) / math.sqrt(parts[0].copies)
-            norms.add(names, matrices)
+        place = _place(updates[names[0]].new, together)
+        lot = _stacked([updates[name] for name in names], place)
+        deltas = lot.whole()
+        tensors = [lot.new if lot.old is None else lot.old, deltas]
+        known = [found for found in (gradients, earlier) if names[0] in found and names[0] in gradients]
+        tensors += [place.stack([found[name] for name in names]).to(lot.dtype) for found in known]
+        sums = _sums(*map(_flat, tensors))
+        rows |= dict(zip(names, sums if place.copies == 1 else sums / place.copies, strict=True))
+        if len(place.shape) > 1:
+            norms.add(names, place.matrices(deltas))
     norms.estimate()
     table = _table(rows, together)
     return {
@@ -127,54 +126,61 @@ def _alike(
         new = update.new
         places = str(getattr(new, "placements", None))
         known = name in gradients, name in gradients and name in earlier
-        kinds.setdefault((new.shape, update.dtype, new.device, places, known), []).append(name)
+        kind = (new.shape, new.dtype, new.device, places, update.decay, known)
+        kinds.setdefault(kind, []).append(name)
     for names in kinds.values():
         count = max(1, _TOGETHER // max(1, updates[names[0]].new.numel()))
         yield from (names[start : start + count] for start in range(0, len(names), count))
 
 
 @dataclass(frozen=True)
-class _Part:
-    """This process's part of a tensor's update, and how many processes hold the same part."""
+class _Place:
+    """Which part of tensors of one shape this process has, and how many processes hold the same part."""
 
-    block: TensorUpdate
     shape: tuple[int, ...]  # of the whole tensor
-    dim: int  # of the tensor, which lies first in the part
-    gathered: bool  # whole on every process, from a layout that has no rows
-    copies: int
+    sharded: bool = False
+    dim: int = 0  # of the tensor, which lies first in the part
+    gathered: bool = False  # whole on every process, from a layout that has no rows
+    copies: int = 1
 
-    def update(self) -> Tensor:
-        """Flat."""
-        return self.block.whole().flatten()
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """This process's parts, `[count, *part]`; one alone is not copied."""
+        own = [self._part(tensor) for tensor in tensors] if self.sharded else tensors
+        return own[0].detach()[None] if len(own) == 1 else torch.stack([tensor.detach() for tensor in own])
 
-    def weight(self) -> Tensor:
-        """Before the step, flat."""
-        before = self.block.new if self.block.old is None else self.block.old
-        return before.detach().flatten()
+    def _part(self, tensor: Tensor) -> Tensor:
+        own = _gathered(tensor.detach()) if self.gathered else local_part(tensor.detach())
+        return own.movedim(self.dim, 0) if own.ndim else own
 
-    def of(self, gradient: Tensor) -> Tensor:
-        """The same part of a gradient, flat."""
-        tensor = _gathered(gradient.detach()) if self.gathered else local_part(gradient.detach())
-        tensor = tensor.movedim(self.dim, 0) if tensor.ndim else tensor
-        return tensor.flatten().to(self.block.dtype)
+    def matrices(self, stack: Tensor) -> Tensor:
+        """`[count, *part]` as matrices, of which this process has some rows.
 
-    def matrices(self, flat: Tensor) -> Tensor:
-        """`[count, entries]` as matrices, of which this process has some rows."""
+        Replicated parts count once for each process that holds them: their squares have to add up to one's.
+        """
         columns = math.prod(self.shape) // max(1, self.shape[self.dim])
-        return flat.view(flat.shape[0], flat.shape[1] // max(1, columns), columns)
+        found = stack.reshape(len(stack), stack.numel() // len(stack) // max(1, columns), columns)
+        return found if self.copies == 1 else found / math.sqrt(self.copies)
 
 
-def _part(update: TensorUpdate, processes: Processes) -> _Part:
-    new, dim, pieces, gathered = update.new, 0, 1, False
-    if processes.count > 1 and is_sharded(new):
-        cuts = _cuts(new)
-        gathered = len(cuts) > 1 or bool(cuts and cuts[0][0] and new.ndim > 2)
-        if gathered:
-            old = None if update.old is None else _gathered(update.old)
-            update = TensorUpdate(_gathered(new), old, update.decay)
-        elif cuts:
-            dim, pieces = cuts[0]
-    return _Part(update.block(dim), tuple(new.shape), dim, gathered, processes.count // pieces)
+def _place(tensor: Tensor, processes: Processes) -> _Place:
+    shape = tuple(tensor.shape)
+    if not is_sharded(tensor):
+        return _Place(shape, copies=processes.count)
+    if processes.count == 1:
+        return _Place(shape, sharded=True)
+    cuts = _cuts(tensor)
+    if len(cuts) > 1 or bool(cuts and cuts[0][0] and tensor.ndim > 2):
+        return _Place(shape, sharded=True, gathered=True, copies=processes.count)
+    dim, pieces = cuts[0] if cuts else (0, 1)
+    return _Place(shape, True, dim, copies=processes.count // pieces)
+
+
+def _stacked(updates: Sequence[TensorUpdate], place: _Place) -> TensorUpdate:
+    """Updates of one shape and decay as one, `[count, *part]`."""
+    old = [update.old for update in updates if update.old is not None]
+    return TensorUpdate(
+        place.stack([update.new for update in updates]), place.stack(old) if old else None, updates[0].decay
+    )
 
 
 def _cuts(tensor: Tensor) -> list[tuple[int, int]]:
@@ -195,9 +201,9 @@ def _gathered(tensor: Tensor) -> Tensor:
     return tensor if full is None else full()
 
 
-def _stacked(flat: list[Tensor]) -> Tensor:
-    """`[count, entries]`; one alone is not copied."""
-    return flat[0][None] if len(flat) == 1 else torch.stack(flat)
+def _flat(stack: Tensor) -> Tensor:
+    """`[count, entries]`."""
+    return stack.flatten(1) if stack.ndim > 1 else stack[:, None]
 
 
 def _sums(

@@ -44,7 +44,7 @@ class OutputChange:
         *,
         part: int = 4,
         forward: Forward | str | None = None,
-        method: str = "kronecker",
+        method: str = "full_cov",
         probes: int = 8,
         seed: int = 0,
         processes: ProcessesOption = "auto",

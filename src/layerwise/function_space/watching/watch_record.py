@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from layerwise.common.files import plain_json
+from layerwise.common.layer_rate import LayerRate
 from layerwise.common.text_table import aligned
 from layerwise.function_space.steps.by_module import ModuleUpdate
-from layerwise.function_space.watching.unit_rates import UnitRate, unit_scalars
+from layerwise.function_space.watching.unit_rates import unit_scalars
 from layerwise.function_space.watching.unusual import Unusual
 
 
@@ -90,7 +91,7 @@ class WatchRecord:
     modules: Mapping[str, ModuleReading]
     loss_change: float | None = None
     together: Together | None = None
-    units: Mapping[str, UnitRate] = field(default_factory=dict)
+    units: Mapping[str, LayerRate] = field(default_factory=dict)
     unusual: Sequence[Unusual] = ()
 
     def __str__(self) -> str:
@@ -125,7 +126,7 @@ class WatchRecord:
         if self.together is not None:
             data["together"] = {**asdict(self.together), "reinforcement": self.together.reinforcement}
         if self.units:
-            data["units"] = {name: asdict(unit) for name, unit in self.units.items()}
+            data["units"] = {name: unit._asdict() for name, unit in self.units.items()}
         if self.unusual:
             data["unusual"] = [str(line) for line in self.unusual]
         found: dict[str, Any] = plain_json(data)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import checked
+from layerwise.common.layer_rate import LayerRate
 from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ProcessesOption
@@ -31,7 +32,7 @@ from layerwise.function_space.steps.watched_step import (
 from layerwise.function_space.watching.gradients import Gradients
 from layerwise.function_space.watching.output_change import OutputChange
 from layerwise.function_space.watching.sinks import sinks_of
-from layerwise.function_space.watching.unit_rates import UnitRate, unit_rates
+from layerwise.function_space.watching.unit_rates import unit_rates
 from layerwise.function_space.watching.unusual import UnusualRule
 from layerwise.function_space.watching.watch_record import ModuleReading, WatchRecord
 
@@ -242,7 +243,7 @@ class Watch:
         return WatchRecord(step, modules, sum(changes) if changes else None, together, units, unusual)
 
 
-def _effective(taken: WatchedStep, units: Mapping[str, UnitRate]) -> dict[str, float]:
+def _effective(taken: WatchedStep, units: Mapping[str, LayerRate]) -> dict[str, float]:
     """Each module's learning rate: of its parameters' (of the mean of their units') the mean, weighted by entries."""
     of_units: dict[str, list[float]] = {}
     for unit, rate in units.items():

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from layerwise.common.layer_rate import LayerRate
 from layerwise.errors import LayerwiseError, NonFiniteError
+from layerwise.function_space.watching.unit_rates import unit_rates
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import Batch, open_data
 from layerwise.lab.models.families import build_model, loss
@@ -27,7 +29,6 @@ from layerwise.lab.training.interrupts import Interrupts, between_steps
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import Progress
 from layerwise.lab.training.schedules import build_scheduler
-from layerwise.optim import LayerRate, LayerwiseOptimizer
 
 
 class DivergedError(Exception):
@@ -300,9 +301,7 @@ class Trainer:
 
     def _layer_rates(self) -> dict[str, LayerRate]:
         """The rates of the step just taken, with what observers (FLeRM) multiply them by."""
-        if not isinstance(self.optimizer, LayerwiseOptimizer) or self.rank > 0:
-            return {}
-        rates = self.optimizer.layer_rates()
+        rates = {} if self.rank > 0 else unit_rates(self.optimizer)
         for observer in self.observers:
             for unit, rate in rates.items():
                 rates[unit] = rate._replace(lr=rate.lr * observer.multiplier(environment.parameter_of(unit)))
