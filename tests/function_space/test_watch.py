@@ -21,6 +21,7 @@ import layerwise as lw
 from layerwise.function_space.steps.by_module import module_of
 from layerwise.function_space.steps.spectral_norm import spectral_norms
 from layerwise.function_space.watching.unusual import siblings_of
+from layerwise.integrations.logged import RateLog
 
 # Sums of up to 1056 products in float64, added up in another order; differences of weights lose three digits more.
 ROUNDING = 1e-9
@@ -256,6 +257,37 @@ def test_function_space_is_measured_on_the_inputs_of_the_step_before():
     assert record.together.parts == pytest.approx(expected.total, rel=1e-3)
     squares = sum(rate.value**2 for rate in expected.values())
     assert record.together.reinforcement == pytest.approx(moved / math.sqrt(squares), rel=1e-3)
+
+
+def test_a_recorder_and_a_watch_of_one_step_say_the_same():
+    model = ResNet(16, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    inputs = batch(0)[2]
+    watch = lw.watch(model, optimizer, 1, function_space_every=1, batch=inputs, part=1, probes=6, seed=4)
+    # A recorder counts steps from 0, a watch from 1, and either adds the step to its seed.
+    recorder = lw.FunctionSpaceRecorder(model, optimizer, 1, probes=6, seed=5)
+    backward(model, 0)
+    with recorder.step(inputs):
+        optimizer.step()
+    rates = recorder.records[0].rates
+    for name, module in watch.records[0].modules.items():
+        assert module.rate == sum(rates[f"{name}.{kind}"].value for kind in ("weight", "bias")), name
+
+
+def test_a_record_and_a_log_show_the_rates_that_the_optimizer_tells():
+    model = ResNet(16, 2)
+    optimizer = lw.Lanton(lw.param_groups(model), lr=0.01)
+    watch = lw.watch(model, optimizer, 1, function_space_every=0)
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    told = optimizer.layer_rates()
+    assert watch.records[-1].units == told
+    logged = RateLog(by="unit")(optimizer)
+    assert {name: logged[f"layer_lr/{name}"] for name in told} == {
+        name: rate.lr for name, rate in told.items()
+    }
 
 
 def test_the_predicted_loss_change_is_the_real_one_for_a_small_step():
