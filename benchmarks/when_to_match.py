@@ -3,7 +3,8 @@
     python benchmarks/when_to_match.py            # GPT-2 of two blocks, width 16 to 128; some 300 short runs
 
 A GPT-2 as nanoGPT trains it (initial weights of deviation 0.02 at every width, gains, learned positions, tied head;
-batches of 8 x 32 bytes of Python's standard library, linear warm-up, cosine to a tenth), and with `--model pre` the paper's
+batches of 8 x 32 bytes of Python's standard library, linear warm-up, cosine to a tenth). With `--model gpt2-scaled` the
+small model's initial weights are as large as the large one's next to their width, with `--model pre` it is the paper's
 PreNorm decoder. The small model is tuned with one rate, its function-space rates are recorded at its best rate, and each way
 of matching is tried on the large model over a grid around that. Finished runs are not repeated. The two halves of a
 comparison see the same weights and batches.
@@ -38,7 +39,10 @@ SMALL, LARGE, STEPS, WARM_UP, LENGTH = 16, 128, 200, 20, 32
 GRIDS = {SMALL: range(-9, -2), LARGE: range(-11, -4)}
 CARRIED = range(-1, 4)
 BASE_SEEDS = (0, 1, 2, 3)
+#: The same GPT-2, whose small model starts with weights that multiply as the large one's do: deviation 0.02 sqrt(8).
+SCALED = "gpt2-scaled"
 MODELS = {
+    SCALED: {"preset": "gpt2-tiny", "n_layer": 2, "n_embd": SMALL, "n_head": 1},
     "gpt2": {"preset": "gpt2-tiny", "n_layer": 2, "n_embd": SMALL, "n_head": 1},
     "pre": {"preset": "decoder", "norm": "pre", "base_width": SMALL, "base_heads": 1},
 }
@@ -93,7 +97,8 @@ class Trial:
 
     @property
     def key(self) -> str:
-        return f"{self.model}, {self.way}, width {self.width}, 2^{self.exponent}, seed {self.seed}"
+        same = (self.model, self.way, self.width) == (SCALED, ONE_RATE, LARGE)  # as without scaling: run once
+        return f"{'gpt2' if same else self.model}, {self.way}, width {self.width}, 2^{self.exponent}, seed {self.seed}"
 
 
 class Matching:
@@ -138,6 +143,8 @@ def config_of(name: str, width: int) -> Config:
             "training": {"steps": STEPS, "batch_size": 8, "eval_batches": 16},
         }
     )
+    if name == SCALED and width == SMALL:
+        plain = plain.replace({"model.initializer_range": 0.02 * math.sqrt(LARGE / SMALL)})
     return plain.replace(resized(plain.model, "width", width))
 
 
