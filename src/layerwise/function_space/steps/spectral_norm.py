@@ -13,20 +13,22 @@ from layerwise.common.tensors import or_one
 
 #: What adds a tensor over the processes that hold parts of one matrix, in place.
 Sum = Callable[[Tensor], Tensor]
+#: Stacks of at most so many columns share one set of vectors, padded with zeros.
+_SHORT = 1 << 10
 #: Matrices of more entries are multiplied one by one on a CPU: there starting an operation costs nothing beside it.
 _LARGE = 1 << 14
 
 
 @dataclass
 class _Lanczos:
-    """Lanczos on `A^T A` of several stacks of matrices with equally many columns: `V^T A^T A V = T`, tridiagonal.
+    """Lanczos on `A^T A` of several stacks of matrices: `V^T A^T A V = T`, tridiagonal.
 
     Starting an operation is what small matrices cost, so the vectors of all stacks are worked on together, and the products
     alone go stack by stack. Where rows of the matrices are spread over processes, `right` is everywhere the same.
 
     Attributes:
         stacks: `[count, rows, columns]` each.
-        right: the vectors of all, `[total, columns]`.
+        right: the vectors of all, `[total, most columns]`; zeros where a stack has fewer columns.
         diagonal: of T, `[total]` each.
         above: beside it.
         earlier: the vectors before.
@@ -39,14 +41,9 @@ class _Lanczos:
     earlier: Tensor | None = None
 
     def products(self) -> Tensor:
-        """`A^T A` times the vectors, `[total, columns]`, to be summed over processes."""
+        """`A^T A` times the vectors, `[total, most columns]`, to be summed over processes."""
         parts = self.right.split([len(stack) for stack in self.stacks])
-        # Not `stack.mT @ left`, which a CPU takes 20 times as long for.
-        back = [
-            torch.bmm(_times(stack, part[..., None]).mT, stack)[:, 0]
-            for stack, part in zip(self.stacks, parts, strict=True)
-        ]
-        return back[0] if len(back) == 1 else torch.cat(back)
+        return _padded([_squared(stack, part) for stack, part in zip(self.stacks, parts, strict=True)])
 
     def extend(self, summed: Tensor) -> None:
         """One more row of T, from the sums over processes of `products`."""
@@ -96,10 +93,10 @@ def spectral_norms(stacks: Sequence[Tensor], steps: int = 6, sum_: Sum | None = 
         peaks = _summed(peaks, sum_)
     scales = [or_one(peak) for peak in peaks]
     scaled = [stack / scale[:, None, None] for stack, scale in zip(stacks, scales, strict=True)]
-    if sum_ is None:
-        scaled = [stack.mT if stack.shape[1] < stack.shape[2] else stack for stack in scaled]
-    alike = _by_columns(scaled)
-    parts = [_started([scaled[k] for k in places]) for places in alike]
+    alike = _alike(scaled)
+    parts = [
+        _Lanczos(several, _start(several)) for several in ([scaled[k] for k in places] for places in alike)
+    ]
     for _ in range(steps):
         products = [part.products() for part in parts]
         if sum_ is not None:
@@ -112,12 +109,27 @@ def spectral_norms(stacks: Sequence[Tensor], steps: int = 6, sum_: Sum | None = 
     return [found[k] * scale.cpu() for k, scale in enumerate(scales)]
 
 
-def _by_columns(stacks: Sequence[Tensor]) -> list[list[int]]:
-    """Places of the stacks whose vectors are of one kind."""
+def _alike(stacks: Sequence[Tensor]) -> list[list[int]]:
+    """Places of the stacks whose vectors are worked on together."""
     kinds: dict[tuple[object, ...], list[int]] = {}
     for place, stack in enumerate(stacks):
-        kinds.setdefault((stack.shape[2], stack.dtype, stack.device), []).append(place)
+        columns = stack.shape[2]
+        kinds.setdefault((max(columns, _SHORT), stack.dtype, stack.device), []).append(place)
     return list(kinds.values())
+
+
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """`[count, columns]` of each below one another, with zeros up to the most columns."""
+    most = max(part.shape[1] for part in parts)
+    whole = [torch.nn.functional.pad(p, (0, most - p.shape[1])) if p.shape[1] < most else p for p in parts]
+    return whole[0] if len(whole) == 1 else torch.cat(whole)
+
+
+def _squared(stack: Tensor, vectors: Tensor) -> Tensor:
+    """`A^T A` times the vectors `[count, columns]`, which may be padded."""
+    left = _times(stack, vectors[:, : stack.shape[2], None])
+    # Not `stack.mT @ left`, which a CPU takes 20 times as long for.
+    return torch.bmm(left.mT, stack)[:, 0]
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
@@ -133,14 +145,16 @@ def _peak(stack: Tensor) -> Tensor:
     return stack.abs().amax((1, 2)) if stack.numel() else stack.new_zeros(stack.shape[0])
 
 
-def _started(stacks: list[Tensor]) -> _Lanczos:
-    """All start from one vector of unit length, that no structure of weights is likely to be orthogonal to."""
+def _start(stacks: Sequence[Tensor]) -> Tensor:
+    """Fixed vectors of unit length, that no structure of weights is likely to be orthogonal to; as `_Lanczos.right`."""
     like = stacks[0]
-    phases = torch.arange(1, like.shape[-1] + 1, dtype=torch.float64) * (math.sqrt(5) - 1) / 2
-    # No entry repeats: the golden ratio is far from every fraction.
-    vector = 1.0 + (2 * math.pi * phases).sin()
-    vector = (vector / vector.norm()).to(like.device, like.dtype)
-    return _Lanczos(stacks, vector.repeat(sum(len(stack) for stack in stacks), 1))
+    vectors = {}
+    for columns in {stack.shape[2] for stack in stacks}:
+        phases = torch.arange(1, columns + 1, dtype=torch.float64) * (math.sqrt(5) - 1) / 2
+        # No entry repeats: the golden ratio is far from every fraction.
+        vector = 1.0 + (2 * math.pi * phases).sin()
+        vectors[columns] = (vector / vector.norm()).to(like.device, like.dtype)
+    return _padded([vectors[stack.shape[2]].repeat(len(stack), 1) for stack in stacks])
 
 
 def _summed(parts: Sequence[Tensor], sum_: Sum) -> list[Tensor]:
