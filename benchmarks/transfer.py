@@ -57,23 +57,8 @@ LONG = [
 LONG_DECODER = [
     *LONG,
     "model.norm=pre",
-    "sweep.lr={low: 0.00048828125, high: 0.0625, count: 8}",
-    "sweep.lr_of={flerm: {low: 0.001953125, high: 0.0625, count: 6}, mup: {low: 0.001953125, high: 0.0625, count: 6}, "
-    "uniform: {low: 0.125, high: 8, count: 7}}",
-]
-LONG_RESMLP = [
-    *LONG,
-    "sweep.lr={low: 0.000244140625, high: 0.03125, count: 8}",
-    "sweep.lr_of={flerm: {low: 0.0009765625, high: 0.03125, count: 6}, mup: {low: 0.0009765625, high: 0.03125, count: 6}, "
-    "uniform: {low: 0.125, high: 8, count: 7}}",
-]
-LONG_MUON = [
-    *LONG,
-    "model.norm=pre",
-    "optimizer.name=d-muon",
-    "sweep.methods=[standard, flerm, uniform]",
-    "sweep.lr={low: 0.0009765625, high: 0.0625, count: 7}",
-    "sweep.lr_of={uniform: {low: 0.125, high: 8, count: 7}}",
+    "sweep.lr={low: 0.0009765625, high: 0.03125, count: 6}",
+    "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125], mup: [0.007812, 0.01562, 0.03125], uniform: [0.5, 1, 2]}",
 ]
 
 #: Figure -> sweep -> its title, its config and what is changed in it.
@@ -97,11 +82,7 @@ SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
     "init_scale_paper": {
         "pre_post_mod_init": ("PreNormPostMod", "decoder.yaml", [*PAPER_SCALE, "model.norm=pre_post_mod"]),
     },
-    "width_400": {
-        "pre_400": ("PreNorm, Adam", "decoder.yaml", LONG_DECODER),
-        "pre_muon_400": ("PreNorm, D-Muon", "decoder.yaml", LONG_MUON),
-        "resmlp_400": ("ResMLP, Adam", "resmlp.yaml", LONG_RESMLP),
-    },
+    "width_400": {"pre_400": ("PreNorm, 400 steps", "decoder.yaml", LONG_DECODER)},
     "lora": {"lora": ("LoRA on GPT-2", "lora.yaml", [])},
 }
 
