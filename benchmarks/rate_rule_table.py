@@ -13,7 +13,7 @@ import machine
 from layerwise.lab.experiments.standings import TOLERANCE, paired
 from layerwise.lab.report import RateCurve
 from layerwise.lab.report.style import Look
-from rate_rule_plan import SECONDS_A_STEP, STUDIES, Trial
+from rate_rule_plan import SECONDS_A_STEP, STUDIES, TIMES, Trial
 
 Row = Mapping[str, Any]
 Losses = dict[float, dict[int, float]]  # base rate -> seed -> loss
@@ -119,10 +119,11 @@ def section(model: str, steps: int, found: Mapping[str, Losses], rows: Sequence[
 
 def seconds_of(trial: Trial, rows: Sequence[Row]) -> float:
     """Processor time that a trial takes: by runs of its model by its contender, else by any, else by `SECONDS_A_STEP`."""
-    same_model = [row for row in rows if row["trial"]["model"] == trial.model and row.get("seconds")]
-    same = [row for row in same_model if row["trial"]["contender"] == trial.contender] or same_model
-    a_step = [row["seconds"] / row["trial"]["steps"] for row in same] or [SECONDS_A_STEP[trial.model]]
-    return trial.steps * statistics.median(a_step)
+    of_model = [row for row in rows if row["trial"]["model"] == trial.model and row.get("seconds")]
+    same = [row for row in of_model if row["trial"]["contender"] == trial.contender]
+    times = 1.0 if same else TIMES.get(trial.contender, 1.0)
+    a_step = [row["seconds"] / row["trial"]["steps"] for row in same or of_model]
+    return trial.steps * times * statistics.median(a_step or [SECONDS_A_STEP[trial.model]])
 
 
 def plan(names: Sequence[str], rows: Sequence[Row]) -> str:

@@ -59,6 +59,21 @@ def test_the_rate_rules_table_is_made_from_its_rows_and_the_rows_from_the_plan(
         assert Trial(**trial) in planned
 
 
+def test_a_plan_counts_what_is_done_and_takes_the_time_of_runs_that_were_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from rate_rule import as_row
+    from rate_rule_plan import SECONDS_A_STEP, STUDIES
+    from rate_rule_table import plan, seconds_of
+
+    first, *others = STUDIES["small"].trials
+    assert seconds_of(first, []) == first.steps * SECONDS_A_STEP["llama-small"]
+    rows = [{"trial": as_row(first), "loss": 3.0, "seconds": 500.0}]
+    left = len(others) * 500.0  # all have the steps of the first
+    assert plan(["small"], rows).splitlines()[1].split() == ["small", "6", "1", f"{left:,.0f}"]
+
+
 def test_the_host_cost_is_measured(tmp_path: Path) -> None:
     run("host_cost.py", "--small", "--out", str(tmp_path))
     assert "| Lanton (layerwise) |" in (tmp_path / "host_cost.md").read_text()
