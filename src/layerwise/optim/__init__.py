@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
+import layerwise.optim.presets
+import layerwise.optim.rules
 from layerwise.common.layer_rate import LayerRate
 from layerwise.optim.named_optimizers import NamedOptimizer, optimizers, register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer
-from layerwise.optim.presets import DMuon, DualMuon, Lanton, Muon, Scion, Signum
+from layerwise.optim.presets.d_muon import DMuon
+from layerwise.optim.presets.dual_muon import DualMuon
+from layerwise.optim.presets.lanton import Lanton
+from layerwise.optim.presets.muon import Muon
+from layerwise.optim.presets.scion import Scion
+from layerwise.optim.presets.signum import Signum
 from layerwise.optim.rules.dual_norm_adaptive import DualNormAdaptive
 from layerwise.optim.rules.noise_adaptive import NoiseAdaptive
 from layerwise.optim.rules.norm_adaptive import NormAdaptive
@@ -50,3 +59,8 @@ def __getattr__(name: str) -> Any:
 
         return DistributedWork
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+for _folder in (layerwise.optim.presets, layerwise.optim.rules):
+    for _file in iter_modules(_folder.__path__, f"{_folder.__name__}."):
+        import_module(_file.name)  # what is registered there has its name from now on
