@@ -1,13 +1,17 @@
-"""The recipes of CONTRIBUTING.md, done as they are written: the file is made, and everything else follows by itself."""
+"""The recipes of CONTRIBUTING.md, done as they are written: the file is made in a copy of the package."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import layerwise
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -65,9 +69,11 @@ assert run.status == "finished"
 #: What each use is run after, in a process of its own: a registry is not to remember a test.
 BEFORE = """
 import runpy, sys
+from importlib import import_module
 from pathlib import Path
 folder, page_file = Path(sys.argv[1]), sys.argv[2]
-recipe = runpy.run_path(str(folder / "recipe.py"), run_name="recipe")
+in_package = len(sys.argv) > 3
+recipe = vars(import_module(sys.argv[3])) if in_package else runpy.run_path(str(folder / "recipe.py"), run_name="recipe")
 from layerwise.lab.config.load import load_config
 from layerwise.lab.report.names import looks, optimizer_title
 from layerwise.lab.training.run import train
@@ -107,11 +113,37 @@ def test_every_recipe_is_used_here() -> None:
     assert RECIPES.keys() == USES.keys()
 
 
-@pytest.mark.parametrize("name", USES)
-def test_a_recipe_works_as_it_is_written(name: str, tmp_path: Path) -> None:
-    (tmp_path / "recipe.py").write_text(RECIPES[name], encoding="utf-8")
-    page = ROOT / "docs" / "make_configuration.py"
+def run(code: str, *words: str, source: Path | None = None) -> None:
+    """In a process of its own, with the package in `source` before all others."""
+    path = os.pathsep.join(filter(None, [str(source or ""), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
-        [sys.executable, "-c", BEFORE + USES[name], str(tmp_path), str(page)], capture_output=True, text=True
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_recipe_works_as_it_is_written(name: str, tmp_path: Path) -> None:
+    """In a copy of the package, at the path that it names; a script's, by itself."""
+    page = str(ROOT / "docs" / "make_configuration.py")
+    path = re.match(r"# src/(layerwise/.+\.py)\n", RECIPES[name])
+    if path is None:
+        (tmp_path / "recipe.py").write_text(RECIPES[name], encoding="utf-8")
+        run(BEFORE + USES[name], str(tmp_path), page)
+        return
+    source = tmp_path / "src"
+    shutil.copytree(
+        Path(layerwise.__file__).parent, source / "layerwise", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (source / path[1]).write_text(RECIPES[name], encoding="utf-8")
+    module = path[1].removesuffix(".py").replace("/", ".")
+    run(BEFORE + USES[name], str(tmp_path), page, module, source=source)
+
+
+def test_a_rule_in_a_script_has_its_name_too(tmp_path: Path) -> None:
+    (tmp_path / "recipe.py").write_text(RECIPES["A rate rule"], encoding="utf-8")
+    check = "import runpy, sys\nimport layerwise as lw\nrunpy.run_path(sys.argv[1])\nassert 'gentle' in lw.rate_rules()"
+    run(check, str(tmp_path / "recipe.py"))

@@ -62,16 +62,14 @@ class Trend:
         return quantile * self.stderr
 
     def verdict(self, tolerance: float) -> Verdict:
-        """`flat`: the slope is within the tolerance; `grows`, `shrinks`: it is beyond, and so is all of its 95 % interval;
-        `unclear`: only a part of the interval is within; `none`: there is nothing to judge.
+        """`grows`, `shrinks`: all of the slope's 95 % interval is beyond the tolerance; `flat`: the slope is within it, and
+        known to within it; `unclear`: neither, so that more seeds or sizes would tell; `none`: there is nothing to judge.
         """
         if self.slope is None:
             return "none"
-        if abs(self.slope) <= tolerance:
-            return "flat"
-        if abs(self.slope) - self.margin <= tolerance:
-            return "unclear"
-        return "grows" if self.slope > 0 else "shrinks"
+        if abs(self.slope) - self.margin > tolerance:
+            return "grows" if self.slope > 0 else "shrinks"
+        return "flat" if max(abs(self.slope), self.margin) <= tolerance else "unclear"
 
 
 def trend(

@@ -23,7 +23,7 @@ Of a config (sizes by --widths or --depths, or --sizes with --axis), or of your 
 
 where `make(size)` returns `(model, optimizer, batch)`, and a `loss(model, batch)` if it has to. Each size trains for a few
 steps; the slope of each module's function-space rate against the size says whether one learning rate fits all. Exit code
-0: every slope is within the tolerance, as far as its error can tell; 1: some are not.
+0: no slope is beyond the tolerance, as far as its error can tell; 1: some are; 2: what was asked for cannot be done.
 """
 
 
@@ -82,16 +82,23 @@ def _conclude(found: SizeCheck) -> None:
     from layerwise.function_space.checking.trends import QUANTITIES
 
     uneven = [name for name, verdict in found.verdicts.items() if verdict in ("grows", "shrinks")]
+    unclear = [name for name, verdict in found.verdicts.items() if verdict == "unclear"]
     what = QUANTITIES[found.judged]
     if uneven:
         print(
             f"{len(uneven)} of {len(found.verdicts)} modules change with the {found.axis} ({what}, slope beyond"
-            f" {found.tolerance:g}): {', '.join(uneven[:4])}{', ...' if len(uneven) > 4 else ''}"
+            f" {found.tolerance:g}): {_some(uneven)}"
         )
         raise typer.Exit(1)
-    print(
-        f"all {len(found.verdicts)} modules are flat in the {found.axis} ({what}, slope within {found.tolerance:g})"
-    )
+    judged = sum(verdict != "none" for verdict in found.verdicts.values())
+    flat = f"all {judged}" if not unclear else f"{judged - len(unclear)} of {judged}"
+    print(f"{flat} modules are flat in the {found.axis} ({what}, slope within {found.tolerance:g})")
+    if unclear:
+        print(f"more seeds or sizes would tell of {_some(unclear)}: the slope's interval is too wide")
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def _write(found: SizeCheck, output: Path) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: a folder per step, complete or absent, checked against its own hashes when it is read.
 
     checkpoints/step-00000100/
-      state.pt        model, optimizer, scheduler, random states, position
+      state.pt        model, optimizer, schedule, scaler, random states, observers, position: what `Trainer._save` gives
       manifest.json   step, size and sha256 of state.pt, and what the state belongs to
 
 A checkpoint is written into a folder of another name, flushed to the disk, and moved into place; only then is an

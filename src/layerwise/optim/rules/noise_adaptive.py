@@ -112,7 +112,7 @@ class ReplicaGradient(Reference):
     Replicas see independent minibatches. With ``sigma^2`` the variance of their mean, one has ``W sigma^2``, and its
     difference from the mean ``(W - 1) sigma^2``: ``sqrt(2 / (W - 1))`` puts it on the scale of the other options. With two
     replicas that is exactly what the halves of ``IndependentHalf`` give. One process keeps its own gradient of each
-    parameter and takes its norm; which one changes from step to step (``layerwise.optim.rules.replicas``).
+    parameter and takes its norm; which one changes from step to step (``layerwise.optim.work.replicas``).
     """
 
     warmup: int = 0

@@ -157,10 +157,13 @@ def register_rule(name: str) -> Callable[[_Rule], _Rule]:
     Examples:
         >>> @lw.register_rule("half_speed")
         ... class HalfSpeed(lw.RateRule):
-        ...     def allocate(self, param, units):
-        ...         return {"multiplier": super().allocate(param, units)["multiplier"] / 2}
+        ...     def allocate(self, param, units, sizes):
+        ...         return {"multiplier": super().allocate(param, units, sizes)["multiplier"] / 2}
         >>> lw.rate_rules()["half_speed"].__name__
         'HalfSpeed'
+        >>> optimizer = lw.DMuon(lw.param_groups(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))), rates=HalfSpeed())
+        >>> optimizer.layer_rates()["0.weight"].multiplier
+        0.5
     """
 
     def register(cls: _Rule) -> _Rule:

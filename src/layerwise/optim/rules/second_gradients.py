@@ -14,7 +14,7 @@ from layerwise.optim.rules.rule import needs_replicas
 from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
 
 if TYPE_CHECKING:  # it is slow to import
-    from layerwise.optim.rules.replicas import CommHook, Replicas
+    from layerwise.optim.work.replicas import CommHook, Replicas
 
 _NOT_AVERAGED = (
     "hold_half: the processes hold different gradients, so they have not been averaged and the weights would drift apart: "
@@ -49,7 +49,7 @@ class SecondGradients:
         turn: Callable[[], int],
     ) -> None:
         """See ``LayerwiseOptimizer.watch_replicas``; `wanted` and `turn` as for `Replicas`."""
-        from layerwise.optim.rules.replicas import Replicas
+        from layerwise.optim.work.replicas import Replicas
 
         watcher = self._replicas or Replicas(wanted, turn)
         watcher.watch(model, comm_hook, state)
