@@ -265,6 +265,8 @@ def test_verdicts():
     assert of(0.3) == "grows"
     assert of(-0.3) == "shrinks"
     assert of(0.3, 0.1) == "unclear"
+    assert of(0.1, 0.2) == "flat"  # 0.1 +- 0.392
+    assert of(0.1, 0.21) == of(-0.1, 3.0) == "unclear"  # 1/2 is in the interval
     assert of(0.5, 0.1) == of(math.inf) == "grows"
     assert of(None) == "none"
     zero, appears = ([Value(0.0)], [Value(0.0)]), ([Value(0.0)], [Value(1.0)])

@@ -32,7 +32,7 @@ class SizeCheck:
         >>> def sgd(model):
         ...     return torch.optim.SGD(model.parameters(), lr=0.1)
         >>> batch = torch.randn(16, 4), torch.randn(16, 2)
-        >>> result = lw.check(lambda rank: torch.nn.Linear(4, 2), (2, 4), sgd, batch, steps=(1,), axis="rank")
+        >>> result = lw.check(lambda rank: torch.nn.Linear(4, 2), (2, 8), sgd, batch, steps=(1,), axis="rank")
         >>> result.passed, result.verdicts  # the size changes nothing here
         (True, {'(model)': 'flat'})
         >>> [round(abs(trend.slope), 6) for trend in result.of("update_rms")]

@@ -20,6 +20,8 @@ QUANTITIES: dict[Quantity, str] = {
     "update_rms": "RMS of the update",
     "spectral": "spectral norm of the update",
 }
+#: The least slope that a parametrisation has which is not flat: theory's are multiples of it.
+_NEXT_SLOPE = 0.5
 Verdict = Literal["flat", "grows", "shrinks", "unclear", "none"]
 
 
@@ -63,13 +65,14 @@ class Trend:
 
     def verdict(self, tolerance: float) -> Verdict:
         """`grows`, `shrinks`: all of the slope's 95 % interval is beyond the tolerance; `flat`: the slope is within it, and
-        known to within it; `unclear`: neither, so that more seeds or sizes would tell; `none`: there is nothing to judge.
+        the interval leaves out 1/2 and more; `unclear`: neither: more seeds or sizes would tell; `none`: nothing to judge.
         """
         if self.slope is None:
             return "none"
         if abs(self.slope) - self.margin > tolerance:
             return "grows" if self.slope > 0 else "shrinks"
-        return "flat" if max(abs(self.slope), self.margin) <= tolerance else "unclear"
+        known = abs(self.slope) + self.margin < max(_NEXT_SLOPE, tolerance)
+        return "flat" if abs(self.slope) <= tolerance and known else "unclear"
 
 
 def trend(
