@@ -31,8 +31,9 @@ class SizeCheck:
         >>> import layerwise as lw
         >>> def sgd(model):
         ...     return torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> batch = torch.randn(16, 4), torch.randn(16, 2)
-        >>> result = lw.check(lambda rank: torch.nn.Linear(4, 2), (2, 8), sgd, batch, steps=(1,), axis="rank")
+        >>> _ = torch.manual_seed(0)
+        >>> batch = torch.randn(64, 4), torch.randn(64, 2)
+        >>> result = lw.check(lambda rank: torch.nn.Linear(4, 2), (2, 8, 32), sgd, batch, steps=(1,), axis="rank")
         >>> result.passed, result.verdicts  # the size changes nothing here
         (True, {'(model)': 'flat'})
         >>> [round(abs(trend.slope), 6) for trend in result.of("update_rms")]
