@@ -215,6 +215,29 @@ def run(trial: Trial, base: lw.BaseRates | None) -> float:
     return fmean(losses)
 
 
+def multipliers(name: str, way: Way, exponent: int, seed: int = 0) -> dict[str, float]:
+    """What the large model's rates are multiplied by after the last match, by kind: the geometric mean, and the extremes."""
+    base = record(name, way, exponent)
+    model, optimizer, data = start(name, LARGE, exponent, seed)
+    steps = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    matching = Matching(model, optimizer, way, base, seed)
+    for step in range(way.steps[-1] + 1):
+        optimizer.zero_grad()
+        take_gradient(model, data, step, way.batches)
+        with matching.around(step, measured_on(data)):
+            optimizer.step()
+        matching.after(step)
+        steps.step()
+    found = matching.flerm.state_dict()["multipliers"]
+    inside = [m for n, m in found.items() if ".h." in n and dict(model.named_parameters())[n].ndim == 2]
+    return {
+        "matrices in blocks": math.exp(fmean(map(math.log, inside))),
+        "least": min(inside),
+        "most": max(inside),
+        "embedding": found["transformer.wte.weight"],
+    }
+
+
 class Runs:
     """What has been run, in a file of JSON lines, and what more is run."""
 
@@ -247,6 +270,20 @@ class Runs:
             2.0**k: [self.found[Trial(model, way, width, k, seed).key] for seed in seeds] for k in exponents
         }
         return Curve("standard", width, losses, math.log(257))
+
+
+def multiplier_table(model: str, best: int, ways: list[str]) -> list[str]:
+    """What each way makes of the rates, seed 0."""
+    rows = {way: multipliers(model, WAYS[way], best) for way in ways}
+    titles = list(next(iter(rows.values())))
+    return [
+        f"### {model}: what the rates are multiplied by (1/width would be {SMALL / LARGE:g}), seed 0",
+        "",
+        f"| matched at | {' | '.join(titles)} |",
+        f"|---|{'---:|' * len(titles)}",
+        *(f"| {way} | {' | '.join(f'{row[t]:.3g}' for t in titles)} |" for way, row in rows.items()),
+        "",
+    ]
 
 
 def trials(model: str, best: int, ways: list[str], seeds: list[int]) -> Iterator[Trial]:
@@ -308,6 +345,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS / "when_to_match.jsonl")
+    parser.add_argument(
+        "--multipliers", action="store_true", help="only what rates are multiplied by, all ways"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs = Runs(options.results)
@@ -323,9 +363,14 @@ def main() -> None:
         small = runs.curve(model, ONE_RATE, SMALL, GRIDS[SMALL], options.seeds)
         assert small.best is not None
         best = round(math.log2(small.best))
+        if options.multipliers:
+            print("\n".join(multiplier_table(model, best, options.ways)))
+            continue
         for trial in trials(model, best, options.ways, options.seeds):
             runs.run(trial, best)
         lines += table(runs, model, best, options.seeds)
+    if options.multipliers:
+        return
     options.results.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
