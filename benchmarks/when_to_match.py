@@ -65,7 +65,8 @@ def paired(one: list[float], other: list[float]) -> str:
 def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
     """A row for each way: shift, and the loss at its own best, at the carried rate, at half, and beside the first step's."""
     small = runs.curve(model, ONE_RATE, SMALL, GRIDS[SMALL], seeds)
-    first = runs.curve(model, "first step", LARGE, range(best + CARRIED[0], best + CARRIED[-1] + 1), seeds)
+    start = best_of(runs, "gpt2", seeds)
+    first = runs.curve("gpt2", "first step", LARGE, range(start, start + 1), seeds).losses[2.0**start]
     lines = [
         f"## {model}, width {SMALL} to {LARGE}, {len(seeds)} seeds",
         "",
@@ -73,7 +74,7 @@ def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
         + (" (an end of the grid)." if small.at_edge else "."),
         "",
         "| matched at | shift, steps of 2 | 95 % | loss at own best | at the carried rate | at half of it"
-        " | carried, minus first step's |",
+        " | carried, minus gpt2's at the first step |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for way in (ONE_RATE, *TRAINED[model]):
@@ -81,16 +82,16 @@ def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
         curve = runs.curve(model, way, LARGE, grid, seeds)
         assert curve.best is not None
         interval = shift_interval(small, curve, 2.0)
-        ends = "" if interval is None else "{:+.0f} to {:+.0f}".format(*interval)
+        ends = "" if interval is None else "{:+.0f} to {:+.0f}".format(*interval).replace("+0", "0")
         carried = curve.losses.get(2.0**best)
         shown = (
             way,
-            f"{math.log2(curve.best) - best:+.0f}{'!' if curve.at_edge else ''}",
+            f"{math.log2(curve.best) - best:+.0f}{'!' if curve.at_edge else ''}".replace("+0", "0"),
             ends,
             f"{curve.mean(curve.best):.3f}",
             f"{curve.mean(2.0**best):.3f}" if carried else "",
             f"{curve.mean(2.0 ** (best - 1)):.3f}" if 2.0 ** (best - 1) in curve.losses else "",
-            paired(list(carried), list(first.losses[2.0**best])) if carried else "",
+            paired(list(carried), list(first)) if carried and (model, way) != ("gpt2", "first step") else "",
         )
         lines.append(f"| {' | '.join(shown)} |")
     return [*lines, ""]

@@ -74,6 +74,16 @@ def test_a_plan_counts_what_is_done_and_takes_the_time_of_runs_that_were_made(
     assert plan(["small"], rows).splitlines()[1].split() == ["small", "6", "1", f"{left:,.0f}"]
 
 
+def test_the_page_of_when_to_match_is_made_from_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from when_to_match import page
+    from when_to_match_runs import Runs
+
+    results = BENCHMARKS / "results"
+    made = page(Runs(results / "when_to_match.jsonl"), [0, 1])
+    assert made == (results / "when_to_match.md").read_text(encoding="utf-8").splitlines()
+
+
 def test_the_host_cost_is_measured(tmp_path: Path) -> None:
     run("host_cost.py", "--small", "--out", str(tmp_path))
     assert "| Lanton (layerwise) |" in (tmp_path / "host_cost.md").read_text()
