@@ -9,7 +9,7 @@ import torch
 from tiny import OPTIMIZERS, assert_same_bits, loss_of, make, net, set_gradients, take_step, tensors, twin
 
 import layerwise as lw
-from layerwise.optim.work.job import local_state
+from layerwise.optim.state.replaced import move_beside
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -291,7 +291,7 @@ def test_the_model_may_be_cast_after_the_optimizer_was_made(name):
 
 def test_the_state_follows_its_parameter_to_another_device():
     state = {"momentum_buffer": torch.zeros(3), "multiplier": torch.ones(1), "note": "x"}
-    local_state(torch.empty(3, device="meta"), state)
+    move_beside(torch.empty(3, device="meta"), state)
     assert state["momentum_buffer"].device.type == state["multiplier"].device.type == "meta"
     assert state["note"] == "x"
 

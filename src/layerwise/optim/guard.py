@@ -122,16 +122,10 @@ def _not_finite(gradients: Sequence[Tensor], order: float) -> Tensor:
     The largest entry (order infinity) is non-finite exactly when an entry is, and never by overflow. The 2-norm is so
     whenever an entry is, and takes a CPU a twentieth of the time.
     """
-    device, dtype = gradients[0].device, gradients[0].dtype
-    filled = [g for g in gradients if g.numel()]
-    found = iter(torch._foreach_norm(filled, order) if filled else ())
-    nothing = torch.zeros(
-        (), device=device, dtype=dtype
-    )  # of a sharded gradient this process may hold no part
-    norms = [next(found) if g.numel() else nothing for g in gradients]
-    if all(norm.device == device and norm.dtype == dtype for norm in norms):
-        return ~torch.stack(norms).isfinite()
-    return ~torch.stack([norm.isfinite().to(device) for norm in norms])
+    device = gradients[0].device
+    filled = [g if g.numel() else g.new_zeros(1) for g in gradients]  # this process may hold no part of one
+    norms = torch._foreach_norm(filled, order)
+    return ~torch.stack([n if n.device == device else n.to(device) for n in norms]).isfinite()
 
 
 def _error(names: Sequence[str], bad: Tensor) -> NonFiniteError:

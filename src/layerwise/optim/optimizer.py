@@ -101,6 +101,7 @@ class LayerwiseOptimizer(Optimizer):
 
         Plain parameters of a model whose groups are here get the roles that they have in it, others are split by shape.
         """
+        self._follow_parameters()
         known = [param for group in self.param_groups for param in group["params"]]
         names = {name for group in self.param_groups for name in group["param_names"]}
         origin, ready = param_group.get("origin"), []

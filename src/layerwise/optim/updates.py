@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from layerwise.common.tensors import in_dtypes_of
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, store
 from layerwise.optim.rules.rule import NormGroup, RateRule
@@ -121,14 +122,12 @@ def _adamw(jobs: Sequence[Job], keep: Tensor | None) -> None:
     group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
     wide = first.dtype == torch.float16 or is_stochastic(group, first)
     params = [job.local.float() if wide else job.local for job in jobs]
-    moments = [
-        [job.state[key].to(param.dtype) for job, param in zip(jobs, params, strict=True)] for key in _MOMENTS
-    ]
+    moments = [in_dtypes_of(params, [job.state[key] for job in jobs]) for key in _MOMENTS]
     # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
     fused = keep is not None or isinstance(lr, Tensor) or first.dtype == torch.bfloat16
     adamw(
         params,
-        [job.grad.to(param.dtype) for job, param in zip(jobs, params, strict=True)],
+        in_dtypes_of(params, [job.grad for job in jobs]),
         moments[0],
         moments[1],
         [],
@@ -264,7 +263,7 @@ def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
     for momentum, members in by_momentum.items():
         for chunk in chunks(members, CHUNK_BYTES):
             averages = [job.state["momentum_buffer"] for job in chunk]
-            grads = [job.grad.to(average.dtype) for job, average in zip(chunk, averages, strict=True)]
+            grads = in_dtypes_of(averages, [job.grad for job in chunk])
             if keep is not None:  # a lerp from a number to itself changes nothing
                 grads = select_all(keep, grads, averages)
             torch._foreach_lerp_(averages, grads, 1.0 - momentum)

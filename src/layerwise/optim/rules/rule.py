@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -34,36 +35,78 @@ class NormGroup:
     def of(cls, members: Sequence[Job], found: Mapping[str, list[Tensor]], keys: Sequence[str]) -> NormGroup:
         """Side by side: the norms ``found`` by name, and the state of all ``members`` under ``keys``."""
         device = members[0].state["multiplier"].device  # parameters of one model may be on several
-        rows = next(len(found[job.name]) for job in members if job.name in found)
-        absent = [torch.zeros((), dtype=torch.float32, device=device)] * rows
-        norms: list[Sequence[Tensor]] = []
-        runs: list[
-            tuple[int, bool, float]
-        ] = []  # units, whether they have a gradient, their group's momentum
-        for job in members:
-            seen, units = found.get(job.name), job.state["multiplier"].numel()
-            norms.append([value.expand(units) for value in absent] if seen is None else seen)
-            run = (seen is not None, job.group["momentum"])
-            if runs and runs[-1][1:] == run:
-                runs[-1] = (runs[-1][0] + units, *run)
-            else:
-                runs.append((units, *run))
-        beside = [_side_by_side(row, device).float() for row in zip(*norms, strict=True)]
-        present = [torch.full((units,), there, device=device) for units, there, _ in runs]
-        momentum = [torch.full((n,), weight, dtype=torch.float32, device=device) for n, _, weight in runs]
-        state = {key: _side_by_side([job.state[key] for job in members], device) for key in keys}
-        return cls(torch.stack(beside), torch.cat(present), torch.cat(momentum), state, members)
+        units = [job.state["multiplier"].numel() for job in members]
+        rows = [found.get(job.name) for job in members]
+        present = [row is not None for row in rows]
+        if not all(present):
+            nothing = torch.zeros((), dtype=torch.float32, device=device)
+            count = next(len(row) for row in rows if row is not None)
+            rows = [row or [nothing.expand(n)] * count for row, n in zip(rows, units, strict=True)]
+        norms = [_in_one(row, device).float() for row in zip(*filter(None, rows), strict=True)]
+        momentum = [job.group["momentum"] for job in members]
+        return cls(
+            torch.stack(norms),
+            _repeated(present, units, torch.bool, device),
+            _repeated(momentum, units, torch.float32, device),
+            _side_by_side(members, keys),
+            members,
+        )
 
     def write(self, new: Mapping[str, Tensor], keep: Tensor | None) -> None:
         """Put new values of the state into the parameters' own, where ``keep`` allows it."""
         for key, values in new.items():
-            targets = [job.state[key] for job in self.members]
-            chosen = select(keep, values, self.state[key])
-            torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
+            before, targets = self.state[key], [job.state[key] for job in self.members]
+            chosen = select(keep, values, before)
+            if targets[0]._base is before:
+                before.copy_(chosen)
+            else:
+                torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
 
 
-def _side_by_side(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+def _in_one(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat([t if t.device == device else t.to(device) for t in tensors])
+
+
+def _repeated(
+    values: Sequence[float], counts: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Each value so many times; neighbours that are equal in one launch."""
+    runs: list[tuple[float, int]] = []
+    for value, count in zip(values, counts, strict=True):
+        if runs and runs[-1][0] == value:
+            runs[-1] = (value, runs[-1][1] + count)
+        else:
+            runs.append((value, count))
+    return torch.cat([torch.full((count,), value, dtype=dtype, device=device) for value, count in runs])
+
+
+def _side_by_side(members: Sequence[Job], keys: Sequence[str]) -> dict[str, Tensor]:
+    """The state of all members under each key, as one vector.
+
+    Each member's own becomes a part of it, so that what is written there is in their state at once, and the next step
+    finds it: putting many small vectors together, and writing them back, takes longer than all that a rule computes.
+    """
+    own = {key: [job.state[key] for job in members] for key in keys}
+    lengths = [tensor.numel() for tensor in own[keys[0]]]
+    compiling = torch.compiler.is_compiling()
+    if not compiling and all(_are_parts(tensors, lengths) for tensors in own.values()):
+        return {key: tensors[0]._base for key, tensors in own.items()}
+    device = members[0].state["multiplier"].device
+    whole = {key: _in_one(tensors, device) for key, tensors in own.items()}
+    if not compiling and all(job.local is job.param and job.local.device == device for job in members):
+        for key, vector in whole.items():
+            for job, part in zip(members, vector.split(lengths), strict=True):
+                job.state[key] = part
+    return whole
+
+
+def _are_parts(tensors: Sequence[Tensor], lengths: Sequence[int]) -> bool:
+    """Whether these are one vector's parts in order, and all of it."""
+    whole = tensors[0]._base
+    if whole is None or whole.numel() != sum(lengths) or any(tensor._base is not whole for tensor in tensors):
+        return False
+    starts = [tensor.storage_offset() for tensor in tensors]
+    return starts == [*accumulate(lengths[:-1], initial=0)]
 
 
 class RateRule(ABC):

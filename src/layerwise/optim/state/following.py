@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layerwise.common.parameter_names import canonical_name, unwrap
@@ -23,7 +24,7 @@ class Following:
 
     def __init__(self) -> None:
         self._held: dict[str, Held] = {}
-        self._entries: dict[Tensor, int] = {}
+        self._entries: dict[Tensor, tuple[int, torch.device]] = {}
         self._at_rest: frozenset[str] = frozenset()  # without a gradient when the models were last looked at
         self._frozen: list[tuple[str, weakref.ref[Tensor]]] = []
 
@@ -39,17 +40,17 @@ class Following:
                 known = before.get(name)
                 came_from = origin if known is None else known.origin
                 self._held[name] = Held(param, param.numel(), came_from)
-        self._entries = {held.param: held.entries for held in self._held.values()}
+        self._entries = {held.param: (held.entries, held.param.device) for held in self._held.values()}
 
     def sync(self, groups: Sequence[Group], states: dict[Tensor, State]) -> list[str]:
-        """Give state to tensors that stand where others stood, and to those whose size is another.
+        """Give state to tensors that stand where others stood, and to those whose size is another; move it to their device.
 
         accelerate puts others there for FSDP2: it shards the model and hands the sharded parameters to the optimizer.
 
         Returns:
             The names of the parameters whose state could not be carried over.
         """
-        entries = {param: param.numel() for group in groups for param in group["params"]}
+        entries = {param: (param.numel(), param.device) for group in groups for param in group["params"]}
         if entries == self._entries and entries.keys() == states.keys():
             return []
         lost = replace_state(groups, states, self._held)

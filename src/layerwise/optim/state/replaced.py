@@ -52,9 +52,17 @@ def replace_state(
                 ):
                     lost.append(name)
                 states[param] = new
+            move_beside(param, states[param])
     for param in states.keys() - live:
         del states[param]
     return lost
+
+
+def move_beside(param: Tensor, state: State) -> None:
+    """Bring the state to the device of its parameter: frameworks move a model after the optimizer was made."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.device != param.device:
+            state[key] = value.to(param.device)
 
 
 def has_moved(state: State) -> bool:

@@ -26,11 +26,7 @@ _NO_GRADIENT = torch.empty(0)
 
 
 def local_state(param: Tensor, state: State) -> State:
-    """This process's part of the state, beside its parameter: frameworks move a model after the optimizer was made."""
-    device = param.device
-    for key, value in state.items():
-        if getattr(value, "device", device) != device:
-            state[key] = value.to(device)
+    """This process's part of the state."""
     if not is_sharded(param):
         return state
     return {key: local_part(value) if isinstance(value, Tensor) else value for key, value in state.items()}
@@ -123,7 +119,7 @@ class Job:
         layout, own, factors = self.group["layout"], geometry or self.group["geometry"], None
         if per_white_noise:
             factors = white_noise_factors(layout, own, tuple(self.param.shape))
-        source = tensor if isinstance(tensor, Source) else _OneTensor(tensor)
+        source = _OneTensor(tensor) if callable(tensor) else tensor
         return MatrixJob(self, self.param, layout, own, source, factors, seed=seed, deviation=deviation)
 
 
@@ -137,12 +133,15 @@ def jobs_of(groups: Sequence[Group], states: Mapping[Tensor, State], work: Matri
     for group in groups:
         lr = rate(group)
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            local, grad, moves = local_part(param), _NO_GRADIENT, next(moving) and param.numel() > 0
-            if moves:
-                given = param.grad
-                grad = torch.zeros_like(local) if given is None else local_part(dense(name, given))
-            state = local_state(param, states[param])
-            jobs.append(Job(name, param, local, grad, moves, group, state, lr))
+            local, grad = local_part(param), param.grad
+            moves = next(moving) and param.numel() > 0
+            if not moves:
+                grad = _NO_GRADIENT
+            elif grad is None:
+                grad = torch.zeros_like(local)
+            else:
+                grad = local_part(dense(name, grad))
+            jobs.append(Job(name, param, local, grad, moves, group, local_state(param, states[param]), lr))
     return jobs
 
 
