@@ -32,7 +32,7 @@ from layerwise.optim.state.partial import LoadedState, take_what_fits
 from layerwise.optim.state.replaced import warn_of_fresh_state
 from layerwise.optim.updates import Update
 from layerwise.optim.work.default import default_work
-from layerwise.optim.work.job import Group, Job, MatrixWork, State, jobs_of
+from layerwise.optim.work.job import Group, Job, MatrixWork, State, by_group, jobs_of
 
 
 @checked
@@ -183,8 +183,8 @@ class LayerwiseOptimizer(Optimizer):
             self._second.before_step(moving, self.param_groups, self.state, self.work)
             samples = self._vanishing.before(moving)
             by_update: dict[Update, list[Job]] = {}
-            for job in jobs:
-                by_update.setdefault(job.group["update"], []).append(job)
+            for members in by_group(jobs):
+                by_update.setdefault(members[0].group["update"], []).extend(members)
             for update, members in by_update.items():
                 update.step(members, self.work, finite if isinstance(finite, Tensor) else None)
             self._vanishing.after(samples, self.param_groups)

@@ -27,6 +27,7 @@ from layerwise.optim.work.job import (
     MatrixJob,
     MatrixWork,
     State,
+    by_group,
     select_all,
     white_noise_factors,
 )
@@ -188,9 +189,9 @@ class Lmo(Update):
         return names
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
-        for job in jobs:
-            if "base_momentum" in job.group:  # OneCycleLR and CyclicLR move Adam's first beta: so ours
-                job.group["momentum"] = job.group["betas"][0]
+        for group in (members[0].group for members in by_group(jobs)):
+            if "base_momentum" in group:  # OneCycleLR and CyclicLR move Adam's first beta: so ours
+                group["momentum"] = group["betas"][0]
         moving = [job for job in jobs if job.moves]
         update_momentum(moving, keep)
         ruled = [job for job in jobs if job.group["rates"] is not None]
@@ -258,8 +259,8 @@ def chunks(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
 def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
     """``M <- momentum * M + (1 - momentum) * G``, in place: many small tensors in one launch."""
     by_momentum: dict[float, list[Job]] = {}
-    for job in jobs:
-        by_momentum.setdefault(job.group["momentum"], []).append(job)
+    for some in by_group(jobs):
+        by_momentum.setdefault(some[0].group["momentum"], []).extend(some)
     for momentum, members in by_momentum.items():
         for chunk in chunks(members, CHUNK_BYTES):
             averages = [job.state["momentum_buffer"] for job in chunk]
@@ -297,16 +298,13 @@ def _update_multipliers(jobs: Sequence[Job], found: Mapping[str, list[Tensor]], 
 def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
     """Each rule with the parameters whose units it compares with one another."""
     found: list[tuple[str, RateRule, list[Job]]] = []
-    by_group: dict[int, list[Job]] = {}
-    for job in jobs:
-        mates = by_group.get(id(job.group))
+    for some in by_group(jobs):
+        rule, name = some[0].group["rates"], some[0].group["norm_group"]
+        mates = next((m for other, r, m in found if other == name and (r is rule or r == rule)), None)
         if mates is None:
-            rule, name = job.group["rates"], job.group["norm_group"]
-            mates = next((m for other, r, m in found if other == name and (r is rule or r == rule)), [])
-            if not mates:
-                found.append((name, rule, mates))
-            by_group[id(job.group)] = mates
-        mates.append(job)
+            found.append((name, rule, some))
+        else:
+            mates += some
     return [(rule, members) for _, rule, members in found]
 
 

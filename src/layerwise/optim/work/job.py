@@ -8,8 +8,9 @@ the matrices of many jobs come from, a :class:`Source` makes together.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -143,6 +144,11 @@ def jobs_of(groups: Sequence[Group], states: Mapping[Tensor, State], work: Matri
                 grad = local_part(dense(name, grad))
             jobs.append(Job(name, param, local, grad, moves, group, local_state(param, states[param]), lr))
     return jobs
+
+
+def by_group(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Those of each parameter group together; jobs come group by group."""
+    return [list(members) for _, members in groupby(jobs, lambda job: id(job.group))]
 
 
 class Source(ABC):
