@@ -28,8 +28,9 @@ class NormGroup:
     norms: Tensor  # [norms that the rule asked for, units]; 0 for units without a gradient
     present: Tensor  # [units], bool: which have a gradient at this step
     momentum: Tensor  # [units]: the weight of the old average in their groups
-    state: Mapping[str, Tensor]  # "multiplier" and the rule's `unit_state`, each [units]
+    state: Mapping[str, Tensor]  # "multiplier" and the rule's `unit_state`, each [units]: copies
     members: Sequence[Job]  # the parameters whose units they are, in order
+    whole: Mapping[str, Tensor]  # what `state` is copied from, in the members' own memory where that can be
 
     @classmethod
     def of(cls, members: Sequence[Job], found: Mapping[str, list[Tensor]], keys: Sequence[str]) -> NormGroup:
@@ -44,21 +45,23 @@ class NormGroup:
             rows = [row or [nothing.expand(n)] * count for row, n in zip(rows, units, strict=True)]
         norms = [_in_one(row, device).float() for row in zip(*filter(None, rows), strict=True)]
         momentum = [job.group["momentum"] for job in members]
+        whole = _side_by_side(members, keys)
         return cls(
             torch.stack(norms),
             _repeated(present, units, torch.bool, device),
             _repeated(momentum, units, torch.float32, device),
-            _side_by_side(members, keys),
+            {key: vector.clone() for key, vector in whole.items()},
             members,
+            whole,
         )
 
     def write(self, new: Mapping[str, Tensor], keep: Tensor | None) -> None:
         """Put new values of the state into the parameters' own, where ``keep`` allows it."""
         for key, values in new.items():
-            before, targets = self.state[key], [job.state[key] for job in self.members]
-            chosen = select(keep, values, before)
-            if targets[0]._base is before:
-                before.copy_(chosen)
+            targets = [job.state[key] for job in self.members]
+            chosen = select(keep, values, self.state[key])
+            if targets[0]._base is self.whole[key]:
+                self.whole[key].copy_(chosen)
             else:
                 torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
 
