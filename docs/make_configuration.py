@@ -24,7 +24,7 @@ INTRODUCTION = """# Configuration
 
 This page is made from the code: `python docs/make_configuration.py`.
 
-    layerwise train [CONFIG] [KEY=VALUE]... [--resume | --overwrite]
+    layerwise train [CONFIG] [KEY=VALUE]... [--resume [--or-start] | --overwrite]
 
 `CONFIG` is a YAML file with the sections below, or the folder of an earlier run, whose config is then taken.
 Without it every key has its default: a small GPT-2 trained on the source of the Python standard library.
@@ -39,7 +39,8 @@ is `parallel.strategy=fsdp2`. Unknown keys are errors that name the nearest vali
 `--resume` goes on from the newest good checkpoint and ends with the numbers of a run that was never interrupted, bit
 for bit (on the same machine, with the same thread count and package versions). Only the sections `run` and `parallel`,
 `training.keep`, `training.checkpoint_every` and `data.paths` may differ from the interrupted run's. A damaged checkpoint
-is reported and passed over for the one before it.
+is reported and passed over for the one before it. Where there is no checkpoint, `--resume` is an error; `--resume --or-start` then
+starts at step 0, for scripts that are run again and again. `compare` starts such runs again by itself.
 
 A folder that is not empty and no run of ours is left as it is; `--overwrite` says what it would delete there.
 

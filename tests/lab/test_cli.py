@@ -94,7 +94,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     monkeypatch.setattr("layerwise.lab.training.run.train", interrupted)
     assert call("train", str(config)) == 130
     assert capsys.readouterr().err.splitlines() == [
-        f"layerwise: interrupted; what is finished is kept, layerwise train {config} --resume goes on"
+        f"layerwise: interrupted; what is finished is kept, layerwise train {config} --resume --or-start goes on"
     ]
 
 

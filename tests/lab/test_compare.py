@@ -57,10 +57,10 @@ class FakeTraining:
         self.best, self.diverges_above, self.head = best, diverges_above, head
         self.rates: list[float] = []
 
-    def __call__(self, config: Any, *, resume: bool, progress: Any) -> Any:
+    def __call__(self, config: Any, *, resume: bool, or_start: bool, progress: Any) -> Any:
         config = complete(config)
         path = config.run_path
-        assert resume == path.exists()  # a run that was begun goes on
+        assert resume == or_start == path.exists()  # a run that was begun goes on
         if (path / "run.json").exists():
             return read_run(path)
         path.mkdir(parents=True)

@@ -105,14 +105,18 @@ def test_deleted_checkpoints_are_not_taken_for_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = stopped(tmp_path, 3)  # before the first one was due
-    train(tiny_config(tmp_path), progress="plain", resume=True)
+    with pytest.raises(
+        LayerwiseError, match=r"came to step 2 and has no checkpoint yet.*--resume --or-start"
+    ):
+        train(tiny_config(tmp_path), progress="quiet", resume=True)
+    train(tiny_config(tmp_path), progress="plain", resume=True, or_start=True)
     assert "has no checkpoint: starting at step 0" in capsys.readouterr().err
     for checkpoint in list_checkpoints(path / "checkpoints"):
         (checkpoint / "manifest.json").unlink()
     info = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps({**info, "status": "running"}))
     with pytest.raises(LayerwiseError, match=r"came to step 12 and has no checkpoint.*--overwrite"):
-        train(tiny_config(tmp_path), progress="quiet", resume=True)
+        train(tiny_config(tmp_path), progress="quiet", resume=True, or_start=True)
 
 
 def test_records_that_were_cut_are_said_to_be_and_hold_no_nul(

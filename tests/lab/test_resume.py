@@ -85,7 +85,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def crash(config: Config, step: int) -> None:
     with pytest.raises(CrashError):
-        train(config, progress="quiet", observers=[CrashAfter(step)], resume=True)
+        train(config, progress="quiet", observers=[CrashAfter(step)], resume=True, or_start=True)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -130,11 +130,22 @@ def test_options_resume_exactly(tmp_path: Path, changes: dict[str, Any]) -> None
 
 def test_resuming_what_has_ended_or_not_begun(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    run = train(config, resume=True, progress="quiet")  # nothing there: from the start
+    with pytest.raises(
+        LayerwiseError, match=r"gpt2-tiny-adamw does not exist.*--resume --or-start starts it"
+    ):
+        train(config, resume=True, progress="quiet")
+    assert not config.run_path.exists()
+    run = train(config, resume=True, or_start=True, progress="quiet")
     before = (run.path / "metrics.jsonl").stat().st_mtime_ns
     again = train(config, resume=True, progress="quiet")
     assert again.metrics == run.metrics
     assert (run.path / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("words", [{"resume": True, "overwrite": True}, {"or_start": True}])
+def test_words_that_contradict_each_other(tmp_path: Path, words: dict[str, bool]) -> None:
+    with pytest.raises(LayerwiseError, match="--resume"):
+        train(tiny_config(tmp_path), progress="quiet", **words)
 
 
 @pytest.fixture
@@ -255,7 +266,8 @@ def kill_and_resume(tmp_path: Path, kills: int, steps: int) -> None:
     context.set_forkserver_preload(["layerwise.lab.training.run", "transformers.models.gpt2.modeling_gpt2"])
 
     def start(name: str) -> Any:
-        process = context.Process(target=main, args=(["train", str(file), f"run.name={name}", "--resume"],))
+        words = ["train", str(file), f"run.name={name}", "--resume", "--or-start"]
+        process = context.Process(target=main, args=(words,))
         process.start()
         return process
 

@@ -78,7 +78,7 @@ def _line(error: Exception) -> str:
 
 def _way_on(given: list[str]) -> str:
     """How the command that was interrupted goes on."""
-    command = shlex.join(["layerwise", *given])
-    if given[:1] == ["train"] and "--resume" not in given:
-        command += " --resume"
-    return f"{command} goes on"
+    if given[:1] == ["train"]:  # which may not have come to a checkpoint, or not even to its folder
+        options = ("--resume", "--or-start")
+        given = [*(word for word in given if word not in (*options, "--overwrite")), *options]
+    return f"{shlex.join(['layerwise', *given])} goes on"

@@ -36,6 +36,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with this run from its last checkpoint, bit for bit.")
     ] = False,
+    or_start: Annotated[
+        bool,
+        typer.Option("--or-start", help="With --resume: start at step 0 where there is no checkpoint yet."),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")
     ] = False,
@@ -53,7 +57,7 @@ def train(
         overrides.append(f"function_space.match={match}")
     config: Config = load_config(path, overrides)
     ended = resume and not overwrite and has_ended(config.run_path)
-    run = run_training(config, resume=resume, overwrite=overwrite)
+    run = run_training(config, resume=resume, or_start=or_start, overwrite=overwrite)
     processes.leave()
     if run.status == "diverged":
         raise LayerwiseError(f"run {run.path} diverged: {run.result.get('reason')}; lower optimizer.lr")

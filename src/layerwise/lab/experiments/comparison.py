@@ -61,7 +61,8 @@ class Runner:
             title += f", seed {seed}"
         ended = has_ended(placed.run_path)
         begun = placed.run_path.exists()
-        run = train(placed, resume=begun, progress=make_progress(self.progress, title))
+        # One that was stopped before its first checkpoint loses nothing by starting again.
+        run = train(placed, resume=begun, or_start=begun, progress=make_progress(self.progress, title))
         if ended:
             loss = run.final_val_loss
             known = f", validation loss {loss:.4f}" if math.isfinite(loss) else ""

@@ -9,6 +9,7 @@ from typing import Any
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.identity import differences, identity
 from layerwise.lab.runs.checkpoint import DamagedCheckpointError, check_hash, list_checkpoints, read_manifest
+from layerwise.lab.runs.directory import cleared_away, read_lines
 
 
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
@@ -17,6 +18,25 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], what: st
     if differing:
         raise LayerwiseError(
             f"{what} is of another config ({'; '.join(differing[:4])}): resume with the one it has, or set run.name"
+        )
+
+
+def check_resumable(path: Path, checkpoint_every: int, or_start: bool) -> None:
+    """Raises LayerwiseError where a run has no checkpoint: it starts at step 0 where that is asked for and loses nothing."""
+    if list_checkpoints(path / "checkpoints"):
+        return
+    steps = [row.get("step") for row in read_lines(path / "metrics.jsonl")]
+    reached = max((step for step in steps if isinstance(step, int)), default=0)
+    if checkpoint_every and reached >= checkpoint_every:
+        raise LayerwiseError(
+            f"run {path} came to step {reached} and has no checkpoint (training.checkpoint_every={checkpoint_every}):"
+            " they were deleted, or could not be written; --overwrite starts at step 0 and deletes"
+            f" {', '.join(cleared_away(path))}"
+        )
+    if not or_start:
+        there = f"came to step {reached} and has no checkpoint yet" if path.exists() else "does not exist"
+        raise LayerwiseError(
+            f"--resume: run {path} {there}, so there is nothing to go on from; --resume --or-start starts it at step 0"
         )
 
 

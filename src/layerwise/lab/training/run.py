@@ -22,7 +22,6 @@ from layerwise.lab.runs.directory import (
     SilentWriter,
     cleared_away,
     in_the_way,
-    read_lines,
     read_run,
 )
 from layerwise.lab.runs.recorded import Run
@@ -31,7 +30,7 @@ from layerwise.lab.training.device import check_precision, own_device
 from layerwise.lab.training.function_space_observers import observers_of
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import Progress, ProgressKind, make_progress
-from layerwise.lab.training.resume import check_same_run, latest_checkpoint
+from layerwise.lab.training.resume import check_resumable, check_same_run, latest_checkpoint
 from layerwise.lab.training.trainer import Trainer
 
 
@@ -86,6 +85,7 @@ def train(
     config: Config,
     *,
     resume: bool = False,
+    or_start: bool = False,
     overwrite: bool = False,
     progress: ProgressKind | Progress = "auto",
     observers: Sequence[Observer] = (),
@@ -93,9 +93,10 @@ def train(
     """Trains what `config` says and returns the run, read back from its directory.
 
     `resume` goes on from the newest good checkpoint of `config.run_path`, bit for bit as if the run had never been
-    interrupted; from the start, saying so, where none was due yet. A run that has ended is returned as it is. `overwrite`
-    starts anew over an older run. A run whose loss stops being finite ends with status "diverged"; one that was stopped
-    stays "running", and run.json says under `stopped` at which step and why.
+    interrupted. A run that has ended is returned as it is. Where there is no checkpoint yet it is an error, or with
+    `or_start` a start at step 0, which is said. `overwrite` starts anew over an older run. A run whose loss stops being
+    finite ends with status "diverged"; one that was stopped stays "running", and run.json says under `stopped` at which
+    step and why.
 
     Under torchrun or `accelerate launch` every process calls this with the same arguments, on a file system they all
     see: they train one run together, which the first of them writes and shows. They can be others when it is resumed.
@@ -104,9 +105,17 @@ def train(
     """
     config = complete(config)
     path = config.run_path
+    if resume and overwrite:
+        raise LayerwiseError(
+            "--resume and --overwrite: one goes on with a run, the other deletes it; give one of them"
+        )
+    if or_start and not resume:
+        raise LayerwiseError("--or-start goes with --resume: a run starts at step 0 without either")
     processes.join(config.parallel.timeout)
     if processes.first_says(processes.on_first(lambda: _has_ended(config, resume, overwrite))):
         return read_run(path)
+    if resume:
+        processes.on_first(lambda: check_resumable(path, config.training.checkpoint_every, or_start))
     shown = make_progress(progress if processes.rank() == 0 else "quiet")
     with processes.on_first(lambda: RunWriter(path)) or SilentWriter(path) as writer:
         trainer = Trainer(config, writer, shown, [*observers_of(config), *observers])
@@ -146,28 +155,15 @@ def _has_ended(config: Config, resume: bool, overwrite: bool) -> bool:
 def _state_to_resume(trainer: Trainer) -> dict[str, Any] | None:
     """The state in the newest good checkpoint, on every process; the first one chooses it."""
     path, identity, note = trainer.writer.path, trainer.identity, trainer.progress.note
-    every = trainer.config.training.checkpoint_every
 
     def choose() -> Path | None:
         found = latest_checkpoint(path, identity, note)
         if found is None:
-            _check_start_over(path, every)
             note(f"{path} has no checkpoint: starting at step 0")
         return found
 
     found = processes.first_says(processes.on_first(choose))
     return None if found is None else read_state(found)
-
-
-def _check_start_over(path: Path, checkpoint_every: int) -> None:
-    """Raises LayerwiseError where a run has come so far that a checkpoint is missing: starting over would lose it."""
-    steps = [row.get("step") for row in read_lines(path / "metrics.jsonl")]
-    reached = max((step for step in steps if isinstance(step, int)), default=0)
-    if checkpoint_every and reached >= checkpoint_every:
-        raise LayerwiseError(
-            f"run {path} came to step {reached} and has no checkpoint (training.checkpoint_every={checkpoint_every}):"
-            f" they were deleted; --overwrite starts at step 0 and deletes {', '.join(cleared_away(path))}"
-        )
 
 
 def take_steps(
