@@ -39,8 +39,8 @@ is `parallel.strategy=fsdp2`. Unknown keys are errors that name the nearest vali
 `--resume` goes on from the newest good checkpoint and ends with the numbers of a run that was never interrupted, bit
 for bit (on the same machine, with the same thread count and package versions). Only the sections `run` and `parallel`,
 `training.keep`, `training.checkpoint_every` and `data.paths` may differ from the interrupted run's. A damaged checkpoint
-is reported and passed over for the one before it. Where there is no checkpoint, `--resume` is an error; `--resume --or-start` then
-starts at step 0, for scripts that are run again and again. `compare` starts such runs again by itself.
+is reported and passed over for the one before it. Where there is no checkpoint, `--resume` is an error; with `--or-start` it
+then starts at step 0, for scripts that are run again and again. `compare` starts such runs again by itself.
 
 A folder that is not empty and no run of ours is left as it is; `--overwrite` says what it would delete there.
 

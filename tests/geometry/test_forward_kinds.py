@@ -271,6 +271,26 @@ def test_a_head_is_a_projection_whose_result_comes_out_as_it_is(kind):
     assert heads_of(Net(use, **parts), X) == expected
 
 
+def test_what_a_router_chose_makes_its_rows_no_parts():
+    """Scores of the chosen experts are picked by scores: the rows of the others are no other matrix."""
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.head = nn.Linear(D, 6, bias=False), nn.Linear(D, 5)
+            self.experts = nn.Parameter(torch.randn(6, D, D))
+
+        def forward(self, x):
+            scores = self.gate(x).sigmoid()
+            _, chosen = (scores + torch.arange(6.0)).topk(2, dim=-1)  # the last experts, whatever the input
+            weights = scores.gather(-1, chosen)
+            weights = weights / weights.sum(-1, keepdim=True)
+            return self.head(torch.einsum("bsk,bskoi,bsi->bso", weights, self.experts[chosen], x))
+
+    rows = {row.name: row for row in describe(Routed(), torch.randn(2, 3, D)).rows}
+    assert (rows["gate.weight"].role, str(rows["gate.weight"].layout)) == ("hidden", "out,in")
+
+
 def test_a_convolution_may_be_the_head():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
     assert heads_of(model, torch.randn(1, 3, 8, 8)) == {"2.weight"}

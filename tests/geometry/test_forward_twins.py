@@ -32,7 +32,7 @@ def twin_groups(model: nn.Module) -> list[dict]:
         for i, matrix in enumerate(cut(weight.detach())):
             param = nn.Parameter(matrix.clone())
             what = {"role": role, "layout": layout, "geometry": geometry}
-            no_decay = {"weight_decay": 0.0} if role == "vector" or "pos" in name else {}
+            no_decay = {"weight_decay": 0.0} if role == "vector" or "pos" in name or "wpe" in name else {}
             groups.append({"params": [(f"{name}/{i}", param)], **what, **no_decay})
     return groups
 

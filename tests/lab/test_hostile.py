@@ -25,6 +25,7 @@ from layerwise.lab.experiments.comparison import compare
 from layerwise.lab.experiments.contenders import CompareConfig
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.trial_plan import make_plan
+from layerwise.lab.optimizers.registry import mean_multipliers
 from layerwise.lab.report import Contender, load_runs
 from layerwise.lab.report.figures.loss import final_losses, loss_curves
 from layerwise.lab.report.style import PHONE, Look, styled
@@ -402,3 +403,34 @@ def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
     with styled():
         for figure in (loss_curves([group, group]), final_losses([group, group], PHONE)):
             figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("lost", ["loss", "val_loss", "steps", "seconds"])
+def test_a_finished_run_that_lost_its_result_is_one_line(
+    tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tiny_tree(tmp_path)))
+    path = train(load_config(file), progress="quiet").path
+    info = json.loads((path / "run.json").read_text())
+    del info["result"][lost]
+    (path / "run.json").write_text(json.dumps(info))
+    assert call("train", str(file), "--resume") == 2
+    assert f"does not say with which {lost}" in capsys.readouterr().err
+
+
+def test_multipliers_of_a_damaged_record_are_the_mean_of_what_there_is(tmp_path: Path) -> None:
+    path = fabricate(tmp_path / "a", "lanton", steps=20)
+    lines = [json.loads(line) for line in (path / "layers.jsonl").read_text().splitlines()]
+    del lines[0]["layers"], lines[1]["layers"]["transformer.wte.weight"]["multiplier"]
+    (path / "layers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    info = json.loads((path / "run.json").read_text())
+    for row in info["parameters"]:
+        del row["units"]
+    (path / "run.json").write_text(json.dumps(info))
+    whole = [line["layers"]["transformer.wte.weight"]["multiplier"] for line in lines[2:]]
+    found = mean_multipliers(str(path))["transformer.wte.weight"]
+    assert found == pytest.approx(sum(whole) / len(whole))
+    (path / "layers.jsonl").write_text(json.dumps(lines[0]))
+    with pytest.raises(LayerwiseError, match="recorded no layer rates"):
+        mean_multipliers(str(path))

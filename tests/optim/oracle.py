@@ -136,7 +136,7 @@ class Lanton:
         for name, g in grads.items():
             u = self.momentum * self.m[name] + (1 - self.momentum) * g if self.nesterov else self.m[name]
             step = self.lr * self.multiplier[name] * self.direction(name, u)
-            decay = 0.0 if self.kinds[name] == "vector" else self.wd
+            decay = 0.0 if self.kinds[name] in ("vector", "embedding") else self.wd  # of positions alone
             self.w[name] = self.w[name] * (1 - self.lr * decay) - step
 
     def compare(self, mates):

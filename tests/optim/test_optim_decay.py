@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import layerwise as lw
 
@@ -45,6 +46,28 @@ class Named(nn.Module):
         return logits
 
 
+class Counted(nn.Module):
+    """Words, kinds of words, and places in a table each; a table of places that is added as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.kinds = nn.Embedding(9, 4), nn.Embedding(9, 4)
+        self.places, self.shifted, self.kept, self.whole = (nn.Embedding(9, 4) for _ in range(4))
+        self.both = nn.Embedding(9, 4)
+        self.register_buffer("numbers", torch.arange(9).expand(1, -1), persistent=False)
+        self.register_buffer("zeros", torch.zeros(1, 9, dtype=torch.long))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        long = ids.shape[1]
+        counted = torch.arange(long, device=ids.device)
+        x = self.words(ids) + self.kinds(self.zeros[:, :long]) + self.whole.weight[:long]
+        x = x + self.places(counted) + self.shifted(counted.unsqueeze(0).expand(len(ids), -1) + 2)
+        x = x + self.kept(self.numbers[:, :long]) + self.both(counted) + self.both(ids)
+        logits: Tensor = self.head(x)
+        return logits
+
+
 def decayed(optimizer: torch.optim.Optimizer) -> set[str]:
     """Names of the parameters that a step with zero gradients moves: those that the decay reaches."""
     before = {}
@@ -68,6 +91,23 @@ def test_gains_biases_positions_and_tokens_are_not_decayed(batch: Tensor | None)
 def test_what_the_model_itself_names_is_not_decayed_through_wrappers_too() -> None:
     optimizer = lw.DMuon(lw.param_groups(torch.compile(Named(), backend="eager")), lr=0.1, weight_decay=0.5)
     assert decayed(optimizer) == {"words.weight", "head.weight"}
+
+
+def test_tables_that_are_read_by_position_are_not_decayed() -> None:
+    """Whatever they are called; a batch that counts up itself makes no table one of positions."""
+    groups = lw.param_groups(Counted(), torch.arange(6).expand(2, -1))
+    optimizer = lw.DMuon(groups, lr=0.1, weight_decay=0.5)
+    assert decayed(optimizer) == {"words.weight", "kinds.weight", "both.weight", "head.weight"}
+
+
+def test_positions_are_known_on_the_meta_device_too() -> None:
+    config = GPT2Config(vocab_size=32, n_positions=12, n_embd=16, n_layer=1, n_head=2)
+    with torch.device("meta"):
+        on_meta = GPT2LMHeadModel(config)
+    for model in (on_meta, GPT2LMHeadModel(config)):
+        undecayed = {n for g in lw.param_groups(model) if g.get("weight_decay") == 0 for n, _ in g["params"]}
+        assert "transformer.wpe.weight" in undecayed
+        assert "transformer.wte.weight" not in undecayed
 
 
 def test_an_override_decays_them() -> None:

@@ -26,8 +26,8 @@ class Found:
         note: what is not certain about it, "" if nothing.
         tied: its other names.
         how: how this is known: from a forward pass, from the module that owns it, or from its name and shape alone.
-        undecayed: whether it is a table that is added to activations (learned positions, class tokens), or one that the
-            model's own `no_weight_decay()` names.
+        undecayed: whether it is a table that is added to activations or read by position (learned positions, class tokens),
+            or one that the model's own `no_weight_decay()` names.
     """
 
     name: str

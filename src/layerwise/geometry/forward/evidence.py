@@ -39,6 +39,7 @@ class Use:
         groups: of a convolution.
         transposed: whether the convolution was.
         kernel: the size of the convolution's kernel.
+        counted: of a lookup, whether the rows were asked for by their positions (0, 1, 2, ...), not by the input.
     """
 
     kind: Kind
@@ -48,6 +49,7 @@ class Use:
     groups: int = 1
     transposed: bool = False
     kernel: tuple[int, ...] = ()
+    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,10 @@ class Evidence:
         """A weight was the kernel of a convolution."""
         self._note(view, "convolution", groups=groups, transposed=transposed, kernel=tuple(view.shape[2:]))
 
+    def looked_up(self, view: Tensor, counted: bool) -> None:
+        """Rows of a weight were read by number, those of positions or what the input asks for."""
+        self._note(view, "lookup", counted=counted)
+
     def used(self, view: Tensor, kind: Kind) -> None:
         """Any other use of a weight."""
         self._note(view, kind)
@@ -134,6 +140,7 @@ class Evidence:
         groups: int = 1,
         transposed: bool = False,
         kernel: tuple[int, ...] = (),
+        counted: bool = False,
     ) -> None:
         if not view.numel():
             return
@@ -141,7 +148,7 @@ class Evidence:
         owner = self.space.owner(first)
         shape: Size = view.shape
         offset = first - self.space.start(owner)
-        use = Use(kind, offset, axes, tuple(shape), groups, transposed, kernel)
+        use = Use(kind, offset, axes, tuple(shape), groups, transposed, kernel, counted)
         if use not in self.uses[owner]:
             self.uses[owner].append(use)
 

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerwise.geometry.forward.addresses import AddressSpace
 from layerwise.geometry.forward.evidence import Evidence
-from layerwise.geometry.forward.origins import CONSTANT, Origin
+from layerwise.geometry.forward.origins import CONSTANT, POSITIONS, Origin
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Flow:
         self.linear = linear
         self._model = model
         self._numbers: dict[int, int] = {}
-        self._constants = {id(buffer) for buffer in model.buffers()}
+        self._constants = {id(b): POSITIONS if _counts(b) else CONSTANT for b in model.buffers()}
         self._origins = WeakTensorKeyDictionary()
         self._written: dict[int, tuple[StorageWeakRef, Tensor]] = {}
         self._look_up_names()
@@ -81,7 +81,7 @@ class Flow:
         if known is not None:
             return known
         if id(tensor) in self._constants:
-            return CONSTANT
+            return self._constants[id(tensor)]
         if isinstance(tensor, nn.Parameter):
             if id(tensor) not in self._numbers:
                 self._look_up_names()  # FSDP2 puts others in their place for the time of the forward pass
@@ -118,3 +118,18 @@ class Flow:
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             if name in numbers:
                 self._numbers.setdefault(id(parameter), numbers[name])
+
+
+def _counts(buffer: Tensor) -> bool:
+    """Whether a buffer holds numbers of positions. Nothing says so of one without values (meta and fake tensors)."""
+    if (
+        buffer.dtype not in (torch.int32, torch.int64)
+        or buffer.is_meta
+        or not buffer.ndim
+        or buffer.shape[-1] < 2
+    ):
+        return False
+    try:
+        return bool((buffer.diff(dim=-1) == 1).all())
+    except RuntimeError:
+        return False

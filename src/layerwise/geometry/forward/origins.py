@@ -20,6 +20,7 @@ class Origin:
         rows: addresses of the rows of weights that made its entries; several where results were added up.
         results_of: numbers of the parameters whose results, untransformed by another parameter, are in it.
         bent: whether a nonlinear function was applied since the rows made it.
+        counts: whether it goes up by one along its last dimension whatever the input is: numbers of positions.
     """
 
     weights: tuple[Tensor, ...] = ()
@@ -27,9 +28,11 @@ class Origin:
     rows: tuple[Tensor, ...] = ()
     results_of: frozenset[int] = frozenset()
     bent: bool = False
+    counts: bool = False
 
 
 CONSTANT = Origin(constant=True)
+POSITIONS = Origin(constant=True, counts=True)
 #: Sums of more results than these keep the last ones: a residual stream, whose rows nobody asks for.
 MOST_ROWS = 4
 

@@ -13,7 +13,7 @@ from layerwise.geometry.forward.addresses import constant_along, written_out
 from layerwise.geometry.forward.evidence import Kind, Site
 from layerwise.geometry.forward.flow import Flow, Operation
 from layerwise.geometry.forward.layers import LAYERS, attention
-from layerwise.geometry.forward.origins import CONSTANT, Origin, expanded, joined, replayed
+from layerwise.geometry.forward.origins import CONSTANT, POSITIONS, Origin, expanded, joined, replayed
 from layerwise.geometry.forward.products import PRODUCTS
 
 Rule = Callable[[Flow, Operation], None]
@@ -21,6 +21,10 @@ Rule = Callable[[Flow, Operation], None]
 #: Entry by entry, but linear: a result that went through anything else is "bent".
 _LINEAR = frozenset(
     {"add", "sub", "rsub", "mul", "div", "neg", "clone", "where", "masked_fill", "lerp", "addcmul", "addcdiv"}
+)
+_STILL_COUNTS = frozenset(
+    {"add", "sub", "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "slice", "select", "repeat"}
+    | {"clone", "detach", "alias", "_to_copy", "lift_fresh"}
 )
 _SCALES = frozenset({"mul", "div", "addcmul", "addcdiv", "multiply", "divide"})
 
@@ -31,9 +35,16 @@ def follow(flow: Flow, op: Operation) -> None:
     if not any(origins) and op.tensors:
         return
     if all(origin is not None and origin.constant and not origin.weights for origin in origins):
-        _all(flow, op, CONSTANT)
+        _all(flow, op, POSITIONS if _counts(op, origins) else CONSTANT)
     else:
         _rule(op)(flow, op)
+
+
+def _counts(op: Operation, origins: Sequence[Origin | None]) -> bool:
+    """Whether the results go up by one along their last dimension: `arange`, views of it, and it plus a number."""
+    if op.name == "arange":
+        return op.argument("step") in (None, 1)
+    return len(origins) == 1 and bool(origins[0] and origins[0].counts) and op.name in _STILL_COUNTS
 
 
 def _rule(op: Operation) -> Rule:
@@ -212,15 +223,23 @@ def lookup(flow: Flow, op: Operation) -> None:
         some = [expanded(weight.select(0, 0), op.results[0].shape) for weight in origin.weights]
         _all(flow, op, Origin(tuple(weight for weight in some if weight is not None), constant=True))
         return
+    numbers = [flow.origin(tensor) or Origin() for tensor in op.tensors[1:2]]
     for weight in origin.weights:
-        flow.evidence.used(weight, "lookup")
+        flow.evidence.looked_up(weight, counted=any(each.counts for each in numbers))
     _all(flow, op, CONSTANT if constant else Origin())
 
 
 def _gathered(flow: Flow, op: Operation, origin: Origin) -> None:
-    """Chosen entries of an activation: its rows too, where the choice is at hand."""
+    """Chosen entries of an activation: its rows too, where the choice is at hand, and is not one of rows by results.
+
+    A router picks the scores of the experts that it chose: that one is chosen and another is not makes them no parts.
+    """
     results_of = origin.results_of - flow.evidence.transformed
     rows: list[Tensor] = []
+    if any(not (flow.origin(tensor) or CONSTANT).constant for tensor in op.tensors[1:]):
+        dims = _chosen(op)
+        kept = tuple(addresses for addresses in origin.rows if constant_along(addresses, dims))
+        origin = replace(origin, rows=kept)
     if op.name in ("index", "index_select", "gather") and not any(tensor.is_meta for tensor in op.tensors):
         at_hand = [
             [i if i is None else i.cpu() for i in arg] if isinstance(arg, (list, tuple)) else arg
@@ -228,6 +247,19 @@ def _gathered(flow: Flow, op: Operation, origin: Origin) -> None:
         ]
         rows = [op.func(addresses, *at_hand) for addresses in origin.rows]
     _all(flow, op, replace(origin, rows=tuple(rows), results_of=results_of, weights=()))
+
+
+def _chosen(op: Operation) -> list[int]:
+    """The dimensions along which entries are chosen."""
+    if not op.name.endswith("index"):
+        return [op.args[1]] if isinstance(op.args[1], int) else [0]
+    dims: list[int] = []
+    start = 0
+    for index in op.args[1]:
+        width = index.ndim if index is not None and index.dtype == torch.bool else 1
+        dims += range(start, start + width) if index is not None else ()
+        start += width
+    return dims
 
 
 def copy(flow: Flow, op: Operation) -> None:

@@ -44,11 +44,14 @@ def judged(found: Found, evidence: Evidence, number: int) -> Found:
     if "lookup" in kinds and found.parameter.ndim == 2 and (found.assumed or found.role != "vector"):
         layout = found.layout if found.role in ("embedding", "lora_A", "lora_B") else TransposedLayout()
         role = found.role if found.is_factor else "embedding"
-        return replace(found, role=role, layout=layout, note="", how="forward")
+        positions = role == "embedding" and all(use.counted for use in uses if use.kind == "lookup")
+        known = replace(found, role=role, layout=layout, note="", how="forward")
+        return replace(known, undecayed=found.undecayed or positions)
     if found.assumed and kinds != {"other"}:
         return _entry_by_entry(found, uses)
     agree = found.role in ("vector", "embedding") and kinds != {"other"}
-    return replace(found, how="forward") if agree else found
+    added = found.role == "embedding" and kinds <= {"bias", "table"}  # read as a whole: positions
+    return replace(found, how="forward", undecayed=found.undecayed or added) if agree else found
 
 
 def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> Found:

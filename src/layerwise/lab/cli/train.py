@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ from layerwise.lab.config.schema import Config
 from layerwise.lab.models.families import PRESETS
 from layerwise.lab.optimizers.registry import OPTIMIZERS
 from layerwise.lab.runs.directory import has_ended
-from layerwise.lab.runs.recorded import Run
+from layerwise.lab.runs.recorded import Run, number
 from layerwise.lab.training import processes
 
 HELP = f"""Train one model.
@@ -66,9 +67,16 @@ def train(
 
 
 def _summary(run: Run, had_finished: str) -> str:
-    result = run.result
+    """How a run ended, in a line. Raises LayerwiseError where run.json does not say."""
+    wanted = ("steps", "tokens", "seconds", "tokens_per_second", "loss", "val_loss")
+    result = {key: number(run.result.get(key)) for key in wanted}
+    if missing := [key for key, value in result.items() if not math.isfinite(value)]:
+        raise LayerwiseError(
+            f"run {run.path} is {run.status}, and run.json does not say with which {', '.join(missing)} (under result):"
+            " it was damaged; `layerwise report` shows what there is"
+        )
     return (
-        f"{run.name}{had_finished}: {result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s"
+        f"{run.name}{had_finished}: {result['steps']:.0f} steps, {result['tokens']:,.0f} tokens in {result['seconds']:.0f} s"
         f" ({result['tokens_per_second']:,.0f} tokens/s), loss {result['loss']:.4f},"
         f" validation loss {result['val_loss']:.4f} nats per token; written to {run.path}"
     )

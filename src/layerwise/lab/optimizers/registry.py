@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -20,9 +21,19 @@ from layerwise.lab.config.validate import check_arguments, nearest
 from layerwise.lab.optimizers.role_factors import scale_roles
 from layerwise.lab.optimizers.torch_muon import TorchMuon
 from layerwise.lab.runs.directory import read_run
+from layerwise.lab.runs.recorded import number
 
 if TYPE_CHECKING:
     from layerwise.lab.config.schema import OptimizerConfig, TrainingConfig
+
+
+def lab_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Groups of `param_groups` that decay GPT-2's positions, as its other contender does: AdamW in its usual groups."""
+    groups = param_groups(model)
+    for group in groups:
+        if group["role"] == "embedding":
+            group.pop("weight_decay", None)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Preset:
 
     title: str  # in tables and figures
     build: Callable[..., Optimizer]  # (groups of a model, lr=, weight_decay=, keywords)
-    groups: Callable[[nn.Module], Iterable[Any]] = param_groups
+    groups: Callable[[nn.Module], Iterable[Any]] = lab_groups
     rule: str | None = None  # layer rates it has by definition
     weight_decay: float | None = None  # by default; None: its signature's
 
@@ -192,15 +203,20 @@ def _build_rule(preset: Preset, rates: dict[str, Any]) -> lw.RateRule:
 def mean_multipliers(run: str) -> dict[str, float]:
     """Unit -> the mean of its multiplier over a run's records: the static control of an adaptive rule."""
     found = read_run(run)
-    rows = found.layers
-    if not rows:
+    seen: dict[str, list[float]] = {}
+    for row in found.layers:
+        for name, entry in (row.get("layers") or {}).items():
+            if math.isfinite(multiplier := number(entry.get("multiplier"))):
+                seen.setdefault(name, []).append(multiplier)
+    if not seen:
         raise LayerwiseError(f"optimizer.rates.multipliers: run {run} recorded no layer rates")
-    units_of = {row["name"]: row["units"] for row in found.info.get("parameters", [])}
+    units_of = {row["name"]: row.get("units") for row in found.parameters}
     means: dict[str, float] = {}
-    for name, last in rows[-1]["layers"].items():
-        mean = sum(row["layers"][name]["multiplier"] for row in rows) / len(rows)
-        # A parameter of many units is recorded by their mean: all of them get it.
-        means |= dict.fromkeys(units_of[name] if "units" in last else [name], mean)
+    for name, multipliers in seen.items():
+        mean = sum(multipliers) / len(multipliers)
+        # A parameter of many units is recorded under its own name by their mean: all of them get it.
+        units = units_of.get(name)
+        means |= dict.fromkeys(units if isinstance(units, list) else [name], mean)
     return means
 
 

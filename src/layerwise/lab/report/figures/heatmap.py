@@ -77,7 +77,7 @@ def _scale_bar(figure: Figure, axes: Axes, image: Any, values: Array, title: str
         plain_log_ticks(bar.ax.xaxis, image.norm.vmin, image.norm.vmax)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, labelsize=7.5, pad=1)
-    bar.ax.set_title(subtitle, loc="left", fontsize=7.5, color=MUTED, fontweight="normal", pad=4)
+    bar.ax.set_title(subtitle, loc="left", fontsize=7.5, color=MUTED, fontweight="normal", pad=15)
     bar.ax.annotate(
         title, (0, 1), xycoords="axes fraction", xytext=(0, 26), textcoords="offset points", fontsize=9, fontweight="bold",
     )  # fmt: skip
