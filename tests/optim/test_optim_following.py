@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import OPTIMIZERS, Net, assert_same_bits, loss_of, make, net, tensors
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import layerwise as lw
 
@@ -98,14 +99,57 @@ def test_roles_come_from_the_forward_pass_that_the_groups_were_made_with():
     assert group_of(optimizer, "out.weight")["role"] == "head"
 
 
-def test_a_step_says_once_what_was_unfrozen_and_is_not_trained():
-    model = freeze(net())
-    optimizer = make("lanton", model)
-    train(optimizer, model)
-    freeze(model, on=False)
-    with pytest.warns(UserWarning, match=r"'embed.weight'.*add_trainable\(model\)"):
+@every_optimizer
+def test_what_is_unfrozen_is_trained_from_the_next_step_on_which_says_so_once(name):
+    model, asked = freeze(net()), freeze(net())
+    optimizer, other = make(name, model), make(name, asked)
+    for run, its_model in ((optimizer, model), (other, asked)):
+        train(run, its_model)
+        freeze(its_model, on=False)
+    other.add_trainable(asked)
+    with pytest.warns(
+        UserWarning, match=r"'embed.weight'.* are trained from this step on.*add_trainable\(model\)"
+    ):
         train(optimizer, model, [0])
+    silent(train, other, asked, [0])
+    assert_same_bits(tensors(model, optimizer), tensors(asked, other))
     silent(train, optimizer, model)
+
+
+def test_what_is_unfrozen_is_left_to_others_where_the_optimizer_was_not_given_all():
+    model = freeze(net())
+    groups = lw.param_groups(model)
+    optimizer = lw.Muon([group for group in groups if group["role"] == "hidden"])
+    freeze(model, on=False)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    with pytest.warns(UserWarning, match=r"'embed.weight'.*not trained by it: call optimizer.add_trainable"):
+        train(optimizer, model, [0])
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert moved == {"down.weight"}
+    silent(train, optimizer, model)
+
+
+def test_a_schedule_is_made_again_where_a_group_was_added_and_all_groups_are_where_they_would_be():
+    model = freeze(net())
+    optimizer = lw.Scion(lw.param_groups(model), lr=1.0)
+    schedule = LambdaLR(optimizer, lambda t: 1 / (1 + t))
+    for seed in range(3):
+        train(optimizer, model, [seed])
+        schedule.step()
+    freeze(model, on=False)
+    assert optimizer.add_trainable(model)
+    again = LambdaLR(optimizer, lambda t: 1 / (1 + t), last_epoch=schedule.last_epoch - 1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25] * len(optimizer.param_groups)
+    train(optimizer, model, [3])
+    again.step()
+    whole = net()
+    other = lw.Scion(lw.param_groups(whole), lr=1.0)
+    later = LambdaLR(other, lambda t: 1 / (1 + t))
+    other.load_state_dict(optimizer.state_dict())
+    later.load_state_dict(again.state_dict())
+    for run, its_schedule in ((optimizer, again), (other, later)):
+        its_schedule.step()
+        assert [group["lr"] for group in run.param_groups] == [1 / 6] * len(run.param_groups)
 
 
 @every_optimizer

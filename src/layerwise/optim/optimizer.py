@@ -122,7 +122,8 @@ class LayerwiseOptimizer(Optimizer):
 
         New ones get the roles that the model gives them. They join the group that they belong to, with its rate as it
         is, and get one of their own where there is none; overrides and splits are those that the groups were made with.
-        Replaced ones keep the state that fits them. Schedules know the groups that were there when they were made.
+        Replaced ones keep the state that fits them. Schedules know the groups that were there when they were made: make them
+        again where a group was added, ``LambdaLR(optimizer, f, last_epoch=schedule.last_epoch - 1)``.
 
         Args:
             model: the model, wrapped or not.
@@ -146,13 +147,18 @@ class LayerwiseOptimizer(Optimizer):
         joined, groups = self._following.take_over(self.param_groups, model, batch)
         self._follow_parameters()
         added = [name for group in groups for name, _ in group["params"]]
+        scheduled = any("initial_lr" in group for group in self.param_groups)
         for group in groups:
             self.add_param_group(group)
+            if scheduled:  # so that a schedule can be made again in the middle
+                self.param_groups[-1].setdefault("initial_lr", self.param_groups[-1]["lr"])
         check_rules(self.param_groups)
         return joined + added
 
     def _follow_parameters(self) -> None:
-        """Give state to tensors that were put in a parameter's place since."""
+        """Take over what was unfrozen since, and give state to tensors that were put in a parameter's place."""
+        for model in self._following.unfrozen():
+            self.add_trainable(model)
         warn_of_fresh_state(self._following.sync(self.param_groups, self.state))
 
     # -------------------------------------------------------------------------------------------------- the step

@@ -90,7 +90,6 @@ _RC: dict[str, Any] = {
     "figure.constrained_layout.h_pad": 0.05,
     "figure.dpi": 100,
     "savefig.dpi": 220,
-    "font.family": "sans-serif",
     "font.size": 8.5,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
@@ -147,7 +146,9 @@ def styled() -> Iterator[None]:
         stops = ["#0b2545", "#134b7a", "#2f7fb3", "#79b4d4", "#c3dcea", "#f4f1ea"]
         mpl.colormaps.register(LinearSegmentedColormap.from_list(RATE_MAP, stops))
     known = set(font_manager.get_font_names())
-    with mpl.rc_context({**_RC, "font.sans-serif": [f for f in _FONTS if f in known]}):
+    # Two families: what the first has no glyph for (raised minus signs, in some) is taken from matplotlib's own font.
+    families = list(dict.fromkeys([*[font for font in _FONTS if font in known][:1], _FONTS[-1]]))
+    with mpl.rc_context({**_RC, "font.family": families}):
         yield
 
 

@@ -26,7 +26,7 @@ class Following:
         self._held: dict[str, Held] = {}
         self._entries: dict[Tensor, tuple[int, torch.device]] = {}
         self._at_rest: frozenset[str] = frozenset()  # without a gradient when the models were last looked at
-        self._frozen: list[tuple[str, weakref.ref[Tensor]]] = []
+        self._frozen: list[tuple[Origin, str, weakref.ref[Tensor]]] = []
 
     # --------------------------------------------------------------------------------------- the optimizer's own
 
@@ -72,9 +72,34 @@ class Following:
 
     def _note_frozen(self, origin: Origin) -> None:
         named = origin.parameters().items()
-        self._frozen += [(name, weakref.ref(p)) for name, p in named if not p.requires_grad]
+        self._frozen += [(origin, name, weakref.ref(p)) for name, p in named if not p.requires_grad]
 
     # ---------------------------------------------------------------------------------------------- at every step
+
+    def unfrozen(self) -> list[nn.Module]:
+        """The models of which parameters have gradients that were frozen when it was last looked at them; said once.
+
+        Those of a model are left out where the optimizer was not given all that it trained: some are then somebody else's.
+        """
+        if not self._frozen:
+            return []
+        here = {id(param) for param in self._entries}
+        found: dict[Origin, list[str]] = {}
+        for origin, name, reference in self._frozen:
+            param = reference()
+            if param is not None and param.requires_grad and param.grad is not None and id(param) not in here:
+                found.setdefault(origin, []).append(name)
+        whole = [origin for origin in found if self._holds_all(origin, here)]
+        self._frozen = [entry for entry in self._frozen if entry[0] not in found]
+        for origin, names in found.items():
+            _tell_of_unfrozen(names, taken_over=origin in whole)
+        return [origin.model for origin in whole if origin.model is not None]
+
+    def _holds_all(self, origin: Origin, here: set[int]) -> bool:
+        """Whether all that a model trained when it was last looked at is here."""
+        frozen = {id(reference()) for _, _, reference in self._frozen}
+        trained = [p for p in origin.parameters().values() if p.requires_grad and p.numel()]
+        return all(id(p) in here or id(p) in frozen for p in trained)
 
     def put_in_place(self, groups: Sequence[Group], jobs: Sequence[Job]) -> bool:
         """Put into the groups what the models now hold where they held a parameter without a gradient; whether any was.
@@ -84,8 +109,6 @@ class Following:
         Raises:
             LayerwiseError: for a parameter that a model no longer has, and one without numbers.
         """
-        if self._frozen:
-            self._tell_of_unfrozen()
         at_rest = {job.name: job.param for job in jobs if not job.moves}
         if at_rest.keys() == self._at_rest:
             return False
@@ -104,19 +127,6 @@ class Following:
                 )
         _replace(groups, new)
         return bool(new)
-
-    def _tell_of_unfrozen(self) -> None:
-        """Warn once of parameters that were frozen when the optimizer was made, have gradients now and are not in it."""
-        alive = [(name, param()) for name, param in self._frozen]
-        names = [name for name, p in alive if p is not None and p.requires_grad and p.grad is not None]
-        names = [name for name in names if name not in self._held]
-        if names:
-            self._frozen = []
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            warn(
-                f"{', '.join(map(repr, names[:3]))}{more} had been frozen when the optimizer was made, have gradients now "
-                "and are not trained by it: call optimizer.add_trainable(model) to train them"
-            )
 
     def _successors(self, names: Iterable[str]) -> dict[str, Tensor | None]:
         """Of the parameters that their model no longer holds: what stands there and can be trained, or None."""
@@ -187,6 +197,19 @@ class Following:
             unknown = held.origin is None or held.origin.model is None
             if unknown and name in now:
                 self._held[name] = held._replace(origin=origin)
+
+
+def _tell_of_unfrozen(names: Sequence[str], taken_over: bool) -> None:
+    """Warn of parameters that were frozen when the optimizer was made and have gradients now."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    had_been = f"{', '.join(map(repr, names[:3]))}{more} had been frozen when the optimizer was made, have gradients now and"
+    if taken_over:
+        warn(
+            f"{had_been} are trained from this step on, with the roles that the model gives them; a schedule made before may"
+            " not know their groups: optimizer.add_trainable(model) takes them over where you can make it again"
+        )
+    else:
+        warn(f"{had_been} are not trained by it: call optimizer.add_trainable(model) to train them")
 
 
 def _replace(groups: Sequence[Group], new: Mapping[str, Tensor | None]) -> None:
