@@ -162,9 +162,10 @@ def wanted(hint: Any) -> str:
         return f"a list, each of it {wanted(inner[0])}"
     if hint in _WORDS:
         return _WORDS[hint]
-    example = (
-        f" such as {hint.__subclasses__()[0].__name__}()" if ABC in getattr(hint, "__bases__", ()) else ""
-    )
+    example = ""
+    if ABC in getattr(hint, "__bases__", ()):  # one of ours, and the same one whatever was imported first
+        ours = [kind.__name__ for kind in hint.__subclasses__() if kind.__module__.startswith("layerwise.")]
+        example = f" such as {min(ours)}()"
     return f"a {getattr(hint, '__name__', hint)}{example}"
 
 
