@@ -65,10 +65,27 @@ def parameter_table(blocks: int) -> list[dict[str, Any]]:
     return rows
 
 
+def adapter_table(blocks: int) -> list[dict[str, Any]]:
+    """The parameters of a model whose attention has low-rank adapters."""
+    rows = []
+    for b in range(blocks):
+        for part, (down, up) in {"c_attn": (128, 384), "c_proj": (128, 128)}.items():
+            for letter, shape in {"A": [8, down], "B": [up, 8]}.items():
+                name = f"base_model.model.transformer.h.{b}.attn.{part}.lora_{letter}.default.weight"
+                rows.append(
+                    {
+                        "name": name, "role": f"lora_{letter}", "geometry": "Spectral()", "norm_group": "spectral",
+                        "shape": shape, "layout": "out,in", "units": [name],
+                    }
+                )  # fmt: skip
+    return rows
+
+
 def fabricate(
     folder: Path,
     optimizer: str,
     *,
+    adapters: bool = False,
     seed: int = 0,
     lr: float = 0.01,
     steps: int = 400,
@@ -83,7 +100,7 @@ def fabricate(
     """Write one run directory: `final` is where its loss goes, `rate` its optimizer steps a second over ten."""
     folder.mkdir(parents=True)
     rng = random.Random(f"{optimizer} {seed} {lr}")
-    table = parameter_table(blocks)
+    table = adapter_table(blocks) if adapters else parameter_table(blocks)
     loss_at = lambda t: final + 0.02 * seed + (7.6 - final) * math.exp(-5 * (t / steps) ** 0.6)  # noqa: E731
     metrics, layers, function_space = [], [], []
     for step in range(5, steps + 1, 5):

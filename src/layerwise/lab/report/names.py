@@ -93,7 +93,7 @@ def unit_name(unit: str) -> UnitName:
     if found:
         stack = found["block"].split(".")
         block, name = ".".join(stack[-2:]), found["part"]
-    name = re.sub(r"\.bias$", " bias", re.sub(r"\.weight$", "", name))
+    name = re.sub(r"\.bias$", " bias", re.sub(r"(\.default)?\.weight$", "", name))
     return UnitName(unit, block, f"{name} {index}" if index else name)
 
 

@@ -10,6 +10,7 @@ from layerwise.lab.report.figures.by_kind import draw_kinds, kind_styles, name_k
 from layerwise.lab.report.names import UnitName, network_order
 from layerwise.lab.report.style import (
     CYCLE,
+    INK,
     PAPER,
     WIDE,
     Arrangement,
@@ -73,7 +74,10 @@ def _stack(axes: Axes, steps: Array, values: Array, keys: list[str]) -> None:
     axes.set_ylim(0, 1)
     step_axis(axes, steps)
     middles = np.cumsum(sums[:, -1]) - sums[:, -1] / 2
-    ends = [(float(steps[-1]), float(m), k, c) for k, m, c in zip(order, middles, colors, strict=True)]
+    named = [
+        color if color in CYCLE else INK for color in colors
+    ]  # shades are too dark to read on a dark page
+    ends = [(float(steps[-1]), float(m), k, c) for k, m, c in zip(order, middles, named, strict=True)]
     largest = sorted(range(len(ends)), key=lambda i: -sums[i, -1])[:14]
     label_ends(axes, [ends[i] for i in sorted(largest)], height=2.2, size=7)
 

@@ -171,7 +171,7 @@ def _row_labels(axes: Axes, names: Sequence[UnitName], height: float) -> None:
         for block, first, end in spans:
             if block:
                 axes.annotate(
-                    block, (0, (first + end) / 2), xycoords=("axes fraction", "data"), xytext=(-7 - 3.35 * widest, 0),
+                    block, (0, (first + end) / 2), xycoords=("axes fraction", "data"), xytext=(-8 - 4.0 * widest, 0),
                     textcoords="offset points", ha="right", va="center", fontsize=7.5, fontweight="bold", color=INK,
                 )  # fmt: skip
         return
