@@ -13,7 +13,7 @@ import machine
 from layerwise.lab.experiments.standings import TOLERANCE, paired
 from layerwise.lab.report import RateCurve
 from layerwise.lab.report.style import Look
-from rate_rule_plan import SECONDS_A_STEP, STUDIES, TIMES, Trial
+from rate_rule_plan import SECONDS_A_STEP, STUDIES, TIMES, TUNING_SEEDS, Trial
 
 Row = Mapping[str, Any]
 Losses = dict[float, dict[int, float]]  # base rate -> seed -> loss
@@ -32,11 +32,12 @@ def name_of(trial: Row) -> str:
 
 
 def losses(rows: Sequence[Row]) -> dict[tuple[str, int], dict[str, Losses]]:
-    """By model and length, then contender; a diverged run has an infinite loss."""
+    """By model (the tuning seeds apart) and length, then contender; a diverged run has an infinite loss."""
     found: dict[tuple[str, int], dict[str, Losses]] = {}
     for row in rows:
         trial = row["trial"]
-        rates = found.setdefault((trial["model"], trial["steps"]), {}).setdefault(name_of(trial), {})
+        model = trial["model"] + (", tuning seeds" if trial["seed"] in TUNING_SEEDS else "")
+        rates = found.setdefault((model, trial["steps"]), {}).setdefault(name_of(trial), {})
         value = math.inf if row["loss"] is None else row["loss"]
         rates.setdefault(trial["lr"], {})[trial["seed"]] = value
     return found

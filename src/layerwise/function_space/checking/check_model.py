@@ -25,7 +25,8 @@ from layerwise.function_space.steps.recorder import FunctionSpaceRecorder
 
 #: `match="first"`: match every size to the first one.
 FIRST = "first"
-#: The part of all rates' root sum of squares below which a module's rate is not judged.
+#: The part of all rates' root sum of squares below which a module's rate is not judged. Matching has a stricter bound, by
+#: the rounding of the numbers (`matching/decide.py`): a rate below that must not be divided by.
 _NEGLIGIBLE = 1e-5
 
 

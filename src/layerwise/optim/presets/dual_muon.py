@@ -30,7 +30,7 @@ class DualMuon(LayerwiseOptimizer):
 
     Args:
         params: ``layerwise.param_groups(model)``.
-        lr: of all groups; best about twice D-Muon's.
+        lr: of all groups; best at once to twice D-Muon's.
         radius: what matrix steps are multiplied by.
         head: what the head's rate is multiplied by.
         rates: the rule; None: the same optimizer with every multiplier at 1.
