@@ -27,7 +27,7 @@ class Scion(LayerwiseOptimizer):
 
     Args:
         params: ``layerwise.param_groups(model)``; its geometries are used as they are.
-        lr: of every group, in units of the radii.
+        lr: of every group: a step of norm one moves by ``lr * radius``.
         momentum: weight of the old average (Scion's paper gives 1 minus it, 0.1).
         weight_decay: decoupled; 0 unconstrained, 1 constrained. Gains and biases are left out, as everywhere: an override
             ``{"role:vector": {"weight_decay": 1.0}}`` constrains them too.
