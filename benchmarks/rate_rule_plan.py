@@ -351,7 +351,8 @@ STUDIES: Final[Mapping[str, Study]] = {
     "longer": Study(
         "the Llama at 1,000 steps (seed 1): whether the gain shrinks",
         (
-            Trial("llama-tiny", "DualMuon", 0.016, 1, 1000),
+            *(Trial("llama-tiny", "DualMuon", lr, 1, 1000) for lr in (0.016, 0.0113)),
+            by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES_HEAD_6, 1000),
             by_role("llama-tiny", 0.008, 1, LLAMA_ROLES, 1000),
             by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES, 1000),
             by_role("llama-tiny", 0.004, 1, LLAMA_ROLES, 1000),
