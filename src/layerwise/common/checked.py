@@ -165,7 +165,7 @@ def wanted(hint: Any) -> str:
     example = ""
     if ABC in getattr(hint, "__bases__", ()):  # one of ours, and the same one whatever was imported first
         ours = [kind.__name__ for kind in hint.__subclasses__() if kind.__module__.startswith("layerwise.")]
-        example = f" such as {min(ours)}()"
+        example = f" such as {min(ours)}()" if ours else ""  # none of a user's own base
     return f"a {getattr(hint, '__name__', hint)}{example}"
 
 
