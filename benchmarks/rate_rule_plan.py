@@ -138,15 +138,12 @@ FROZEN: Final[Mapping[str, Callable[[Mapping[str, float]], dict[str, float]]]] =
 #: Constants, base rates and factors of roles were chosen on these seeds, which no table of losses uses. The first rates of
 #: D-Muon and its factors by role were chosen earlier, on seed 1.
 TUNING_SEEDS: Final = (11, 12)
-LLAMA_ROLES: Final = {"embedding": 3.0, "head": 3.0, "vector": 3.0}
-GPT2_ROLES: Final = {
-    "embedding": 2.0,
-    "head": 2.0,
-    "vector": 2.0,
-}  # embedding: of positions, the other one is tied
-#: As `LLAMA_ROLES`, with the rate that `DualMuon` gives the head.
-LLAMA_ROLES_HEAD_6: Final = {"embedding": 3.0, "head": 6.0, "vector": 3.0}
-GPT2_ROLES_3: Final = {"embedding": 3.0, "head": 3.0, "vector": 3.0}
+THREE_TIMES: Final = {"embedding": 3.0, "head": 3.0, "vector": 3.0}
+TWICE: Final = {"embedding": 2.0, "head": 2.0, "vector": 2.0}
+LLAMA_ROLES: Final = THREE_TIMES
+GPT2_ROLES: Final = TWICE  # embedding: of positions, the other one is tied
+#: With the rate that `DualMuon` gives the head.
+LLAMA_ROLES_HEAD_6: Final = {**THREE_TIMES, "head": 6.0}
 TIED_ROLES: Final = {"head": 3.0, "vector": 3.0}
 DIGITS_RATES: Final = {"DualMuon": (0.002, 0.004, 0.008, 0.016), "D-Muon": (0.002, 0.004, 0.008)}
 FASHION_RATES: Final = {"DualMuon": (0.004, 0.008, 0.016, 0.032), "D-Muon": (0.002, 0.004, 0.008, 0.016)}
@@ -208,7 +205,7 @@ def tuning() -> tuple[Trial, ...]:
         *(Trial("gpt2-tiny", "DualMuon", lr, 11) for lr in (0.016, 0.0226)),
         *(Trial("gpt2-tiny", "D-Muon", lr, 11) for lr in (0.0113, 0.016)),
         *(by_role("gpt2-tiny", lr, 11, GPT2_ROLES) for lr in (0.0113, 0.016)),
-        by_role("gpt2-tiny", 0.0113, 11, GPT2_ROLES_3),
+        by_role("gpt2-tiny", 0.0113, 11, THREE_TIMES),
     )
 
 

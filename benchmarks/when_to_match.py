@@ -15,10 +15,10 @@ import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean, stdev
 
 import torch
 
+from layerwise.lab.experiments.standings import paired
 from layerwise.lab.experiments.sweep.resampling import shift_interval
 from script import RESULTS, documented_parser, write_page
 from when_to_match_runs import (
@@ -35,9 +35,6 @@ from when_to_match_runs import (
     trials,
 )
 
-#: Student's 97.5 % quantile by degrees of freedom.
-QUANTILE = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}
-
 
 def multiplier_table(runs: Runs, model: str, ways: Iterable[str]) -> list[str]:
     """What each way makes of the rates, seed 0."""
@@ -53,13 +50,12 @@ def multiplier_table(runs: Runs, model: str, ways: Iterable[str]) -> list[str]:
     ]
 
 
-def paired(one: list[float], other: list[float]) -> str:
-    """The mean difference over seeds, and half its 95 % interval."""
-    differences = [a - b for a, b in zip(one, other, strict=True)]
-    if len(differences) < 2:
-        return f"{fmean(differences):+.3f}"
-    half = QUANTILE[len(differences) - 1] * stdev(differences) / math.sqrt(len(differences))
-    return f"{fmean(differences):+.3f} ± {half:.3f}"
+def difference(one: list[float], other: list[float]) -> str:
+    """The mean difference over seeds, and half its 95 % interval where there are two seeds or more."""
+    found = paired(one, other)
+    if found is None:  # a run diverged
+        return ""
+    return f"{found.mean:+.3f}" + (f" ± {found.half:.3f}" if found.seeds > 1 else "")
 
 
 def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
@@ -91,7 +87,9 @@ def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
             f"{curve.mean(curve.best):.3f}",
             f"{curve.mean(2.0**best):.3f}" if carried else "",
             f"{curve.mean(2.0 ** (best - 1)):.3f}" if 2.0 ** (best - 1) in curve.losses else "",
-            paired(list(carried), list(first)) if carried and (model, way) != ("gpt2", "first step") else "",
+            difference(list(carried), list(first))
+            if carried and (model, way) != ("gpt2", "first step")
+            else "",
         )
         lines.append(f"| {' | '.join(shown)} |")
     return [*lines, ""]

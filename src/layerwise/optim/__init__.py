@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 import layerwise.optim.presets
 import layerwise.optim.rules
+from layerwise.common.discover import import_files
 from layerwise.common.layer_rate import LayerRate
 from layerwise.optim.named_optimizers import NamedOptimizer, optimizers, register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer
@@ -61,6 +60,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-for _folder in (layerwise.optim.presets, layerwise.optim.rules):
-    for _file in iter_modules(_folder.__path__, f"{_folder.__name__}."):
-        import_module(_file.name)  # what is registered there has its name from now on
+import_files(layerwise.optim.presets)
+import_files(layerwise.optim.rules)

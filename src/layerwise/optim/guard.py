@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise.common.parameter_names import first_few
 from layerwise.errors import LayerwiseError, NonFiniteError
 
 POLICIES: Final = ("raise", "skip")
@@ -130,8 +131,7 @@ def _not_finite(gradients: Sequence[Tensor], order: float) -> Tensor:
 
 def _error(names: Sequence[str], bad: Tensor) -> NonFiniteError:
     culprits = [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
-    more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
     return NonFiniteError(
-        f"non-finite gradient in {', '.join(map(repr, culprits[:3]))}{more}; the weights were not touched. "
+        f"non-finite gradient in {first_few(list(map(repr, culprits)))}; the weights were not touched. "
         "Lower the learning rate, clip or scale the loss, or pass nonfinite='skip' to skip and count such steps"
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from layerwise.common.parameter_names import first_few
 from layerwise.common.text_table import aligned
 from layerwise.errors import warn
 from layerwise.function_space.matching.fixed import FIXED
@@ -53,8 +54,7 @@ class MatchReport:
         """Say which rates stay as they were although nobody asked for that."""
         kept = [name for name, note in self.left_alone.items() if note != FIXED]
         if kept:
-            shown = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
-            warn(f"{who} left {len(kept)} learning rates as they were ({shown}): see {where}")
+            warn(f"{who} left {len(kept)} learning rates as they were ({first_few(kept, 4)}): see {where}")
 
     def __str__(self) -> str:
         rows = [("parameter", "measured", "target", "change", "lr", "")]

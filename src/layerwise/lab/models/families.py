@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import layerwise.lab.models
+from layerwise.common.discover import import_files
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.validate import nearest
 from layerwise.lab.models.adapters import add_adapters, load_weights
@@ -19,9 +18,7 @@ from layerwise.lab.models.family import FAMILIES, Axis, Examples, whole
 if TYPE_CHECKING:
     from layerwise.lab.config.schema import ModelConfig
 
-for _file in iter_modules(layerwise.lab.models.__path__, "layerwise.lab.models."):
-    if _file.name != __name__:
-        import_module(_file.name)  # each registers its families
+import_files(layerwise.lab.models)  # each file registers its families
 
 LARGEST_SIZE, MOST_BLOCKS = 1_000_000, 10_000
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.common.parameter_names import canonical_name, unwrap
+from layerwise.common.parameter_names import canonical_name, first_few, unwrap
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.groups import groups_of
 from layerwise.geometry.origin import Origin
@@ -201,8 +201,7 @@ class Following:
 
 def _tell_of_unfrozen(names: Sequence[str], taken_over: bool) -> None:
     """Warn of parameters that were frozen when the optimizer was made and have gradients now."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    had_been = f"{', '.join(map(repr, names[:3]))}{more} had been frozen when the optimizer was made, have gradients now and"
+    had_been = f"{first_few(list(map(repr, names)))} had been frozen when the optimizer was made, have gradients now and"
     if taken_over:
         warn(
             f"{had_been} are trained from this step on, with the roles that the model gives them; a schedule made before may"

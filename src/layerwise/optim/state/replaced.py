@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise.common.parameter_names import first_few
 from layerwise.common.tensors import local_part
 from layerwise.errors import warn
 from layerwise.geometry.origin import Origin
@@ -91,9 +92,8 @@ def _form(value: object) -> object:
 
 def warn_of_fresh_state(names: Sequence[str]) -> None:
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warn(
-            f"the optimizer's state (momentum, noise) of {', '.join(map(repr, names[:3]))}{more} begins afresh: after "
+            f"the optimizer's state (momentum, noise) of {first_few(list(map(repr, names)))} begins afresh: after "
             "training had begun the parameter was replaced by one of another shape or sharding. Load the optimizer's "
             "state_dict after such a change to go on from where it was"
         )

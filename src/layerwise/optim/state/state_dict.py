@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from layerwise.common.parameter_names import counterparts, name_to_compare
+from layerwise.common.parameter_names import counterparts, first_few, name_to_compare
 from layerwise.errors import LayerwiseError
 from layerwise.optim.groups.options import DEFAULTS, DESCRIBED, TORCH_KEYS
 from layerwise.optim.state.kinds import in_kind, is_number, same_kind
@@ -192,8 +192,7 @@ def _names_in_one(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[
     for side, names in sides.items():
         in_order = [name for name in (*here, *saved) if name in names]
         if in_order:
-            more = f" and {len(in_order) - 3} more" if len(in_order) > 3 else ""
-            words.append(f"{side} {', '.join(map(repr, in_order[:3]))}{more}")
+            words.append(f"{side} {first_few(list(map(repr, in_order)))}")
     return "".join(f"; {word}" for word in words)
 
 
