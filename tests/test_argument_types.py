@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from abc import ABC
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import layerwise as lw
+from layerwise.common.parameter_names import first_few
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.watching.output_change import OutputChange
 from layerwise.integrations.transformers import FunctionSpaceCallback, LayerRatesCallback, WatchCallback
@@ -164,3 +166,25 @@ def test_what_a_user_registers_is_checked_without_a_word(monkeypatch: pytest.Mon
     with pytest.raises(lw.LayerwiseError, match=r"CheckedRule\(power='half'\): give a number"):
         CheckedRule(power="half")
     assert CheckedRule(power=1).power == 1
+
+
+class Base(ABC):
+    """A base of a user's own, which no class of the package is derived from."""
+
+
+def test_a_users_own_base_is_named_without_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerwise.optim.rules.rule._RULES", {})
+
+    @lw.register_rule("with_base")
+    class WithBase(lw.RateRule):
+        def __init__(self, base: Base | None = None) -> None:
+            self.base = base
+
+    with pytest.raises(lw.LayerwiseError, match=r"WithBase\(base='mine'\): give a Base"):
+        WithBase(base="mine")  # type: ignore[arg-type]
+
+
+def test_a_message_names_the_first_few_and_counts_the_others() -> None:
+    assert first_few(["a", "b", "c"]) == "a, b, c"
+    assert first_few(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert first_few(["a", "b"], most=1) == "a and 1 more"
