@@ -134,6 +134,9 @@ def test_override_of_a_layout_and_norm_group():
         ({"q": 8, "k": 4, "v": 4}, ["q", "k", "v"], ((1, 8, 8), (2, 4, 8))),
         (4, ["0", "1", "2", "3"], ((4, 4, 8),)),
         (Split.equal("a", "b", blocks=2), ["a", "b"], ((2, 8, 8),)),
+        ({"parts": {"a": 1, "b": 1}, "blocks": 2}, ["a", "b"], ((2, 8, 8),)),
+        ({"parts": {"a": 3, "b": 1}}, ["a", "b"], ((1, 12, 8), (1, 4, 8))),
+        ({"parts": 12, "blocks": 4}, ["parts", "blocks"], ((1, 12, 8), (1, 4, 8))),
         (1, [], ((1, 16, 8),)),
         ({"all": 16}, [], ((1, 16, 8),)),
     ],
@@ -216,6 +219,20 @@ def flat_model():
         (
             lambda: param_groups(Model(), splits={"*.qkv_proj.weight": {"q": 16, "k": 0}}),
             "positive number of rows",
+        ),
+        (
+            lambda: param_groups(Model(), splits={"*.qkv_proj.weight": {"axis": 1, "heads": 4}}),
+            "for parts of d_in a pattern such as 'o (4 i)'",
+        ),
+        (
+            lambda: param_groups(
+                Model(), splits={"*.qkv_proj.weight": {"parts": {"a": 1, "b": 1}, "block": 2}}
+            ),
+            "blocks.0.qkv_proj.weight: Split(block=2): there is no 'block'; did you mean 'blocks'?",
+        ),
+        (
+            lambda: param_groups(Model(), splits={"*.qkv_proj.weight": {"parts": {"a": 1, "b": 0.5}}}),
+            "blocks.0.qkv_proj.weight: Split(parts=(('a', 1), ('b', 0.5))): give",
         ),
         (lambda: param_groups(Model(), splits={"*.qkv_proj.weight": "qkv"}), "give a number of equal parts"),
         (lambda: param_groups(Model(), splits={"*.qkv_proj.weight": True}), "give a number of equal parts"),

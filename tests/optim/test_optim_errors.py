@@ -52,6 +52,8 @@ BAD = {
         lambda: lw.Lanton(with_option(learning_rate=0.1)),
         ["'learning_rate'", "mean 'lr'"],
     ),
+    "what rates= was called once": (lambda: lw.Lanton(groups(), noise=None), ["noise=None", "mean 'rates'"]),
+    "the same in a group": (lambda: lw.Lanton(with_option(noise=None)), ["'noise'", "mean 'rates'"]),
     "what torch has and this has not": (lambda: lw.Muon(with_option(maximize=True)), ["'maximize'", "True"]),
     "in a recipe": (lambda: lw.LayerwiseOptimizer(groups(), {"default": {"tag": 1}}), ["'tag'"]),
     "negative lr_scale": (lambda: lw.Lanton(with_option(lr_scale=-1.0)), ["lr_scale=-1.0", "at least 0"]),

@@ -24,8 +24,8 @@ class Rate:
 
     Attributes:
         value: RMS change of an output entry that this tensor's update causes, to first order, in the outputs' unit.
-        stderr: its standard error over the probes (0 for `exact`, of a difference what rounding does to it); it knows
-            nothing of an estimator's bias.
+        stderr: its standard error over the probes (0 for `exact`, of a difference what rounding the outputs does to it);
+            it knows nothing of an estimator's bias, nor of what a forward rounds on its way.
         share: its part of the sum over all tensors.
         estimator: the one used for this tensor's shape, or the formula of `exact`.
         linear: of a difference, the rate to first order.
@@ -150,7 +150,10 @@ class Rates(Mapping[str, Rate]):
         rows.append(("sum", f"{self.total:.4g}", *[""] * (len(rows[0]) - 3), said))
         lines = aligned(rows, right=range(1, len(rows[0]) - 1))
         if marked:
-            lines.append("* the first order is off by more than 10 %")
+            lines.append(
+                "* the first order is off by more than 10 %: the step is large, chooses other experts, or is lost in "
+                "what the forward rounds (8-bit activations)"
+            )
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -25,8 +25,11 @@ from layerwise.geometry.norms import Geometry, RowNorm, Sign, Spectral, VectorRM
 Override = Geometry | Mapping[str, Any]
 #: Several of them stand one after the other, and the later one wins.
 Overrides = Mapping[str, Override] | Sequence[Mapping[str, Override]]
-SplitSpec = int | str | Mapping[str, int] | Split
-_SPLITS = "a number of equal parts, a dict of sizes, a Split, or a pattern such as 'o (4 i)'"
+SplitSpec = int | str | Mapping[str, Any] | Split
+_SPLITS = (
+    "a number of equal parts, a dict of sizes, a Split or a dict of its fields, or a pattern such as 'o (4 i)', which "
+    "divides d_in"
+)
 #: By a pattern on the parameter's name.
 Splits = Annotated[Mapping[str, SplitSpec], _SPLITS]
 
@@ -133,6 +136,8 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
     shape = tuple(found.parameter.shape)
     if isinstance(spec, str):
         return _patterned(found, spec)
+    if isinstance(spec, Mapping) and isinstance(spec.get("parts"), Mapping):
+        spec = _split_of_fields(found.name, spec)
     whole = replace(found.layout, split=None)
     d_out = whole.stack_shape(shape)[1]
     if isinstance(spec, Mapping):
@@ -143,7 +148,8 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
         if sum(spec.values()) != d_out:
             raise LayerwiseError(
                 f"splits: the sizes of {found.name}, {dict(spec)}, add up to {sum(spec.values())}, "
-                f"but its d_out is {d_out} (shape {shape}, stored {whole}); give sizes that add up to {d_out}"
+                f"but its d_out is {d_out} (shape {shape}, stored {whole}); give sizes that add up to {d_out}, "
+                "or for parts of d_in a pattern such as 'o (4 i)'"
             )
         split = Split.of_sizes(spec) if len(spec) > 1 else None
     elif isinstance(spec, Split):
@@ -158,6 +164,14 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
         except LayerwiseError as error:
             raise LayerwiseError(f"splits: {found.name} of shape {shape}: {error}") from None
     return replace(whole, split=split)
+
+
+def _split_of_fields(name: str, fields: Mapping[str, Any]) -> Split:
+    """A `Split` in plain data, as a file of YAML or JSON has it: `{"parts": {"q": 1, "k": 1, "v": 1}, "blocks": 12}`."""
+    try:
+        return Split(**{**fields, "parts": tuple(fields["parts"].items())})
+    except LayerwiseError as error:
+        raise LayerwiseError(f"splits: {name}: {error}") from None
 
 
 def _patterned(found: Found, pattern: str) -> Layout:

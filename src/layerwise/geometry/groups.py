@@ -74,8 +74,9 @@ def param_groups(
             `"role:vector"` stands for all parameters of a role, and patterns on names add to it or win over it. Of a
             list of such dicts the later ones win.
         splits: glob pattern -> how a parameter divides into matrices: `{"q": 512, "k": 128, "v": 128}` (rows of d_out, in
-            order), a number of equal parts (1 leaves the parameter whole), a `Split`, or a pattern of `AxesLayout` such
-            as `"o (4 i)"`, four matrices along d_in.
+            order), a number of equal parts (1 leaves the parameter whole), a `Split` or its fields in a dict
+            (`{"parts": {"q": 1, "k": 1, "v": 1}, "blocks": 12}`), or a pattern of `AxesLayout` such as `"o (4 i)"`, four
+            matrices along d_in.
         forward: `forward(model, batch)` runs the model, where a plain call does not.
 
     Returns:

@@ -57,7 +57,6 @@ _OPTIONS: Final = (*DEFAULTS, *OPTIONAL)
 
 #: Options of torch's optimizers that change a step and that ours do not have: a true one must not be lost in silence.
 _NOT_OURS: Final = ("amsgrad", "dampening", "differentiable", "maximize", "ns_coefficients", "ns_steps")
-_OTHER_NAMES: Final = {"learning_rate": "lr", "wd": "weight_decay"}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -73,7 +72,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     for key, value in group.items():
         if key in _OPTIONS or key in TORCH_KEYS:
             continue
-        near = [_OTHER_NAMES[key]] if key in _OTHER_NAMES else nearest(key, _OPTIONS, cutoff=0.8)
+        near = nearest(key, _OPTIONS, cutoff=0.8)
         if near or (key in _NOT_OURS and value):
             raise _unknown(key, value, near)
     _check_values(group)
