@@ -5,6 +5,7 @@ import torch
 from forward_models import attend, heads, rotated
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from layerwise.geometry import describe
 
@@ -43,6 +44,12 @@ def by_head(w, x, sizes=(4, 4, 4)):
 def fused_attention(w, x):
     q, k, v = (heads(part, 3) for part in F.linear(x, w).chunk(3, -1))
     return F.scaled_dot_product_attention(rotated(q), rotated(k), v).transpose(1, 2).flatten(2)
+
+
+def flexible_attention(w, x):
+    q, k, v = (heads(part, 3) for part in F.linear(x, w).split((D, D, D), -1))
+    y = flex_attention(rotated(q), rotated(k), v, score_mod=lambda score, b, h, i, j: score + i - j)
+    return y.transpose(1, 2).flatten(2)
 
 
 def complex_rotary(w, x):
@@ -112,6 +119,11 @@ PARTS = {
         "out,in (q:1|k:1|v:2) x 3",
     ),
     "torch's attention, rotary": (Mix((3 * D, D), fused_attention), "out,in q|k|v"),
+    "torch's flexible attention": (Mix((3 * D, D), flexible_attention), "out,in q|k|v"),
+    "the same, compiled": (
+        Mix((3 * D, D), torch.compile(flexible_attention, backend="eager")),
+        "out,in q|k|v",
+    ),
     "complex rotary": (Mix((3 * D, D), complex_rotary), "out,in q|k|v"),
     "gated queries": (Mix((2 * D, D), gated_queries), "out,in (0|1) x 3"),
     "keys and values from a latent": (Mix((18, D), compressed), "out,in (k:1|v:2) x 3"),

@@ -72,6 +72,7 @@ def test_a_look_is_one_forward_pass_and_a_second_where_something_was_not_seen():
 
     def forward(model, batch):
         calls.append(model.training)
+        assert not torch.is_grad_enabled()
         return model(batch)
 
     model = Body()
@@ -80,6 +81,12 @@ def test_a_look_is_one_forward_pass_and_a_second_where_something_was_not_seen():
     model.aux.requires_grad_(False)
     describe(model, ids(), forward=forward)
     assert calls[2:] == [False]
+
+
+def test_functions_that_run_others_as_one_operation_leave_roles_to_the_modules():
+    model = Body()
+    text = str(describe(model, ids(), forward=lambda m, x: torch.cond(x.sum() > 0, m, m, (x,))))
+    assert "cond runs functions that cannot be followed" in text
 
 
 def test_an_error_in_the_model_restores_it_and_leaves_roles_to_the_modules():

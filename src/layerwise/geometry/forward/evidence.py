@@ -94,9 +94,10 @@ class Evidence:
     def product(self, view: Tensor, sides: Sequence[Side]) -> None:
         """A weight took part in a matrix product; `sides` says what each dimension of its view does."""
         axes = tuple(
-            Axis(side, size, _stride(view, dim))
-            for dim, (side, size) in enumerate(zip(sides, view.shape, strict=True))
-            if size > 1 and not (side == "stack" and _stride(view, dim) == 0)
+            Axis(side, size, stride)
+            for dim, side in enumerate(sides)
+            for size, stride in _steps(view, dim)
+            if size > 1 and not (side == "stack" and stride == 0)
         )
         spread = any(axis.stride == 0 for axis in axes)  # a gain, expanded to the shape of a matrix
         self._note(view, "gain" if spread else "product", axes=() if spread else axes)
@@ -153,11 +154,28 @@ class Evidence:
             self.uses[owner].append(use)
 
 
-def _stride(view: Tensor, dim: int) -> int:
-    """How many addresses lie between neighbours along a dimension. Raises ValueError where that varies."""
+def _steps(view: Tensor, dim: int) -> list[tuple[int, int]]:
+    """A dimension as dimensions of even steps, `(size, stride)`: two where heads and their entries were flattened into one.
+
+    Raises:
+        ValueError: it is no such dimension.
+    """
     if view.is_meta:
-        return view.stride(dim)
-    steps = written_out(view).diff(dim=dim)
-    if steps.numel() and bool((steps != steps.flatten()[0]).any()):
+        return [(view.shape[dim], view.stride(dim))]
+    addresses = written_out(view)
+    line = addresses[tuple(slice(None) if d == dim else 0 for d in range(view.ndim))]
+    along = (line - line[0]).view([-1 if d == dim else 1 for d in range(view.ndim)])
+    if bool((addresses != addresses.narrow(dim, 0, 1) + along).any()):
+        raise ValueError("the entries of other rows are spaced in another way")
+    return _even_steps(line - line[0])
+
+
+def _even_steps(line: Tensor) -> list[tuple[int, int]]:
+    if len(line) < 2:
+        return [(len(line), 0)]
+    stride = int(line[1])
+    uneven = (line.diff() != stride).nonzero()
+    size = int(uneven[0]) + 1 if len(uneven) else len(line)
+    if len(line) % size or bool((line.view(-1, size) != line[::size, None] + line[:size]).any()):
         raise ValueError("the entries are not evenly spaced")
-    return int(steps.flatten()[0]) if steps.numel() else 0
+    return [(size, stride)] if size == len(line) else [*_even_steps(line[::size]), (size, stride)]

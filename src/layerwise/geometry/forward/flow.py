@@ -31,7 +31,7 @@ class Operation:
     @cached_property
     def name(self) -> str:
         """`add` for `aten.add.Tensor` and for `aten.add_.Tensor`."""
-        return str(self.func.overloadpacket.__name__).removesuffix("_")
+        return str(getattr(self.func, "overloadpacket", self.func).__name__).removesuffix("_")
 
     @cached_property
     def tensors(self) -> list[Tensor]:

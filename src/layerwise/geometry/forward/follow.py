@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -17,7 +18,12 @@ _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, Attribut
 
 
 class Follow(TorchDispatchMode):
-    """Runs every operation under it as it is, and then tells a flow what it does to the rows of weights."""
+    """Runs every operation under it as it is, and then tells a flow what it does to the rows of weights.
+
+    `flex_attention` is one operation. What runs other functions as one (`torch.cond`) is refused: nothing sees into it.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -29,6 +35,8 @@ class Follow(TorchDispatchMode):
     ) -> Any:
         """Run the operation, then say of its results where they come from."""
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator) and "attention" not in func.name():
+            raise NotImplementedError(f"{func.name()} runs functions that cannot be followed")
         out = _run(func, args, kwargs)
         self._count += 1
         results = tuple(leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor))

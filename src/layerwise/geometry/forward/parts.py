@@ -19,36 +19,46 @@ from layerwise.geometry.layout import Layout, Split
 
 #: A projection is not in more parts than these; what looks like it is a loop over heads or time steps.
 MOST_PARTS = 8
+BOTH_WAYS = "some of its matrices are used the other way round: their d_out and d_in are those of the first"
 Factor = tuple[str, int, int]  # (what it does: "o", "i", "k"), size, stride; from the slowest to the fastest
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The layout of a weight as its products show it; `parts` says whether they showed its parts too."""
+    """The layout of a weight as its products show it; `parts` says whether they showed its parts too.
+
+    Attributes:
+        layout: of the weight.
+        parts: whether its products showed its parts too.
+        note: what is not certain, "" if nothing.
+    """
 
     layout: Layout
     parts: bool
+    note: str = ""
 
 
 def layout_seen(uses: Sequence[Use], sites: Sequence[tuple[Site, Tensor]], shape: Size) -> Seen | None:
     """Which way round a weight is, which stacks and which parts it has. None where its products do not say."""
-    factors = _factors([use for use in uses if use.kind == "product"], shape)
+    products = [use for use in uses if use.kind == "product"]
+    factors = _factors(products, shape)
     if factors is None:
         return None
+    note = BOTH_WAYS if len({tuple(axis.side for axis in _by_stride(use)) for use in products}) > 1 else ""
     try:
         whole = layout_of(_pattern(factors, shape))
     except LayerwiseError:  # rows or columns in several pieces of one dimension
         return None
     classes = _row_classes(factors, sites)
     if classes is None:
-        return Seen(whole, parts=False)
+        return Seen(whole, False, note)
     split = split_of(*classes)
-    return Seen(replace(whole, split=split), parts=split is not None or len(set(classes[0])) == 1)
+    return Seen(replace(whole, split=split), split is not None or len(set(classes[0])) == 1, note)
 
 
 def _factors(uses: Sequence[Use], shape: Size) -> list[Factor] | None:
     """The dimensions of a parameter, cut where a product cut them, with what each does."""
-    axes = _common_axes(uses)
+    axes = _common_axes(uses, shape)
     if axes is None:
         return None
     sliced = len({use.offset for use in uses}) > 1
@@ -68,16 +78,29 @@ def _factors(uses: Sequence[Use], shape: Size) -> list[Factor] | None:
     return factors if {"o", "i"} <= {side for side, _, _ in factors} else None
 
 
-def _common_axes(uses: Sequence[Use]) -> tuple[Axis, ...] | None:
-    """The axes that all products agree on; where slices of rows differ in size, rows run on to the end."""
-    kinds = {tuple(sorted(use.axes, key=lambda axis: axis.stride)) for use in uses}
-    if len(kinds) == 1:
-        return kinds.pop()
-    flat = {tuple((axis.side, axis.stride) for axis in axes) for axes in kinds}
-    if len(flat) != 1:
-        return None
-    largest = max(kinds, key=lambda axes: prod(axis.size for axis in axes))
-    return tuple(replace(axis, size=0) if axis.side == "out" else axis for axis in largest)
+def _by_stride(use: Use) -> tuple[Axis, ...]:
+    return tuple(sorted(use.axes, key=lambda axis: axis.stride))
+
+
+def _common_axes(uses: Sequence[Use], shape: Size) -> tuple[Axis, ...] | None:
+    """The axes that all products agree on.
+
+    Where slices of rows differ in size, rows run on to the end of their dimension. Where matrices stand side by side the
+    one way round and the other, as in a bank of up and down projections, the first says which is meant.
+    """
+    kinds = list(dict.fromkeys(map(_by_stride, uses)))
+    if len(kinds) <= 1:
+        return kinds[0] if kinds else None
+    if len({tuple((axis.side, axis.stride) for axis in axes) for axes in kinds}) == 1:
+        largest = max(kinds, key=lambda axes: prod(axis.size for axis in axes))
+        ends = [prod(shape[dim:]) for dim in range(len(shape))]
+        return tuple(_run_on(axis, ends) if axis.side == "out" else axis for axis in largest)
+    alike = len({tuple((axis.size, axis.stride) for axis in axes) for axes in kinds}) == 1
+    return kinds[0] if alike and len({use.offset for use in uses}) == len(uses) else None
+
+
+def _run_on(axis: Axis, ends: Sequence[int]) -> Axis:
+    return replace(axis, size=min(end for end in ends if end >= axis.stride * axis.size) // axis.stride)
 
 
 def _cut(size: int, stride: int, axes: Sequence[Axis], sliced: bool) -> list[Factor]:
@@ -102,8 +125,7 @@ def _cut(size: int, stride: int, axes: Sequence[Axis], sliced: bool) -> list[Fac
 
 def _side(axes: Sequence[Axis], stride: int) -> str:
     for axis in sorted(axes, key=lambda axis: -axis.stride):
-        end = axis.stride * axis.size if axis.size else float("inf")
-        if axis.stride <= stride < end and stride % axis.stride == 0:
+        if axis.stride <= stride < axis.stride * axis.size and stride % axis.stride == 0:
             return {"out": "o", "in": "i", "stack": "k"}[axis.side]
     return ""
 
@@ -181,6 +203,8 @@ def split_of(kinds: Sequence[int], names: Sequence[str]) -> Split | None:
     changes = [0, *(1 + (sequence[1:period] != sequence[: period - 1]).nonzero().flatten()).tolist(), period]
     if len(changes) - 1 != count:
         return None  # a part in several pieces of a block
+    if len(kinds) == period and sum(end - start == 1 for start, end in pairwise(changes)) > 1:
+        return None  # a loop over rows, such as the scores that a router gives its experts
     known = {*names} <= set("qkv") or {*names} == {"gate", "up"}
     called = list(names) if known and len({*names}) == count else [str(i) for i in range(count)]
     sizes = {called[int(sequence[start])]: end - start for start, end in pairwise(changes)}

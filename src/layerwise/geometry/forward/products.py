@@ -10,7 +10,7 @@ from torch import Tensor
 from layerwise.geometry.forward.addresses import constant_along, first_address, written_out
 from layerwise.geometry.forward.evidence import Side, Site
 from layerwise.geometry.forward.flow import Flow, Operation
-from layerwise.geometry.forward.origins import Origin, joined
+from layerwise.geometry.forward.origins import CONSTANT, Origin, joined
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ def multiply(flow: Flow, op: Operation, left: Operand, right: Operand, added: It
     """A product of two tensors, to which others were added."""
     result = op.results[0]
     origins = [flow.origin(operand.tensor) or Origin() for operand in (left, right)]
+    if (
+        None in (left.free, right.free)
+        and all(origin.constant for origin in origins)
+        and not all(origin.weights for origin in origins)
+    ):  # a weight and the vectors by which spectral_norm finds its norm
+        flow.came_from(result, CONSTANT)
+        return
     held = [bool(origin.constant and origin.weights) for origin in origins]
     if all(held) and _are_factors(flow, origins):
         for view in origins[0].weights:

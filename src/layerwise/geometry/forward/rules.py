@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
@@ -100,8 +102,8 @@ def _meet(flow: Flow, op: Operation, origins: Sequence[Origin]) -> None:
     one, two = origins[:2]
     if not all(origin.rows or origin.results_of for origin in (one, two)):
         return  # a rotary embedding, say, multiplies with what no weight made
-    names = {(True, False): ("gate", "up"), (False, True): ("up", "gate")}.get((one.bent, two.bent), ("", ""))
-    for operand, (origin, name) in enumerate(zip((one, two), names, strict=True)):
+    for operand, origin in enumerate((one, two)):
+        name = ("gate" if origin.bent else "up") if one.bent or two.bent else ""
         flow.evidence.went(origin.rows, Site(op.number, operand, name))
 
 
@@ -129,10 +131,20 @@ def _without(rows: Tensor, dims: Sequence[int], result: Tensor) -> Tensor:
 
 
 def same(flow: Flow, op: Operation) -> None:
-    """The first result is the first tensor again, entry by entry: a copy, a softmax, dropout, another precision."""
+    """The first result is the first tensor again, entry by entry: a copy, dropout, another precision."""
     origin = flow.origin(op.tensors[0])
     if origin is not None and op.results[0].shape == op.tensors[0].shape:
-        _all(flow, op, replace(origin, bent=origin.bent or "softmax" in op.name))
+        _all(flow, op, origin)
+
+
+def softmax(flow: Flow, op: Operation) -> None:
+    """What is normalised together belongs together, wherever it goes then: the scores of a router, one an expert."""
+    same(flow, op)
+    origin = flow.origin(op.results[0])
+    if origin is not None:
+        apart = [constant_along(rows, [op.argument("dim")]) for rows in origin.rows]
+        flow.evidence.went(compress(origin.rows, map(not_, apart)), Site(op.number, 0))
+        _all(flow, op, replace(origin, rows=tuple(compress(origin.rows, apart)), bent=True))
 
 
 def replay(flow: Flow, op: Operation) -> None:
@@ -307,11 +319,12 @@ def _all(flow: Flow, op: Operation, origin: Origin) -> None:
         flow.came_from(result, origin)
 
 
-_SAME = "_to_copy clone _softmax softmax _log_softmax log_softmax native_dropout dropout cumsum cumprod detach alias"
+_SAME = "_to_copy clone native_dropout dropout cumsum cumprod detach alias"
 _MOVES = "_unsafe_view _reshape_alias repeat flip roll repeat_interleave tile expand_copy view_copy narrow_copy unfold"
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),
     **dict.fromkeys(_MOVES.split(), replay),
+    **dict.fromkeys(("_softmax", "softmax", "_log_softmax", "log_softmax"), softmax),
     **dict.fromkeys(("cat", "stack"), join),
     **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), lookup),
     **dict.fromkeys(("index", "index_select", "gather", "_unsafe_index"), lookup),

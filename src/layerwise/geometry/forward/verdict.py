@@ -69,7 +69,7 @@ def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> F
     if not found.assumed and alike(found.layout, layout, shape):
         layout = found.layout  # the same units, under the names its module has for them
     unsure = found.note and not (seen.parts or found.assumed or role != "hidden")
-    note = found.note if unsure else ""
+    note = found.note if unsure else seen.note
     return replace(found, role=role, layout=layout, kernel=(), note=note, how="forward")
 
 

@@ -96,8 +96,8 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
         stack.callback(_restore, kept, buffers)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        stack.enter_context(torch.inference_mode(False))  # which turns gradients on
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_eager())

@@ -1,0 +1,114 @@
+"""Weights that are stored or used in unusual ways: what the forward pass tells of them."""
+
+import pytest
+import torch
+from test_forward_kinds import D, Mix, Net, X, attention, linear, row
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from layerwise.geometry import describe
+
+
+@pytest.mark.parametrize(
+    ("shape", "equation", "stored"),
+    [
+        (
+            (3, D, 4),
+            "bsd,hde->bshe",
+            "o i o",
+        ),  # heads before: queries of all heads are one matrix, as in a linear layer
+        ((D, 3, 4), "bsd,dhe->bshe", "i o o"),
+        ((3, 4, D), "bsd,hed->bshe", "o o i"),
+    ],
+)
+def test_heads_in_a_dimension_of_their_own_are_rows_of_one_matrix(shape, equation, stored):
+    found = row(Mix(shape, lambda w, x: F.silu(torch.einsum(equation, x, w)).flatten(2)), X)
+    assert (found.role, str(found.layout), found.how) == ("hidden", stored, "forward")
+    assert found.layout.shapes(found.shape) == ((1, D, D),)
+    weight = torch.randn(shape)
+    (matrix,) = found.layout.to_matrices(weight)
+    assert torch.allclose(torch.einsum(equation, X, weight).flatten(2), X @ matrix[0].T, atol=1e-5)
+
+
+def test_heads_that_are_put_together_again_are_columns_of_one_matrix():
+    found = row(Mix((3, 4, D), lambda w, x: torch.einsum("bshe,hed->bsd", x.unflatten(-1, (3, 4)), w)), X)
+    assert (found.role, str(found.layout), found.layout.shapes(found.shape)) == (
+        "hidden",
+        "i i o",
+        ((1, D, D),),
+    )
+
+
+def layers_of_attention(w, x):
+    """As modded-nanogpt's bank: the rows of queries, keys and values in one product, those of the output in another."""
+    for layer in w:
+        mixed = attention(*F.linear(x, layer[: 3 * D]).chunk(3, -1))
+        x = x + F.linear(mixed, layer[3 * D :])
+    return x
+
+
+def test_slices_of_different_sizes_end_where_their_layer_ends():
+    found = row(Mix((2, 4 * D, D), layers_of_attention), X)
+    assert (found.role, str(found.layout), found.note) == ("experts", "k,out,in 0|1|2|3", "")
+    assert found.layout.shapes(found.shape) == ((8, D, D),)
+
+
+def test_a_bank_whose_matrices_stand_both_ways_round_is_a_stack_and_says_so():
+    def layers(w, x):
+        for up, down in w:
+            x = x + F.relu(F.linear(x, up)) @ down
+        return x
+
+    found = row(Mix((3, 2, 4 * D, D), layers), X)
+    assert (found.role, str(found.layout)) == ("experts", "k k o i")
+    assert "used the other way round" in found.note
+
+
+def test_a_matrix_that_is_used_both_ways_keeps_the_way_of_its_module():
+    model = Net(lambda m, x: m.last(F.linear(F.relu(m.a(x)), m.a.weight.T)), a=linear(8), last=linear(3))
+    found = row(model, X, "a.weight")
+    assert (found.role, str(found.layout), found.note) == ("hidden", "out,in", "")
+
+
+@pytest.mark.parametrize("scores", [lambda y: y.softmax(-1), torch.sigmoid])
+@pytest.mark.parametrize("used", [range(4), (1, 2)])
+def test_the_scores_that_experts_are_weighed_with_are_one_matrix(scores, used):
+    """A loop over experts, all of them or those that were chosen, reads one score after the other."""
+    parts = {"router": linear(4), "up": linear(), "last": linear(3)}
+    model = Net(
+        lambda m, x: m.last(sum(scores(m.router(x))[..., i : i + 1] * m.up(x) for i in used)), **parts
+    )
+    assert str(row(model, X, "router.weight").layout) == "out,in"
+
+
+NORMALISED = {
+    "spectral_norm": (parametrizations.spectral_norm, "parametrizations.weight.original"),
+    "spectral_norm, older": (nn.utils.spectral_norm, "weight_orig"),
+    "weight_norm": (parametrizations.weight_norm, "parametrizations.weight.original1"),
+    "weight_norm, older": (nn.utils.weight_norm, "weight_v"),
+}
+
+
+@pytest.mark.parametrize("kind", NORMALISED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_weight_that_is_normalised_is_the_matrix_that_it_was(kind):
+    normalised, name = NORMALISED[kind]
+    model = Net(
+        lambda m, x: m.head(F.relu(m.body(x))), body=normalised(linear(8)), head=normalised(linear(5, 8))
+    )
+    rows = {found.name: found for found in describe(model, X).rows}
+    body, head = rows[f"body.{name}"], rows[f"head.{name}"]
+    assert [(found.role, str(found.layout), found.how) for found in (body, head)] == [
+        ("hidden", "out,in", "forward"),
+        ("head", "out,in", "forward"),
+    ]
+
+
+def test_a_convolution_whose_two_halves_are_gates_is_two():
+    def gated(w, x):
+        a, b = F.conv1d(x.transpose(1, 2), w, padding=1).chunk(2, 1)
+        return (torch.tanh(a) * torch.sigmoid(b)).transpose(1, 2)
+
+    found = row(Mix((2 * D, D, 3), gated), X)
+    assert (found.role, str(found.layout)) == ("conv", "out,in,*k 0|1")
