@@ -37,8 +37,9 @@ import machine
 from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
 from layerwise.geometry.spectral.precision import processor_units
+from layerwise.optim.groups.options import DEFAULTS
 from layerwise.optim.rules.noise_adaptive import PreviousGradient
-from layerwise.optim.work.job import Job
+from layerwise.optim.work.job import Job, alike
 from layerwise.optim.work.local import LocalWork
 from script import RESULTS, documented_parser, write_page
 
@@ -150,7 +151,7 @@ def heavyball_muon(params: Sequence[Tensor], cast: bool) -> Step:
 
 def noise_alone(params: Sequence[Tensor]) -> Step:
     """What LANTON's noise adds to a step: the difference, its dual norms in the optimizer's batches, and the copy."""
-    group = {"layout": MatrixLayout(), "geometry": Spectral(), "momentum": 0.95, "nesterov": False}
+    group = DEFAULTS | {"layout": MatrixLayout(), "geometry": Spectral()}
     reference, work = PreviousGradient(), LocalWork()
     states = [reference.allocate(p) for p in params]
 
@@ -158,7 +159,7 @@ def noise_alone(params: Sequence[Tensor]) -> Step:
         jobs = [
             Job("", p, p, p.grad, True, group, state, 0.02) for p, state in zip(params, states, strict=True)
         ]
-        work.norms([job.norm(reference, seed=1) for job in jobs])
+        work.norms([lw.DualNorm(reference).asked_of(some) for some in alike(jobs)])
         reference.remember(jobs, None)
 
     return step

@@ -32,8 +32,8 @@ class UpdateFloor(lw.RateRule):
 
     ratio: float = 0.35
 
-    def norms(self, job: Any) -> Sequence[Any]:
-        return [job.norm(lambda: job.local, OverPolarFactor())]
+    def norms(self) -> Sequence[lw.DualNorm]:
+        return [lw.DualNorm(lambda job: job.local, OverPolarFactor())]
 
     def update(self, units: Any) -> Mapping[str, Tensor]:
         floor = (self.ratio * units.norms[0]).clamp(min=1.0)

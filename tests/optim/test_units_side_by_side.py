@@ -94,8 +94,8 @@ class LastTwo(lw.RateRule):
 
     unit_state: ClassVar = ("norm", "before")
 
-    def norms(self, job):
-        return [job.norm(lambda: job.grad, lw.Frobenius())]
+    def norms(self):
+        return [lw.DualNorm(lambda job: job.grad, lw.Frobenius())]
 
     def update(self, units):
         return {"norm": units.norms[0], "before": units.state["norm"]}

@@ -22,6 +22,7 @@ from layerwise.optim.rules.norm_adaptive import NormAdaptive
 from layerwise.optim.rules.rule import RateRule, rate_rules, register_rule
 from layerwise.optim.rules.static import StaticRates
 from layerwise.optim.updates import Update
+from layerwise.optim.work.job import DualNorm
 from layerwise.optim.work.local import LocalWork
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "DMuon",
     "DistributedWork",
     "DualMuon",
+    "DualNorm",
     "DualNormAdaptive",
     "Lanton",
     "LayerRate",

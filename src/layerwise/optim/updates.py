@@ -17,19 +17,18 @@ from torch.optim.adamw import adamw
 from layerwise.common.tensors import in_dtypes_of
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, store
-from layerwise.optim.rules.rule import NormGroup, RateRule
+from layerwise.optim.rules.rule import NormGroup, RateRule, UnitNorms
 from layerwise.optim.scaling import step_factors
 from layerwise.optim.work.job import (
     DIRECTIONS,
-    DualNorms,
     Group,
     Job,
     MatrixJob,
     MatrixWork,
     State,
+    alike,
     by_group,
     select_all,
-    white_noise_factors,
 )
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
@@ -192,50 +191,27 @@ class Lmo(Update):
         for group in (members[0].group for members in by_group(jobs)):
             if "base_momentum" in group:  # OneCycleLR and CyclicLR move Adam's first beta: so ours
                 group["momentum"] = group["betas"][0]
-        moving = [job for job in jobs if job.moves]
-        update_momentum(moving, keep)
-        ruled = [job for job in jobs if job.group["rates"] is not None]
-        if ruled:
-            update_rates(ruled, work, keep)
-        dual = [job for job in ruled if job.moves and job.group["rates"].own_dual_norm]
-        duals = dual_norms_wanted(dual) if dual else {}
-        for some in work.directions(_unit_steps(moving, duals)):
-            move([moving[i] for i, _ in some], [direction for _, direction in some], keep)
+        together, groups = alike(job for job in jobs if job.moves), norm_groups(jobs)
+        update_momentum(together, keep)
+        if groups:
+            update_rates(together, groups, work, keep)
+        duals = [UnitNorms.wanted(some) for some in together if _own_dual_norm(some[0].group)]
+        for some, directions in work.directions([_unit_steps(some) for some in together]):
+            move(some, directions, keep)
         if duals:
-            _update_multipliers(ruled, {name: [dual.values] for name, dual in duals.items()}, keep)
+            update_multipliers(groups, duals, keep)
 
 
-def _unit_steps(jobs: Sequence[Job], duals: Mapping[str, DualNorms]) -> list[MatrixJob]:
-    """Ask for the parameters' unit steps, and for their dual norms where those are wanted."""
-    factors: dict[object, tuple[float, ...]] = {}  # the same for all of a shape in a group
-    asked = []
-    for job in jobs:
-        group, shape = job.group, job.param.shape
-        layout, geometry, key = group["layout"], group["geometry"], (id(group), shape)
-        if key not in factors:
-            scaling, radius = group["scaling"], group["radius"]
-            factors[key] = step_factors(layout, geometry, scaling, radius, tuple(shape))
-        multiplier, dual = job.state.get("multiplier"), duals.get(job.name)
-        asked.append(
-            MatrixJob(job, job.param, layout, geometry, DIRECTIONS, factors[key], multiplier, dual=dual)
-        )
-    return asked
+def _unit_steps(jobs: Sequence[Job]) -> MatrixJob:
+    """Ask for the unit steps of parameters that are alike."""
+    group, shape = jobs[0].group, tuple(jobs[0].param.shape)
+    geometry = group["geometry"]
+    factors = step_factors(group["layout"], geometry, group["scaling"], group["radius"], shape)
+    return MatrixJob(jobs, DIRECTIONS, geometry, factors)
 
 
-def dual_norms_wanted(jobs: Sequence[Job]) -> dict[str, DualNorms]:
-    """Where to put them, by name: one tensor for all on a device."""
-    by_device: dict[torch.device, list[Job]] = {}
-    for job in jobs:
-        by_device.setdefault(job.local.device, []).append(job)
-    wanted = {}
-    for device, members in by_device.items():
-        units = [job.state["multiplier"].numel() for job in members]
-        values = torch.zeros(sum(units), dtype=torch.float32, device=device).split(units)
-        for job, own in zip(members, values, strict=True):
-            layout, geometry = job.group["layout"], job.group["geometry"]
-            factors = white_noise_factors(layout, geometry, tuple(job.param.shape))
-            wanted[job.name] = DualNorms(own, factors)
-    return wanted
+def _own_dual_norm(group: Group) -> bool:
+    return group["rates"] is not None and group["rates"].own_dual_norm
 
 
 #: The kinds that a group can name by text.
@@ -256,10 +232,10 @@ def chunks(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
     return found
 
 
-def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
+def update_momentum(together: Sequence[Sequence[Job]], keep: Tensor | None) -> None:
     """``M <- momentum * M + (1 - momentum) * G``, in place: many small tensors in one launch."""
     by_momentum: dict[float, list[Job]] = {}
-    for some in by_group(jobs):
+    for some in together:
         by_momentum.setdefault(some[0].group["momentum"], []).extend(some)
     for momentum, members in by_momentum.items():
         for chunk in chunks(members, CHUNK_BYTES):
@@ -270,56 +246,67 @@ def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
             torch._foreach_lerp_(averages, grads, 1.0 - momentum)
 
 
-def update_rates(jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
-    """Take the norms that the rate rules ask for, and let each set the multipliers of every norm group.
-
-    ``jobs``: all that have a rule, those without a gradient too, whose units are compared with the others'.
-    """
-    moving = [job for job in jobs if job.moves]
-    asked = [norm for job in moving for norm in job.group["rates"].norms(job)]
-    if asked:
-        found: dict[str, list[Tensor]] = {}
-        for asked_job, norm in zip(asked, work.norms(asked), strict=True):
-            found.setdefault(asked_job.job.name, []).append(norm)
-        _update_multipliers(jobs, found, keep)
-    for rule, members in norm_groups(moving):
-        for chunk in chunks(members, CHUNK_BYTES):
-            rule.remember(chunk, keep)
-
-
-def _update_multipliers(jobs: Sequence[Job], found: Mapping[str, list[Tensor]], keep: Tensor | None) -> None:
-    """``found``: norms by the parameter's name. ``jobs``: all that have a rule."""
-    for rule, members in norm_groups(jobs):
-        if any(job.name in found for job in members):
-            units = NormGroup.of(members, found, ("multiplier", *rule.unit_state))
-            units.write(rule.update(units), keep)
-
-
 def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
-    """Each rule with the parameters whose units it compares with one another."""
+    """Each rule with the parameters whose units it compares with one another: without a gradient too."""
     found: list[tuple[str, RateRule, list[Job]]] = []
     for some in by_group(jobs):
         rule, name = some[0].group["rates"], some[0].group["norm_group"]
         mates = next((m for other, r, m in found if other == name and (r is rule or r == rule)), None)
-        if mates is None:
-            found.append((name, rule, some))
-        else:
+        if mates is not None:
             mates += some
+        elif rule is not None:
+            found.append((name, rule, some))
     return [(rule, members) for _, rule, members in found]
 
 
-def move(jobs: Sequence[Job], directions: list[Tensor], keep: Tensor | None) -> None:
+def update_rates(
+    together: Sequence[Sequence[Job]],
+    groups: Sequence[tuple[RateRule, list[Job]]],
+    work: MatrixWork,
+    keep: Tensor | None,
+) -> None:
+    """Take the norms that the rate rules ask for, and let each set the multipliers of every norm group.
+
+    Args:
+        together: the parameters that have a gradient, those that are alike together.
+        groups: the norm groups.
+        work: where the norms are taken.
+        keep: where it is false, nothing may change.
+    """
+    ruled = [(some[0].group["rates"], some) for some in together if some[0].group["rates"] is not None]
+    wanted = [(some, rule.norms()) for rule, some in ruled]
+    norms = iter(work.norms([norm.asked_of(some) for some, asked in wanted for norm in asked]))
+    found = [UnitNorms(some, torch.stack([next(norms) for _ in asked])) for some, asked in wanted if asked]
+    if found:
+        update_multipliers(groups, found, keep)
+    for rule, some in ruled:
+        for chunk in chunks(some, CHUNK_BYTES):
+            rule.remember(chunk, keep)
+
+
+def update_multipliers(
+    groups: Sequence[tuple[RateRule, list[Job]]], found: Sequence[UnitNorms], keep: Tensor | None
+) -> None:
+    """Of the norm groups of which any norm was found."""
+    of = {job.name: (norms, row) for norms in found for row, job in enumerate(norms.jobs)}
+    for rule, members in groups:
+        if any(job.name in of for job in members):
+            units = NormGroup.of(members, of, ("multiplier", *rule.unit_state))
+            units.write(rule.update(units), keep)
+
+
+def move(jobs: Sequence[Job], directions: Sequence[Tensor], keep: Tensor | None) -> None:
     """``W <- W - lr * weight_decay * W``, then ``W <- W - lr * direction``, in place; in half precision both at once."""
     if keep is not None:
-        directions = select_all(keep, directions, [0.0] * len(directions))
+        directions = select_all(keep, list(directions), [0.0] * len(directions))
     by_group: dict[int, list[int]] = {}
     for i, job in enumerate(jobs):
         by_group.setdefault(id(job.group), []).append(i)
-    for alike in by_group.values():
-        lr, decay = jobs[alike[0]].lr, jobs[alike[0]].group["weight_decay"]
-        params, steps = [jobs[i].local for i in alike], [directions[i] for i in alike]
-        if params[0].dtype in HALF and (decay != 0.0 or is_stochastic(jobs[alike[0]].group, params[0])):
-            for i in alike:
+    for some in by_group.values():
+        lr, decay = jobs[some[0]].lr, jobs[some[0]].group["weight_decay"]
+        params, steps = [jobs[i].local for i in some], [directions[i] for i in some]
+        if params[0].dtype in HALF and (decay != 0.0 or is_stochastic(jobs[some[0]].group, params[0])):
+            for i in some:
                 move_once_rounded(jobs[i], directions[i], keep)
             continue
         if isinstance(lr, Tensor):

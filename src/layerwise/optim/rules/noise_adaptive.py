@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.group_median import weighted_median
 from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
-from layerwise.optim.work.job import Deviation, Job, MatrixJob, Source, State, select_all, stacked
+from layerwise.optim.work.job import DualNorm, Job, Source, State, select_all, stacked
 
 
 class Reference(Source):
@@ -26,10 +26,6 @@ class Reference(Source):
 
     def allocate(self, param: Tensor) -> State:
         return {}
-
-    def deviation(self, job: Job) -> Deviation | None:
-        """Where G' is a replica's own gradient."""
-        return None
 
     def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
         """Keep what the next step needs."""
@@ -117,15 +113,7 @@ class ReplicaGradient(Reference):
 
     warmup: int = 0
 
-    def deviation(self, job: Job) -> Deviation:
-        if job.deviation is None:
-            raise LayerwiseError(
-                "noise reference 'replicas' compares the gradients of data-parallel processes: call "
-                "optimizer.watch_replicas(model) with the DistributedDataParallel or fully_shard model before the first "
-                "backward(), or, on one process, use reference='independent' (two halves of an accumulated batch) or "
-                "'previous'"
-            )
-        return job.deviation
+    of_replica: ClassVar = True
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
         return stacked([job.grad for job in jobs])  # the mean, from which the deviation is taken
@@ -250,16 +238,10 @@ class NoiseAdaptive(RateRule):
         known: Tensor = state["gradients_seen"] > self._reference.warmup
         return torch.where(known, state["noise"], float("nan"))
 
-    def norms(self, job: Job) -> list[MatrixJob]:
+    def norms(self) -> Sequence[DualNorm]:
+        # a seed of its own at each step, the same after a resume
         reference = REFERENCES[self.reference]
-        return [
-            job.norm(
-                reference,
-                per_white_noise=self.size_normalised,
-                seed=job.state["gradients_seen"],  # new probes each step, the same after a resume
-                deviation=reference.deviation(job),
-            )
-        ]
+        return [DualNorm(reference, per_white_noise=self.size_normalised, seed="gradients_seen")]
 
     def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
         REFERENCES[self.reference].remember(jobs, keep)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.geometry import Frobenius
 from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
-from layerwise.optim.work.job import DIRECTIONS, GRADIENTS, Job, MatrixJob, State
+from layerwise.optim.work.job import DIRECTIONS, GRADIENTS, DualNorm, State
 
 #: Its square is still a float32: an average that held an infinity once would be NaN ever after.
 LARGEST_NORM = 1e19
@@ -49,8 +49,8 @@ class NormAdaptive(RateRule):
         state["beta1_power"].fill_(1.0)
         return state
 
-    def norms(self, job: Job) -> list[MatrixJob]:
-        return [job.norm(GRADIENTS, Frobenius()), job.norm(DIRECTIONS, Frobenius())]
+    def norms(self) -> Sequence[DualNorm]:
+        return [DualNorm(GRADIENTS, Frobenius()), DualNorm(DIRECTIONS, Frobenius())]
 
     def update(self, units: NormGroup) -> Mapping[str, Tensor]:
         gradient, direction = units.norms.clamp(max=LARGEST_NORM)

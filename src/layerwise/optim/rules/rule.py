@@ -11,14 +11,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
-from layerwise.optim.work.job import Job, MatrixJob, State, select
+from layerwise.optim.work.job import DualNorm, Job, State, select
+
+
+class UnitNorms(NamedTuple):
+    """The norms of each unit of parameters that are alike."""
+
+    jobs: Sequence[Job]
+    values: Tensor  # [norms, jobs, units]
+
+    @classmethod
+    def wanted(cls, jobs: Sequence[Job]) -> UnitNorms:
+        """Where their unit steps will write the dual norm of the direction."""
+        counts = (len(jobs), jobs[0].state["multiplier"].numel())
+        values = torch.zeros(counts, dtype=torch.float32, device=jobs[0].local.device)
+        for job, own in zip(jobs, values.unbind(), strict=True):
+            job.dual = own
+        return cls(jobs, values[None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +49,18 @@ class NormGroup:
     whole: Mapping[str, Tensor]  # what `state` is copied from, in the members' own memory where that can be
 
     @classmethod
-    def of(cls, members: Sequence[Job], found: Mapping[str, list[Tensor]], keys: Sequence[str]) -> NormGroup:
-        """Side by side: the norms ``found`` by name, and the state of all ``members`` under ``keys``."""
+    def of(
+        cls, members: Sequence[Job], found: Mapping[str, tuple[UnitNorms, int]], keys: Sequence[str]
+    ) -> NormGroup:
+        """Side by side: the norms ``found`` by name, with their row, and the state of all ``members`` under ``keys``."""
         device = members[0].state["multiplier"].device  # parameters of one model may be on several
         units = [job.state["multiplier"].numel() for job in members]
-        rows = [found.get(job.name) for job in members]
-        present = [row is not None for row in rows]
-        if not all(present):
-            nothing = torch.zeros((), dtype=torch.float32, device=device)
-            count = next(len(row) for row in rows if row is not None)
-            rows = [row or [nothing.expand(n)] * count for row, n in zip(rows, units, strict=True)]
-        norms = [_in_one(row, device).float() for row in zip(*filter(None, rows), strict=True)]
-        momentum = [job.group["momentum"] for job in members]
+        norms, present = _in_order(members, found, units)
         whole = _side_by_side(members, keys)
         return cls(
-            torch.stack(norms),
+            torch.cat([some.to(device) for some in norms], dim=1).float(),
             _repeated(present, units, torch.bool, device),
-            _repeated(momentum, units, torch.float32, device),
+            _repeated([job.group["momentum"] for job in members], units, torch.float32, device),
             {key: vector.clone() for key, vector in whole.items()},
             members,
             whole,
@@ -64,6 +75,29 @@ class NormGroup:
                 self.whole[key].copy_(chosen)
             else:
                 torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
+
+
+def _in_order(
+    members: Sequence[Job], found: Mapping[str, tuple[UnitNorms, int]], units: Sequence[int]
+) -> tuple[list[Tensor], list[bool]]:
+    """Norms ``[norms, units]`` of all members, of neighbours together, and which members have them; else they are 0."""
+    runs: list[
+        tuple[UnitNorms | None, int, int]
+    ] = []  # what of, from which row, up to which, or how many zeros
+    for job, count in zip(members, units, strict=True):
+        norms, row = found.get(job.name, (None, 0))
+        end = count if norms is None else row + 1
+        if norms is not None and runs and runs[-1][0] is norms and runs[-1][2] == row:
+            runs[-1] = (norms, runs[-1][1], end)
+        else:
+            runs.append((norms, row, end))
+    like = next(norms.values for norms, _, _ in runs if norms is not None)
+    zeros = like.new_zeros(len(like), 1)
+    pieces = [
+        zeros.expand(-1, end) if norms is None else norms.values[:, start:end].flatten(1)
+        for norms, start, end in runs
+    ]
+    return pieces, [job.name in found for job in members]
 
 
 def _in_one(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -128,8 +162,8 @@ class RateRule(ABC):
         ... class ByGradientNorm(lw.RateRule):
         ...     power: float = 0.5
         ...
-        ...     def norms(self, job):
-        ...         return [job.norm(lambda: job.grad)]
+        ...     def norms(self):
+        ...         return [lw.DualNorm(lambda job: job.grad)]
         ...
         ...     def update(self, units):
         ...         share = units.norms[0] / units.norms[0][units.present].mean()
@@ -158,9 +192,9 @@ class RateRule(ABC):
         multiplier = torch.ones(len(units), dtype=torch.float32, device=param.device)
         return {"multiplier": multiplier} | {key: torch.zeros_like(multiplier) for key in self.unit_state}
 
-    def norms(self, job: Job) -> list[MatrixJob]:
-        """The norms this rule needs of one parameter, each made by ``job.norm``."""
-        return []
+    def norms(self) -> Sequence[DualNorm]:
+        """The norms this rule needs of every parameter."""
+        return ()
 
     def update(self, units: NormGroup) -> Mapping[str, Tensor]:
         """New values of ``multiplier`` and ``unit_state``, from the old ones and the norms of one norm group."""

@@ -22,13 +22,13 @@ from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.polar import working_dtype
 from layerwise.optim.work import shardwise, stacks
-from layerwise.optim.work.job import DualNorms, MatrixJob
+from layerwise.optim.work.job import Job, MatrixJob
 from layerwise.optim.work.local import LocalWork
 from layerwise.optim.work.placement import Domain, place
 from layerwise.optim.work.plan import assign, direction_cost, norm_cost, rounds
-from layerwise.optim.work.routes import Task, fetch, give_back, spread
+from layerwise.optim.work.routes import Index, Task, fetch, give_back, spread
 
-Directions = Sequence[tuple[int, Tensor]]  # index of a job, and its unit step
+Directions = Sequence[tuple[Index, Tensor]]  # unit steps
 Cost = Callable[[MatrixJob], int]
 
 
@@ -82,9 +82,9 @@ class DistributedWork:
         if any(repr(other) != repr(theirs[0]) for other in theirs):  # by text: nan is like nan
             raise LayerwiseError(otherwise)
 
-    def norms(self, jobs: Sequence[MatrixJob]) -> list[Tensor]:
-        alone, by_shard, shared = self._sorted(jobs)
-        found: dict[int, Tensor] = {}
+    def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
+        alone, by_shard, shared = self._sorted(asked)
+        found: dict[Index, Tensor] = {}
         waiting = [
             (tasks, shardwise.dual_norms(domain, [t.job for t in tasks])) for domain, tasks in by_shard
         ]
@@ -92,39 +92,41 @@ class DistributedWork:
             found |= self._shared_norms(domain, tasks)
         for tasks, wait in waiting:
             found |= {task.index: norm for task, norm in zip(tasks, wait(), strict=True)}
-        found |= {t.index: n for t, n in zip(alone, self._local.norms([t.job for t in alone]), strict=True)}
-        return [found[i] for i in range(len(jobs))]
+        found |= self._local_norms(alone)
+        return [
+            torch.stack([found[number, row] for row in range(len(job.jobs))])
+            for number, job in enumerate(asked)
+        ]
 
-    def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[Directions]:
-        alone, by_shard, shared = self._sorted(jobs)
+    def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
+        alone, by_shard, shared = self._sorted(asked)
         parts: Iterable[Iterator[Directions | None]] = chain(
             (self._shardwise_directions(domain, tasks) for domain, tasks in by_shard),
             chain.from_iterable(self._shared_directions(domain, tasks) for domain, tasks in shared),
-            (
-                iter([[(alone[i].index, step) for i, step in some]])
-                for some in self._local.directions([t.job for t in alone])
-            ),
+            (iter([some]) for some in self._local_directions(alone)),
         )
-        yield from overlapped(parts)
+        for some in overlapped(parts):
+            yield [asked[number].jobs[row] for (number, row), _ in some], [step for _, step in some]
         for domain, tasks in by_shard:
-            shardwise.fill_dual_norms(domain, [task.job for task in tasks if task.job.dual is not None])
+            shardwise.fill_dual_norms(domain, [t.job for t in tasks if t.job.jobs[0].dual is not None])
         for domain, tasks in shared:
-            _share_dual_norms(domain, [task.job.dual for task in tasks if task.job.dual is not None])
+            _share_dual_norms(domain, [t.job.jobs[0].dual for t in tasks if t.job.jobs[0].dual is not None])
 
     # ---------------------------------------------------------------------------------------------------- planning
 
     def _sorted(
-        self, jobs: Sequence[MatrixJob]
+        self, asked: Sequence[MatrixJob]
     ) -> tuple[list[Task], list[tuple[Domain, list[Task]]], list[tuple[Domain, list[Task]]]]:
-        """Jobs that every process does for itself, those done shard by shard, and those that are shared out.
+        """Parameters that every process does for itself, those done shard by shard, and those that are shared out.
 
         The latter two by domain; what is shared out also by dtype and device, as it travels in one buffer.
         """
         alone: list[Task] = []
         by_shard: dict[Domain, list[Task]] = {}
         shared: dict[tuple[Domain, torch.dtype, torch.device], list[Task]] = {}
-        for i, job in enumerate(jobs):
-            task = Task(i, job, place(job.param, self.group))
+        each = ((n, row, job) for n, some in enumerate(asked) for row, job in enumerate(some.each()))
+        for number, row, job in each:
+            task = Task((number, row), job, place(job.param, self.group))
             domain = task.placed.domain
             if job.deviation is not None:
                 shared.setdefault((domain, job.param.dtype, job.param.device), []).append(task)
@@ -134,7 +136,8 @@ class DistributedWork:
                 alone.append(task)  # nothing to send, or cheaper to do than to send
             else:
                 shared.setdefault((domain, job.param.dtype, job.param.device), []).append(task)
-        self._agree("jobs", tuple((job.layout, job.geometry, tuple(job.param.shape)) for job in jobs))
+        forms = tuple((len(job.jobs), job.layout, job.geometry, tuple(job.param.shape)) for job in asked)
+        self._agree("jobs", forms)
         return alone, list(by_shard.items()), [(domain, tasks) for (domain, _, _), tasks in shared.items()]
 
     def _rounds(self, domain: Domain, tasks: Sequence[Task], cost: Cost) -> Iterator[list[Task]]:
@@ -163,18 +166,30 @@ class DistributedWork:
                 )
         self._agreed.add((what, value))
 
+    # ------------------------------------------------------------------------------------------ what is held whole
+
+    def _local_norms(self, tasks: Sequence[Task]) -> dict[Index, Tensor]:
+        together = _together(tasks)
+        found = self._local.norms([_as_one(some) for some in together])
+        pairs = zip(together, found, strict=True)
+        return {task.index: norm for some, norms in pairs for task, norm in zip(some, norms, strict=True)}
+
+    def _local_directions(self, tasks: Sequence[Task]) -> Iterator[Directions]:
+        index = {task.job.jobs[0].name: task.index for task in tasks}
+        for jobs, steps in self._local.directions([_as_one(some) for some in _together(tasks)]):
+            yield [(index[job.name], step) for job, step in zip(jobs, steps, strict=True)]
+
     # ------------------------------------------------------------------------------------------------------- norms
 
-    def _shared_norms(self, domain: Domain, tasks: Sequence[Task]) -> dict[int, Tensor]:
+    def _shared_norms(self, domain: Domain, tasks: Sequence[Task]) -> dict[Index, Tensor]:
         counts = [task.job.layout.count(task.job.param.shape) for task in tasks]
         like = local_part(tasks[0].job.param)
         total = torch.zeros(sum(counts), dtype=working_dtype(like), device=like.device)
         found = {task.index: part for task, part in zip(tasks, total.split(counts), strict=True)}
         stacked, travelling = _stacked(tasks)
-        held = [task for task in stacked if task.holds_any]
-        owned = [stacks.own(task.job, task.placed) for task in held]
-        for task, norms in zip(held, self._local.norms(owned), strict=True):
-            stacks.place_units(task.job, task.placed, norms, found[task.index])
+        held = {task.index: task for task in stacked if task.holds_any}
+        for index, norm in self._local_norms([stacks.own(task) for task in held.values()]).items():
+            stacks.place_units(held[index], norm, found[index])
         for _ in overlapped(
             self._norm_round(domain, some, found) for some in self._rounds(domain, travelling, norm_cost)
         ):
@@ -186,13 +201,12 @@ class DistributedWork:
         return found
 
     def _norm_round(
-        self, domain: Domain, tasks: Sequence[Task], found: dict[int, Tensor]
+        self, domain: Domain, tasks: Sequence[Task], found: dict[Index, Tensor]
     ) -> Iterator[Directions | None]:
         fetched = fetch(domain, tasks)
         yield None
-        mine = fetched()
-        for task, norm in zip(mine, self._local.norms([task.job for task in mine]), strict=True):
-            found[task.index].copy_(norm)
+        for index, norm in self._local_norms(fetched()).items():
+            found[index].copy_(norm)
 
     # -------------------------------------------------------------------------------------------------- directions
 
@@ -208,20 +222,19 @@ class DistributedWork:
         stacked, travelling = _stacked(tasks)
         for some in self._rounds(domain, travelling, direction_cost):
             yield self._direction_round(domain, some)
-        held = [task for task in stacked if task.holds_any]
-        owned = [stacks.own(task.job, task.placed) for task in held]
-        for directions in self._local.directions(owned):
-            for i, _ in directions:
-                stacks.place_dual_norms(held[i].job, held[i].placed, owned[i])
-            yield iter([[(held[i].index, step) for i, step in directions]])
-        yield iter([[(task.index, task.job.tensor()) for task in stacked if not task.holds_any]])
+        held = {task.index: task for task in stacked if task.holds_any}
+        owned = {index: stacks.own(task) for index, task in held.items()}
+        for directions in self._local_directions([*owned.values()]):
+            for index, _ in directions:
+                stacks.place_dual_norms(held[index], owned[index])
+            yield iter([directions])
+        empty = [task for task in stacked if not task.holds_any]
+        yield iter([[(task.index, task.job.source.stacked(task.job.jobs)[0]) for task in empty]])
 
     def _direction_round(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
         fetched = fetch(domain, tasks)
         yield None
-        mine = fetched()
-        own = self._local.directions([task.job for task in mine])
-        steps = {mine[i].index: step for some in own for i, step in some}
+        steps = {index: step for some in self._local_directions(fetched()) for index, step in some}
         if domain.shards is not None:
             returned = give_back(domain, tasks, steps)
             yield None
@@ -233,23 +246,34 @@ class DistributedWork:
         yield list(steps.items())
 
 
-def _share_dual_norms(domain: Domain, norms: Sequence[DualNorms]) -> None:
+def _together(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Those whose parameters were asked for together, and of which this process holds alike parts."""
+    found: dict[tuple[int, torch.Size], list[Task]] = {}
+    for task in tasks:
+        found.setdefault((task.index[0], task.job.param.shape), []).append(task)
+    return list(found.values())
+
+
+def _as_one(tasks: Sequence[Task]) -> MatrixJob:
+    return replace(tasks[0].job, jobs=[task.job.jobs[0] for task in tasks])
+
+
+def _share_dual_norms(domain: Domain, norms: Sequence[Tensor]) -> None:
     """Each unit's was filled in by one process alone, so the sums are exact and the same everywhere."""
     if not norms:
         return
-    total = torch.cat([dual.values for dual in norms])
+    total = torch.cat(list(norms))
     for group in (domain.shards, domain.replicas):
         if group is not None:
             dist.all_reduce(total, group=group)
-    for dual, values in zip(norms, total.split([len(dual.values) for dual in norms]), strict=True):
-        dual.values.copy_(values)
+    torch._foreach_copy_(list(norms), list(total.split([len(norm) for norm in norms])))
 
 
 def _stacked(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     """Those of which each process does the matrices it holds, and those that travel to an owner."""
     kinds: tuple[list[Task], list[Task]] = ([], [])
     for task in tasks:
-        kinds[0 if task.job.deviation is None and stacks.applies(task.job, task.placed) else 1].append(task)
+        kinds[0 if task.job.deviation is None and stacks.applies(task) else 1].append(task)
     return kinds
 
 

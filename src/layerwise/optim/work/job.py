@@ -1,17 +1,17 @@
-"""The two records of a step: a parameter at that step, and the work on the matrices of one tensor of its shape.
+"""The two records of a step: a parameter at that step, and the work on the matrices of all parameters that are alike.
 
-Both are made once a step. The optimizer makes a :class:`Job` of each parameter, and gives it to the guard, to the rate
-rules and to the kinds of update. Those make a :class:`MatrixJob` where they need a norm or a unit step of each unit. What
-the matrices of many jobs come from, a :class:`Source` makes together.
+The optimizer makes a :class:`Job` of each parameter once a step, and gives it to the guard, to the rate rules and to the
+kinds of update. Those make a :class:`MatrixJob` of all that are alike where they need a norm or a unit step of each unit.
+What the matrices come from, a :class:`Source` makes for all of them together.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,32 +96,10 @@ class Job:
     state: State
     lr: float | Tensor  # of this step: that of its group, times the group's lr_scale
     deviation: Deviation | None = None  # where the replicas' own gradients are watched
-
-    def norm(
-        self,
-        tensor: Callable[[], Tensor] | Source,
-        geometry: Geometry | None = None,
-        *,
-        per_white_noise: bool = False,
-        seed: int | Tensor = 0,
-        deviation: Deviation | None = None,
-    ) -> MatrixJob:
-        """Ask for the dual norm of each unit of a tensor in the parameter's shape.
-
-        Args:
-            tensor: makes this process's part of it, when the work starts. A :class:`Source` makes those of many parameters
-                of a shape in a few launches.
-            geometry: whose norm; None: the parameter's own.
-            per_white_noise: divided by the norm of white noise of unit deviation in that shape.
-            seed: of the probes, where the norm is a stochastic estimate: one for all units, or ``[units]`` of which the
-                first is taken.
-            deviation: take the norm of this replica's difference from ``tensor``, the mean of all.
-        """
-        layout, own, factors = self.group["layout"], geometry or self.group["geometry"], None
-        if per_white_noise:
-            factors = white_noise_factors(layout, own, tuple(self.param.shape))
-        source = _OneTensor(tensor) if callable(tensor) else tensor
-        return MatrixJob(self, self.param, layout, own, source, factors, seed=seed, deviation=deviation)
+    dual: Tensor | None = (
+        None  # [units], where its unit step is to write its direction's dual norm, once wanted
+    )
+    fetched: Tensor | None = None  # the whole of a sharded tensor that a step works on, once brought together
 
 
 def jobs_of(groups: Sequence[Group], states: Mapping[Tensor, State], work: MatrixWork) -> list[Job]:
@@ -151,26 +129,45 @@ def by_group(jobs: Iterable[Job]) -> list[list[Job]]:
     return [list(members) for _, members in groupby(jobs, lambda job: id(job.group))]
 
 
-class Source(ABC):
-    """What the matrices of jobs are made of. Equal ones (a frozen dataclass is equal by its fields) work together."""
+#: What parameters that are worked on together have in common, beside shape, dtype and device.
+_ALIKE: Final = ("layout", "geometry", "scaling", "radius", "momentum", "nesterov")
 
-    #: whether it is of one parameter alone
-    alone: ClassVar[bool] = False
+
+def alike(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Those whose matrices are worked on together: one record, and few operations, for all of them."""
+    by_group: dict[tuple[int, torch.Size, torch.dtype, torch.device], list[Job]] = {}
+    for (
+        job
+    ) in jobs:  # by identity first: to hash a layout and a geometry for each would take longer than its work
+        param = job.param
+        by_group.setdefault((id(job.group), param.shape, param.dtype, param.device), []).append(job)
+    together: dict[object, list[Job]] = {}
+    for (_, *form), members in by_group.items():
+        group = members[0].group
+        options = [group[key] for key in _ALIKE]
+        together.setdefault((*options, id(group["rates"]), *form), []).extend(members)
+    return list(together.values())
+
+
+class Source(ABC):
+    """What the matrices of jobs are made of."""
+
+    #: whether the work is on one replica's difference from what `stacked` gives, see :class:`Deviation`
+    of_replica: ClassVar[bool] = False
 
     @abstractmethod
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
         """``[jobs, *shape]``: this process's part of one tensor for each, all of one shape and with one momentum."""
 
 
-@dataclass(frozen=True, eq=False)
-class _OneTensor(Source):
-    """Of one parameter alone."""
+@dataclass(frozen=True)
+class _Made(Source):
+    """One by one, by a function."""
 
-    make: Callable[[], Tensor]
-    alone: ClassVar = True
+    make: Callable[[Job], Tensor]
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return self.make()[None]
+        return stacked([self.make(job) for job in jobs])
 
 
 @dataclass(frozen=True)
@@ -205,54 +202,104 @@ def white_noise_factors(layout: Layout, geometry: Geometry, shape: tuple[int, ..
     )
 
 
+@dataclass(frozen=True)
+class DualNorm:
+    """A norm that a rate rule asks for: the dual norm of each unit of a tensor in the parameter's shape.
+
+    Args:
+        of: makes this process's part of the tensor from a parameter's :class:`Job`, when the work starts. A
+            :class:`Source` makes those of many parameters in a few launches.
+        geometry: whose norm; None: the parameter's own.
+        per_white_noise: divided by the norm of white noise of unit deviation in that shape.
+        seed: the rule's number of each unit that picks the probes where the norm is a stochastic estimate; None: the same
+            probes at every step. A parameter's units take that of its first.
+
+    Examples:
+        >>> lw.DualNorm(lambda job: job.grad, lw.Frobenius()).geometry
+        Frobenius()
+    """
+
+    of: Callable[[Job], Tensor] | Source
+    geometry: Geometry | None = None
+    per_white_noise: bool = False
+    seed: str | None = None
+
+    def asked_of(self, jobs: Sequence[Job]) -> MatrixJob:
+        """The work of it on parameters that are alike."""
+        group, param = jobs[0].group, jobs[0].param
+        geometry, factors = self.geometry or group["geometry"], None
+        if self.per_white_noise:
+            factors = white_noise_factors(group["layout"], geometry, tuple(param.shape))
+        source = self.of if isinstance(self.of, Source) else _Made(self.of)
+        return MatrixJob(jobs, source, geometry, factors, self.seed)
+
+
 @dataclass(frozen=True, slots=True)
-class DualNorms:
-    """Where the dual norm of each unit goes that its unit step gives on the way: ``||u||_* = <u, lmo(u)>``."""
-
-    values: Tensor  # [units], float32 or better: 0 until the work has filled it in, on every process
-    factors: tuple[float, ...]  # per stack of the layout: what a norm is multiplied by
-
-
-@dataclass(slots=True)  # frozen, it would take three times as long to make
 class MatrixJob:
-    """A dual norm, or a unit step, of each unit of one tensor in a parameter's shape. Never changed."""
+    """A dual norm, or a unit step, of each unit of one tensor in the shape of each of some parameters that are alike.
 
-    job: Job
-    param: Tensor  # the job's, or this process's part of it where that is all it works on
-    layout: Layout
+    Processes that share the work divide it by parameter.
+    """
+
+    jobs: Sequence[Job]
+    source: Source  # of the tensors, made when the work starts, so that few are alive
     geometry: Geometry
-    source: Source  # of this process's part of the tensor; made when the work starts, so that few are alive
     factors: tuple[float, ...] | None  # per stack of the layout: what a norm or a unit step is multiplied by
-    multiplier: Tensor | None = None  # [units]: what a unit step is multiplied by as well
-    seed: int | Tensor = 0  # of the probes, where a norm is a stochastic estimate; [units]: the first
-    deviation: Deviation | None = None  # work on one replica's difference from the tensor, on its owner
-    fetched: Tensor | None = None  # the whole of a sharded tensor, once it has been brought together
-    dual: DualNorms | None = None  # what a unit step's work has to fill in beside
+    seed: str | None = None  # of a norm's probes: a number in the parameters' state
 
     @property
-    def by_itself(self) -> bool:
-        """Whether its tensor is made alone, and not along with those of other jobs."""
-        return self.fetched is not None or self.deviation is not None or self.source.alone
+    def param(self) -> Tensor:
+        """The first of the parameters, or this process's part of it where that is all it works on."""
+        return self.jobs[0].param
 
-    def tensor(self) -> Tensor:
-        """This process's part of the tensor."""
-        return self.source.stacked([self.job])[0]
+    @property
+    def layout(self) -> Layout:
+        layout: Layout = self.jobs[0].group["layout"]
+        return layout
 
-    def whole(self) -> Tensor:
-        """What the work is on, where this process holds all of it."""
-        tensor = self.tensor() if self.fetched is None else self.fetched
-        return tensor if self.deviation is None else self.deviation.from_mean(tensor)
+    @property
+    def deviation(self) -> Deviation | None:
+        """Where the work is on what one replica differs by: that of the first parameter."""
+        return self.jobs[0].deviation if self.source.of_replica else None
+
+    def tensors(self) -> Tensor:
+        """``[jobs, *shape]``: what the work is on, where this process holds all of it."""
+        given = [job.fetched for job in self.jobs if job.fetched is not None]
+        found = stacked(given) if given else self.source.stacked(self.jobs)
+        if not self.source.of_replica:
+            return found
+        pairs = zip(self.jobs, found, strict=True)
+        return stacked([job.deviation.from_mean(mean) for job, mean in pairs if job.deviation is not None])
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        """A stack for each of the layout's, those of the first parameter first."""
+        return self.layout.matrices_of(self.tensors())
+
+    def of_fetched(self, whole: Tensor) -> MatrixJob:
+        """The work on the whole of its one parameter's tensor."""
+        return replace(self, jobs=[replace(self.jobs[0], fetched=whole)])
+
+    def each(self) -> list[MatrixJob]:
+        """The work parameter by parameter."""
+        return [replace(self, jobs=[job]) for job in self.jobs]
+
+    def pieces(self, at_once: int) -> list[MatrixJob]:
+        """In order, each of at most so many parameters."""
+        if len(self.jobs) <= at_once:
+            return [self]
+        starts = range(0, len(self.jobs), at_once)
+        return [replace(self, jobs=self.jobs[start : start + at_once]) for start in starts]
 
 
 @runtime_checkable
 class MatrixWork(Protocol):
     """Where the work on whole matrices happens: the one object that distributed set-ups replace."""
 
-    def norms(self, jobs: Sequence[MatrixJob]) -> list[Tensor]:
-        """The dual norm of every unit, ``[units]`` in float32 or better, for each job in order."""
+    def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
+        """The dual norm of every unit, ``[jobs, units]`` in float32 or better, for each that is asked, in order."""
 
-    def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[Sequence[tuple[int, Tensor]]]:
-        """Some at a time, in any order: ``(index of the job, its unit step times its factors in the parameter's shape)``.
+    def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
+        """Some parameters at a time, in any order, with their unit steps times factors and multipliers, in their shapes.
 
         Of a sharded parameter, the part that this process holds. Once all have been taken, the ``dual`` of every job
         that has one is filled in.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from layerwise.geometry.spectral.newton_schulz import matrices_at_once
-from layerwise.optim.work.job import MatrixJob, stacked
+from layerwise.optim.work.job import Job, MatrixJob, stacked, white_noise_factors
 
 #: On a GPU a batch fills the device where one small matrix cannot; above this size one matrix does. Not yet measured
 #: here: the Muon literature's number.
@@ -25,51 +25,19 @@ class LocalWork:
         >>> optimizer.work = lw.LocalWork()  # doctest: +SKIP
     """
 
-    def norms(self, jobs: Sequence[MatrixJob]) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        for batch in batches(jobs, norms_at_once):
-            found |= zip(batch, dual_norms([jobs[i] for i in batch]), strict=True)
-        return [found[i] for i in range(len(jobs))]
+    def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
+        return [torch.cat([dual_norms(piece) for piece in job.pieces(norms_at_once(job))]) for job in asked]
 
-    def directions(self, jobs: Sequence[MatrixJob]) -> Iterator[list[tuple[int, Tensor]]]:
-        for batch in batches(jobs, directions_at_once):
-            yield list(zip(batch, unit_steps([jobs[i] for i in batch]), strict=True))
+    def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
+        for job in asked:
+            for piece in job.pieces(directions_at_once(job)):
+                yield piece.jobs, unit_steps(piece)
 
     def anywhere(self, flags: Tensor) -> Tensor:
         return flags
 
     def check_same(self, tensors: Sequence[Tensor], otherwise: str) -> None:
         """There is one process."""
-
-
-def batches(jobs: Sequence[MatrixJob], at_once: Callable[[MatrixJob], int]) -> list[list[int]]:
-    """Indices of jobs that are worked on together: alike in everything, up to ``at_once`` of them."""
-    by_group: dict[object, list[int]] = {}
-    for i, job in enumerate(jobs):
-        # by identity first: to hash a geometry and a layout for each of many parameters would take longer than their work
-        ids = (
-            id(job.job.group),
-            id(job.geometry),
-            id(job.source),
-            job.fetched is None,
-            job.multiplier is None,
-        )
-        by_group.setdefault((ids, job.param.shape, job.param.dtype, job.param.device), []).append(i)
-    together: dict[object, list[int]] = {}
-    for members in by_group.values():
-        job = jobs[members[0]]
-        group, param, source = job.job.group, job.param, None if job.by_itself else job.source
-        kind = (
-            *(job.layout, job.geometry, job.factors, source, group["momentum"], group["nesterov"]),
-            *(param.shape, param.dtype, param.device),
-            *(job.multiplier is None, job.dual is None, getattr(job.seed, "shape", None)),
-        )
-        together.setdefault(kind, []).extend(members)
-    found = []
-    for members in together.values():
-        size = at_once(jobs[members[0]])
-        found += [members[start : start + size] for start in range(0, len(members), size)]
-    return found
 
 
 def directions_at_once(job: MatrixJob) -> int:
@@ -94,45 +62,36 @@ def _size(job: MatrixJob) -> tuple[int, int, int]:
     return max(1, sum(k for k, _, _ in shapes)), d_out, d_in
 
 
-def _matrices(jobs: Sequence[MatrixJob]) -> tuple[Tensor, ...]:
-    """Of jobs that are alike: a stack for each of the layout's, those of the first job first."""
-    if jobs[0].by_itself:
-        return jobs[0].layout.matrices_of(stacked([job.whole() for job in jobs]))
-    return jobs[0].layout.matrices_of(jobs[0].source.stacked([job.job for job in jobs]))
-
-
-def unit_steps(jobs: Sequence[MatrixJob]) -> Sequence[Tensor]:
-    """Of jobs that are alike: unit steps times factors and multipliers, in the parameters' shapes."""
-    first, count = jobs[0], len(jobs)
-    stacks = _matrices(jobs)
-    steps = [first.geometry.lmo(stack) for stack in stacks]
-    if first.dual is not None:
-        _fill_dual_norms(jobs, stacks, steps)
-    factors = first.factors or (1.0,) * len(stacks)
-    if first.multiplier is None:
-        scales: Sequence[Tensor | float] = factors
-    else:
-        each = [len(stack) // count for stack in stacks]
-        multipliers = stacked([job.multiplier for job in jobs if job.multiplier is not None]).split(each, 1)
+def unit_steps(asked: MatrixJob) -> Sequence[Tensor]:
+    """Unit steps times factors and multipliers, in the parameters' shapes."""
+    jobs, stacks = asked.jobs, asked.matrices()
+    steps = [asked.geometry.lmo(stack) for stack in stacks]
+    if jobs[0].dual is not None:
+        _fill_dual_norms(asked, stacks, steps)
+    scales: Sequence[Tensor | float] = asked.factors or (1.0,) * len(stacks)
+    if "multiplier" in jobs[0].state:
+        multipliers = stacked([job.state["multiplier"] for job in jobs])
+        each = multipliers.split([len(stack) // len(jobs) for stack in stacks], 1)
         # in float32 at least: a multiplier rounded to bfloat16 would be off by up to 0.4 %
         scales = [
             (own.to(torch.promote_types(step.dtype, torch.float32)) * factor).reshape(-1, 1, 1)
-            for own, step, factor in zip(multipliers, steps, factors, strict=True)
+            for own, step, factor in zip(each, steps, scales, strict=True)
         ]
     for step, scale in zip(steps, scales, strict=True):
         if isinstance(scale, Tensor) or scale != 1.0:
             step.mul_(scale)
-    return first.layout.tensors_of(steps, first.param.shape, count).unbind()
+    return asked.layout.tensors_of(steps, asked.param.shape, len(jobs)).unbind()
 
 
-def _fill_dual_norms(jobs: Sequence[MatrixJob], stacks: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-    """From the matrices and their unit steps, before those are scaled."""
-    duals = [job.dual for job in jobs if job.dual is not None]
+def _fill_dual_norms(asked: MatrixJob, stacks: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+    """Over those of white noise, from the matrices and their unit steps before those are scaled."""
+    factors = white_noise_factors(asked.layout, asked.geometry, tuple(asked.param.shape))
     products = [
-        (_inner_products(u, step) * factor).reshape(len(duals), -1)
-        for u, step, factor in zip(stacks, steps, duals[0].factors, strict=True)
+        (_inner_products(u, step) * factor).reshape(len(asked.jobs), -1)
+        for u, step, factor in zip(stacks, steps, factors, strict=True)
     ]
-    torch._foreach_copy_([dual.values for dual in duals], torch.cat(products, dim=1).unbind())
+    wanted = [job.dual for job in asked.jobs if job.dual is not None]
+    torch._foreach_copy_(wanted, torch.cat(products, dim=1).unbind())
 
 
 def _inner_products(a: Tensor, b: Tensor) -> Tensor:
@@ -142,23 +101,15 @@ def _inner_products(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).reshape(len(a))
 
 
-def dual_norms(jobs: Sequence[MatrixJob]) -> Sequence[Tensor]:
-    """Of jobs that are alike: the norm of each unit times the factor of its stack."""
-    first, count = jobs[0], len(jobs)
-    stacks = _matrices(jobs)
-    seeds = _seeds(jobs, stacks[0].device)
-    norms = [
-        first.geometry.dual_norm(stack, seed=seeds.expand(count, len(stack) // count).reshape(-1))
-        for stack in stacks
-    ]
-    if first.factors is not None:
-        norms = [norm * factor for norm, factor in zip(norms, first.factors, strict=True)]
-    return torch.cat([norm.reshape(count, -1) for norm in norms], dim=1).unbind()
-
-
-def _seeds(jobs: Sequence[MatrixJob], device: torch.device) -> Tensor:
-    """``[jobs, 1]``, whole numbers on the device."""
-    given = [job.seed for job in jobs if isinstance(job.seed, Tensor)]
-    if given:
-        return stacked(given).reshape(len(jobs), -1)[:, :1].long()
-    return torch.tensor([[job.seed] for job in jobs], device=device)
+def dual_norms(asked: MatrixJob) -> Tensor:
+    """``[jobs, units]``: the norm of each unit times the factor of its stack."""
+    count, stacks = len(asked.jobs), asked.matrices()
+    seed: int | Tensor = 0
+    if asked.seed is not None:  # [jobs, 1], whole numbers on the device: that of each parameter's first unit
+        seed = stacked([job.state[asked.seed] for job in asked.jobs])[:, :1].long()
+    norms = []
+    for stack, factor in zip(stacks, asked.factors or (1.0,) * len(stacks), strict=True):
+        seeds = seed if isinstance(seed, int) else seed.expand(count, len(stack) // count).reshape(-1)
+        norm = asked.geometry.dual_norm(stack, seed=seeds)
+        norms.append((norm if factor == 1.0 else norm * factor).reshape(count, -1))
+    return torch.cat(norms, dim=1)

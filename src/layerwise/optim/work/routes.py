@@ -19,13 +19,15 @@ from layerwise.optim.work.collectives import all_gather, all_to_all
 from layerwise.optim.work.job import MatrixJob
 from layerwise.optim.work.placement import Domain, Placed
 
+Index = tuple[int, int]  # of what is asked in a step, and of a parameter among those it is asked of
+
 
 @dataclass(frozen=True)
 class Task:
-    """A job done by one process for all of its domain."""
+    """The work on one parameter, done by one process for all of its domain."""
 
-    index: int  # of the job among those of the step
-    job: MatrixJob
+    index: Index
+    job: MatrixJob  # of the one parameter
     placed: Placed
     owner: int = 0  # number of the process in the domain
 
@@ -57,7 +59,7 @@ def fetch(domain: Domain, tasks: Sequence[Task]) -> Callable[[], list[Task]]:
     def wait() -> list[Task]:
         parts = zip(*received(), strict=True)  # by task, its shards in order
         return [
-            replace(task, job=replace(task.job, fetched=torch.cat(shards, task.placed.dim)))
+            replace(task, job=task.job.of_fetched(torch.cat(shards, task.placed.dim)))
             for task, shards in zip(mine, parts, strict=True)
         ]
 
@@ -65,7 +67,7 @@ def fetch(domain: Domain, tasks: Sequence[Task]) -> Callable[[], list[Task]]:
 
 
 def _shard(task: Task) -> Tensor:
-    shard, expected = task.job.tensor(), task.placed.parts[task.placed.domain.shard]
+    shard, expected = task.job.source.stacked(task.job.jobs)[0], task.placed.parts[task.placed.domain.shard]
     if tuple(shard.shape) != expected:
         raise LayerwiseError(
             f"a parameter of shape {tuple(task.job.param.shape)} has a shard of shape {tuple(shard.shape)} on process "
@@ -75,8 +77,8 @@ def _shard(task: Task) -> Tensor:
 
 
 def give_back(
-    domain: Domain, tasks: Sequence[Task], steps: dict[int, Tensor]
-) -> Callable[[], dict[int, Tensor]]:
+    domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor]
+) -> Callable[[], dict[Index, Tensor]]:
     """Send whole unit steps back as shards: this process's part of those of its replica."""
     assert domain.shards is not None
     by_owner = _of_my_replica(domain, tasks)
@@ -93,8 +95,8 @@ def give_back(
 
 
 def spread(
-    domain: Domain, tasks: Sequence[Task], steps: dict[int, Tensor]
-) -> Callable[[], dict[int, Tensor]]:
+    domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor]
+) -> Callable[[], dict[Index, Tensor]]:
     """Give the replicas of this process's part the unit steps that its own replica did, and get theirs."""
     assert domain.replicas is not None
     by_replica = [
@@ -109,6 +111,6 @@ def spread(
     return lambda: _by_index(by_replica, received())
 
 
-def _by_index(tasks: Sequence[Sequence[Task]], tensors: Sequence[Sequence[Tensor]]) -> dict[int, Tensor]:
+def _by_index(tasks: Sequence[Sequence[Task]], tensors: Sequence[Sequence[Tensor]]) -> dict[Index, Tensor]:
     pairs = zip(chain.from_iterable(tasks), chain.from_iterable(tensors), strict=True)
     return {task.index: tensor for task, tensor in pairs}

@@ -1,5 +1,7 @@
 """Geometries that need no whole matrix: each process does its own shard, with one number a matrix exchanged at most.
 
+Jobs are of one parameter each.
+
 With c the size of the entries of a unit step (``Geometry.unit_rms``) and N their number, on one matrix of N entries
 
     sign             dual norm c * ||g||_1            unit step c * sign(g)
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from layerwise.geometry.spectral.polar import working_dtype
 from layerwise.optim.work.collectives import all_gather
-from layerwise.optim.work.job import MatrixJob
+from layerwise.optim.work.job import MatrixJob, white_noise_factors
 from layerwise.optim.work.placement import Domain
 
 #: The order p of the norm of all entries that a family's dual norm is a multiple of.
@@ -43,11 +45,14 @@ def dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
 
 
 def fill_dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> None:
-    """The dual norms that these jobs want beside their unit steps."""
-    wanted = [(job.dual, replace(job, factors=job.dual.factors)) for job in jobs if job.dual is not None]
-    norms = dual_norms(domain, [job for _, job in wanted])
-    for (dual, _), norm in zip(wanted, norms(), strict=True):
-        dual.values.copy_(norm)
+    """The dual norms, over those of white noise, that these jobs want beside their unit steps."""
+    wanted = [
+        replace(job, factors=white_noise_factors(job.layout, job.geometry, tuple(job.param.shape)))
+        for job in jobs
+    ]
+    for job, norm in zip(wanted, dual_norms(domain, wanted)(), strict=True):
+        if (dual := job.jobs[0].dual) is not None:
+            dual.copy_(norm)
 
 
 def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Tensor]]:
@@ -63,12 +68,12 @@ def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
 
 
 def _unit_step(job: MatrixJob, length: Tensor | None) -> Tensor:
-    tensor = job.tensor()
+    tensor = job.source.stacked(job.jobs)[0]
     scale = torch.full(
         (), _scale(job) * (job.factors or (1.0,))[0], dtype=torch.float64, device=tensor.device
     )
-    if job.multiplier is not None:
-        scale = scale * job.multiplier[0]
+    if "multiplier" in job.jobs[0].state:
+        scale = scale * job.jobs[0].state["multiplier"][0]
     if length is None:
         return torch.sign(tensor).mul_(scale.to(tensor.dtype))
     # Twice by the root: the length of tiny gradients has a reciprocal beyond float32.
@@ -91,7 +96,7 @@ def _lengths(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Ten
     orders = [ORDER[job.geometry.family] for job in jobs]
     mine = torch.stack(
         [
-            torch.linalg.vector_norm(job.tensor(), order, dtype=torch.float64)
+            torch.linalg.vector_norm(job.source.stacked(job.jobs)[0], order, dtype=torch.float64)
             for job, order in zip(jobs, orders, strict=True)
         ]
     )

@@ -13,48 +13,49 @@ from torch import Tensor
 
 from layerwise.common.tensors import local_part
 from layerwise.geometry.layout import StackLayout, VectorStackLayout
-from layerwise.optim.work.job import MatrixJob
-from layerwise.optim.work.placement import Placed
+from layerwise.optim.work.routes import Task
 
 
-def applies(job: MatrixJob, placed: Placed) -> bool:
+def applies(task: Task) -> bool:
     """Whether every matrix is whole on one process. (Replicas would repeat the work: there it is shared out instead.)"""
-    whole = isinstance(job.layout, (StackLayout, VectorStackLayout)) and placed.dim == 0
-    return whole and placed.domain.shards is not None and placed.domain.replicas is None
+    whole = isinstance(task.job.layout, (StackLayout, VectorStackLayout)) and task.placed.dim == 0
+    return whole and task.placed.domain.shards is not None and task.placed.domain.replicas is None
 
 
-def own(job: MatrixJob, placed: Placed) -> MatrixJob:
-    """The same job on this process's matrices alone."""
-    units = list(own_units(job, placed))
-    multiplier, dual = job.multiplier, job.dual
-    if multiplier is not None:
-        multiplier = torch.cat([multiplier[some] for some in units])
+def own(task: Task) -> Task:
+    """The same task on this process's matrices alone."""
+    (job,) = task.job.jobs
+    units, state, dual = list(own_units(task)), job.state, job.dual
+    if "multiplier" in state:
+        state = {**state, "multiplier": torch.cat([state["multiplier"][some] for some in units])}
     if dual is not None:
-        dual = replace(dual, values=torch.cat([dual.values[some] for some in units]))
-    return replace(job, param=local_part(job.param), multiplier=multiplier, dual=dual)
+        dual = torch.cat([dual[some] for some in units])
+    part = replace(job, param=local_part(job.param), state=state, dual=dual)
+    return replace(task, job=replace(task.job, jobs=[part]))
 
 
-def own_units(job: MatrixJob, placed: Placed) -> Iterator[slice]:
+def own_units(task: Task) -> Iterator[slice]:
     """Where this process's units are among all units of the parameter, by stack of the layout."""
-    lengths = [part[0] for part in placed.parts]
-    first = sum(lengths[: placed.domain.shard])
-    last, start = first + lengths[placed.domain.shard], 0
-    for units, _, _ in job.layout.shapes(job.param.shape):
-        each = units // job.param.shape[0]
+    lengths, shard = [part[0] for part in task.placed.parts], task.placed.domain.shard
+    first = sum(lengths[:shard])
+    last, start, shape = first + lengths[shard], 0, task.job.param.shape
+    for units, _, _ in task.job.layout.shapes(shape):
+        each = units // shape[0]
         yield slice(start + first * each, start + last * each)
         start += units
 
 
-def place_units(job: MatrixJob, placed: Placed, own_values: Tensor, values: Tensor) -> None:
+def place_units(task: Task, own_values: Tensor, values: Tensor) -> None:
     """Write the values of this process's units into those of all units, ``[units]``."""
     start = 0
-    for units in own_units(job, placed):
+    for units in own_units(task):
         count = units.stop - units.start
         values[units] = own_values[start : start + count]
         start += count
 
 
-def place_dual_norms(job: MatrixJob, placed: Placed, own_job: MatrixJob) -> None:
-    """Write those that the job of this process's units has filled in where those of all units are."""
-    if job.dual is not None and own_job.dual is not None:
-        place_units(job, placed, own_job.dual.values, job.dual.values)
+def place_dual_norms(task: Task, own_task: Task) -> None:
+    """Write those that the task of this process's units has filled in where those of all units are."""
+    filled, wanted = own_task.job.jobs[0].dual, task.job.jobs[0].dual
+    if filled is not None and wanted is not None:
+        place_units(task, filled, wanted)
