@@ -54,13 +54,21 @@ class NormGroup:
     ) -> NormGroup:
         """Side by side: the norms ``found`` by name, with their row, and the state of all ``members`` under ``keys``."""
         device = members[0].state["multiplier"].device  # parameters of one model may be on several
-        units = [job.state["multiplier"].numel() for job in members]
-        norms, present = _in_order(members, found, units)
-        whole = _side_by_side(members, keys)
+        runs = _runs(members, found)
+        like = next(run.norms for run in runs if run.norms is not None).values
+        zeros = like.new_zeros(len(like), 1)
+        pieces = [
+            zeros.expand(-1, sum(run.units))
+            if run.norms is None
+            else run.norms.values[:, run.start : run.start + len(run.units)].flatten(1)
+            for run in runs
+        ]
+        counts = [sum(run.units) for run in runs]
+        whole = _side_by_side(members, keys, [count for run in runs for count in run.units])
         return cls(
-            torch.cat([some.to(device) for some in norms], dim=1).float(),
-            _repeated(present, units, torch.bool, device),
-            _repeated([job.group["momentum"] for job in members], units, torch.float32, device),
+            torch.cat([piece.to(device) for piece in pieces], dim=1).float(),
+            _repeated([run.norms is not None for run in runs], counts, torch.bool, device),
+            _repeated([run.momentum for run in runs], counts, torch.float32, device),
             {key: vector.clone() for key, vector in whole.items()},
             members,
             whole,
@@ -77,27 +85,27 @@ class NormGroup:
                 torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
 
 
-def _in_order(
-    members: Sequence[Job], found: Mapping[str, tuple[UnitNorms, int]], units: Sequence[int]
-) -> tuple[list[Tensor], list[bool]]:
-    """Norms ``[norms, units]`` of all members, of neighbours together, and which members have them; else they are 0."""
-    runs: list[
-        tuple[UnitNorms | None, int, int]
-    ] = []  # what of, from which row, up to which, or how many zeros
-    for job, count in zip(members, units, strict=True):
+class _Run(NamedTuple):
+    """Neighbours among the members whose norms are neighbours too."""
+
+    norms: UnitNorms | None  # None: without a gradient
+    start: int  # row of the first of them
+    momentum: float
+    units: list[int]  # of each of them
+
+
+def _runs(members: Sequence[Job], found: Mapping[str, tuple[UnitNorms, int]]) -> list[_Run]:
+    runs = [_Run(None, 0, 0.0, [])]
+    for job in members:
         norms, row = found.get(job.name, (None, 0))
-        end = count if norms is None else row + 1
-        if norms is not None and runs and runs[-1][0] is norms and runs[-1][2] == row:
-            runs[-1] = (norms, runs[-1][1], end)
+        last, momentum = runs[-1], job.group["momentum"]
+        if norms is None:
+            runs.append(_Run(None, 0, momentum, [job.state["multiplier"].numel()]))
+        elif last.norms is norms and last.start + len(last.units) == row and last.momentum == momentum:
+            last.units.append(norms.values.shape[2])
         else:
-            runs.append((norms, row, end))
-    like = next(norms.values for norms, _, _ in runs if norms is not None)
-    zeros = like.new_zeros(len(like), 1)
-    pieces = [
-        zeros.expand(-1, end) if norms is None else norms.values[:, start:end].flatten(1)
-        for norms, start, end in runs
-    ]
-    return pieces, [job.name in found for job in members]
+            runs.append(_Run(norms, row, momentum, [norms.values.shape[2]]))
+    return runs[1:]
 
 
 def _in_one(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -117,33 +125,32 @@ def _repeated(
     return torch.cat([torch.full((count,), value, dtype=dtype, device=device) for value, count in runs])
 
 
-def _side_by_side(members: Sequence[Job], keys: Sequence[str]) -> dict[str, Tensor]:
+def _side_by_side(members: Sequence[Job], keys: Sequence[str], lengths: Sequence[int]) -> dict[str, Tensor]:
     """The state of all members under each key, as one vector.
 
     Each member's own becomes a part of it, so that what is written there is in their state at once, and the next step
     finds it: putting many small vectors together, and writing them back, takes longer than all that a rule computes.
     """
     own = {key: [job.state[key] for job in members] for key in keys}
-    lengths = [tensor.numel() for tensor in own[keys[0]]]
+    starts = [*accumulate(lengths[:-1], initial=0)]
     compiling = torch.compiler.is_compiling()
-    if not compiling and all(_are_parts(tensors, lengths) for tensors in own.values()):
+    if not compiling and all(_are_parts(tensors, starts, sum(lengths)) for tensors in own.values()):
         return {key: tensors[0]._base for key, tensors in own.items()}
     device = members[0].state["multiplier"].device
     whole = {key: _in_one(tensors, device) for key, tensors in own.items()}
     if not compiling and all(job.local is job.param and job.local.device == device for job in members):
         for key, vector in whole.items():
-            for job, part in zip(members, vector.split(lengths), strict=True):
+            for job, part in zip(members, vector.split(list(lengths)), strict=True):
                 job.state[key] = part
     return whole
 
 
-def _are_parts(tensors: Sequence[Tensor], lengths: Sequence[int]) -> bool:
-    """Whether these are one vector's parts in order, and all of it."""
+def _are_parts(tensors: Sequence[Tensor], starts: list[int], length: int) -> bool:
+    """Whether these are one vector's parts, from these places on, and all of it."""
     whole = tensors[0]._base
-    if whole is None or whole.numel() != sum(lengths) or any(tensor._base is not whole for tensor in tensors):
+    if whole is None or whole.numel() != length:
         return False
-    starts = [tensor.storage_offset() for tensor in tensors]
-    return starts == [*accumulate(lengths[:-1], initial=0)]
+    return [t.storage_offset() for t in tensors] == starts and {id(t._base) for t in tensors} == {id(whole)}
 
 
 class RateRule(ABC):
