@@ -196,6 +196,32 @@ def sharded_unseen(steps: int) -> dict[str, Any]:
     return results(model, optimizer)
 
 
+def sharded_in_training(steps: int) -> dict[str, Any]:
+    """The model is sharded after some steps under DDP, and nobody tells the optimizer: its state is cut as the model is."""
+    model = make_model()
+    optimizer = make_optimizer(model, "Lanton", "previous")
+    train(distribute(model, "ddp"), optimizer, range(steps // 2))
+    distribute(model, "fsdp")
+    train(model, optimizer, range(steps // 2, steps))
+    return results(model, optimizer)
+
+
+def moved_between_whole_and_shards(steps: int, strict: bool) -> dict[str, Any]:
+    """A state of whole tensors goes into an optimizer of shards and back, by `load_state_dict` alone."""
+    model = make_model()
+    optimizer = make_optimizer(model, "Lanton", "previous")
+    train(distribute(model, "ddp"), optimizer, range(1))
+    for step, how in enumerate(("fsdp", "ddp"), start=1):
+        values, before = weights(model), optimizer.state_dict()
+        model = make_model(seed=9)
+        model.load_state_dict(values)
+        running = distribute(model, how)
+        optimizer = make_optimizer(model, "Lanton", "previous")
+        optimizer.load_state_dict(before, strict=strict)
+        train(running, optimizer, range(step, step + 1 if how == "fsdp" else steps))
+    return results(model, optimizer)
+
+
 def saved(how: str, folder: str, steps: range, load: bool) -> dict[str, Any]:
     """Train for some steps, from the checkpoint in ``folder`` if ``load``, and save there; what the model is then."""
     model, optimizer = make(how)

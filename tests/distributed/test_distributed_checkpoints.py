@@ -1,7 +1,7 @@
 """Checkpoints cross world sizes and ways of sharding, and the run goes on as if nothing had happened."""
 
 import pytest
-from distributed_runs import loaded_whole, saved, saved_whole, trained
+from distributed_runs import loaded_whole, moved_between_whole_and_shards, saved, saved_whole, trained
 from test_distributed_parity import same
 
 
@@ -30,3 +30,10 @@ def test_one_file_of_whole_tensors_loads_anywhere(cluster, uninterrupted, tmp_pa
     file = str(tmp_path / "state.pt")
     cluster.run(there[1], saved_whole, there[0], file, range(2))
     same(uninterrupted, cluster.run(back[1], loaded_whole, back[0], file, range(2, 4)))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_of_whole_tensors_is_loaded_into_shards_and_one_of_shards_into_whole_tensors(
+    cluster, uninterrupted, strict
+):
+    same(uninterrupted, cluster.run(2, moved_between_whole_and_shards, 4, strict))

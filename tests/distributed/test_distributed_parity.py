@@ -10,7 +10,7 @@ import functools
 import math
 
 import pytest
-from distributed_runs import RULES, sharded_after, sharded_unseen, trained
+from distributed_runs import RULES, sharded_after, sharded_in_training, sharded_unseen, trained
 from torch.testing import assert_close
 
 PRESETS = ("Muon", "DMuon", "Scion", "Signum")
@@ -54,7 +54,7 @@ def test_every_setup(cluster, single, how, world):
     same(single("Lanton", "previous", 4), cluster.run(world, trained, how, "Lanton", "previous", 4))
 
 
-@pytest.mark.parametrize("run", [sharded_after, sharded_unseen])
+@pytest.mark.parametrize("run", [sharded_after, sharded_unseen, sharded_in_training])
 def test_sharded_after_the_optimizer_was_made(cluster, single, run):
     same(single("Lanton", "previous", 4), cluster.run(2, run, 4))
 

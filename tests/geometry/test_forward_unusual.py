@@ -82,6 +82,16 @@ def test_the_scores_that_experts_are_weighed_with_are_one_matrix(scores, used):
     assert str(row(model, X, "router.weight").layout) == "out,in"
 
 
+def test_rows_that_weigh_one_level_each_are_one_part_beside_the_others():
+    """As FocalNet's: queries, values, and a score for each level of them."""
+
+    def levels(w, x):
+        q, v, scores = F.linear(x, w).split((D, D, 3), -1)
+        return F.silu(q) * sum(torch.tanh(v * (level + 1)) * scores[..., level, None] for level in range(3))
+
+    assert str(row(Mix((2 * D + 3, D), levels), X).layout) == "out,in 0:4|1:4|2:1"
+
+
 NORMALISED = {
     "spectral_norm": (parametrizations.spectral_norm, "parametrizations.weight.original"),
     "spectral_norm, older": (nn.utils.spectral_norm, "weight_orig"),

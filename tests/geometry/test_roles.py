@@ -514,6 +514,22 @@ def test_lora_on_gpt2():
         assert table[name].layout.shapes(table[name].shape) == (shape,)
 
 
+@pytest.mark.parametrize("shape", [(2, 6), (4, 2, 6)])
+def test_factors_that_their_layer_holds_itself_are_known_at_the_top_of_a_model(shape):
+    class Adapted(nn.Linear):  # as loralib's
+        def __init__(self):
+            super().__init__(6, 5)
+            self.lora_A, self.lora_B = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(5, 2))
+
+    for model, prefix in ((Adapted(), ""), (nn.Sequential(Adapted()), "0.")):
+        row = next(row for row in describe(model).rows if row.name == f"{prefix}lora_A")
+        assert (row.role, len(row.units), bool(row.note)) == (
+            "lora_A",
+            shape[0] if len(shape) == 3 else 1,
+            len(shape) == 3,
+        )
+
+
 def test_peft_with_a_trained_head_and_known_splits_under_the_wrapper():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["query_key_value"], modules_to_save=["lm_head"])

@@ -37,6 +37,28 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
+def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor on the device of another, and sharded, or whole, as that is.
+
+    A whole one must be the same on every process; one that is made whole is gathered, on all of them together.
+    """
+    tensor = tensor.to(like.device)
+    if not is_sharded(like) and not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(tensor, DTensor):
+        if isinstance(like, DTensor) and (tensor.device_mesh, tensor.placements) == (
+            like.device_mesh,
+            like.placements,
+        ):
+            return tensor
+        tensor = tensor.full_tensor()
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def dense(name: str, grad: Tensor) -> Tensor:
     """The gradient. Raises LayerwiseError for a sparse one."""
     if grad.layout != torch.strided:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from layerwise.common.checked import checked
 from layerwise.common.parameter_names import unwrap
 from layerwise.common.similar import nearest
+from layerwise.common.tensors import placed_as
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward
-from layerwise.function_space.measuring.process_group import placed_as, processes_of
+from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.runners import trainable
 from layerwise.function_space.rates import Rates
 

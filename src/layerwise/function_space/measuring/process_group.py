@@ -14,22 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layerwise.common.tensors import is_sharded
 from layerwise.errors import LayerwiseError
 
 #: `"auto"`: all processes of torch.distributed where it is initialised, else this one; `None`: this one alone.
 ProcessesOption = Literal["auto"] | dist.ProcessGroup | None
-
-
-def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor on the device of another, and sharded as that is. A whole one must be the same on every process."""
-    tensor = tensor.to(like.device)
-    if not is_sharded(like) or is_sharded(tensor):
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(like, DTensor)
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class Processes:

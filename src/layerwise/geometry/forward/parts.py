@@ -182,11 +182,21 @@ def _classes(rows: Tensor, sites: Sequence[tuple[Site, Tensor]]) -> Classes | No
         return None
     _, inverse = torch.unique(went, return_inverse=True)
     order: dict[int, int] = {}
-    kinds = tuple(order.setdefault(kind, len(order)) for kind in inverse.tolist())
+    kinds = tuple(order.setdefault(kind, len(order)) for kind in _loops_joined(inverse.tolist()))
     first = {
         kind: next(iter(called[row]), "") for row, kind in reversed(list(enumerate(kinds))) if row in called
     }
     return kinds, tuple(first.get(kind, "") for kind in range(len(order)))
+
+
+def _loops_joined(kinds: Sequence[int]) -> list[int]:
+    """Neighbouring rows that are each alone in their class in one: a loop over the scores of experts, or over levels."""
+    count = Counter(kinds)
+    joined: list[int] = []
+    for row, kind in enumerate(kinds):
+        follows = row > 0 and count[kind] == count[kinds[row - 1]] == 1
+        joined.append(joined[-1] if follows else kind)
+    return joined
 
 
 def split_of(kinds: Sequence[int], names: Sequence[str]) -> Split | None:
@@ -203,8 +213,6 @@ def split_of(kinds: Sequence[int], names: Sequence[str]) -> Split | None:
     changes = [0, *(1 + (sequence[1:period] != sequence[: period - 1]).nonzero().flatten()).tolist(), period]
     if len(changes) - 1 != count:
         return None  # a part in several pieces of a block
-    if len(kinds) == period and sum(end - start == 1 for start, end in pairwise(changes)) > 1:
-        return None  # a loop over rows, such as the scores that a router gives its experts
     known = {*names} <= set("qkv") or {*names} == {"gate", "up"}
     called = list(names) if known and len({*names}) == count else [str(i) for i in range(count)]
     sizes = {called[int(sequence[start])]: end - start for start, end in pairwise(changes)}

@@ -142,8 +142,11 @@ def _factor(place: _Place, owner: nn.Module, role: str) -> Found:
     """A factor of a low-rank adapter; peft keeps the adapters of all experts of a layer in one pair of matrices."""
     if isinstance(owner, nn.modules.conv._ConvNd):
         return place.found(role, ConvLayout(), owner.kernel_size)
+    if place.parameter.ndim != 2:
+        return place.assumed(role, StackLayout(), "a stack of factors stored (k, out, in)")
     experts = next((n for _, m in place.path if isinstance(n := getattr(m, "num_experts", None), int)), 1)
-    packed = holds_lora(place.path[-3][1]) and getattr(place.path[-3][1], "num_experts", 1) == experts
+    layer = place.path[-3][1] if len(place.path) > 2 else None  # peft's; loralib's holds its factors itself
+    packed = holds_lora(layer) and getattr(layer, "num_experts", 1) == experts
     if experts > 1 and packed:
         return place.found(role, layout_of(f"({experts} o) i" if role == "lora_A" else f"o (i {experts})"))
     return place.found(role, MatrixLayout())

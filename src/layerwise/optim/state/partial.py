@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layerwise.common.parameter_names import counterparts
-from layerwise.common.tensors import is_sharded
+from layerwise.common.tensors import is_sharded, placed_as
 from layerwise.errors import LayerwiseError
 from layerwise.optim.state.kinds import in_kind, same_kind
 from layerwise.optim.state.state_dict import KEPT, check_keys
@@ -72,11 +72,12 @@ def take(own: State, saved: State, rows_are_entries: bool) -> bool:
             continue
         if not isinstance(mine, Tensor):
             own[key] = theirs
-        elif mine.shape == theirs.shape:
-            own[key] = mine.to(theirs.dtype).copy_(theirs)
+            continue
+        own[key], theirs = mine.to(theirs.dtype), placed_as(theirs, mine)
+        if mine.shape == theirs.shape:
+            own[key].copy_(theirs)
         else:
             rows = min(len(mine), len(theirs))
-            own[key] = mine.to(theirs.dtype)
             own[key][:rows].copy_(theirs[:rows])
     return True
 

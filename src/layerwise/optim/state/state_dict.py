@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layerwise.common.parameter_names import counterparts, first_few, name_to_compare
+from layerwise.common.tensors import placed_as
 from layerwise.errors import LayerwiseError
 from layerwise.optim.groups.options import DEFAULTS, DESCRIBED, TORCH_KEYS
 from layerwise.optim.state.kinds import in_kind, is_number, same_kind
@@ -271,4 +272,4 @@ def copy_state(
                 mine = own[param][key]
                 if mine.dtype != value.dtype or mine.device != param.device:
                     mine = torch.empty_like(mine, dtype=value.dtype, device=param.device)
-                state[key] = mine.copy_(value)
+                state[key] = mine.copy_(placed_as(value, mine))
