@@ -16,8 +16,8 @@ from pathlib import Path
 from layerwise.lab.config.load import load_config
 from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
 from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
-from layerwise.lab.experiments.sweep.results import read_results
-from layerwise.lab.experiments.sweep.run_sweep import RESULTS, run_sweep
+from layerwise.lab.experiments.sweep.results import RESULTS, read_results
+from layerwise.lab.experiments.sweep.run_sweep import run_sweep
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.sweep_report import LOSS_NAMES, analyse
 from layerwise.lab.experiments.sweep.table import markdown

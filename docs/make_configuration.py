@@ -34,7 +34,8 @@ Overrides are dotted keys with YAML values, applied in order after the file:
 
 A section written as one word sets its first key: `optimizer=lanton` is `optimizer.name=lanton`, `model=llama-tiny`
 is `model.preset=llama-tiny`, `data=files` is `data.source=files`, `schedule=wsd` is `schedule.name=wsd`, `parallel=fsdp2`
-is `parallel.strategy=fsdp2`. Unknown keys are errors that name the nearest valid one.
+is `parallel.strategy=fsdp2`. A mapping for a section sets the keys that it names: `optimizer={lr: 1e-3}` is
+`optimizer.lr=1e-3`. Unknown keys are errors that name the nearest valid one.
 
 `--resume` goes on from the newest good checkpoint and ends with the numbers of a run that was never interrupted, bit
 for bit (on the same machine, with the same thread count and package versions). Only the sections `run` and `parallel`,

@@ -453,6 +453,10 @@ def test_records_go_to_files_functions_tensorboard_and_wandb(tmp_path):
     assert run.rows[-1] == {**last.scalars(), "watch/step": 4}
     with pytest.raises(lw.LayerwiseError, match="to is int: give a path"):
         short_run(ResNet(8, 1), to=3)
+    with pytest.raises(
+        lw.LayerwiseError, match=r"cannot be written to.*name a file"
+    ):  # before the first step
+        short_run(ResNet(8, 1), steps=0, to=tmp_path)
 
 
 def test_a_record_prints_as_a_table():

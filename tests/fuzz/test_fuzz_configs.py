@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from cases import Share, cases, one_line, run
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.keys import SHORTHANDS, flatten
 from layerwise.lab.config.load import load_config
+from layerwise.lab.config.schema import ModelConfig
 from layerwise.lab.experiments.contenders import CompareConfig, entries
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.trial_plan import make_plan
-from layerwise.lab.models.families import PRESETS
+from layerwise.lab.models.families import PRESETS, build_model, logits
+from layerwise.lab.models.family import FAMILIES, Examples
 from layerwise.lab.optimizers.registry import OPTIMIZERS
 from layerwise.lab.training.run import complete
 
@@ -135,3 +138,40 @@ def test_any_file(tmp_path: Path, share: Share) -> None:
         folder=st.just(tmp_path),
         content=st.lists(pieces | st.binary(max_size=6), max_size=8).map(b"".join),
     )
+
+
+SMALL = {
+    "gpt2": {"n_layer": 1, "n_embd": 8, "n_head": 2},
+    "llama": {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2},
+    "decoder": {"base_width": 8, "base_heads": 2, "base_blocks": 1},
+}
+
+
+def check_model(family: str, settings: dict[str, Any], lora: int | None) -> None:
+    """Settings make a model that computes, or one line."""
+    tree = {"family": family, "preset": None, **SMALL[family], **settings}
+    try:
+        config = ModelConfig.model_validate({**tree, "lora": None if lora is None else {"rank": lora}})
+        model = build_model(config, Examples(vocab_size=11, seq_len=4), seed=0)
+    except LayerwiseError as error:
+        one_line(error)
+        return
+    assert logits(model, torch.zeros(2, 4, dtype=torch.long)).shape == (2, 4, 11)
+
+
+@cases(short=30, long=1500)
+def test_any_settings_of_a_model(share: Share) -> None:
+    families = {name: sorted(FAMILIES[name].setting_defaults()) for name in SMALL}
+    value = (
+        st.integers(-2, 12)
+        | st.booleans()
+        | st.sampled_from([0.0, -1.0, 0.02, 2.0, "gelu", "abc", None, [], {}])
+    )
+    drawn = st.sampled_from(sorted(families)).flatmap(
+        lambda name: st.tuples(
+            st.just(name), st.dictionaries(st.sampled_from(families[name]), value, min_size=1, max_size=2)
+        )
+    )
+    run(
+        share, lambda drawn, lora: check_model(*drawn, lora), drawn=drawn, lora=st.sampled_from([None, None, 1, 10**6]),
+    )  # fmt: skip

@@ -10,23 +10,14 @@ from typing import Any, NoReturn
 import pytest
 import typer
 import yaml
-from tiny_run import tiny_tree
+from tiny_run import call, tiny_tree
 
 import layerwise
 from layerwise.errors import LayerwiseError
-from layerwise.lab.cli import main
 from layerwise.lab.cli.words import split_words
 from layerwise.lab.config.load import load_config
 from layerwise.lab.models.families import PRESETS
 from layerwise.lab.optimizers.registry import OPTIMIZERS
-
-
-def call(*words: str) -> int:
-    """The exit code of the command line."""
-    with pytest.raises(SystemExit) as stopped:
-        main(list(words))
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
 
 
 @pytest.fixture

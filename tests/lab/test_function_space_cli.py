@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_run import tiny_tree
+from tiny_run import call, tiny_tree
 
 from layerwise.function_space import BaseRates
-from layerwise.lab.cli import main
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.check_sizes import check_sizes
@@ -20,14 +19,6 @@ from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
 from layerwise.lab.runs.directory import read_run
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.run import train
-
-
-def call(*words: str) -> int:
-    """The exit code of the command line."""
-    with pytest.raises(SystemExit) as stopped:
-        main(list(words))
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
 
 
 def decoder_tree(folder: Path, **training: Any) -> dict[str, Any]:

@@ -14,17 +14,13 @@ import pytest
 import torch
 import yaml
 from fabricated_runs import fabricate
-from tiny_run import TEXT, tiny_config, tiny_tree
+from tiny_run import TEXT, call, tiny_config, tiny_tree
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.cli import main
-from layerwise.lab.config.load import load_config, parse_yaml
+from layerwise.lab.config.load import load_config
 from layerwise.lab.config.schema import DataConfig
 from layerwise.lab.data.tokens import load_tokens
-from layerwise.lab.experiments.comparison import compare
-from layerwise.lab.experiments.contenders import CompareConfig
-from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.trial_plan import make_plan
+from layerwise.lab.experiments.sweep.results import loss_of, read_results
 from layerwise.lab.optimizers.registry import mean_multipliers
 from layerwise.lab.report import Contender, load_runs
 from layerwise.lab.report.figures.loss import final_losses, loss_curves
@@ -33,15 +29,7 @@ from layerwise.lab.report.tables import headline
 from layerwise.lab.runs.checkpoint import list_checkpoints
 from layerwise.lab.runs.directory import read_run
 from layerwise.lab.training.observers import Observer
-from layerwise.lab.training.run import complete, train
-
-
-def call(*words: str) -> int:
-    """The exit code of the command line."""
-    with pytest.raises(SystemExit) as stopped:
-        main(list(words))
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
+from layerwise.lab.training.run import train
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +60,64 @@ def test_a_folder_that_is_no_run_of_ours_is_left_as_it_is(tmp_path: Path, foreig
     assert (foreign.split("/")[0] in deleted) == (foreign != "notes.txt")
     assert file.read_text() == "years of work"
     assert [path.name for path in config.run_path.iterdir()] == [foreign.split("/")[0]]
+
+
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        (["record"], "base.json"),
+        (["report", "RUN"], "report.html"),
+        (["compare"], "report.html"),
+        (["check", "--widths", "8,16", "--steps", "1"], "check.csv"),
+        (["check", "--widths", "8,16", "--steps", "1"], "check.png"),
+    ],
+)
+def test_no_command_writes_over_a_file_of_another_kind(
+    tmp_path: Path, words: list[str], file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tiny_tree(tmp_path)))
+    run = fabricate(tmp_path / "a", "adamw", steps=10, with_layers=False)
+    output = tmp_path / "out" / file
+    output.parent.mkdir()
+    output.write_text("years of work")
+    command, *more = (str(run) if word == "RUN" else word for word in words)
+    inputs = [] if command == "report" else [str(config)]
+    where = (
+        output.parent if file == "report.html" else output.with_suffix("" if command == "check" else ".json")
+    )
+    assert call(command, *inputs, *more, "-o", str(where)) == 2
+    assert "it is left as it is" in capsys.readouterr().err
+    assert output.read_text() == "years of work"
+    assert list(output.parent.iterdir()) == [output]
+    output.unlink()
+    if command != "compare":  # a file of its own is replaced
+        assert [call(command, *inputs, *more, "-o", str(where)) in (0, 1) for _ in range(2)] == [True, True]
+
+
+@pytest.mark.parametrize("foreign", ["results.jsonl", "table.md", "run.json"])
+def test_a_sweep_leaves_a_folder_as_it_is_that_is_none_of_its(
+    tmp_path: Path, foreign: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tiny_tree(tmp_path)))
+    mine = tmp_path / "runs" / "mine" / foreign
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    assert call("sweep", str(file), "run.name=mine", "sweep.sizes=[8, 16]", "--workers", "0") == 2
+    assert f"holds {foreign} and no sweep.json" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in mine.parent.iterdir()] == [(foreign, "years of work")]
+
+
+def test_a_damaged_line_of_results_hides_no_other(tmp_path: Path) -> None:
+    """Found by hand: what stood after it was run again, and again, and then could not be drawn."""
+    file = tmp_path / "results.jsonl"
+    row = {"id": "a", "status": "finished", "val_loss": 3.0}
+    lines = [json.dumps({**row, "id": name}) for name in "ab"]
+    file.write_text("\n".join([lines[0], "xx", "3", '{"id": 3}', lines[1], lines[0][:9]]))
+    assert list(read_results(file)) == ["a", "b"]
+    for odd in ("x", None, [], True, float("nan")):
+        assert loss_of({**row, "val_loss": odd}, "val_loss") == float("inf")
 
 
 class StopAt(Observer):
@@ -197,81 +243,6 @@ def test_a_line_whose_layers_are_no_layers_ends_a_record(tmp_path: Path) -> None
             assert getattr(read_run(path), file) == getattr(whole, file)[:2]
 
 
-# ------------------------------------------------------------------ words on the command line
-
-
-@pytest.mark.parametrize(
-    ("overrides", "key", "value"),
-    [
-        (["optimizer.lr=5e-2", "optimizer=lanton"], "optimizer.lr", 5e-2),
-        (["schedule.final_fraction=0.5", "schedule=wsd"], "schedule.final_fraction", 0.5),
-        (["data.seq_len=7", "data=digits"], "data.seq_len", 7),
-        (["model.attention=eager", "model=llama-tiny"], "model.attention", "eager"),
-        (["parallel.timeout=9", "parallel=fsdp2"], "parallel.timeout", 9.0),
-        (["optimizer=lanton", "optimizer.rates.alpha=0.5", "optimizer.rates=noise_adaptive"], "optimizer.rates.alpha", 0.5),
-    ],
-)  # fmt: skip
-def test_a_word_for_a_section_keeps_what_was_set(
-    tmp_path: Path, overrides: list[str], key: str, value: object
-) -> None:
-    found: Any = complete(load_config(None, overrides)).model_dump()
-    for part in key.split("."):
-        found = found[part]
-    assert found == value
-
-
-def test_a_key_that_then_belongs_to_no_one_is_named() -> None:
-    with pytest.raises(LayerwiseError, match=r"`optimizer\.momentum` of adamw"):
-        complete(load_config(None, ["optimizer=muon", "optimizer.momentum=0.9", "optimizer=adamw"]))
-    with pytest.raises(LayerwiseError, match=r"`model\.n_layer`"):
-        complete(load_config(None, ["model.n_layer=2", "model=llama-tiny"]))
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "optimizer.amsgrad=off", "optimizer.fused=abc", "optimizer.betas={}", "optimizer.eps=true", "optimizer.eps=.nan",
-        "training.steps=true", "training.clip_norm=true", "optimizer.lr=1e300", "optimizer.lr=true", "model.n_layer=true",
-        "model.n_layer=-1", "model.n_head=-1", "model.n_layer=1e20", "model.n_layer=100000000000", "model.resid_pdrop=off",
-        "model.n_layer=20000", "run.name=../../evil", "run.name=a/b", "run.name=..", 'run.name="a\\nb"', "run.dir=\"a\\0\"",
-        f"run.name={'x' * 300}", "data.encoding=klingon", "run.tensorboard=off", "training.steps=1" + "0" * 5000,
-    ],
-)  # fmt: skip
-def test_what_no_key_can_mean_is_refused_in_one_line(override: str) -> None:
-    with pytest.raises(LayerwiseError) as said:
-        complete(load_config(None, [override]))
-    assert "\n" not in str(said.value)
-
-
-@pytest.mark.parametrize("override", ["optimizer.rates.size_normalised=no", "optimizer.nesterov=no"])
-def test_words_are_no_truths_for_rules_either(override: str) -> None:
-    name = "lanton" if "rates" in override else "muon"
-    with pytest.raises(LayerwiseError, match="bool"):
-        complete(load_config(None, [f"optimizer={name}", override]))
-
-
-def test_a_short_file_is_not_an_endless_one(tmp_path: Path) -> None:
-    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
-    for one, other in zip("abcdefgh", "bcdefghi", strict=True):
-        bomb += f"{other}: &{other} [{', '.join([f'*{one}'] * 9)}]\n"
-    for text, words in ((bomb, "more than"), ("a: &a [*a]", "more than"), ("[" * 5000, "not valid YAML")):
-        file = tmp_path / "bomb.yaml"
-        file.write_text(text)
-        with pytest.raises(LayerwiseError, match=words):
-            load_config(file)
-    assert parse_yaml("[1, [2]]", "test") == [1, [2]]
-
-
-def test_a_grid_of_a_billion_rates_is_refused() -> None:
-    with pytest.raises(LayerwiseError, match="a grid is a list of rates"):
-        load_config(None, ["sweep.lr={low: 1e-4, high: 1e-1, count: 1e9}"], SweepConfig)
-
-
-def test_heads_that_do_not_share_a_width_are_one_line() -> None:
-    with pytest.raises(LayerwiseError, match="a width of 128 is not a multiple of 148 heads"):
-        make_plan(load_config(None, ["model.n_head=148"], SweepConfig))
-
-
 # ------------------------------------------------------------------ stopped in the middle
 
 
@@ -320,33 +291,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(
     assert read_run(path).info["stopped"]["step"] == 8
     monkeypatch.setattr(torch, "save", save)
     assert call("train", str(file), "--resume") == 0
-
-
-# ------------------------------------------------------------------ before anything is trained
-
-
-@pytest.mark.parametrize(
-    "contender", ["{name: adamw, betas: [2, 2]}", "{name: adamw, role_factors: {conv: 2}}", "{name: adamw, eps: -1}"]
-)  # fmt: skip
-def test_a_contender_that_cannot_be_built_ends_a_comparison_before_it_begins(
-    tmp_path: Path, contender: str
-) -> None:
-    tree = tiny_tree(tmp_path)
-    tree["compare"] = {"optimizers": ["lanton", "bad"], "contenders": {"bad": yaml.safe_load(contender)}}
-    file = tmp_path / "compare.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(LayerwiseError):
-        compare(load_config(file, schema=CompareConfig), progress="quiet")
-    assert not list((tmp_path / "runs").rglob("run.json"))
-
-
-def test_a_contender_cannot_write_outside(tmp_path: Path) -> None:
-    tree = tiny_tree(tmp_path)
-    tree["compare"] = {"contenders": {"../../evil": {"name": "adamw"}}}
-    file = tmp_path / "compare.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(LayerwiseError, match="without slashes"):
-        compare(load_config(file, schema=CompareConfig), progress="quiet")
 
 
 # ------------------------------------------------------------------ texts and their cache

@@ -18,8 +18,8 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.experiments.sweep.engines import Engine, Failure
 from layerwise.lab.experiments.sweep.engines.ray import ATTEMPTS, RayEngine
 from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
-from layerwise.lab.experiments.sweep.results import read_results
-from layerwise.lab.experiments.sweep.run_sweep import RESULTS, Sweep, run_sweep
+from layerwise.lab.experiments.sweep.results import RESULTS, read_results
+from layerwise.lab.experiments.sweep.run_sweep import Sweep, run_sweep
 from layerwise.lab.experiments.sweep.trial import start_worker
 from layerwise.lab.runs.environment import versions
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from layerwise.lab.cli import main
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
 
@@ -37,3 +40,11 @@ def tiny_config(folder: Path, **changes: Any) -> Config:
     """That run as a config; changes are written `training__steps=3`."""
     config = validate(Config, tiny_tree(folder))
     return config.replace({key.replace("__", "."): value for key, value in changes.items()})
+
+
+def call(*words: str) -> int:
+    """The exit code of the command line."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(words))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code

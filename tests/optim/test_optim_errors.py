@@ -30,6 +30,8 @@ BAD = {
         lambda: lw.Muon(lw.param_groups(net(), {"up.weight": {"lr": -1.0}})),
         ["'up.weight'", "lr=-1.0"],
     ),
+    "lr beyond float32": (lambda: lw.DMuon(groups(), lr=1e300), ["lr=1e+300", "at most 1e+30"]),
+    "head beyond float32": (lambda: lw.DualMuon(groups(), head=1e300), ["head=1e+300", "at most 1e+30"]),
     "nan lr": (lambda: lw.DMuon(groups(), lr=math.nan), ["lr=nan", "finite"]),
     "infinite lr": (lambda: lw.Scion(groups(), lr=math.inf), ["lr=inf", "finite"]),
     "text lr": (lambda: lw.Lanton(groups(), lr="1e-3"), ["lr='1e-3'", "number"]),

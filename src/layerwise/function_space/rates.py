@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from layerwise.common.files import plain_json
+from layerwise.common.files import plain_json, write_whole
 from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 
@@ -198,12 +198,16 @@ class Rates(Mapping[str, Rate]):
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Rates:
         """Read what `save` wrote."""
-        return Rates.from_dict(json.loads(Path(path).read_text()))
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # no JSON, or no text
+            raise LayerwiseError(f"{path}: not function-space rates: {error} (made by Rates.save)") from None
+        return Rates.from_dict(data)
 
 
 def student_quantile(level: float, freedom: int) -> float:

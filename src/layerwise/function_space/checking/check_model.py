@@ -97,6 +97,8 @@ def check(
         False
     """
     _refuse(sizes, steps, seeds)
+    if not tolerance >= 0:
+        raise LayerwiseError(f"tolerance={tolerance}: a slope of at least 0 is needed")
     recipe = Recipe(
         make_model,
         make_optimizer,

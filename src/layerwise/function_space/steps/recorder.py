@@ -62,7 +62,13 @@ class JsonLines:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("a").close()
+        except OSError as error:
+            raise LayerwiseError(
+                f"{path}: cannot be written to ({error.strerror}): name a file for the records"
+            ) from None
 
     def __call__(self, record: ToDict) -> None:
         with self.path.open("a") as file:

@@ -56,7 +56,11 @@ def check(
     ] = None,
 ) -> None:
     from layerwise.lab.experiments.check_sizes import check_function, check_sizes
+    from layerwise.lab.runs.output_files import check_output
 
+    if output is not None:
+        check_output(output.with_suffix(".csv"), "module,quantity,step,")
+        check_output(output.with_suffix(".png"), "Matplotlib")
     axis, chosen = _sizes(sizes, axis, widths, depths)
     options: dict[str, Any] = {
         "match": match, "steps": whole_numbers(steps, "--steps"), "seeds": seeds_of(seeds), "tolerance": tolerance,

@@ -51,6 +51,7 @@ def compare(
 ) -> None:
     from layerwise.lab.experiments.comparison import compare as run_comparison
     from layerwise.lab.experiments.contenders import CompareConfig
+    from layerwise.lab.report.page import check_report
 
     path, overrides = split_words(words)
     if optimizers is not None:
@@ -63,6 +64,7 @@ def compare(
     if seeds is not None:
         overrides.append(f"compare.seeds={seeds}")
     config = load_config(path, overrides, CompareConfig)
+    check_report(output or config.folder)
     comparison = run_comparison(config, say=_say)
     page = _write(config, comparison, output or config.folder)
     _print_results(comparison)

@@ -25,14 +25,15 @@ def record(
     ),
     seeds: Annotated[str, typer.Option(help="Seeds the rates are averaged over.")] = "0,1,2,3",
 ) -> None:
-    from layerwise.lab.experiments.record_base import check_output
     from layerwise.lab.experiments.record_base import record as run_recording
+    from layerwise.lab.runs.output_files import check_output
 
     path, overrides = split_words(words)
     config: Config = load_config(path, overrides)
     chosen = seeds_of(seeds)
-    check_output(output)
+    check_output(output, '"fingerprint"')
     base = run_recording(config, chosen)
+    output.parent.mkdir(parents=True, exist_ok=True)
     base.save(output)
     for step, rates in base.records.items():
         total = sum(rate.value for rate in rates.values())

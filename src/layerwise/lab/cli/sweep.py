@@ -73,11 +73,12 @@ def sweep(
 
 def _say_plan(config: SweepConfig, workers: int) -> float:
     """Says what is to be run and about how long it takes; returns the seconds."""
-    from layerwise.lab.experiments.sweep.results import read_results
-    from layerwise.lab.experiments.sweep.run_sweep import RESULTS, seconds_left
+    from layerwise.lab.experiments.sweep.results import RESULTS, check_folder, read_results
+    from layerwise.lab.experiments.sweep.run_sweep import seconds_left
     from layerwise.lab.experiments.sweep.trial_plan import make_plan
     from layerwise.lab.runs.quantities import duration
 
+    check_folder(config.run_path)
     plan, sweep = make_plan(config), config.sweep
     done = read_results(config.run_path / RESULTS)
     left = sum(id not in done for id in plan.trials)
@@ -97,8 +98,7 @@ def _report(config: SweepConfig, swept: Sweep) -> None:
     """Figure and table of what there is, and exit code 1 where a trial died."""
     from rich.console import Console
 
-    from layerwise.lab.experiments.sweep.results import read_results
-    from layerwise.lab.experiments.sweep.run_sweep import RESULTS
+    from layerwise.lab.experiments.sweep.results import RESULTS, read_results
     from layerwise.lab.experiments.sweep.sweep_report import write_report
     from layerwise.lab.experiments.sweep.table import cells, titles
 

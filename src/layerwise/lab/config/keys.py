@@ -16,6 +16,8 @@ SHORTHANDS = {
     "parallel": "strategy",
     "optimizer.rates": "rule",
 }
+#: Sections within sections.
+SECTIONS = {"optimizer.rates", "model.lora"}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

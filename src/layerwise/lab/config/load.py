@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config.keys import set_key
+from layerwise.lab.config.keys import SECTIONS, set_key
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import ConfigT, validate
 from layerwise.lab.runs.directory import read_run
@@ -82,13 +82,22 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Applies `key=value` words, in order; values are YAML."""
+    """Applies `key=value` words, in order; values are YAML. Keys of a section that a mapping does not name stay."""
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not key or not all(key.split(".")):
             raise LayerwiseError(f"override {override!r}: write key=value, for example optimizer.lr=1e-3")
-        set_key(tree, key, parse_yaml(text, f"override {override!r}"))
+        _merge(tree, key, parse_yaml(text, f"override {override!r}"))
+
+
+def _merge(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a key, or of a mapping for a section those that it names."""
+    if isinstance(value, dict) and ("." not in key or key in SECTIONS):
+        for name, item in value.items():
+            _merge(tree, f"{key}.{name}", item)
+    else:
+        set_key(tree, key, value)
 
 
 def load_config(

@@ -86,7 +86,7 @@ def _shorthand(key: str) -> BeforeValidator:
 class LoraConfig(Section):
     """Low-rank adapters by peft: only they are trained."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=1_000_000)
     """rank of every adapter"""
     alpha: float = Field(default=8.0, gt=0)
     """adapters are multiplied by alpha / rank"""
@@ -268,7 +268,7 @@ class FunctionSpaceConfig(Section):
     """the outputs: the model's own (logits), or their log-softmax"""
     method: Literal["kronecker", "full_cov", "iid", "exact", "difference"] = "full_cov"
     """estimator of the rates"""
-    probes: int = Field(default=64, ge=1)
+    probes: int = Field(default=64, ge=1, le=1_000_000)
     """random probes, over all batches together"""
     batches: int = Field(default=4, ge=1)
     """batches to measure on: training batches from after the last step"""

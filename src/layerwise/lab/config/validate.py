@@ -99,7 +99,8 @@ def _adapter(function: Callable[..., Any], name: str) -> TypeAdapter[Any] | None
 
 
 def _explain(schema: type[BaseModel], error: Any, within: str) -> str:
-    key = within + ".".join(str(part) for part in error["loc"])
+    # Not which of several kinds a value may be of, such as `literal['auto']`.
+    key = within + ".".join(str(part) for part in error["loc"] if "[" not in str(part))
     if error["type"] == "extra_forbidden":
         if key in SECTIONS_OF:
             return (
@@ -108,7 +109,7 @@ def _explain(schema: type[BaseModel], error: Any, within: str) -> str:
         section = _section_at(schema, error["loc"][:-1])
         return f"unknown key `{key}`: {nearest(str(error['loc'][-1]), section.model_fields)}"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
+    if error["type"] == "value_error" and message.startswith(key):  # it names the key itself
         return str(message)
     quoted = ""
     if error["type"] == "string_type" and isinstance(error["input"], bool | int | float):

@@ -99,6 +99,9 @@ def compare(
     total = sum(trials) * section.seeds
     runs = f"{total} run{'s' if total != 1 else ''}"
     say(f"{runs} of {config.steps} steps, {config.tokens_per_step:,} tokens a step")
+    grids = section.lr_grid if isinstance(section.lr_grid, dict) else {}
+    if unused := sorted(set(grids) - {entry.name for entry in listed}):
+        say(f"compare.lr_grid has rates for {', '.join(unused)}, which this comparison leaves out")
     runner = Runner(config, progress, say)
     check_buildable(example for entry in listed for example in runner.examples(entry))
     chosen = looks([entry.optimizer.name for entry in listed])
@@ -113,7 +116,7 @@ def conclude(runner: Runner, outcomes: Sequence[Outcome]) -> Comparison:
     """Each contender at its best, how they stand to one another, and what has to be said of how it was found."""
     section, curves = runner.config.compare, [outcome.curve for outcome in outcomes]
     made = Comparison([o.at_best for o in outcomes], curves, list(notes(runner.config, curves)), [])
-    if not made.tuned and section.seeds == 1:
+    if not made.tuned and section.seeds == 1 and section.baseline is None:
         return made
     base = baseline(section, outcomes)
     lengths = {length: runner.runs(base.entry, base.best, length) for length in section.lengths}

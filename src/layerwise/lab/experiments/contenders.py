@@ -29,7 +29,7 @@ class CompareSection(Section):
     all of those"""
     contenders: dict[str, dict[str, Any]] = Field(default={})
     """contender -> its `optimizer` section, where it is more than a name (`name`: the optimizer)"""
-    seeds: int = Field(default=1, ge=1)
+    seeds: int = Field(default=1, ge=1, le=1000)
     """runs of each contender: seeds training.seed, training.seed + 1, ..."""
     lr_grid: Literal["auto"] | dict[str, list[float]] | None = None
     """contender -> base rates to try; `auto`: factors of two around the default rate, as many as it takes for
@@ -38,7 +38,7 @@ class CompareSection(Section):
     """role -> factors to try on the rate of its parameters, one role after the other, for those of `by_role`"""
     by_role: list[str] = Field(default=[])
     """contenders that are also shown tuned by role, as contenders of their own (`d-muon-by-role`)"""
-    trials: int | None = Field(default=None, ge=1)
+    trials: int | None = Field(default=None, ge=1, le=10_000)
     """trials of each contender (base rates and factors, each over all seeds), the same for all; what the grids
     leave of it goes into finer base rates; null: as many as the grids ask for"""
     baseline: str | None = None

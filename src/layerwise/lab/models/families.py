@@ -79,14 +79,29 @@ def build_model(config: ModelConfig, examples: Examples, seed: int) -> nn.Module
         torch.manual_seed(seed)
         try:
             model = FAMILIES[name].build(settings, examples, config.attention)
+            if config.start is not None:
+                load_weights(model, config.start)
+            if config.lora is not None:
+                model = add_adapters(model, config.lora)
+            if torch.get_default_device().type != "meta":
+                _check_forward(model, examples)
         except LayerwiseError:
             raise
-        except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise LayerwiseError(f"model: {name} cannot be built with these settings: {reason}") from None
-        if config.start is not None:
-            load_weights(model, config.start)
-        return model if config.lora is None else add_adapters(model, config.lora)
+        except (ValueError, TypeError, LookupError, ZeroDivisionError, RuntimeError) as error:
+            reason = f"it knows no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            given = config.settings | ({} if config.lora is None else {"lora.rank": config.lora.rank})
+            shown = "".join(f" {key}={value!r}" for key, value in given.items())
+            raise LayerwiseError(
+                f"model: {name} cannot be built with{shown or ' its defaults'}: {reason}"
+            ) from None
+        return model
+
+
+@torch.no_grad()
+def _check_forward(model: nn.Module, examples: Examples) -> None:
+    """Heads that do not fit one another are found by the first forward pass: here, before anything is replaced."""
+    shape = (min(2, examples.seq_len),) if examples.features is None else (examples.features,)
+    logits(model, torch.zeros(1, *shape, dtype=torch.long if examples.features is None else torch.float32))
 
 
 def logits(model: nn.Module, inputs: Tensor) -> Tensor:

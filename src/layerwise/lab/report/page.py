@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerwise.common.files import write_whole
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import tables
 from layerwise.lab.report.figures import effective_rates, function_space, heatmap, loss
@@ -16,12 +17,14 @@ from layerwise.lab.report.figures.rate_grid import loss_against_rate
 from layerwise.lab.report.grouping import Contender
 from layerwise.lab.report.rate_curve import RateCurve
 from layerwise.lab.report.style import PHONE, WIDE, Arrangement, page_figure, save_figure, theme_css
+from layerwise.lab.runs.output_files import check_output
 from layerwise.lab.runs.recorded import Run
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
+PAGE = "report.html"
 FILE_TYPES = ("png", "pdf", "svg")
 STANDING_TITLES = ("contender", "trials", "at its best", "minus baseline, 95 %", "tokens", "octaves")
 
@@ -63,10 +66,16 @@ class Story:
     standings: Sequence[Sequence[str]] = ()  # a row of STANDING_TITLES for each contender
 
 
+def check_report(folder: Path) -> None:
+    """Raises LayerwiseError where a report could not be written into `folder`, or another page is there."""
+    check_output(folder / PAGE, "Layerwise</title>")
+
+
 def write_report(groups: Sequence[Contender], folder: Path, story: Story | None = None) -> Path:
     """Write `report.html` and `figures/` into `folder` and return the page's path. Raises LayerwiseError."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    check_report(folder)
     story = story or Story()
     runs = [run for group in groups for run in group.runs]
     try:
@@ -100,8 +109,8 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
             runs=runs,
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
-        path = folder / "report.html"
-        path.write_text(page, encoding="utf-8")
+        path = folder / PAGE
+        write_whole(path, page)
     except OSError as error:
         reason = error.strerror or error
         raise LayerwiseError(

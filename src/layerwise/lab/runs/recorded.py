@@ -159,14 +159,14 @@ class Run:
 
 
 def number(value: Any) -> float:
-    """A float from a record; NaN for what is not a number (JSON has null and strings for those) or beyond `LARGEST`."""
+    """A float from a record; NaN for what is not a number (JSON has null and strings for those), or beyond `LARGEST`."""
     if isinstance(value, bool) or value is None:
         return math.nan
     try:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
-    return found if abs(found) <= LARGEST or math.isinf(found) else math.nan
+    return found if abs(found) <= LARGEST else math.nan
 
 
 def _layer_history(lines: Sequence[Mapping[str, Any]]) -> LayerHistory | None:

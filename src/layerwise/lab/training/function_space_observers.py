@@ -200,11 +200,10 @@ def _check_recorded(base: BaseRates, settings: FunctionSpaceConfig, due: range) 
 def steps_to_record(settings: FunctionSpaceConfig, steps: int) -> tuple[int, int]:
     """How often a base has to be measured for its rates to be matched later, and in how many steps.
 
-    Raises LayerwiseError for repeated matchings of which the first is after the run's last step.
+    Raises LayerwiseError where the first matching is after the run's last step.
     """
-    at = settings.match_step - 1
+    at = _matched_steps(settings, steps).start
     if settings.match_every:
-        _matched_steps(settings, steps)
         return math.gcd(at, settings.match_every), steps
     return max(1, at), at + 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -17,6 +16,8 @@ from layerwise.optim.rules.rule import RateRule
 from layerwise.optim.scaling import SCALINGS
 from layerwise.optim.updates import UPDATES, Update
 
+#: Of a rate or a decay: float32 ends at 3e38, and a step multiplies them.
+LARGEST = 1e30
 #: Every option a group can carry, with the value it has unless a preset or the user says otherwise.
 DEFAULTS: Final[dict[str, Any]] = {
     "lr": 1e-3,
@@ -110,7 +111,9 @@ def _as_number(key: str, value: object, fix: str) -> float:
 
 
 def _learning_rate(key: str, value: object) -> None:
-    fix = "give a finite number of at least 0, or a floating-point tensor holding one"
+    fix = (
+        f"give a finite number of at least 0 and at most {LARGEST:g}, or a floating-point tensor holding one"
+    )
     if not isinstance(value, Tensor):
         _at_least_zero(key, value, fix)
     elif value.numel() != 1 or not value.is_floating_point():
@@ -119,8 +122,10 @@ def _learning_rate(key: str, value: object) -> None:
         _at_least_zero(key, float(value), fix)
 
 
-def _at_least_zero(key: str, value: object, fix: str = "give a finite number of at least 0") -> None:
-    if not 0.0 <= _as_number(key, value, fix) < math.inf:
+def _at_least_zero(
+    key: str, value: object, fix: str = f"give a finite number of at least 0 and at most {LARGEST:g}"
+) -> None:
+    if not 0.0 <= _as_number(key, value, fix) <= LARGEST:
         raise _fail(key, value, fix)
 
 

@@ -7,23 +7,44 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.runs.directory import read_lines
+from layerwise.lab.runs.directory import in_the_way
+from layerwise.lab.runs.recorded import number
+
+RESULTS = "results.jsonl"
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Results by trial id; half a last line, left by a killed process, does not count."""
-    return {str(row["id"]): row for row in read_lines(path) if "id" in row}
+    """Results by trial id. Lines that are none, such as half a last one of a killed process, do not count."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("id"), str):
+                rows[row["id"]] = row
+    return rows
+
+
+def check_folder(folder: Path) -> None:
+    """Raises LayerwiseError where something else than a sweep is in its place."""
+    there = in_the_way(folder)
+    begun = there == [RESULTS] and not (folder / RESULTS).stat().st_size
+    if there and "sweep.json" not in there and not begun and not read_results(folder / RESULTS):
+        raise LayerwiseError(
+            f"run.name: {folder} holds {', '.join(there[:5])} and no sweep.json, so it is no sweep of ours: it is left"
+            " as it is; set another run.name"
+        )
 
 
 def loss_of(row: Mapping[str, Any], key: str) -> float:
     """`loss` or `val_loss` of a result; infinite where the run diverged."""
-    value = row.get(key)
-    return float(value) if row.get("status") == "finished" and value is not None else math.inf
+    value = number(row.get(key))
+    return value if row.get("status") == "finished" and math.isfinite(value) else math.inf
 
 
 class ResultsFile:

@@ -13,16 +13,15 @@ from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.record_base import record
 from layerwise.lab.experiments.sweep.engines import Engine, Failure, Row
 from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
-from layerwise.lab.experiments.sweep.results import ResultsFile, read_results
+from layerwise.lab.experiments.sweep.results import RESULTS, ResultsFile, check_folder, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.trial import run_trial, start_worker
 from layerwise.lab.experiments.sweep.trial_plan import BASE_FILE, Plan, Point, Trial, make_plan
 from layerwise.lab.runs.directory import write_json
 from layerwise.lab.runs.environment import versions
+from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import ProgressKind, make_progress
 from layerwise.lab.training.run import check_buildable, take_steps
-
-RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: Progr
     Raises LayerwiseError for a config that cannot be run.
     """
     plan, folder = make_plan(config), config.run_path
+    check_folder(folder)
     failures: dict[Point, str] = {}
     with ResultsFile(folder / RESULTS) as file:
         done = read_results(file.path)
@@ -77,16 +77,28 @@ def _said(row: Row | Failure[Trial]) -> str:
     return f"last loss {row['val_loss']:.3f}" if row["val_loss"] is not None else str(row["status"])
 
 
+class Stopwatch(Observer):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+
+    def after_step(self, step: int) -> None:
+        self.ended.append(time.monotonic())
+
+
 def seconds_left(plan: Plan, done: Container[str], workers: int) -> float:
-    """About how long the missing trials take: two steps of a trial are timed at each size, and scaled up."""
+    """About how long the missing trials take: the first three steps of a trial are timed at each size."""
+    begins: dict[float, float] = {}  # setting up, and the first step
     a_step: dict[float, float] = {}
     for (_, size), config in representatives(plan).items():
         if size not in a_step:
-            started = time.monotonic()
-            take_steps(config.replace({"function_space.match": None}), 2, [])
-            a_step[size] = (time.monotonic() - started) / 2
+            started, watch = time.monotonic(), Stopwatch()
+            take_steps(config.replace({"function_space.match": None}), 3, [watch])
+            begins[size], a_step[size] = watch.ended[0] - started, (watch.ended[-1] - watch.ended[0]) / 2
     work = {trial.id: (point.size, trial.config["training"]["steps"]) for point, trial in plan.points.items()}
-    return sum(a_step[size] * steps for id, (size, steps) in work.items() if id not in done) / max(1, workers)
+    left = (begins[size] + a_step[size] * steps for id, (size, steps) in work.items() if id not in done)
+    return sum(left) / max(1, workers)
 
 
 def representatives(plan: Plan) -> dict[tuple[str, float], Config]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerwise.lab.experiments.sweep.analysis import Curve, Transfer, curves_of, transfers
-from layerwise.lab.experiments.sweep.results import read_results
-from layerwise.lab.experiments.sweep.run_sweep import RESULTS
+from layerwise.lab.experiments.sweep.results import RESULTS, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.table import markdown
 from layerwise.lab.experiments.sweep.trial_plan import make_plan
