@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import RateCurve, Story, contenders, load_runs, write_report
 from layerwise.lab.report.figures.effective_rates import effective_rates
-from layerwise.lab.report.figures.heatmap import layer_heat_maps, relative_noise
+from layerwise.lab.report.figures.heatmap import layer_heat_maps, measured, relative_noise
 from layerwise.lab.report.figures.loss import loss_limits, smooth
 from layerwise.lab.report.names import looks, network_order, unit_name
 from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, styled, themed_svg
@@ -319,3 +319,18 @@ def test_steps_of_short_runs_are_whole_numbers(runs: dict[str, Run]) -> None:
             assert labelled
             for axes in labelled:
                 assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rates", "what"),
+    [
+        ("dual-muon", None, "Squared dual norm"),
+        ("lanton", None, "Gradient noise"),
+        ("lanton", {"rule": "dual_norm_adaptive"}, "Squared dual norm"),
+        ("muon", {"alpha": 1.0}, "Gradient noise"),
+        ("one of yours", "x", "Gradient noise"),
+    ],
+)
+def test_a_heat_map_names_what_the_rule_measured(optimizer: str, rates: object, what: str) -> None:
+    config = {"optimizer": {"name": optimizer, "rates": rates}}
+    assert measured(Run(Path("a"), {"config": config}, [], [], [])) == what

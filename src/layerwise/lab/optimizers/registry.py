@@ -126,6 +126,12 @@ def find_preset(config: OptimizerConfig, section: str = "optimizer") -> Preset:
     return preset
 
 
+def rule_of(optimizer: str, rates: Any) -> str | None:
+    """The rule behind the layer rates of a recorded run; None where none is known."""
+    named = rates.get("rule") if isinstance(rates, Mapping) else None
+    return str(named) if named else getattr(OPTIMIZERS.get(optimizer), "rule", None)
+
+
 def _rule_name(preset: Preset, rates: dict[str, Any]) -> str:
     return str(rates.get("rule") or preset.rule or "noise_adaptive")
 

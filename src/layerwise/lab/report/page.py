@@ -167,8 +167,8 @@ def _layer_plans(group: Contender) -> Iterator[Plan]:
     slug = _slug(group.label)
     section = f"Layers: {group.label}"
     what = (
-        "Noise of each unit's gradient, on a log scale, over the median of its norm group (noise is measured in the dual "
-        "norm of the group, so only the ratio can be compared between groups), and the multiplier on the base "
+        f"{heatmap.measured(run)} of each unit, on a log scale, over the median of its norm group (it is measured in the "
+        "dual norm of the group, so only the ratio can be compared between groups), and the multiplier on the base "
         "learning rate; rows from the input of the network to its output."
     )
     if matrices:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerwise.lab.optimizers.registry import rule_of
 from layerwise.lab.report.names import UnitName, network_order
 from layerwise.lab.report.style import (
     INK,
@@ -31,12 +32,18 @@ MANY_ROWS = 46  # above this the rows are named by block
 ROW = 0.135  # inches
 TALLEST = 7.6  # inches
 MIN_BLOCK = 8  # points
-NOISE = "Gradient noise"
 COLUMNS = 400  # steps drawn: more than a page has pixels for are thinned
 
 
+def measured(run: Run) -> str:
+    """What the run's rate rule measures of a unit, and records as its noise."""
+    section = run.config.get("optimizer")
+    rates = section.get("rates") if isinstance(section, dict) else None
+    return "Squared dual norm" if rule_of(run.optimizer, rates) == "dual_norm_adaptive" else "Gradient noise"
+
+
 def layer_heat_maps(run: Run, units: Sequence[str], arrangement: Arrangement = WIDE) -> Figure:
-    """Noise (log scale, relative to the median of its norm group) and rate multiplier of `units`, where there are any.
+    """What was measured (log scale, relative to the median of its norm group) and rate multiplier, where there are any.
 
     Norm groups measure noise in different norms, so only their relative noise can share a colour scale.
     """
@@ -49,7 +56,7 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: Arrangement = W
     noise = relative_noise(history, rows, groups)[:, pick]
     shown: list[tuple[Array, str, str]] = []
     if history.has_noise:
-        shown.append((noise, NOISE, "relative to the norm group's median"))
+        shown.append((noise, measured(run), "relative to the norm group's median"))
     if history.has_multiplier:
         shown.append(
             (history.multiplier[rows][:, pick], "Rate multiplier", "factor on the base learning rate")
@@ -59,7 +66,7 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: Arrangement = W
     figure = new_figure(width, arrangement.height(len(shown), body + 1.3))
     columns = arrangement.panels(figure, len(shown), sharey=True)
     for axes, (values, title, subtitle) in zip(columns, shown, strict=True):
-        image = _image(axes, values, history.steps[pick], is_noise=title == NOISE)
+        image = _image(axes, values, history.steps[pick], is_noise=values is noise)
         _scale_bar(figure, axes, image, values, title, subtitle)
         step_axis(axes, history.steps[pick])
         _separators(axes, names)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from layerwise.lab.report.rate_curve import LossesByRate, RateCurve
 from layerwise.lab.report.style import (
-    MUTED,
     PAPER,
     WIDE,
     Arrangement,
@@ -40,7 +39,6 @@ def loss_against_rate(curves: Sequence[RateCurve], arrangement: Arrangement = WI
     axes.set_ylim(low, high)
     for curve in curves:
         draw_losses(axes, curve, curve.look)
-        _point_beyond(axes, curve)
     handles = [_entry(curve) for curve in curves]
     if beside:
         axes.legend(
@@ -71,7 +69,7 @@ def _entry(curve: RateCurve) -> Line2D:
     best = (
         "diverged at every rate"
         if curve.best is None
-        else f"best {curve.best:.3g}: {curve.mean(curve.best):.3f}"
+        else f"best {curve.best:.3g}{', end of grid' if curve.edge else ''}: {curve.mean(curve.best):.3f}"
     )
     return Line2D(
         [],
@@ -105,15 +103,3 @@ def draw_losses(axes: Axes, curve: LossesByRate, look: Look, scale: float = 1.0)
             [curve.best], [curve.mean(curve.best)], ls="none", marker="o", ms=8.5 * scale, mec=color, mew=1.5, zorder=6,
             mfc=PAPER if curve.edge else color,
         )  # fmt: skip
-
-
-def _point_beyond(axes: Axes, curve: RateCurve) -> None:
-    """Where the best rate is the end of its grid: an arrow to where the optimum may be."""
-    if curve.best is None or curve.edge is None:
-        return
-    aside = -26 if curve.edge == "lowest" else 26
-    axes.annotate(
-        "end of grid", (curve.best, curve.mean(curve.best)), xytext=(aside, -14), textcoords="offset points", fontsize=7,
-        color=MUTED, ha="center", va="top",
-        arrowprops={"arrowstyle": "<-", "color": MUTED, "lw": 0.8, "shrinkB": 6, "relpos": (0.5, 1)},
-    )  # fmt: skip
