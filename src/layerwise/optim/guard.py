@@ -132,7 +132,8 @@ def _may_hold_a_bad_one(gradients: Sequence[Tensor]) -> Tensor:
         torch.linalg.vector_norm(torch.stack(some), dtype=torch.promote_types(some[0].dtype, torch.float32))
         for some in small.values()
     ]
-    return ~_together(norms, gradients[0].device).isfinite().all(0, keepdim=True)
+    on_host = torch.stack([norm.to(gradients[0].device) for norm in norms])
+    return ~on_host.isfinite().all(0, keepdim=True)
 
 
 def _not_finite(gradients: Sequence[Tensor]) -> Tensor:
@@ -141,11 +142,8 @@ def _not_finite(gradients: Sequence[Tensor]) -> Tensor:
     The largest entry is non-finite exactly when an entry is, and never by overflow.
     """
     filled = [g if g.numel() else g.new_zeros(1) for g in gradients]  # this process may hold no part of one
-    return ~_together(torch._foreach_norm(filled, math.inf), gradients[0].device).isfinite()
-
-
-def _together(norms: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.stack([norm if norm.device == device else norm.to(device) for norm in norms])
+    norms, device = torch._foreach_norm(filled, math.inf), gradients[0].device
+    return ~torch.stack([norm if norm.device == device else norm.to(device) for norm in norms]).isfinite()
 
 
 def _error(names: Sequence[str], bad: Tensor) -> NonFiniteError:

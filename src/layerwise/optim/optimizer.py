@@ -159,7 +159,8 @@ class LayerwiseOptimizer(Optimizer):
         """Take over what was unfrozen since, and give state to tensors that were put in a parameter's place."""
         for model in self._following.unfrozen():
             self.add_trainable(model)
-        warn_of_fresh_state(self._following.sync(self.param_groups, self.state))
+        if lost := self._following.sync(self.param_groups, self.state):
+            warn_of_fresh_state(lost)
 
     # -------------------------------------------------------------------------------------------------- the step
 

@@ -193,9 +193,10 @@ class Lmo(Update):
                 group["momentum"] = group["betas"][0]
         together, groups = alike(job for job in jobs if job.moves), norm_groups(jobs)
         update_momentum(together, keep)
-        if groups:
-            update_rates(together, groups, work, keep)
-        duals = [UnitNorms.wanted(some) for some in together if _own_dual_norm(some[0].group)]
+        ruled = [some for some in together if some[0].group["rates"] is not None]
+        if ruled:
+            update_rates(ruled, groups, work, keep)
+        duals = [UnitNorms.wanted(some) for some in ruled if some[0].group["rates"].own_dual_norm]
         for some, directions in work.directions([_unit_steps(some) for some in together]):
             move(some, directions, keep)
         if duals:
@@ -208,10 +209,6 @@ def _unit_steps(jobs: Sequence[Job]) -> MatrixJob:
     geometry = group["geometry"]
     factors = step_factors(group["layout"], geometry, group["scaling"], group["radius"], shape)
     return MatrixJob(jobs, DIRECTIONS, geometry, factors)
-
-
-def _own_dual_norm(group: Group) -> bool:
-    return group["rates"] is not None and group["rates"].own_dual_norm
 
 
 #: The kinds that a group can name by text.
@@ -260,7 +257,7 @@ def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
 
 
 def update_rates(
-    together: Sequence[Sequence[Job]],
+    together: Sequence[list[Job]],
     groups: Sequence[tuple[RateRule, list[Job]]],
     work: MatrixWork,
     keep: Tensor | None,
@@ -268,20 +265,19 @@ def update_rates(
     """Take the norms that the rate rules ask for, and let each set the multipliers of every norm group.
 
     Args:
-        together: the parameters that have a gradient, those that are alike together.
+        together: the parameters that have a rule and a gradient, those that are alike together.
         groups: the norm groups.
         work: where the norms are taken.
         keep: where it is false, nothing may change.
     """
-    ruled = [(some[0].group["rates"], some) for some in together if some[0].group["rates"] is not None]
-    wanted = [(some, rule.norms()) for rule, some in ruled]
+    wanted = [(some, some[0].group["rates"].norms()) for some in together]
     norms = iter(work.norms([norm.asked_of(some) for some, asked in wanted for norm in asked]))
     found = [UnitNorms(some, torch.stack([next(norms) for _ in asked])) for some, asked in wanted if asked]
     if found:
         update_multipliers(groups, found, keep)
-    for rule, some in ruled:
+    for some in together:
         for chunk in chunks(some, CHUNK_BYTES):
-            rule.remember(chunk, keep)
+            some[0].group["rates"].remember(chunk, keep)
 
 
 def update_multipliers(

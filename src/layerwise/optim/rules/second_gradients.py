@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.tensors import dense, local_part
-from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.halves import Halves
 from layerwise.optim.rules.rule import needs_replicas
-from layerwise.optim.work.job import Group, Job, MatrixWork, State, by_group, local_state
+from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
 
 if TYPE_CHECKING:  # it is slow to import
     from layerwise.optim.work.replicas import CommHook, Replicas
@@ -20,12 +19,6 @@ if TYPE_CHECKING:  # it is slow to import
 _NOT_AVERAGED = (
     "hold_half: the processes hold different gradients, so they have not been averaged and the weights would drift apart: "
     "leave no_sync before the last backward() of each half, or use reference='replicas'"
-)
-
-_NOT_WATCHED = (
-    "noise reference 'replicas' compares the gradients of data-parallel processes: call optimizer.watch_replicas(model) "
-    "with the DistributedDataParallel or fully_shard model before the first backward(), or, on one process, use "
-    "reference='independent' (two halves of an accumulated batch) or 'previous'"
 )
 
 
@@ -72,18 +65,18 @@ class SecondGradients:
         """Make what was noted ready for the rules."""
         if any("half_difference" in job.state for job in moving):
             self._halves.close(_half_buffers(groups, states))
-        between = [job for some in by_group(moving) if needs_replicas(some[0].group) for job in some]
-        if not between:
-            return
         if self._replicas is None:
-            raise LayerwiseError(_NOT_WATCHED)
-        found = self._replicas.deviations([(job.name, job.param) for job in between], work)
-        for job, deviation in zip(between, found, strict=True):
-            job.deviation = deviation
+            return
+        between = [job for job in moving if needs_replicas(job.group)]
+        if between:
+            found = self._replicas.deviations([(job.name, job.param) for job in between], work)
+            for job, deviation in zip(between, found, strict=True):
+                job.deviation = deviation
 
     def after_step(self) -> None:
         """The batch is over, whether its step was taken or skipped."""
-        self._halves.forget()
+        if self._halves.held:
+            self._halves.forget()
         if self._replicas is not None:
             self._replicas.next_turn()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, ClassVar, Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from layerwise.common.remember import remember
 from layerwise.common.tensors import dense, is_sharded, local_part
+from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 
 State = dict[str, Any]
@@ -112,21 +112,29 @@ def jobs_of(groups: Sequence[Group], states: Mapping[Tensor, State], work: Matri
     for group in groups:
         lr = rate(group)
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            local, grad = local_part(param), param.grad
+            local, state, grad = param, states[param], param.grad
+            sharded = is_sharded(param)
+            if sharded:
+                local, state = local_part(param), local_state(param, state)
             moves = next(moving) and param.numel() > 0
             if not moves:
                 grad = _NO_GRADIENT
             elif grad is None:
                 grad = torch.zeros_like(local)
             else:
-                grad = local_part(dense(name, grad))
-            jobs.append(Job(name, param, local, grad, moves, group, local_state(param, states[param]), lr))
+                grad = local_part(dense(name, grad)) if sharded else dense(name, grad)
+            jobs.append(Job(name, param, local, grad, moves, group, state, lr))
     return jobs
 
 
 def by_group(jobs: Iterable[Job]) -> list[list[Job]]:
     """Those of each parameter group together; jobs come group by group."""
-    return [list(members) for _, members in groupby(jobs, lambda job: id(job.group))]
+    found: list[list[Job]] = []
+    for job in jobs:
+        if not found or found[-1][0].group is not job.group:
+            found.append([])
+        found[-1].append(job)
+    return found
 
 
 #: What parameters that are worked on together have in common, beside shape, dtype and device.
@@ -260,7 +268,7 @@ class MatrixJob:
     @property
     def deviation(self) -> Deviation | None:
         """Where the work is on what one replica differs by: that of the first parameter."""
-        return self.jobs[0].deviation if self.source.of_replica else None
+        return _deviation(self.jobs[0]) if self.source.of_replica else None
 
     def tensors(self) -> Tensor:
         """``[jobs, *shape]``: what the work is on, where this process holds all of it."""
@@ -268,12 +276,7 @@ class MatrixJob:
         found = stacked(given) if given else self.source.stacked(self.jobs)
         if not self.source.of_replica:
             return found
-        pairs = zip(self.jobs, found, strict=True)
-        return stacked([job.deviation.from_mean(mean) for job, mean in pairs if job.deviation is not None])
-
-    def matrices(self) -> tuple[Tensor, ...]:
-        """A stack for each of the layout's, those of the first parameter first."""
-        return self.layout.matrices_of(self.tensors())
+        return stacked([_deviation(job).from_mean(mean) for job, mean in zip(self.jobs, found, strict=True)])
 
     def of_fetched(self, whole: Tensor) -> MatrixJob:
         """The work on the whole of its one parameter's tensor."""
@@ -289,6 +292,16 @@ class MatrixJob:
             return [self]
         starts = range(0, len(self.jobs), at_once)
         return [replace(self, jobs=self.jobs[start : start + at_once]) for start in starts]
+
+
+def _deviation(job: Job) -> Deviation:
+    if job.deviation is None:
+        raise LayerwiseError(
+            "noise reference 'replicas' compares the gradients of data-parallel processes: call "
+            "optimizer.watch_replicas(model) with the DistributedDataParallel or fully_shard model before the first "
+            "backward(), or, on one process, use reference='independent' (two halves of an accumulated batch) or 'previous'"
+        )
+    return job.deviation
 
 
 @runtime_checkable

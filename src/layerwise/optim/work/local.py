@@ -64,7 +64,7 @@ def _size(job: MatrixJob) -> tuple[int, int, int]:
 
 def unit_steps(asked: MatrixJob) -> Sequence[Tensor]:
     """Unit steps times factors and multipliers, in the parameters' shapes."""
-    jobs, stacks = asked.jobs, asked.matrices()
+    jobs, stacks = asked.jobs, asked.layout.matrices_of(asked.tensors())
     steps = [asked.geometry.lmo(stack) for stack in stacks]
     if jobs[0].dual is not None:
         _fill_dual_norms(asked, stacks, steps)
@@ -103,7 +103,7 @@ def _inner_products(a: Tensor, b: Tensor) -> Tensor:
 
 def dual_norms(asked: MatrixJob) -> Tensor:
     """``[jobs, units]``: the norm of each unit times the factor of its stack."""
-    count, stacks = len(asked.jobs), asked.matrices()
+    count, stacks = len(asked.jobs), asked.layout.matrices_of(asked.tensors())
     seed: int | Tensor = 0
     if asked.seed is not None:  # [jobs, 1], whole numbers on the device: that of each parameter's first unit
         seed = stacked([job.state[asked.seed] for job in asked.jobs])[:, :1].long()
