@@ -104,3 +104,23 @@ def test_fused_projections_whose_parts_are_of_different_sizes_go_together():
                 optimizer.step()
         counts.append(seen.count)
     assert counts[0] == counts[1] <= BOUNDS["lanton"]
+
+
+def test_matrices_of_groups_with_rates_of_their_own_are_multiplied_together(monkeypatch):
+    calls = {}
+    multiply = torch.baddbmm
+
+    def counted(*args, **kwargs):
+        calls[count] = calls.get(count, 0) + 1
+        return multiply(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "baddbmm", counted)
+    for count in (3, 30):
+        model = nn.ModuleList([nn.Linear(16, 16, bias=False) for _ in range(count)])
+        given = [(group, param) for group in lw.param_groups(model) for param in group["params"]]
+        apart = [{**group, "params": [param], "lr": 0.01 / (i + 1)} for i, (group, param) in enumerate(given)]
+        optimizer = lw.Lanton(apart)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert calls[3] == calls[30] > 0
