@@ -32,7 +32,7 @@ def text(folder: Path, content: bytes, encoding: str | None) -> None:
     except LayerwiseError as error:
         one_line(error)
         return
-    named = encoding or ("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+    named = encoding or ("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     named = "utf-32" if encoding is None and content[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else named
     wanted = content.decode(named).replace("\r\n", "\n").replace("\r", "\n")
     assert decoded(files) == wanted.encode("utf-8", errors="replace")
@@ -44,7 +44,7 @@ def test_any_text(tmp_path: Path, share: Share) -> None:
     content = st.one_of(
         st.binary(max_size=40), words.map(lambda t: t.encode("utf-8", "replace")),
         words.map(lambda t: t.encode("utf-16", "replace")), words.map(lambda t: t.encode("utf-32", "replace")),
-        words.map(lambda t: t.encode("latin-1", "replace")),
+        words.map(lambda t: t.encode("latin-1", "replace")), words.map(lambda t: t.encode("utf-8-sig", "replace")),
     )  # fmt: skip
     encodings = st.sampled_from([None, None, "utf-8", "latin-1", "cp1252", "utf-16-le", "ascii"])
     run(share, text, folder=st.just(tmp_path), content=content, encoding=encodings)

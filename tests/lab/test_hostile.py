@@ -285,6 +285,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(
     assert call("train", str(file)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in error
+    assert "KiB are free there" in error
     assert "--resume" in error
     path = tmp_path / "runs" / "gpt2-tiny-adamw"
     assert [checkpoint.name for checkpoint in list_checkpoints(path / "checkpoints")] == ["step-00000004"]
@@ -303,7 +304,7 @@ def source(file: Path, **more: Any) -> DataConfig:
 def test_the_encoding_of_a_text_is_seen_or_asked_for(tmp_path: Path) -> None:
     text = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. " * 20
     ids = {}
-    for encoding in ("utf-8", "utf-16", "utf-32", "latin-1"):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"):
         file = tmp_path / f"{encoding}.txt"
         file.write_text(text, encoding=encoding)
         if encoding == "latin-1":

@@ -109,7 +109,7 @@ def _text_files(paths: list[str], encoding: str | None) -> list[Path]:
 #: What a text begins with that says its encoding by itself. UTF-32 first: its mark begins as UTF-16's does.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
 }  # fmt: skip
 
 

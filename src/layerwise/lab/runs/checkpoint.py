@@ -48,8 +48,10 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:  # torch's own, where it could not write to the end
         shutil.rmtree(work, ignore_errors=True)
         reason = " ".join(str(error).split())[:200]
+        free = shutil.disk_usage(folder).free // 1024
         raise LayerwiseError(
-            f"checkpoint {final} cannot be written ({reason}); those before it stand, and --resume goes on from them"
+            f"checkpoint {final} cannot be written ({reason}; {free:,} KiB are free there); those before it stand, and"
+            " --resume goes on from them"
         ) from None
     manifest = {"format": _FORMAT, "step": step, "identity": identity, **_fingerprint(work / _STATE)}
     write_json(work / _MANIFEST, manifest)
