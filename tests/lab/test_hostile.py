@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -379,3 +381,15 @@ def test_multipliers_of_a_damaged_record_are_the_mean_of_what_there_is(tmp_path:
     (path / "layers.jsonl").write_text(json.dumps(lines[0]))
     with pytest.raises(LayerwiseError, match="recorded no layer rates"):
         mean_multipliers(str(path))
+
+
+def test_a_terminal_of_few_letters_does_not_end_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by hand: what could not be encoded was a traceback when the work was done."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tiny_tree(tmp_path)))
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert call("train", str(file), "run.name=été") == 0
+    assert shown.getvalue().startswith(b"?t?: 12 steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 import time
@@ -53,6 +54,9 @@ def _root(
 def run(arguments: list[str] | None = None) -> None:
     """Runs a command. A LayerwiseError, or a disk that fails, is one line on standard error and exit code 2."""
     given = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without "±" shows "?", and the work is not lost
+            stream.reconfigure(errors="replace")
     try:
         app(given, prog_name="layerwise", standalone_mode=True)
     except (LayerwiseError, OSError, MemoryError) as error:
