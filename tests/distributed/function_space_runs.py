@@ -19,8 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import layerwise as lw
-from layerwise.common.tensors import local_part
-from layerwise.function_space.measuring.process_group import placed_as
+from layerwise.common.tensors import local_part, placed_as
 
 sys.path.append(str(Path(__file__).parents[1] / "function_space"))
 from naive import NaiveFLeRM
