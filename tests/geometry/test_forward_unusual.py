@@ -122,3 +122,22 @@ def test_a_convolution_whose_two_halves_are_gates_is_two():
 
     found = row(Mix((2 * D, D, 3), gated), X)
     assert (found.role, str(found.layout)) == ("conv", "out,in,*k 0|1")
+
+
+def test_weights_that_are_repeated_are_still_known_from_the_first_one():
+    """A copy on the meta device begins at number 0: the evidence must not go to the parameter that is there."""
+
+    def use(m, x):
+        tokens = torch.cat([m.token.repeat(2, 1, 1), x], 1) + m.places.repeat(2, 1)
+        return m.last(F.linear(tokens, m.groups.repeat_interleave(3, 0)))
+
+    parts = {"first": nn.Parameter(torch.ones(2, 3)), "token": nn.Parameter(torch.ones(1, 1, D))}
+    parts |= {"places": nn.Parameter(torch.ones(3, D)), "groups": nn.Parameter(torch.ones(4, D))}
+    model = Net(use, **parts, last=linear(3))
+    rows = {found.name: found for found in describe(model, X).rows}
+    assert rows["first"].note == "took no part in the forward pass"
+    assert [(rows[name].role, rows[name].how) for name in ("token", "places", "groups")] == [
+        ("vector", "forward"),
+        ("embedding", "forward"),
+        ("hidden", "forward"),
+    ]

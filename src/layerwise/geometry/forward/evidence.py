@@ -93,13 +93,18 @@ class Evidence:
 
     def product(self, view: Tensor, sides: Sequence[Side]) -> None:
         """A weight took part in a matrix product; `sides` says what each dimension of its view does."""
+        steps = [_steps(view, dim) for dim in range(view.ndim)]
         axes = tuple(
             Axis(side, size, stride)
-            for dim, side in enumerate(sides)
-            for size, stride in _steps(view, dim)
-            if size > 1 and not (side == "stack" and stride == 0)
+            for side, own in zip(sides, steps, strict=True)
+            for size, stride in own
+            if size > 1 and stride
         )
-        spread = any(axis.stride == 0 for axis in axes)  # a gain, expanded to the shape of a matrix
+        # A gain, expanded to the shape of a matrix: but rows that are repeated are still rows.
+        spread = any(
+            side != "stack" and max(own) > (1, 0) and not any(stride for _, stride in own)
+            for side, own in zip(sides, steps, strict=True)
+        )
         self._note(view, "gain" if spread else "product", axes=() if spread else axes)
 
     def convolution(self, view: Tensor, groups: int, transposed: bool) -> None:

@@ -167,6 +167,8 @@ def replay(flow: Flow, op: Operation) -> None:
 
 def _moved(op: Operation, addresses: Tensor) -> list[Tensor]:
     arguments: list[Any] = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in op.args[1:]]
+    if op.name in _COPIES:  # which on the meta device would begin a storage of their own
+        addresses = written_out(addresses)
     try:
         out = op.func(addresses, *arguments, **op.kwargs)
     except RuntimeError:
@@ -320,10 +322,10 @@ def _all(flow: Flow, op: Operation, origin: Origin) -> None:
 
 
 _SAME = "_to_copy clone native_dropout dropout cumsum cumprod detach alias"
-_MOVES = "_unsafe_view _reshape_alias repeat flip roll repeat_interleave tile expand_copy view_copy narrow_copy unfold"
+_COPIES = ("repeat", "flip", "roll", "repeat_interleave", "tile", "expand_copy", "view_copy", "narrow_copy")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),
-    **dict.fromkeys(_MOVES.split(), replay),
+    **dict.fromkeys((*_COPIES, "_unsafe_view", "_reshape_alias", "unfold"), replay),
     **dict.fromkeys(("_softmax", "softmax", "_log_softmax", "log_softmax"), softmax),
     **dict.fromkeys(("cat", "stack"), join),
     **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), lookup),
