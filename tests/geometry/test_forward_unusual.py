@@ -135,7 +135,7 @@ def test_weights_that_are_repeated_are_still_known_from_the_first_one():
     parts |= {"places": nn.Parameter(torch.ones(3, D)), "groups": nn.Parameter(torch.ones(4, D))}
     model = Net(use, **parts, last=linear(3))
     rows = {found.name: found for found in describe(model, X).rows}
-    assert rows["first"].note == "took no part in the forward pass"
+    assert rows["first"].how == "assumed"  # nothing was seen of it
     assert [(rows[name].role, rows[name].how) for name in ("token", "places", "groups")] == [
         ("vector", "forward"),
         ("embedding", "forward"),
