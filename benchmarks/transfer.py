@@ -46,15 +46,41 @@ PAPER_SCALE = [
     "function_space.probes=128",
 ]
 
-# Five times as many steps, rates matched by what is now the default, and a grid around the best ones.
+# Five times as many steps, rates matched by what is now the default, and grids around the best rates.
 LONG = [
     "training.steps=400",
     "training.eval_every=400",
-    "model.norm=pre",
     "function_space.method=full_cov",
     "function_space.probes=64",
+]
+PRE = [*LONG, "model.norm=pre"]
+POST_MOD = [*LONG, "model.norm=pre_post_mod"]
+FIVE_SEEDS = "sweep.seeds=[0, 1, 2, 3, 4]"
+THREE_SEEDS = "sweep.seeds=[0, 1, 2]"
+PRE_WIDTH = [
+    FIVE_SEEDS,
     "sweep.lr={low: 0.0009765625, high: 0.03125, count: 6}",
-    "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125], mup: [0.007812, 0.01562, 0.03125], uniform: [0.5, 1, 2]}",
+    "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125], mup: [0.007812, 0.01562, 0.03125], uniform: [0.25, 0.5, 1, 2]}",
+]
+# Steps of D-Muon are of size one in every matrix: other rates, and a unit of `uniform` of its own.
+MUON_WIDTH = [
+    "optimizer.name=d-muon",
+    THREE_SEEDS,
+    "sweep.methods=[standard, flerm, uniform]",
+    "sweep.lr={low: 0.001953125, high: 0.0625, count: 6}",
+    "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.25, 0.5, 1, 2]}",
+]
+PRE_DEPTH = [
+    "sweep.sizes=[2, 16]",
+    THREE_SEEDS,
+    "sweep.lr={low: 0.00390625, high: 0.0625, count: 5}",
+    "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.5, 1, 2, 4]}",
+]
+POST_MOD_SCALE = [
+    "sweep.sizes=[1, 0.0625, 0.25, 4, 16, 64, 256]",
+    THREE_SEEDS,
+    "sweep.lr=[0.01562, 0.03125, 0.0625, 0.125]",
+    "sweep.lr_of={uniform: [1, 2, 4, 8]}",
 ]
 
 #: Figure -> sweep -> its title, its config and what is changed in it.
@@ -78,7 +104,16 @@ SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
     "init_scale_paper": {
         "pre_post_mod_init": ("PreNormPostMod", "decoder.yaml", [*PAPER_SCALE, "model.norm=pre_post_mod"]),
     },
-    "width_400": {"pre_400": ("PreNorm, 400 steps", "decoder.yaml", LONG)},
+    "width_400": {"pre_400": ("PreNorm, 400 steps", "decoder.yaml", [*PRE, *PRE_WIDTH])},
+    "width_400_muon": {"pre_400_muon": ("PreNorm, D-Muon, 400 steps", "decoder.yaml", [*PRE, *MUON_WIDTH])},
+    "depth_400": {"pre_depth_400": ("PreNorm, 400 steps", "decoder.yaml", [*PRE, *DEPTH, *PRE_DEPTH])},
+    "init_scale_400": {
+        "pre_post_mod_init_400": (
+            "PreNormPostMod, 400 steps",
+            "decoder.yaml",
+            [*POST_MOD, "sweep.axis=init_scale", *POST_MOD_SCALE],
+        )
+    },
     "lora": {"lora": ("LoRA on GPT-2", "lora.yaml", [])},
 }
 
