@@ -145,7 +145,10 @@ GPT2_ROLES: Final = TWICE  # embedding: of positions, the other one is tied
 #: With the rate that `DualMuon` gives the head.
 LLAMA_ROLES_HEAD_6: Final = {**THREE_TIMES, "head": 6.0}
 TIED_ROLES: Final = {"head": 3.0, "vector": 3.0}
-DIGITS_RATES: Final = {"DualMuon": (0.002, 0.004, 0.008, 0.016), "D-Muon": (0.002, 0.004, 0.008)}
+DIGITS_RATES: Final = {
+    "DualMuon": (0.001, 0.002, 0.004, 0.008, 0.016),
+    "D-Muon": (0.001, 0.002, 0.004, 0.008),
+}
 FASHION_RATES: Final = {"DualMuon": (0.004, 0.008, 0.016, 0.032), "D-Muon": (0.002, 0.004, 0.008, 0.016)}
 
 
@@ -239,7 +242,7 @@ RIVALS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
         "the common part alone": (0.008, 0.016),
         "UpdateFloor(0.35)": (0.004, 0.008, 0.016),
         "NAMO": (0.008, 0.016, 0.032),
-        "MuonMax-Momo": (0.01, 0.03, 0.1),
+        "MuonMax-Momo": (0.001, 0.003, 0.01, 0.03),
         "LANTON": (0.008, 0.016, 0.032),
         "LANTON's noise on D-Muon": (0.008, 0.016, 0.032),
         "Scion": (2**-13, 2**-12, 2**-11),
@@ -255,7 +258,7 @@ RIVALS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
         "the common part alone": (0.016, 0.032),
         "UpdateFloor(0.35)": (0.008, 0.016, 0.032),
         "NAMO": (0.016, 0.032, 0.064),
-        "MuonMax-Momo": (0.01, 0.03, 0.1),
+        "MuonMax-Momo": (0.001, 0.003, 0.01, 0.03),
         "LANTON": (0.016, 0.032, 0.064),
         "LANTON's noise on D-Muon": (0.016, 0.032, 0.064),
         "Scion": (2**-12, 2**-11, 2**-10),
@@ -331,7 +334,14 @@ STUDIES: Final[Mapping[str, Study]] = {
     ),
     "digits": Study(
         "the same on scikit-learn's digits, 359 images held out",
-        tuple(trial for seed in (0, 1, 2) for trial in at_rates("convnet-digits", DIGITS_RATES, seed)),
+        tuple(
+            trial
+            for seed in (0, 1, 2)
+            for trial in (
+                *at_rates("convnet-digits", DIGITS_RATES, seed),
+                *(by_role("convnet-digits", lr, seed, TIED_ROLES) for lr in (0.0005, 0.001, 0.002, 0.004)),
+            )
+        ),
     ),
     "controls": Study(
         "the Llama (seed 1) with the groups' fixed rates and no rule, D-Muon with 1.3 times the tokens,"
@@ -349,6 +359,7 @@ STUDIES: Final[Mapping[str, Study]] = {
         "the Llama at 1,000 steps (seed 1): whether the gain shrinks",
         (
             *(Trial("llama-tiny", "DualMuon", lr, 1, 1000) for lr in (0.016, 0.0113)),
+            *(Trial("llama-tiny", "D-Muon", lr, 1, 1000) for lr in (0.008, 0.00566)),
             by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES_HEAD_6, 1000),
             by_role("llama-tiny", 0.008, 1, LLAMA_ROLES, 1000),
             by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES, 1000),
@@ -365,6 +376,7 @@ STUDIES: Final[Mapping[str, Study]] = {
         (
             Trial("llama-small", "DualMuon", 0.0113, 1, 1000),
             by_role("llama-small", 0.00566, 1, LLAMA_ROLES, 1000),
+            *(Trial("llama-small", "D-Muon", lr, 1, 1000) for lr in (0.00566, 0.004, 0.008)),
             *three("llama-small", LLAMA_ROLES, (0.008, 0.004), 1, 1000),
         ),
     ),
@@ -380,7 +392,7 @@ STUDIES: Final[Mapping[str, Study]] = {
         tuple(
             trial
             for seed in (0, 1, 2)
-            for lr in (0.004, 0.008, 0.016)
+            for lr in (0.004, 0.008, 0.016, 0.032)
             for trial in (
                 Trial("gpt2-lora", "DualMuon", 2 * lr, seed),
                 Trial("gpt2-lora", "D-Muon", lr, seed),
