@@ -89,6 +89,6 @@ BUILD = {
 def prepare(model: str) -> None:
     """Make what a model needs before it is built: the trained GPT-2 that adapters are put on, and their text."""
     if model == "gpt2-lora":
-        from lora_rules import prepare as train_what_is_adapted
+        from lora_rules import manual as train_what_is_adapted
 
         train_what_is_adapted()
