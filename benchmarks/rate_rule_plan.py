@@ -248,7 +248,7 @@ RIVALS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
         "Scion": (2**-13, 2**-12, 2**-11),
         "the step's norm on Scion": (2**-13, 2**-12, 2**-11),
         "torch's Muon": (0.004, 0.008),
-        "AdamW": (0.002, 0.004, 0.008),
+        "AdamW": (0.0005, 0.001, 0.002, 0.004),
     },
     "gpt2-tiny": {
         "DualMuon": (0.016, 0.032),
@@ -399,6 +399,7 @@ STUDIES: Final[Mapping[str, Study]] = {
                 *(by_role("gpt2-lora", lr, seed, {"lora_B": factor}) for factor in (0.5, 2.0, 4.0)),
                 Trial("gpt2-lora", "AdamW", lr, seed),
             )
-        ),
+        )
+        + tuple(Trial("gpt2-lora", "DualMuon", 0.128, seed) for seed in (0, 1, 2)),
     ),
 }
