@@ -267,7 +267,7 @@ def main() -> None:
     parser = documented_parser(__doc__)
     parser.add_argument("--model", choices=TASKS, default="small-gpt2")
     parser.add_argument("--ranks", type=int, nargs="+", default=[64])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/lora_rules[_MODEL].jsonl")
     parser.add_argument("--table", action="store_true", help="run nothing: the table of what has finished")
     options = parser.parse_args()
