@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from layerwise.common.checked import checked
 from layerwise.common.remember import remember
 from layerwise.common.tensors import dense, is_sharded, local_part
 from layerwise.errors import LayerwiseError
@@ -210,6 +211,7 @@ def white_noise_factors(layout: Layout, geometry: Geometry, shape: tuple[int, ..
     )
 
 
+@checked
 @dataclass(frozen=True)
 class DualNorm:
     """A norm that a rate rule asks for: the dual norm of each unit of a tensor in the parameter's shape.
