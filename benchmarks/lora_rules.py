@@ -58,10 +58,10 @@ GRIDS: Final[Mapping[str, Grids]] = {
         "LoRA+": (range(-17, -9), range(-13, -6)),
     },
     "smollm2": {
-        "one rate": (range(-10, -6), range(-9, -4)),
-        "match_lora": (range(-10, -6), range(-10, -6)),
-        "rsLoRA": (range(-10, -6), range(-10, -6)),
-        "LoRA+": (range(-13, -9), range(-12, -8)),
+        "one rate": (range(-13, -9), range(-12, -8)),
+        "match_lora": (range(-13, -9), range(-13, -9)),
+        "rsLoRA": (range(-13, -9), range(-13, -9)),
+        "LoRA+": (range(-17, -13), range(-14, -10)),
     },
 }
 
