@@ -241,9 +241,9 @@ RIVALS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
         "DualMuon, multipliers permuted": (0.008, 0.016),
         "the common part alone": (0.008, 0.016),
         "UpdateFloor(0.35)": (0.004, 0.008, 0.016),
-        "NAMO": (0.008, 0.016, 0.032),
+        "NAMO": (0.008, 0.016, 0.032, 0.064, 0.128),
         "MuonMax-Momo": (0.001, 0.003, 0.01, 0.03),
-        "LANTON": (0.008, 0.016, 0.032),
+        "LANTON": (0.004, 0.008, 0.016, 0.032),
         "LANTON's noise on D-Muon": (0.008, 0.016, 0.032),
         "Scion": (2**-13, 2**-12, 2**-11),
         "the step's norm on Scion": (2**-13, 2**-12, 2**-11),
@@ -257,7 +257,7 @@ RIVALS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
         "DualMuon, multipliers permuted": (0.016, 0.032),
         "the common part alone": (0.016, 0.032),
         "UpdateFloor(0.35)": (0.008, 0.016, 0.032),
-        "NAMO": (0.016, 0.032, 0.064),
+        "NAMO": (0.032, 0.064, 0.128),
         "MuonMax-Momo": (0.001, 0.003, 0.01, 0.03),
         "LANTON": (0.016, 0.032, 0.064),
         "LANTON's noise on D-Muon": (0.016, 0.032, 0.064),
@@ -368,8 +368,13 @@ STUDIES: Final[Mapping[str, Study]] = {
     ),
     "rivals": Study(
         "what others reach, and what of the rule is worth something (seed 1): other optimizers and rules, and the rule with"
-        " its multipliers frozen, permuted among the matrices, or all at 1",
-        (*rivals("llama-tiny", 1), *rivals("gpt2-tiny", 1)),
+        " its multipliers frozen, permuted among the matrices, or all at 1; NAMO on more seeds",
+        (
+            *(Trial("llama-tiny", "NAMO", 0.064, seed) for seed in (0, 2, 3, 4)),  # the closest of them
+            *(Trial("gpt2-tiny", "NAMO", 0.064, seed) for seed in (0, 2)),
+            *rivals("llama-tiny", 1),
+            *rivals("gpt2-tiny", 1),
+        ),
     ),
     "small": Study(
         "a Llama of 5.5 M parameters at 1,000 steps (seed 1): whether the gain lasts with size",

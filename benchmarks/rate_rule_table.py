@@ -87,6 +87,14 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> str:
     return f"{interval.mean:+.3f} ± {interval.half:.3f} ({interval.seeds} seeds)"
 
 
+def minus_others(at: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """`DualMuon` less every other contender that shares two seeds with it or more, each at its best rate."""
+    ours = at.get("DualMuon", {})
+    others = [name for name in at if name != "DualMuon" and len(at[name].keys() & ours.keys()) > 1]
+    lines = ["", "`DualMuon` minus others, at their best rates, same seeds:", ""]
+    return [*lines, *(f"- {name}: {difference(ours, at[name])}" for name in others)] if others else []
+
+
 def section(model: str, steps: int, found: Mapping[str, Losses], rows: Sequence[Row]) -> list[str]:
     """One model's table."""
     at = {name: of[best_rate(of)] for name, of in found.items()}
@@ -108,7 +116,7 @@ def section(model: str, steps: int, found: Mapping[str, Losses], rows: Sequence[
             f"| {name} | {best_rate(found[name]):g} | {statistics.fmean(at[name].values()):.3f} | {len(at[name])} "
             f"| {one} | {by_role} | {octaves(found[name])} |"
         )
-    lines += [*wrong(rows, model, found), "", "Every run:", ""]
+    lines += [*minus_others(at), *wrong(rows, model, found), "", "Every run:", ""]
     for name, of in found.items():
         runs = [
             f"{lr:g}: " + ", ".join(f"{value:.3f} (seed {seed})" for seed, value in sorted(seeds.items()))
