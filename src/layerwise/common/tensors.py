@@ -48,10 +48,8 @@ def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(tensor, DTensor):
-        if isinstance(like, DTensor) and (tensor.device_mesh, tensor.placements) == (
-            like.device_mesh,
-            like.placements,
-        ):
+        placed = (tensor.device_mesh, tensor.placements)
+        if isinstance(like, DTensor) and placed == (like.device_mesh, like.placements):
             return tensor
         tensor = tensor.full_tensor()
     if not isinstance(like, DTensor):

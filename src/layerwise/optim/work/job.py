@@ -97,9 +97,7 @@ class Job:
     state: State
     lr: float | Tensor  # of this step: that of its group, times the group's lr_scale
     deviation: Deviation | None = None  # where the replicas' own gradients are watched
-    dual: Tensor | None = (
-        None  # [units], where its unit step is to write its direction's dual norm, once wanted
-    )
+    dual: Tensor | None = None  # [units], where its unit step writes its direction's dual norm, once wanted
     fetched: Tensor | None = None  # the whole of a sharded tensor that a step works on, once brought together
 
 
@@ -145,9 +143,8 @@ _ALIKE: Final = ("layout", "geometry", "scaling", "radius", "momentum", "nestero
 def alike(jobs: Iterable[Job]) -> list[list[Job]]:
     """Those whose matrices are worked on together: one record, and few operations, for all of them."""
     by_group: dict[tuple[int, torch.Size, torch.dtype, torch.device], list[Job]] = {}
-    for (
-        job
-    ) in jobs:  # by identity first: to hash a layout and a geometry for each would take longer than its work
+    # By identity first: to hash a layout and a geometry for each would take longer than its work.
+    for job in jobs:
         param = job.param
         by_group.setdefault((id(job.group), param.shape, param.dtype, param.device), []).append(job)
     together: dict[object, list[Job]] = {}
