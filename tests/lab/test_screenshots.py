@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium"),
 ]
 PROBE = """<script>
-const shown = kind => [...document.querySelectorAll(`figure .${kind}`)].filter(e => e.offsetWidth > 0).length;
+const shown = kind => [...document.querySelectorAll(`figure .${kind}`)].filter(e => e.checkVisibility()).length;
 const right = e => e.getBoundingClientRect().right;
 const outside = [...document.querySelectorAll("figure svg")].filter(e => right(e) > innerWidth + 1).length;
 document.title = JSON.stringify({width: innerWidth, scroll: document.documentElement.scrollWidth, wide: shown("wide"),
