@@ -59,7 +59,7 @@ GRIDS: Final[Mapping[str, Grids]] = {
     },
     "smollm2": {
         "one rate": (range(-13, -9), range(-12, -8)),
-        "match_lora": (range(-13, -9), range(-13, -9)),
+        "match_lora": (range(-13, -9), range(-13, -10)),
         "rsLoRA": (range(-13, -9), range(-13, -9)),
         "LoRA+": (range(-17, -13), range(-14, -10)),
     },
