@@ -229,7 +229,7 @@ class DistributedWork:
                 stacks.place_dual_norms(held[index], owned[index])
             yield iter([directions])
         empty = [task for task in stacked if not task.holds_any]
-        yield iter([[(task.index, task.job.source.stacked(task.job.jobs)[0]) for task in empty]])
+        yield iter([[(task.index, task.job.tensor()) for task in empty]])
 
     def _direction_round(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
         fetched = fetch(domain, tasks)

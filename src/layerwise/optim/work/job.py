@@ -269,6 +269,10 @@ class MatrixJob:
         """Where the work is on what one replica differs by: that of the first parameter."""
         return _deviation(self.jobs[0]) if self.source.of_replica else None
 
+    def tensor(self) -> Tensor:
+        """This process's part of the tensor, where the work is on one parameter."""
+        return self.source.stacked(self.jobs)[0]
+
     def tensors(self) -> Tensor:
         """``[jobs, *shape]``: what the work is on, where this process holds all of it."""
         given = [job.fetched for job in self.jobs if job.fetched is not None]

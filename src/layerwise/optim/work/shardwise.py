@@ -68,7 +68,7 @@ def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
 
 
 def _unit_step(job: MatrixJob, length: Tensor | None) -> Tensor:
-    tensor = job.source.stacked(job.jobs)[0]
+    tensor = job.tensor()
     scale = torch.full(
         (), _scale(job) * (job.factors or (1.0,))[0], dtype=torch.float64, device=tensor.device
     )
@@ -96,7 +96,7 @@ def _lengths(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Ten
     orders = [ORDER[job.geometry.family] for job in jobs]
     mine = torch.stack(
         [
-            torch.linalg.vector_norm(job.source.stacked(job.jobs)[0], order, dtype=torch.float64)
+            torch.linalg.vector_norm(job.tensor(), order, dtype=torch.float64)
             for job, order in zip(jobs, orders, strict=True)
         ]
     )
