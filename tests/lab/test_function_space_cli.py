@@ -164,6 +164,24 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(
         assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_base_of_a_run_that_diverged_is_refused(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], optimizer: str
+) -> None:
+    changes = [
+        f"optimizer={optimizer}",
+        "optimizer.lr=1e20",
+        "function_space.match_step=6",
+        "training.steps=8",
+    ]
+    output = tmp_path / "base.json"
+    assert call("record", str(config), *changes, "schedule=constant", "--seeds", "0", "-o", str(output)) == 2
+    message = capsys.readouterr().err
+    assert "base-0 diverged after" in message
+    assert message.splitlines()[-1].endswith("lower optimizer.lr")
+    assert not output.exists()
+
+
 class StopAfter(Observer):
     """Interrupts a run."""
 
@@ -316,6 +334,11 @@ def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest
         (["check", str(config), "--widths", "8,nan"], "--widths '8,nan': write finite numbers"),
         (["check", str(config), "--widths", "8,16", "--depths", "1,2"], "one of them at a time; give one"),
         (["check", str(config), "--widths", "8,16", "--seeds", "1.5"], "--seeds '1.5': write whole numbers"),
+        (
+            ["check", str(config), "--axis", "heads", "--sizes", "1,2"],
+            "axis 'heads' of a config: valid: depth,",
+        ),
+        (["check", str(config), "--widths", "8,16", "-o", "."], "is a folder: name a file, such as check"),
         (["record", str(config), "--seeds", "nan"], "--seeds 'nan': write whole numbers"),
         (["record", str(config), "--seeds", "0,0"], "--seeds '0,0': a seed stands there twice"),
         (["check", str(config), "--widths", "8,12"], "must be a multiple of 8"),

@@ -59,6 +59,14 @@ def test_a_mapping_for_a_section_keeps_what_it_does_not_name(tmp_path: Path) -> 
     assert (config.model.preset, config.model.settings) == ("gpt2-tiny", {"n_layer": 2})
 
 
+def test_an_empty_mapping_for_a_section_is_the_section_at_its_defaults() -> None:
+    config = load_config(None, ["model.lora={}", "optimizer=muon", "optimizer.rates={}"])
+    assert config.model.lora is not None
+    assert config.model.lora.rank == 8
+    assert config.optimizer.rates == {}
+    assert load_config(None, ["model.lora.rank=4", "model.lora={}"]).model.lora.rank == 4  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     "override",
     [

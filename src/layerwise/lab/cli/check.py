@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layerwise.common.parameter_names import first_few
 from layerwise.errors import LayerwiseError
-from layerwise.lab.cli.words import Words, numbers, seeds_of, split_words, whole_numbers
+from layerwise.lab.cli.words import Words, is_there, numbers, seeds_of, split_words, whole_numbers
 from layerwise.lab.config.load import load_config
+from layerwise.lab.models.family import AXIS_NAMES
 
 if TYPE_CHECKING:
     from layerwise.function_space import SizeCheck
-    from layerwise.lab.models.family import Axis
 
 HELP = """Check in seconds whether every layer's step does the same at every size of a model.
 
@@ -31,54 +32,56 @@ def check(
     words: Words = None,
     sizes: Annotated[str | None, typer.Option(help="Sizes of the axis, such as 64,128,256.")] = None,
     axis: Annotated[
-        str,
-        typer.Option(
-            help="What the sizes are: width, depth, init_scale, lora_rank (of a config), or any word."
-        ),
+        str, typer.Option(help=f"What is varied: {', '.join(AXIS_NAMES)}, or any word.")
     ] = "width",
     widths: Annotated[str | None, typer.Option(help="Hidden sizes: --axis width --sizes.")] = None,
     depths: Annotated[str | None, typer.Option(help="Numbers of blocks: --axis depth --sizes.")] = None,
     match: Annotated[
-        str | None,
-        typer.Option(
-            help="Match rates to a base file, `uniform`, or `first` (the first size); default: what the config says."
-        ),
+        str | None, typer.Option(help="A base file, `uniform`, or `first`; default: the config's.")
     ] = None,
     steps: Annotated[str, typer.Option(help="The optimizer steps to measure.")] = "1,10,100",
     seeds: Annotated[str, typer.Option(help="Seeds; their spread is the slopes' error.")] = "0,1",
     tolerance: Annotated[float, typer.Option(help="Largest slope that counts as flat.")] = 0.2,
-    judge: Annotated[
-        str, typer.Option(help="What modules are judged by: rate, or activation_change as in muP's check.")
-    ] = "rate",
+    judge: Annotated[str, typer.Option(help="`rate`, or `activation_change` as in muP's check.")] = "rate",
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Write OUTPUT.png (slopes) and OUTPUT.csv (numbers)."),
     ] = None,
 ) -> None:
-    from layerwise.lab.experiments.check_sizes import check_function, check_sizes
+    files = None if output is None else _files(output)
+    axis, chosen = _sizes(sizes, axis, widths, depths)
+    found = _measured(
+        words or [], chosen, axis=axis, match=match, steps=whole_numbers(steps, "--steps"), seeds=seeds_of(seeds),
+        tolerance=tolerance, judge=judge,
+    )  # fmt: skip
+    print(found)
+    if files is not None:
+        _write(found, *files)
+    _conclude(found)
+
+
+def _files(output: Path) -> tuple[Path, Path]:
+    """The picture and the numbers that `-o` asks for. Raises LayerwiseError where they could not be written."""
     from layerwise.lab.runs.output_files import check_output
 
-    if output is not None:
-        check_output(output.with_suffix(".csv"), "module,quantity,step,")
-        check_output(output.with_suffix(".png"), "Matplotlib")
-    axis, chosen = _sizes(sizes, axis, widths, depths)
-    options: dict[str, Any] = {
-        "match": match, "steps": whole_numbers(steps, "--steps"), "seeds": seeds_of(seeds), "tolerance": tolerance,
-        "judge": judge, "axis": axis,
-    }  # fmt: skip
-    if words and ":" in words[0] and not Path(words[0]).exists():
-        if len(words) > 1:
-            raise LayerwiseError(
-                f"{words[1]!r} goes with a config, and {words[0]} is a function: set it there"
-            )
-        found = check_function(words[0], chosen, **options)
-    else:
+    if output.name in ("", ".."):
+        raise LayerwiseError(f"-o: {output} is a folder: name a file, such as {output / 'check'}")
+    picture, table = output.with_suffix(".png"), output.with_suffix(".csv")
+    check_output(picture, "Matplotlib")
+    check_output(table, "module,quantity,step,")
+    return picture, table
+
+
+def _measured(words: list[str], sizes: list[float], **options: Any) -> SizeCheck:
+    """The check of a config, or of the function that `module:function` names."""
+    from layerwise.lab.experiments.check_sizes import check_function, check_sizes
+
+    if not words or ":" not in words[0] or is_there(words[0]):
         path, overrides = split_words(words)
-        found = check_sizes(load_config(path, overrides), chosen, **{**options, "axis": cast("Axis", axis)})
-    print(found)
-    if output is not None:
-        _write(found, output)
-    _conclude(found)
+        return check_sizes(load_config(path, overrides), sizes, **options)
+    if len(words) > 1:
+        raise LayerwiseError(f"{words[1]!r} goes with a config, and {words[0]} is a function: set it there")
+    return check_function(words[0], sizes, **options)
 
 
 def _conclude(found: SizeCheck) -> None:
@@ -87,33 +90,29 @@ def _conclude(found: SizeCheck) -> None:
 
     uneven = [name for name, verdict in found.verdicts.items() if verdict in ("grows", "shrinks")]
     unclear = [name for name, verdict in found.verdicts.items() if verdict == "unclear"]
-    what = QUANTITIES[found.judged]
+    what = f"({QUANTITIES[found.judged]}, slope {{}} {found.tolerance:g})"
     if uneven:
         print(
-            f"{len(uneven)} of {len(found.verdicts)} modules change with the {found.axis} ({what}, slope beyond"
-            f" {found.tolerance:g}): {_some(uneven)}"
+            f"{len(uneven)} of {len(found.verdicts)} modules change with the {found.axis} {what.format('beyond')}:"
+            f" {first_few(uneven, 4)}"
         )
         raise typer.Exit(1)
     judged = sum(verdict != "none" for verdict in found.verdicts.values())
     flat = f"all {judged}" if not unclear else f"{judged - len(unclear)} of {judged}"
-    print(f"{flat} modules are flat in the {found.axis} ({what}, slope within {found.tolerance:g})")
+    print(f"{flat} modules are flat in the {found.axis} {what.format('within')}")
     if unclear:
-        print(f"more seeds or sizes would tell of {_some(unclear)}: the slope's interval is too wide")
+        print(f"more seeds or sizes would tell of {first_few(unclear, 4)}: the slope's interval is too wide")
 
 
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-
-
-def _write(found: SizeCheck, output: Path) -> None:
+def _write(found: SizeCheck, picture: Path, table: Path) -> None:
     from layerwise.lab.report.figures.size_slopes import size_slopes
     from layerwise.lab.report.style import styled
 
-    output.parent.mkdir(parents=True, exist_ok=True)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     with styled():
-        size_slopes(found).savefig(output.with_suffix(".png"))
-    found.save(output.with_suffix(".csv"))
-    print(f"written to {output.with_suffix('.png')} and {output.with_suffix('.csv')}")
+        size_slopes(found).savefig(picture)
+    found.save(table)
+    print(f"written to {picture} and {table}")
 
 
 def _sizes(sizes: str | None, axis: str, widths: str | None, depths: str | None) -> tuple[str, list[float]]:

@@ -20,14 +20,14 @@ Words = Annotated[
 def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
     """`[CONFIG] [key=value...]` told apart: a word with `=` is an override, the one without is the config."""
     words = words or []
-    overrides = [word for word in words if "=" in word and not _is_there(word)]
+    overrides = [word for word in words if "=" in word and not is_there(word)]
     configs = [word for word in words if word not in overrides]
     if len(configs) > 1:
         raise LayerwiseError(f"one config at most, got {', '.join(configs)}; overrides are written key=value")
     return (configs[0] if configs else None), overrides
 
 
-def _is_there(word: str) -> bool:
+def is_there(word: str) -> bool:
     """Whether a word names a file or folder; one too long for a name does not."""
     try:
         return Path(word).exists()
@@ -48,27 +48,22 @@ def numbers(text: str, option: str) -> list[float]:
     return found
 
 
-def seeds_of(text: str) -> list[int]:
-    """`0,1` as seeds: whole numbers, each once, as a mean over seeds would count one twice. Raises LayerwiseError."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
-        raise LayerwiseError(
-            f"--seeds {text!r}: write whole numbers from 0 with commas between them, such as 0,1"
-        )
-    seeds = [int(word) for word in words]
-    if len(set(seeds)) < len(seeds):
-        raise LayerwiseError(f"--seeds {text!r}: a seed stands there twice; write each once, such as 0,1")
-    return seeds
-
-
 def whole_numbers(text: str, option: str) -> list[int]:
     """`1,10,100` as whole numbers. Raises LayerwiseError."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
         raise LayerwiseError(
-            f"{option} {text!r}: write whole numbers with commas between them, such as 1,10,100"
+            f"{option} {text!r}: write whole numbers from 0 with commas between them, such as 1,10"
         )
     return [int(word) for word in words]
+
+
+def seeds_of(text: str) -> list[int]:
+    """`0,1` as seeds, each once: a mean over seeds would count one twice. Raises LayerwiseError."""
+    seeds = whole_numbers(text, "--seeds")
+    if len(set(seeds)) < len(seeds):
+        raise LayerwiseError(f"--seeds {text!r}: a seed stands there twice; write each once, such as 0,1")
+    return seeds
 
 
 def command_line() -> str:

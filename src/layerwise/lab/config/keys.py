@@ -38,16 +38,21 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     """
     if key in SHORTHANDS and isinstance(value, str):
         key = f"{key}.{SHORTHANDS[key]}"
-    *parents, last = key.split(".")
-    node = tree
-    for depth, part in enumerate(parents):
-        child, section = node.get(part), ".".join(parents[: depth + 1])
+    section, _, last = key.rpartition(".")
+    section_at(tree, section)[last] = value
+
+
+def section_at(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping at a dotted key, made where there is none."""
+    parts = key.split(".") if key else []
+    for depth, part in enumerate(parts, start=1):
+        child, section = tree.get(part), ".".join(parts[:depth])
         if isinstance(child, str) and section in SHORTHANDS:
             child = {SHORTHANDS[section]: child}
         elif child is None:
             child = {}
         if not isinstance(child, dict):
             raise LayerwiseError(f"override {key}: `{section}` is a value, not a section")
-        node[part] = child
-        node = child
-    node[last] = value
+        tree[part] = child
+        tree = child
+    return tree

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config.keys import SECTIONS, set_key
+from layerwise.lab.config.keys import SECTIONS, section_at, set_key
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import ConfigT, validate
 from layerwise.lab.runs.directory import read_run
@@ -94,6 +94,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
 def _merge(tree: dict[str, Any], key: str, value: Any) -> None:
     """Sets a key, or of a mapping for a section those that it names."""
     if isinstance(value, dict) and ("." not in key or key in SECTIONS):
+        section_at(tree, key)  # `model.lora={}` is a section at its defaults
         for name, item in value.items():
             _merge(tree, f"{key}.{name}", item)
     else:

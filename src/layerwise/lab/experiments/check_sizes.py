@@ -17,14 +17,14 @@ from layerwise.function_space.checking.checked_batches import default_loss
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, loss, resized
-from layerwise.lab.models.family import Axis, Examples
+from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.function_space_observers import depth_map, quiet_matching
 from layerwise.lab.training.run import complete
 
 
 def check_sizes(
-    config: Config, sizes: Sequence[float], *, axis: Axis = "width", match: str | None = None, **options: Any
+    config: Config, sizes: Sequence[float], *, axis: str = "width", match: str | None = None, **options: Any
 ) -> SizeCheck:
     """`lw.check` of a config's model, optimizer and data at several sizes, at a constant rate without clipping.
 

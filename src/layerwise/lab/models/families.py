@@ -13,7 +13,7 @@ from layerwise.common.discover import import_files
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.validate import nearest
 from layerwise.lab.models.adapters import add_adapters, load_weights
-from layerwise.lab.models.family import FAMILIES, Axis, Examples, whole
+from layerwise.lab.models.family import AXIS_NAMES, FAMILIES, Examples, whole
 
 if TYPE_CHECKING:
     from layerwise.lab.config.schema import ModelConfig
@@ -118,7 +118,7 @@ def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(predicted.flatten(0, -2).float(), targets.flatten())
 
 
-def resized(model: ModelConfig, axis: Axis, value: float) -> dict[str, Any]:
+def resized(model: ModelConfig, axis: str, value: float) -> dict[str, Any]:
     """Dotted keys of a config and their values, for the model at this size. Raises LayerwiseError.
 
     Args:
@@ -127,12 +127,15 @@ def resized(model: ModelConfig, axis: Axis, value: float) -> dict[str, Any]:
             the branches rescaled). init_scale: factor on the initial weights. lora_rank: rank of the adapters.
         value: the size.
     """
-    if axis == "lora_rank":
+    known = next((name for name in AXIS_NAMES if name == axis), None)
+    if known is None:
+        raise LayerwiseError(f"axis {axis!r} of a config: {nearest(axis, AXIS_NAMES)}")
+    if known == "lora_rank":
         if model.lora is None:
             raise LayerwiseError("axis lora_rank needs adapters: give model.lora, such as `{rank: 2}`")
-        return {"model.lora.rank": whole(axis, value)}
+        return {"model.lora.rank": whole(known, value)}
     name, settings = model_settings(model)
-    return {f"model.{key}": setting for key, setting in FAMILIES[name].resize(settings, axis, value).items()}
+    return {f"model.{key}": setting for key, setting in FAMILIES[name].resize(settings, known, value).items()}
 
 
 def block_pattern(model: ModelConfig) -> str:

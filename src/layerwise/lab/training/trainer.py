@@ -135,11 +135,17 @@ class Trainer:
         self.writer.update(status=status, result=self.result, finished=finished)
 
     def take_steps(self, count: int) -> None:
-        """Takes optimizer steps and nothing else: no metrics, evaluation or checkpoint."""
+        """Takes optimizer steps and nothing else: no metrics, evaluation or checkpoint. Raises LayerwiseError."""
         self._wrapped.train()
-        for _ in range(count):
-            self._train_step()
-            self.step += 1
+        try:
+            for _ in range(count):
+                self._train_step()
+                self.step += 1
+            self._check_finite()
+        except DivergedError as reason:
+            raise LayerwiseError(
+                f"{self.config.run_name} diverged after {self.step} steps: {reason}; lower optimizer.lr"
+            ) from None
 
     def close(self) -> None:
         if self.tensorboard is not None:

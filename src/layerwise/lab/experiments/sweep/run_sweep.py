@@ -94,7 +94,7 @@ def seconds_left(plan: Plan, done: Container[str], workers: int) -> float:
     for (_, size), config in representatives(plan).items():
         if size not in a_step:
             started, watch = time.monotonic(), Stopwatch()
-            take_steps(config.replace({"function_space.match": None}), 3, [watch])
+            take_steps(config.replace({"function_space.match": None, "optimizer.lr": 0.0}), 3, [watch])
             begins[size], a_step[size] = watch.ended[0] - started, (watch.ended[-1] - watch.ended[0]) / 2
     work = {trial.id: (point.size, trial.config["training"]["steps"]) for point, trial in plan.points.items()}
     left = (begins[size] + a_step[size] * steps for id, (size, steps) in work.items() if id not in done)
