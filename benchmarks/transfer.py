@@ -19,8 +19,7 @@ from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
 from layerwise.lab.experiments.sweep.results import RESULTS, read_results
 from layerwise.lab.experiments.sweep.run_sweep import run_sweep
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.sweep_report import LOSS_NAMES, analyse
-from layerwise.lab.experiments.sweep.table import markdown
+from layerwise.lab.experiments.sweep.sweep_report import LOSS_NAMES, analyse, markdown
 from layerwise.lab.experiments.sweep.trial_plan import make_plan
 from layerwise.lab.report.style import save_figure
 from layerwise.lab.training.run import train

@@ -24,8 +24,7 @@ from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
 from layerwise.lab.experiments.sweep.resampling import best_rates, shift_interval
 from layerwise.lab.experiments.sweep.results import ResultsFile, loss_of, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.sweep_report import analyse, write_report
-from layerwise.lab.experiments.sweep.table import cells, details, titles
+from layerwise.lab.experiments.sweep.sweep_report import analyse, cells, details, titles, write_report
 from layerwise.lab.experiments.sweep.trial_plan import Point, make_plan
 from layerwise.lab.training.run import train
 

@@ -12,9 +12,7 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: always, with the exit code; 130 after Ctrl-C.
     """
     try:
-        from layerwise.lab.cli.app import (
-            run,  # here: Ctrl-C in the seconds that the imports take is quiet too
-        )
+        from layerwise.lab.cli.app import run  # here: Ctrl-C is quiet while it is imported, too
 
         run(arguments)
     except KeyboardInterrupt:

@@ -124,7 +124,7 @@ def _sizes(sizes: str | None, axis: str, widths: str | None, depths: str | None)
         raise LayerwiseError(f"{shown}: check changes one of them at a time; give one")
     if not named:
         raise LayerwiseError(
-            "check needs --widths or --depths, such as --widths 64,128,256, or --sizes with --axis"
+            "check needs --widths or --depths, such as --widths 64,128, or --sizes with --axis"
         )
     [(option, text)] = named.items()
     return {"--widths": "width", "--depths": "depth"}.get(option, axis), numbers(text, option)

@@ -20,9 +20,7 @@ one, unless `function_space.match_step` or `match_every` say otherwise.
 
 def record(
     words: Words = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The base file to write.")] = Path(
-        "base.json"
-    ),
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("base.json"),
     seeds: Annotated[str, typer.Option(help="Seeds the rates are averaged over.")] = "0,1,2,3",
 ) -> None:
     from layerwise.lab.experiments.record_base import record as run_recording

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from layerwise.errors import LayerwiseError
 from layerwise.lab.cli.words import command_line
 
 
@@ -25,14 +24,9 @@ def report(
     """Write a page with the figures and tables of runs: report.html, and its figures as files beside it."""
     from layerwise.lab.report import Story, contenders, load_runs, write_report
 
-    if not runs:
-        raise LayerwiseError(
-            "report: no run was named; name one run directory or more, such as runs/gpt2-tiny-lanton"
-        )
     notes: list[str] = []
-    found = load_runs(runs, notes.append)
+    found = load_runs(runs := runs or [], notes.append)
     for note in notes:
         print(note, file=sys.stderr)
-    command = command_line()
-    page = write_report(contenders(found), output or runs[0], Story(title, notes, command))
+    page = write_report(contenders(found), output or runs[0], Story(title, notes, command_line()))
     print(f"report: {page}")

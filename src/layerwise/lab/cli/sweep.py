@@ -35,15 +35,11 @@ def sweep(
     ] = "local",
     workers: Annotated[
         int | None,
-        typer.Option(
-            help="Trials side by side, one thread each (default 2; ray: as many as fit); 0: in this process."
-        ),
+        typer.Option(help="Trials at a time (default 2; ray: as many as fit); 0: in this process."),
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(
-            help="ray: a running cluster, or `auto`; else RAY_ADDRESS, else Ray is started here for the sweep."
-        ),
+        typer.Option(help="ray: of a running cluster, or `auto`; default: RAY_ADDRESS, or Ray started here."),
     ] = None,
     cpus: Annotated[
         float | None, typer.Option(help="ray: cores, and threads, of a trial (default 1).")
@@ -99,8 +95,7 @@ def _report(config: SweepConfig, swept: Sweep) -> None:
     from rich.console import Console
 
     from layerwise.lab.experiments.sweep.results import RESULTS, read_results
-    from layerwise.lab.experiments.sweep.sweep_report import write_report
-    from layerwise.lab.experiments.sweep.table import cells, titles
+    from layerwise.lab.experiments.sweep.sweep_report import cells, titles, write_report
 
     if swept.failures and not read_results(swept.folder / RESULTS):
         raise LayerwiseError(
@@ -110,7 +105,7 @@ def _report(config: SweepConfig, swept: Sweep) -> None:
     Console().print(table(titles(config.sweep.axis), [cells(row) for row in rows]))
     if any(row.edge for row in rows):
         print(
-            "! the best rate is an end of its grid: the optimum may lie beyond it; widen sweep.lr or sweep.lr_of"
+            "! the best rate is an end of its grid: the optimum may lie beyond; widen sweep.lr or sweep.lr_of"
         )
     print(f"figure and table: {swept.folder / 'transfer.png'}, {swept.folder / 'table.md'}")
     if swept.failures:

@@ -47,7 +47,7 @@ def train(
     match: Annotated[
         str | None,
         typer.Option(
-            help="Match layer rates to a file of `layerwise record`, or `uniform` (function_space.match)."
+            help="Match rates to a file of `layerwise record`, or `uniform` (function_space.match)."
         ),
     ] = None,
 ) -> None:

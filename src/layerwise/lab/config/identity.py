@@ -18,9 +18,6 @@ from layerwise.lab.config.schema import Config
 #: What may differ between a run and its continuation: sections, and keys of one.
 FREE = ("run", "parallel", "training.keep", "training.checkpoint_every")
 
-#: Keys, or sections, that had another name before the first release.
-OLD_NAMES = {"optimizer.noise": "optimizer.rates"}
-
 
 def decisive(config: Config) -> dict[str, Any]:
     """The sections of a complete config without what is free and what is at its default: a run to be made again by."""
@@ -42,19 +39,12 @@ def identity(config: Mapping[str, Any], corpus: str | None = None) -> dict[str, 
     """
     flat = {
         key: value
-        for key, value in ((_today(key), value) for key, value in flatten(config).items())
+        for key, value in flatten(config).items()
         if not (_is_free(key) or (key in _defaults() and value == _defaults()[key]))
     }
     if corpus is None:
         return flat
     return {**{k: v for k, v in flat.items() if k != "data.paths"}, "corpus": corpus}
-
-
-def _today(key: str) -> str:
-    for old, new in OLD_NAMES.items():
-        if key == old or key.startswith(f"{old}."):
-            return new + key.removeprefix(old)
-    return key
 
 
 def _is_free(key: str) -> bool:

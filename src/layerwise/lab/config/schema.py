@@ -29,6 +29,8 @@ from layerwise.lab.config.validate import validate
 class _Typed(BaseModel):
     """A section in which `true` is no number."""
 
+    model_config = ConfigDict(validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
@@ -60,17 +62,13 @@ def one_folder(name: str, key: str) -> str:
 class Section(_Typed):
     """A section whose keys are exactly those declared."""
 
-    model_config = ConfigDict(
-        extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid")
 
 
 class OpenSection(_Typed):
     """A section that also takes the keywords of another class, which are checked against that class."""
 
-    model_config = ConfigDict(
-        extra="allow", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="allow")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -78,9 +76,9 @@ class OpenSection(_Typed):
         return dict(self.model_extra or {})
 
 
-def _shorthand(key: str) -> BeforeValidator:
+def _shorthand(section: str) -> BeforeValidator:
     """Lets `optimizer: lanton` stand for `optimizer: {name: lanton}`."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+    return BeforeValidator(lambda value: {SHORTHANDS[section]: value} if isinstance(value, str) else value)
 
 
 class LoraConfig(Section):
@@ -192,7 +190,7 @@ class OptimizerConfig(OpenSection):
     """base learning rate; null: the optimizer's default"""
     weight_decay: float | None = Field(default=None, ge=0)
     """decoupled decay; null: the optimizer's default"""
-    rates: Annotated[dict[str, Any] | None, _shorthand(SHORTHANDS["optimizer.rates"])] = None
+    rates: Annotated[dict[str, Any] | None, _shorthand("optimizer.rates")] = None
     """layer rates on top: `rule` (dual_norm_adaptive, noise_adaptive, norm_adaptive, static) and its keywords"""
     role_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
     """factor on the rate of every parameter of a role (`{hidden: 0.125}`); the roles are those of
@@ -312,20 +310,14 @@ class RunConfig(Section):
 class Config(Section):
     """One training run. Every section has defaults; `Config()` is the built-in run."""
 
-    model: Annotated[ModelConfig, _shorthand(SHORTHANDS["model"])] = Field(default_factory=ModelConfig)
-    data: Annotated[DataConfig, _shorthand(SHORTHANDS["data"])] = Field(default_factory=DataConfig)
-    optimizer: Annotated[OptimizerConfig, _shorthand(SHORTHANDS["optimizer"])] = Field(
-        default_factory=OptimizerConfig
-    )
-    schedule: Annotated[ScheduleConfig, _shorthand(SHORTHANDS["schedule"])] = Field(
-        default_factory=ScheduleConfig
-    )
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    function_space: FunctionSpaceConfig = Field(default_factory=FunctionSpaceConfig)
-    parallel: Annotated[ParallelConfig, _shorthand(SHORTHANDS["parallel"])] = Field(
-        default_factory=ParallelConfig
-    )
-    run: RunConfig = Field(default_factory=RunConfig)
+    model: Annotated[ModelConfig, _shorthand("model")] = ModelConfig()
+    data: Annotated[DataConfig, _shorthand("data")] = DataConfig()
+    optimizer: Annotated[OptimizerConfig, _shorthand("optimizer")] = OptimizerConfig()
+    schedule: Annotated[ScheduleConfig, _shorthand("schedule")] = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    function_space: FunctionSpaceConfig = FunctionSpaceConfig()
+    parallel: Annotated[ParallelConfig, _shorthand("parallel")] = ParallelConfig()
+    run: RunConfig = RunConfig()
 
     @property
     def steps(self) -> int:

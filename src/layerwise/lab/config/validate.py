@@ -40,9 +40,7 @@ def validate(schema: type[ConfigT], tree: Any, within: str = "") -> ConfigT:
         return schema.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False)
-        raise LayerwiseError(
-            "config: " + "; ".join(_explain(schema, fault, within) for fault in faults)
-        ) from None
+        raise LayerwiseError(f"config: {'; '.join(_explain(schema, f, within) for f in faults)}") from None
 
 
 def check_values(tree: Any, key: str = "") -> None:
@@ -57,9 +55,8 @@ def check_values(tree: Any, key: str = "") -> None:
                 f"config: more than {MOST_VALUES} values, or sections within sections {DEEPEST} deep"
             )
         if isinstance(value, dict):
-            stack += [
-                (f"{key}.{name}" if key else str(name), item, depth + 1) for name, item in value.items()
-            ]
+            inner = f"{key}." if key else ""
+            stack += [(f"{inner}{name}", item, depth + 1) for name, item in value.items()]
         elif isinstance(value, list | tuple):
             stack += [(key, item, depth + 1) for item in value]
         elif isinstance(value, str) and "\0" in value:
@@ -103,9 +100,7 @@ def _explain(schema: type[BaseModel], error: Any, within: str) -> str:
     key = within + ".".join(str(part) for part in error["loc"] if "[" not in str(part))
     if error["type"] == "extra_forbidden":
         if key in SECTIONS_OF:
-            return (
-                f"section `{key}` is for `{SECTIONS_OF[key]}`: give it this config, or leave the section out"
-            )
+            return f"section `{key}` is for `{SECTIONS_OF[key]}`: give it this config, or leave it out"
         section = _section_at(schema, error["loc"][:-1])
         return f"unknown key `{key}`: {nearest(str(error['loc'][-1]), section.model_fields)}"
     message = error["msg"].removeprefix("Value error, ")

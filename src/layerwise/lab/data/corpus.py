@@ -87,9 +87,7 @@ def _text_files(paths: list[str], encoding: str | None) -> list[Path]:
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
-            there = sorted(
-                file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")
-            )
+            there = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
             found = [file for file in there if _is_text(file, encoding)]
             if not found:
                 raise LayerwiseError(f"data.paths: no text files in folder {name}")

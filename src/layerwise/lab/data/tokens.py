@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -35,16 +35,8 @@ _VERSION = 2  # of the cache's contents
 PARTS = ("train.bin", "validation.bin")
 
 
-class Tokenizer(Protocol):
-    """Documents to ids, each document closed by an end token."""
-
-    vocab_size: int
-
-    def encode(self, documents: list[str]) -> list[Ids]: ...
-
-
 class ByteTokenizer:
-    """UTF-8 bytes; 256 ends a document."""
+    """Documents to ids: UTF-8 bytes, each document closed by 256."""
 
     vocab_size = 257
 
@@ -54,7 +46,7 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level BPE of the tokenizers library; id 0 ends a document."""
+    """Documents to ids: byte-level BPE of the tokenizers library, each document closed by id 0."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -169,14 +161,12 @@ def _vocabulary(config: DataConfig) -> int:
         return ByteTokenizer.vocab_size
     vocab_size = config.vocab_size or DEFAULT_BPE_VOCABULARY
     if vocab_size < 257:
-        raise LayerwiseError(
-            f"data.vocab_size={vocab_size}: byte-level BPE needs at least 257 (256 bytes and the end)"
-        )
+        raise LayerwiseError(f"data.vocab_size={vocab_size}: BPE needs at least 257 (256 bytes and the end)")
     return vocab_size
 
 
 def _tokenise(config: DataConfig, corpus: Corpus, vocab_size: int, folder: Path) -> dict[str, Any]:
-    tokenizer: Tokenizer = ByteTokenizer()
+    tokenizer: ByteTokenizer | BPETokenizer = ByteTokenizer()
     if config.tokenizer == "bpe":
         training = (text for text, held_out in split(corpus, config.validation_fraction) if not held_out)
         tokenizer = BPETokenizer.train(_head(training, _BPE_SAMPLE), vocab_size)
@@ -187,9 +177,8 @@ def _tokenise(config: DataConfig, corpus: Corpus, vocab_size: int, folder: Path)
         files: dict[bool, BinaryIO] = {False: train, True: validation}
         pieces = split(corpus, config.validation_fraction)
         while chunk := list(islice(pieces, 64)):
-            for (text, held_out), ids in zip(
-                chunk, tokenizer.encode([text for text, _ in chunk]), strict=True
-            ):
+            encoded = tokenizer.encode([text for text, _ in chunk])
+            for (text, held_out), ids in zip(chunk, encoded, strict=True):
                 files[held_out].write(ids.astype(dtype).tobytes())
                 counts[held_out] += len(ids)
                 text_bytes[held_out] += len(text.encode("utf-8", errors="replace"))

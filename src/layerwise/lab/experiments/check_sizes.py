@@ -111,9 +111,8 @@ def check_function(target: str, sizes: Sequence[float], **options: Any) -> SizeC
     """
     user = UserModel(_function(target), target)
     _, _, batch, *given = user.made(sizes[0])
-    return check(
-        user.model, sizes, user.optimizer_of, batch, loss=given[0] if given else default_loss, **options
-    )
+    loss = given[0] if given else default_loss
+    return check(user.model, sizes, user.optimizer_of, batch, loss=loss, **options)
 
 
 def _function(target: str) -> Callable[[Any], Made]:

@@ -92,7 +92,7 @@ class CompareSection(Section):
 class CompareConfig(Config):
     """A training run without its optimizer, and the contenders that take that place."""
 
-    compare: CompareSection = Field(default_factory=CompareSection)
+    compare: CompareSection = CompareSection()
 
     @property
     def folder(self) -> Path:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from layerwise.function_space import BaseRates, FunctionSpaceRecorder, record_base
 from layerwise.lab.config.schema import Config
 from layerwise.lab.training.function_space_observers import RecordRates, steps_to_record
-from layerwise.lab.training.progress import Progress, ProgressKind, make_progress
+from layerwise.lab.training.progress import ProgressKind, QuietProgress, make_progress
 from layerwise.lab.training.run import take_steps
 
 
-def record(config: Config, seeds: Sequence[int], progress: ProgressKind | Progress = "auto") -> BaseRates:
+def record(
+    config: Config, seeds: Sequence[int], progress: ProgressKind | QuietProgress = "auto"
+) -> BaseRates:
     """Base rates of the config's model, averaged over `seeds` (of weights, data order and probes).
 
     Each seed trains only as far as the last step to be measured: one step, unless `function_space.match_step` or

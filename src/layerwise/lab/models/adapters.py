@@ -19,9 +19,7 @@ def load_weights(model: nn.Module, run: str) -> None:
     """Loads the weights of a run's newest checkpoint. Raises LayerwiseError."""
     checkpoints = list_checkpoints(Path(run).expanduser() / "checkpoints")
     if not checkpoints:
-        raise LayerwiseError(
-            f"model.start={run}: no checkpoint there; name a folder that `layerwise train` wrote"
-        )
+        raise LayerwiseError(f"model.start={run}: no checkpoint there; name the folder of a run that has one")
     try:
         model.load_state_dict(load_checkpoint(checkpoints[0])["model"])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:

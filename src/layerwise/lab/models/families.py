@@ -47,9 +47,8 @@ def model_settings(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             )
         _check_setting(f"model.{key}", value, defaults[key])
     settings = {**settings, **config.settings}
-    blocks = math.prod(
-        size for key in FAMILIES[family].layers if isinstance(size := settings.get(key, 1), int)
-    )
+    counts = [settings.get(key, 1) for key in FAMILIES[family].layers]
+    blocks = math.prod(count for count in counts if isinstance(count, int))
     if blocks > MOST_BLOCKS:
         raise LayerwiseError(f"model: {blocks:,} blocks: at most {MOST_BLOCKS:,} can be built")
     return family, settings
@@ -91,9 +90,8 @@ def build_model(config: ModelConfig, examples: Examples, seed: int) -> nn.Module
             reason = f"it knows no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             given = config.settings | ({} if config.lora is None else {"lora.rank": config.lora.rank})
             shown = "".join(f" {key}={value!r}" for key, value in given.items())
-            raise LayerwiseError(
-                f"model: {name} cannot be built with{shown or ' its defaults'}: {reason}"
-            ) from None
+            what = f"{name} cannot be built with{shown or ' its defaults'}"
+            raise LayerwiseError(f"model: {what}: {reason}") from None
         return model
 
 

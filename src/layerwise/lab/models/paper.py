@@ -84,9 +84,8 @@ class ResMLP(nn.Module):
         )
         d = base_width * width
         self.input = _linear(features, d, bias=True)
-        self.blocks = nn.ModuleList(
-            ResidualLayer(d, init_scale / math.sqrt(depth)) for _ in range(base_blocks * depth)
-        )
+        deviation = init_scale / math.sqrt(depth)
+        self.blocks = nn.ModuleList(ResidualLayer(d, deviation) for _ in range(base_blocks * depth))
         self.output = _linear(d, classes, bias=True)
 
     def forward(self, inputs: Tensor) -> Tensor:

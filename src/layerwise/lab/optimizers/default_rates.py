@@ -7,6 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+import layerwise.lab.optimizers
 from layerwise.lab.config.load import parse_yaml
 from layerwise.lab.config.schema import ModelConfig
 from layerwise.lab.models.families import PRESETS, model_settings
@@ -17,7 +18,7 @@ from layerwise.lab.optimizers.registry import OPTIMIZERS
 def base_rates() -> Mapping[str, Mapping[str, Any]]:
     """The data file: model preset -> `rates` by optimizer, and the `command` that found them."""
     text = (
-        resources.files("layerwise.lab.optimizers").joinpath("default_rates.yaml").read_text(encoding="utf-8")
+        resources.files(layerwise.lab.optimizers).joinpath("default_rates.yaml").read_text(encoding="utf-8")
     )
     rates: dict[str, dict[str, Any]] = parse_yaml(text, "default_rates.yaml")
     return rates

@@ -188,9 +188,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     except IndexError:  # a list shorter than the optimizer expects: its own words do not say which
         lists = {key: value for key, value in config.settings.items() if isinstance(value, list | tuple)}
         given = ", ".join(f"optimizer.{key}={list(value)}" for key, value in lists.items())
-        raise LayerwiseError(
-            f"{given or 'optimizer'}: too few values for {config.name}, give all of them"
-        ) from None
+        what = f"{given or 'optimizer'}: too few values for {config.name}"
+        raise LayerwiseError(f"{what}, give all of them") from None
 
 
 def _build_rule(preset: Preset, rates: dict[str, Any]) -> lw.RateRule:

@@ -48,22 +48,12 @@ class TorchMuon(Optimizer):
                 else:
                     rest[p.ndim >= 2].append((name, p))
         self._muon = torch.optim.Muon(
-            hidden,
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            nesterov=nesterov,
-            ns_steps=ns_steps,
+            hidden, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
             adjust_lr_fn=adjust_lr_fn,
-        )
+        )  # fmt: skip
         groups: list[Group] = [{"params": rest[True]}, {"params": rest[False], "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=lr,
-            weight_decay=weight_decay,
-            betas=betas,
-            eps=eps,
-        )
+        given = [group for group in groups if group["params"]]
+        self._adamw = torch.optim.AdamW(given, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {"lr": lr})
         self._share()
 

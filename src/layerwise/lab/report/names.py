@@ -7,29 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from layerwise.lab.optimizers.registry import OPTIMIZERS
-from layerwise.lab.report.style import (
-    AMBER,
-    BLUE,
-    BROWN,
-    CYCLE,
-    GREEN,
-    GREY,
-    MARKERS,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    Look,
-)
+from layerwise.lab.report import style
+from layerwise.lab.report.style import CYCLE, MARKERS, Look
 
 _LOOKS = {
-    "adamw": Look(GREY, "^"),
-    "d-muon": Look(BLUE, "s"),
-    "scion": Look(GREEN, "D"),
-    "lanton": Look(VERMILLION, "o"),
-    "muon": Look(SKY, "p"),
-    "torch-muon": Look(PURPLE, "v"),
-    "namo": Look(AMBER, "P"),
-    "signum": Look(BROWN, "X"),
+    "adamw": Look(style.GREY, "^"),
+    "d-muon": Look(style.BLUE, "s"),
+    "scion": Look(style.GREEN, "D"),
+    "lanton": Look(style.VERMILLION, "o"),
+    "muon": Look(style.SKY, "p"),
+    "torch-muon": Look(style.PURPLE, "v"),
+    "namo": Look(style.AMBER, "P"),
+    "signum": Look(style.BROWN, "X"),
 }
 
 
@@ -50,7 +39,7 @@ def looks(optimizers: Sequence[str]) -> list[Look]:
 
     With more contenders than colours two share one, under another marker: 64 looks are told apart.
     """
-    reserved = {_LOOKS[key].color for name in optimizers if (key := optimizer_key(name)) in _LOOKS}
+    reserved = {_LOOKS[key].color for key in map(optimizer_key, optimizers) if key in _LOOKS}
     free = [color for color in CYCLE if color not in reserved]
     chosen: list[Look] = []
     for i, name in enumerate(optimizers):

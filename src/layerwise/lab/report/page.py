@@ -112,10 +112,8 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
         path = folder / PAGE
         write_whole(path, page)
     except OSError as error:
-        reason = error.strerror or error
-        raise LayerwiseError(
-            f"report {folder}: cannot be written ({reason}); choose another with -o"
-        ) from None
+        reason = f"cannot be written ({error.strerror or error})"
+        raise LayerwiseError(f"report {folder}: {reason}; choose another with -o") from None
     return path
 
 

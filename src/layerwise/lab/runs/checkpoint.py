@@ -114,9 +114,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # of a file that was made up, torch raises many kinds
         raise _unreadable(file, error) from None
     if not isinstance(state, dict):
-        raise DamagedCheckpointError(
-            f"checkpoint {file} holds {type(state).__name__}, not the state of a run"
-        )
+        raise DamagedCheckpointError(f"checkpoint {file} holds {type(state).__name__}, no state of a run")
     return state
 
 

@@ -22,7 +22,6 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from layerwise.common.files import plain_json, write_whole
@@ -156,13 +155,10 @@ class RunWriter:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LayerwiseError(f"run.dir, run.name: cannot make {self.path}: {error.strerror}") from None
-        try:
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until close()
         except OSError as error:
             raise LayerwiseError(
-                f"run.dir, run.name: cannot write in {self.path}: {error.strerror}"
+                f"run.dir, run.name: cannot make or write in {self.path}: {error.strerror}"
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,9 +224,7 @@ class RunWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -111,8 +111,11 @@ class Run:
         stated = number(section.get("lr")) if isinstance(section, Mapping) else math.nan
         if math.isfinite(stated):
             return stated
-        logged = [v for line in self.metrics if math.isfinite(v := number(line.get("lr")))]
-        return max(logged, default=math.nan)
+        return max(self._finite("lr"), default=math.nan)
+
+    def _finite(self, key: str) -> list[float]:
+        """What is known of a metric, in the order of the steps."""
+        return [value for line in self.metrics if math.isfinite(value := number(line.get(key)))]
 
     def series(self, key: str) -> Series:
         """A metric at the steps that have it."""
@@ -147,14 +150,13 @@ class Run:
 
     def last(self, key: str) -> float:
         """The last finite value of a metric; NaN where there is none."""
-        return next(
-            (v for line in reversed(self.metrics) if math.isfinite(v := number(line.get(key)))), math.nan
-        )
+        known = self._finite(key)
+        return known[-1] if known else math.nan
 
     @property
     def tokens_per_second(self) -> float:
         """The median over the logged steps, so that a pause does not count."""
-        values = [v for line in self.metrics if math.isfinite(v := number(line.get("tokens_per_second")))]
+        values = self._finite("tokens_per_second")
         return float(np.median(values)) if values else math.nan
 
 

@@ -93,10 +93,8 @@ class RecordRates(_Stateful):
         row = record.to_dict()
         if self.match is not None:
             row["lrs"] = self.match.flerm.learning_rates()
-        # A run's steps count from 1, a recorder's from 0.
-        self._writer.append(
-            "function_space", {**row, "step": record.step + 1, "scheduled": record.scheduled + 1}
-        )
+        row |= {"step": record.step + 1, "scheduled": record.scheduled + 1}  # a recorder counts from 0
+        self._writer.append("function_space", row)
 
     def around_step(self, step: int, batch: Batch) -> AbstractContextManager[Any]:
         return self.recorder.step(self._batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.runs.quantities import duration
@@ -13,36 +13,8 @@ from layerwise.lab.runs.quantities import duration
 ProgressKind = Literal["auto", "bar", "plain", "quiet"]
 
 
-class Progress(Protocol):
-    """Told how far something is: `done` of `total` steps (or trials), and what to say beside that."""
-
-    def start(self, title: str, total: int, done: int) -> None: ...
-    def step(self, done: int) -> None: ...
-    def numbers(self, done: int, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def stop(self) -> None: ...
-
-
-def make_progress(kind: ProgressKind | Progress, title: str = "", unit: str = "step") -> Progress:
-    """A display of a kind: `auto` is a bar where standard error is a terminal, and plain lines elsewhere.
-
-    Args:
-        kind: or a display of one's own, which is returned.
-        title: shown instead of the one that `start` is given.
-        unit: what is counted.
-    """
-    if not isinstance(kind, str):
-        return kind
-    if kind == "auto":
-        kind = "bar" if sys.stderr.isatty() else "plain"
-    kinds: dict[str, type[Progress]] = {"bar": BarProgress, "plain": PlainProgress, "quiet": QuietProgress}
-    if kind not in kinds:
-        raise LayerwiseError(f"progress={kind!r}: one of auto, {', '.join(kinds)}")
-    return kinds[kind](title, unit)  # type: ignore[call-arg]
-
-
 class QuietProgress:
-    """Shows nothing."""
+    """Told how far something is, `done` of `total` steps (or trials), and what to say beside that; shows nothing."""
 
     def __init__(self, title: str = "", unit: str = "step") -> None:
         self.title, self.unit = title, unit
@@ -109,3 +81,21 @@ class BarProgress(QuietProgress):
     def stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def make_progress(kind: ProgressKind | QuietProgress, title: str = "", unit: str = "step") -> QuietProgress:
+    """A display of a kind: `auto` is a bar where standard error is a terminal, and plain lines elsewhere.
+
+    Args:
+        kind: or a display of one's own, which is returned.
+        title: shown instead of the one that `start` is given.
+        unit: what is counted.
+    """
+    if not isinstance(kind, str):
+        return kind
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() else "plain"
+    kinds = {"bar": BarProgress, "plain": PlainProgress, "quiet": QuietProgress}
+    if kind not in kinds:
+        raise LayerwiseError(f"progress={kind!r}: one of auto, {', '.join(kinds)}")
+    return kinds[kind](title, unit)

@@ -51,14 +51,10 @@ def latest_checkpoint(run: Path, identity: dict[str, Any], note: Callable[[str],
         try:
             saved = read_manifest(path).get("identity")
             if not (isinstance(saved, dict) and isinstance(saved.get("config"), dict) and "corpus" in saved):
-                raise DamagedCheckpointError(
-                    f"checkpoint {path}: its manifest does not say what it belongs to"
-                )
+                raise DamagedCheckpointError(f"checkpoint {path}: it does not say what it belongs to")
             check_same_run(saved["config"], identity["config"], f"checkpoint {path}")
             if saved["corpus"] != identity["corpus"]:
-                raise LayerwiseError(
-                    f"checkpoint {path} was trained on another text: its hash differs from this one's"
-                )
+                raise LayerwiseError(f"checkpoint {path} was trained on another text: its hash is another")
             check_hash(path)
         except DamagedCheckpointError as error:
             damage.append(error)

@@ -29,7 +29,7 @@ from layerwise.lab.training import processes
 from layerwise.lab.training.device import check_precision, own_device
 from layerwise.lab.training.function_space_observers import observers_of
 from layerwise.lab.training.observers import Observer
-from layerwise.lab.training.progress import Progress, ProgressKind, make_progress
+from layerwise.lab.training.progress import ProgressKind, QuietProgress, make_progress
 from layerwise.lab.training.resume import check_resumable, check_same_run, latest_checkpoint
 from layerwise.lab.training.trainer import Trainer
 
@@ -87,7 +87,7 @@ def train(
     resume: bool = False,
     or_start: bool = False,
     overwrite: bool = False,
-    progress: ProgressKind | Progress = "auto",
+    progress: ProgressKind | QuietProgress = "auto",
     observers: Sequence[Observer] = (),
 ) -> Run:
     """Trains what `config` says and returns the run, read back from its directory.
@@ -107,7 +107,7 @@ def train(
     path = config.run_path
     if resume and overwrite:
         raise LayerwiseError(
-            "--resume and --overwrite: one goes on with a run, the other deletes it; give one of them"
+            "--resume and --overwrite: one goes on with a run, the other deletes it; give one"
         )
     if or_start and not resume:
         raise LayerwiseError("--or-start goes with --resume: a run starts at step 0 without either")
@@ -167,7 +167,10 @@ def _state_to_resume(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def take_steps(
-    config: Config, steps: int, observers: Sequence[Observer], progress: ProgressKind | Progress = "quiet"
+    config: Config,
+    steps: int,
+    observers: Sequence[Observer],
+    progress: ProgressKind | QuietProgress = "quiet",
 ) -> None:
     """The first steps of a run, for what observers see of them: nothing is evaluated, and nothing left on the disk."""
     shown = make_progress(progress)

@@ -27,7 +27,7 @@ from layerwise.lab.training import parallel, processes
 from layerwise.lab.training.device import autocast, check_precision, gradient_scaler, own_device, set_seed
 from layerwise.lab.training.interrupts import Interrupts, between_steps
 from layerwise.lab.training.observers import Observer
-from layerwise.lab.training.progress import Progress
+from layerwise.lab.training.progress import QuietProgress
 from layerwise.lab.training.schedules import build_scheduler
 
 
@@ -39,7 +39,7 @@ class Trainer:
     """One run in progress, or this process's part of it; observers see it as `Training`."""
 
     def __init__(
-        self, config: Config, writer: RunWriter, progress: Progress, observers: Sequence[Observer] = ()
+        self, config: Config, writer: RunWriter, progress: QuietProgress, observers: Sequence[Observer] = ()
     ) -> None:
         self.config, self.writer, self.progress, self.observers = config, writer, progress, observers
         training = config.training
@@ -116,11 +116,10 @@ class Trainer:
             self.result["reason"] = f"step {self.step}: {reason}"
             self.progress.note(f"{self.config.run_name} diverged at step {self.step}: {reason}")
         except BaseException as error:
-            reason_given = (
-                "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            )
+            interrupted = isinstance(error, KeyboardInterrupt)
+            why = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
             with suppress(OSError):  # the disk may be what failed
-                self.writer.update(stopped={"step": self.step, "reason": reason_given})
+                self.writer.update(stopped={"step": self.step, "reason": why})
             raise
         tokens = self.step * self.config.tokens_per_step
         self.result |= {
@@ -355,9 +354,8 @@ class Trainer:
             raise
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise LayerwiseError(
-                f"checkpoint in {self.writer.path} is of another model or optimizer: {reason}"
-            ) from None
+            where = f"checkpoint in {self.writer.path}"
+            raise LayerwiseError(f"{where} is of another model or optimizer: {reason}") from None
 
     def _take_up(self, state: dict[str, Any]) -> None:
         parallel.load_model(self.model, state["model"])
@@ -372,9 +370,7 @@ class Trainer:
         self._loss_sum = state["loss_sum"].to(self.device)
         self._loss_steps = state["loss_steps"]
         for stream in self.writer.truncate(state["lengths"]):
-            self.progress.note(
-                f"{stream}.jsonl is shorter than it was at step {self.step}: lines of it are lost"
-            )
+            self.progress.note(f"{stream}.jsonl is shorter than at step {self.step}: lines of it are lost")
         random = [state["random"], *state["random_of_others"]]
         if self.rank < len(random):
             set_random_state(random[self.rank])

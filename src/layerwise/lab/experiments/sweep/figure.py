@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,12 +64,10 @@ def _looks(sizes: Sequence[float]) -> dict[float, style.Look]:
 
     colours = [style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE]
     if len(sizes) > len(colours):
-        colours = [
-            to_hex(mpl.colormaps["viridis"](0.85 * (1 - i / (len(sizes) - 1)))) for i in range(len(sizes))
-        ]
-    return {
-        size: style.Look(colours[i], style.MARKERS[i % len(style.MARKERS)]) for i, size in enumerate(sizes)
-    }
+        shades = [0.85 * (1 - i / (len(sizes) - 1)) for i in range(len(sizes))]
+        colours = [to_hex(mpl.colormaps["viridis"](shade)) for shade in shades]
+    looks = map(style.Look, colours, itertools.cycle(style.MARKERS))
+    return dict(zip(sizes, looks, strict=False))  # colours and markers to spare
 
 
 def _limits(curves: Sequence[Curve]) -> tuple[float, float]:

@@ -91,7 +91,7 @@ class SweepSection(Section):
 class SweepConfig(Config):
     """A sweep. Everything but `sweep` is the training run that is varied."""
 
-    sweep: SweepSection = Field(default_factory=SweepSection)
+    sweep: SweepSection = SweepSection()
 
     @property
     def run_name(self) -> str:

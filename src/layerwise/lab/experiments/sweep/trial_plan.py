@@ -86,9 +86,8 @@ def make_plan(config: SweepConfig) -> Plan:
         matched = sized.function_space.match == BASE_FILE
         for lr in sweep.grid(method):
             trial = sized.model_copy(update={"optimizer": sized.optimizer.model_copy(update={"lr": lr})})
-            points[Point(method, size, lr, seed)] = Trial(
-                decisive(complete(trial)), identity if matched else None
-            )
+            needed = identity if matched else None
+            points[Point(method, size, lr, seed)] = Trial(decisive(complete(trial)), needed)
     return Plan(points, base)
 
 

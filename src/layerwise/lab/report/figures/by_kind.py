@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerwise.lab.report.style import CYCLE, MUTED, label_ends
+from layerwise.lab.report import style
 from layerwise.lab.runs.recorded import Array
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ def kind_styles(kinds: Sequence[str], most: int = MOST_KINDS) -> Styles:
     """Colour and line style of each kind: dashed where the colours come round again, grey beyond the commonest."""
     distinct = list(dict.fromkeys(kinds))
     named = sorted(distinct, key=lambda kind: -kinds.count(kind))[:most]
-    styles: dict[str, tuple[str, LineStyle]] = dict.fromkeys(distinct, (MUTED, "-"))
+    styles: dict[str, tuple[str, LineStyle]] = dict.fromkeys(distinct, (style.MUTED, "-"))
     for i, kind in enumerate(kind for kind in distinct if kind in named):
-        styles[kind] = (CYCLE[i % len(CYCLE)], "-" if i < len(CYCLE) else (0, (4, 1.5)))
+        styles[kind] = (style.CYCLE[i % len(style.CYCLE)], "-" if i < len(style.CYCLE) else (0, (4, 1.5)))
     return styles
 
 
@@ -40,9 +40,8 @@ def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], st
         if not len(lines) or not len(x):
             continue
         if len(x) == 1:
-            axes.plot(
-                np.repeat(x, len(lines)), lines[:, 0], ls="none", marker="o", ms=3, color=color, alpha=0.7
-            )
+            again = np.repeat(x, len(lines))
+            axes.plot(again, lines[:, 0], ls="none", marker="o", ms=3, color=color, alpha=0.7)
             continue
         if not thin or len(lines) == 1:
             axes.plot(x, lines.T, color=color, ls=dash, lw=1.1, alpha=0.9)
@@ -62,6 +61,6 @@ def name_kinds(
     for kind, (color, _) in styles.items():
         lines = values[[k == kind for k in kinds]]
         last = [line[np.isfinite(line)][-1] for line in lines if np.isfinite(line).any()]
-        if last and color != MUTED:
+        if last and color != style.MUTED:
             ends.append((float(steps[-1]), float(np.median(last)), kind, color))
-    label_ends(axes, ends, height=height, size=7.2 if len(ends) <= 9 else 6.5)
+    style.label_ends(axes, ends, height=height, size=7.2 if len(ends) <= 9 else 6.5)

@@ -7,17 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerwise.lab.report import style
 from layerwise.lab.report.figures.by_kind import draw_kinds, kind_styles, name_kinds
 from layerwise.lab.report.names import network_order
-from layerwise.lab.report.style import (
-    MUTED,
-    WIDE,
-    Arrangement,
-    new_figure,
-    plain_log_ticks,
-    power_of_ten,
-    step_axis,
-)
 from layerwise.lab.runs.recorded import Array, Run
 
 if TYPE_CHECKING:
@@ -37,7 +29,7 @@ FAMILIES = {
 HEIGHT = 2.25  # inches of a panel
 
 
-def effective_rates(run: Run, arrangement: Arrangement = WIDE) -> Figure:
+def effective_rates(run: Run, arrangement: style.Arrangement = style.WIDE) -> Figure:
     """Two panels per norm group: the rate of each unit, and what it is of the base rate (the multiplier).
 
     Groups in which no unit's rate differs from another's are left out, unless that leaves none.
@@ -54,7 +46,7 @@ def effective_rates(run: Run, arrangement: Arrangement = WIDE) -> Figure:
         group: rows for group, rows in groups.items() if _largest_ratio(history.lr[list(rows)]) > 1.0005
     }
     shown = sorted((spread or groups).items(), key=lambda item: item[0] == "vector_rms")
-    figure = new_figure(arrangement.width, arrangement.height(2 * len(shown), HEIGHT) + 0.1)
+    figure = style.new_figure(arrangement.width, arrangement.height(2 * len(shown), HEIGHT) + 0.1)
     panels = arrangement.panels(figure, 2 * len(shown))
     for number, (group, kinds) in enumerate(shown):
         rows, names = list(kinds), list(kinds.values())
@@ -68,7 +60,7 @@ def effective_rates(run: Run, arrangement: Arrangement = WIDE) -> Figure:
     return figure
 
 
-_NOTE: dict[str, Any] = {"loc": "right", "fontsize": 7.5, "color": MUTED, "fontweight": "normal"}
+_NOTE: dict[str, Any] = {"loc": "right", "fontsize": 7.5, "color": style.MUTED, "fontweight": "normal"}
 
 
 def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str], title: str) -> None:
@@ -78,10 +70,10 @@ def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str], title: str
     exponent = math.floor(math.log10(top))
     scale = 1.0 if -2 <= exponent < 3 else 10.0**exponent
     axes.yaxis.set_major_formatter(lambda value, _: f"{value / scale:g}")
-    axes.set_ylabel("Effective learning rate" + ("" if scale == 1 else f", {power_of_ten(exponent)}"))
+    axes.set_ylabel("Effective learning rate" + ("" if scale == 1 else f", {style.power_of_ten(exponent)}"))
     axes.set_title(title)
     axes.set_title(f"{len(values)} units" if len(values) > 1 else "1 unit", **_NOTE)
-    step_axis(axes, steps)
+    style.step_axis(axes, steps)
     axes.set_xlabel("")
 
 
@@ -93,7 +85,7 @@ def _multipliers(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> N
     else:
         axes.set_ylim(0, float(np.nanmax(values)) * 1.06 or 1.0)
     axes.set_ylabel("Rate multiplier")
-    step_axis(axes, steps)
+    style.step_axis(axes, steps)
     axes.set_xlabel("")
     name_kinds(axes, steps, values, kinds, styles, height=HEIGHT * 0.72)
 
@@ -103,7 +95,7 @@ def _log_scale(axes: Axes, values: Array) -> None:
     axes.set_yscale("log")
     low, high = float(positive.min()) / 1.2, float(positive.max()) * 1.2
     axes.set_ylim(low, high)
-    plain_log_ticks(axes.yaxis, low, high)
+    style.plain_log_ticks(axes.yaxis, low, high)
 
 
 def _largest_ratio(rates: Array) -> float:

@@ -6,19 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from layerwise.lab.report import style
 from layerwise.lab.report.figures.by_kind import draw_kinds, kind_styles, name_kinds
 from layerwise.lab.report.names import UnitName, network_order
-from layerwise.lab.report.style import (
-    CYCLE,
-    INK,
-    PAPER,
-    WIDE,
-    Arrangement,
-    label_ends,
-    new_figure,
-    plain_log_ticks,
-    step_axis,
-)
 from layerwise.lab.runs.recorded import Array, Run, number
 
 if TYPE_CHECKING:
@@ -28,12 +18,12 @@ if TYPE_CHECKING:
 MOST_KINDS = 8
 
 
-def rate_per_layer(run: Run, arrangement: Arrangement = WIDE) -> Figure:
+def rate_per_layer(run: Run, arrangement: style.Arrangement = style.WIDE) -> Figure:
     """Function-space rate of each parameter over steps (log scale), coloured by kind of tensor."""
     steps, names, values = _records(run, "value")
     kinds = [name.part for name in names]
     values = np.where(values > 0, values, np.nan)
-    figure = new_figure(arrangement.width, 3.3)
+    figure = style.new_figure(arrangement.width, 3.3)
     axes = figure.subplots()
     axes.set_yscale("log")
     styles = kind_styles(kinds, MOST_KINDS)
@@ -41,17 +31,17 @@ def rate_per_layer(run: Run, arrangement: Arrangement = WIDE) -> Figure:
     if np.isfinite(values).any():
         low, high = float(np.nanmin(values)) / 1.3, float(np.nanmax(values)) * 1.3
         axes.set_ylim(low, high)
-        plain_log_ticks(axes.yaxis, low, high)
-    step_axis(axes, steps)
+        style.plain_log_ticks(axes.yaxis, low, high)
+    style.step_axis(axes, steps)
     axes.set_ylabel("Function-space learning rate")
     name_kinds(axes, steps, values, kinds, styles, height=2.5)
     return figure
 
 
-def stacked_shares(run: Run, arrangement: Arrangement = WIDE) -> Figure:
+def stacked_shares(run: Run, arrangement: style.Arrangement = style.WIDE) -> Figure:
     """Shares of the total function-space rate over steps, stacked: by block, and by kind of tensor."""
     steps, names, values = _records(run, "share")
-    figure = new_figure(arrangement.width, arrangement.height(2, 2.9))
+    figure = style.new_figure(arrangement.width, arrangement.height(2, 2.9))
     for axes, title, keys in zip(
         arrangement.panels(figure, 2, sharey=True),
         ("By block", "By kind of tensor"),
@@ -67,19 +57,19 @@ def stacked_shares(run: Run, arrangement: Arrangement = WIDE) -> Figure:
 def _stack(axes: Axes, steps: Array, values: Array, keys: list[str]) -> None:
     order = list(dict.fromkeys(keys))
     sums = np.array([np.nansum(values[[k == key for k in keys]], axis=0) for key in order])
-    colors = _shades(len(order)) if len(order) > MOST_KINDS else list(CYCLE[: len(order)])
+    colors = _shades(len(order)) if len(order) > MOST_KINDS else list(style.CYCLE[: len(order)])
     x = steps if len(steps) > 1 else np.array([steps[0] - 0.3, steps[0] + 0.3])  # one step is a bar
     drawn = sums if len(steps) > 1 else np.repeat(sums, 2, axis=1)
-    axes.stackplot(x, drawn, colors=colors, linewidth=0.4, edgecolor=PAPER, alpha=0.85)
+    axes.stackplot(x, drawn, colors=colors, linewidth=0.4, edgecolor=style.PAPER, alpha=0.85)
     axes.set_ylim(0, 1)
-    step_axis(axes, steps)
+    style.step_axis(axes, steps)
     middles = np.cumsum(sums[:, -1]) - sums[:, -1] / 2
     named = [
-        color if color in CYCLE else INK for color in colors
+        color if color in style.CYCLE else style.INK for color in colors
     ]  # shades are too dark to read on a dark page
     ends = [(float(steps[-1]), float(m), k, c) for k, m, c in zip(order, middles, named, strict=True)]
     largest = sorted(range(len(ends)), key=lambda i: -sums[i, -1])[:14]
-    label_ends(axes, [ends[i] for i in sorted(largest)], height=2.2, size=7)
+    style.label_ends(axes, [ends[i] for i in sorted(largest)], height=2.2, size=7)
 
 
 def _records(run: Run, field: str) -> tuple[Array, list[UnitName], Array]:

@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerwise.lab.optimizers.registry import rule_of
+from layerwise.lab.report import style
 from layerwise.lab.report.names import UnitName, network_order
-from layerwise.lab.report.style import (
-    INK,
-    MUTED,
-    NOISE_MAP,
-    PAPER,
-    RATE_MAP,
-    WIDE,
-    WIDTH,
-    Arrangement,
-    new_figure,
-    plain_log_ticks,
-    step_axis,
-)
 from layerwise.lab.runs.recorded import Array, LayerHistory, Run
 
 if TYPE_CHECKING:
@@ -42,7 +30,7 @@ def measured(run: Run) -> str:
     return "Squared dual norm" if rule_of(run.optimizer, rates) == "dual_norm_adaptive" else "Gradient noise"
 
 
-def layer_heat_maps(run: Run, units: Sequence[str], arrangement: Arrangement = WIDE) -> Figure:
+def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangement = style.WIDE) -> Figure:
     """What was measured (log scale, relative to the median of its norm group) and rate multiplier, where there are any.
 
     Norm groups measure noise in different norms, so only their relative noise can share a colour scale.
@@ -58,17 +46,15 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: Arrangement = W
     if history.has_noise:
         shown.append((noise, measured(run), "relative to the norm group's median"))
     if history.has_multiplier:
-        shown.append(
-            (history.multiplier[rows][:, pick], "Rate multiplier", "factor on the base learning rate")
-        )
+        shown.append((history.multiplier[rows][:, pick], "Rate multiplier", "factor on the base rate"))
     body = min(max(len(rows) * ROW, 1.0), TALLEST)
-    width = arrangement.width if len(shown) > 1 else min(arrangement.width, 0.62 * WIDTH)
-    figure = new_figure(width, arrangement.height(len(shown), body + 1.3))
+    width = arrangement.width if len(shown) > 1 else min(arrangement.width, 0.62 * style.WIDTH)
+    figure = style.new_figure(width, arrangement.height(len(shown), body + 1.3))
     columns = arrangement.panels(figure, len(shown), sharey=True)
     for axes, (values, title, subtitle) in zip(columns, shown, strict=True):
         image = _image(axes, values, history.steps[pick], is_noise=values is noise)
         _scale_bar(figure, axes, image, values, title, subtitle)
-        step_axis(axes, history.steps[pick])
+        style.step_axis(axes, history.steps[pick])
         _separators(axes, names)
     for axes in columns[:: arrangement.columns]:
         _row_labels(axes, names, body)
@@ -81,10 +67,10 @@ def _scale_bar(figure: Figure, axes: Axes, image: Any, values: Array, title: str
 
     bar = figure.colorbar(image, ax=axes, location="top", pad=0.02, aspect=34, extend=_clipped(image, values))
     if isinstance(image.norm, LogNorm) and image.norm.vmin and image.norm.vmax:
-        plain_log_ticks(bar.ax.xaxis, image.norm.vmin, image.norm.vmax)
+        style.plain_log_ticks(bar.ax.xaxis, image.norm.vmin, image.norm.vmax)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, labelsize=7.5, pad=1)
-    bar.ax.set_title(subtitle, loc="left", fontsize=7.5, color=MUTED, fontweight="normal", pad=15)
+    bar.ax.set_title(subtitle, loc="left", fontsize=7.5, color=style.MUTED, fontweight="normal", pad=15)
     bar.ax.annotate(
         title, (0, 1), xycoords="axes fraction", xytext=(0, 26), textcoords="offset points", fontsize=9, fontweight="bold",
     )  # fmt: skip
@@ -106,13 +92,9 @@ def _clipped(image: Any, values: Array) -> str:
     """Which ends of the colour scale stand for more than their value."""
     if not np.isfinite(values).any():  # multipliers without noise: static ones
         return "neither"
-    low, high = (
-        np.nanmin(values) < image.norm.vmin * (1 - 1e-9),
-        np.nanmax(values) > image.norm.vmax * (1 + 1e-9),
-    )
-    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get(
-        (bool(low), bool(high)), "neither"
-    )
+    low = np.nanmin(values) < image.norm.vmin * (1 - 1e-9)
+    high = np.nanmax(values) > image.norm.vmax * (1 + 1e-9)
+    return "both" if low and high else "min" if low else "max" if high else "neither"
 
 
 def _thin(steps: int) -> Any:
@@ -126,7 +108,7 @@ def _image(axes: Axes, values: Array, steps: Array, *, is_noise: bool) -> Any:
     norm: Any
     if is_noise:
         low, high = np.percentile(finite, [1, 99]) if finite.size else (0.1, 10.0)
-        norm, colors = LogNorm(min(low, 0.8), max(high, 1.25)), NOISE_MAP
+        norm, colors = LogNorm(min(low, 0.8), max(high, 1.25)), style.NOISE_MAP
     elif finite.size and finite.max() > 1 + 1e-6:
         # Rules that also raise rates: blue below one, red above it.
         reach = max(finite.max(), 1.01)
@@ -135,7 +117,7 @@ def _image(axes: Axes, values: Array, steps: Array, *, is_noise: bool) -> Any:
         low = float(finite[finite > 0].min()) if (finite > 0).any() else 0.0
         linear = low > 0.25 or low == 0  # below, a linear scale would have one colour for all small rates
         norm = Normalize(min(np.floor(low * 10) / 10, 0.9), 1.0) if linear else LogNorm(low, 1.0)
-        colors = RATE_MAP
+        colors = style.RATE_MAP
     edges = np.concatenate([[steps[0]], (steps[1:] + steps[:-1]) / 2, [steps[-1]]])
     if len(steps) == 1:
         edges = np.array([steps[0] - 0.5, steps[0] + 0.5])
@@ -166,7 +148,7 @@ def _separators(axes: Axes, names: Sequence[UnitName]) -> None:
     if points < MIN_BLOCK:  # lines would cover what they part
         return
     for _, first, _ in spans[1:]:
-        axes.axhline(first, color=PAPER, lw=min(1.6, 0.06 * points))
+        axes.axhline(first, color=style.PAPER, lw=min(1.6, 0.06 * points))
 
 
 def _row_labels(axes: Axes, names: Sequence[UnitName], height: float) -> None:
@@ -179,7 +161,7 @@ def _row_labels(axes: Axes, names: Sequence[UnitName], height: float) -> None:
             if block:
                 axes.annotate(
                     block, (0, (first + end) / 2), xycoords=("axes fraction", "data"), xytext=(-8 - 4.0 * widest, 0),
-                    textcoords="offset points", ha="right", va="center", fontsize=7.5, fontweight="bold", color=INK,
+                    textcoords="offset points", ha="right", va="center", fontsize=7.5, fontweight="bold", color=style.INK,
                 )  # fmt: skip
         return
     room = max(int(height / 0.135), 4)

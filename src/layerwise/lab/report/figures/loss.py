@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from layerwise.lab.report import style
 from layerwise.lab.report.grouping import Contender
-from layerwise.lab.report.style import (
-    BAND,
-    MUTED,
-    PAPER,
-    WIDE,
-    WIDTH,
-    Arrangement,
-    label_ends,
-    new_figure,
-    shortened,
-)
 from layerwise.lab.runs.quantities import count
 from layerwise.lab.runs.recorded import Array, Series
 
@@ -34,12 +24,12 @@ MOST_ROWS = 40
 HEIGHT = 3.1  # inches of a panel
 
 
-def loss_curves(contenders: Sequence[Contender], arrangement: Arrangement = WIDE) -> Figure:
+def loss_curves(contenders: Sequence[Contender], arrangement: style.Arrangement = style.WIDE) -> Figure:
     """Two panels: smoothed training loss (line) and validation loss (markers), against tokens and against seconds.
 
     Of more than a dozen contenders the best are named, the others grey.
     """
-    figure = new_figure(arrangement.width, arrangement.height(2, HEIGHT) + 0.25)
+    figure = style.new_figure(arrangement.width, arrangement.height(2, HEIGHT) + 0.25)
     by_tokens, by_time = arrangement.panels(figure, 2, sharey=True)
     low, high = loss_limits(contenders)
     named = standing_out(contenders)
@@ -57,9 +47,10 @@ def loss_curves(contenders: Sequence[Contender], arrangement: Arrangement = WIDE
     _count_axis(by_tokens)
     _time_axis(by_time)
     ends = [
-        (*_end(c.runs[0].val_loss, c.runs[0].train_loss), shortened(c.label, 30), c.look.color) for c in named
+        (*_end(c.runs[0].val_loss, c.runs[0].train_loss), style.shortened(c.label, 30), c.look.color)
+        for c in named
     ]
-    label_ends(by_tokens, [e for e in ends if math.isfinite(e[1])], height=HEIGHT * 0.72)
+    style.label_ends(by_tokens, [e for e in ends if math.isfinite(e[1])], height=HEIGHT * 0.72)
     _key(figure, len(contenders) - len(named))
     return figure
 
@@ -120,7 +111,7 @@ def smooth(values: Array, span: float = 0.03) -> Array:
 
 def _draw_contender(axes: Axes, contender: Contender, x_of: Callable[[Series], Array], named: bool) -> float:
     """Draw one contender's runs; returns where the longest ends, 0 where there is nothing to draw."""
-    color = contender.look.color if named else BAND
+    color = contender.look.color if named else style.BAND
     ends = [0.0]
     several = len(contender.runs) > 1
     for i, run in enumerate(contender.runs):
@@ -130,15 +121,14 @@ def _draw_contender(axes: Axes, contender: Contender, x_of: Callable[[Series], A
             if named and not several and len(train) > 40:
                 axes.plot(x_of(train), train.values, color=color, alpha=0.16, lw=0.6, zorder=1)
             width, over = (1.5, 3) if named else (0.7, 2)
-            axes.plot(
-                x_of(train), smooth(train.values), color=color, lw=width, alpha=0.9 * faint, zorder=over
-            )
+            smoothed = smooth(train.values)
+            axes.plot(x_of(train), smoothed, color=color, lw=width, alpha=0.9 * faint, zorder=over)
             ends.append(float(x_of(train)[-1]))
         if len(val):
             size = 4.6 if named else 2.0
             axes.plot(
                 x_of(val), val.values, linestyle="none", marker=contender.look.marker, ms=size, mfc=color,
-                mec=PAPER, mew=0.7 if named else 0, alpha=faint, zorder=5 if named else 2, clip_on=True,
+                mec=style.PAPER, mew=0.7 if named else 0, alpha=faint, zorder=5 if named else 2, clip_on=True,
             )  # fmt: skip
             ends.append(float(x_of(val)[-1]))
         if run.status == "diverged" and np.isfinite(train.values).any():
@@ -162,11 +152,11 @@ def _key(figure: Figure, grey: int) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=MUTED, lw=1.5, label="training, smoothed"),
-        Line2D([], [], color=MUTED, marker="o", ls="none", ms=4.6, mec=PAPER, label="validation"),
+        Line2D([], [], color=style.MUTED, lw=1.5, label="training, smoothed"),
+        Line2D([], [], color=style.MUTED, marker="o", ls="none", ms=4.6, mec=style.PAPER, label="validation"),
     ]
     if grey:
-        handles.append(Line2D([], [], color=BAND, lw=1.5, label=f"{grey} more"))
+        handles.append(Line2D([], [], color=style.BAND, lw=1.5, label=f"{grey} more"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.6)
 
 
@@ -181,9 +171,8 @@ def _time_axis(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     span = axes.get_xlim()[1]
-    unit, name = next(
-        ((u, n) for u, n in ((3600.0, "hours"), (60.0, "minutes")) if span > 2.5 * u), (1.0, "seconds")
-    )
+    units = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+    unit, name = next((unit for unit in units if span > 2.5 * unit[0]), units[-1])
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 5, 6, 10]))
     if unit > 1:
         step = MaxNLocator(5).tick_values(0, span / unit)
@@ -192,25 +181,29 @@ def _time_axis(axes: Axes) -> None:
     axes.set_xlabel(f"{axes.get_xlabel()}, {name}")
 
 
-def final_losses(contenders: Sequence[Contender], arrangement: Arrangement = WIDE) -> Figure:
+def final_losses(contenders: Sequence[Contender], arrangement: style.Arrangement = style.WIDE) -> Figure:
     """Final validation loss: a dot per seed, a bar at the mean, best contender at the top."""
     ranked = sorted((c for c in contenders if any(map(math.isfinite, c.final_losses))), key=_mean_loss)
     left_out = len(ranked) - MOST_ROWS
     ranked = ranked[:MOST_ROWS]
     row_height = 0.34 if len(ranked) < 16 else 0.2
-    figure = new_figure(min(arrangement.width, WIDTH * 0.7), 0.75 + row_height * max(len(ranked), 1))
+    figure = style.new_figure(
+        min(arrangement.width, style.WIDTH * 0.7), 0.75 + row_height * max(len(ranked), 1)
+    )
     axes = figure.subplots()
     for row, contender in enumerate(ranked):
         finite = [v for v in contender.final_losses if math.isfinite(v)]
         color = contender.look.color
         axes.plot([np.mean(finite)] * 2, [row - 0.26, row + 0.26], color=color, lw=2)
-        axes.plot(finite, [row] * len(finite), ls="none", marker="o", ms=4.5, color=color, mec=PAPER, mew=0.7)
+        axes.plot(
+            finite, [row] * len(finite), ls="none", marker="o", ms=4.5, color=color, mec=style.PAPER, mew=0.7
+        )
         lost = len(contender.final_losses) - len(finite)
         text = f"{np.mean(finite):.3f}" + (f"  ({lost} diverged)" if lost else "")
         axes.annotate(
-            text, (max(finite), row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED
+            text, (max(finite), row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8, color=style.MUTED
         )  # fmt: skip
-    axes.set_yticks(range(len(ranked)), [shortened(c.label, 34) for c in ranked])
+    axes.set_yticks(range(len(ranked)), [style.shortened(c.label, 34) for c in ranked])
     axes.set_ylim(len(ranked) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", visible=True)

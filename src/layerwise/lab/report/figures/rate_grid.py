@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from layerwise.lab.report import style
 from layerwise.lab.report.rate_curve import LossesByRate, RateCurve
-from layerwise.lab.report.style import (
-    PAPER,
-    WIDE,
-    Arrangement,
-    Look,
-    new_figure,
-    plain_log_ticks,
-    shortened,
-)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 
-def loss_against_rate(curves: Sequence[RateCurve], arrangement: Arrangement = WIDE) -> Figure:
+def loss_against_rate(curves: Sequence[RateCurve], arrangement: style.Arrangement = style.WIDE) -> Figure:
     """One curve each, as `draw_losses` draws it, on axes that show the rates near the best ones."""
     beside = arrangement.columns > 1
-    legend = 0.36 * len(curves) + 0.3  # inches: each curve has two lines
-    figure = new_figure(arrangement.width, max(3.3, legend) if beside else 3.3 + legend)
+    named = 0.36 * len(curves) + 0.3  # inches: each curve has two lines
+    figure = style.new_figure(arrangement.width, max(3.3, named) if beside else 3.3 + named)
     axes = figure.subplots()
     rates = [lr for curve in curves for lr in curve.rates if lr > 0]
     finite = [v for c in curves for values in c.losses.values() for v in values if math.isfinite(v)]
@@ -35,17 +27,19 @@ def loss_against_rate(curves: Sequence[RateCurve], arrangement: Arrangement = WI
     axes.set_xscale("log")
     if rates:
         axes.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
-        plain_log_ticks(axes.xaxis, *axes.get_xlim())
+        style.plain_log_ticks(axes.xaxis, *axes.get_xlim())
     axes.set_ylim(low, high)
     for curve in curves:
         draw_losses(axes, curve, curve.look)
-    handles = [_entry(curve) for curve in curves]
+    legend: dict[str, Any] = {
+        "handles": [_entry(curve) for curve in curves],
+        "handlelength": 1.4,
+        "labelspacing": 0.9,
+    }
     if beside:
-        axes.legend(
-            handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4, labelspacing=0.9
-        )
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), **legend)
     else:
-        figure.legend(handles=handles, loc="outside lower left", handlelength=1.4, labelspacing=0.9)
+        figure.legend(loc="outside lower left", **legend)
     axes.set_xlabel("Base learning rate")
     axes.set_ylabel("Final validation loss, nats per token")
     return figure
@@ -71,17 +65,11 @@ def _entry(curve: RateCurve) -> Line2D:
         if curve.best is None
         else f"best {curve.best:.3g}{', end of grid' if curve.edge else ''}: {curve.mean(curve.best):.3f}"
     )
-    return Line2D(
-        [],
-        [],
-        color=curve.look.color,
-        marker=curve.look.marker,
-        ms=4,
-        label=f"{shortened(curve.label)}\n{best}",
-    )
+    label = f"{style.shortened(curve.label)}\n{best}"
+    return Line2D([], [], color=curve.look.color, marker=curve.look.marker, ms=4, label=label)
 
 
-def draw_losses(axes: Axes, curve: LossesByRate, look: Look, scale: float = 1.0) -> None:
+def draw_losses(axes: Axes, curve: LossesByRate, look: style.Look, scale: float = 1.0) -> None:
     """Dots are seeds, the line their mean, a ring the best rate (open at the end of its grid), a cross at the top a rate
     that diverged. `scale`: of the marks.
     """
@@ -94,12 +82,10 @@ def draw_losses(axes: Axes, curve: LossesByRate, look: Look, scale: float = 1.0)
             [lr] * len(shown), shown, ls="none", marker=look.marker, ms=3.4 * scale, color=color, alpha=0.55, mew=0
         )  # fmt: skip
         if len(shown) < len(values):
-            top = axes.get_xaxis_transform()
-            axes.plot(
-                [lr], [1], ls="none", marker="x", ms=6 * scale, color=color, transform=top, clip_on=False
-            )
+            top: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot([lr], [1], ls="none", marker="x", ms=6 * scale, color=color, **top)
     if curve.best is not None:
         axes.plot(
             [curve.best], [curve.mean(curve.best)], ls="none", marker="o", ms=8.5 * scale, mec=color, mew=1.5, zorder=6,
-            mfc=PAPER if curve.edge else color,
+            mfc=style.PAPER if curve.edge else color,
         )  # fmt: skip

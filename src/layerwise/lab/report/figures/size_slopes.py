@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.lab.report.style import CYCLE, GREY, MARKERS, WIDTH, new_figure, plain_log_ticks
+from layerwise.lab.report import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ def size_slopes(check: SizeCheck) -> Figure:
     modules = [name for name, verdict in check.verdicts.items() if verdict != "none"]
     uneven = [name for name in modules if check.verdicts[name] in ("grows", "shrinks")]
     shown = modules if len(modules) <= _COLOURED else uneven[:_COLOURED]
-    figure = new_figure(WIDTH, max(2.6, 0.19 * len(shown) + 0.8))
+    figure = style.new_figure(style.WIDTH, max(2.6, 0.19 * len(shown) + 0.8))
     panels = figure.subplots(1, len(check.steps), squeeze=False, sharey=True)[0]
     for axes, step in zip(panels, check.steps, strict=True):
         for trend in check.of(check.judged, step):
@@ -33,7 +33,7 @@ def size_slopes(check: SizeCheck) -> Figure:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(min(check.sizes) / 1.15, max(check.sizes) * 1.15)
-        plain_log_ticks(axes.xaxis, *axes.get_xlim())
+        style.plain_log_ticks(axes.xaxis, *axes.get_xlim())
         axes.set_xlabel(check.axis)
     panels[0].set_ylabel(QUANTITIES[check.judged])
     if shown:
@@ -48,10 +48,10 @@ def _draw(axes: Axes, trend: Trend, number: int | None) -> None:
         return
     sizes, values = zip(*points, strict=True)
     if number is None:
-        axes.plot(sizes, values, color=GREY, lw=0.8, alpha=0.6)
+        axes.plot(sizes, values, color=style.GREY, lw=0.8, alpha=0.6)
         return
     slope = "" if trend.slope is None else f" {trend.slope:+.2f}"
     axes.plot(
-        sizes, values, color=CYCLE[number % len(CYCLE)], marker=MARKERS[number // len(CYCLE)], ms=3, lw=1.2,
-        label=f"{trend.module}{slope}",
+        sizes, values, color=style.CYCLE[number % len(style.CYCLE)], marker=style.MARKERS[number // len(style.CYCLE)],
+        ms=3, lw=1.2, label=f"{trend.module}{slope}",
     )  # fmt: skip
