@@ -90,9 +90,7 @@ def load_tokens(config: DataConfig) -> TokenFiles:
     if config.source == "tokens":
         return _from_id_file(config)
     corpus = read_corpus(config)
-    folder = _cached(config, corpus)
-    info = _read_info(folder)
-    assert info is not None
+    folder, info = _cached(config, corpus)
     files = info.pop("files")
     train, validation = (_open_ids(folder / name, info["dtype"]) for name in files)
     info = {"source": config.source, "name": corpus.name, **info}
@@ -110,14 +108,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LAYERWISE_CACHE") or "~/.cache/layerwise").expanduser()
 
 
-def _cached(config: DataConfig, corpus: Corpus) -> Path:
-    """The folder with this corpus's ids, made first where it is missing."""
+def _cached(config: DataConfig, corpus: Corpus) -> tuple[Path, dict[str, Any]]:
+    """The folder with this corpus's ids, made first where it is missing, and what it says of itself."""
     vocab_size = _vocabulary(config)
     identity = [_VERSION, corpus.sha256, config.tokenizer, vocab_size, config.validation_fraction]
     folder = cache_folder() / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}"
     if folder.exists():
-        if _read_info(folder) is not None:
-            return folder
+        if (known := _read_info(folder)) is not None:
+            return folder, known
         warn(f"cache folder {folder} is damaged: its token ids are made again")
         shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -138,7 +136,7 @@ def _cached(config: DataConfig, corpus: Corpus) -> Path:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return folder
+    return folder, info
 
 
 def _read_info(folder: Path) -> dict[str, Any] | None:

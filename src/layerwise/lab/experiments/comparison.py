@@ -16,7 +16,7 @@ from layerwise.lab.experiments.comparison_notes import notes
 from layerwise.lab.experiments.contenders import CompareConfig, Entry, entries
 from layerwise.lab.experiments.standings import Standing, baseline, standings, standings_note
 from layerwise.lab.experiments.store import RunStore
-from layerwise.lab.experiments.tuning import Outcome, Point, Tuning
+from layerwise.lab.experiments.tuning import Point, Search
 from layerwise.lab.report import Contender, RateCurve
 from layerwise.lab.report.names import looks
 from layerwise.lab.runs.directory import has_ended
@@ -105,20 +105,22 @@ def compare(
     runner = Runner(config, progress, say)
     check_buildable(example for entry in listed for example in runner.examples(entry))
     chosen = looks([entry.optimizer.name for entry in listed])
-    outcomes = [
-        Tuning(Outcome(entry, look), runner.runs, section.trials, say).search()
+    searches = [
+        Search(entry, look, runner.runs, section.trials, say)
         for entry, look in zip(listed, chosen, strict=True)
     ]
-    return conclude(runner, outcomes)
+    for search in searches:
+        search.finish()
+    return conclude(runner, searches)
 
 
-def conclude(runner: Runner, outcomes: Sequence[Outcome]) -> Comparison:
+def conclude(runner: Runner, searches: Sequence[Search]) -> Comparison:
     """Each contender at its best, how they stand to one another, and what has to be said of how it was found."""
-    section, curves = runner.config.compare, [outcome.curve for outcome in outcomes]
-    made = Comparison([o.at_best for o in outcomes], curves, list(notes(runner.config, curves)), [])
+    section, curves = runner.config.compare, [search.curve for search in searches]
+    made = Comparison([search.at_best for search in searches], curves, list(notes(runner.config, curves)), [])
     if not made.tuned and section.seeds == 1 and section.baseline is None:
         return made
-    base = baseline(section, outcomes)
+    base = baseline(section, searches)
     lengths = {length: runner.runs(base.entry, base.best, length) for length in section.lengths}
-    stood = standings(outcomes, base, lengths)
+    stood = standings(searches, base, lengths)
     return replace(made, standings=stood, notes=[*made.notes, standings_note(base, section.trials)])

@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 
 from layerwise.lab.experiments.contenders import CompareSection
-from layerwise.lab.experiments.tuning import Outcome, Point
+from layerwise.lab.experiments.tuning import Point, Search
 from layerwise.lab.runs.recorded import Run
 
 TOLERANCE = 0.05  # nats: how much worse than its best a base rate may be and still count as a good one
@@ -37,9 +37,7 @@ class Standing:
     point: Point
     trials: int
     difference: Interval | None  # to the baseline, seeds paired; None for itself, and where a run diverged
-    tokens: (
-        str  # that the baseline needs for the same loss, over those of the comparison; "" where not asked for
-    )
+    tokens: str  # that the baseline needs for the same loss, over the comparison's; "" where not asked for
     octaves: str  # of base rate within the tolerance of the best; "" of one rate
 
 
@@ -85,36 +83,36 @@ def tokens_for(loss: float, baseline: Mapping[float, float]) -> str:
     return f"less than {lengths[0]:g}" if loss > baseline[lengths[0]] else f"more than {lengths[-1]:g}"
 
 
-def baseline(section: CompareSection, outcomes: Sequence[Outcome]) -> Outcome:
+def baseline(section: CompareSection, searches: Sequence[Search]) -> Search:
     """The contender that the config names, else the one of the lowest loss."""
-    best = min(outcomes, key=lambda outcome: outcome.curve.mean(outcome.best.lr))
-    return next((outcome for outcome in outcomes if outcome.entry.name == section.baseline), best)
+    best = min(searches, key=lambda search: search.curve.mean(search.best.lr))
+    return next((search for search in searches if search.entry.name == section.baseline), best)
 
 
 def standings(
-    outcomes: Sequence[Outcome], base: Outcome, lengths: Mapping[float, Sequence[Run]]
+    searches: Sequence[Search], base: Search, lengths: Mapping[float, Sequence[Run]]
 ) -> list[Standing]:
-    """Every contender against the baseline, in the order of the outcomes; `lengths`: its runs of other lengths."""
+    """Every contender against the baseline, in the order of the searches; `lengths`: its runs of other lengths."""
     expected = base.at_best.final_losses
     curve = {length: fmean(run.final_val_loss for run in runs) for length, runs in lengths.items()}
     curve |= {1.0: fmean(expected)} if curve else {}
     found = []
-    for outcome in outcomes:
-        losses, other = outcome.at_best.final_losses, outcome is not base
+    for search in searches:
+        losses, other = search.at_best.final_losses, search is not base
         found.append(
             Standing(
-                outcome.entry.label,
-                outcome.best,
-                trials=len(outcome.runs),
+                search.entry.label,
+                search.best,
+                trials=len(search.runs),
                 difference=paired(losses, expected) if other else None,
                 tokens=tokens_for(fmean(losses), curve) if other and curve else "",
-                octaves=str(outcome.curve.octaves(TOLERANCE)) if len(outcome.curve.rates) > 1 else "",
+                octaves=str(search.curve.octaves(TOLERANCE)) if len(search.curve.rates) > 1 else "",
             )
         )
     return found
 
 
-def standings_note(base: Outcome, trials: int | None) -> str:
+def standings_note(base: Search, trials: int | None) -> str:
     """What the columns mean."""
     budget = f"Every contender had {trials} trials. " if trials else ""
     return (

@@ -35,20 +35,29 @@ class Point:
 
 
 @dataclass
-class Outcome:
-    """All runs of one contender: point -> a run per seed, in the order in which they were asked for."""
+class Search:
+    """The trials of one contender, and what is best of them.
+
+    Attributes:
+        entry: the contender.
+        look: how it is drawn.
+        run: makes a run per seed of a point.
+        trials: points to run, neither more nor fewer, at least as many as the grids hold; None: what they ask for.
+        say: is told in a line where the grid grows.
+        runs: point -> a run per seed, in the order in which they were asked for.
+    """
 
     entry: Entry
     look: Look
+    run: Callable[[Entry, Point], list[Run]]
+    trials: int | None
+    say: Callable[[str], None]
     runs: dict[Point, list[Run]] = field(default_factory=dict)
 
     def curve_at(self, factors: tuple[tuple[str, float], ...]) -> RateCurve:
         """Losses by base rate, of the points that have these factors."""
-        losses = {
-            point.lr: [run.final_val_loss for run in runs]
-            for point, runs in self.runs.items()
-            if point.factors == factors
-        }
+        same = {point.lr: runs for point, runs in self.runs.items() if point.factors == factors}
+        losses = {lr: [run.final_val_loss for run in runs] for lr, runs in same.items()}
         return RateCurve(self.entry.label, self.look, losses)
 
     @property
@@ -67,27 +76,13 @@ class Outcome:
     def at_best(self) -> Contender:
         return Contender(self.entry.label, self.look, tuple(self.runs[self.best]))
 
+    @property
+    def left(self) -> float:
+        """Trials that are not spent."""
+        return math.inf if self.trials is None else self.trials - len(self.runs)
 
-class Tuning:
-    """The search of one contender.
-
-    Args:
-        outcome: where its runs are kept.
-        run: a run per seed of a point.
-        trials: points to run, neither more nor fewer, at least as many as the grids hold; None: what they ask for.
-        say: is told in a line where the grid grows.
-    """
-
-    def __init__(
-        self,
-        outcome: Outcome,
-        run: Callable[[Entry, Point], list[Run]],
-        trials: int | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.outcome, self.entry, self.run, self.trials, self.say = outcome, outcome.entry, run, trials, say
-
-    def search(self) -> Outcome:
+    def finish(self) -> None:
+        """Runs all points that the contender is to have."""
         roles = self.entry.roles
         for rate in self.entry.rates:
             self.attempt(Point(rate))
@@ -95,31 +90,25 @@ class Tuning:
             self.grow(kept=sum(map(len, roles.values())))
         for role, factors in roles.items():
             for factor in factors:
-                self.attempt(self.outcome.best.with_factor(role, factor))
+                self.attempt(self.best.with_factor(role, factor))
         if roles:
             self.grow()  # with factors the best base rate is another
         while self.trials is not None and self.left > 0:
-            self.attempt(replace(self.outcome.best, lr=finer(self.outcome.curve)))
-        return self.outcome
-
-    @property
-    def left(self) -> float:
-        """Trials that are not spent."""
-        return math.inf if self.trials is None else self.trials - len(self.outcome.runs)
+            self.attempt(replace(self.best, lr=finer(self.curve)))
 
     def attempt(self, point: Point) -> None:
         """Runs a point unless it is known."""
-        if point not in self.outcome.runs:
-            self.outcome.runs[point] = self.run(self.entry, point)
+        if point not in self.runs:
+            self.runs[point] = self.run(self.entry, point)
 
     def grow(self, kept: int = 0) -> None:
         """Base rates beyond a grid whose best is at its end, at the best factors; `kept`: trials to be left over."""
         for _ in range(AUTO_EXTENSIONS):
-            further = beyond(self.outcome.curve)
+            further = beyond(self.curve)
             if further is None or self.left <= kept:
                 return
             self.say(f"{self.entry.label}: the best rate is at the end of the grid; trying {further:g}")
-            self.attempt(replace(self.outcome.best, lr=further))
+            self.attempt(replace(self.best, lr=further))
 
 
 def beyond(curve: RateCurve) -> float | None:
