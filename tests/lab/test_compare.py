@@ -201,6 +201,23 @@ def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(
     )  # no rate that a longer grid would not confirm
 
 
+def test_what_is_configured_and_not_compared_is_said(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "train", FakeTraining(best=1e-3, diverges_above=0.1))
+    contenders = "{slow: {name: d-muon, lr: 1e-4}, quick: {name: adamw}}"
+    by_role = [
+        "compare.by_role=[quick]",
+        "compare.roles={head: [2]}",
+    ]  # which is compared, though not by itself
+    said: list[str] = []
+    config = configured(words, "compare.optimizers=[adamw]", f"compare.contenders={contenders}", *by_role)
+    compare(config, progress="quiet", say=said.append)
+    assert [line for line in said if "leaves out" in line] == [
+        "compare.contenders has slow, which this comparison leaves out (compare.optimizers)"
+    ]
+
+
 def test_identity_is_the_config_apart_from_where_it_is_written(words: list[str]) -> None:
     config = configured(words).model_dump(exclude={"compare"})
     moved = json.loads(json.dumps(config))

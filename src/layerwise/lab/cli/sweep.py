@@ -79,9 +79,10 @@ def _say_plan(config: SweepConfig, workers: int) -> float:
     done = read_results(config.run_path / RESULTS)
     left = sum(id not in done for id in plan.trials)
     sizes = ", ".join(f"{size:g}" for size in sweep.sizes)
+    seeds = f"{len(sweep.seeds)} seed{'s' if len(sweep.seeds) > 1 else ''}"
     print(
         f"{config.run_name}: {len(plan.trials)} trials, {left} of them to run, in {config.run_path}\n"
-        f"  {sweep.axis} {sizes}; methods {', '.join(sweep.methods)}; {len(sweep.lr)} rates; {len(sweep.seeds)} seeds;"
+        f"  {sweep.axis} {sizes}; methods {', '.join(sweep.methods)}; {len(sweep.lr)} rates; {seeds};"
         f" {config.steps} steps each",
         flush=True,  # timing the steps takes a while
     )

@@ -99,9 +99,12 @@ def compare(
     total = sum(trials) * section.seeds
     runs = f"{total} run{'s' if total != 1 else ''}"
     say(f"{runs} of {config.steps} steps, {config.tokens_per_step:,} tokens a step")
-    grids = section.lr_grid if isinstance(section.lr_grid, dict) else {}
-    if unused := sorted(set(grids) - {entry.name for entry in listed}):
-        say(f"compare.lr_grid has rates for {', '.join(unused)}, which this comparison leaves out")
+    compared = {entry.name for entry in listed} | set(section.by_role)
+    for key, given in (("lr_grid", section.lr_grid), ("contenders", section.contenders)):
+        if isinstance(given, dict) and (unused := sorted(given.keys() - compared)):
+            say(
+                f"compare.{key} has {', '.join(unused)}, which this comparison leaves out (compare.optimizers)"
+            )
     runner = Runner(config, progress, say)
     check_buildable(example for entry in listed for example in runner.examples(entry))
     chosen = looks([entry.optimizer.name for entry in listed])

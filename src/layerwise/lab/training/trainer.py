@@ -370,7 +370,7 @@ class Trainer:
         self._loss_sum = state["loss_sum"].to(self.device)
         self._loss_steps = state["loss_steps"]
         for stream in self.writer.truncate(state["lengths"]):
-            self.progress.note(f"{stream}.jsonl is shorter than at step {self.step}: lines of it are lost")
+            self.progress.note(f"{stream}.jsonl is shorter than it was at step {self.step}: lines are lost")
         random = [state["random"], *state["random_of_others"]]
         if self.rank < len(random):
             set_random_state(random[self.rank])
