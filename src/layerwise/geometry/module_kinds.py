@@ -62,6 +62,6 @@ def lora_factors(model: nn.Module) -> list[nn.Parameter]:
 def is_base_model(module: Any) -> bool:
     """A transformers model without a task: its class is not called "...For..." something."""
     prefix = getattr(module, "base_model_prefix", None)
-    if not (isinstance(prefix, str) and prefix and "For" not in type(module).__name__):
+    if not (isinstance(prefix, str) and prefix) or re.search("For[A-Z]", type(module).__name__):
         return False
     return getattr(module, "base_model", None) is module

@@ -79,7 +79,6 @@ class Evidence:
         sites: parameter's number -> (site, addresses of the rows whose results went there).
         transformed: numbers of parameters whose results another parameter transformed afterwards.
         reached: numbers of parameters whose results reached an output of the model.
-        problems: names of operations that could not be followed.
         of_unseen: the note on parameters that took no part.
     """
 
@@ -88,8 +87,11 @@ class Evidence:
     sites: dict[int, list[tuple[Site, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     transformed: set[int] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
-    problems: set[str] = field(default_factory=set)
     of_unseen: str = ""
+
+    def understood(self, number: int) -> bool:
+        """Whether a parameter was used in some way that says what it does."""
+        return any(use.kind != "other" for use in self.uses.get(number, ()))
 
     def product(self, view: Tensor, sides: Sequence[Side]) -> None:
         """A weight took part in a matrix product; `sides` says what each dimension of its view does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,11 @@ class Operation:
         """All tensors given, those in lists too."""
         return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
 
+    @property
+    def writes_into_a_part(self) -> bool:
+        """Whether it writes in place, into a view of another tensor."""
+        return bool(self.args) and self.results[0] is self.args[0] and self.results[0]._is_view()
+
     def argument(self, name: str) -> Any:
         """An argument by its name in the operation's schema, None where it was not given."""
         if name in self.kwargs:
@@ -50,6 +55,21 @@ class Operation:
     def has(self, tag: torch.Tag) -> bool:
         """Whether torch has given the operation this tag."""
         return tag in self.func.tags
+
+
+@dataclass
+class Written:
+    """What was written into a storage, part by part.
+
+    Attributes:
+        storage: the storage, without keeping it alive.
+        rows: for each entry of it, the address of the row that made it.
+        results_of: numbers of the parameters whose results are in it.
+    """
+
+    storage: StorageWeakRef
+    rows: Tensor
+    results_of: frozenset[int] = frozenset()
 
 
 class Flow:
@@ -72,52 +92,68 @@ class Flow:
         self._numbers: dict[int, int] = {}
         self._constants = {id(b): POSITIONS if _counts(b) else CONSTANT for b in model.buffers()}
         self._origins = WeakTensorKeyDictionary()
-        self._written: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+        self._written: dict[int, Written] = {}
         self._look_up_names()
 
     def origin(self, tensor: Tensor) -> Origin | None:
         """Where a tensor comes from, None for inputs and what was made of inputs alone."""
-        known = self._origins.get(tensor)
-        if known is not None:
+        written = self._written_into(tensor) if self._written else None
+        known = self._origins.get(tensor) or (None if written else self._given(tensor))
+        if written is None:
             return known
-        if id(tensor) in self._constants:
-            return self._constants[id(tensor)]
-        if isinstance(tensor, nn.Parameter):
-            if id(tensor) not in self._numbers:
-                self._look_up_names()  # FSDP2 puts others in their place for the time of the forward pass
-            number = self._numbers.get(id(tensor))
-            if number is None:
-                return None
-            addresses = self.evidence.space.at(number)
-            return Origin((addresses,) if addresses.shape == tensor.shape else (), constant=True)
-        return self._of_storage(tensor) if self._written else None
+        results_of = written.results_of - self.evidence.transformed
+        if known is not None:
+            return replace(known, results_of=known.results_of | results_of)
+        return Origin(rows=(_as(tensor, written.rows).clone(),), results_of=results_of)
 
     def came_from(self, tensor: Tensor, origin: Origin) -> None:
         """Remember the origin of a tensor."""
         self._origins[tensor] = origin
 
-    def wrote(self, tensor: Tensor, rows: Tensor) -> None:
-        """Results of these rows were written into a tensor, which may be a part of a larger one."""
+    def wrote(self, tensor: Tensor) -> None:
+        """A tensor that is a part of a larger one was written in place: so was the larger one."""
+        origin = self._origins.get(tensor)
+        if origin is None or origin.constant:
+            return
         storage = tensor.untyped_storage()
-        known = self._written.get(storage._cdata)
+        known = self._written_into(tensor)
         if known is None:
-            entries = storage.nbytes() // tensor.element_size()
-            known = StorageWeakRef(storage), torch.full((entries,), -1)
-            self._written[storage._cdata] = known
-        known[1].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(rows)
+            rows = torch.full((storage.nbytes() // tensor.element_size(),), -1)
+            known = self._written[storage._cdata] = Written(StorageWeakRef(storage), rows)
+        known.results_of |= origin.results_of
+        for rows in origin.rows[:1]:
+            _as(tensor, known.rows).copy_(rows)
 
-    def _of_storage(self, tensor: Tensor) -> Origin | None:
-        reference, flat = self._written.get(tensor.untyped_storage()._cdata, (None, None))
-        if reference is None or flat is None or reference.expired():
+    def _written_into(self, tensor: Tensor) -> Written | None:
+        if tensor.layout is not torch.strided:
             return None
-        rows = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        return Origin(rows=(rows.clone(),))
+        known = self._written.get(tensor.untyped_storage()._cdata)
+        return None if known is None or known.storage.expired() else known
+
+    def _given(self, tensor: Tensor) -> Origin | None:
+        """The origin of a parameter or a buffer."""
+        if id(tensor) in self._constants:
+            return self._constants[id(tensor)]
+        if not isinstance(tensor, nn.Parameter):
+            return None
+        if id(tensor) not in self._numbers:
+            self._look_up_names()  # FSDP2 puts others in their place for the time of the forward pass
+        number = self._numbers.get(id(tensor))
+        if number is None:
+            return None
+        addresses = self.evidence.space.at(number)
+        return Origin((addresses,) if addresses.shape == tensor.shape else (), constant=True)
 
     def _look_up_names(self) -> None:
         numbers = self.evidence.space.numbers
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             if name in numbers:
                 self._numbers.setdefault(id(parameter), numbers[name])
+
+
+def _as(tensor: Tensor, flat: Tensor) -> Tensor:
+    """The entries of a storage that a tensor holds, in its shape."""
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _counts(buffer: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from layerwise.geometry.forward.flow import Flow, Operation
-from layerwise.geometry.forward.rules import follow
+from layerwise.geometry.forward.rules import follow, other
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError)
 
@@ -45,7 +45,7 @@ class Follow(TorchDispatchMode):
             if results:
                 follow(self._flow, operation)
         except _FAILURES:  # what is not understood must not break the user's forward pass
-            self._flow.evidence.problems.add(operation.name)
+            other(self._flow, operation)
         return out
 
 

@@ -25,7 +25,8 @@ def norm(flow: Flow, op: Operation) -> None:
         return
     if gain is not None:
         flow.evidence.transformed |= origin.results_of
-    flow.came_from(op.results[0], replace(origin, results_of=origin.results_of - flow.evidence.transformed))
+    results_of = origin.results_of - flow.evidence.transformed
+    flow.came_from(op.results[0], replace(origin, results_of=results_of, normalised=True))
 
 
 def convolution(flow: Flow, op: Operation) -> None:

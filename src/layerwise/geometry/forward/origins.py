@@ -20,6 +20,9 @@ class Origin:
         rows: addresses of the rows of weights that made its entries; several where results were added up.
         results_of: numbers of the parameters whose results, untransformed by another parameter, are in it.
         bent: whether a nonlinear function was applied since the rows made it.
+        pooled: whether entries were put together into one since the rows made it: a mean, a norm, a loss.
+        scaled: whether a learned vector multiplied it.
+        normalised: whether it was divided by, or multiplied with, what its own entries were pooled to.
         counts: whether it goes up by one along its last dimension whatever the input is: numbers of positions.
     """
 
@@ -28,6 +31,9 @@ class Origin:
     rows: tuple[Tensor, ...] = ()
     results_of: frozenset[int] = frozenset()
     bent: bool = False
+    pooled: bool = False
+    scaled: bool = False
+    normalised: bool = False
     counts: bool = False
 
 
@@ -49,16 +55,20 @@ def expanded(addresses: Tensor, shape: Size) -> Tensor | None:
 
 def joined(origins: Iterable[Origin], shape: Size, transformed: set[int]) -> Origin:
     """The origin of what an operation makes of activations entry by entry."""
+    given = list(origins)
     rows: list[Tensor] = []
     results: set[int] = set()
-    bent = False
-    for origin in origins:
+    for origin in given:
         results |= origin.results_of
-        bent |= origin.bent
         fit = [expanded(addresses, shape) for addresses in origin.rows]
         rows += [addresses for addresses in fit if addresses is not None and not _known(addresses, rows)]
     return Origin(
-        rows=tuple(rows[-MOST_ROWS:]), results_of=frozenset(results - transformed), bent=bent and bool(rows)
+        rows=tuple(rows[-MOST_ROWS:]),
+        results_of=frozenset(results - transformed),
+        bent=any(origin.bent for origin in given) and bool(rows),
+        pooled=all(origin.pooled for origin in given),
+        scaled=any(origin.scaled for origin in given),
+        normalised=any(origin.normalised for origin in given),
     )
 
 

@@ -40,6 +40,8 @@ def follow(flow: Flow, op: Operation) -> None:
         _all(flow, op, POSITIONS if _counts(op, origins) else CONSTANT)
     else:
         _rule(op)(flow, op)
+        if op.writes_into_a_part:
+            flow.wrote(op.results[0])
 
 
 def _counts(op: Operation, origins: Sequence[Origin | None]) -> bool:
@@ -76,16 +78,21 @@ def pointwise(flow: Flow, op: Operation) -> None:
         return
     activations = [origin for _, origin in given if not origin.constant]
     kind: Kind = "gain" if op.name in _SCALES else "bias"
-    for _, origin in given:
-        for weight in origin.weights if origin.constant else ():
-            flow.evidence.used(weight, kind)
-            if kind == "gain" and weight.numel() > 1:
-                flow.evidence.transformed |= {n for each in activations for n in each.results_of}
+    weights = [weight for _, origin in given if origin.constant for weight in origin.weights]
+    for weight in weights:
+        flow.evidence.used(weight, kind)
     if op.name in _SCALES:
         _meet(flow, op, activations)
     result = joined(activations, shape, flow.evidence.transformed)
-    bent = result.bent or (op.name not in _LINEAR and bool(result.rows))
-    _all(flow, op, replace(result, bent=bent))
+    result = replace(
+        result,
+        bent=result.bent or (op.name not in _LINEAR and bool(result.rows)),
+        scaled=result.scaled or (kind == "gain" and any(weight.numel() > 1 for weight in weights)),
+        normalised=result.normalised or (kind == "gain" and _normalise(activations)),
+    )
+    if result.scaled and result.normalised:  # a normalisation with gains; logits may be scaled alone
+        flow.evidence.transformed |= result.results_of
+    _all(flow, op, result)
 
 
 def _fits(flow: Flow, tensor: Tensor, weight: Tensor, shape: torch.Size) -> bool:
@@ -93,6 +100,12 @@ def _fits(flow: Flow, tensor: Tensor, weight: Tensor, shape: torch.Size) -> bool
     if tensor.shape != shape:
         flow.evidence.used(weight, "gain")
     return tensor.shape == shape
+
+
+def _normalise(origins: Sequence[Origin]) -> bool:
+    """Whether a product is of results and what the same results were pooled to."""
+    pooled = frozenset[int]().union(*(origin.results_of for origin in origins if origin.pooled))
+    return any(not origin.pooled and origin.results_of & pooled for origin in origins)
 
 
 def _meet(flow: Flow, op: Operation, origins: Sequence[Origin]) -> None:
@@ -116,12 +129,10 @@ def reduction(flow: Flow, op: Operation) -> None:
     dims = op.argument("dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(op.tensors[0].ndim))
     kept = [rows for rows in origin.rows if rows.ndim and constant_along(rows, dims)]
+    results_of = origin.results_of - flow.evidence.transformed
     for result in op.results:
         rows = [_without(rows, dims, result) for rows in kept]
-        flow.came_from(
-            result,
-            replace(origin, rows=tuple(rows), results_of=origin.results_of - flow.evidence.transformed),
-        )
+        flow.came_from(result, replace(origin, rows=tuple(rows), results_of=results_of, pooled=True))
 
 
 def _without(rows: Tensor, dims: Sequence[int], result: Tensor) -> Tensor:
@@ -277,7 +288,7 @@ def _chosen(op: Operation) -> list[int]:
 
 
 def copy(flow: Flow, op: Operation) -> None:
-    """Written in place: the target, or the part of it that was written, now comes from the source."""
+    """Written in place: the target now comes from the source."""
     target, source = op.args[:2]
     origin = flow.origin(source)
     if origin is None or (origin.constant and not origin.weights):
@@ -286,8 +297,6 @@ def copy(flow: Flow, op: Operation) -> None:
         flow.evidence.used(weight, "table")
     rows = [r for r in (expanded(addresses, target.shape) for addresses in origin.rows) if r is not None]
     flow.came_from(target, replace(origin, rows=tuple(rows), weights=(), constant=False))
-    if rows:
-        flow.wrote(target, rows[0])
 
 
 def complex_pairs(flow: Flow, op: Operation) -> None:

@@ -24,7 +24,7 @@ Forward = Callable[[nn.Module, Any], Any]
 #: What transformers calls results that are meant for its own layers.
 _INNER = ("hidden_states", "past_key_values", "attentions", "mems")
 #: What its base models, which have no task, give to the layers that come after them.
-_HIDDEN = (*_INNER, "last_hidden_state", "pooler_output")
+_HIDDEN = (*_INNER, "last_hidden_state", "pooler_output", "cls_token")
 _OWN_DICTS = ("_parameters", "_buffers", "_modules")
 
 

@@ -11,19 +11,23 @@
    - what makes shifts and scales for other layers ("adaLN", "modulation").
 4. Else there is none.
 
-Registration order is the order of assignment in `__init__`. What may be another head, or the head where none was found,
-carries a doubt.
+Registration order is the order of assignment in `__init__`. A projection that nothing reads may be another head, the last
+one may be none where something reads it, and where no head was found what comes last may be it: each carries a doubt.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from layerwise.geometry.module_kinds import is_base_model, is_linear
+from layerwise.geometry.module_kinds import is_base_model, is_linear, lora_factors
 
 _TORCH_BLOCKS = (
     nn.MultiheadAttention,
@@ -34,6 +38,9 @@ _TORCH_BLOCKS = (
     nn.TransformerDecoderLayer,
 )
 _CONV = nn.modules.conv._ConvNd
+_MAY_BE_HEAD = "may be an output head: nothing in the model takes as many inputs as it has outputs"
+_LAST_BUT_READ = "taken for the head as it comes last, but other layers take as many inputs as it has outputs"
+_MAY_BE_LAST = "may be the output layer: it comes last, and no head was found"
 _MODULATES = ("adaln", "modulation")
 
 
@@ -52,19 +59,33 @@ class Heads:
 
 def output_heads(model: nn.Module) -> Heads:
     """The heads by the rules above."""
+    holders = _holders(model)
+    projections = {name: m for name, m in holders.items() if is_linear(m) and not _in_a_list(model, name)}
+    taken = _input_sizes(holders)
+    unread = {name: m for name, m in projections.items() if _sizes(m)[0] not in taken}
     declared = declared_head(model)
     if declared is not None:
-        return Heads(frozenset({id(declared)}))
-    free = {name: module for name, module in _free_modules(model).items() if _holds_matrix(module)}
-    unread = {name: m for name, m in free.items() if is_linear(m) and _is_unread(model, _sizes(m)[0])}
-    vocabularies = {
-        m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-    }
-    found = [name for name, module in unread.items() if _sizes(module)[0] in vocabularies]
-    if not found:
-        found = _last_projection(model, free)
-    weights = frozenset(id(free[name].weight) for name in found)
-    return Heads(weights, _doubts(model, free, unread, weights))
+        weights = frozenset({id(declared)})
+        return Heads(weights, _other_heads(unread, weights))
+    free = {name: m for name, m in projections.items() if _is_free(model, name)}
+    vocabularies = {m.num_embeddings for m in holders.values() if _is_table(m)}
+    found = [name for name in unread if name in free and _sizes(free[name])[0] in vocabularies]
+    last = next((n for n in reversed(holders) if not any(word in n.lower() for word in _MODULATES)), "")
+    if not found and last in free:
+        found = [last]
+    weights = frozenset(id(matrix_of(free[name])) for name in found)
+    doubts = _other_heads(unread, weights)
+    if (
+        found == [last]
+        and last not in unread
+        and len(projections) > 1
+        and not isinstance(model, nn.Sequential)
+    ):
+        doubts[id(matrix_of(free[last]))] = _LAST_BUT_READ
+    if not found and holders:
+        ends = [holders[last], *list(free.values())[-1:]] if last in holders else []
+        doubts = _without_head(model, ends) | doubts
+    return Heads(weights, doubts)
 
 
 def declared_head(model: nn.Module) -> Tensor | None:
@@ -78,55 +99,70 @@ def _declared_head(module: Any) -> Tensor | None:
     if not callable(getter):
         return None
     try:
-        weight = getattr(getter(), "weight", None)
+        head = getter()
+        weight = matrix_of(head) if isinstance(head, nn.Linear) else getattr(head, "weight", None)
     except (AttributeError, NotImplementedError):  # what transformers' models without a head do
         return None
     return weight if isinstance(weight, Tensor) else None
 
 
-def _last_projection(model: nn.Module, free: dict[str, Any]) -> list[str]:
-    names = [
-        name
-        for name, module in model.named_modules()
-        if _holds_matrix(module) and not any(word in name.lower() for word in _MODULATES)
-    ]
-    return names[-1:] if names and names[-1] in free and is_linear(free[names[-1]]) else []
+def _other_heads(unread: dict[str, Any], heads: frozenset[int]) -> dict[int, str]:
+    """Doubts on projections that nothing reads."""
+    return {key: _MAY_BE_HEAD for m in unread.values() if (key := id(matrix_of(m))) not in heads}
 
 
-def _doubts(
-    model: nn.Module, free: dict[str, Any], unread: dict[str, Any], heads: frozenset[int]
-) -> dict[int, str]:
-    """Projections that nothing reads, and a convolution at the end; where there is no head at all, the embeddings too."""
-    doubts = {
-        id(
-            module.weight
-        ): "may be an output head: nothing in the model takes as many inputs as it has outputs"
-        for module in unread.values()
-        if id(module.weight) not in heads
-    }
-    holders = [module for module in model.modules() if _holds_matrix(module)]
-    if heads or not holders:
-        return doubts
-    last: Any = holders[-1]
-    if isinstance(last, _CONV) and any(last is module for module in free.values()) and len(holders) > 1:
-        doubts[id(last.weight)] = "may be the output layer: it comes last, and no head was found"
-    table: Any = next((m for m in holders if isinstance(m, (nn.Embedding, nn.EmbeddingBag))), None)
-    if table is not None and not any(map(is_base_model, model.modules())):
+def _without_head(model: nn.Module, ends: Sequence[nn.Module]) -> dict[int, str]:
+    """Doubts on a model in which no head was found: what comes last, and its embeddings.
+
+    A base model of transformers has none, unless it ends in projections of its own, as CLIP does for texts and for images.
+    """
+    if is_base_model(model):
+        own = takewhile(lambda m: is_linear(m) or isinstance(m, nn.Sequential), reversed([*model.children()]))
+        return {id(matrix_of(m)): _MAY_BE_LAST for child in own for m in [*_holders(child).values()][-1:]}
+    doubts = {id(matrix_of(m)): _MAY_BE_LAST for m in ends if isinstance(m, _CONV) or is_linear(m)}
+    for table in [*filter(_is_table, model.modules())][:1]:
         doubts[id(table.weight)] = "the model has embeddings, and no head was found"
     return doubts
 
 
-def _free_modules(model: nn.Module) -> dict[str, Any]:
-    """Modules outside of repeated blocks, torch's own blocks and base models, where no head is."""
-    free = {}
-    for name, module in model.named_modules():
-        steps = name.split(".") if name else []
-        inside = [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps))]
-        # The module itself may be an element (of a list of heads, of a flat Sequential): what counts is where it lies.
-        repeated = any(map(_repeats, inside, inside[1:]))
-        if not repeated and not any(_is_torch_block(p) or is_base_model(p) for p in inside):
-            free[name] = module
-    return free
+def _holders(model: nn.Module) -> dict[str, Any]:
+    """All modules with a matrix of their own, but for factors of adapters."""
+    factors = set(map(id, lora_factors(model)))
+    named = {name: m for name, m in model.named_modules() if not isinstance(m, ParametrizationList)}
+    return {name: m for name, m in named.items() if (p := matrix_of(m)) is not None and id(p) not in factors}
+
+
+def matrix_of(module: nn.Module) -> nn.Parameter | None:
+    """The largest matrix that a module holds itself, also where a parametrization makes its weight; None without one."""
+    weights: Any = module.parametrizations if is_parametrized(module) else {}
+    made = [p for name in weights for p in weights[name].parameters(recurse=False)]
+    matrices = [p for p in (*module._parameters.values(), *made) if p is not None and p.ndim > 1]
+    return max(matrices, key=torch.numel, default=None)
+
+
+def _in_a_list(model: nn.Module, name: str) -> bool:
+    """Whether a module lies in an element of a ModuleList, or in one of torch's own blocks.
+
+    The module itself may be an element (of a list of heads, of a flat Sequential): what counts is where it lies.
+    """
+    around = _around(model, name)
+    return any(isinstance(m, nn.ModuleList) for m in around[:-1]) or any(map(_is_torch_block, around))
+
+
+def _is_free(model: nn.Module, name: str) -> bool:
+    """Whether a module lies neither in one of several siblings of one structure nor in a base model."""
+    around = _around(model, name)
+    return not any(map(_repeats, around, around[1:])) and not any(map(is_base_model, around))
+
+
+def _around(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that a module lies in, from the model on."""
+    steps = name.split(".") if name else []
+    return [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps))]
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def _sizes(module: Any) -> tuple[int, int]:
@@ -135,22 +171,19 @@ def _sizes(module: Any) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
-def _is_unread(model: nn.Module, size: int) -> bool:
-    """Whether no matrix of the model takes this many inputs."""
-    for module in model.modules():
-        if is_linear(module) and _sizes(module)[1] == size:
-            return False
-        if isinstance(module, _CONV) and module.in_channels == size:
-            return False
-        if isinstance(module, nn.RNNBase) and module.input_size == size:
-            return False
-        if isinstance(module, nn.MultiheadAttention) and size in (module.embed_dim, module.kdim, module.vdim):
-            return False
-    return True
-
-
-def _holds_matrix(module: nn.Module) -> bool:
-    return any(p is not None and p.ndim > 1 for p in module._parameters.values())
+def _input_sizes(holders: dict[str, Any]) -> set[int]:
+    """How many inputs the layers of a model take, but for the first one, which takes those of the model."""
+    sizes: set[int] = set()
+    for module in list(holders.values())[1:]:
+        if is_linear(module):
+            sizes.add(_sizes(module)[1])
+        elif isinstance(module, _CONV):
+            sizes.add(module.in_channels)
+        elif isinstance(module, nn.RNNBase):
+            sizes.add(module.input_size)
+        elif isinstance(module, nn.MultiheadAttention):
+            sizes |= {module.embed_dim, module.kdim, module.vdim}
+    return sizes
 
 
 def _is_torch_block(module: nn.Module) -> bool:
@@ -159,8 +192,6 @@ def _is_torch_block(module: nn.Module) -> bool:
 
 
 def _repeats(container: nn.Module, element: nn.Module) -> bool:
-    if isinstance(container, nn.ModuleList):
-        return True
     return Counter(map(_structure, container.children()))[_structure(element)] > 1
 
 

@@ -59,14 +59,14 @@ def find_roles(model: nn.Module, evidence: Evidence | None = None) -> list[Found
         model: the model, unwrapped.
         evidence: what a forward pass of it showed, if there was one.
     """
-    heads = output_heads(model) if evidence is None else _declared(model)
+    heads = output_heads(model) if evidence is None else _not_seen(output_heads(model), model, evidence)
     found: dict[int, Found] = {}
     for place in _places(model):
         key = id(place.parameter)
         this = _classify(place, key in heads.weights)
         found[key] = _tie(found[key], this) if key in found else this
     for key, doubt in heads.doubts.items():
-        if not found[key].note and found[key].role != "head" and found[key].layout.split is None:
+        if not found[key].note and found[key].layout.split is None:
             found[key] = replace(found[key], note=doubt)
     if evidence is not None:
         numbers = evidence.space.numbers
@@ -78,9 +78,12 @@ def find_roles(model: nn.Module, evidence: Evidence | None = None) -> list[Found
     ]
 
 
-def _declared(model: nn.Module) -> Heads:
-    weight = declared_head(model)
-    return Heads() if weight is None else Heads(frozenset({id(weight)}))
+def _not_seen(heads: Heads, model: nn.Module, evidence: Evidence) -> Heads:
+    """What the model declares as its head, and of the rest what the forward pass does not show to be one or none."""
+    seen = {id(p) for n, p in enumerate(model.parameters()) if evidence.understood(n)} - {
+        id(declared_head(model))
+    }
+    return Heads(heads.weights - seen, {key: doubt for key, doubt in heads.doubts.items() if key not in seen})
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
