@@ -19,7 +19,7 @@ from layerwise.lab.training import processes
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Layerwise learning rates: train and compare language models with noise-adaptive layer rates.",
+    help="Learning rates layer by layer: train models with them, compare optimizers, measure and carry over rates.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

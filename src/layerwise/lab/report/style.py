@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -254,31 +256,20 @@ def label_ends(
 
 
 def spread_apart(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions within 0 and 1 in the order of `wanted`, `gap` apart, as near to the wanted ones as pooling makes them.
+    """Positions within 0 and 1 in the order of `wanted`, `gap` apart, as near to the wanted ones as least squares has it.
 
     Where there is no room for all, they leave the range at both sides.
     """
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    # Pool neighbours that collide; a pool of n sits at the mean of what its members want.
-    pools: list[list[int]] = []
+    from scipy.optimize import isotonic_regression
 
-    def span(pool: list[int]) -> tuple[float, float]:
-        middle = sum(wanted[i] for i in pool) / len(pool)
-        half = (len(pool) - 1) * gap / 2
-        middle = 0.5 if half > 0.5 else min(max(middle, half), 1 - half)
-        return middle - half, middle + half
-
-    for i in order:
-        pools.append([i])
-        while len(pools) > 1 and span(pools[-2])[1] + gap > span(pools[-1])[0]:
-            last = pools.pop()
-            pools[-1] = pools[-1] + last
-    placed = [0.0] * len(wanted)
-    for pool in pools:
-        low, _ = span(pool)
-        for k, i in enumerate(pool):
-            placed[i] = low + k * gap
-    return placed
+    order = np.argsort(wanted, kind="stable")
+    steps, room = gap * np.arange(len(wanted)), 1 - gap * (len(wanted) - 1)
+    nearest = isotonic_regression(
+        np.asarray(wanted)[order] - steps
+    ).x  # at least `gap` apart: never falling without it
+    placed = np.empty(len(wanted))
+    placed[order] = (np.clip(nearest, 0, room) if room > 0 else room / 2) + steps
+    return [float(at) for at in placed]
 
 
 def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
