@@ -57,6 +57,8 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
     [
         ("optimzer=lanton", ["`optimzer`", "`optimizer`"]),
         ("training.stps=3", ["`training.stps`", "`steps`"]),
+        ("lr=1e-3", ["unknown key `lr`: did you mean `optimizer.lr`?"]),
+        ("name=a", ["`optimizer.name` or `schedule.name` or `run.name`"]),
         ("model.n_layr=3", ["`model.n_layr`", "`n_layer`"]),
         ("model.preset=gpt2-tny", ["gpt2-tny", "`gpt2-tiny`"]),
         ("model.family=gpt2", ["model.preset=null"]),
@@ -75,6 +77,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("data=[", ["not valid YAML"]),
         ("training=3", ["training=3"]),
         ("data.paths=[my.txt]", ["data.paths=['my.txt']", "data.source=builtin", "files"]),
+        ("data.paths=my.txt", ["data.paths=['my.txt']", "data.source=builtin", "files"]),
         ("data={source: digits, paths: [a]}", ["data.paths=['a']", "data.source=digits"]),
         ("data={source: fashion-mnist, paths: [a, b]}", ["data.paths=['a', 'b']", "one folder"]),
         ("data.dataset=imdb", ["data.dataset=imdb", "data.source=dataset"]),

@@ -271,6 +271,13 @@ def test_different_texts_and_models_are_called_incomparable(tmp_path: Path) -> N
     assert "differ in length" in page
 
 
+def test_a_pages_name_is_no_folder(tmp_path: Path) -> None:
+    runs = load_runs([fabricate(tmp_path / "a", "adamw", with_layers=False, **SHORT)])
+    with pytest.raises(LayerwiseError, match="name a folder"):
+        write_report(contenders(runs), tmp_path / "out.html")
+    assert not (tmp_path / "out.html").exists()
+
+
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(LayerwiseError, match="no such directory"):
         load_runs([tmp_path / "missing"])

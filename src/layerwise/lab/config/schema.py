@@ -27,14 +27,16 @@ from layerwise.lab.config.validate import validate
 
 
 class _Typed(BaseModel):
-    """A section in which `true` is no number."""
+    """A section in which `true` is no number, and a word is a list of one where words are listed."""
 
     model_config = ConfigDict(validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_it_is_meant(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, str) and field.annotation in (list[str], list[str] | None):
+            return [value]
         found = value if isinstance(value, list) else [value]
         if any(isinstance(item, bool) for item in found) and _takes(field.annotation, int, float):
             raise PydanticCustomError("number_type", "a number is needed, not true or false")

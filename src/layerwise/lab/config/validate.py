@@ -101,8 +101,13 @@ def _explain(schema: type[BaseModel], error: Any, within: str) -> str:
     if error["type"] == "extra_forbidden":
         if key in SECTIONS_OF:
             return f"section `{key}` is for `{SECTIONS_OF[key]}`: give it this config, or leave it out"
-        section = _section_at(schema, error["loc"][:-1])
-        return f"unknown key `{key}`: {nearest(str(error['loc'][-1]), section.model_fields)}"
+        *location, word = error["loc"]
+        fields = _section_at(schema, location).model_fields
+        inside = [f"`{name}.{word}`" for name in fields if word in _section_at(schema, [name]).model_fields]
+        known = (
+            f"did you mean {' or '.join(inside)}?" if inside and not location else nearest(str(word), fields)
+        )
+        return f"unknown key `{key}`: {known}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and message.startswith(key):  # it names the key itself
         return str(message)

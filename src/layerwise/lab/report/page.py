@@ -68,6 +68,10 @@ class Story:
 
 def check_report(folder: Path) -> None:
     """Raises LayerwiseError where a report could not be written into `folder`, or another page is there."""
+    if folder.suffix == ".html":
+        raise LayerwiseError(
+            f"-o: {folder} names a page: name a folder, {PAGE} and its figures are written into it"
+        )
     check_output(folder / PAGE, "Layerwise</title>")
 
 
