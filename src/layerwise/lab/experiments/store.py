@@ -7,7 +7,7 @@ from pathlib import Path
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.identity import hashed, identity
 from layerwise.lab.config.schema import Config
-from layerwise.lab.runs.directory import find_runs, read_run
+from layerwise.lab.runs.directory import find_runs, read_info
 from layerwise.lab.training.run import complete
 
 
@@ -19,7 +19,7 @@ class RunStore:
         self._paths: dict[str, Path] = {}
         for path in find_runs(folder) if folder.is_dir() else ():
             try:
-                self._paths[hashed(identity(read_run(path).config))] = path
+                self._paths[hashed(identity(read_info(path).get("config") or {}))] = path
             except LayerwiseError:
                 continue  # not a run we could use; its folder's name stays taken
 

@@ -102,7 +102,7 @@ def _is_parameter(row: Any) -> bool:
 
 def has_ended(path: Path) -> bool:
     """Whether there is a run in `path` with nothing left to do: finished or diverged."""
-    return (path / RUN_FILE).is_file() and read_run(path).status != "running"
+    return (path / RUN_FILE).is_file() and read_info(path).get("status", "running") != "running"
 
 
 def in_the_way(path: Path) -> list[str]:
@@ -119,8 +119,8 @@ def cleared_away(path: Path) -> list[str]:
     return [name for name in in_the_way(path) if name in ours]
 
 
-def read_run(path: str | Path) -> Run:
-    """The run in a directory. Raises LayerwiseError where there is none or run.json is damaged."""
+def read_info(path: str | Path) -> dict[str, Any]:
+    """The run.json of a directory. Raises LayerwiseError where there is none or it is damaged."""
     folder = Path(path)
     try:
         info = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
@@ -139,8 +139,14 @@ def read_run(path: str | Path) -> Run:
             f"run {folder}: {RUN_FILE} is damaged ({key} is {info[key]!r:.60}); move the folder away, or train again"
             " with --overwrite"
         )
-    metrics, layers, function_space = (read_lines(folder / f"{stream}.jsonl") for stream in STREAMS)
-    return Run(folder, info, metrics, layers, function_space)
+    return info
+
+
+def read_run(path: str | Path) -> Run:
+    """The run in a directory, with all its records. Raises LayerwiseError as `read_info`."""
+    return Run(
+        Path(path), read_info(path), *(read_lines(Path(path) / f"{stream}.jsonl") for stream in STREAMS)
+    )
 
 
 def find_runs(folder: str | Path) -> Iterator[Path]:
