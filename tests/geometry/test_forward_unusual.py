@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_forward_kinds import D, Mix, Net, X, attention, linear, row
+from test_forward_kinds import D, Mix, Net, X, attention, heads_of, linear, row
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -141,3 +141,48 @@ def test_weights_that_are_repeated_are_still_known_from_the_first_one():
         ("embedding", "forward"),
         ("hidden", "forward"),
     ]
+
+
+MADE_IN_UNKNOWN_WAYS = {
+    "joined": (
+        lambda m, x: F.linear(m.body(x), torch.cat([m.a.weight, m.b.weight])),
+        {"a": linear(4), "b": linear(2), "body": linear()},
+        {"a.weight", "b.weight"},
+    ),
+    "orthogonal": (
+        lambda m, x: m.head(torch.relu(m.body(x))),
+        {"head": parametrizations.orthogonal(linear(5)), "body": parametrizations.orthogonal(linear())},
+        {"head.parametrizations.weight.original"},
+    ),
+    "joined before the last layer": (
+        lambda m, x: m.head(F.linear(m.body(x), torch.cat([m.a.weight, m.b.weight]))),
+        {"head": linear(5, 6), "a": linear(4), "b": linear(2), "body": linear()},
+        {"head.weight"},
+    ),
+    "a learned diagonal is a scale": (
+        lambda m, x: m.head(m.body(x)) @ torch.diag(m.scales),
+        {"head": linear(5), "scales": nn.Parameter(torch.ones(5)), "body": linear()},
+        {"head.weight"},
+    ),
+    "a fixed matrix transforms nothing": (
+        lambda m, x: m.head(m.body(x)) @ torch.ones(5, 3),
+        {"head": linear(5), "body": linear()},
+        {"head.weight"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_IN_UNKNOWN_WAYS)
+def test_weights_that_are_made_in_unknown_ways_are_still_those_of_a_layer(kind):
+    use, parts, heads = MADE_IN_UNKNOWN_WAYS[kind]
+    assert heads_of(Net(use, **parts), X) == heads
+
+
+def test_attention_over_a_memory_keeps_its_role_and_parts():
+    net = Net(
+        lambda m, x: m.last(m.mix(x, x[:, :3], x[:, :3])[0]),
+        mix=nn.MultiheadAttention(D, 3, batch_first=True),
+        last=linear(3),
+    )
+    found = {r.name: r for r in describe(net, X).rows}["mix.in_proj_weight"]
+    assert (found.role, str(found.layout), found.how) == ("hidden", "out,in q|k|v", "forward")

@@ -90,8 +90,9 @@ class Evidence:
     of_unseen: str = ""
 
     def understood(self, number: int) -> bool:
-        """Whether a parameter was used in some way that says what it does."""
-        return any(use.kind != "other" for use in self.uses.get(number, ()))
+        """Whether it was seen what a parameter does, or where its results go."""
+        known = any(use.kind != "other" for use in self.uses.get(number, ()))
+        return known or number in self.reached or number in self.transformed
 
     def product(self, view: Tensor, sides: Sequence[Side]) -> None:
         """A weight took part in a matrix product; `sides` says what each dimension of its view does."""

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from layerwise.geometry.forward.addresses import AddressSpace
+from layerwise.geometry.forward.addresses import AddressSpace, first_address
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.origins import CONSTANT, POSITIONS, Origin
 
@@ -105,6 +105,19 @@ class Flow:
         if known is not None:
             return replace(known, results_of=known.results_of | results_of)
         return Origin(rows=(_as(tensor, written.rows).clone(),), results_of=results_of)
+
+    def numbers(self, origin: Origin) -> frozenset[int]:
+        """The numbers of the parameters whose entries a tensor holds."""
+        return frozenset(self.evidence.space.owner(first_address(view)) for view in origin.weights)
+
+    def matrices(self, origin: Origin) -> frozenset[int]:
+        """Those of the parameters that may be weights of a layer."""
+        return frozenset(n for n in self.numbers(origin) if len(self.evidence.space.shapes[n]) > 1)
+
+    def transformed_by(self, made: Origin, source: Origin) -> None:
+        """A layer whose weight was made in ways that are not followed took results of others."""
+        if made.results_of and not source.constant:
+            self.evidence.transformed |= source.results_of - made.results_of
 
     def came_from(self, tensor: Tensor, origin: Origin) -> None:
         """Remember the origin of a tensor."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from layerwise.geometry.forward.addresses import constant_along, first_along, written_out
 from layerwise.geometry.forward.evidence import Site
 from layerwise.geometry.forward.flow import Flow, Operation
-from layerwise.geometry.forward.origins import Origin
+from layerwise.geometry.forward.origins import Origin, results_in
 
 
 def norm(flow: Flow, op: Operation) -> None:
@@ -45,7 +45,9 @@ def convolution(flow: Flow, op: Operation) -> None:
         steps = [-1 if dim == channels else 1 for dim in range(result.ndim)]
         rows.append(outputs.view(steps).expand(result.shape))
         flow.evidence.transformed |= source.results_of
-    results_of = {n for addresses in rows for n in flow.evidence.space.owners(addresses)}
+    if not rows:
+        flow.transformed_by(kernel, source)
+    results_of = {n for addresses in rows for n in flow.evidence.space.owners(addresses)} | kernel.results_of
     if groups == x.shape[channels] == result.shape[channels]:
         rows += _through_filters(source, channels, result)
     else:
@@ -79,7 +81,7 @@ def attention(flow: Flow, op: Operation) -> None:
             addresses = first_along(addresses, -2, out.shape[-2])
             repeats = out.shape[-3] // max(1, addresses.shape[-3])
             rows.append(addresses.repeat_interleave(repeats, -3) if repeats > 1 else addresses)
-    results_of = frozenset().union(*(origin.results_of for origin in origins)) - flow.evidence.transformed
+    results_of = results_in(origins) - flow.evidence.transformed
     fitting = tuple(addresses for addresses in rows if addresses.shape == out.shape)
     flow.came_from(out, Origin(rows=fitting, results_of=results_of))
 

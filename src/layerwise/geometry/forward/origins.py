@@ -18,7 +18,8 @@ class Origin:
         weights: addresses of the parameters it holds, entry by entry, each in the tensor's shape.
         constant: whether it was made from parameters and buffers alone.
         rows: addresses of the rows of weights that made its entries; several where results were added up.
-        results_of: numbers of the parameters whose results, untransformed by another parameter, are in it.
+        results_of: numbers of the parameters whose results, untransformed by another parameter, are in it; of a constant
+            those of which it was made in ways that are not followed.
         bent: whether a nonlinear function was applied since the rows made it.
         pooled: whether entries were put together into one since the rows made it: a mean, a norm, a loss.
         scaled: whether a learned vector multiplied it.
@@ -57,19 +58,22 @@ def joined(origins: Iterable[Origin], shape: Size, transformed: set[int]) -> Ori
     """The origin of what an operation makes of activations entry by entry."""
     given = list(origins)
     rows: list[Tensor] = []
-    results: set[int] = set()
     for origin in given:
-        results |= origin.results_of
         fit = [expanded(addresses, shape) for addresses in origin.rows]
         rows += [addresses for addresses in fit if addresses is not None and not _known(addresses, rows)]
     return Origin(
         rows=tuple(rows[-MOST_ROWS:]),
-        results_of=frozenset(results - transformed),
+        results_of=results_in(given) - transformed,
         bent=any(origin.bent for origin in given) and bool(rows),
         pooled=all(origin.pooled for origin in given),
         scaled=any(origin.scaled for origin in given),
         normalised=any(origin.normalised for origin in given),
     )
+
+
+def results_in(origins: Iterable[Origin]) -> frozenset[int]:
+    """The numbers of the parameters whose results are in any of them."""
+    return frozenset[int]().union(*(origin.results_of for origin in origins))
 
 
 def replayed(origin: Origin, weights: Iterable[Tensor], rows: Iterable[Tensor]) -> Origin:

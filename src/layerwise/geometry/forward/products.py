@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layerwise.geometry.forward.addresses import constant_along, first_address, written_out
+from layerwise.geometry.forward.addresses import constant_along, written_out
 from layerwise.geometry.forward.evidence import Side, Site
 from layerwise.geometry.forward.flow import Flow, Operation
 from layerwise.geometry.forward.origins import CONSTANT, Origin, joined
@@ -96,13 +96,16 @@ def _of_activations(
     """Rows end where they are contracted; along the other dimension they go on."""
     passed = []
     for operand, origin in zip(operands, origins, strict=True):
+        if origin.constant:  # made of parameters in ways that are not followed, or of none
+            flow.transformed_by(origin, origins[1 - operand.side])
         for addresses in origin.rows:
             goes_on = constant_along(addresses, [operand.inner])
             part = "v" if goes_on else "qk"[operand.side]
             flow.evidence.went([addresses], Site(op.number, operand.side, part))
             if goes_on:
                 passed.append(operand.placed(addresses, op.results[0]))
-    return Origin(rows=tuple(passed), results_of=origins[0].results_of | origins[1].results_of)
+    results_of = (origins[0].results_of | origins[1].results_of) - flow.evidence.transformed
+    return Origin(rows=tuple(passed), results_of=results_of)
 
 
 def _added(flow: Flow, tensors: Iterable[Tensor]) -> list[Origin]:
@@ -116,17 +119,13 @@ def _added(flow: Flow, tensors: Iterable[Tensor]) -> list[Origin]:
 
 def _are_factors(flow: Flow, origins: list[Origin]) -> bool:
     """Whether two weights that are multiplied are the factors of one adapter, which makes a weight of them."""
-    return any(_numbers(flow, origin) & flow.factors for origin in origins)
+    return any(flow.numbers(origin) & flow.factors for origin in origins)
 
 
 def _right_is_the_weight(flow: Flow, origins: list[Origin]) -> bool:
     """Of a table of learned inputs and the weight that maps it, which is the weight: as a rule the one on the right."""
-    left, right = (bool(_numbers(flow, origin) & flow.linear) for origin in origins)
+    left, right = (bool(flow.numbers(origin) & flow.linear) for origin in origins)
     return right or not left
-
-
-def _numbers(flow: Flow, origin: Origin) -> frozenset[int]:
-    return frozenset(flow.evidence.space.owner(first_address(view)) for view in origin.weights)
 
 
 def _mm(flow: Flow, op: Operation) -> None:

@@ -15,7 +15,15 @@ from layerwise.geometry.forward.addresses import constant_along, written_out
 from layerwise.geometry.forward.evidence import Kind, Site
 from layerwise.geometry.forward.flow import Flow, Operation
 from layerwise.geometry.forward.layers import LAYERS, attention
-from layerwise.geometry.forward.origins import CONSTANT, POSITIONS, Origin, expanded, joined, replayed
+from layerwise.geometry.forward.origins import (
+    CONSTANT,
+    POSITIONS,
+    Origin,
+    expanded,
+    joined,
+    replayed,
+    results_in,
+)
 from layerwise.geometry.forward.products import PRODUCTS
 
 Rule = Callable[[Flow, Operation], None]
@@ -37,7 +45,8 @@ def follow(flow: Flow, op: Operation) -> None:
     if not any(origins) and op.tensors:
         return
     if all(origin is not None and origin.constant and not origin.weights for origin in origins):
-        _all(flow, op, POSITIONS if _counts(op, origins) else CONSTANT)
+        constant = POSITIONS if _counts(op, origins) else CONSTANT
+        _all(flow, op, replace(constant, results_of=results_in(filter(None, origins))))
     else:
         _rule(op)(flow, op)
         if op.writes_into_a_part:
@@ -74,7 +83,9 @@ def pointwise(flow: Flow, op: Operation) -> None:
             for weight in origin.weights
             if _fits(flow, tensor, weight, shape)
         ]
-        _all(flow, op, Origin(tuple(kept), constant=True))
+        _all(
+            flow, op, Origin(tuple(kept), constant=True, results_of=results_in(origin for _, origin in given))
+        )
         return
     activations = [origin for _, origin in given if not origin.constant]
     kind: Kind = "gain" if op.name in _SCALES else "bias"
@@ -104,7 +115,7 @@ def _fits(flow: Flow, tensor: Tensor, weight: Tensor, shape: torch.Size) -> bool
 
 def _normalise(origins: Sequence[Origin]) -> bool:
     """Whether a product is of results and what the same results were pooled to."""
-    pooled = frozenset[int]().union(*(origin.results_of for origin in origins if origin.pooled))
+    pooled = results_in(origin for origin in origins if origin.pooled)
     return any(not origin.pooled and origin.results_of & pooled for origin in origins)
 
 
@@ -205,7 +216,8 @@ def join(flow: Flow, op: Operation) -> None:
         for weight in origin.weights:
             flow.evidence.used(weight, "table" if mixed else "other")
     if not mixed:
-        _all(flow, op, CONSTANT)
+        numbers = [origin.results_of | flow.matrices(origin) for _, origin in given]
+        _all(flow, op, Origin(constant=True, results_of=frozenset[int]().union(*numbers)))
         return
     dim = op.argument("dim") or 0
     most = max(len(origin.rows) for _, origin in given)
@@ -313,16 +325,18 @@ def complex_pairs(flow: Flow, op: Operation) -> None:
 
 
 def other(flow: Flow, op: Operation) -> None:
-    """Anything else: every operand is a place of its own where rows end."""
+    """Anything else: every operand is a place of its own where rows end, and weights may be those of a layer."""
     origins = [flow.origin(tensor) or Origin() for tensor in op.tensors]
-    results_of = frozenset[int]().union(*(origin.results_of for origin in origins))
+    results_of = results_in(origins)
+    weights = frozenset[int]().union(*(flow.matrices(origin) for origin in origins if origin.constant))
     for operand, origin in enumerate(origins):
         flow.evidence.went(origin.rows, Site(op.number, operand, known=False))
         for weight in origin.weights if origin.constant else ():
             flow.evidence.used(weight, "other")
-            flow.evidence.transformed |= results_of
+    if weights:
+        flow.evidence.transformed |= results_of
     constant = all(origin.constant for origin in origins)
-    _all(flow, op, Origin(constant=constant, results_of=results_of - flow.evidence.transformed))
+    _all(flow, op, Origin(constant=constant, results_of=results_of - flow.evidence.transformed | weights))
 
 
 def _all(flow: Flow, op: Operation, origin: Origin) -> None:

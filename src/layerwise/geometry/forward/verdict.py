@@ -39,8 +39,10 @@ def judged(found: Found, evidence: Evidence, number: int) -> Found:
         return _matrix(found, evidence, number, is_output)
     if "convolution" in kinds:
         return _convolution(found, evidence, number, is_output)
-    if found.role == "head" and "other" in kinds:  # declared, and used in a way that was not followed
-        return found
+    if "other" in kinds and (found.role == "head" or (is_output and found.role == "hidden")):
+        return replace(
+            found, role="head"
+        )  # the weight of a layer, made or used in a way that was not followed
     if "lookup" in kinds and found.parameter.ndim == 2 and (found.assumed or found.role != "vector"):
         layout = found.layout if found.role in ("embedding", "lora_A", "lora_B") else TransposedLayout()
         role = found.role if found.is_factor else "embedding"
@@ -58,16 +60,16 @@ def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> F
     uses, shape = evidence.uses[number], found.parameter.shape
     seen = layout_seen(uses, evidence.sites.get(number, []), shape)
     if seen is None or found.parameter.ndim < 2:
-        return found
+        return replace(found, role="head") if is_output and found.role == "hidden" else found
     looked_up = any(use.kind == "lookup" for use in uses)
     if looked_up and found.role == "embedding" and not is_output:  # a codebook, compared with and read
         return replace(found, how="forward")
     layout = seen.layout if seen.parts else _with_known_parts(seen.layout, found.layout, shape)
-    role = _role(found, layout, is_output)
-    if role == "head":
+    if is_output or found.role == "head":
         layout = replace(layout, split=None)
     if not found.assumed and alike(found.layout, layout, shape):
         layout = found.layout  # the same units, under the names its module has for them
+    role = _role(found, layout, is_output)
     unsure = found.note and not (seen.parts or found.assumed or role != "hidden")
     note = found.note if unsure else seen.note
     return replace(found, role=role, layout=layout, kernel=(), note=note, how="forward")
