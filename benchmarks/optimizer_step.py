@@ -39,7 +39,8 @@ from layerwise.geometry.layout import MatrixLayout
 from layerwise.geometry.spectral.precision import processor_units
 from layerwise.optim.groups.options import DEFAULTS
 from layerwise.optim.rules.noise_adaptive import PreviousGradient
-from layerwise.optim.work.job import Job, alike
+from layerwise.optim.work.job import Job
+from layerwise.optim.work.lineup import alike
 from layerwise.optim.work.local import LocalWork
 from script import RESULTS, documented_parser, write_page
 
@@ -159,7 +160,7 @@ def noise_alone(params: Sequence[Tensor]) -> Step:
         jobs = [
             Job("", p, p, p.grad, True, group, state, 0.02) for p, state in zip(params, states, strict=True)
         ]
-        work.norms([lw.DualNorm(reference).asked_of(some) for some in alike(jobs)])
+        work.norms([lw.DualNorm(reference).asked_of(some.jobs) for some in alike(jobs)])
         reference.remember(jobs, None)
 
     return step

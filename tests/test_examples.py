@@ -39,20 +39,20 @@ class Killed(BaseException):
 
 def train_until_killed(name: str, folder: str, die: Any) -> None:
     """Run an example; in one of its optimizer steps `die()` is called."""
-    from layerwise.optim import optimizer
+    from layerwise.optim.work.lineup import Lineup
 
-    jobs, steps = optimizer.jobs_of, count(1)
+    refresh, steps = Lineup.refresh, count(1)
 
     def mortal(*given: Any) -> Any:
         if next(steps) == KILLED_AT[name]:
             die()
-        return jobs(*given)
+        return refresh(*given)
 
-    optimizer.jobs_of = mortal
+    Lineup.refresh = mortal
     try:
         example(name)["train"](folder)
     finally:
-        optimizer.jobs_of = jobs
+        Lineup.refresh = refresh
 
 
 def killed_and_resumed(name: str, folder: Path) -> tuple[Any, Any]:

@@ -1,11 +1,13 @@
 """A rule's numbers of all units are parts of one vector, which shows nowhere but in the time of a step."""
 
 import copy
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
+import pytest
 import torch
-from tiny import assert_same_bits, make, net, take_step, tensors, twin
+from tiny import OPTIMIZERS, assert_same_bits, make, net, take_step, tensors, twin
 
 import layerwise as lw
 
@@ -111,3 +113,86 @@ def test_a_rule_may_hand_on_a_number_as_another():
     for state in (optimizer.state[p] for p in model.parameters() if "norm" in optimizer.state[p]):
         assert float(state["norm"]) == 12.0
         assert float(state["before"]) == 8.0
+
+
+def small_layers(count=5, seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(count)])
+
+
+def steps_of_layers(name, model, skip=lambda step, number: False):
+    """Five steps; `skip` says which layers have no gradient at one."""
+    optimizer = OPTIMIZERS[name](lw.param_groups(model))
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5):
+        for half in range(2):
+            for number, layer in enumerate(model):
+                for p in layer.parameters():
+                    grad = torch.randn(p.shape, generator=generator)
+                    p.grad = None if skip(step, number) else grad
+            if half == 0:
+                optimizer.hold_half()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("skip", [lambda *_: False, lambda step, number: (step + number) % 3 == 0])
+@pytest.mark.parametrize("name", ["muon", "dual-muon", "lanton", "lanton-bf16", "lanton-momentum", "namo"])
+def test_a_step_of_small_parameters_side_by_side_is_the_step_of_each(name, skip, monkeypatch):
+    together, apart = small_layers(), small_layers()
+    first = steps_of_layers(name, together, skip)
+    monkeypatch.setattr("layerwise.optim.work.lineup._SMALL", 0)
+    second = steps_of_layers(name, apart, skip)
+    assert_same_bits(tensors(together, first), tensors(apart, second))
+
+
+def momentum(optimizer, model):
+    return [optimizer.state[layer.weight]["momentum_buffer"] for layer in model[1:-1]]
+
+
+def test_the_momentum_of_small_parameters_of_a_shape_is_one_tensor():
+    model = small_layers()
+    held = momentum(steps_of_layers("lanton", model), model)
+    assert len({average.untyped_storage().data_ptr() for average in held}) == 1
+    assert sum(average.untyped_storage().nbytes() for average in held[:1]) <= 5 * held[0].nbytes
+
+
+@pytest.mark.parametrize("how", ["another tensor", "other memory"])
+def test_momentum_that_was_put_elsewhere_is_used(how):
+    models = [small_layers(), small_layers()]
+    moved, written = (steps_of_layers("lanton", model) for model in models)
+    for put, own in zip(momentum(moved, models[0]), momentum(written, models[1]), strict=True):
+        own.fill_(0.25)
+        if how == "other memory":  # as programs do that keep state on the host between steps
+            put.data = torch.full_like(put, 0.25)
+    if how == "another tensor":
+        for layer in models[0][1:-1]:
+            state = moved.state[layer.weight]
+            state["momentum_buffer"] = torch.full_like(state["momentum_buffer"], 0.25)
+    for model, optimizer in zip(models, (moved, written), strict=True):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert_same_bits(tensors(models[0], moved), tensors(models[1], written))
+
+
+def test_no_gradient_is_kept_alive_between_steps():
+    model = small_layers()
+    optimizer = steps_of_layers("lanton", model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    held = [weakref.ref(p.grad) for p in model.parameters()]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(reference() is None for reference in held)
+
+
+def test_a_gradient_without_numbers_is_an_error_that_names_its_parameter():
+    model = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, device="meta")])
+    optimizer = lw.Muon(lw.param_groups(model))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(
+        lw.LayerwiseError, match=r"'1\.(weight|bias)' is on the meta device and has no numbers"
+    ):
+        optimizer.step()

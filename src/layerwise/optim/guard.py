@@ -21,8 +21,6 @@ from layerwise.errors import LayerwiseError, NonFiniteError
 POLICIES: Final = ("raise", "skip")
 #: Devices that run ahead of the host and can say, without being waited for, that a copy has arrived.
 WITH_EVENTS: Final = ("cuda",)
-#: Gradients of up to so many entries are looked at together.
-_SMALL: Final = 4096
 
 
 class OnHost(NamedTuple):
@@ -78,17 +76,25 @@ class NonFiniteGuard:
         names: Sequence[str],
         gradients: Sequence[Tensor],
         anywhere: Callable[[Tensor], Tensor] = lambda flags: flags,
+        together: Sequence[Tensor] = (),
     ) -> Tensor | bool:
-        """True: go on. False: skip this step. A 0-dim bool tensor: go on, with every update selected by it.
+        """Look at gradients.
 
-        ``anywhere`` makes flags true that are true on any process, so that all of them decide alike.
+        Args:
+            names: of the parameters.
+            gradients: theirs.
+            anywhere: makes flags true that are true on any process, so that all of them decide alike.
+            together: tensors that hold all gradients, several in one, which are quicker to look at.
+
+        Returns:
+            True: go on. False: skip this step. A 0-dim bool tensor: go on, with every update selected by it.
         """
         if self._findings:
             self._raise_arrived()
         if not gradients:
             return True
         on_host = gradients[0].device.type == "cpu" and "cpu" not in WITH_EVENTS
-        if on_host and not bool(anywhere(_may_hold_a_bad_one(gradients))):
+        if on_host and not bool(anywhere(_may_hold_a_bad_one(together or gradients))):
             return True
         bad = anywhere(_not_finite(gradients))
         if bad.device.type in WITH_EVENTS:
@@ -120,20 +126,14 @@ class NonFiniteGuard:
 def _may_hold_a_bad_one(gradients: Sequence[Tensor]) -> Tensor:
     """False where every entry of all is finite, `[1]`; true too where squares left the range of numbers.
 
-    A 2-norm takes a CPU a twentieth of the time of one of order infinity, and small tensors one norm for all of a shape.
+    A 2-norm takes a CPU a twentieth of the time of one of order infinity.
     """
-    large: list[Tensor] = []
-    small: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
-    for g in gradients:
-        alike = large if g.numel() > _SMALL else small.setdefault((g.shape, g.dtype, g.device), [])
-        alike.append(g)
-    norms = list(torch._foreach_norm(large, 2.0)) if large else []
-    norms += [
-        torch.linalg.vector_norm(torch.stack(some), dtype=torch.promote_types(some[0].dtype, torch.float32))
-        for some in small.values()
+    device = gradients[0].device
+    norms = [
+        norm if norm.device == device else norm.to(device)
+        for norm in torch._foreach_norm(list(gradients), 2.0)
     ]
-    on_host = torch.stack([norm.to(gradients[0].device) for norm in norms])
-    return ~on_host.isfinite().all(0, keepdim=True)
+    return ~torch.stack(norms).isfinite().all(0, keepdim=True)
 
 
 def _not_finite(gradients: Sequence[Tensor]) -> Tensor:

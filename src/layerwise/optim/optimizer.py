@@ -30,9 +30,10 @@ from layerwise.optim.state import state_dict as saving
 from layerwise.optim.state.following import Following, check_model
 from layerwise.optim.state.partial import LoadedState, take_what_fits
 from layerwise.optim.state.replaced import warn_of_fresh_state
-from layerwise.optim.updates import Update
+from layerwise.optim.updates import Lmo
 from layerwise.optim.work.default import default_work
-from layerwise.optim.work.job import Group, Job, MatrixWork, State, by_group, jobs_of
+from layerwise.optim.work.job import Group, MatrixWork, State
+from layerwise.optim.work.lineup import Lineup
 
 
 @checked
@@ -91,6 +92,7 @@ class LayerwiseOptimizer(Optimizer):
         self._work = work
         self._following = Following()
         self._vanishing = Vanishing()
+        self._lineup = Lineup()
         super().__init__(as_groups(params), DEFAULTS | defaults)
         check_rules(self.param_groups)
 
@@ -157,10 +159,12 @@ class LayerwiseOptimizer(Optimizer):
 
     def _follow_parameters(self) -> None:
         """Take over what was unfrozen since, and give state to tensors that were put in a parameter's place."""
-        for model in self._following.unfrozen():
+        for model in self._following.unfrozen() if self._following.frozen else ():
             self.add_trainable(model)
-        if lost := self._following.sync(self.param_groups, self.state):
-            warn_of_fresh_state(lost)
+        if not self._lineup.fits(self.param_groups, self.state):
+            self._lineup.forget()
+            if lost := self._following.sync(self.param_groups, self.state):
+                warn_of_fresh_state(lost)
 
     # -------------------------------------------------------------------------------------------------- the step
 
@@ -175,28 +179,42 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow_parameters()
-        if not self._told_of_scales and any("lr_scale" in group for group in self.param_groups):
-            self._told_of_scales = scaled_twice(self.param_groups)
-        jobs = jobs_of(self.param_groups, self.state, self.work)
-        if self._following.put_in_place(self.param_groups, jobs):
-            self._follow_parameters()
-            jobs = jobs_of(self.param_groups, self.state, self.work)
-        moving = [job for job in jobs if job.moves]
+        lineup = self._ready_lineup()
+        moving = lineup.moving
         finite = self.guard.check(
-            [job.name for job in moving], [job.grad for job in moving], self.work.anywhere
+            [job.name for job in moving],
+            [job.grad for job in moving],
+            self.work.anywhere,
+            lineup.gradients,
         )
         if finite is not False:
-            self._second.before_step(moving, self.param_groups, self.state, self.work)
-            samples = self._vanishing.before(moving)
-            by_update: dict[Update, list[Job]] = {}
-            for members in by_group(jobs):
-                by_update.setdefault(members[0].group["update"], []).extend(members)
-            for update, members in by_update.items():
-                update.step(members, self.work, finite if isinstance(finite, Tensor) else None)
-            self._vanishing.after(samples, self.param_groups)
-        self._second.after_step()
+            if self._second.needed:
+                self._second.before_step(moving, self.param_groups, self.state, self.work)
+            samples = self._vanishing.before(moving) if lineup.half else []
+            for update, jobs in lineup.by_update.items():
+                update.step(jobs, self.work, finite if isinstance(finite, Tensor) else None)
+            if lineup.half:
+                self._vanishing.after(samples, self.param_groups)
+        lineup.release()
+        if self._second.needed:
+            self._second.after_step()
         return loss
+
+    def _ready_lineup(self) -> Lineup:
+        """All parameters with this step's gradients, whatever has happened to them since the last step."""
+        groups, lineup = self.param_groups, Lineup() if torch.compiler.is_compiling() else self._lineup
+        for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
+            if "base_momentum" in group and isinstance(group["update"], Lmo):
+                group["momentum"] = group["betas"][0]
+        self._follow_parameters()
+        if not self._told_of_scales and any("lr_scale" in group for group in groups):
+            self._told_of_scales = scaled_twice(groups)
+        if lineup.refresh(groups, self.state, self.work):
+            if self._following.put_in_place(groups, lineup.jobs):
+                self._follow_parameters()
+                lineup.refresh(groups, self.state, self.work)
+            self._second.look(lineup.jobs)
+        return lineup
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what :meth:`hold_half` and :meth:`watch_replicas` noted."""
@@ -296,6 +314,7 @@ class LayerwiseOptimizer(Optimizer):
         super().__setstate__(state)
         if "recipe" in state:  # a copy, which watches no model; torch comes here too where a state is loaded
             self._following, self._vanishing, self._second = Following(), Vanishing(), SecondGradients()
+            self._lineup = Lineup()
         self._following.note(self.param_groups)
         self.defaults.pop("differentiable", None)  # torch adds it here, and groups added later would take it
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar, Final
 
 import torch
@@ -17,18 +18,18 @@ from torch.optim.adamw import adamw
 from layerwise.common.tensors import in_dtypes_of
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, store
-from layerwise.optim.rules.rule import NormGroup, RateRule, UnitNorms
+from layerwise.optim.rules.rule import NormGroup, RateRule
 from layerwise.optim.scaling import step_factors
 from layerwise.optim.work.job import (
     DIRECTIONS,
+    Alike,
     Group,
     Job,
     MatrixJob,
     MatrixWork,
     State,
-    alike,
-    by_group,
     select_all,
+    state_and_gradients,
 )
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
@@ -120,7 +121,7 @@ class AdamW(Update):
 def _adamw(jobs: Sequence[Job], keep: Tensor | None) -> None:
     """Of jobs of one group and one dtype. In float32 where the weights are not enough, and then rounded once."""
     group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
-    wide = first.dtype == torch.float16 or is_stochastic(group, first)
+    wide = first.dtype in HALF and (first.dtype == torch.float16 or is_stochastic(group, first))
     params = [job.local.float() if wide else job.local for job in jobs]
     moments = [in_dtypes_of(params, [job.state[key] for job in jobs]) for key in _MOMENTS]
     # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
@@ -188,19 +189,18 @@ class Lmo(Update):
         return names
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
-        for group in (members[0].group for members in by_group(jobs)):
-            if "base_momentum" in group:  # OneCycleLR and CyclicLR move Adam's first beta: so ours
-                group["momentum"] = group["betas"][0]
-        together, groups = alike(job for job in jobs if job.moves), norm_groups(jobs)
+        together = [job.alike for job in jobs if job.alike is not None and job.row == 0]
         update_momentum(together, keep)
-        ruled = [some for some in together if some[0].group["rates"] is not None]
+        ruled = [some for some in together if some.jobs[0].group["rates"] is not None]
+        groups = norm_groups(jobs) if ruled else []
         if ruled:
-            update_rates(ruled, groups, work, keep)
-        duals = [UnitNorms.wanted(some) for some in ruled if some[0].group["rates"].own_dual_norm]
-        for some, directions in work.directions([_unit_steps(some) for some in together]):
-            move(some, directions, keep)
-        if duals:
-            update_multipliers(groups, duals, keep)
+            take_norms(ruled, work)
+            update_multipliers([pair for pair in groups if not pair[0].own_dual_norm], keep)
+            remember(ruled, keep)
+        for moved, directions in work.directions([_unit_steps(some.jobs) for some in together]):
+            move(moved, directions, keep)
+        if after := [pair for pair in groups if pair[0].own_dual_norm]:
+            update_multipliers(after, keep)
 
 
 def _unit_steps(jobs: Sequence[Job]) -> MatrixJob:
@@ -229,24 +229,21 @@ def chunks(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
     return found
 
 
-def update_momentum(together: Sequence[Sequence[Job]], keep: Tensor | None) -> None:
-    """``M <- momentum * M + (1 - momentum) * G``, in place: many small tensors in one launch."""
-    by_momentum: dict[float, list[Job]] = {}
+def update_momentum(together: Sequence[Alike], keep: Tensor | None) -> None:
+    """``M <- momentum * M + (1 - momentum) * G``, in place."""
     for some in together:
-        by_momentum.setdefault(some[0].group["momentum"], []).extend(some)
-    for momentum, members in by_momentum.items():
-        for chunk in chunks(members, CHUNK_BYTES):
-            averages = [job.state["momentum_buffer"] for job in chunk]
-            grads = in_dtypes_of(averages, [job.grad for job in chunk])
+        for chunk in [some.jobs] if some.small else chunks(some.jobs, CHUNK_BYTES):
+            averages, grads = state_and_gradients(chunk, "momentum_buffer")
             if keep is not None:  # a lerp from a number to itself changes nothing
                 grads = select_all(keep, grads, averages)
-            torch._foreach_lerp_(averages, grads, 1.0 - momentum)
+            torch._foreach_lerp_(averages, grads, 1.0 - chunk[0].group["momentum"])
 
 
 def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
     """Each rule with the parameters whose units it compares with one another: without a gradient too."""
     found: list[tuple[str, RateRule, list[Job]]] = []
-    for some in by_group(jobs):
+    for _, in_group in groupby(jobs, key=lambda job: id(job.group)):
+        some = [*in_group]
         rule, name = some[0].group["rates"], some[0].group["norm_group"]
         mates = next((m for other, r, m in found if other == name and (r is rule or r == rule)), None)
         if mates is not None:
@@ -256,39 +253,36 @@ def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
     return [(rule, members) for _, rule, members in found]
 
 
-def update_rates(
-    together: Sequence[list[Job]],
-    groups: Sequence[tuple[RateRule, list[Job]]],
-    work: MatrixWork,
-    keep: Tensor | None,
-) -> None:
-    """Take the norms that the rate rules ask for, and let each set the multipliers of every norm group.
-
-    Args:
-        together: the parameters that have a rule and a gradient, those that are alike together.
-        groups: the norm groups.
-        work: where the norms are taken.
-        keep: where it is false, nothing may change.
-    """
-    wanted = [(some, some[0].group["rates"].norms()) for some in together]
-    norms = iter(work.norms([norm.asked_of(some) for some, asked in wanted for norm in asked]))
-    found = [UnitNorms(some, torch.stack([next(norms) for _ in asked])) for some, asked in wanted if asked]
-    if found:
-        update_multipliers(groups, found, keep)
-    for some in together:
-        for chunk in chunks(some, CHUNK_BYTES):
-            some[0].group["rates"].remember(chunk, keep)
+def take_norms(together: Sequence[Alike], work: MatrixWork) -> None:
+    """Those that the rate rules ask for; or where the unit steps will write the dual norms of their directions."""
+    rules: list[RateRule] = [some.jobs[0].group["rates"] for some in together]
+    wanted = [() if rule.own_dual_norm else rule.norms() for rule in rules]
+    pairs = list(zip(together, wanted, strict=True))
+    norms = iter(work.norms([norm.asked_of(some.jobs) for some, asked in pairs for norm in asked]))
+    for rule, (some, asked) in zip(rules, pairs, strict=True):
+        jobs = some.jobs
+        if asked:
+            some.norms = torch.stack([next(norms) for _ in asked])
+        elif rule.own_dual_norm:
+            counts = (1, len(jobs), jobs[0].state["multiplier"].numel())
+            some.norms = torch.zeros(counts, dtype=torch.float32, device=jobs[0].local.device)
+            for job, own in zip(jobs, some.norms[0].unbind(), strict=True):
+                job.dual = own
 
 
-def update_multipliers(
-    groups: Sequence[tuple[RateRule, list[Job]]], found: Sequence[UnitNorms], keep: Tensor | None
-) -> None:
-    """Of the norm groups of which any norm was found."""
-    of = {job.name: (norms, row) for norms in found for row, job in enumerate(norms.jobs)}
+def update_multipliers(groups: Sequence[tuple[RateRule, list[Job]]], keep: Tensor | None) -> None:
+    """Let the rules set those of every norm group of which there is any norm."""
     for rule, members in groups:
-        if any(job.name in of for job in members):
-            units = NormGroup.of(members, of, ("multiplier", *rule.unit_state))
+        units = NormGroup.of(members, ("multiplier", *rule.unit_state))
+        if units is not None:
             units.write(rule.update(units), keep)
+
+
+def remember(together: Sequence[Alike], keep: Tensor | None) -> None:
+    """Let the rules keep what the next step's norms need."""
+    for some in together:
+        for chunk in [some.jobs] if some.small else chunks(some.jobs, CHUNK_BYTES):
+            chunk[0].group["rates"].remember(chunk, keep)
 
 
 def move(jobs: Sequence[Job], directions: Sequence[Tensor], keep: Tensor | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -12,7 +12,16 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.group_median import weighted_median
 from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
-from layerwise.optim.work.job import DualNorm, Job, Source, State, select_all, stacked
+from layerwise.optim.work.job import (
+    DualNorm,
+    Job,
+    Source,
+    State,
+    gradients,
+    select_all,
+    state_and_gradients,
+    state_of,
+)
 
 
 class Reference(Source):
@@ -44,14 +53,13 @@ class PreviousGradient(Reference):
         return {"previous_gradient": torch.zeros_like(param, dtype=self.dtype or param.dtype)}
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        grads = stacked([job.grad for job in jobs])
+        grads = gradients(jobs)
         # in float32 at least: the difference of two float16 gradients can leave float16
         dtype = torch.promote_types(grads.dtype, torch.float32)
-        return grads.to(dtype) - stacked([job.state["previous_gradient"] for job in jobs])
+        return grads.to(dtype) - state_of(jobs, "previous_gradient")
 
     def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
-        previous = [job.state["previous_gradient"] for job in jobs]
-        grads = [job.grad for job in jobs]
+        previous, grads = state_and_gradients(jobs, "previous_gradient")
         torch._foreach_copy_(previous, grads if keep is None else select_all(keep, grads, previous))
 
 
@@ -68,8 +76,8 @@ class MomentumReference(Reference):
     warmup: int = 1
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        beta, averages = jobs[0].group["momentum"], stacked([job.state["momentum_buffer"] for job in jobs])
-        seen = stacked([job.state["gradients_seen"] for job in jobs])[:, 0]
+        beta, averages = jobs[0].group["momentum"], state_of(jobs, "momentum_buffer")
+        seen = state_of(jobs, "gradients_seen")[:, 0]
         old = beta ** seen.clamp(min=1)  # beta^k; on the first step nothing is read
         variance = (1 - beta) / (1 + beta) * (1 + old) / (1 - old)
         scale = (2 / (1 + variance)).sqrt().reshape(-1, *[1] * (averages.ndim - 1))
@@ -77,7 +85,7 @@ class MomentumReference(Reference):
         # float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
         dtype = torch.promote_types(averages.dtype, torch.float32)
         return torch.sub(
-            stacked([job.grad for job in jobs]).to(dtype) * (scale * (1 + (1 - beta) * weight)),
+            gradients(jobs).to(dtype) * (scale * (1 + (1 - beta) * weight)),
             averages.to(dtype) * (scale * weight),
         )
 
@@ -98,7 +106,7 @@ class IndependentHalf(Reference):
         return {"half_difference": torch.zeros_like(param)}
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return stacked([job.state["half_difference"] for job in jobs]) * 2.0**0.5
+        return state_of(jobs, "half_difference") * 2.0**0.5
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class ReplicaGradient(Reference):
     of_replica: ClassVar = True
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return stacked([job.grad for job in jobs])  # the mean, from which the deviation is taken
+        return gradients(jobs)  # the mean, from which the deviation is taken
 
 
 #: Below it a floor would not keep a unit of no noise at all from an infinite rate.
@@ -128,6 +136,13 @@ REFERENCES: dict[str, Reference] = {
     "momentum": MomentumReference(),
     "independent": IndependentHalf(),
     "replicas": ReplicaGradient(),
+}
+#: The norms that a rule asks for, by reference and `size_normalised`: with a seed of its own at each step, the same after a
+#: resume.
+_NORMS: Final = {
+    (name, normalised): [DualNorm(reference, per_white_noise=normalised, seed="gradients_seen")]
+    for name, reference in REFERENCES.items()
+    for normalised in (False, True)
 }
 
 
@@ -239,9 +254,7 @@ class NoiseAdaptive(RateRule):
         return torch.where(known, state["noise"], float("nan"))
 
     def norms(self) -> Sequence[DualNorm]:
-        # a seed of its own at each step, the same after a resume
-        reference = REFERENCES[self.reference]
-        return [DualNorm(reference, per_white_noise=self.size_normalised, seed="gradients_seen")]
+        return _NORMS[self.reference, self.size_normalised]
 
     def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
         REFERENCES[self.reference].remember(jobs, keep)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
@@ -18,23 +17,7 @@ from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
-from layerwise.optim.work.job import DualNorm, Job, State, select
-
-
-class UnitNorms(NamedTuple):
-    """The norms of each unit of parameters that are alike."""
-
-    jobs: Sequence[Job]
-    values: Tensor  # [norms, jobs, units]
-
-    @classmethod
-    def wanted(cls, jobs: Sequence[Job]) -> UnitNorms:
-        """Where their unit steps will write the dual norm of the direction."""
-        counts = (len(jobs), jobs[0].state["multiplier"].numel())
-        values = torch.zeros(counts, dtype=torch.float32, device=jobs[0].local.device)
-        for job, own in zip(jobs, values.unbind(), strict=True):
-            job.dual = own
-        return cls(jobs, values[None])
+from layerwise.optim.work.job import DualNorm, Job, State, lay_side_by_side, select, side_by_side
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,70 +29,63 @@ class NormGroup:
     momentum: Tensor  # [units]: the weight of the old average in their groups
     state: Mapping[str, Tensor]  # "multiplier" and the rule's `unit_state`, each [units]: copies
     members: Sequence[Job]  # the parameters whose units they are, in order
-    whole: Mapping[str, Tensor]  # what `state` is copied from, in the members' own memory where that can be
 
     @classmethod
-    def of(
-        cls, members: Sequence[Job], found: Mapping[str, tuple[UnitNorms, int]], keys: Sequence[str]
-    ) -> NormGroup:
-        """Side by side: the norms ``found`` by name, with their row, and the state of all ``members`` under ``keys``."""
+    def of(cls, members: Sequence[Job], keys: Sequence[str]) -> NormGroup | None:
+        """Side by side: the norms of all ``members``, and their state under ``keys``; None where there is no norm."""
         device = members[0].state["multiplier"].device  # parameters of one model may be on several
-        runs = _runs(members, found)
-        like = next(run.norms for run in runs if run.norms is not None).values
+        runs = _runs(members)
+        like = next((run.norms for run in runs if run.norms is not None), None)
+        if like is None:
+            return None
         zeros = like.new_zeros(len(like), 1)
         pieces = [
             zeros.expand(-1, sum(run.units))
             if run.norms is None
-            else run.norms.values[:, run.start : run.start + len(run.units)].flatten(1)
+            else run.norms[:, run.start : run.start + len(run.units)].flatten(1)
             for run in runs
         ]
         counts = [sum(run.units) for run in runs]
-        whole = _side_by_side(members, keys, [count for run in runs for count in run.units])
         return cls(
             torch.cat([piece.to(device) for piece in pieces], dim=1).float(),
             _repeated([run.norms is not None for run in runs], counts, torch.bool, device),
             _repeated([run.momentum for run in runs], counts, torch.float32, device),
-            {key: vector.clone() for key, vector in whole.items()},
+            {key: _side_by_side(members, key) for key in keys},
             members,
-            whole,
         )
 
     def write(self, new: Mapping[str, Tensor], keep: Tensor | None) -> None:
         """Put new values of the state into the parameters' own, where ``keep`` allows it."""
         for key, values in new.items():
+            chosen, whole = select(keep, values, self.state[key]), side_by_side(self.members, key)
+            if whole is not None:
+                whole.copy_(chosen)
+                continue
             targets = [job.state[key] for job in self.members]
-            chosen = select(keep, values, self.state[key])
-            if targets[0]._base is self.whole[key]:
-                self.whole[key].copy_(chosen)
-            else:
-                torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
+            torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
 
 
 class _Run(NamedTuple):
     """Neighbours among the members whose norms are neighbours too."""
 
-    norms: UnitNorms | None  # None: without a gradient
-    start: int  # row of the first of them
+    norms: Tensor | None  # [norms, jobs, units] of the set that they are in; None: without a gradient
+    start: int  # the first of them there
     momentum: float
     units: list[int]  # of each of them
 
 
-def _runs(members: Sequence[Job], found: Mapping[str, tuple[UnitNorms, int]]) -> list[_Run]:
+def _runs(members: Sequence[Job]) -> list[_Run]:
     runs = [_Run(None, 0, 0.0, [])]
     for job in members:
-        norms, row = found.get(job.name, (None, 0))
+        norms = None if job.alike is None else job.alike.norms
         last, momentum = runs[-1], job.group["momentum"]
         if norms is None:
             runs.append(_Run(None, 0, momentum, [job.state["multiplier"].numel()]))
-        elif last.norms is norms and last.start + len(last.units) == row and last.momentum == momentum:
-            last.units.append(norms.values.shape[2])
+        elif last.norms is norms and last.start + len(last.units) == job.row and last.momentum == momentum:
+            last.units.append(norms.shape[2])
         else:
-            runs.append(_Run(norms, row, momentum, [norms.values.shape[2]]))
+            runs.append(_Run(norms, job.row, momentum, [norms.shape[2]]))
     return runs[1:]
-
-
-def _in_one(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([t if t.device == device else t.to(device) for t in tensors])
 
 
 def _repeated(
@@ -125,32 +101,24 @@ def _repeated(
     return torch.cat([torch.full((count,), value, dtype=dtype, device=device) for value, count in runs])
 
 
-def _side_by_side(members: Sequence[Job], keys: Sequence[str], lengths: Sequence[int]) -> dict[str, Tensor]:
-    """The state of all members under each key, as one vector.
+def _side_by_side(members: Sequence[Job], key: str) -> Tensor:
+    """A copy of the state of all members under a key, as one vector.
 
-    Each member's own becomes a part of it, so that what is written there is in their state at once, and the next step
-    finds it: putting many small vectors together, and writing them back, takes longer than all that a rule computes.
+    Each member's own becomes a part of another one, so that what is written there is in their state at once, and the next
+    step finds it: putting many small vectors together, and writing them back, takes longer than all that a rule computes.
     """
-    own = {key: [job.state[key] for job in members] for key in keys}
-    starts = [*accumulate(lengths[:-1], initial=0)]
-    compiling = torch.compiler.is_compiling()
-    if not compiling and all(_are_parts(tensors, starts, sum(lengths)) for tensors in own.values()):
-        return {key: tensors[0]._base for key, tensors in own.items()}
+    whole = side_by_side(members, key)
+    if whole is not None:
+        return whole.clone()
     device = members[0].state["multiplier"].device
-    whole = {key: _in_one(tensors, device) for key, tensors in own.items()}
-    if not compiling and all(job.local is job.param and job.local.device == device for job in members):
-        for key, vector in whole.items():
-            for job, part in zip(members, vector.split(list(lengths)), strict=True):
-                job.state[key] = part
+    whole = torch.cat(
+        [own if own.device == device else own.to(device) for own in (m.state[key] for m in members)]
+    )
+    if not torch.compiler.is_compiling() and all(
+        job.local is job.param and job.local.device == device for job in members
+    ):
+        lay_side_by_side(members, key, whole.clone())
     return whole
-
-
-def _are_parts(tensors: Sequence[Tensor], starts: list[int], length: int) -> bool:
-    """Whether these are one vector's parts, from these places on, and all of it."""
-    whole = tensors[0]._base
-    if whole is None or whole.numel() != length:
-        return False
-    return [t.storage_offset() for t in tensors] == starts and {id(t._base) for t in tensors} == {id(whole)}
 
 
 class RateRule(ABC):

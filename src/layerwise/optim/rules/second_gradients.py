@@ -29,6 +29,11 @@ class SecondGradients:
         self._halves = Halves()
         self._halves_agree = False  # until the processes were asked
         self._replicas: Replicas | None = None
+        self.needed = False  # whether any rule looks at them
+
+    def look(self, jobs: Sequence[Job]) -> None:
+        """Find out whether a rule of these parameters needs second gradients."""
+        self.needed = any("half_difference" in job.state or needs_replicas(job.group) for job in jobs)
 
     def hold_half(self, groups: Sequence[Group], states: Mapping[Tensor, State], work: MatrixWork) -> None:
         """See ``LayerwiseOptimizer.hold_half``."""

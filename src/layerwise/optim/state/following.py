@@ -26,7 +26,8 @@ class Following:
         self._held: dict[str, Held] = {}
         self._entries: dict[Tensor, tuple[int, torch.device]] = {}
         self._at_rest: frozenset[str] = frozenset()  # without a gradient when the models were last looked at
-        self._frozen: list[tuple[Origin, str, weakref.ref[Tensor]]] = []
+        #: of each model, what was frozen when it was last looked at
+        self.frozen: list[tuple[Origin, str, weakref.ref[Tensor]]] = []
 
     # --------------------------------------------------------------------------------------- the optimizer's own
 
@@ -72,7 +73,7 @@ class Following:
 
     def _note_frozen(self, origin: Origin) -> None:
         named = origin.parameters().items()
-        self._frozen += [(origin, name, weakref.ref(p)) for name, p in named if not p.requires_grad]
+        self.frozen += [(origin, name, weakref.ref(p)) for name, p in named if not p.requires_grad]
 
     # ---------------------------------------------------------------------------------------------- at every step
 
@@ -81,23 +82,21 @@ class Following:
 
         Those of a model are left out where the optimizer was not given all that it trained: some are then somebody else's.
         """
-        if not self._frozen:
-            return []
         here = {id(param) for param in self._entries}
         found: dict[Origin, list[str]] = {}
-        for origin, name, reference in self._frozen:
+        for origin, name, reference in self.frozen:
             param = reference()
             if param is not None and param.requires_grad and param.grad is not None and id(param) not in here:
                 found.setdefault(origin, []).append(name)
         whole = [origin for origin in found if self._holds_all(origin, here)]
-        self._frozen = [entry for entry in self._frozen if entry[0] not in found]
+        self.frozen = [entry for entry in self.frozen if entry[0] not in found]
         for origin, names in found.items():
             _tell_of_unfrozen(names, taken_over=origin in whole)
         return [origin.model for origin in whole if origin.model is not None]
 
     def _holds_all(self, origin: Origin, here: set[int]) -> bool:
         """Whether all that a model trained when it was last looked at is here."""
-        frozen = {id(reference()) for _, _, reference in self._frozen}
+        frozen = {id(reference()) for _, _, reference in self.frozen}
         trained = [p for p in origin.parameters().values() if p.requires_grad and p.numel()]
         return all(id(p) in here or id(p) in frozen for p in trained)
 
@@ -186,7 +185,7 @@ class Following:
                     joined.append(name)
             elif new:
                 to_add.append({**found, "params": new})
-        self._frozen = []
+        self.frozen = []
         self._note_frozen(origin)
         return joined, to_add
 

@@ -8,23 +8,23 @@ What the matrices come from, a :class:`Source` makes for all of them together.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Final, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import is_
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.common.remember import remember
-from layerwise.common.tensors import dense, is_sharded, local_part
+from layerwise.common.tensors import in_dtypes_of, is_sharded, local_part
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 
 State = dict[str, Any]
 Group = dict[str, Any]
-
-_NO_GRADIENT = torch.empty(0)
 
 
 def local_state(param: Tensor, state: State) -> State:
@@ -84,6 +84,24 @@ class Deviation(NamedTuple):
         return own * (2 / (self.replicas - 1)) ** 0.5
 
 
+class Found(NamedTuple):
+    """State of several jobs, and the flat tensor whose parts it is, if it lies side by side."""
+
+    parts: list[Tensor]
+    whole: Tensor | None
+
+    def still(self, parts: list[Tensor]) -> bool:
+        """Whether these are the same tensors, in the same memory: some programs move state elsewhere under its tensors."""
+        if len(parts) != len(self.parts) or not all(map(is_, parts, self.parts)):
+            return False
+        ends = (parts[0], parts[-1])
+        return self.whole is None or all(_memory(part) == _memory(self.whole) for part in ends)
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
 @dataclass(slots=True)
 class Job:
     """One parameter at one step. Tensors are this process's parts, of ``param`` itself unless it is sharded."""
@@ -91,7 +109,7 @@ class Job:
     name: str
     param: Tensor  # as its group holds it: a DTensor where it is sharded
     local: Tensor
-    grad: Tensor  # zeros where another process alone has one; without `moves`, empty
+    grad: Tensor  # of this step, then empty; zeros where another process alone has one
     moves: bool  # whether any process has a gradient; else the parameter is left alone
     group: Group
     state: State
@@ -99,60 +117,83 @@ class Job:
     deviation: Deviation | None = None  # where the replicas' own gradients are watched
     dual: Tensor | None = None  # [units], where its unit step writes its direction's dual norm, once wanted
     fetched: Tensor | None = None  # the whole of a sharded tensor that a step works on, once brought together
+    alike: Alike | None = None  # the set that it is in, and which of it
+    row: int = 0
+    #: of so many jobs from this one on, the state under a key
+    found: dict[tuple[str, int], Found] = field(default_factory=dict)
 
 
-def jobs_of(groups: Sequence[Group], states: Mapping[Tensor, State], work: MatrixWork) -> list[Job]:
-    """One of each parameter. Where another process has a gradient and this one has none, it stands for zero."""
-    here = [param.grad is not None for group in groups for param in group["params"]]
-    flags = torch.tensor(here)
-    anywhere = work.anywhere(flags)
-    moving = iter(here if anywhere is flags else anywhere.tolist())
-    jobs = []
-    for group in groups:
-        lr = rate(group)
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            local, state, grad = param, states[param], param.grad
-            sharded = is_sharded(param)
-            if sharded:
-                local, state = local_part(param), local_state(param, state)
-            moves = next(moving) and param.numel() > 0
-            if not moves:
-                grad = _NO_GRADIENT
-            elif grad is None:
-                grad = torch.zeros_like(local)
-            else:
-                grad = local_part(dense(name, grad)) if sharded else dense(name, grad)
-            jobs.append(Job(name, param, local, grad, moves, group, state, lr))
-    return jobs
+@dataclass(eq=False, slots=True)
+class Alike:
+    """Parameters whose matrices are worked on together: one record, and few operations, for all of them."""
+
+    jobs: list[Job]
+    small: bool = False  # so small that their gradients and state lie side by side
+    grads: Tensor | None = None  # [jobs, *shape], the gradients of the step where they do
+    norms: Tensor | None = None  # [norms, jobs, units], those that the rate rule asked for in this step
 
 
-def by_group(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Those of each parameter group together; jobs come group by group."""
-    found: list[list[Job]] = []
-    for job in jobs:
-        if not found or found[-1][0].group is not job.group:
-            found.append([])
-        found[-1].append(job)
-    return found
+def gradients(jobs: Sequence[Job]) -> Tensor:
+    """``[jobs, *shape]`` of jobs that are alike, not to be written to."""
+    some, row = jobs[0].alike, jobs[0].row
+    if some is None or some.grads is None or [job.row for job in jobs] != [*range(row, row + len(jobs))]:
+        return stacked([job.grad for job in jobs])
+    return some.grads[row : row + len(jobs)]
 
 
-#: What parameters that are worked on together have in common, beside shape, dtype and device.
-_ALIKE: Final = ("layout", "geometry", "scaling", "radius", "momentum", "nesterov")
+def state_of(jobs: Sequence[Job], key: str) -> Tensor:
+    """``[jobs, *shape]`` of jobs that are alike, not to be written to: the state under a key."""
+    whole = side_by_side(jobs, key)
+    own = [job.state[key] for job in jobs]
+    return stacked(own) if whole is None else whole.view(len(own), *own[0].shape)
 
 
-def alike(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Those whose matrices are worked on together: one record, and few operations, for all of them."""
-    by_group: dict[tuple[int, torch.Size, torch.dtype, torch.device], list[Job]] = {}
-    # By identity first: to hash a layout and a geometry for each would take longer than its work.
-    for job in jobs:
-        param = job.param
-        by_group.setdefault((id(job.group), param.shape, param.dtype, param.device), []).append(job)
-    together: dict[object, list[Job]] = {}
-    for (_, *form), members in by_group.items():
-        group = members[0].group
-        options = [group[key] for key in _ALIKE]
-        together.setdefault((*options, id(group["rates"]), *form), []).extend(members)
-    return list(together.values())
+def state_and_gradients(jobs: Sequence[Job], key: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The state under a key of jobs that are alike, to be written to, and their gradients in its dtype.
+
+    Of each job; of small ones all in one tensor, as their state is brought side by side here.
+    """
+    own = [job.state[key] for job in jobs]
+    if jobs[0].alike is None or not jobs[0].alike.small:
+        return own, in_dtypes_of(own, [job.grad for job in jobs])
+    whole = side_by_side(jobs, key)
+    # Where it has been brought once it stays: parts would keep alive what the others left behind.
+    if whole is None and not torch.compiler.is_compiling() and all(tensor._base is None for tensor in own):
+        whole = torch.stack(own).flatten()
+        lay_side_by_side(jobs, key, whole)
+    if whole is not None:
+        own = [whole.view(len(own), *own[0].shape)]
+        return own, in_dtypes_of(own, [gradients(jobs)])
+    return own, in_dtypes_of(own, [job.grad for job in jobs])
+
+
+def side_by_side(jobs: Sequence[Job], key: str) -> Tensor | None:
+    """The flat tensor whose parts, in order, are the state under a key of these jobs; None where it is not so."""
+    if torch.compiler.is_compiling():
+        return None
+    own = [job.state[key] for job in jobs]
+    known = jobs[0].found.get((key, len(own)))
+    if known is None or not known.still(own):
+        jobs[0].found[key, len(own)] = known = Found(own, _whole_of(own))
+    return known.whole
+
+
+def _whole_of(parts: Sequence[Tensor]) -> Tensor | None:
+    whole = parts[0]._base
+    if whole is None or any(part._base is not whole or not part.is_contiguous() for part in parts):
+        return None
+    *starts, count = accumulate([part.numel() for part in parts], initial=0)
+    first = int(parts[0].storage_offset())
+    if not whole.is_contiguous() or [part.storage_offset() - first for part in parts] != starts:
+        return None
+    return whole.view(-1)[first - int(whole.storage_offset()) :][:count]
+
+
+def lay_side_by_side(jobs: Sequence[Job], key: str, whole: Tensor) -> None:
+    """Make parts of a flat tensor, which holds the same numbers, the state of jobs under a key."""
+    own = [job.state[key] for job in jobs]
+    for job, old, part in zip(jobs, own, whole.split([old.numel() for old in own]), strict=True):
+        job.state[key] = part.view(old.shape)
 
 
 class Source(ABC):
@@ -181,7 +222,7 @@ class Gradients(Source):
     """The gradients of the step."""
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return stacked([job.grad for job in jobs])
+        return gradients(jobs)
 
 
 @dataclass(frozen=True)
@@ -189,11 +230,11 @@ class Directions(Source):
     """What unit steps go along: the average of the gradients, or Nesterov's look-ahead."""
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        averages = stacked([job.state["momentum_buffer"] for job in jobs])
+        averages = state_of(jobs, "momentum_buffer")
         group = jobs[0].group
         if not group["nesterov"]:
             return averages
-        return torch.lerp(stacked([job.grad for job in jobs]).to(averages.dtype), averages, group["momentum"])
+        return torch.lerp(gradients(jobs).to(averages.dtype), averages, group["momentum"])
 
 
 GRADIENTS, DIRECTIONS = Gradients(), Directions()

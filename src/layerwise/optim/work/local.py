@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerwise.geometry.spectral.newton_schulz import matrices_at_once
-from layerwise.optim.work.job import Job, MatrixJob, stacked, white_noise_factors
+from layerwise.optim.work.job import Job, MatrixJob, state_of, white_noise_factors
 
 #: On a GPU a batch fills the device where one small matrix cannot; above this size one matrix does. Not yet measured
 #: here: the Muon literature's number.
@@ -70,7 +70,7 @@ def unit_steps(asked: MatrixJob) -> Sequence[Tensor]:
         _fill_dual_norms(asked, stacks, steps)
     scales: Sequence[Tensor | float] = asked.factors or (1.0,) * len(stacks)
     if "multiplier" in jobs[0].state:
-        multipliers = stacked([job.state["multiplier"] for job in jobs])
+        multipliers = state_of(jobs, "multiplier")
         each = multipliers.split([len(stack) // len(jobs) for stack in stacks], 1)
         # in float32 at least: a multiplier rounded to bfloat16 would be off by up to 0.4 %
         scales = [
@@ -106,7 +106,7 @@ def dual_norms(asked: MatrixJob) -> Tensor:
     count, stacks = len(asked.jobs), asked.layout.matrices_of(asked.tensors())
     seed: int | Tensor = 0
     if asked.seed is not None:  # [jobs, 1], whole numbers on the device: that of each parameter's first unit
-        seed = stacked([job.state[asked.seed] for job in asked.jobs])[:, :1].long()
+        seed = state_of(asked.jobs, asked.seed)[:, :1].long()
     norms = []
     for stack, factor in zip(stacks, asked.factors or (1.0,) * len(stacks), strict=True):
         seeds = seed if isinstance(seed, int) else seed.expand(count, len(stack) // count).reshape(-1)

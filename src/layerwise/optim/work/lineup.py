@@ -1,0 +1,148 @@
+"""All parameters of an optimizer as its steps see them: made once, and kept while nothing but numbers changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from layerwise.common.tensors import dense, local_part
+from layerwise.errors import LayerwiseError
+from layerwise.optim.work.job import Alike, Group, Job, MatrixWork, State, local_state, rate
+
+#: What parameters that are worked on together have in common, beside shape, dtype and device.
+_ALIKE: Final = ("update", "layout", "geometry", "scaling", "radius", "momentum", "nesterov")
+#: Gradients and state of up to so many entries lie side by side: one operation for all of a shape.
+_SMALL: Final = 4096
+#: So many bytes of gradients at most do, as they are copies.
+_COPIED_BYTES: Final = 2**23
+_NO_GRADIENT = torch.empty(0)
+
+
+class Lineup:
+    """A :class:`Job` of every parameter, and those that are alike in sets. Gradients are here during a step alone."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.moving: list[Job] = []  # those of which any process has a gradient
+        self.alike: list[Alike] = []  # the same in sets
+        self.gradients: list[Tensor] = []  # theirs, in as few tensors as they lie in
+        self.by_update: dict[Any, list[Job]] = {}  # all, by the kind of update that steps them
+        self.half = False  # whether any are in half precision, or rounded at random
+        self._groups: list[Group] = []
+        self._params: list[Tensor] = []
+        self._states: list[State] = []
+        self._form: object = None
+        self._moves: list[bool] | None = None
+
+    def fits(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> bool:
+        """Whether the optimizer's groups, tensors, states and options are still those that this was made of."""
+        params = [param for group in groups for param in group["params"]]
+        kept = ((groups, self._groups), (params, self._params), (states.values(), self._states))
+        same = all(len(now) == len(then) and all(map(is_, now, then)) for now, then in kept)
+        return same and _form(groups, params) == self._form
+
+    def forget(self) -> None:
+        """What this was made of has changed."""
+        self._moves = None
+
+    def refresh(self, groups: list[Group], states: Mapping[Tensor, State], work: MatrixWork) -> bool:
+        """Take this step's gradients and rates; whether that took new jobs.
+
+        Where another process has a gradient and this one has none, it stands for zero.
+        """
+        here = [param.grad is not None for group in groups for param in group["params"]]
+        flags = torch.tensor(here)
+        anywhere = work.anywhere(flags)
+        moves = here if anywhere is flags else anywhere.tolist()
+        # What this process holds of a sharded parameter is another tensor at every step.
+        new = moves != self._moves or any(job.local is not job.param for job in self.jobs)
+        if new:
+            self._make(groups, states, moves)
+        self.gradients = []
+        rates = {id(group): rate(group) for group in groups}
+        for job in self.moving:
+            job.grad, job.lr = _gradient(job), rates[id(job.group)]
+        for some in self.alike:
+            grads = [job.grad for job in some.jobs]
+            if some.small:
+                some.grads = torch.stack(grads)
+            self.gradients += grads if some.grads is None else [some.grads]
+        return new
+
+    def _make(self, groups: list[Group], states: Mapping[Tensor, State], moves: list[bool]) -> None:
+        any_moves = iter(moves)
+        self.jobs = [
+            _job(name, param, next(any_moves), group, states[param])
+            for group in groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        ]
+        self.moving = [job for job in self.jobs if job.moves]
+        self.alike, self.by_update = alike(self.moving), {}
+        for job in self.jobs:
+            self.by_update.setdefault(job.group["update"], []).append(job)
+        self.half = any(job.local.dtype.itemsize < 4 or "rounding_seed" in job.group for job in self.jobs)
+        self._groups, self._params = list(groups), [job.param for job in self.jobs]
+        self._states, self._form, self._moves = list(states.values()), _form(groups, self._params), moves
+
+    def release(self) -> None:
+        """Keep no gradient alive when the step is over."""
+        for job in self.moving:
+            job.grad, job.deviation, job.dual = _NO_GRADIENT, None, None
+        for some in self.alike:
+            some.grads = some.norms = None
+        self.gradients = []
+
+
+def _form(groups: Sequence[Group], params: Sequence[Tensor]) -> object:
+    """What jobs and sets depend on, beside which tensors there are."""
+    options = [
+        [*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups
+    ]
+    return options, [(param.shape, param.dtype, param.device) for param in params]
+
+
+def _job(name: str, param: Tensor, moves: bool, group: Group, state: State) -> Job:
+    local = local_part(param)
+    moves = moves and param.numel() > 0
+    if moves and param.device.type == "meta":
+        raise LayerwiseError(
+            f"parameter {name!r} is on the meta device and has no numbers, and neither has its gradient: materialise the "
+            "model (model.to_empty(device=...), then its weights) before the first step"
+        )
+    return Job(name, param, local, _NO_GRADIENT, moves, group, local_state(param, state), group["lr"])
+
+
+def _gradient(job: Job) -> Tensor:
+    grad = job.param.grad
+    if grad is None:
+        return torch.zeros_like(job.local)
+    if job.local is job.param and grad.layout is torch.strided:
+        return grad
+    return local_part(dense(job.name, grad))
+
+
+def alike(jobs: Iterable[Job]) -> list[Alike]:
+    """Those whose matrices are worked on together."""
+    by_group: dict[tuple[int, torch.Size, torch.dtype, torch.device], list[Job]] = {}
+    # By identity first: to hash a layout and a geometry for each would take longer than its work.
+    for job in jobs:
+        param = job.param
+        by_group.setdefault((id(job.group), param.shape, param.dtype, param.device), []).append(job)
+    together: dict[object, Alike] = {}
+    for (_, *form), members in by_group.items():
+        group = members[0].group
+        key = (*(group[key] for key in _ALIKE), id(group["rates"]), *form)
+        together.setdefault(key, Alike([])).jobs.extend(members)
+    left = _COPIED_BYTES
+    for some in together.values():
+        first = some.jobs[0]
+        left -= len(some.jobs) * first.local.nbytes
+        small = first.local is first.param and first.param.numel() <= _SMALL
+        some.small = small and len(some.jobs) > 1 and left >= 0
+        for row, job in enumerate(some.jobs):
+            job.alike, job.row = some, row
+    return list(together.values())
