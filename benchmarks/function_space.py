@@ -191,12 +191,13 @@ def variants(examples: int) -> dict[str, dict]:
     found["exact"] = {"method": "exact", "probes": 1}
     most = min(16, examples)
     found[f"kronecker, 16 probes, slices={most}"] = {"method": "kronecker", "probes": 16, "slices": most}
-    most = min(8, examples)
-    found[f"kronecker, 8 probes, slices={most}"] = {"method": "kronecker", "probes": 8, "slices": most}
-    most = max(1, min(8, examples // 4))
-    found[f"kronecker, 8 probes, slices={most}, a quarter of the batch"] = {
-        "method": "kronecker", "probes": 8, "slices": most, "part": 4,
-    }  # fmt: skip
+    for method in ("kronecker", "full_cov"):
+        most = min(8, examples)
+        found[f"{method}, 8 probes, slices={most}"] = {"method": method, "probes": 8, "slices": most}
+        most = max(1, min(8, examples // 4))
+        found[f"{method}, 8 probes, slices={most}, a quarter of the batch"] = {
+            "method": method, "probes": 8, "slices": most, "part": 4,
+        }  # fmt: skip
     return found
 
 
@@ -206,6 +207,10 @@ FREQUENT: dict[str, dict] = {
     "kronecker, 8 probes, slices=8": {"method": "kronecker", "probes": 8, "slices": 8},
     "kronecker, 8 probes, slices=4, a quarter of the batch": {
         "method": "kronecker", "probes": 8, "slices": 4, "part": 4,
+    },
+    "full_cov, 8 probes, slices=8": {"method": "full_cov", "probes": 8, "slices": 8},
+    "full_cov, 8 probes, slices=4, a quarter of the batch": {
+        "method": "full_cov", "probes": 8, "slices": 4, "part": 4,
     },
 }  # fmt: skip
 

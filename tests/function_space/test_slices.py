@@ -8,7 +8,8 @@ from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import function_space_rates
-from layerwise.function_space.measuring import measurement
+from layerwise.function_space.measuring import measurement, side_by_side
+from layerwise.function_space.measuring.linear_products import ProductRunner
 
 
 def network():
@@ -175,3 +176,71 @@ def test_slices_that_cannot_be_had_are_refused():
     ]:
         with pytest.raises(LayerwiseError, match=text):
             function_space_rates(model, update, inputs, **options)
+
+
+class Decoder(nn.Module):
+    """Weights of every kind: an embedding tied to the head, positions, attention, gains, and a matrix used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions = nn.Embedding(11, 8), nn.Embedding(5, 8)
+        self.norm, self.gain = nn.LayerNorm(8), nn.Parameter(torch.ones(8))
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8, bias=False)
+        self.twice = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.words(x) + self.positions(torch.arange(x.shape[1]))
+        parts = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2)) * self.gain
+        return nn.functional.linear(self.twice(self.twice(x).tanh()), self.words.weight)
+
+
+def decoder():
+    torch.manual_seed(0)
+    model = Decoder().double()
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    return model, update, torch.randint(0, 11, (7, 5))
+
+
+@pytest.mark.parametrize("method", ["kronecker", "full_cov", "iid"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_slices_side_by_side_have_the_rates_of_slices_one_by_one(method, masked, monkeypatch):
+    model, update, x = decoder()
+    mask = torch.arange(5) < torch.randint(1, 6, (7, 1)) if masked else None
+    ran = []
+    plain = ProductRunner.side_by_side
+    monkeypatch.setattr(ProductRunner, "side_by_side", lambda *a: ran.append(plain(*a)) or ran[-1])
+    options = {"method": method, "probes": 12, "slices": 6, "mask": mask}
+    together = function_space_rates(model, update, x, **options)
+    assert [outputs.values.shape[:2] for outputs in ran] == [(5, 1)]  # the sixth has two examples
+    alone = function_space_rates(model, update, x, memory=0, **options)
+    assert len(ran) == 1
+    assert together.entries == alone.entries
+    for name in alone:  # the same sums in another order, in float64
+        assert together[name].value == pytest.approx(alone[name].value, rel=1e-10), name
+        # The error hangs on single sums near 0, which keep fewer digits.
+        assert together[name].stderr == pytest.approx(alone[name].stderr, rel=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "why", ["looks at numbers", "random numbers", "one slice is padding", "torch changed"]
+)
+def test_what_does_not_run_side_by_side_runs_one_by_one(why, monkeypatch):
+    model, update, x = decoder()
+    forward = lambda m, x: m(x)  # noqa: E731
+    mask = None
+    if why == "looks at numbers":
+        forward = lambda m, x: m(x) * (1.0 if x.sum().item() else 2.0)  # noqa: E731
+    elif why == "random numbers":
+        forward = lambda m, x: m(x) + 0 * torch.rand(())  # noqa: E731
+    elif why == "one slice is padding":
+        mask = torch.arange(7)[:, None].expand(7, 5) != 3
+    else:
+        monkeypatch.delattr(side_by_side._functorch, "_add_batch_dim")
+        assert not hasattr(side_by_side._functorch, "_add_batch_dim")
+    options = {"probes": 14, "slices": 7, "mask": mask}
+    found = function_space_rates(model, update, x, forward, **options)
+    alone = function_space_rates(model, update, x, forward, memory=0, **options)
+    for name in alone:
+        assert found[name].value == pytest.approx(alone[name].value, rel=1e-10), name

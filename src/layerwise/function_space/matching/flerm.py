@@ -192,11 +192,11 @@ class FLeRM(StepWatcher):
                     negligible[name] = "kept: its measured difference is rounding noise"
         relative = self._rounding_noise(rates) if self.near_zero is None else self.near_zero
         decided = decide(measured, targets, {**negligible, **self.fixed}, relative, self.max_change)
-        self._redo(step, {name: change for name, (change, _) in decided.items()})
+        step.redo({name: change for name, (change, _) in decided.items()})
         for _ in range(self.corrections if rates.method == "difference" else 0):
             again = step.rates(self.measurement, inputs, mask)
             further = corrected(decided, again, targets, self.max_change)
-            self._redo(step, {name: further[name][0] / change for name, (change, _) in decided.items()})
+            step.redo({name: further[name][0] / change for name, (change, _) in decided.items()})
             decided = further
         rows = {}
         for name, (change, note) in decided.items():
@@ -205,13 +205,6 @@ class FLeRM(StepWatcher):
             rows[name] = Matched(measured[name], targets[name], change, lr, note)
         self.reports.append(MatchReport(self.steps, rows))
         self.reports[-1].warn_of_kept("FLeRM", "reports[-1]")
-
-    def _redo(self, step: WatchedStep, factors: Mapping[str, float]) -> None:
-        """Multiply what the step did to each parameter."""
-        updates = step.updates()
-        for name, factor in factors.items():
-            if factor != 1.0:
-                updates[name].redo(self.parameters[name], factor)
 
     def _targets(self, now: Mapping[str, float], scheduled: int) -> tuple[dict[str, float], dict[str, str]]:
         """The function-space rate that each parameter's step should have at the groups' rates, and who has none."""

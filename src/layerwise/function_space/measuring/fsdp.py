@@ -95,6 +95,9 @@ class ShardedRunner:
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         return as_outputs(self.function(self.model, batch), mask)
 
+    def side_by_side(self, batches: Any, masks: Tensor | None) -> None:
+        """None: FSDP gathers the weights of one forward at a time."""
+
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         """One by one: a batched backward would not go through FSDP's hooks."""
         if not outputs.values.requires_grad:

@@ -5,14 +5,18 @@ Where a weight is used once, in `x W^T` (`nn.Linear`) or `x W` (transformers' `C
 needs no gradient at all: `sum(dW * G^T X) = sum(G * X dW^T)`, with a product that all probes share. The others take the
 gradient in pieces of rows, used while they are in cache: the memory of the largest tensor's gradient is saved.
 
-The product in the forward is replaced by one with a further input of three numbers, whose "gradient" is the log moments.
-So they come out of autograd as gradients do, batched over probes too.
+The product in the forward is replaced by one with a further input of three numbers a slice, whose "gradient" is the log
+moments. So they come out of autograd as gradients do, batched over probes too.
+
+Slices of a batch that are run side by side (`vmap`) have one graph, and weights of their own in it: what a probe on each
+of them needs then comes from one backward. Of a product the weight is the same for all of them, so it stays one product.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -26,6 +30,8 @@ from layerwise.function_space.measuring.moments import Collector, Estimator, Mom
 from layerwise.function_space.measuring.outputs import Outputs
 from layerwise.function_space.measuring.probes import probes_at_once, run_probes
 from layerwise.function_space.measuring.runners import LeafRunner
+from layerwise.function_space.measuring.side_by_side import SideBySide, transforms
+from layerwise.function_space.measuring.slices import each_tensor
 
 
 class ProductRunner(LeafRunner):
@@ -35,26 +41,44 @@ class ProductRunner(LeafRunner):
     quicker to square.
     """
 
-    def outputs(
-        self, batch: Any, mask: Tensor | None, replaced: Mapping[str, Tensor] | None = None
-    ) -> Outputs:
-        with Products(self.leaves):
-            return super().outputs(batch, mask, replaced)
+    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
+        leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
+        with Products(leaves):
+            found = self.run(leaves, batch, mask)
+        return replace(found, leaves=leaves)
+
+    def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
+        if self.written:
+            return None
+        tensors: list[Tensor] = []
+        each_tensor((batches, masks), tensors.append)
+        count = len(tensors[0])
+        leaves = {n: p.expand(count, *p.shape).detach().requires_grad_() for n, p in self.points.items()}
+
+        def one(leaves: Mapping[str, Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:
+            left = iter(tensors)
+            batch, mask = each_tensor((batches, masks), lambda _: next(left))
+            with Products(leaves, SideBySide(count)):
+                found = self.run(leaves, batch, mask)
+            return (found.values,) if found.mask is None else (found.values, found.mask)
+
+        values, *mask = torch.func.vmap(one)(leaves, tensors)
+        return Outputs(values, mask[0] if mask else None, values.shape[1], leaves)
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         assert isinstance(sink, Collector)
-        tight = probes_at_once(outputs, self.leaves, memory) == 1
+        found = only_products(outputs.values, outputs.leaves)
+        at_once = probes_at_once(outputs, outputs.leaves, memory)
         products = {
             name: product
-            for name, product in only_products(outputs.values, self.leaves).items()
-            if tight or sink.moments[name].estimator.total
+            for name, product in found.items()
+            if sink.moments[name].estimator.total or (at_once == 1 and product.slices == 1)
         }
-        leaves = {**self.leaves, **{name: product.moments_input for name, product in products.items()}}
+        leaves = {**outputs.leaves, **{name: product.moments_input for name, product in products.items()}}
         first = list(islice(probes, probes_at_once(outputs, leaves, memory)))
         for name, product in products.items():
-            moments = sink.moments[name]
-            product.measure(moments.estimator, moments.update, len(first))
-            sink.moments[name] = ReadyMoments(moments.estimator, moments.update)
+            product.measure(sink.moments[name], len(first))
+            sink.moments[name] = ReadyMoments(product, sink.moments[name])
         probes = chain(first, probes)
         del first
         run_probes(outputs, leaves, probes, sink, memory)
@@ -66,50 +90,58 @@ class Product:
     Attributes:
         name: the weight's.
         by_output: whether its rows belong to outputs (`x W^T`), not to inputs (`x W`).
+        slices: how many were run side by side (1: the batch as it is).
         moments_input: a further input of the product, whose gradient the log moments come as.
         measured: what with, once `measure` was called.
     """
 
-    def __init__(self, name: str, weight: Tensor, by_output: bool) -> None:
-        self.name, self.by_output = name, by_output
+    def __init__(self, name: str, device: torch.device, by_output: bool, slices: int) -> None:
+        self.name, self.by_output, self.slices = name, by_output, slices
         # No estimator of a matrix has more moments than three.
         self.moments_input = torch.zeros(
-            3, dtype=wide_dtype(weight.device), device=weight.device, requires_grad=True
+            slices, 3, dtype=wide_dtype(device), device=device, requires_grad=True
         )
         self.measured: tuple[Estimator, TensorUpdate, int] | None = None
-        # The inputs, or for `full_cov` what the update makes of them, and their scale: the same for all probes.
-        self._seen: tuple[Tensor, Tensor] | None = None
+        # For `full_cov` what the update over its scale makes of the inputs over theirs, the same for all probes.
+        self._moved: Tensor | None = None
+        #: The logarithm of what `full_cov`'s sums are to be multiplied with.
+        self.log_scale: Tensor | None = None
 
-    def measure(self, estimator: Estimator, update: TensorUpdate, probes: int) -> None:
-        """From now on give log moments to `moments_input`, for at most so many probes together, and the weight nothing."""
-        self.measured = estimator, update, probes
+    def measure(self, moments: Moments, probes: int) -> None:
+        """From now on give these to `moments_input`, for at most so many probes together, and the weight nothing."""
+        self.measured = moments.estimator, moments.update, probes
 
-    def log_moments(self, grads: Tensor, inputs: Tensor) -> Tensor:
-        """The gradient of `moments_input` under one probe, from `[positions, out]` and `[positions, in]`."""
+    def moments(self, grads: Tensor, inputs: Tensor) -> Tensor:
+        """The gradient of `moments_input` under one probe, from `[slices, positions, out]` and `[slices, positions, in]`.
+
+        For `full_cov` the sums of `Z` over `exp(log_scale)`, and else log moments.
+        """
         assert self.measured is not None
         estimator, update, probes = self.measured
-        largest, peak = _scale(update.largest), _scale(grads.abs().amax())
-        if self._seen is None:
-            seen = self._moved(inputs.to(update.dtype), update, largest) if estimator.total else inputs
-            self._seen = seen, _scale(seen.abs().amax())
-        seen, reach = self._seen
-        if estimator.total:
-            found = [((grads / peak).to(update.dtype) * (seen / reach)).sum().square()]
-        else:
-            # Products of numbers of order one, without a copy of the inputs.
-            left, right = (grads / peak / reach, inputs) if self.by_output else (inputs, grads / peak / reach)
-            found = _by_pieces(estimator, update, left, right, largest, probes)
         wide = self.moments_input.dtype
-        logs = torch.stack(found).to(wide).log() + sum(2 * s.to(wide).log() for s in (largest, peak, reach))
-        return torch.cat([logs, logs.new_zeros(3 - len(found))])
+        largest, reach = _scale(update.largest), _scale(inputs.abs().amax())
+        if estimator.total:
+            if self._moved is None:
+                self._moved = self._product(inputs.to(update.dtype), update, largest * reach)
+                self.log_scale = largest.to(wide).log() + reach.to(wide).log()
+            totals = (grads.to(update.dtype) * self._moved).sum((1, 2))
+            return totals.to(wide)[:, None].expand(-1, 3)
+        # Products of numbers of order one, without a copy of the inputs.
+        peak = _scale(grads.abs().amax())
+        left, right = (grads[0] / peak / reach, inputs[0])
+        if not self.by_output:
+            left, right = right, left
+        found = torch.stack(_by_pieces(estimator, update, left, right, largest, probes)).to(wide).log()
+        logs = found + sum(2 * s.to(wide).log() for s in (largest, peak, reach))
+        return torch.cat([logs, logs.new_zeros(3 - len(found))])[None]
 
-    def _moved(self, inputs: Tensor, update: TensorUpdate, largest: Tensor) -> Tensor:
-        """The product of the inputs and the update over its largest entry, `[positions, out]`."""
+    def _product(self, inputs: Tensor, update: TensorUpdate, scale: Tensor) -> Tensor:
+        """The product of the inputs and the update over `scale`, `[slices, positions, out]`."""
         if self.by_output:
-            return torch.cat([inputs @ (update.rows(*piece) / largest).T for piece in update.pieces()], dim=1)
-        moved = inputs.new_zeros(inputs.shape[0], update.new.shape[1])
+            return torch.cat([inputs @ (update.rows(*piece) / scale).T for piece in update.pieces()], dim=-1)
+        moved = inputs.new_zeros(*inputs.shape[:-1], update.new.shape[1])
         for start, stop in update.pieces():
-            moved.addmm_(inputs[:, start:stop], update.rows(start, stop) / largest)
+            moved += inputs[..., start:stop] @ (update.rows(start, stop) / scale)
         return moved
 
 
@@ -141,28 +173,34 @@ def _scale(largest: Tensor) -> Tensor:
 
 
 class _Multiply(torch.autograd.Function):
-    """The product, whose backward gives log moments where it is measured."""
+    """The product, all arguments with a dimension of slices first, whose backward gives log moments where it is measured."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, moments_input: Tensor, product: Product
+        x: Tensor, weight: Tensor, bias: Tensor | None, moments_input: Tensor, product: Product
     ) -> Tensor:
+        one = weight[0] if product.by_output else weight[0].T
+        if bias is None or product.slices == 1:
+            return torch.nn.functional.linear(x, one, None if bias is None else bias[0])
+        return torch.nn.functional.linear(x, one).add_(bias.reshape(len(bias), *[1] * (x.ndim - 2), -1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, *_, ctx.product = inputs
         ctx.save_for_backward(x, weight)
-        ctx.product = product
-        return torch.nn.functional.linear(x, weight if product.by_output else weight.T, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
         x, weight = ctx.saved_tensors
         product: Product = ctx.product
-        to_x = (grad @ (weight if product.by_output else weight.T)) if ctx.needs_input_grad[0] else None
-        grads, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        to_bias = grads.sum(0) if ctx.needs_input_grad[2] else None
+        to_x = (grad @ (weight[0] if product.by_output else weight[0].T)) if ctx.needs_input_grad[0] else None
+        grads, inputs = (t.reshape(product.slices, -1, t.shape[-1]) for t in (grad, x))
+        to_bias = grads.sum(1) if ctx.needs_input_grad[2] else None
         if product.measured is not None:
-            return to_x, None, to_bias, product.log_moments(grads, inputs), None
+            return to_x, None, to_bias, product.moments(grads, inputs), None
         left, right = (grads, inputs) if product.by_output else (inputs, grads)
-        return to_x, left.T @ right, to_bias, None, None
+        return to_x, left.mT @ right, to_bias, None, None
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
@@ -173,17 +211,6 @@ def _addmm(input: Any, mat1: Any = None, mat2: Any = None, *_: Any, **scaled: An
     return (None, None, None) if scaled or _ else (mat1, mat2, input)
 
 
-def _plain(device: str) -> bool:
-    """Whether a product run now is differentiated as it stands.
-
-    Not under autocast or vmap; nor under hooks on saved tensors, as checkpointing has them: it runs the forward again
-    without us, and would take what that saves for what we saved.
-    """
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    functorch = torch._C._are_functorch_transforms_active()
-    return hooks is None and not functorch and not torch.is_autocast_enabled(device)
-
-
 # Input, weight and bias in the arguments of the functions that make products.
 _PRODUCTS: dict[Any, Callable[..., tuple[Any, ...]]] = {
     torch.nn.functional.linear: _linear,
@@ -192,10 +219,16 @@ _PRODUCTS: dict[Any, Callable[..., tuple[Any, ...]]] = {
 
 
 class Products(TorchFunctionMode):
-    """While a forward runs under it, products with these leaves can be measured."""
+    """While a forward runs under it, products with these leaves can be measured.
 
-    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+    Args:
+        leaves: by name.
+        slices: those that are run side by side, by a `vmap` around it.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor], slices: SideBySide | None = None) -> None:
         super().__init__()
+        self.slices = slices
         self.names = {
             id(leaf): name for name, leaf in leaves.items() if leaf.ndim == 2 and type(leaf) is Tensor
         }
@@ -209,10 +242,32 @@ class Products(TorchFunctionMode):
             # An expert without tokens has an empty product, whose scale would be that of nothing. What `addmm` adds
             # need not be a bias.
             ours = weight is not None and id(weight) in self.names and x.numel() > 0
-            if ours and (bias is None or bias.ndim == 1) and _plain(weight.device.type):
-                product = Product(self.names[id(weight)], weight, func is torch.nn.functional.linear)
-                return _Multiply.apply(x, weight, bias, product.moments_input, product)  # type: ignore[no-untyped-call]
+            if ours and (bias is None or bias.ndim == 1) and self._plain(weight.device.type):
+                return self._multiply(x, weight, bias, func is torch.nn.functional.linear)
+        if func is torch.nn.functional.scaled_dot_product_attention and self.slices is not None:
+            return self.slices.attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _plain(self, device: str) -> bool:
+        """Whether a product run now is differentiated as it stands.
+
+        Not under autocast or a vmap of the model's own; nor under hooks on saved tensors, as checkpointing has them: it
+        runs the forward again without us, and would take what that saves for what we saved.
+        """
+        hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        around = 0 if self.slices is None else self.slices.level
+        return hooks is None and transforms() == around and not torch.is_autocast_enabled(device)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, by_output: bool) -> Tensor:
+        slices = self.slices
+        product = Product(self.names[id(weight)], weight.device, by_output, slices.count if slices else 1)
+
+        def multiply(*whole: Tensor | None) -> Tensor:
+            return _Multiply.apply(*whole, product.moments_input, product)  # type: ignore[no-untyped-call]
+
+        if slices is not None:
+            return slices.together(multiply, x, weight, bias)
+        return multiply(x[None], weight[None], None if bias is None else bias[None])[0]
 
 
 def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Product]:
@@ -241,9 +296,16 @@ def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Pro
 class ReadyMoments(Moments):
     """The moments of a tensor that come ready, as the gradients of a product's further input."""
 
+    def __init__(self, product: Product, moments: Moments) -> None:
+        super().__init__(moments.estimator, moments.update)
+        self.product = product
+
     def add(self, grads: Tensor) -> None:
-        """Take the log moments of some probes, `[probes, 3]`."""
-        self.probes.append(grads[:, : len(self.estimator.exponents)])
+        """Take those of some probes, `[..., 3]`."""
+        self.probes.append(grads.flatten(0, -2)[:, : len(self.estimator.exponents)])
 
     def logs(self, probes: int) -> Tensor:
-        return torch.cat(self.probes) if self.probes else super().logs(probes)
+        if not self.probes:
+            return super().logs(probes)
+        found = torch.cat(self.probes)
+        return found if self.product.log_scale is None else 2 * (found.abs().log() + self.product.log_scale)

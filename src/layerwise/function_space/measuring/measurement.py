@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from layerwise.common.checked import checked
 from layerwise.common.tensors import is_sharded, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.collect import collector_for
+from layerwise.function_space.measuring.graphs import Cutting, Graph, graphs, rounding_of
 from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
@@ -23,7 +23,7 @@ from layerwise.function_space.measuring.moments import (
     Estimator,
     Moments,
     TensorUpdate,
-    combine,
+    combine_all,
 )
 from layerwise.function_space.measuring.outputs import (
     Forward,
@@ -35,7 +35,7 @@ from layerwise.function_space.measuring.per_tensor import CHANGES, per_tensor
 from layerwise.function_space.measuring.probes import Distribution, draw_probes
 from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption
 from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, Runner, untouched
-from layerwise.function_space.measuring.slices import Cutting, Graph, Slices, graphs, rounding_of
+from layerwise.function_space.measuring.slices import Slices
 from layerwise.function_space.rates import Rate, Rates
 
 
@@ -186,38 +186,63 @@ class Run:
 
     def probed(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
         """By an estimator, from the gradients under random probes of the outputs."""
-        how = Cutting(self.settings.slices, rounding_of(self.model, self.settings.autocast), self.processes)
+        settings = self.settings
+        rounding = rounding_of(self.model, settings.autocast)
+        how = Cutting(settings.slices, rounding, settings.memory, self.processes)
         logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
+        entries: list[int] = []  # that counted under each probe
         weights: list[float] = []  # of each probe: batches count alike, slices by their entries
         for index, batch in enumerate(batches):
-            count = self.settings.probes // len(batches) + (index < self.settings.probes % len(batches))
-            slices: list[tuple[int, int]] = []  # entries and probes of each
-            for graph in graphs(runner.outputs, batch, mask, max(1, count), how):
-                done = len(weights) + sum(probes for _, probes in slices)
-                for name, found in self._moments(runner, graph, done).items():
-                    logs[name].append(found.logs(graph.probes) - math.log(graph.entries))
-                slices.append((graph.entries, graph.probes))
+            count = settings.probes // len(batches) + (index < settings.probes % len(batches))
+            total = 0
+            of_probes: list[
+                tuple[int, int]
+            ] = []  # of each, the entries that counted and how many had the same
+            for graph in graphs(runner, batch, mask, max(1, count), how):
+                probes = graph.parts[0].probes
+                for name, found in self._moments(runner, graph, len(entries) + len(of_probes)).items():
+                    logs[name].append(found.logs(probes * len(graph.parts)))
+                of_probes += [(part.entries, part.probes) for part in graph.parts] * probes
+                total += graph.entries
                 del graph  # before the next one is made
-            total = sum(entries for entries, _ in slices)
-            for entries, probes in slices:
-                weights += [entries / total / len(batches) / probes] * probes
-        values = {}
-        for name, rows in self.to_cpu(logs).items():
-            estimator, shares = self.estimators[name], torch.tensor(weights, dtype=torch.float64)
-            values[name] = (*combine(estimator.exponents, rows, shares), estimator.name)
-        return self.rates(values, len(weights))
+            entries += [counted for counted, _ in of_probes]
+            weights += [counted / total / len(batches) / probes for counted, probes in of_probes]
+        return self.rates(self.combined(logs, entries, weights), len(weights))
 
     def _moments(self, runner: Runner, graph: Graph, first_probe: int) -> Mapping[str, Moments]:
-        """Moments of every tensor under the probes of one graph."""
-        settings, outputs = self.settings, graph.outputs
+        """Moments of every tensor under the probes of one graph: of each part under its first probe, and so on."""
+        settings = self.settings
         if self.processes.count == 1 and not any(is_sharded(u.new) for u in self.updates.values()):
             sink = Collector(self.estimators, self.updates)
         else:
             sink = collector_for(self.processes, self.estimators, self.updates, settings.method)
-        probes = draw_probes(outputs, graph.probes, settings.probe, self.seed, first_probe, graph.first_row)
-        runner.probe(outputs, probes, sink, settings.memory)
-        self.note(outputs, graph.entries)
+        draws = []
+        for part in graph.parts:
+            draw = draw_probes(
+                part.outputs, part.probes, settings.probe, self.seed, first_probe, part.first_row
+            )
+            draws.append(draw)
+            first_probe += part.probes
+        probes = draws[0] if len(draws) == 1 else map(torch.stack, zip(*draws, strict=True))
+        runner.probe(graph.outputs, probes, sink, settings.memory)
+        self.note(graph.parts[0].outputs, graph.entries)
         return sink.moments
+
+    def combined(
+        self, logs: Mapping[str, list[Tensor]], entries: list[int], weights: list[float]
+    ) -> dict[str, tuple[float, float, str]]:
+        """Value, standard error and estimator of every tensor, from its log moments under each probe."""
+        per_entry = torch.tensor(entries, dtype=torch.float64).log()[:, None]
+        shares = torch.tensor(weights, dtype=torch.float64)
+        by_estimator: dict[str, dict[str, Tensor]] = {}
+        for name, rows in self.to_cpu(logs).items():
+            by_estimator.setdefault(self.estimators[name].name, {})[name] = rows - per_entry
+        values = {}
+        for estimator, found in by_estimator.items():
+            exponents = self.estimators[next(iter(found))].exponents
+            rates = combine_all(exponents, torch.stack(list(found.values())), shares)
+            values.update({n: (*rate, estimator) for n, rate in zip(found, rates, strict=True)})
+        return {name: values[name] for name in logs}
 
     def note(self, outputs: Outputs, entries: int) -> None:
         """Keep what the outputs are like, and count entries."""

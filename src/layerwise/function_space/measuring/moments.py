@@ -30,7 +30,7 @@ from layerwise.function_space.measuring.process_group import ALONE, Processes
 # temporary never grows with the tensor (an embedding can be a third of a model).
 _CPU_PIECE = 1 << 17
 _GPU_PIECE = 1 << 24
-# Updates of up to this many entries (biases, gains) are kept between probes: no memory to speak of, fewer operations.
+# Updates of up to this many entries (biases, gains) are kept: no memory to speak of, fewer operations.
 _SMALL = 1 << 12
 
 
@@ -120,6 +120,14 @@ class TensorUpdate:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start:stop` of dW (of a scalar: itself as one row)."""
+        return self._formed(start, stop) if self._small is None else self._small[start:stop]
+
+    @cached_property
+    def _small(self) -> Tensor | None:
+        """dW where it has few entries: it is then formed once."""
+        return self._formed(0, self.row_count) if self.new.numel() <= _SMALL else None
+
+    def _formed(self, start: int, stop: int) -> Tensor:
         delta = torch.atleast_1d(self.new.detach())[start:stop].to(self.dtype)
         if self.old is not None:
             old = torch.atleast_1d(self.old.detach())[start:stop]
@@ -169,7 +177,9 @@ class TensorUpdate:
         """The largest absolute entry, a scalar on the tensor's device."""
         # Not `vector_norm(ord=inf)`: on a CPU it takes fifteen times as long.
         peaks = [self.rows(a, b).abs().amax() for a, b in self.pieces()]
-        return torch.stack(peaks).max() if peaks else self.new.new_zeros((), dtype=self.dtype)
+        if len(peaks) == 1:
+            return peaks[0]
+        return torch.stack(peaks).amax() if peaks else self.new.new_zeros((), dtype=self.dtype)
 
     @torch.no_grad()
     def redo(self, param: Tensor, change: float) -> None:
@@ -189,8 +199,8 @@ class TensorUpdate:
 class Moments:
     """The moments of one tensor, a row per probe, kept on the device until the end.
 
-    Products are formed of numbers of order one: the update over its largest entry, gradients over the largest of the
-    first one. Both scales come back in as logarithms.
+    Products are formed of numbers of order one: the update over its largest entry, and where they are squared, gradients
+    over the largest of the first one. The scales come back in as logarithms.
     """
 
     def __init__(self, estimator: Estimator, update: TensorUpdate) -> None:
@@ -198,11 +208,11 @@ class Moments:
         self.update = update
         self.scales: list[Tensor] = []
         self.probes: list[Tensor] = []
-        self._small: Tensor | None = None
 
     def add(self, grads: Tensor) -> None:
-        """Take the gradients of some probes, `[probes, *shape]`, in any float dtype."""
-        self.take(self.sums(grads))
+        """Take the gradients of some probes, `[..., *shape]`, in any float dtype."""
+        leading = grads.ndim - self.update.new.ndim
+        self.take(self.sums(grads.flatten(0, leading - 1) if leading > 1 else grads))
 
     def sums(self, grads: Tensor) -> Tensor:
         """`[probes, sums]`: the sums of Z and its squares that moments are made of, additive over blocks of rows.
@@ -212,8 +222,10 @@ class Moments:
         """
         grads = grads if grads.ndim > 1 else grads[:, None]
         if not self.scales:
-            largest = grads[0].abs().amax() if grads.numel() else grads.new_zeros(())
-            self.scales = [or_one(s.to(self.update.dtype)) for s in (self.update.largest, largest)]
+            self.scales = [or_one(self.update.largest)]
+            if not self.estimator.total:
+                largest = grads[0].abs().amax() if grads.numel() else grads.new_zeros(())
+                self.scales.append(or_one(largest.to(self.update.dtype)))
         pieces = self.update.pieces(len(grads))
         if not pieces:
             return grads.new_zeros(len(grads), self.count, dtype=self.update.dtype)
@@ -232,22 +244,14 @@ class Moments:
 
     def _scaled(self, start: int, stop: int) -> Tensor:
         """Rows of dW over the scales."""
-        if self._small is not None:
-            return self._small[start:stop]
-        delta = self.update.rows(start, stop) / self.scales[0] / self.scales[1]
-        if delta.numel() == self.update.new.numel() <= _SMALL:
-            self._small = delta
-        return delta
+        return reduce(torch.div, self.scales, self.update.rows(start, stop))
 
     def take(self, sums: Tensor) -> None:
         """Make `sums` of whole tensors into moments."""
-        if self.estimator.total:
-            self.probes.append(sums.square())
-        elif self.estimator.per_dim:
+        if self.estimator.per_dim:
             last = len(self.estimator.view)
-            self.probes.append(torch.cat([sums[:, :1], _squares(sums[:, last:]), sums[:, 1:last]], 1))
-        else:
-            self.probes.append(sums)
+            sums = torch.cat([sums[:, :1], _squares(sums[:, last:]), sums[:, 1:last]], 1)
+        self.probes.append(sums)
 
     @property
     def count(self) -> int:
@@ -260,8 +264,14 @@ class Moments:
         if not self.probes:
             return torch.full((probes, len(self.estimator.exponents)), -math.inf)
         wide = wide_dtype(self.probes[0].device)
-        scale = sum(2 * s.to(wide).log() for s in self.scales)
-        return torch.cat(self.probes).to(wide).log() + scale
+        return (
+            self._logs(torch.cat(self.probes).to(wide))
+            + reduce(torch.mul, [s.to(wide) for s in self.scales]).log() * 2
+        )
+
+    def _logs(self, sums: Tensor) -> Tensor:
+        """Of what `take` kept: the total is not squared yet."""
+        return sums.abs().log() * 2 if self.estimator.total else sums.log()
 
 
 class BlockMoments(Moments):
@@ -272,14 +282,14 @@ class BlockMoments(Moments):
 
     def sums(self, grads: Tensor) -> Tensor:
         scaled = super().sums(grads).double()
-        scale = self.scales[0].double() * self.scales[1].double()
+        scale = reduce(torch.mul, [s.double() for s in self.scales])
         if self.estimator.total:
             return scaled * scale
         squares = len(self.estimator.view) if self.estimator.per_dim else 1
         return torch.cat([scaled[:, :squares] * scale.square(), scaled[:, squares:] * scale], 1)
 
     def logs(self, probes: int) -> Tensor:
-        return torch.cat(self.probes).log()
+        return self._logs(torch.cat(self.probes))
 
 
 class Sink(Protocol):
@@ -292,7 +302,7 @@ class Sink(Protocol):
     processes: Processes
 
     def add(self, name: str, grads: Tensor) -> None:
-        """The gradients of one tensor under some probes, `[probes, *shape]`."""
+        """The gradients of one tensor under some probes (and slices), `[..., *shape]`."""
 
     def done(self, probes: int) -> None:
         """Those of all tensors have come under these many probes; the absent ones are 0."""
@@ -322,7 +332,20 @@ def _squares(x: Tensor) -> Tensor:
 def combine(
     exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None = None
 ) -> tuple[float, float]:
-    """A rate and its standard error from the log moments of all probes.
+    """A rate and its standard error from the log moments of all probes: `combine_all` of one tensor.
+
+    Args:
+        exponents: of each moment.
+        moments: their logarithms, `[probes, len(exponents)]`.
+        weights: see `combine_all`.
+    """
+    return combine_all(exponents, moments[None], weights)[0]
+
+
+def combine_all(
+    exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None = None
+) -> list[tuple[float, float]]:
+    """Rates and standard errors from the log moments of all probes.
 
     The standard error is the jackknife's over probes, taken on the logarithm of the rate, where the distribution is far
     closer to normal than that of a mean of squares. Probes of different slices are not told apart: how slices differ
@@ -331,30 +354,30 @@ def combine(
 
     Args:
         exponents: of each moment.
-        moments: their logarithms, `[probes, len(exponents)]`.
+        moments: their logarithms, `[tensors, probes, len(exponents)]`.
         weights: one per probe, in place of the plain mean: of slices of unequal size, or the official code's exponential
             average.
     """
     moments = moments.double().cpu()
-    probes = moments.shape[0]
+    probes = moments.shape[1]
     powers = torch.tensor(exponents, dtype=torch.float64)
-    if torch.isnan(moments).any():
-        return math.nan, math.nan
-    peak = moments.amax(0)
-    if (peak[powers > 0] == -math.inf).any():
-        return 0.0, 0.0
+    peak = moments.amax(1, keepdim=True)
+    zero = (peak[..., powers > 0] == -math.inf).any(-1).flatten()
+    peak = torch.where(zero[:, None, None], 0.0, peak)
     scaled = (moments - peak).exp()
     share = (
         torch.full((probes,), 1 / probes).double() if weights is None else weights.double() / weights.sum()
     )
-    mean = (share[:, None] * scaled).sum(0)
-    value = math.exp(0.5 * float((powers * (mean.log() + peak)).sum()))
+    mean = (share[:, None] * scaled).sum(1, keepdim=True)
+    values = (0.5 * ((mean.log() + peak) @ powers)).exp().flatten()
+    values = torch.where(zero, 0.0, values)
     if probes == 1:
-        return value, math.nan
+        return [(value, math.nan) for value in values.tolist()]
     # Leaving out the only probe that saw anything leaves nothing: the floor keeps its error huge, yet finite.
     without = ((mean - share[:, None] * scaled) / (1 - share[:, None])).clamp_min(1e-300)
-    logs = 0.5 * (powers * (without.log() + peak)).sum(1)
+    logs = 0.5 * ((without.log() + peak) @ powers)
     # For equal weights this is the jackknife's (probes - 1) / probes; for others each probe counts by its own.
-    moved = (1 - share) * (logs - (share * logs).sum())
-    spread = float(moved.square().sum()) * probes / (probes - 1)
-    return value, value * math.sqrt(spread)
+    moved = (1 - share) * (logs - (share * logs).sum(1, keepdim=True))
+    spread = moved.square().sum(1) * probes / (probes - 1)
+    errors = torch.where(zero, 0.0, values * spread.sqrt())
+    return list(zip(values.tolist(), errors.tolist(), strict=True))

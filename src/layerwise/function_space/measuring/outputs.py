@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
@@ -21,17 +21,24 @@ Forward = Callable[[nn.Module, Any], Any]
 
 @dataclass(frozen=True)
 class Outputs:
-    """The model's outputs, `[batch, ..., classes]`.
+    """The model's outputs, `[batch, ..., classes]`, or of slices that were run side by side `[slices, examples, ...]`.
 
     Attributes:
         values: the numbers.
         mask: which of them count, in their shape (`None`: all).
         rows: size of the first dimension, the batch (1 of a scalar), or 0 of outputs that stand in for none.
+        leaves: what stood for the parameters in their graph; of slices side by side, one of each for every slice.
     """
 
     values: Tensor
     mask: Tensor | None
     rows: int
+    leaves: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def slice(self, index: int) -> Outputs:
+        """The outputs of one of the slices that were run side by side."""
+        mask = None if self.mask is None else self.mask[index]
+        return Outputs(self.values[index], mask, self.values.shape[1])
 
     def place(self, processes: Processes) -> tuple[int, int]:
         """How many rows of the global batch are before these, and how many entries of it count in all."""
@@ -39,13 +46,14 @@ class Outputs:
         found = processes.gather([self.rows, entries])
         return sum(rows for rows, _ in found[: processes.rank]), sum(counted for _, counted in found)
 
-    def nothing_counts(self) -> LayerwiseError:
-        """The error where no entry of the global batch counts."""
-        if self.mask is None:
-            return LayerwiseError("the outputs are empty: there is nothing to measure on")
-        return LayerwiseError(
-            "the mask leaves no output entry: pass inputs with at least one position that counts"
-        )
+
+def nothing_counts(masked: bool) -> LayerwiseError:
+    """The error where no entry of the global batch counts."""
+    if not masked:
+        return LayerwiseError("the outputs are empty: there is nothing to measure on")
+    return LayerwiseError(
+        "the mask leaves no output entry: pass inputs with at least one position that counts"
+    )
 
 
 def model_output(model: nn.Module, inputs: Any) -> Any:

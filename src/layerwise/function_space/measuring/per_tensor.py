@@ -13,6 +13,7 @@ from torch import Tensor
 
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.moments import TensorUpdate
+from layerwise.function_space.measuring.outputs import nothing_counts
 from layerwise.function_space.measuring.runners import Runner, same_random_numbers
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def per_tensor(
             if not counted:
                 _, counted = change.outputs.place(run.processes)
                 if not counted:
-                    raise change.outputs.nothing_counts()
+                    raise nothing_counts(change.outputs.mask is not None)
                 run.note(change.outputs, counted)
             square = change.log_square()
             if run.processes.count > 1:

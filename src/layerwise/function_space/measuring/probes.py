@@ -111,7 +111,7 @@ def _stream(values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, sink: S
             grad, leaf.grad = leaf.grad, None
             if grad is not None:
                 with torch.no_grad():
-                    sink.add(name, grad[None])
+                    sink.add(name, grad[None])  # slices side by side have a dimension of their own as well
 
         return hook
 
@@ -125,9 +125,9 @@ def _stream(values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, sink: S
 
 def random_words(key: tuple[int, ...], rows: range, width: int, device: torch.device) -> Tensor:
     """`[rows, width]` independent 64-bit words (int64), given by `key`, the number of the row and the place in it."""
-    state = torch.zeros(1, dtype=torch.int64, device=device)
+    state = 0
     for part in key:
-        state = _mixed(state + (part % 2**64 - (part % 2**64 >> 63) * 2**64)) + _WEYL
+        state = _signed(_mixed_number(state + part) + _WEYL)
     numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
     starts = _mixed(state + numbers * _WEYL)
     return _mixed(starts[:, None] + torch.arange(1, width + 1, dtype=torch.int64, device=device) * _WEYL)
@@ -151,6 +151,19 @@ def random_normals(key: tuple[int, ...], rows: range, like: Tensor) -> Tensor:
     angle = (words & 0xFFFFFFFF).to(wide).mul_(2 * math.pi / 2**32)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
     return pairs.flatten(1)[:, :width].to(like.dtype).reshape(like.shape)
+
+
+def _mixed_number(z: int) -> int:
+    """`_mixed` of one number: on a small batch its operations would take as long as all the rest."""
+    z %= 2**64
+    z = (z ^ (z >> 30)) * _FIRST % 2**64
+    z = (z ^ (z >> 27)) * _SECOND % 2**64
+    return z ^ (z >> 31)
+
+
+def _signed(z: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (z + 2**63) % 2**64 - 2**63
 
 
 def _mixed(z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,6 +26,12 @@ class Runner(Protocol):
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         """The outputs on a batch, with their graph."""
+
+    def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
+        """The outputs of slices in one graph, `[slices, examples, ...]` as they come in; None: not by this runner.
+
+        Anything may be raised by a model that cannot be run so.
+        """
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
         """Hand the gradients of every measured tensor under each probe to `sink`."""
@@ -61,7 +68,6 @@ class LeafRunner(nn.Module):
         }
         self.others = {name: self._alias(name, p) for name, p in others.items()}
         self.points = {name: self._alias(name, point) for name, point in points.items()}
-        self.leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
 
     def _alias(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.detach().clone() if name in self.written else tensor.detach()
@@ -69,12 +75,17 @@ class LeafRunner(nn.Module):
     def forward(self, inputs: Any) -> Any:
         return self.function(self.model, inputs)
 
-    def outputs(
-        self, batch: Any, mask: Tensor | None, replaced: Mapping[str, Tensor] | None = None
-    ) -> Outputs:
-        """The outputs with the leaves as parameters, but for those `replaced`, and copies of the buffers."""
+    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
+        leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
+        return replace(self.run(leaves, batch, mask), leaves=leaves)
+
+    def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
+        return None
+
+    def run(self, measured: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
+        """The outputs with these tensors as the parameters that are measured, and copies of the buffers."""
         tensors: dict[str, Tensor] = {name: b.clone() for name, b in self.model.named_buffers()}
-        for name, tensor in {**self.others, **self.leaves, **(replaced or {})}.items():
+        for name, tensor in {**self.others, **measured}.items():
             tensor.__dict__.update(self.own[name].__dict__)  # attributes that users put on their parameters
             tensors[name] = tensor
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -88,7 +99,7 @@ class LeafRunner(nn.Module):
         return as_outputs(found, mask)
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
-        run_probes(outputs, self.leaves, probes, sink, memory)
+        run_probes(outputs, outputs.leaves, probes, sink, memory)
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
         return adjoint(self._of_tensors(batch, mask), self.points, updates)
@@ -99,12 +110,12 @@ class LeafRunner(nn.Module):
         return exact_change(self._of_tensors(batch, mask), self.points, updates, check)
 
     def _of_tensors(self, batch: Any, mask: Tensor | None) -> Callable[[Mapping[str, Tensor]], Outputs]:
-        return lambda tensors: self.outputs(batch, mask, {**self.points, **tensors})
+        return lambda tensors: self.run({**self.points, **tensors}, batch, mask)
 
     def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
         new = {name: self._alias(name, update.applied(self.points[name])) for name, update in updates.items()}
         with torch.no_grad():
-            return self.outputs(batch, mask, {**self.points, **new})
+            return self.run({**self.points, **new}, batch, mask)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -65,17 +65,27 @@ class WatchedStep:
         self.processes = processes_of(processes)
         self.happened = False
         self.old = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._updates: dict[str, TensorUpdate] = {}
 
     def release(self) -> None:
         """Free the copy."""
-        self.old = {}
+        self.old, self._updates = {}, {}
 
     def updates(self) -> dict[str, TensorUpdate]:
-        """What the step did to each parameter."""
-        return {
-            name: TensorUpdate(p.detach(), self.old[name], self.decay.get(name, 0.0))
-            for name, p in self.parameters.items()
-        }
+        """What the step did to each parameter, once it is over."""
+        if not self._updates:
+            self._updates = {
+                name: TensorUpdate(p.detach(), self.old[name], self.decay.get(name, 0.0))
+                for name, p in self.parameters.items()
+            }
+        return self._updates
+
+    def redo(self, factors: Mapping[str, float]) -> None:
+        """Multiply what the step did to each of these parameters."""
+        for name, factor in factors.items():
+            if factor != 1.0:
+                self.updates()[name].redo(self.parameters[name], factor)
+        self._updates = {}
 
     def why_not(self) -> str | None:
         """Why this step has nothing to measure, if so, on any of the processes. Waits for the device once."""
