@@ -224,7 +224,8 @@ def test_slices_side_by_side_have_the_rates_of_slices_one_by_one(method, masked,
 
 
 @pytest.mark.parametrize(
-    "why", ["looks at numbers", "random numbers", "one slice is padding", "torch changed"]
+    "why",
+    ["looks at numbers", "asks for the graph", "random numbers", "one slice is padding", "torch changed"],
 )
 def test_what_does_not_run_side_by_side_runs_one_by_one(why, monkeypatch):
     model, update, x = decoder()
@@ -232,6 +233,8 @@ def test_what_does_not_run_side_by_side_runs_one_by_one(why, monkeypatch):
     mask = None
     if why == "looks at numbers":
         forward = lambda m, x: m(x) * (1.0 if x.sum().item() else 2.0)  # noqa: E731
+    elif why == "asks for the graph":
+        forward = lambda m, x: m(x) if m(x).grad_fn is not None else m(x).detach()  # noqa: E731
     elif why == "random numbers":
         forward = lambda m, x: m(x) + 0 * torch.rand(())  # noqa: E731
     elif why == "one slice is padding":
@@ -242,5 +245,20 @@ def test_what_does_not_run_side_by_side_runs_one_by_one(why, monkeypatch):
     options = {"probes": 14, "slices": 7, "mask": mask}
     found = function_space_rates(model, update, x, forward, **options)
     alone = function_space_rates(model, update, x, forward, memory=0, **options)
+    for name in alone:
+        assert found[name].value == pytest.approx(alone[name].value, rel=1e-10), name
+
+
+def test_a_forward_that_asks_whether_something_is_trained_is_told_so_side_by_side(monkeypatch):
+    """`vmap` itself says no of everything; bitsandbytes' 4-bit layers take a path without derivatives then."""
+    model, update, x = decoder()
+    ran = []
+    plain = ProductRunner.side_by_side
+    monkeypatch.setattr(ProductRunner, "side_by_side", lambda *a: ran.append(plain(*a)) or ran[-1])
+    forward = lambda m, x: y if (y := m(x)).requires_grad and not x.requires_grad else y.detach()  # noqa: E731
+    found = function_space_rates(model, update, x, forward, probes=14, slices=7)
+    assert ran
+    alone = function_space_rates(model, update, x, forward, probes=14, slices=7, memory=0)
+    assert alone["words.weight"].value > 0
     for name in alone:
         assert found[name].value == pytest.approx(alone[name].value, rel=1e-10), name

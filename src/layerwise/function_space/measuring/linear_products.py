@@ -30,7 +30,7 @@ from layerwise.function_space.measuring.moments import Collector, Estimator, Mom
 from layerwise.function_space.measuring.outputs import Outputs
 from layerwise.function_space.measuring.probes import probes_at_once, run_probes
 from layerwise.function_space.measuring.runners import LeafRunner
-from layerwise.function_space.measuring.side_by_side import SideBySide, transforms
+from layerwise.function_space.measuring.side_by_side import OF_GRAPHS, SideBySide, transforms
 from layerwise.function_space.measuring.slices import each_tensor
 
 
@@ -244,8 +244,10 @@ class Products(TorchFunctionMode):
             ours = weight is not None and id(weight) in self.names and x.numel() > 0
             if ours and (bias is None or bias.ndim == 1) and self._plain(weight.device.type):
                 return self._multiply(x, weight, bias, func is torch.nn.functional.linear)
-        if func is torch.nn.functional.scaled_dot_product_attention and self.slices is not None:
+        if self.slices is not None and func is torch.nn.functional.scaled_dot_product_attention:
             return self.slices.attend(*args, **(kwargs or {}))
+        if self.slices is not None and func in OF_GRAPHS:
+            return self.slices.answer(func, *args)
         return func(*args, **(kwargs or {}))
 
     def _plain(self, device: str) -> bool:

@@ -21,6 +21,10 @@ def transforms() -> int:
     return 0 if innermost is None else int(innermost.level())
 
 
+#: What a model may ask of a tensor's graph.
+OF_GRAPHS = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
+
+
 class SideBySide:
     """The slices of the `vmap` that this is made in.
 
@@ -40,6 +44,18 @@ class SideBySide:
         with temporarily_pop_interpreter_stack():
             found = function(*whole)
         return _functorch._add_batch_dim(found, 0, self.level)
+
+    def answer(self, getter: Any, tensor: Tensor) -> Any:
+        """What a model that asks for `requires_grad` is told outside: `vmap` says False of everything.
+
+        Raises:
+            NotImplementedError: for what else it asks of the graph.
+        """
+        if getter != torch.Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+            raise NotImplementedError("a slice has no graph of its own")
+        while _functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = _functorch.get_unwrapped(tensor)
+        return tensor.requires_grad
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         """`scaled_dot_product_attention`, where it has no mask with slices for further examples."""
