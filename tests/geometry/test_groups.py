@@ -225,6 +225,10 @@ def flat_model():
             "for parts of d_in a pattern such as 'o (4 i)'",
         ),
         (
+            lambda: param_groups(Model(), splits={"*.qkv_proj.weight": {"a": 4, "b": 4}}),
+            "for parts of d_in a pattern such as 'o (2 i)'",
+        ),
+        (
             lambda: param_groups(
                 Model(), splits={"*.qkv_proj.weight": {"parts": {"a": 1, "b": 1}, "block": 2}}
             ),

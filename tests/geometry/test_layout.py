@@ -110,6 +110,11 @@ def test_equal_parts_share_one_stack_as_a_view():
         assert stack.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
+def test_sizes_of_a_split_are_whole_numbers():
+    with pytest.raises(LayerwiseError, match="whole numbers of rows"):
+        Split.of_sizes({"q": 2.5, "k": 1})
+
+
 def test_unequal_parts_are_several_stacks_in_order():
     layout = MatrixLayout(Split.of_sizes({"q": 8, "k": 2, "v": 2}))
     weight = numbered((12, 5))

@@ -149,7 +149,7 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
             raise LayerwiseError(
                 f"splits: the sizes of {found.name}, {dict(spec)}, add up to {sum(spec.values())}, "
                 f"but its d_out is {d_out} (shape {shape}, stored {whole}); give sizes that add up to {d_out}, "
-                "or for parts of d_in a pattern such as 'o (4 i)'"
+                f"or for parts of d_in a pattern such as {_along_d_in(whole, spec)!r}"
             )
         split = Split.of_sizes(spec) if len(spec) > 1 else None
     elif isinstance(spec, Split):
@@ -164,6 +164,12 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
         except LayerwiseError as error:
             raise LayerwiseError(f"splits: {found.name} of shape {shape}: {error}") from None
     return replace(whole, split=split)
+
+
+def _along_d_in(stored: Layout, sizes: Mapping[str, int]) -> str:
+    """The pattern of so many equal parts of d_in, `"heads"` of them where that is said."""
+    parts = f"({sizes.get('heads', len(sizes))} i)"
+    return f"{parts} o" if isinstance(stored, TransposedLayout) else f"o {parts}"
 
 
 def _split_of_fields(name: str, fields: Mapping[str, Any]) -> Split:

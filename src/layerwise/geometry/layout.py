@@ -65,6 +65,8 @@ class Split:
     @classmethod
     def of_sizes(cls, sizes: Mapping[str, int], blocks: int = 1) -> Split:
         """Parts of the given numbers of rows, reduced to their smallest whole ratio."""
+        if not all(isinstance(size, int) for size in sizes.values()):
+            raise LayerwiseError(f"a split has sizes {dict(sizes)}; give whole numbers of rows")
         common = math.gcd(*sizes.values()) or 1
         return cls(tuple((name, size // common) for name, size in sizes.items()), blocks)
 
