@@ -144,6 +144,8 @@ LLAMA_ROLES: Final = THREE_TIMES
 GPT2_ROLES: Final = TWICE  # embedding: of positions, the other one is tied
 #: With the rate that `DualMuon` gives the head.
 LLAMA_ROLES_HEAD_6: Final = {**THREE_TIMES, "head": 6.0}
+#: What ten trials of three seeds find, one role after the other: `layerwise compare configs/rate-rule-llama-tiny.yaml`.
+LLAMA_ROLES_SEARCHED: Final = {"embedding": 4.0, "head": 4.0}
 TIED_ROLES: Final = {"head": 3.0, "vector": 3.0}
 DIGITS_RATES: Final = {
     "DualMuon": (0.001, 0.002, 0.004, 0.008, 0.016),
@@ -163,6 +165,7 @@ def llama(seed: int) -> tuple[Trial, ...]:
         Trial("llama-tiny", "D-Muon", 0.008, seed),
         by_role("llama-tiny", 0.008, seed, LLAMA_ROLES),
         by_role("llama-tiny", 0.008, seed, LLAMA_ROLES_HEAD_6),
+        by_role("llama-tiny", 0.008, seed, LLAMA_ROLES_SEARCHED),
         Trial("llama-tiny", "DualMuon", 0.016, seed),
     )
 
@@ -312,8 +315,10 @@ STUDIES: Final[Mapping[str, Study]] = {
         "the constants of before: the head at twice the base rate, not three times", head_twice()
     ),
     "rates": Study(
-        "other base rates on the Llama (seed 1): the best rates, and how wrong one may be",
+        "other base rates on the Llama (seed 1): the best rates, and how wrong one may be; and the embedding at other rates",
         (
+            by_role("llama-tiny", 0.008, 1, {"embedding": 8.0, "head": 4.0}),
+            *(Trial("llama-tiny", "DualMuon", 0.016, 11, roles=(("embedding", f),)) for f in (2.0, 4.0)),
             Trial("llama-tiny", "D-Muon", 0.016, 1),
             Trial("llama-tiny", "DualMuon", 0.032, 1),
             by_role("llama-tiny", 0.016, 1, LLAMA_ROLES),
@@ -361,6 +366,7 @@ STUDIES: Final[Mapping[str, Study]] = {
             *(Trial("llama-tiny", "DualMuon", lr, 1, 1000) for lr in (0.016, 0.0113)),
             *(Trial("llama-tiny", "D-Muon", lr, 1, 1000) for lr in (0.008, 0.00566)),
             by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES_HEAD_6, 1000),
+            by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES_SEARCHED, 1000),
             by_role("llama-tiny", 0.008, 1, LLAMA_ROLES, 1000),
             by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES, 1000),
             by_role("llama-tiny", 0.004, 1, LLAMA_ROLES, 1000),
@@ -390,6 +396,8 @@ STUDIES: Final[Mapping[str, Study]] = {
         (
             *three("llama-tiny, batch 8", LLAMA_ROLES, (0.004, 0.008), 1, 300),
             *three("llama-tiny, batch 64", LLAMA_ROLES, (0.008, 0.016), 1, 200),
+            by_role("llama-tiny, batch 8", 0.008, 1, LLAMA_ROLES_SEARCHED),
+            by_role("llama-tiny, batch 64", 0.016, 1, LLAMA_ROLES_SEARCHED, 200),
         ),
     ),
     "lora": Study(
