@@ -160,8 +160,10 @@ def noise_alone(params: Sequence[Tensor]) -> Step:
         jobs = [
             Job("", p, p, p.grad, True, group, state, 0.02) for p, state in zip(params, states, strict=True)
         ]
-        work.norms([lw.DualNorm(reference).asked_of(some.jobs) for some in alike(jobs)])
-        reference.remember(jobs, None)
+        sets = [some.jobs for some in alike(jobs)]
+        work.norms([lw.DualNorm(reference).asked_of(some) for some in sets])
+        for some in sets:
+            reference.remember(some, None)
 
     return step
 

@@ -144,8 +144,8 @@ LLAMA_ROLES: Final = THREE_TIMES
 GPT2_ROLES: Final = TWICE  # embedding: of positions, the other one is tied
 #: With the rate that `DualMuon` gives the head.
 LLAMA_ROLES_HEAD_6: Final = {**THREE_TIMES, "head": 6.0}
-#: What ten trials of three seeds find, one role after the other: `layerwise compare configs/rate-rule-llama-tiny.yaml`.
-LLAMA_ROLES_SEARCHED: Final = {"embedding": 4.0, "head": 4.0}
+#: What a search over three seeds found, one role after the other (study `searched`).
+LLAMA_ROLES_SEARCHED: Final = {"embedding": 8.0, "head": 4.0}
 TIED_ROLES: Final = {"head": 3.0, "vector": 3.0}
 DIGITS_RATES: Final = {
     "DualMuon": (0.001, 0.002, 0.004, 0.008, 0.016),
@@ -165,7 +165,6 @@ def llama(seed: int) -> tuple[Trial, ...]:
         Trial("llama-tiny", "D-Muon", 0.008, seed),
         by_role("llama-tiny", 0.008, seed, LLAMA_ROLES),
         by_role("llama-tiny", 0.008, seed, LLAMA_ROLES_HEAD_6),
-        by_role("llama-tiny", 0.008, seed, LLAMA_ROLES_SEARCHED),
         Trial("llama-tiny", "DualMuon", 0.016, seed),
     )
 
@@ -227,6 +226,31 @@ def head_twice() -> tuple[Trial, ...]:
         Trial("llama-tiny", "the common part alone, head x 2", 0.016, 1),
         *(Trial("convnet-fashion", two, lr, seed) for lr in FASHION_RATES["DualMuon"] for seed in (0, 1, 2)),
         *(Trial("convnet-digits", two, lr, seed) for lr in (0.004, 0.008, 0.016) for seed in (0, 1, 2)),
+    )
+
+
+def searched() -> tuple[Trial, ...]:
+    """Factors of roles on the Llama, one role after the other; and `DualMuon`'s own embedding at other rates."""
+    tried = (
+        {"embedding": 2.0},
+        {"embedding": 4.0},
+        {"embedding": 4.0, "head": 2.0},
+        {"embedding": 4.0, "head": 4.0},
+        {"embedding": 4.0, "head": 4.0, "vector": 2.0},
+        {"embedding": 4.0, "head": 4.0, "vector": 4.0},
+        {"embedding": 8.0},
+        {"embedding": 8.0, "head": 2.0},
+        LLAMA_ROLES_SEARCHED,
+    )
+    return (
+        *(by_role("llama-tiny", 0.008, seed, factors) for factors in tried for seed in (0, 1, 2)),
+        *(by_role("llama-tiny", 0.008, seed, LLAMA_ROLES_SEARCHED) for seed in (3, 4)),
+        by_role("llama-tiny", 0.008, 1, {"embedding": 16.0, "head": 4.0}),
+        *(
+            Trial("llama-tiny", "DualMuon", 0.016, seed, roles=(("embedding", 2.0),))
+            for seed in (0, 1, 2, 11)
+        ),
+        Trial("llama-tiny", "DualMuon", 0.016, 11, roles=(("embedding", 4.0),)),
     )
 
 
@@ -314,11 +338,13 @@ STUDIES: Final[Mapping[str, Study]] = {
     "head twice": Study(
         "the constants of before: the head at twice the base rate, not three times", head_twice()
     ),
+    "searched": Study(
+        "D-Muon tuned by role on the Llama, one role after the other: the embedding at 2 to 16 times the matrices' rate",
+        searched(),
+    ),
     "rates": Study(
-        "other base rates on the Llama (seed 1): the best rates, and how wrong one may be; and the embedding at other rates",
+        "other base rates on the Llama (seed 1): the best rates, and how wrong one may be",
         (
-            by_role("llama-tiny", 0.008, 1, {"embedding": 8.0, "head": 4.0}),
-            *(Trial("llama-tiny", "DualMuon", 0.016, 11, roles=(("embedding", f),)) for f in (2.0, 4.0)),
             Trial("llama-tiny", "D-Muon", 0.016, 1),
             Trial("llama-tiny", "DualMuon", 0.032, 1),
             by_role("llama-tiny", 0.016, 1, LLAMA_ROLES),

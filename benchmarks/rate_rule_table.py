@@ -99,8 +99,8 @@ def section(model: str, steps: int, found: Mapping[str, Losses], rows: Sequence[
     """One model's table."""
     at = {name: of[best_rate(of)] for name, of in found.items()}
     tuned = min(
-        (n for n in at if n.startswith("D-Muon,")),  # with factors of roles
-        key=lambda n: statistics.fmean(at[n].values()),
+        (n for n in at if n.startswith("D-Muon,")),  # with factors of roles; of those with the most seeds
+        key=lambda n: (-len(at[n]), statistics.fmean(at[n].values())),
         default=None,
     )
     lines = [

@@ -176,7 +176,7 @@ class RateRule(ABC):
         return {}
 
     def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
-        """Keep what the next step's norms need, unless ``keep`` (a 0-dim bool; None stands for true) forbids it."""
+        """Keep what the next step's norms of these alike jobs need, unless ``keep`` (a 0-dim bool; None: true) is false."""
 
     def noise(self, state: State) -> Tensor:
         """The noise measured so far, ``[units]``; nan where there is none."""
