@@ -245,6 +245,7 @@ def searched() -> tuple[Trial, ...]:
     return (
         *(by_role("llama-tiny", 0.008, seed, factors) for factors in tried for seed in (0, 1, 2)),
         *(by_role("llama-tiny", 0.008, seed, LLAMA_ROLES_SEARCHED) for seed in (3, 4)),
+        by_role("llama-tiny", 0.008, 3, {"embedding": 4.0, "head": 4.0}),
         by_role("llama-tiny", 0.008, 1, {"embedding": 16.0, "head": 4.0}),
         *(
             Trial("llama-tiny", "DualMuon", 0.016, seed, roles=(("embedding", 2.0),))
