@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import layerwise as lw
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Spectral
-from layerwise.geometry.layout import MatrixLayout, Split, StackLayout
+from layerwise.geometry.layout import MatrixLayout, StackLayout
+from layerwise.geometry.split import Split
 from layerwise.optim.work.distributed import DistributedWork
 from layerwise.optim.work.job import local_part
 from layerwise.optim.work.local import LocalWork

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import layerwise as lw
 from layerwise.geometry.axes import AxesLayout, layout_of
-from layerwise.geometry.layout import DepthwiseLayout, Split
+from layerwise.geometry.layout import DepthwiseLayout
+from layerwise.geometry.split import Split
 
 
 @st.composite

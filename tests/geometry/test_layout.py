@@ -15,13 +15,13 @@ from layerwise.geometry.layout import (
     ConvTransposeLayout,
     Layout,
     MatrixLayout,
-    Split,
     StackLayout,
     TransposedLayout,
     TransposedStackLayout,
     VectorLayout,
     VectorStackLayout,
 )
+from layerwise.geometry.split import Split
 
 QKV = Split.equal("q", "k", "v")
 small = st.integers(1, 5)

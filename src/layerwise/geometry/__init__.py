@@ -10,7 +10,6 @@ from layerwise.geometry.layout import (
     DepthwiseLayout,
     Layout,
     MatrixLayout,
-    Split,
     StackLayout,
     TransposedLayout,
     TransposedStackLayout,
@@ -29,6 +28,7 @@ from layerwise.geometry.norms import (
 )
 from layerwise.geometry.spectral.nuclear import nuclear_norm
 from layerwise.geometry.spectral.polar import polar
+from layerwise.geometry.split import Split
 
 __all__ = [
     "AxesLayout",

@@ -13,11 +13,11 @@ from layerwise.geometry.layout import (
     Layout,
     MatrixLayout,
     Shape,
-    Split,  # noqa: F401 (the type of a field that AxesLayout has from Layout, by which its arguments are checked)
     StackLayout,
     TransposedLayout,
     TransposedStackLayout,
 )
+from layerwise.geometry.split import Split  # noqa: F401 (the type of a field that AxesLayout has from Layout)
 
 _WORD = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 _KNOWN: dict[str, type[Layout]] = {

@@ -12,15 +12,9 @@ from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.axes import layout_of
 from layerwise.geometry.found import ROLES, Found
-from layerwise.geometry.layout import (
-    DepthwiseLayout,
-    Layout,
-    MatrixLayout,
-    Split,
-    TransposedLayout,
-    VectorLayout,
-)
+from layerwise.geometry.layout import DepthwiseLayout, Layout, MatrixLayout, TransposedLayout, VectorLayout
 from layerwise.geometry.norms import Geometry, RowNorm, Sign, Spectral, VectorRMS, spectral_conv
+from layerwise.geometry.split import Split
 
 Override = Geometry | Mapping[str, Any]
 #: Several of them stand one after the other, and the later one wins.

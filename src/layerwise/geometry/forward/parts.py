@@ -15,7 +15,8 @@ from torch import Size, Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.axes import layout_of
 from layerwise.geometry.forward.evidence import Axis, Site, Use
-from layerwise.geometry.layout import Layout, Split
+from layerwise.geometry.layout import Layout
+from layerwise.geometry.split import Split
 
 #: A projection is not in more parts than these; what looks like it is a loop over heads or time steps.
 MOST_PARTS = 8

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.geometry.layout import Layout, Split, StackLayout, TransposedStackLayout
+from layerwise.geometry.layout import Layout, StackLayout, TransposedStackLayout
 from layerwise.geometry.modules.fused import GATE_UP
+from layerwise.geometry.split import Split
 
 _COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.geometry.layout import Split
+from layerwise.geometry.split import Split
 
 QKV = Split.equal("q", "k", "v")
 KV = Split.equal("k", "v")

@@ -21,7 +21,6 @@ from layerwise.geometry.layout import (
     DepthwiseLayout,
     Layout,
     MatrixLayout,
-    Split,
     StackLayout,
     TransposedLayout,
     TransposedStackLayout,
@@ -32,6 +31,7 @@ from layerwise.geometry.module_kinds import holds_lora, is_hf_conv1d, is_linear,
 from layerwise.geometry.modules.experts import expert_layout, holds_experts
 from layerwise.geometry.modules.fused import fused_note, grouped_split, known_split, recurrent_split
 from layerwise.geometry.modules.heads import Heads, declared_head, output_heads
+from layerwise.geometry.split import Split
 
 _ENTRY_BY_ENTRY = ("A_log",)  # the decay rates of Mamba's states: a table of numbers, multiplied with nothing
 
