@@ -74,7 +74,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         is_run = False
     if not is_run:
         return read_yaml(path)
-    tree = dict(read_info(folder).get("config") or {})
+    tree = read_info(folder).config
     tree.setdefault("run", {}).update(dir=str(folder.parent), name=folder.name)
     return tree
 

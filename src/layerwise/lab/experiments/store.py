@@ -19,7 +19,7 @@ class RunStore:
         self._paths: dict[str, Path] = {}
         for path in find_runs(folder) if folder.is_dir() else ():
             try:
-                self._paths[hashed(identity(read_info(path).get("config") or {}))] = path
+                self._paths[hashed(identity(read_info(path).config))] = path
             except LayerwiseError:
                 continue  # not a run we could use; its folder's name stays taken
 

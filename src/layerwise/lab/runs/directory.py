@@ -26,7 +26,7 @@ from typing import Any, Final, Self
 
 from layerwise.common.files import plain_json, write_whole
 from layerwise.errors import LayerwiseError
-from layerwise.lab.runs.recorded import Run, number
+from layerwise.lab.runs.recorded import Run, RunInfo, number
 
 RUN_FILE = "run.json"
 STREAMS = ("metrics", "layers", "function_space")
@@ -102,7 +102,7 @@ def _is_parameter(row: Any) -> bool:
 
 def has_ended(path: Path) -> bool:
     """Whether there is a run in `path` with nothing left to do: finished or diverged."""
-    return (path / RUN_FILE).is_file() and read_info(path).get("status", "running") != "running"
+    return (path / RUN_FILE).is_file() and read_info(path).status != "running"
 
 
 def in_the_way(path: Path) -> list[str]:
@@ -119,8 +119,8 @@ def cleared_away(path: Path) -> list[str]:
     return [name for name in in_the_way(path) if name in ours]
 
 
-def read_info(path: str | Path) -> dict[str, Any]:
-    """The run.json of a directory. Raises LayerwiseError where there is none or it is damaged."""
+def read_info(path: str | Path) -> RunInfo:
+    """What the run.json of a directory says. Raises LayerwiseError where there is none or it is damaged."""
     folder = Path(path)
     try:
         info = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
@@ -139,14 +139,13 @@ def read_info(path: str | Path) -> dict[str, Any]:
             f"run {folder}: {RUN_FILE} is damaged ({key} is {info[key]!r:.60}); move the folder away, or train again"
             " with --overwrite"
         )
-    return info
+    return RunInfo(folder, info)
 
 
 def read_run(path: str | Path) -> Run:
     """The run in a directory, with all its records. Raises LayerwiseError as `read_info`."""
-    return Run(
-        Path(path), read_info(path), *(read_lines(Path(path) / f"{stream}.jsonl") for stream in STREAMS)
-    )
+    known = read_info(path)
+    return Run(known.path, known.info, *(read_lines(known.path / f"{stream}.jsonl") for stream in STREAMS))
 
 
 def find_runs(folder: str | Path) -> Iterator[Path]:

@@ -53,10 +53,10 @@ class LayerHistory:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run read back from its directory.
+class RunInfo:
+    """What run.json says of a run.
 
-    `info` is run.json: `name`, `status` ("running", "finished", "diverged"), `config` (sections as in the
+    `info` is its contents: `name`, `status` ("running", "finished", "diverged"), `config` (sections as in the
     YAML file, every default written out), `versions`, `machine`, `corpus` (source, sha256, tokenizer, sizes),
     `parameters` (rows of `describe`), `parameter_count`, `started`, `result` (empty until the end: `steps`,
     `tokens`, `seconds`, `loss`, `val_loss`, `best_val_loss`, `tokens_per_second`, and `reason` where it
@@ -65,9 +65,6 @@ class Run:
 
     path: Path
     info: dict[str, Any]
-    metrics: list[dict[str, Any]] = field(repr=False)
-    layers: list[dict[str, Any]] = field(repr=False)
-    function_space: list[dict[str, Any]] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -84,6 +81,15 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         return dict(self.info.get("result") or {})
+
+
+@dataclass(frozen=True)
+class Run(RunInfo):
+    """A run read back from its directory: what run.json says, and all its records."""
+
+    metrics: list[dict[str, Any]] = field(repr=False)
+    layers: list[dict[str, Any]] = field(repr=False)
+    function_space: list[dict[str, Any]] = field(repr=False)
 
     @property
     def optimizer(self) -> str:

@@ -143,14 +143,14 @@ def _has_ended(config: Config, resume: bool, overwrite: bool) -> bool:
                 f" set another run.name, or --overwrite, which deletes {deleted} there"
             )
         return False
-    info = read_info(path)
-    status = info.get("status", "running")
+    found = read_info(path)
     if not resume:
         raise LayerwiseError(
-            f"run {path} exists ({status}): --resume continues it, --overwrite replaces it, run.name=NAME starts another"
+            f"run {path} exists ({found.status}): --resume continues it, --overwrite replaces it,"
+            " run.name=NAME starts another"
         )
-    check_same_run(info.get("config") or {}, config.model_dump(), f"run {path}")
-    return bool(status != "running")
+    check_same_run(found.config, config.model_dump(), f"run {path}")
+    return found.status != "running"
 
 
 def _state_to_resume(trainer: Trainer) -> dict[str, Any] | None:
