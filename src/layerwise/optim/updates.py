@@ -6,7 +6,7 @@ A parameter group names its kind with ``update``: ``"lmo"``, ``"adamw"``, or an 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar, Final
@@ -229,14 +229,19 @@ def chunks(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
     return found
 
 
+def in_chunks(together: Sequence[Alike]) -> Iterator[list[Job]]:
+    """The jobs of every set: small ones at once, others by so many bytes of gradients."""
+    for some in together:
+        yield from [some.jobs] if some.small else chunks(some.jobs, CHUNK_BYTES)
+
+
 def update_momentum(together: Sequence[Alike], keep: Tensor | None) -> None:
     """``M <- momentum * M + (1 - momentum) * G``, in place."""
-    for some in together:
-        for chunk in [some.jobs] if some.small else chunks(some.jobs, CHUNK_BYTES):
-            averages, grads = state_and_gradients(chunk, "momentum_buffer")
-            if keep is not None:  # a lerp from a number to itself changes nothing
-                grads = select_all(keep, grads, averages)
-            torch._foreach_lerp_(averages, grads, 1.0 - chunk[0].group["momentum"])
+    for chunk in in_chunks(together):
+        averages, grads = state_and_gradients(chunk, "momentum_buffer")
+        if keep is not None:  # a lerp from a number to itself changes nothing
+            grads = select_all(keep, grads, averages)
+        torch._foreach_lerp_(averages, grads, 1.0 - chunk[0].group["momentum"])
 
 
 def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
@@ -280,9 +285,8 @@ def update_multipliers(groups: Sequence[tuple[RateRule, list[Job]]], keep: Tenso
 
 def remember(together: Sequence[Alike], keep: Tensor | None) -> None:
     """Let the rules keep what the next step's norms need."""
-    for some in together:
-        for chunk in [some.jobs] if some.small else chunks(some.jobs, CHUNK_BYTES):
-            chunk[0].group["rates"].remember(chunk, keep)
+    for chunk in in_chunks(together):
+        chunk[0].group["rates"].remember(chunk, keep)
 
 
 def move(jobs: Sequence[Job], directions: Sequence[Tensor], keep: Tensor | None) -> None:
