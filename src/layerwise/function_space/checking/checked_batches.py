@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.outputs import model_output
+from layerwise.function_space.measuring.slices import each_tensor
 
 #: `loss(model, batch)`, the loss of a training step.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -71,13 +72,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
+    return each_tensor(batch, lambda tensor: tensor.to(device))
 
 
 def _is_pair(batch: Any) -> bool:

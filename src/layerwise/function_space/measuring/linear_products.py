@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -41,11 +40,9 @@ class ProductRunner(LeafRunner):
     quicker to square.
     """
 
-    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
-        leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
+    def from_leaves(self, leaves: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
         with Products(leaves):
-            found = self.run(leaves, batch, mask)
-        return replace(found, leaves=leaves)
+            return self.run(leaves, batch, mask)
 
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
         if self.written:

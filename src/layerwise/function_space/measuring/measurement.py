@@ -195,9 +195,8 @@ class Run:
         for index, batch in enumerate(batches):
             count = settings.probes // len(batches) + (index < settings.probes % len(batches))
             total = 0
-            of_probes: list[
-                tuple[int, int]
-            ] = []  # of each, the entries that counted and how many had the same
+            # Of each probe, the entries that counted and how many probes these had.
+            of_probes: list[tuple[int, int]] = []
             for graph in graphs(runner, batch, mask, max(1, count), how):
                 probes = graph.parts[0].probes
                 for name, found in self._moments(runner, graph, len(entries) + len(of_probes)).items():

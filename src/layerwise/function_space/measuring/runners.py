@@ -77,7 +77,11 @@ class LeafRunner(nn.Module):
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
-        return replace(self.run(leaves, batch, mask), leaves=leaves)
+        return replace(self.from_leaves(leaves, batch, mask), leaves=leaves)
+
+    def from_leaves(self, leaves: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
+        """The outputs with their graph from these leaves on."""
+        return self.run(leaves, batch, mask)
 
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
         return None
