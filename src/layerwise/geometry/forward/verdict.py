@@ -40,9 +40,8 @@ def judged(found: Found, evidence: Evidence, number: int) -> Found:
     if "convolution" in kinds:
         return _convolution(found, evidence, number, is_output)
     if "other" in kinds and (found.role == "head" or (is_output and found.role == "hidden")):
-        return replace(
-            found, role="head"
-        )  # the weight of a layer, made or used in a way that was not followed
+        # The weight of a layer, made or used in a way that was not followed.
+        return replace(found, role="head")
     if "lookup" in kinds and found.parameter.ndim == 2 and (found.assumed or found.role != "vector"):
         layout = found.layout if found.role in ("embedding", "lora_A", "lora_B") else TransposedLayout()
         role = found.role if found.is_factor else "embedding"
