@@ -175,7 +175,7 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
     found: dict = defaultdict(dict)
     for (name, which), moments in rows.items():
         logs = moments.logs(probes) - math.log(outputs.values.numel())
-        found[name][which] = combine(chosen[name][which].exponents, logs)
+        [found[name][which]] = combine(chosen[name][which].exponents, logs[None])
     return found
 
 

@@ -328,10 +328,10 @@ def test_rates_are_data_one_can_keep(tmp_path):
 
 
 def test_a_mean_over_probes_can_lose_all_but_one():
-    value, stderr = combine((1,), torch.tensor([[-math.inf], [0.0], [-math.inf]]))
+    [(value, stderr)] = combine((1,), torch.tensor([[[-math.inf], [0.0], [-math.inf]]]))
     assert value == pytest.approx(math.sqrt(1 / 3))
     assert math.isfinite(stderr)
-    assert combine((-1, 1, 1), torch.full((4, 3), -math.inf)) == (0.0, 0.0)
+    assert combine((-1, 1, 1), torch.full((1, 4, 3), -math.inf)) == [(0.0, 0.0)]
 
 
 def test_bad_input_is_one_clear_line():

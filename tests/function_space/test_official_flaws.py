@@ -481,7 +481,7 @@ def test_cost_of_more_probes(monkeypatch):
     from layerwise.function_space.measuring import measurement
 
     # On the CPU, after the one transfer.
-    monkeypatch.setattr(measurement, "combine_all", lambda _, moments, *args: [(1.0, 0.1)] * len(moments))
+    monkeypatch.setattr(measurement, "combine", lambda _, moments, *args: [(1.0, 0.1)] * len(moments))
     _, _, other = batch(0)
     counts = {}
     for probes in (4, 8):

@@ -140,4 +140,6 @@ def collector_for(
     """What takes the gradients, over these processes."""
     if any(is_sharded(update.new) for update in updates.values()):
         return ShardCollector(processes, estimators, updates, method)
+    if processes.count == 1:
+        return Collector(estimators, updates)
     return ReplicaCollector(processes, estimators, updates)

@@ -25,7 +25,7 @@ from layerwise.common.tensors import local_part, or_one
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.adjoint import Adjoint
 from layerwise.function_space.measuring.exact import FORWARD, Change
-from layerwise.function_space.measuring.moments import Sink, TensorUpdate
+from layerwise.function_space.measuring.moments import Collector, TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import NO_GRAPH
 from layerwise.function_space.measuring.process_group import Processes
@@ -98,7 +98,7 @@ class ShardedRunner:
     def side_by_side(self, batches: Any, masks: Tensor | None) -> None:
         """None: FSDP gathers the weights of one forward at a time."""
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
         """One by one: a batched backward would not go through FSDP's hooks."""
         if not outputs.values.requires_grad:
             raise LayerwiseError(NO_GRAPH)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.outputs import Outputs, nothing_counts
-from layerwise.function_space.measuring.process_group import ALONE, Processes
 from layerwise.function_space.measuring.runners import Runner
-from layerwise.function_space.measuring.slices import Slice, Slices, cut, rows_of, stacked
+from layerwise.function_space.measuring.slices import Slice, cut, rows_of, stacked
+
+if TYPE_CHECKING:
+    from layerwise.function_space.measuring.measurement import Run
 
 
 @dataclass(frozen=True)
@@ -57,28 +60,11 @@ class Graph:
         return sum(part.entries for part in self.parts)
 
 
-@dataclass(frozen=True)
-class Cutting:
-    """How batches are cut.
-
-    Attributes:
-        slices: how many slices; `"auto"`: what leaves four probes for each.
-        tolerance: how far rounding alone may move an example's outputs, relative to their norm (`rounding_of`).
-        memory: bytes for the gradients of slices that are run side by side.
-        processes: those that hold parts of the batch.
-    """
-
-    slices: Slices
-    tolerance: float = 1e-4
-    memory: int = 0
-    processes: Processes = ALONE
-
-
 #: The outputs of one slice, or of several side by side.
 _Forward = tuple[Outputs, list[Slice]]
 
 
-def graphs(runner: Runner, inputs: Any, mask: Tensor | None, probes: int, how: Cutting) -> Iterator[Graph]:
+def graphs(run: Run, runner: Runner, inputs: Any, mask: Tensor | None, probes: int) -> Iterator[Graph]:
     """The graph of each slice, or of several of them, in turn. Drop one before asking for the next: then one stands.
 
     Padding alone has nothing to probe and is passed over.
@@ -86,32 +72,26 @@ def graphs(runner: Runner, inputs: Any, mask: Tensor | None, probes: int, how: C
     Raises:
         LayerwiseError: slices that cannot be had, or a batch in which nothing counts.
     """
-    slices = cut(inputs, mask, probes, how.slices, how.processes)
-    forwards = None if slices is None else _independent(runner, (inputs, mask), slices, how)
+    slices = cut(inputs, mask, probes, run.settings.slices, run.processes)
+    forwards = None if slices is None else _independent(run, runner, (inputs, mask), slices)
     if forwards is None:
         forwards = iter([(runner.outputs(inputs, mask), [Slice(range(0), probes)])])
     counted, masked = 0, False
-    forward = next(forwards, None)
-    while forward is not None:
-        graph = _graph(*forward, how.processes)
-        forward, masked = None, graph.outputs.mask is not None
+    for outputs, several in forwards:
+        each = [outputs.slice(k) for k in range(len(several))] if len(several) > 1 else [outputs]
+        parts = [Part(o, *o.place(run.processes), s.probes) for o, s in zip(each, several, strict=True)]
+        graph, masked = Graph(outputs, parts), outputs.mask is not None
         counted += graph.entries
+        del outputs, each, parts  # the graph alone holds them
         if graph.entries:
             yield graph
         del graph
-        forward = next(forwards, None)
     if not counted:
         raise nothing_counts(masked)
 
 
-def _graph(outputs: Outputs, slices: list[Slice], processes: Processes) -> Graph:
-    each = [outputs.slice(k) for k in range(len(slices))] if len(slices) > 1 else [outputs]
-    parts = [Part(o, *o.place(processes), s.probes) for o, s in zip(each, slices, strict=True)]
-    return Graph(outputs, parts)
-
-
 def _independent(
-    runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice], how: Cutting
+    run: Run, runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice]
 ) -> Iterator[_Forward] | None:
     """The outputs of the slices, if the last example of the first has the same ones in other company, or alone.
 
@@ -127,34 +107,29 @@ def _independent(
     try:
         with torch.no_grad():
             reference = outputs_of(runner, batch, company)
-        forwards = _forwards(runner, batch, slices, _room(reference, len(rows) / max(1, len(company)), how))
+        room = _room(reference, len(rows) / max(1, len(company)), run.settings.memory)
+        forwards = _forwards(runner, batch, slices, room)
         outputs, several = next(forwards)
         last = outputs.slice(0) if len(several) > 1 else outputs
-        if not rows or same_last_example(last, len(rows), reference, len(company), how.tolerance):
+        tolerance = rounding_of(run.model, run.settings.autocast)
+        if not rows or same_last_example(last, len(rows), reference, len(company), tolerance):
             found = [(outputs, several)]
     except Exception as error:  # a forward that takes whole batches only can fail in any way
         problem = error
-    if how.processes.least(len(found)):
-        return _and_then(found, forwards)
-    if how.slices == "auto":
+    if run.processes.least(len(found)):
+        return chain(iter(found), forwards)  # an iterator that is through with a list lets go of it
+    if run.settings.slices == "auto":
         return None
     raise LayerwiseError(
-        f"slices is {how.slices}, and an example's outputs depend on the other examples of its batch: use slices=1"
+        f"slices is {run.settings.slices}, and an example's outputs depend on the other examples of its batch: use slices=1"
     ) from problem
 
 
-def _and_then(held: list[_Forward], rest: Iterator[_Forward]) -> Iterator[_Forward]:
-    """What is held, let go of at once, and the rest."""
-    while held:
-        yield held.pop()
-    yield from rest
-
-
-def _room(example: Outputs, times: float, how: Cutting) -> int:
+def _room(example: Outputs, times: float, memory: int) -> int:
     """How many slices, of so many times these outputs, may be side by side: their gradients, and outputs' on the way."""
     weights = sum(leaf.numel() * leaf.element_size() for leaf in example.leaves.values())
     outputs = 4 * example.values.numel() * example.values.element_size() * times
-    return int(how.memory / max(1, weights + outputs))
+    return int(memory / max(1, weights + outputs))
 
 
 def _forwards(

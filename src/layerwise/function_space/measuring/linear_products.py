@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from layerwise.common.tensors import or_one, wide_dtype
-from layerwise.function_space.measuring.moments import Collector, Estimator, Moments, Sink, TensorUpdate
+from layerwise.function_space.measuring.moments import Collector, Estimator, Moments, TensorUpdate
 from layerwise.function_space.measuring.outputs import Outputs
 from layerwise.function_space.measuring.probes import probes_at_once, run_probes
 from layerwise.function_space.measuring.runners import LeafRunner
@@ -40,9 +41,10 @@ class ProductRunner(LeafRunner):
     quicker to square.
     """
 
-    def from_leaves(self, leaves: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
+    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
+        leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
         with Products(leaves):
-            return self.run(leaves, batch, mask)
+            return replace(self.run(leaves, batch, mask), leaves=leaves)
 
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
         if self.written:
@@ -62,8 +64,7 @@ class ProductRunner(LeafRunner):
         values, *mask = torch.func.vmap(one)(leaves, tensors)
         return Outputs(values, mask[0] if mask else None, values.shape[1], leaves)
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
-        assert isinstance(sink, Collector)
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
         found = only_products(outputs.values, outputs.leaves)
         at_once = probes_at_once(outputs, outputs.leaves, memory)
         products = {
@@ -74,8 +75,9 @@ class ProductRunner(LeafRunner):
         leaves = {**outputs.leaves, **{name: product.moments_input for name, product in products.items()}}
         first = list(islice(probes, probes_at_once(outputs, leaves, memory)))
         for name, product in products.items():
-            product.measure(sink.moments[name], len(first))
-            sink.moments[name] = ReadyMoments(product, sink.moments[name])
+            moments = sink.moments[name]
+            product.measured = moments.estimator, moments.update, len(first)
+            sink.moments[name] = ReadyMoments(product, moments)
         probes = chain(first, probes)
         del first
         run_probes(outputs, leaves, probes, sink, memory)
@@ -89,7 +91,8 @@ class Product:
         by_output: whether its rows belong to outputs (`x W^T`), not to inputs (`x W`).
         slices: how many were run side by side (1: the batch as it is).
         moments_input: a further input of the product, whose gradient the log moments come as.
-        measured: what with, once `measure` was called.
+        measured: with which estimator, of what update, and by how many probes together at most. Once that is set, the
+            moments go to `moments_input`, and to the weight nothing.
     """
 
     def __init__(self, name: str, device: torch.device, by_output: bool, slices: int) -> None:
@@ -103,10 +106,6 @@ class Product:
         self._moved: Tensor | None = None
         #: The logarithm of what `full_cov`'s sums are to be multiplied with.
         self.log_scale: Tensor | None = None
-
-    def measure(self, moments: Moments, probes: int) -> None:
-        """From now on give these to `moments_input`, for at most so many probes together, and the weight nothing."""
-        self.measured = moments.estimator, moments.update, probes
 
     def moments(self, grads: Tensor, inputs: Tensor) -> Tensor:
         """The gradient of `moments_input` under one probe, from `[slices, positions, out]` and `[slices, positions, in]`.

@@ -15,22 +15,16 @@ from layerwise.common.checked import checked
 from layerwise.common.tensors import is_sharded, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.collect import collector_for
-from layerwise.function_space.measuring.graphs import Cutting, Graph, graphs, rounding_of
+from layerwise.function_space.measuring.graphs import Graph, graphs
 from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
-    Collector,
     Estimator,
     Moments,
     TensorUpdate,
-    combine_all,
+    combine,
 )
-from layerwise.function_space.measuring.outputs import (
-    Forward,
-    Outputs,
-    resolve,
-    space_name,
-)
+from layerwise.function_space.measuring.outputs import Forward, Outputs, resolve, space_name
 from layerwise.function_space.measuring.per_tensor import CHANGES, per_tensor
 from layerwise.function_space.measuring.probes import Distribution, draw_probes
 from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption
@@ -187,8 +181,6 @@ class Run:
     def probed(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
         """By an estimator, from the gradients under random probes of the outputs."""
         settings = self.settings
-        rounding = rounding_of(self.model, settings.autocast)
-        how = Cutting(settings.slices, rounding, settings.memory, self.processes)
         logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
         entries: list[int] = []  # that counted under each probe
         weights: list[float] = []  # of each probe: batches count alike, slices by their entries
@@ -197,7 +189,7 @@ class Run:
             total = 0
             # Of each probe, the entries that counted and how many probes these had.
             of_probes: list[tuple[int, int]] = []
-            for graph in graphs(runner, batch, mask, max(1, count), how):
+            for graph in graphs(self, runner, batch, mask, max(1, count)):
                 probes = graph.parts[0].probes
                 for name, found in self._moments(runner, graph, len(entries) + len(of_probes)).items():
                     logs[name].append(found.logs(probes * len(graph.parts)))
@@ -211,10 +203,7 @@ class Run:
     def _moments(self, runner: Runner, graph: Graph, first_probe: int) -> Mapping[str, Moments]:
         """Moments of every tensor under the probes of one graph: of each part under its first probe, and so on."""
         settings = self.settings
-        if self.processes.count == 1 and not any(is_sharded(u.new) for u in self.updates.values()):
-            sink = Collector(self.estimators, self.updates)
-        else:
-            sink = collector_for(self.processes, self.estimators, self.updates, settings.method)
+        sink = collector_for(self.processes, self.estimators, self.updates, settings.method)
         draws = []
         for part in graph.parts:
             draw = draw_probes(
@@ -239,7 +228,7 @@ class Run:
         values = {}
         for estimator, found in by_estimator.items():
             exponents = self.estimators[next(iter(found))].exponents
-            rates = combine_all(exponents, torch.stack(list(found.values())), shares)
+            rates = combine(exponents, torch.stack(list(found.values())), shares)
             values.update({n: (*rate, estimator) for n, rate in zip(found, rates, strict=True)})
         return {name: values[name] for name in logs}
 

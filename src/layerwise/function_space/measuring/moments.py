@@ -18,13 +18,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from layerwise.common.tensors import local_part, or_one, wide_dtype
-from layerwise.function_space.measuring.process_group import ALONE, Processes
+from layerwise.function_space.measuring.process_group import ALONE
 
 # Rows are taken in pieces of about this many entries: on a CPU a piece then stays in cache for all its sums, and the
 # temporary never grows with the tensor (an embedding can be a third of a model).
@@ -165,7 +164,7 @@ class TensorUpdate:
 
     def pieces(self, width: int = 1) -> list[tuple[int, int]]:
         """Row ranges small enough to work on `width` gradients at a time."""
-        rows = self.new.shape[0] if self.new.ndim else 1
+        rows = self.row_count
         if self.new.numel() == 0:
             return []
         limit = _CPU_PIECE if self.new.device.type == "cpu" else _GPU_PIECE
@@ -229,10 +228,11 @@ class Moments:
         pieces = self.update.pieces(len(grads))
         if not pieces:
             return grads.new_zeros(len(grads), self.count, dtype=self.update.dtype)
-        return reduce(torch.add, (self._piece(grads[:, a:b], self._scaled(a, b)) for a, b in pieces))
+        return reduce(torch.add, (self._piece(grads[:, a:b], self.update.rows(a, b)) for a, b in pieces))
 
     def _piece(self, grads: Tensor, delta: Tensor) -> Tensor:
         """The sums of some rows of dW."""
+        delta = reduce(torch.div, self.scales, delta)
         if self.estimator.total:
             return torch.mv(grads.flatten(1).to(delta.dtype), delta.flatten())[:, None]
         z = (grads * delta).reshape(len(grads), len(delta), *self.estimator.view[1:])
@@ -241,10 +241,6 @@ class Moments:
             found += [_squares(z.sum(dim + 1)) for dim in range(1, len(self.estimator.view))]
             found.append(z.sum(1).flatten(1))
         return torch.cat(found, 1)
-
-    def _scaled(self, start: int, stop: int) -> Tensor:
-        """Rows of dW over the scales."""
-        return reduce(torch.div, self.scales, self.update.rows(start, stop))
 
     def take(self, sums: Tensor) -> None:
         """Make `sums` of whole tensors into moments."""
@@ -292,24 +288,13 @@ class BlockMoments(Moments):
         return self._logs(torch.cat(self.probes))
 
 
-class Sink(Protocol):
-    """Where the gradients of probes go.
+class Collector:
+    """Takes the gradients of probes on one process by itself, and makes them into moments.
 
     Attributes:
         processes: those that run the same probes, and take as many at once.
+        moments: of each tensor, by name.
     """
-
-    processes: Processes
-
-    def add(self, name: str, grads: Tensor) -> None:
-        """The gradients of one tensor under some probes (and slices), `[..., *shape]`."""
-
-    def done(self, probes: int) -> None:
-        """Those of all tensors have come under these many probes; the absent ones are 0."""
-
-
-class Collector:
-    """Takes the gradients of probes on one process by itself, and makes them into moments."""
 
     processes = ALONE
 
@@ -317,10 +302,11 @@ class Collector:
         self.moments = {name: Moments(estimators[name], update) for name, update in updates.items()}
 
     def add(self, name: str, grads: Tensor) -> None:
+        """The gradients of one tensor under some probes (and slices), `[..., *shape]`."""
         self.moments[name].add(grads)
 
     def done(self, probes: int) -> None:
-        pass
+        """Those of all tensors have come under these many probes; the absent ones are 0."""
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -330,19 +316,6 @@ def _squares(x: Tensor) -> Tensor:
 
 
 def combine(
-    exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None = None
-) -> tuple[float, float]:
-    """A rate and its standard error from the log moments of all probes: `combine_all` of one tensor.
-
-    Args:
-        exponents: of each moment.
-        moments: their logarithms, `[probes, len(exponents)]`.
-        weights: see `combine_all`.
-    """
-    return combine_all(exponents, moments[None], weights)[0]
-
-
-def combine_all(
     exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None = None
 ) -> list[tuple[float, float]]:
     """Rates and standard errors from the log moments of all probes.

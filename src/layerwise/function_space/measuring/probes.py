@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layerwise.common.tensors import wide_dtype
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.moments import Sink
+from layerwise.function_space.measuring.moments import Collector
 from layerwise.function_space.measuring.outputs import Outputs
 
 Distribution = Literal["rademacher", "gaussian"]
@@ -59,7 +59,7 @@ def probes_at_once(outputs: Outputs, leaves: Mapping[str, Tensor], memory: int) 
 
 
 def run_probes(
-    outputs: Outputs, leaves: Mapping[str, Tensor], probes: Iterator[Tensor], sink: Sink, memory: int
+    outputs: Outputs, leaves: Mapping[str, Tensor], probes: Iterator[Tensor], sink: Collector, memory: int
 ) -> None:
     """Differentiate the outputs along each probe and hand every tensor's gradients to `sink`.
 
@@ -85,7 +85,7 @@ def run_probes(
         several.clear()  # before the next are drawn
 
 
-def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor], sink: Sink) -> bool:
+def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor], sink: Collector) -> bool:
     """All these probes in one backward; returns whether every process could."""
     grads = None
     with warnings.catch_warnings(), suppress(RuntimeError):
@@ -103,7 +103,7 @@ def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor],
     return True
 
 
-def _stream(values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, sink: Sink) -> None:
+def _stream(values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, sink: Collector) -> None:
     """One probe: each gradient is handed over when it is complete."""
 
     def use(name: str) -> Callable[[Tensor], None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.adjoint import Adjoint, adjoint
 from layerwise.function_space.measuring.exact import Change, exact_change
-from layerwise.function_space.measuring.moments import Sink, TensorUpdate
+from layerwise.function_space.measuring.moments import Collector, TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import run_probes
 
@@ -33,7 +33,7 @@ class Runner(Protocol):
         Anything may be raised by a model that cannot be run so.
         """
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
         """Hand the gradients of every measured tensor under each probe to `sink`."""
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
@@ -77,11 +77,7 @@ class LeafRunner(nn.Module):
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
-        return replace(self.from_leaves(leaves, batch, mask), leaves=leaves)
-
-    def from_leaves(self, leaves: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
-        """The outputs with their graph from these leaves on."""
-        return self.run(leaves, batch, mask)
+        return replace(self.run(leaves, batch, mask), leaves=leaves)
 
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
         return None
@@ -102,7 +98,7 @@ class LeafRunner(nn.Module):
                 )
         return as_outputs(found, mask)
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Sink, memory: int) -> None:
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
         run_probes(outputs, outputs.leaves, probes, sink, memory)
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
