@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import layerwise as lw
-from layerwise.function_space.steps.by_module import module_of
+from layerwise.function_space.steps.by_module import module_of, siblings_of
 from layerwise.function_space.steps.spectral_norm import spectral_norms
-from layerwise.function_space.watching.unusual import siblings_of
 from layerwise.integrations.logged import RateLog
 
 # Sums of up to 1056 products in float64, added up in another order; differences of weights lose three digits more.

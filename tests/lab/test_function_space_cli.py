@@ -342,7 +342,7 @@ def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest
         (["record", str(config), "--seeds", "nan"], "--seeds 'nan': write whole numbers"),
         (["record", str(config), "--seeds", "0,0"], "--seeds '0,0': a seed stands there twice"),
         (["check", str(config), "--widths", "8,12"], "must be a multiple of 8"),
-        (["train", str(config), "--match", "none.json"], "does not exist"),
+        (["train", str(config), "--match", "none.json"], "none.json' cannot be read (No such file"),
         (["sweep", str(config), "optimizer.lr=null", "sweep.sizes=[8, 9]"], "must be a multiple of 8"),
         (["sweep", str(config)], "leave the key out"),
     ):

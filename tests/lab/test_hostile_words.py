@@ -87,7 +87,7 @@ def test_what_no_key_can_mean_is_refused_in_one_line(override: str) -> None:
 @pytest.mark.parametrize("override", ["optimizer.rates.size_normalised=no", "optimizer.nesterov=no"])
 def test_words_are_no_truths_for_rules_either(override: str) -> None:
     name = "lanton" if "rates" in override else "muon"
-    with pytest.raises(LayerwiseError, match="bool"):
+    with pytest.raises(LayerwiseError, match="give True or False"):
         complete(load_config(None, [f"optimizer={name}", override]))
 
 

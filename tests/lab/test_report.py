@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from fabricated_runs import fabricate
@@ -75,7 +76,7 @@ def test_units_follow_the_models_order_and_blocks_count_as_numbers() -> None:
 
 
 def test_every_contender_has_a_look_of_its_own() -> None:
-    names = ["adamw", "lanton", "lanton", "scion", "DMuon", "unheard-of", "lanton"]
+    names = ["adamw", "lanton", "lanton", "scion", "d-muon", "unheard-of", "lanton"]
     chosen = looks(names)
     assert len({look.color for look in chosen}) == len(names)
     assert chosen[4] == looks(["d-muon"])[0]
@@ -84,6 +85,7 @@ def test_every_contender_has_a_look_of_its_own() -> None:
 # ------------------------------------------------------------------ numbers behind the figures
 
 
+@hypothesis.settings(deadline=None)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=12),
     st.floats(0.01, 0.08),

@@ -66,10 +66,15 @@ def check_call(
     except TypeError:
         _refuse_unknown(called, signature, kwargs)
         return  # too many, or one twice: Python's own words say it
-    hints = _hints(function)
     for name, value in given.items():
-        if name in hints and not fits(value, hints[name]):
-            raise LayerwiseError(f"{called}({name}={_short(value)}): give {wanted(hints[name])}")
+        if (needed := needed_instead(function, name, value)) is not None:
+            raise LayerwiseError(f"{called}({name}={_short(value)}): give {needed}")
+
+
+def needed_instead(function: Callable[..., Any], name: str, value: Any) -> str | None:
+    """In words what an argument takes, where this value is none of it."""
+    hints = _hints(function)
+    return wanted(hints[name]) if name in hints and not fits(value, hints[name]) else None
 
 
 def _refuse_unknown(called: str, signature: inspect.Signature, kwargs: Mapping[str, Any]) -> None:

@@ -22,3 +22,8 @@ class LayerRate(NamedTuple):
     noise: float
     multiplier: float
     lr: float
+
+
+def parameter_of(unit: str) -> str:
+    """The parameter that a unit is of: `experts.up[3]` is of `experts.up`."""
+    return unit.partition("[")[0]

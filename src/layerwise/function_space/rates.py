@@ -60,8 +60,6 @@ class Rates(Mapping[str, Rate]):
         dtype: of the outputs.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> model = torch.nn.Linear(3, 2)
         >>> update = {name: 0.01 * torch.randn_like(p) for name, p in model.named_parameters()}
         >>> rates = lw.function_space_rates(model, update, torch.randn(8, 3))
@@ -181,8 +179,7 @@ class Rates(Mapping[str, Rate]):
         for rate in rates.values():
             if rate["linear"] is None:
                 del rate["linear"]
-        found: dict[str, Any] = plain_json({**data, "rates": rates})
-        return found
+        return plain_json({**data, "rates": rates})
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Rates:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
-from layerwise.common.layer_rate import LayerRate
+from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import canonical_name
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.steps.optimizer_facts import unwrap_optimizer
@@ -82,14 +82,13 @@ class RateLog:
 
 
 def _wanted(unit: str, patterns: Sequence[str]) -> bool:
-    parameter = unit.partition("[")[0]
-    return any(unit == pattern or fnmatchcase(parameter, pattern) for pattern in patterns)
+    return any(unit == pattern or fnmatchcase(parameter_of(unit), pattern) for pattern in patterns)
 
 
 def _grouped(units: dict[str, LayerRate], roles: dict[str, str], by: str) -> dict[str, list[LayerRate]]:
     found: dict[str, list[LayerRate]] = {}
     for unit, rate in units.items():
-        parameter = unit.partition("[")[0]
+        parameter = parameter_of(unit)
         role, block = roles[parameter], block_of(parameter)
         name = {
             "unit": unit,

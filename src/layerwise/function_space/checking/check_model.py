@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from layerwise.function_space.matching.base_rates import BaseRates, record_base
 from layerwise.function_space.matching.depth_map import DepthMap
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
+from layerwise.function_space.steps.by_module import siblings_of
 from layerwise.function_space.steps.recorder import FunctionSpaceRecorder
 
 #: `match="first"`: match every size to the first one.
@@ -82,8 +82,6 @@ def check(
         LayerwiseError: fewer than two sizes, a step below 1, a batch without a known loss.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> def make(width):
         ...     return torch.nn.Sequential(
         ...         torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.Linear(width, 3)
@@ -182,7 +180,7 @@ def _stacked(values: Mapping[str, Value], quantity: Quantity) -> dict[str, Value
     """The blocks of a stack together: rates are added, the rest is their root mean square."""
     stacks: dict[str, list[Value]] = {}
     for name, value in values.items():
-        stacks.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), []).append(value)
+        stacks.setdefault(siblings_of(name), []).append(value)
     return {
         name: _sum(several) if quantity == "rate" else _root_mean_square(several)
         for name, several in stacks.items()

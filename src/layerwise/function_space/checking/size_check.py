@@ -27,8 +27,6 @@ class SizeCheck:
         judged: the quantity by which a module is judged.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> def sgd(model):
         ...     return torch.optim.SGD(model.parameters(), lr=0.1)
         >>> _ = torch.manual_seed(0)

@@ -51,8 +51,6 @@ class BaseRates:
         fingerprint: what they were recorded with.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> model = torch.nn.Linear(3, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> recorder = lw.FunctionSpaceRecorder(model, optimizer)
@@ -135,28 +133,21 @@ class BaseRates:
         Raises:
             LayerwiseError: not a base file, or one of another format.
         """
+        shown = f"base file {str(path)!r}"
         unlike = f"{str(path)!r} is not a base file: `layerwise record` writes one"
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise LayerwiseError(
-                f"base file {str(path)!r} does not exist: record one, or use base='uniform'"
-            ) from None
         except OSError as error:
             raise LayerwiseError(
-                f"base file {str(path)!r} cannot be read ({error.strerror}): give the file that `layerwise record` wrote"
+                f"{shown} cannot be read ({error.strerror}): give what `layerwise record` wrote, or base='uniform'"
             ) from None
-        except UnicodeDecodeError:
-            raise LayerwiseError(f"{unlike} (this is not text)") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no text, or no JSON
             raise LayerwiseError(f"{unlike} (this is not JSON: {error})") from None
         # Other files of ours, such as a run's run.json, are JSON with a `format` too.
         if not isinstance(data, dict) or "fingerprint" not in data:
             raise LayerwiseError(unlike)
         if data.get("format") != FORMAT:
-            raise LayerwiseError(
-                f"base file {str(path)!r} has format {data.get('format')!r}, not {FORMAT}: record it again"
-            )
+            raise LayerwiseError(f"{shown} has format {data.get('format')!r}, not {FORMAT}: record it again")
         try:
             by_name = {
                 name: group["settings"]
@@ -169,7 +160,7 @@ class BaseRates:
             }
             _check_records(records)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise LayerwiseError(f"base file {str(path)!r} is damaged ({error}): record it again") from None
+            raise LayerwiseError(f"{shown} is damaged ({error}): record it again") from None
         return BaseRates(records, found)
 
 
@@ -196,8 +187,6 @@ def record_base(run: Callable[[int], FunctionSpaceRecorder], seeds: Iterable[int
         seeds: to call it with.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> def run(seed):
         ...     torch.manual_seed(seed)
         ...     model = torch.nn.Linear(3, 2)
@@ -211,12 +200,11 @@ def record_base(run: Callable[[int], FunctionSpaceRecorder], seeds: Iterable[int
         >>> base.fingerprint.seeds
         [0, 1]
     """
-    return BaseRates.mean([replace_seed(BaseRates.of(run(seed)), seed) for seed in seeds])
-
-
-def replace_seed(base: BaseRates, seed: int) -> BaseRates:
-    """The same, noted as of this seed."""
-    return replace(base, fingerprint=replace(base.fingerprint, seeds=[seed]))
+    found = []
+    for seed in seeds:
+        base = BaseRates.of(run(seed))
+        found.append(replace(base, fingerprint=replace(base.fingerprint, seeds=[seed])))
+    return BaseRates.mean(found)
 
 
 def _mean_rate(rates: Sequence[BaseRate]) -> BaseRate:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from layerwise.common.parameter_names import first_few
 from layerwise.common.text_table import aligned
-from layerwise.errors import warn
-from layerwise.function_space.matching.fixed import FIXED
+from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.rates import Rate
+
+#: The note of a parameter whose rate the user keeps.
+FIXED = "fixed"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,21 @@ class MatchReport:
             )
             rows.append((name, measured, target, change, lr, row.note))
         return "\n".join([f"matched at step {self.step}", *aligned(rows, right=range(1, 5))])
+
+
+def fixed_parameters(parameters: Mapping[str, Tensor], patterns: Sequence[str]) -> dict[str, str]:
+    """The parameters that fit a pattern, each with the note that a report has for it.
+
+    Raises:
+        LayerwiseError: a pattern that fits none.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise LayerwiseError(f"fixed pattern {pattern!r} fits no parameter")
+        found |= dict.fromkeys(names, FIXED)
+    return found
 
 
 def noise_floor(measured: Mapping[str, float], relative: float) -> float:

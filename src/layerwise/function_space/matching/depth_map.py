@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from layerwise.common.parameter_names import canonical_name, canonical_names, unwrap
+from layerwise.common.parameter_names import canonical_name, canonical_names, first_few, unwrap
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.runners import trainable
 
@@ -124,5 +124,5 @@ def _check_all_known(found: Mapping[str, Source], base: Collection[str]) -> None
         if f"{missing[0][: match.start()]}.0{missing[0][match.end() :]}" in base
     }
     remedy = f"pass depth={stacks}" if stacks else "record the base with a model of the same parameter names"
-    shown = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
+    shown = first_few(list(map(repr, missing)))
     raise LayerwiseError(f"the base has no rate for {len(missing)} parameters ({shown}): {remedy}")

@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+import layerwise
 from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.steps.optimizer_facts import class_name, optimized, settings_by_name
@@ -119,7 +119,7 @@ def fingerprint_of(recorder: FunctionSpaceRecorder) -> Fingerprint:
         model=type(recorder.model).__qualname__,
         parameters=sum(p.numel() for p in parameters.values()),
         shapes=hashlib.sha256(shapes.encode()).hexdigest()[:16],
-        versions=_versions(),
+        versions={"layerwise": layerwise.__version__, "torch": torch.__version__},
     )
 
 
@@ -127,11 +127,3 @@ def comparable(found: Fingerprint) -> dict[str, Any]:
     """The part that has to be the same."""
     keys = ("space", "classes", "dtype", "method", "batch_norm", "decay", "optimizer", "settings")
     return {key: getattr(found, key) for key in keys}
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("layerwise")
-    except PackageNotFoundError:
-        own = "unknown"
-    return {"layerwise": own, "torch": torch.__version__}

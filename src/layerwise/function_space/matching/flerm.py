@@ -19,11 +19,11 @@ from layerwise.function_space.matching.decide import (
     MatchReport,
     corrected,
     decide,
+    fixed_parameters,
     noise_floor,
     rounding_noise,
 )
 from layerwise.function_space.matching.depth_map import DepthMap, infer_depth, sources
-from layerwise.function_space.matching.fixed import fixed_parameters
 from layerwise.function_space.matching.named_rates import NamedRates
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import NAMED, Forward
@@ -80,8 +80,6 @@ class FLeRM(StepWatcher):
         LayerwiseError: for a base that does not fit (naming the difference), or an optimizer not proportional to lr.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> flerm = lw.FLeRM(model, optimizer, base="uniform")
@@ -183,14 +181,17 @@ class FLeRM(StepWatcher):
     def _measured(
         self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None
     ) -> None:
-        self._check_measured(rates)
+        if self.base is not None:
+            found = {"classes": rates.classes, "dtype": rates.dtype, "entries": rates.entries}
+            self.base.fingerprint.require({}, **found)
         measured = {name: rate.value for name, rate in rates.rates.items()}
         targets, negligible = self._targets(step.lrs, scheduled)
         if rates.method == "difference":
             for name, rate in rates.rates.items():
                 if rate.value <= 3 * rate.stderr:
                     negligible[name] = "kept: its measured difference is rounding noise"
-        relative = self._rounding_noise(rates) if self.near_zero is None else self.near_zero
+        dtypes = {p.dtype for p in self.parameters.values()} | {getattr(torch, rates.dtype)}
+        relative = rounding_noise(dtypes) if self.near_zero is None else self.near_zero
         decided = decide(measured, targets, {**negligible, **self.fixed}, relative, self.max_change)
         step.redo({name: change for name, (change, _) in decided.items()})
         for _ in range(self.corrections if rates.method == "difference" else 0):
@@ -262,14 +263,6 @@ class FLeRM(StepWatcher):
                 f"{high!r} {self.nominal[high]:g} (base {base[high]:g}): give the groups the base's rates up to one factor, "
                 "or pass lr='base'"
             )
-
-    def _check_measured(self, rates: Rates) -> None:
-        if self.base is not None:
-            found = {"classes": rates.classes, "dtype": rates.dtype, "entries": rates.entries}
-            self.base.fingerprint.require({}, **found)
-
-    def _rounding_noise(self, rates: Rates) -> float:
-        return rounding_noise({p.dtype for p in self.parameters.values()} | {getattr(torch, rates.dtype)})
 
 
 def _check_options(at: int, every: int | None, max_change: float | None, corrections: int) -> None:

@@ -14,8 +14,13 @@ from torch.optim import Optimizer
 from layerwise.common.checked import checked
 from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.matching.decide import Matched, MatchReport, decide, rounding_noise
-from layerwise.function_space.matching.fixed import fixed_parameters
+from layerwise.function_space.matching.decide import (
+    Matched,
+    MatchReport,
+    decide,
+    fixed_parameters,
+    rounding_noise,
+)
 from layerwise.function_space.matching.named_rates import NamedRates
 from layerwise.function_space.matching.trial_adapters import TRIAL, as_found, renamed, trial_adapter, twin
 from layerwise.function_space.measuring.measurement import Measurement
@@ -110,7 +115,6 @@ def match_lora(
         LayerwiseError: for what is no such model, too few batches, or an optimizer not proportional to lr.
 
     Examples:
-        >>> import layerwise as lw
         >>> match = lw.match_lora(model, optimizer, batches, base_rank=8)  # doctest: +SKIP
         >>> print(match)  # doctest: +SKIP
     """

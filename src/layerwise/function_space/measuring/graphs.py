@@ -103,6 +103,7 @@ def _independent(
     company = rows[-1:]
     if len(rows) == 1 and rows[0]:
         company = range(rows[0] - 1, rows[0] + 1)
+    tolerance = rounding_of(run.model, run.settings.autocast)
     forwards: Iterator[_Forward] = iter(())
     try:
         with torch.no_grad():
@@ -111,7 +112,6 @@ def _independent(
         forwards = _forwards(runner, batch, slices, room)
         outputs, several = next(forwards)
         last = outputs.slice(0) if len(several) > 1 else outputs
-        tolerance = rounding_of(run.model, run.settings.autocast)
         if not rows or same_last_example(last, len(rows), reference, len(company), tolerance):
             found = [(outputs, several)]
     except Exception as error:  # a forward that takes whole batches only can fail in any way

@@ -99,8 +99,6 @@ class FunctionSpaceRecorder(StepWatcher):
         options: the other fields of `Measurement`.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> model = torch.nn.Linear(3, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> recorder = lw.FunctionSpaceRecorder(model, optimizer, every=100)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch.optim import Optimizer
 
-from layerwise.common.layer_rate import LayerRate
+from layerwise.common.layer_rate import LayerRate, parameter_of
 
 
 def unit_rates(optimizer: Optimizer, lrs: Mapping[str, float] | None = None) -> dict[str, LayerRate]:
@@ -23,9 +23,10 @@ def unit_rates(optimizer: Optimizer, lrs: Mapping[str, float] | None = None) -> 
     rates: dict[str, LayerRate] = {} if told is None else told()
     if lrs is None:
         return rates
-    parameters = {unit: unit.partition("[")[0] for unit in rates}
     return {
-        unit: rate._replace(lr=lrs[parameters[unit]] * rate.multiplier) if parameters[unit] in lrs else rate
+        unit: rate._replace(lr=lrs[parameter] * rate.multiplier)
+        if (parameter := parameter_of(unit)) in lrs
+        else rate
         for unit, rate in rates.items()
     }
 

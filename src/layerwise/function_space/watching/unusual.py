@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from statistics import median
 from typing import Any, Literal
 
 from layerwise.common.checked import checked
+from layerwise.function_space.steps.by_module import siblings_of
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,6 @@ class Unusual:
         return f"step {self.step}: {self.module} {moves} (RMS of its update {self.update_rms:.3g})"
 
 
-def siblings_of(module: str) -> str:
-    """The pattern that a module shares with those in its place in other blocks.
-
-    Examples:
-        `siblings_of("h.3.mlp.c_fc") == "h.*.mlp.c_fc"`
-    """
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module)
-
-
 @checked
 @dataclass
 class UnusualRule:
@@ -72,7 +63,6 @@ class UnusualRule:
         least: how many it is at least.
 
     Examples:
-        >>> import layerwise as lw
         >>> rule = lw.UnusualRule(factor=3, least=2)
         >>> updates = {"a": 1e-3, "b": 1e-3, "c": 2e-3}
         >>> for step in (1, 2, 3):

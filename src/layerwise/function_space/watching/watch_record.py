@@ -72,8 +72,6 @@ class WatchRecord:
         unusual: modules that stand out.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> watch = lw.watch(model, optimizer)
@@ -129,8 +127,7 @@ class WatchRecord:
             data["units"] = {name: unit._asdict() for name, unit in self.units.items()}
         if self.unusual:
             data["unusual"] = [str(line) for line in self.unusual]
-        found: dict[str, Any] = plain_json(data)
-        return found
+        return plain_json(data)
 
     def scalars(self) -> dict[str, float]:
         """Flat and finite numbers, for loggers: `update_rms/MODULE`, ..., `layer_lr/UNIT`, `layer_noise/UNIT`."""

@@ -13,22 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import checked
-from layerwise.common.layer_rate import LayerRate
+from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ProcessesOption
 from layerwise.function_space.steps.by_module import by_module, module_updates
-from layerwise.function_space.steps.optimizer_facts import (
-    optimized,
-    unwrap_optimizer,
-)
+from layerwise.function_space.steps.optimizer_facts import optimized, unwrap_optimizer
 from layerwise.function_space.steps.update_sums import update_sums
-from layerwise.function_space.steps.watched_step import (
-    WatchedStep,
-    before_step,
-    is_outermost,
-    when_over,
-)
+from layerwise.function_space.steps.watched_step import WatchedStep, before_step, is_outermost, when_over
 from layerwise.function_space.watching.gradients import Gradients
 from layerwise.function_space.watching.output_change import OutputChange
 from layerwise.function_space.watching.sinks import sinks_of
@@ -75,8 +67,6 @@ def watch(
         LayerwiseError: an optimizer that holds none of the model's parameters, an interval below 1.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         >>> watch = lw.watch(model, optimizer, every=10)  # to="watch.jsonl", a SummaryWriter, wandb.run, a function
@@ -102,8 +92,6 @@ class Watch:
         skipped: of each step at which function space was to be measured and was not, why.
 
     Examples:
-        >>> import torch
-        >>> import layerwise as lw
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> watch = lw.watch(model, optimizer)
@@ -247,7 +235,7 @@ def _effective(taken: WatchedStep, units: Mapping[str, LayerRate]) -> dict[str, 
     """Each module's learning rate: of its parameters' (of the mean of their units') the mean, weighted by entries."""
     of_units: dict[str, list[float]] = {}
     for unit, rate in units.items():
-        of_units.setdefault(unit.partition("[")[0], []).append(rate.lr)
+        of_units.setdefault(parameter_of(unit), []).append(rate.lr)
     found = {}
     for module, names in by_module(taken.parameters).items():
         sizes = [taken.parameters[name].numel() for name in names]

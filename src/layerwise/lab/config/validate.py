@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    PydanticSchemaGenerationError,
-    PydanticUserError,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from layerwise.common import similar
+from layerwise.common.checked import needed_instead
 from layerwise.errors import LayerwiseError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -66,33 +59,11 @@ def check_values(tree: Any, key: str = "") -> None:
 
 
 def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], key: str) -> None:
-    """Raises LayerwiseError for a value that is not of the type that `function` says its argument has.
-
-    Types are taken as they stand: `off` is a word and no truth, `true` is no number.
-    """
+    """Raises LayerwiseError for a value that is not of the type that `function` says its argument has; see `checked`."""
+    called = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
     for name, value in values.items():
-        adapter = _adapter(function, name)
-        try:
-            if adapter is not None:
-                adapter.validate_python(value, strict=True)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            if first["type"] == "missing":  # a list too short: the optimizer itself says what it needs
-                continue
-            reason = str(first["msg"])
-            raise LayerwiseError(f"{key}.{name}={value!r}: {reason[0].lower()}{reason[1:]}") from None
-
-
-@cache
-def _adapter(function: Callable[..., Any], name: str) -> TypeAdapter[Any] | None:
-    """What checks an argument; None where its type is not said, or is none that can be checked."""
-    try:
-        hints = get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
-        if name not in hints:
-            return None
-        return TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
-    except (NameError, TypeError, PydanticSchemaGenerationError, PydanticUserError):
-        return None
+        if (needed := needed_instead(called, name, value)) is not None:
+            raise LayerwiseError(f"{key}.{name}={value!r}: give {needed}")
 
 
 def _explain(schema: type[BaseModel], error: Any, within: str) -> str:

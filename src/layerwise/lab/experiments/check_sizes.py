@@ -124,8 +124,7 @@ def _function(target: str) -> Callable[[Any], Made]:
         raise LayerwiseError(f"{target}: {error}; give package.module:function") from None
     finally:
         sys.path.remove("")
-    found = getattr(module, attribute, None)
-    if not callable(found):
+    function: Callable[[Any], Made] | None = getattr(module, attribute, None)
+    if not callable(function):
         raise LayerwiseError(f"{target}: {name} has no function {attribute!r}")
-    function: Callable[[Any], Made] = found
     return function

@@ -105,9 +105,7 @@ def _check_forward(model: nn.Module, examples: Examples) -> None:
 def logits(model: nn.Module, inputs: Tensor) -> Tensor:
     """Token ids [batch, seq] or features [batch, features] to logits [..., vocabulary]."""
     output = model(inputs)
-    values = output if isinstance(output, Tensor) else output.logits
-    assert isinstance(values, Tensor)
-    return values
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

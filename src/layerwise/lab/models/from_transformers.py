@@ -48,6 +48,4 @@ class TransformersFamily(Family):
         except StrictDataclassError as error:
             raise TypeError(str(error)) from None
         made._attn_implementation = attention
-        model = model_class(made)
-        assert isinstance(model, nn.Module)
-        return model
+        return model_class(made)

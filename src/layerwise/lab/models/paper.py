@@ -57,8 +57,7 @@ class ResidualLayer(nn.Module):
         self.linear = _linear(d, d, deviation=deviation)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.linear(functional.relu(x))
-        return result
+        return x + self.linear(functional.relu(x))
 
 
 class ResMLP(nn.Module):
@@ -93,8 +92,7 @@ class ResMLP(nn.Module):
         x = self.input(inputs)
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.output(x)
-        return logits
+        return self.output(x)
 
 
 class Attention(nn.Module):
@@ -118,8 +116,7 @@ class Attention(nn.Module):
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
             future = torch.ones(positions, positions, dtype=torch.bool, device=x.device).triu(1)
             mixed = scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
-        result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, positions, d))
-        return result
+        return self.out(mixed.transpose(1, 2).reshape(batch, positions, d))
 
 
 class FeedForward(nn.Module):
@@ -131,8 +128,7 @@ class FeedForward(nn.Module):
         self.down = _linear(4 * d, d, deviation=init_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(functional.gelu(self.up(x)))
-        return result
+        return self.down(functional.gelu(self.up(x)))
 
 
 class DecoderBlock(nn.Module):

@@ -17,11 +17,8 @@ from layerwise.lab.optimizers.registry import OPTIMIZERS
 @cache
 def base_rates() -> Mapping[str, Mapping[str, Any]]:
     """The data file: model preset -> `rates` by optimizer, and the `command` that found them."""
-    text = (
-        resources.files(layerwise.lab.optimizers).joinpath("default_rates.yaml").read_text(encoding="utf-8")
-    )
-    rates: dict[str, dict[str, Any]] = parse_yaml(text, "default_rates.yaml")
-    return rates
+    file = resources.files(layerwise.lab.optimizers).joinpath("default_rates.yaml")
+    return parse_yaml(file.read_text(encoding="utf-8"), file.name)
 
 
 def plain_preset(model: ModelConfig) -> str | None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from layerwise.common.layer_rate import parameter_of
 from layerwise.lab.optimizers.registry import OPTIMIZERS
 from layerwise.lab.report import style
 from layerwise.lab.report.style import CYCLE, MARKERS, Look
@@ -17,20 +18,13 @@ _LOOKS = {
     "lanton": Look(style.VERMILLION, "o"),
     "muon": Look(style.SKY, "p"),
     "torch-muon": Look(style.PURPLE, "v"),
-    "namo": Look(style.AMBER, "P"),
     "signum": Look(style.BROWN, "X"),
 }
 
 
-def optimizer_key(name: str) -> str:
-    """One spelling for one optimizer: `DMuon`, `d_muon` and `d-muon` are the same."""
-    key = name.strip().lower().replace("_", "-").replace(" ", "-")
-    return {"dmuon": "d-muon", "torchmuon": "torch-muon"}.get(key, key)
-
-
 def optimizer_title(name: str) -> str:
     """As tables and figures write it: what it was registered with, or the name that it has in the run."""
-    preset = OPTIMIZERS.get(optimizer_key(name))
+    preset = OPTIMIZERS.get(name)
     return name if preset is None else preset.title
 
 
@@ -39,11 +33,11 @@ def looks(optimizers: Sequence[str]) -> list[Look]:
 
     With more contenders than colours two share one, under another marker: 64 looks are told apart.
     """
-    reserved = {_LOOKS[key].color for key in map(optimizer_key, optimizers) if key in _LOOKS}
+    reserved = {_LOOKS[name].color for name in optimizers if name in _LOOKS}
     free = [color for color in CYCLE if color not in reserved]
     chosen: list[Look] = []
     for i, name in enumerate(optimizers):
-        own = _LOOKS.get(optimizer_key(name))
+        own = _LOOKS.get(name)
         if own is None or own in chosen:
             color = free.pop(0) if free else CYCLE[i % len(CYCLE)]
             markers = [MARKERS[(i + shift) % len(MARKERS)] for shift in range(len(MARKERS))]
@@ -104,9 +98,8 @@ def network_order(units: Iterable[str], parameters: Sequence[str] = ()) -> list[
 
     def key(item: tuple[int, UnitName]) -> tuple[float, ...]:
         i, name = item
-        parameter = name.unit.split("[", 1)[0]
         if rank:
-            return (rank.get(parameter, last), i)
+            return (rank.get(parameter_of(name.unit), last), i)
         return (*fallback(name), i)
 
     return [name for _, name in sorted(enumerate(parsed), key=key)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerwise.common.files import write_whole
+from layerwise.common.layer_rate import parameter_of
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import tables
 from layerwise.lab.report.figures import effective_rates, function_space, heatmap, loss
@@ -164,7 +165,7 @@ def _layer_plans(group: Contender) -> Iterator[Plan]:
     if history is None or not (history.has_noise or history.has_multiplier):
         return
     roles = {str(row["name"]): row.get("role") for row in run.parameters}
-    vectors = [u for u in history.units if roles.get(u.split("[", 1)[0]) == "vector"]
+    vectors = [u for u in history.units if roles.get(parameter_of(u)) == "vector"]
     matrices = [u for u in history.units if u not in set(vectors)]
     slug = _slug(group.label)
     section = f"Layers: {group.label}"

@@ -22,7 +22,9 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ValidationError
 
 from layerwise.common.files import plain_json, write_whole
 from layerwise.errors import LayerwiseError
@@ -31,18 +33,26 @@ from layerwise.lab.runs.recorded import Run, RunInfo, number
 RUN_FILE = "run.json"
 STREAMS = ("metrics", "layers", "function_space")
 FORMAT = 1
-#: What entries of run.json are, where they are there.
-KINDS: Final = {
-    "name": str,
-    "status": str,
-    "config": dict,
-    "versions": dict,
-    "machine": dict,
-    "corpus": dict,
-    "result": dict,
-    "parameters": list,
-}
-STATUSES: Final = ("running", "finished", "diverged")
+
+
+class _Parameter(BaseModel):
+    """A row of the parameter table."""
+
+    name: str
+    shape: list[Any] | None = None
+
+
+class _RunFile(BaseModel, strict=True):
+    """What entries of run.json are, where they are there; others are not looked at."""
+
+    name: str | None = None
+    status: Literal["running", "finished", "diverged"] = "running"  # any other word would count as ended
+    config: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
+    machine: dict[str, Any] | None = None
+    corpus: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+    parameters: list[_Parameter] | None = None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -79,27 +89,6 @@ def _by_name(entries: Any) -> bool:
     return isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())
 
 
-def _damaged(info: dict[str, Any]) -> str | None:
-    """The first entry of run.json that is not what it has to be; None where all are."""
-    for key, kind in KINDS.items():
-        if not isinstance(info.get(key), kind | None):
-            return key
-    # Any other word would count as ended: the run would never go on.
-    if info.get("status", "running") not in STATUSES:
-        return "status"
-    rows = info.get("parameters") or ()
-    return None if all(_is_parameter(row) for row in rows) else "parameters"
-
-
-def _is_parameter(row: Any) -> bool:
-    """Whether a row of the parameter table has a name, and a shape that is one if it has any."""
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("name"), str)
-        and isinstance(row.get("shape"), list | None)
-    )
-
-
 def has_ended(path: Path) -> bool:
     """Whether there is a run in `path` with nothing left to do: finished or diverged."""
     return (path / RUN_FILE).is_file() and read_info(path).status != "running"
@@ -134,11 +123,14 @@ def read_info(path: str | Path) -> RunInfo:
         ) from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise LayerwiseError(f"run {folder}: {RUN_FILE} is not of format {FORMAT}, which this version reads")
-    if (key := _damaged(info)) is not None:
+    try:
+        _RunFile.model_validate(info)
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
         raise LayerwiseError(
             f"run {folder}: {RUN_FILE} is damaged ({key} is {info[key]!r:.60}); move the folder away, or train again"
             " with --overwrite"
-        )
+        ) from None
     return RunInfo(folder, info)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.geometry import describe
-from layerwise.optim import LayerRate
 
 _PACKAGES = ("layerwise", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
@@ -80,11 +80,6 @@ def layer_entries(rates: Mapping[str, LayerRate]) -> dict[str, dict[str, Any]]:
         else:
             entries[name] = _summary([rates[unit] for unit in members])
     return entries
-
-
-def parameter_of(unit: str) -> str:
-    """The parameter that a unit is of: `experts.up[3]` is of `experts.up`."""
-    return unit.split("[", 1)[0]
 
 
 def _summary(several: Sequence[LayerRate]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder, Record
 from layerwise.function_space.matching.depth_map import DepthMap
 from layerwise.lab.models.families import block_pattern
-from layerwise.lab.training.observers import Observer, Training
+from layerwise.lab.training.observers import Observer
 
 if TYPE_CHECKING:
     from layerwise.lab.config.schema import Config, FunctionSpaceConfig
     from layerwise.lab.data.batches import Batch
+    from layerwise.lab.training.trainer import Trainer
 
 
 def observers_of(config: Config) -> list[Observer]:
@@ -32,7 +33,7 @@ def observers_of(config: Config) -> list[Observer]:
     return found if match is None else [*found, match]
 
 
-def measuring_batches(trainer: Training, count: int, skip: int = 0) -> Callable[[], list[Tensor]]:
+def measuring_batches(trainer: Trainer, count: int, skip: int = 0) -> Callable[[], list[Tensor]]:
     """Supplies inputs of the steps after the run's last one, which no step of it sees, but for the first `skip`.
 
     Of each batch, this process's share: all of them measure together.
@@ -71,7 +72,7 @@ class RecordRates(_Stateful):
     def __init__(self, settings: FunctionSpaceConfig, every: int, match: MatchRates | None = None) -> None:
         self.settings, self.every, self.match = settings, every, match
 
-    def begin(self, trainer: Training) -> None:
+    def begin(self, trainer: Trainer) -> None:
         batches, seed = self.settings.batches, trainer.config.training.seed
         matched = self.match is not None
         self._writer = trainer.writer
@@ -123,7 +124,7 @@ class MatchRates(_Stateful):
         # FLeRM looks ahead to the second matching, which a short run does not reach.
         self._every = settings.match_every if len(due) > 1 else None
 
-    def begin(self, trainer: Training) -> None:
+    def begin(self, trainer: Trainer) -> None:
         settings = self.settings
         self._writer, self._batches = trainer.writer, measuring_batches(trainer, settings.batches)
         self.flerm = FLeRM(

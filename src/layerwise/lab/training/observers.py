@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from torch.optim import Optimizer
-
-    from layerwise.lab.config.schema import Config
-    from layerwise.lab.data.batches import Batch, Batches
-    from layerwise.lab.runs.directory import RunWriter
-
-
-class Training(Protocol):
-    """A run as observers see it.
-
-    Attributes:
-        config: complete.
-        model: not wrapped; its parameters are DTensors under FSDP2.
-        optimizer: as the loop steps it.
-        data: `batch(step)` is the whole batch of a step, counted from 0.
-        device: of this process.
-        rank, world: of several processes, this one's number and how many there are.
-        writer: its `append("function_space", row)` adds a record.
-        step: optimizer steps taken.
-    """
-
-    config: Config
-    model: nn.Module
-    optimizer: Optimizer
-    data: Batches
-    device: torch.device
-    rank: int
-    world: int
-    writer: RunWriter
-    step: int
+    from layerwise.lab.data.batches import Batch
+    from layerwise.lab.training.trainer import Trainer
 
 
 class Observer:
     """Hooks of a training run; each does nothing until it is overridden. Each process has its own: they must do the same."""
 
-    def begin(self, trainer: Training) -> None:
+    def begin(self, trainer: Trainer) -> None:
         """Once, after everything is built and a checkpoint, if any, is loaded."""
 
     def around_step(self, step: int, batch: Batch) -> AbstractContextManager[Any]:

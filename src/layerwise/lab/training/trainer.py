@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from layerwise.common.layer_rate import LayerRate
+from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.errors import LayerwiseError, NonFiniteError
 from layerwise.function_space.watching.unit_rates import unit_rates
 from layerwise.lab.config.schema import Config
@@ -36,7 +36,18 @@ class DivergedError(Exception):
 
 
 class Trainer:
-    """One run in progress, or this process's part of it; observers see it as `Training`."""
+    """One run in progress, or this process's part of it.
+
+    Attributes:
+        config: complete.
+        model: not wrapped; its parameters are DTensors under FSDP2.
+        optimizer: as the loop steps it.
+        data: `batch(step)` is the whole batch of a step, counted from 0.
+        device: of this process.
+        rank, world: of several processes, this one's number and how many there are.
+        writer: its `append("function_space", row)` adds a record.
+        step: optimizer steps taken.
+    """
 
     def __init__(
         self, config: Config, writer: RunWriter, progress: QuietProgress, observers: Sequence[Observer] = ()
@@ -309,7 +320,7 @@ class Trainer:
         rates = {} if self.rank > 0 else unit_rates(self.optimizer)
         for observer in self.observers:
             for unit, rate in rates.items():
-                rates[unit] = rate._replace(lr=rate.lr * observer.multiplier(environment.parameter_of(unit)))
+                rates[unit] = rate._replace(lr=rate.lr * observer.multiplier(parameter_of(unit)))
         return rates
 
     def _record_rates(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -91,9 +91,6 @@ class Transfer:
     to_failure: float | None
     open_ended: bool
     safety: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def curves_of(config: SweepConfig, plan: Plan, results: Results) -> list[Curve]:

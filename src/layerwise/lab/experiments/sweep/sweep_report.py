@@ -8,6 +8,7 @@ of the shifts where seeds are resampled, and the loss at half of the base's best
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from layerwise.lab.experiments.sweep.analysis import Curve, Transfer, curves_of, transfers
@@ -35,7 +36,7 @@ def write_report(config: SweepConfig, folder: Path) -> list[Transfer]:
     panels = Panels("", curves, config.sweep.axis, LOSS_NAMES[config.sweep.loss])
     save_figure(lambda: transfer_figure([panels]), folder, "transfer")
     (folder / "table.md").write_text(markdown(rows, config.sweep.axis), encoding="utf-8")
-    write_json(folder / "table.json", [row.to_dict() for row in rows])
+    write_json(folder / "table.json", [asdict(row) for row in rows])
     return rows
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerwise.common.layer_rate import parameter_of
 from layerwise.lab.report import style
 from layerwise.lab.report.figures.by_kind import draw_kinds, kind_styles, name_kinds
 from layerwise.lab.report.names import network_order
@@ -41,7 +42,7 @@ def effective_rates(run: Run, arrangement: style.Arrangement = style.WIDE) -> Fi
     for name in network_order(history.units, [str(row["name"]) for row in run.parameters]):
         row = row_of[name.unit]
         if np.isfinite(history.lr[row]).any():
-            groups.setdefault(run.norm_groups.get(name.unit.split("[", 1)[0], ""), {})[row] = name.part
+            groups.setdefault(run.norm_groups.get(parameter_of(name.unit), ""), {})[row] = name.part
     spread = {
         group: rows for group, rows in groups.items() if _largest_ratio(history.lr[list(rows)]) > 1.0005
     }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerwise.common.layer_rate import parameter_of
 from layerwise.lab.optimizers.registry import rule_of
 from layerwise.lab.report import style
 from layerwise.lab.report.names import UnitName, network_order
@@ -39,7 +40,7 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
     assert history is not None
     names = network_order(units, [str(row["name"]) for row in run.parameters])
     rows = [history.units.index(name.unit) for name in names]
-    groups = [run.norm_groups.get(name.unit.split("[", 1)[0], "") for name in names]
+    groups = [run.norm_groups.get(parameter_of(name.unit), "") for name in names]
     pick = _thin(len(history.steps))
     noise = relative_noise(history, rows, groups)[:, pick]
     shown: list[tuple[Array, str, str]] = []
