@@ -102,8 +102,18 @@ class WatchedStep:
     def rates(
         self, measurement: Measurement, inputs: Any, mask: Tensor | None = None, seed: int | None = None
     ) -> Rates:
-        """Rates of this step on `inputs`, at the weights before it; the model's own are not touched."""
-        return measurement.rates(self.model, self.updates(), inputs, mask, self.old, self.processes, seed)
+        """Rates of this step on `inputs`, at the weights before it; the model's own are not touched.
+
+        Parameters that FSDP2 shards are measured in place: the old shards go back into them meanwhile.
+        """
+        if not any(is_sharded(p) for p in self.model.parameters()):
+            return measurement.rates(self.model, self.updates(), inputs, mask, self.old, self.processes, seed)
+        with self.undone():
+            updates = {
+                name: TensorUpdate(self.old[name], p.detach(), self.decay.get(name, 0.0))
+                for name, p in self.parameters.items()
+            }
+            return measurement.rates(self.model, updates, inputs, mask, {}, self.processes, seed)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -124,31 +134,6 @@ class WatchedStep:
                 other.copy_(kept)
 
 
-class ShardedStep(WatchedStep):
-    """The same of parameters that FSDP2 shards, which are measured in place: the old shards go back into the parameters.
-
-    What is held besides is a copy of the shards, as elsewhere of the weights.
-    """
-
-    def rates(
-        self, measurement: Measurement, inputs: Any, mask: Tensor | None = None, seed: int | None = None
-    ) -> Rates:
-        with self.undone():
-            updates = {
-                name: TensorUpdate(self.old[name], p.detach(), self.decay.get(name, 0.0))
-                for name, p in self.parameters.items()
-            }
-            return measurement.rates(self.model, updates, inputs, mask, {}, self.processes, seed)
-
-
-def before_step(
-    model: nn.Module, optimizer: Optimizer, processes: ProcessesOption = "auto", decay: Decay = "scaled"
-) -> WatchedStep:
-    """What watches the coming step; the arguments are those of `watch`."""
-    sharded = any(is_sharded(p) for p in model.parameters())
-    return (ShardedStep if sharded else WatchedStep)(model, optimizer, processes, decay)
-
-
 @contextmanager
 def watch(
     model: nn.Module, optimizer: Optimizer, processes: ProcessesOption = "auto", decay: Decay = "scaled"
@@ -161,7 +146,7 @@ def watch(
         processes: see `Measurement`.
         decay: see `FLeRM`.
     """
-    step = before_step(model, optimizer, processes, decay)
+    step = WatchedStep(model, optimizer, processes, decay)
 
     def note(*_: Any) -> None:
         step.happened = True

@@ -20,7 +20,7 @@ from layerwise.function_space.measuring.process_group import ProcessesOption
 from layerwise.function_space.steps.by_module import by_module, module_updates
 from layerwise.function_space.steps.optimizer_facts import optimized, unwrap_optimizer
 from layerwise.function_space.steps.update_sums import update_sums
-from layerwise.function_space.steps.watched_step import WatchedStep, before_step, is_outermost, when_over
+from layerwise.function_space.steps.watched_step import WatchedStep, is_outermost, when_over
 from layerwise.function_space.watching.gradients import Gradients
 from layerwise.function_space.watching.output_change import OutputChange
 from layerwise.function_space.watching.sinks import sinks_of
@@ -167,7 +167,7 @@ class Watch:
             return
         step = self.steps + 1
         if self._due(step):
-            self._step = before_step(self.model, self.optimizer, self.processes)
+            self._step = WatchedStep(self.model, self.optimizer, self.processes)
         if self._due(step) or self._due(step + 1):
             named = optimized(self.model, self.optimizer) if self._step is None else self._step.parameters
             self._gradients.before(_has_closure(args, kwargs), named)

@@ -16,6 +16,8 @@ from layerwise.geometry.split import Split
 QKV = Split.equal("q", "k", "v")
 KV = Split.equal("k", "v")
 GATE_UP = Split.equal("gate", "up")
+UP_GATE = Split.equal("up", "gate")
+INPUT_GATE = Split.equal("input", "gate")
 LSTM_GATES = Split.equal("input", "forget", "cell", "output")
 GRU_GATES = Split.equal("reset", "update", "new")
 
@@ -37,19 +39,6 @@ def grouped_split(owner: nn.Module, attribute: str, d_out: int) -> Split | None:
         return None
     split = Split.of_sizes({"q": heads, "k": key_heads, "v": key_heads})
     return split if split.divides(d_out) else None
-
-
-def _gate_up(owner: Any) -> Split:
-    """``[all gate | all up]``."""
-    return GATE_UP
-
-
-def _up_gate(owner: Any) -> Split:
-    return Split.equal("up", "gate")
-
-
-def _input_gate(owner: Any) -> Split:
-    return Split.equal("input", "gate")
 
 
 def _gpt2(owner: Any) -> Split:
@@ -94,71 +83,38 @@ def _bigcode(owner: Any) -> Split:
     return Split.equal("q", "k", "v", blocks=owner.num_heads)
 
 
-Rule = Callable[[Any], Split | None]
+Rule = Split | Callable[[Any], Split | None]
 
-# (attribute of the projection, class that owns it) -> rule
-_RULES: dict[tuple[str, str], Rule] = {
-    ("c_attn", "GPT2Attention"): _gpt2,
-    ("c_attn", "DecisionTransformerGPT2Attention"): _gpt2,
-    ("c_attn", "ImageGPTAttention"): _gpt2,
-    ("c_attn", "Attention"): _whole_parts,  # transformers' OpenAI GPT, nanoGPT's relatives
-    ("c_attn", "CausalSelfAttention"): _whole_parts,  # nanoGPT
-    ("c_attn", "GPTBigCodeAttention"): _bigcode,
-    ("att_proj", "BarkSelfAttention"): _whole_parts,
-    ("att_proj", "BarkSelfFlashAttention2"): _whole_parts,
-    ("query_key_value", "GPTNeoXAttention"): _per_head,
-    ("query_key_value", "GPTNeoXJapaneseAttention"): _per_head,
-    ("query_key_value", "BloomAttention"): _per_head,
-    ("query_key_value", "PersimmonAttention"): _per_head,
-    ("query_key_value", "FalconAttention"): _falcon,
-    ("query_key_value", "FalconFlashAttention2"): _falcon,
-    ("in_proj", "DisentangledSelfAttention"): _per_head,  # DeBERTa
-    ("qkv_proj", "MiniMaxLightningAttention"): _per_head,
-    ("qkv_proj", "Phi3Attention"): _grouped,
-    ("qkv_proj", "Phi4MultimodalAttention"): _grouped,
-    ("Wqkv", "MptAttention"): _whole_parts,
-    ("Wqkv", "ModernBertAttention"): _whole_parts,
-    ("Wqkv", "DbrxAttention"): _grouped,
-    ("kv_proj", "JetMoeAttention"): lambda owner: KV,
-    ("Wi", "ModernBertMLP"): _input_gate,
-    ("Wi", "ModernBertDecoderMLP"): _input_gate,
-    ("gate_up_proj", "Phi4MultimodalAudioMLP"): _up_gate,
-    ("gate_up_proj", "Zamba2MLP"): _gate_up,
-    ("gate_up_proj", "DiaMLP"): _gate_up,
-    ("gate_up_proj", "EsmFold2SwiGLU"): _gate_up,
-    ("gate_up_proj", "MiniMaxM3VLDenseMLP"): _gate_up,
-    **{
-        ("gate_up_proj", f"{family}MLP"): _gate_up
-        for family in ("Phi3", "Phi4Multimodal", "Glm", "Glm4", "Glm4vText", "GlmOcrText", "GlmImageText")
-    },
-    **{
-        ("input_linear", f"{family}MLP"): _gate_up
-        for family in ("GraniteMoeShared", "GraniteMoeHybrid", "GraniteMoeSWA")
-    },
-    **{("q_proj", f"{family}Attention"): _query_gate for family in ("Qwen3Next", "Qwen3_5", "Qwen3_5Moe")},
-    # vision towers: the projection is reshaped to (..., 3, heads, d)
-    **{
-        ("qkv", owner): _whole_parts
-        for owner in (
-            "Attention",  # timm
-            "BlipAttention",
-            "Blip2Attention",
-            "InstructBlipAttention",
-            "InstructBlipVideoAttention",
-            "MgpstrAttention",
-            "SamVisionAttention",
-            "SamHQVisionAttention",
-            "SegGptAttention",
-            "TimesformerSelfAttention",
-            "VitDetAttention",
-            "VisionAttention",  # Qwen2-VL
-            "Qwen2_5_VLVisionAttention",
-            "Qwen3VLVisionAttention",
-            "Qwen3VLMoeVisionAttention",
-            "Glm4vVisionAttention",
-        )
-    },
-}
+#: How a projection's parts are stored, the attribute it is kept under, and the classes that own it.
+_KNOWN: tuple[tuple[Rule, str, str], ...] = (
+    (_gpt2, "c_attn", "GPT2Attention DecisionTransformerGPT2Attention ImageGPTAttention"),
+    (_whole_parts, "c_attn", "Attention CausalSelfAttention"),  # OpenAI GPT; nanoGPT and its relatives
+    (_bigcode, "c_attn", "GPTBigCodeAttention"),
+    (_whole_parts, "att_proj", "BarkSelfAttention BarkSelfFlashAttention2"),
+    (_per_head, "query_key_value", "GPTNeoXAttention GPTNeoXJapaneseAttention"),
+    (_per_head, "query_key_value", "BloomAttention PersimmonAttention"),
+    (_falcon, "query_key_value", "FalconAttention FalconFlashAttention2"),
+    (_per_head, "in_proj", "DisentangledSelfAttention"),  # DeBERTa
+    (_per_head, "qkv_proj", "MiniMaxLightningAttention"),
+    (_grouped, "qkv_proj", "Phi3Attention Phi4MultimodalAttention"),
+    (_whole_parts, "Wqkv", "MptAttention ModernBertAttention"),
+    (_grouped, "Wqkv", "DbrxAttention"),
+    (KV, "kv_proj", "JetMoeAttention"),
+    (INPUT_GATE, "Wi", "ModernBertMLP ModernBertDecoderMLP"),
+    (UP_GATE, "gate_up_proj", "Phi4MultimodalAudioMLP"),
+    (GATE_UP, "gate_up_proj", "Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmOcrTextMLP"),
+    (GATE_UP, "gate_up_proj", "GlmImageTextMLP Zamba2MLP DiaMLP EsmFold2SwiGLU MiniMaxM3VLDenseMLP"),
+    (GATE_UP, "input_linear", "GraniteMoeSharedMLP GraniteMoeHybridMLP GraniteMoeSWAMLP"),
+    (_query_gate, "q_proj", "Qwen3NextAttention Qwen3_5Attention Qwen3_5MoeAttention"),
+    # Vision towers: the projection is reshaped to (..., 3, heads, d).
+    (_whole_parts, "qkv", "Attention VisionAttention"),  # timm; Qwen2-VL
+    (_whole_parts, "qkv", "BlipAttention Blip2Attention InstructBlipAttention"),
+    (_whole_parts, "qkv", "InstructBlipVideoAttention MgpstrAttention SegGptAttention VitDetAttention"),
+    (_whole_parts, "qkv", "SamVisionAttention SamHQVisionAttention TimesformerSelfAttention"),
+    (_whole_parts, "qkv", "Qwen2_5_VLVisionAttention Qwen3VLVisionAttention Qwen3VLMoeVisionAttention"),
+    (_whole_parts, "qkv", "Glm4vVisionAttention"),
+)
+_RULES = {(attribute, owner): rule for rule, attribute, owners in _KNOWN for owner in owners.split()}
 
 
 def known_split(owner: nn.Module, attribute: str, d_out: int) -> Split | None:
@@ -174,7 +130,7 @@ def known_split(owner: nn.Module, attribute: str, d_out: int) -> Split | None:
         if rule is None:
             continue
         try:
-            split = rule(owner)
+            split = rule if isinstance(rule, Split) else rule(owner)
         except (AttributeError, TypeError):  # another library's class of this name, or other attributes
             return None
         return split if split is not None and split.divides(d_out) else None
@@ -210,20 +166,10 @@ def _has_fewer_key_heads(owner: Any) -> bool:
 
 
 #: Names of projections that hold several matrices in most of the models that use them.
-_FUSED = frozenset(
-    {
-        "c_attn",
-        "att_proj",
-        "query_key_value",
-        "gate_up_proj",
-        "gate_up",
-        "in_proj",
-        "kv_b_proj",
-        "kv_proj",
-        "to_kv",
-    }
-    | {"wkv", "w12", "x_proj", "in_proj_ba"}
-)
+_FUSED = {
+    "c_attn", "att_proj", "query_key_value", "gate_up_proj", "gate_up", "in_proj", "in_proj_ba", "kv_b_proj", "kv_proj",
+    "to_kv", "wkv", "w12", "x_proj",
+}  # fmt: skip
 
 
 def fused_note(owner: Any, attribute: str, d_out: int) -> str:
