@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.function_space import function_space_rates
+from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.moments import (
-    Collector,
     Estimator,
     Moments,
     TensorUpdate,

@@ -265,9 +265,9 @@ def test_bad_options_are_one_line():
             function_space_rates(
                 model, random_update(model), torch.randn(4, 4).double(), method="difference", **options
             )
-    with pytest.raises(LayerwiseError, match="corrections is -1"):
+    with pytest.raises(LayerwiseError, match="corrections=-1"):
         FLeRM(model, torch.optim.SGD(model.parameters(), 0.1), corrections=-1)
-    with pytest.raises(LayerwiseError, match="difference_every is 0"):
+    with pytest.raises(LayerwiseError, match="difference_every=0"):
         FunctionSpaceRecorder(model, torch.optim.SGD(model.parameters(), 0.1), difference_every=0)
 
 

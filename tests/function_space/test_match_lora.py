@@ -152,7 +152,7 @@ def test_fixed_parameters_keep_their_rates():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_rank": 0}, "base_rank is 0"),
+        ({"base_rank": 0}, "base_rank=0"),
         ({"at": 0}, "at is 0"),
         ({"batches": BATCHES[:5]}, "5 batches: give at least 6"),
         ({"batches": [{"input_ids": b["input_ids"]} for b in BATCHES]}, "no loss"),

@@ -7,9 +7,9 @@ import torch
 from reference_model import VECTORS, adam, batch, build, loss
 from torch import Tensor
 
+from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
-    Collector,
     Estimator,
     TensorUpdate,
     combine,

@@ -169,7 +169,7 @@ def test_slices_that_cannot_be_had_are_refused():
     for inputs, options, text in [
         (x, {"slices": 5}, "4 at most"),
         (x, {"slices": 4, "probes": 3}, "3 at most"),
-        (x, {"slices": 0}, "slices is 0"),
+        (x, {"slices": 0}, "slices=0"),
         (x, {"slices": "many"}, "'many'"),
         ((x, x[:2]), {"slices": 2}, "share their leading dimension"),
         (x, {"slices": 2, "mask": torch.ones(())}, "share their leading dimension"),

@@ -500,7 +500,7 @@ def test_a_detached_watch_leaves_nothing_behind():
 def test_what_cannot_be_watched_is_refused():
     model = ResNet(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(lw.LayerwiseError, match="every is 0: use 1 or more"):
+    with pytest.raises(lw.LayerwiseError, match=r"every=0\): give a whole number from 1 on"):
         lw.watch(model, optimizer, every=0)
     with pytest.raises(lw.LayerwiseError, match="function_space_every is 15: use a multiple of every=10"):
         lw.watch(model, optimizer, function_space_every=15)

@@ -17,12 +17,17 @@ from layerwise.errors import LayerwiseError
 
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
+#: Whole numbers with a bound, for signatures.
+PositiveInt = Annotated[int, "a whole number from 1 on", lambda number: number >= 1]
+NonNegativeInt = Annotated[int, "a whole number from 0 on", lambda number: number >= 0]
+
 
 def checked(target: _Target) -> _Target:
     """Check every call of a function, or construction of a class, against the types of its signature.
 
     Types are taken as they stand, with one exception: a whole number is a number. ``True`` is no number, and a word such as
-    ``"off"`` is no truth. ``Annotated[kind, "words"]`` says in the words what to give.
+    ``"off"`` is no truth. ``Annotated[kind, "words"]`` says in the words what to give, and
+    ``Annotated[kind, "words", holds]`` takes only values for which ``holds(value)``.
 
     Raises:
         LayerwiseError: from the call, naming the parameter, its value and what it takes.
@@ -112,7 +117,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if origin is Annotated:
-        return fits(value, inner[0])
+        return fits(value, inner[0]) and all(holds(value) for holds in inner[2:])
     if origin in (Union, types.UnionType):
         return any(fits(value, part) for part in inner)
     if origin is Literal:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.common.checked import checked
+from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.parameter_names import unwrap
 from layerwise.common.similar import nearest
 from layerwise.common.tensors import placed_as
@@ -27,7 +27,7 @@ def function_space_rates(
     inputs: Any,
     forward: Forward | str | None = None,
     method: str = "full_cov",
-    probes: int = 64,
+    probes: PositiveInt = 64,
     seed: int = 0,
     *,
     mask: Tensor | None = None,

@@ -13,8 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from layerwise.common.checked import checked
-from layerwise.errors import LayerwiseError
+from layerwise.common.checked import PositiveInt, checked
 from layerwise.function_space import Watch, WatchRecord, watch
 from layerwise.integrations.logged import RateLog, layerwise_optimizer
 
@@ -32,12 +31,8 @@ class LayerRates(Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, every: int | None = None, by: str = "role and block", only: str | Sequence[str] = "*"
+        self, every: PositiveInt | None = None, by: str = "role and block", only: str | Sequence[str] = "*"
     ) -> None:
-        if every is not None and every < 1:
-            raise LayerwiseError(
-                f"LayerRates(every={every}): use 1 or more, or None for the trainer's interval"
-            )
         self.every = every
         self.log_rates = RateLog(by, only)
         self._logged = 0  # with accumulation, several batches end at one step
@@ -66,7 +61,7 @@ class WatchOptimizers(Callback):  # type: ignore[misc]
         watches: one for each optimizer.
     """
 
-    def __init__(self, every: int | None = None, **options: Any) -> None:
+    def __init__(self, every: PositiveInt | None = None, **options: Any) -> None:
         self.every = every
         self.options = options
         self.watches: list[Watch] = []

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from layerwise.common.checked import checked
+from layerwise.common.checked import PositiveInt, checked
 from layerwise.errors import warn
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder, Watch, WatchRecord
 from layerwise.function_space import watch as watch_optimizer
@@ -110,7 +110,7 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
 
     FILE = "watch.json"
 
-    def __init__(self, trainer: Trainer, every: int | None = None, **options: Any) -> None:
+    def __init__(self, trainer: Trainer, every: PositiveInt | None = None, **options: Any) -> None:
         self.trainer = trainer
         self.every = every
         self.options = options
@@ -156,7 +156,7 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         self._numbers = record.scalars()
 
 
-def watch(trainer: Trainer, every: int | None = None, **options: Any) -> WatchCallback:
+def watch(trainer: Trainer, every: PositiveInt | None = None, **options: Any) -> WatchCallback:
     """Have ``trainer`` watch its optimizer, any of them, and log what each module's steps are; see ``lw.watch``.
 
     watched = watch(trainer, every=10)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from layerwise.common.checked import checked
+from layerwise.common.checked import PositiveInt, checked
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.checked_batches import Loss, batches, default_loss, inputs_of
 from layerwise.function_space.checking.one_size import Readings, Recipe, SizeRun
@@ -41,14 +41,14 @@ def check(
     loss: Loss | None = None,
     match: str | BaseRates | None = None,
     depth: DepthMap | None = None,
-    match_step: int = 1,
+    match_step: PositiveInt = 1,
     seeds: Sequence[int] = (0, 1),
     tolerance: float = 0.2,
     judge: Quantity = "rate",
     axis: str = "width",
     forward: Forward | str | None = None,
     method: str = "full_cov",
-    probes: int = 64,
+    probes: PositiveInt = 64,
     **options: Any,
 ) -> SizeCheck:
     """Whether one learning rate fits all sizes of a model: how each module's step changes with the size.

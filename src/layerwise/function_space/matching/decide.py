@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.rates import Rate
 
+#: The most that a rate may be multiplied or divided by.
+Factor = Annotated[float, "a number from 1 on", lambda factor: factor >= 1]
 #: The note of a parameter whose rate the user keeps.
 FIXED = "fixed"
 

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layerwise.common.checked import checked
+from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.decide import (
+    Factor,
     Matched,
     MatchReport,
     corrected,
@@ -98,22 +99,21 @@ class FLeRM(StepWatcher):
         base: str | Path | BaseRates = "uniform",
         depth: DepthMap | None = None,
         *,
-        at: int = 0,
-        every: int | None = None,
+        at: NonNegativeInt = 0,
+        every: PositiveInt | None = None,
         lr: Literal["groups", "base"] = "groups",
         fixed: Sequence[str] = (),
-        max_change: float | None = None,
-        corrections: int = 3,
+        max_change: Factor | None = None,
+        corrections: NonNegativeInt = 3,
         decay: Decay = "scaled",
         near_zero: float | None = None,
         forward: Forward | str | None = None,
         method: str | None = None,
-        probes: int = 64,
+        probes: PositiveInt = 64,
         seed: int = 0,
         **options: Any,
     ) -> None:
         require_linear(unwrap_optimizer(optimizer))
-        _check_options(at, every, max_change, corrections)
         self.base = (
             None if base == "uniform" else base if isinstance(base, BaseRates) else BaseRates.load(base)
         )
@@ -263,14 +263,3 @@ class FLeRM(StepWatcher):
                 f"{high!r} {self.nominal[high]:g} (base {base[high]:g}): give the groups the base's rates up to one factor, "
                 "or pass lr='base'"
             )
-
-
-def _check_options(at: int, every: int | None, max_change: float | None, corrections: int) -> None:
-    if at < 0:
-        raise LayerwiseError(f"at is {at}: use 0 or more")
-    if every is not None and every < 1:
-        raise LayerwiseError(f"every is {every}: use 1 or more, or None")
-    if max_change is not None and max_change < 1:
-        raise LayerwiseError(f"max_change is {max_change}: use 1 or more, or None")
-    if corrections < 0:
-        raise LayerwiseError(f"corrections is {corrections}: use 0 or more")

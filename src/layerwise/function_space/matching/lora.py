@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layerwise.common.checked import checked
+from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.decide import (
+    Factor,
     Matched,
     MatchReport,
     decide,
@@ -75,17 +76,17 @@ def match_lora(
     model: nn.Module,
     optimizer: Any,
     batches: Sequence[Any],
-    base_rank: int,
+    base_rank: PositiveInt,
     base_alpha: float | None = None,
     *,
     at: int = 4,
     loss: Loss | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     fixed: Sequence[str] = (),
-    max_change: float | None = None,
+    max_change: Factor | None = None,
     forward: Forward | str | None = None,
     method: str = "full_cov",
-    probes: int = 64,
+    probes: PositiveInt = 64,
     **options: Any,
 ) -> LoraMatch:
     """Rates for a model's LoRA adapters at which they move its outputs as adapters of another rank and alpha do.
@@ -120,7 +121,7 @@ def match_lora(
     """
     model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
     adapter, config = _adapter_of(model)
-    _check(optimizer, batches, base_rank, at, seeds)
+    _check(optimizer, batches, at, seeds)
     parameters = optimized(model, optimizer)
     trials = _Trials(
         model, optimizer, adapter, list(batches), at, loss or _own_loss, list(seeds),
@@ -214,12 +215,8 @@ def _adapter_of(model: nn.Module) -> tuple[str, Any]:
     return active, config
 
 
-def _check(
-    optimizer: Optimizer, batches: Sequence[Any], base_rank: int, at: int, seeds: Sequence[int]
-) -> None:
+def _check(optimizer: Optimizer, batches: Sequence[Any], at: int, seeds: Sequence[int]) -> None:
     require_linear(optimizer)
-    if base_rank < 1:
-        raise LayerwiseError(f"base_rank is {base_rank}: use 1 or more")
     if at < 1:
         raise LayerwiseError(f"at is {at}: use 1 or more (in step 0 B is 0, and A moves nothing)")
     if len(batches) < at + 2:

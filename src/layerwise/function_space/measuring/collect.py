@@ -1,4 +1,4 @@
-"""Gathering the gradients of probes into moments over several processes: replicas of the weights, or shards of them."""
+"""Gathering the gradients of probes into moments: on one process, or over replicas of the weights, or shards of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,32 @@ from layerwise.common.tensors import is_sharded
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
     BlockMoments,
-    Collector,
     Estimator,
+    Moments,
     TensorUpdate,
 )
-from layerwise.function_space.measuring.process_group import Processes
+from layerwise.function_space.measuring.process_group import ALONE, Processes
+
+
+class Collector:
+    """Takes the gradients of probes on one process by itself, and makes them into moments.
+
+    Attributes:
+        processes: those that run the same probes, and take as many at once.
+        moments: of each tensor, by name.
+    """
+
+    processes = ALONE
+
+    def __init__(self, estimators: Mapping[str, Estimator], updates: Mapping[str, TensorUpdate]) -> None:
+        self.moments = {name: Moments(estimators[name], update) for name, update in updates.items()}
+
+    def add(self, name: str, grads: Tensor) -> None:
+        """The gradients of one tensor under some probes (and slices), `[..., *shape]`."""
+        self.moments[name].add(grads)
+
+    def done(self, probes: int) -> None:
+        """Those of all tensors have come under these many probes; the absent ones are 0."""
 
 
 class ReplicaCollector(Collector):

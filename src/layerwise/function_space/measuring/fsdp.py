@@ -24,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from layerwise.common.tensors import local_part, or_one
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.adjoint import Adjoint
+from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.exact import FORWARD, Change
-from layerwise.function_space.measuring.moments import Collector, TensorUpdate
+from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import NO_GRAPH
 from layerwise.function_space.measuring.process_group import Processes

@@ -26,7 +26,8 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from layerwise.common.tensors import or_one, wide_dtype
-from layerwise.function_space.measuring.moments import Collector, Estimator, Moments, TensorUpdate
+from layerwise.function_space.measuring.collect import Collector
+from layerwise.function_space.measuring.moments import Estimator, Moments, TensorUpdate
 from layerwise.function_space.measuring.outputs import Outputs
 from layerwise.function_space.measuring.probes import probes_at_once, run_probes
 from layerwise.function_space.measuring.runners import LeafRunner

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.common.checked import checked
+from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.tensors import is_sharded, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.collect import collector_for
@@ -65,7 +65,7 @@ class Measurement:
 
     forward: Forward | str | None = None
     method: str = "full_cov"
-    probes: int = 64
+    probes: PositiveInt = 64
     seed: int = 0
     probe: Distribution = "rademacher"
     batch_norm: BatchNormMode = "running"
@@ -82,10 +82,6 @@ class Measurement:
         methods = (*CHANGES, *ESTIMATORS)
         if self.method not in methods:
             raise LayerwiseError(f"method is {self.method!r}: use one of {', '.join(methods)}")
-        if self.probes < 1:
-            raise LayerwiseError(f"probes is {self.probes}: use at least 1")
-        if self.slices != "auto" and (not isinstance(self.slices, int) or self.slices < 1):
-            raise LayerwiseError(f"slices is {self.slices!r}: use 'auto' or a number from 1 on")
         if self.linear is not None and (self.linear not in methods or self.linear == "difference"):
             raise LayerwiseError(f"linear is {self.linear!r}: use 'exact', {', '.join(ESTIMATORS)}, or None")
         first_order = self.linear if self.method == "difference" else self.method

@@ -15,7 +15,7 @@ are far below what float32 can square.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from layerwise.common.tensors import local_part, or_one, wide_dtype
-from layerwise.function_space.measuring.process_group import ALONE
 
 # Rows are taken in pieces of about this many entries: on a CPU a piece then stays in cache for all its sums, and the
 # temporary never grows with the tensor (an embedding can be a third of a model).
@@ -286,27 +285,6 @@ class BlockMoments(Moments):
 
     def logs(self, probes: int) -> Tensor:
         return self._logs(torch.cat(self.probes))
-
-
-class Collector:
-    """Takes the gradients of probes on one process by itself, and makes them into moments.
-
-    Attributes:
-        processes: those that run the same probes, and take as many at once.
-        moments: of each tensor, by name.
-    """
-
-    processes = ALONE
-
-    def __init__(self, estimators: Mapping[str, Estimator], updates: Mapping[str, TensorUpdate]) -> None:
-        self.moments = {name: Moments(estimators[name], update) for name, update in updates.items()}
-
-    def add(self, name: str, grads: Tensor) -> None:
-        """The gradients of one tensor under some probes (and slices), `[..., *shape]`."""
-        self.moments[name].add(grads)
-
-    def done(self, probes: int) -> None:
-        """Those of all tensors have come under these many probes; the absent ones are 0."""
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layerwise.common.tensors import wide_dtype
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.moments import Collector
+from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.outputs import Outputs
 
 Distribution = Literal["rademacher", "gaussian"]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.adjoint import Adjoint, adjoint
+from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.exact import Change, exact_change
-from layerwise.function_space.measuring.moments import Collector, TensorUpdate
+from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import run_probes
 

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from layerwise.common.checked import PositiveInt
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 
 #: How many slices; `"auto"`: what leaves four probes for each.
-Slices = int | Literal["auto"]
+Slices = PositiveInt | Literal["auto"]
 
 # Values that say how to run the model and belong to no example.
 _SETTINGS = (type(None), bool, int, float, str)

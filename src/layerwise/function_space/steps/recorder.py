@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from layerwise.common.checked import checked
+from layerwise.common.checked import PositiveInt, checked
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
@@ -113,21 +113,17 @@ class FunctionSpaceRecorder(StepWatcher):
         self,
         model: nn.Module,
         optimizer: Any,
-        every: int = 100,
+        every: PositiveInt = 100,
         *,
         forward: Forward | str | None = None,
         method: str = "full_cov",
-        probes: int = 64,
+        probes: PositiveInt = 64,
         seed: int = 0,
         sink: Callable[[Record], object] | str | Path | None = None,
         decay: Decay = "scaled",
-        difference_every: int | None = None,
+        difference_every: PositiveInt | None = None,
         **options: Any,
     ) -> None:
-        if every < 1:
-            raise LayerwiseError(f"every is {every}: use 1 or more")
-        if difference_every is not None and difference_every < 1:
-            raise LayerwiseError(f"difference_every is {difference_every}: use 1 or more, or None")
         super().__init__(model, optimizer, Measurement(forward, method, probes, seed, **options), decay)
         check_decay(self.optimizer, optimized(self.model, self.optimizer), decay)
         self.every, self.difference_every = every, difference_every

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.common.checked import checked
+from layerwise.common.checked import PositiveInt, checked
 from layerwise.function_space.measuring.measurement import Measurement, Run
 from layerwise.function_space.measuring.outputs import Forward, Outputs
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
@@ -42,10 +42,10 @@ class OutputChange:
         model: nn.Module,
         batch: Any = None,
         *,
-        part: int = 4,
+        part: PositiveInt = 4,
         forward: Forward | str | None = None,
         method: str = "full_cov",
-        probes: int = 8,
+        probes: PositiveInt = 8,
         seed: int = 0,
         processes: ProcessesOption = "auto",
     ) -> None:

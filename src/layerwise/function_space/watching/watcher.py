@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layerwise.common.checked import checked
+from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError
@@ -35,10 +35,10 @@ _LOG = logging.getLogger("layerwise")
 def watch(
     model: nn.Module,
     optimizer: Any,
-    every: int = 10,
+    every: PositiveInt = 10,
     to: Any = None,
     *,
-    function_space_every: int | None = None,
+    function_space_every: NonNegativeInt | None = None,
     batch: Any = None,
     **options: Any,
 ) -> Watch:
@@ -107,19 +107,22 @@ class Watch:
         self,
         model: nn.Module,
         optimizer: Any,
-        every: int = 10,
+        every: PositiveInt = 10,
         to: Any = None,
-        function_space_every: int | None = None,
+        function_space_every: NonNegativeInt | None = None,
         batch: Any = None,
         *,
-        keep: int = 1000,
+        keep: NonNegativeInt = 1000,
         rule: UnusualRule | None = None,
         processes: ProcessesOption = "auto",
         **options: Any,
     ) -> None:
         self.every = every
         self.function_space_every = 20 * every if function_space_every is None else function_space_every
-        _check_intervals(every, self.function_space_every)
+        if self.function_space_every % every:
+            raise LayerwiseError(
+                f"function_space_every is {function_space_every}: use a multiple of every={every}, or 0 for never"
+            )
         self.model = unwrap(model)
         self.optimizer = unwrap_optimizer(optimizer)
         optimized(self.model, self.optimizer)
@@ -250,12 +253,3 @@ def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether `step(closure)` was called; the optimizer itself is the first of `args`."""
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     return closure is not None
-
-
-def _check_intervals(every: int, function_space_every: int) -> None:
-    if every < 1:
-        raise LayerwiseError(f"every is {every}: use 1 or more")
-    if function_space_every < 0 or function_space_every % every:
-        raise LayerwiseError(
-            f"function_space_every is {function_space_every}: use a multiple of every={every}, or 0 for never"
-        )

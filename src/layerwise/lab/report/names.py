@@ -56,10 +56,6 @@ class UnitName:
     block: str  # "h.3", or "" outside the blocks
     part: str  # "mlp.c_fc", "attn.c_attn q", "ln_1 bias"
 
-    @property
-    def short(self) -> str:
-        return f"{self.block} {self.part}".strip()
-
 
 _PREFIX = re.compile(r"^(_orig_mod\.|module\.|base_model\.|model\.|transformer\.|gpt_neox\.)+")
 _BLOCK = re.compile(r"^(?P<block>(?:[A-Za-z_]\w*\.)*?(?P<stack>[A-Za-z_]\w*)\.(?P<index>\d+))\.(?P<part>.+)$")
