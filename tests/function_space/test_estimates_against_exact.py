@@ -340,7 +340,7 @@ def test_bad_input_is_one_clear_line():
         ({"update": {"rank9": torch.ones(1)}}, "did you mean"),
         ({"update": {"rank2": torch.ones(1)}}, "has shape"),
         ({"method": "fast"}, "'fast'"),
-        ({"probes": 0}, "at least 1"),
+        ({"probes": 0}, "probes=0): give a whole number from 1 on"),
         ({"probe": "uniform"}, "'uniform'"),
         ({"forward": "probs"}, "'probs'"),
         ({"batch_norm": "off"}, "'off'"),

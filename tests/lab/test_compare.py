@@ -352,7 +352,7 @@ def test_octaves_are_read_off_the_curve(losses: list[float], octaves: str) -> No
         ("compare.optimizers=[lantom]", "did you mean `lanton`"),
         ("compare.optimizers=[adamw, adamw]", "each contender once"),
         ("compare.lr_grid.lantom=[1e-3]", "did you mean `lanton`"),
-        ("compare.lr_grid.lanton=[-1]", "positive rates"),
+        ("compare.lr_grid.lanton=[-1]", "greater than 0"),
         ("compare.contenders.x={name: adam}", "did you mean `adamw`"),
         ("compare.contenders.adamw={momentun: 1}", r"`compare\.contenders\.adamw\.momentun`"),
         ("compare.contenders.mine={name: lanton, lr: -1}", r"compare\.contenders\.mine\.lr=-1"),
@@ -367,7 +367,7 @@ def test_octaves_are_read_off_the_curve(losses: list[float], octaves: str) -> No
         ("compare={trials: 4, lr_grid: auto}", "AdamW has 5 base rates and factors"),
         ("compare.roles={head: [2]}", "by_role"),
         ("compare={by_role: [d-mun], roles: {head: [2]}}", "did you mean `d-muon`"),
-        ("compare={by_role: [d-muon], roles: {head: [-2]}}", "positive factors"),
+        ("compare={by_role: [d-muon], roles: {head: [-2]}}", "greater than 0"),
     ],
 )
 def test_bad_configs_are_refused_before_anything_is_trained(

@@ -69,13 +69,12 @@ class WatchOptimizers(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         every = (trainer.log_every_n_steps or 1) if self.every is None else self.every
-        also = self.options.get("to")
 
         def log(record: WatchRecord) -> None:
             for logger in trainer.loggers:
                 logger.log_metrics(record.scalars(), step=record.step)
 
-        options = {**self.options, "to": log if also is None else [log, also]}
+        options = {**self.options, "to": [log, self.options.get("to")]}
         self.watches = [watch(pl_module, optimizer, every, **options) for optimizer in trainer.optimizers]
         for one, state in zip(self.watches, self._saved, strict=False):
             one.load_state_dict(state)

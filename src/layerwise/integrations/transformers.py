@@ -128,9 +128,8 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if self.watch is not None:  # of an earlier `train()`
             self.watch.detach()
-        also = self.options.get("to")
         every = int(state.logging_steps) if self.every is None else self.every
-        options = {**self.options, "to": self._take if also is None else [self._take, also]}
+        options = {**self.options, "to": [self._take, self.options.get("to")]}
         self.watch = watch_optimizer(model, optimizer, every, **options)
         saved = _beside_checkpoint(args, state, self.FILE)
         if state.global_step and saved.exists():

@@ -181,18 +181,14 @@ def _stacked(values: Mapping[str, Value], quantity: Quantity) -> dict[str, Value
     stacks: dict[str, list[Value]] = {}
     for name, value in values.items():
         stacks.setdefault(siblings_of(name), []).append(value)
+    if quantity == "rate":
+        return {
+            name: Value(sum(v.value for v in blocks), sum(v.stderr**2 for v in blocks) ** 0.5)
+            for name, blocks in stacks.items()
+        }
     return {
-        name: _sum(several) if quantity == "rate" else _root_mean_square(several)
-        for name, several in stacks.items()
+        name: Value((sum(v.value**2 for v in blocks) / len(blocks)) ** 0.5) for name, blocks in stacks.items()
     }
-
-
-def _sum(values: list[Value]) -> Value:
-    return Value(sum(v.value for v in values), sum(v.stderr**2 for v in values) ** 0.5)
-
-
-def _root_mean_square(values: list[Value]) -> Value:
-    return Value((sum(v.value**2 for v in values) / len(values)) ** 0.5)
 
 
 def _negligible(readings: Found) -> set[str]:

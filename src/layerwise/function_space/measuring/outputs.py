@@ -69,9 +69,7 @@ def model_output(model: nn.Module, inputs: Any) -> Any:
         result = model(inputs)
     values = _tensor_of(result)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if isinstance(mask, Tensor) and mask.shape == values.shape[: mask.ndim]:
-        return values, mask
-    return values
+    return (values, mask) if _is_mask(mask, values) else values
 
 
 def log_softmax(model: nn.Module, inputs: Any) -> Any:

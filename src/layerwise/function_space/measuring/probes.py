@@ -127,7 +127,7 @@ def random_words(key: tuple[int, ...], rows: range, width: int, device: torch.de
     """`[rows, width]` independent 64-bit words (int64), given by `key`, the number of the row and the place in it."""
     state = 0
     for part in key:
-        state = _signed(_mixed_number(state + part) + _WEYL)
+        state = (_mixed_number(state + part) + _WEYL + 2**63) % 2**64 - 2**63  # the int64 of the same 64 bits
     numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
     starts = _mixed(state + numbers * _WEYL)
     return _mixed(starts[:, None] + torch.arange(1, width + 1, dtype=torch.int64, device=device) * _WEYL)
@@ -159,11 +159,6 @@ def _mixed_number(z: int) -> int:
     z = (z ^ (z >> 30)) * _FIRST % 2**64
     z = (z ^ (z >> 27)) * _SECOND % 2**64
     return z ^ (z >> 31)
-
-
-def _signed(z: int) -> int:
-    """The int64 of the same 64 bits."""
-    return (z + 2**63) % 2**64 - 2**63
 
 
 def _mixed(z: Tensor) -> Tensor:

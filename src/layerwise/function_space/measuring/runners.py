@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -184,7 +185,7 @@ def _evaluating(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]:
         for embedding, _ in padded:
             embedding.padding_idx = None
         for wrapper, _ in checkpointed:
-            wrapper.checkpoint_fn = _called
+            wrapper.checkpoint_fn = operator.call
         yield
     finally:
         for module, training in zip(modules, modes, strict=True):
@@ -193,7 +194,3 @@ def _evaluating(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]:
             embedding.padding_idx = index
         for wrapper, function in checkpointed:
             wrapper.checkpoint_fn = function
-
-
-def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)

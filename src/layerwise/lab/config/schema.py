@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveFloat,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -194,7 +195,7 @@ class OptimizerConfig(OpenSection):
     """decoupled decay; null: the optimizer's default"""
     rates: Annotated[dict[str, Any] | None, _shorthand("optimizer.rates")] = None
     """layer rates on top: `rule` (dual_norm_adaptive, noise_adaptive, norm_adaptive, static) and its keywords"""
-    role_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    role_factors: dict[str, PositiveFloat] = {}
     """factor on the rate of every parameter of a role (`{hidden: 0.125}`); the roles are those of
     `layerwise.describe`"""
 

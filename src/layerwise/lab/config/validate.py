@@ -33,7 +33,15 @@ def validate(schema: type[ConfigT], tree: Any, within: str = "") -> ConfigT:
         return schema.model_validate(tree)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False)
-        raise LayerwiseError(f"config: {'; '.join(_explain(schema, f, within) for f in faults)}") from None
+        told = [fault for fault in faults if not _is_no_word(fault, faults)]
+        raise LayerwiseError(f"config: {'; '.join(_explain(schema, f, within) for f in told)}") from None
+
+
+def _is_no_word(fault: Any, faults: Sequence[Any]) -> bool:
+    """Whether this says that a value is no such word as `auto`, where another says what is wrong inside of it."""
+    *key, kind = fault["loc"]
+    within = [other["loc"] for other in faults if list(other["loc"][: len(key)]) == key]
+    return str(kind).startswith("literal[") and max(map(len, within)) > len(key) + 1
 
 
 def check_values(tree: Any, key: str = "") -> None:

@@ -57,18 +57,15 @@ def read_corpus(config: DataConfig) -> Corpus:
         if not config.paths:
             raise LayerwiseError("data.paths is empty: name the text files or folders of data.source=files")
         files, root = _text_files(config.paths, config.encoding), ", ".join(config.paths)
-        return Corpus.of(root, _documents(files, config.encoding))
+        return Corpus.of(root, lambda: (_read_text(file, config.encoding) for file in files))
     return Corpus.of(f"dataset {config.dataset}", _dataset(config))
 
 
 @cache
 def _builtin() -> Corpus:
     """Read once in a process: a sweep trains on it many times."""
-    return Corpus.of(f"Python {platform.python_version()} standard library", _library)
-
-
-def _library() -> Iterator[str]:
-    return (path.read_text(encoding="utf-8", errors="replace") for path in _library_files())
+    name, files = f"Python {platform.python_version()} standard library", _library_files()
+    return Corpus.of(name, lambda: (file.read_text(encoding="utf-8", errors="replace") for file in files))
 
 
 def _library_files() -> list[Path]:
@@ -125,14 +122,6 @@ def _is_text(path: Path, encoding: str | None) -> bool:
         return "\0" not in decoder.decode(start)  # a character cut off at the end of the piece is no fault
     except UnicodeDecodeError:
         return False
-
-
-def _documents(files: list[Path], encoding: str | None) -> Callable[[], Iterator[str]]:
-    def read() -> Iterator[str]:
-        for path in files:
-            yield _read_text(path, encoding)
-
-    return read
 
 
 def _read_text(path: Path, encoding: str | None) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, OptimizerConfig, Section, one_folder
@@ -17,6 +16,8 @@ from layerwise.lab.optimizers.default_rates import default_rate
 from layerwise.lab.optimizers.registry import OPTIMIZERS, find_preset
 from layerwise.lab.report.names import optimizer_title
 
+#: Rates or factors to try.
+Grid = Annotated[list[PositiveFloat], Field(min_length=1)]
 DEFAULT = ("adamw", "lanton", "d-muon", "dual-muon")
 AUTO_STEPS = 2  # grid points of `auto` on each side of the default rate, a factor of two apart
 
@@ -31,10 +32,10 @@ class CompareSection(Section):
     """contender -> its `optimizer` section, where it is more than a name (`name`: the optimizer)"""
     seeds: int = Field(default=1, ge=1, le=1000)
     """runs of each contender: seeds training.seed, training.seed + 1, ..."""
-    lr_grid: Literal["auto"] | dict[str, list[float]] | None = None
+    lr_grid: Literal["auto"] | dict[str, Grid] | None = None
     """contender -> base rates to try; `auto`: factors of two around the default rate, as many as it takes for
     the best not to be the first or last; null: the default rates alone"""
-    roles: dict[str, list[float]] = Field(default={})
+    roles: dict[str, Grid] = Field(default={})
     """role -> factors to try on the rate of its parameters, one role after the other, for those of `by_role`"""
     by_role: list[str] = Field(default=[])
     """contenders that are also shown tuned by role, as contenders of their own (`d-muon-by-role`)"""
@@ -43,7 +44,7 @@ class CompareSection(Section):
     leave of it goes into finer base rates; null: as many as the grids ask for"""
     baseline: str | None = None
     """contender that the others are measured against; null: the best of them"""
-    lengths: list[float] = Field(default=[])
+    lengths: list[PositiveFloat] = Field(default=[])
     """lengths at which the baseline is also run at its best rate, as fractions of the steps (`[0.85, 1.15, 1.3]`),
     which show how many tokens a difference in loss is worth"""
 
@@ -64,18 +65,6 @@ class CompareSection(Section):
         if grids and not isinstance(rest.get("lr_grid"), str):
             rest["lr_grid"] = {**(rest.get("lr_grid") or {}), **grids}
         return rest
-
-    @model_validator(mode="after")
-    def _rates(self) -> Self:
-        for name, rates in (self.lr_grid if isinstance(self.lr_grid, dict) else {}).items():
-            if not rates or any(not rate > 0 or math.isinf(rate) for rate in rates):
-                raise ValueError(f"compare.lr_grid.{name}={rates}: give one or more positive rates")
-        for role, factors in self.roles.items():
-            if not factors or any(not factor > 0 or math.isinf(factor) for factor in factors):
-                raise ValueError(f"compare.roles.{role}={factors}: give one or more positive factors")
-        if any(not length > 0 or math.isinf(length) for length in self.lengths):
-            raise ValueError(f"compare.lengths={self.lengths}: give positive fractions of the steps")
-        return self
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:

@@ -80,13 +80,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _is_record(row: dict[str, Any]) -> bool:
     """Whether a line has layers or parameters by name, at a step, where it has any."""
-    held = [row[key] for key in ("layers", "rates") if row.get(key) is not None]
-    return all(map(_by_name, held)) and (not held or math.isfinite(number(row.get("step"))))
-
-
-def _by_name(entries: Any) -> bool:
-    """Whether what a line holds of each layer or parameter is that."""
-    return isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())
+    for held in (row.get("layers"), row.get("rates")):
+        if held is not None and not math.isfinite(number(row.get("step"))):
+            return False
+        if not isinstance(held, dict | None) or not all(isinstance(e, dict) for e in (held or {}).values()):
+            return False
+    return True
 
 
 def has_ended(path: Path) -> bool:

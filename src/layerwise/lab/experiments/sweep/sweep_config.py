@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from layerwise.lab.config.schema import Config, Section
 from layerwise.lab.config.validate import LARGEST
@@ -34,7 +34,7 @@ def _geometric(value: Any) -> Any:
     return [float(f"{low * factor**k:.4g}") for k in range(count)]
 
 
-Grid = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_geometric), Field(min_length=2)]
+Grid = Annotated[list[PositiveFloat], BeforeValidator(_geometric), Field(min_length=2)]
 
 
 class SweepSection(Section):

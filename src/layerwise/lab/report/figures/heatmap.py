@@ -41,7 +41,8 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
     names = network_order(units, [str(row["name"]) for row in run.parameters])
     rows = [history.units.index(name.unit) for name in names]
     groups = [run.norm_groups.get(parameter_of(name.unit), "") for name in names]
-    pick = _thin(len(history.steps))
+    steps = len(history.steps)
+    pick = np.unique(np.linspace(0, steps - 1, min(steps, COLUMNS)).round().astype(int))
     noise = relative_noise(history, rows, groups)[:, pick]
     shown: list[tuple[Array, str, str]] = []
     if history.has_noise:
@@ -96,10 +97,6 @@ def _clipped(image: Any, values: Array) -> str:
     low = np.nanmin(values) < image.norm.vmin * (1 - 1e-9)
     high = np.nanmax(values) > image.norm.vmax * (1 + 1e-9)
     return "both" if low and high else "min" if low else "max" if high else "neither"
-
-
-def _thin(steps: int) -> Any:
-    return np.unique(np.linspace(0, steps - 1, min(steps, COLUMNS)).round().astype(int))
 
 
 def _image(axes: Axes, values: Array, steps: Array, *, is_noise: bool) -> Any:
