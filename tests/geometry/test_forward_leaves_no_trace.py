@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import layerwise as lw
 from layerwise.geometry import describe, param_groups
+from layerwise.geometry.forward.addresses import AddressSpace
 
 D = 8
 
@@ -216,3 +217,20 @@ def test_one_warning_counts_the_doubts_and_a_batch_answers_them():
     row = describe(Unsure(), torch.zeros(2, D)).rows[0]
     assert (str(row.layout), row.how, row.note) == ("in,out", "forward", "")
     assert describe(Unsure()).rows[0].how == "assumed"
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 16)])
+def test_what_is_followed_is_as_small_as_the_weights_whatever_the_batch(shape, monkeypatch):
+    """Fewer keys than queries, a cache of keys that begins empty: copies that could write rows out token by token."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 20, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attn_implementation="sdpa"))
+    followed = []
+    by_owner = AddressSpace.by_owner
+    monkeypatch.setattr(
+        AddressSpace, "by_owner", lambda space, rows: followed.append(rows.numel()) or by_owner(space, rows)
+    )
+    describe(model, {"input_ids": torch.ones(shape, dtype=torch.int64)})
+    assert max(followed) == 24

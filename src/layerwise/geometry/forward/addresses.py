@@ -49,12 +49,19 @@ class AddressSpace:
         """The number of the parameter that an address lies in."""
         return bisect_right(self._starts, address) - 1
 
-    def owners(self, addresses: Tensor) -> frozenset[int]:
-        """The numbers of all parameters that addresses of activations lie in."""
-        present = torch.unique(small(addresses))
-        starts = torch.tensor(self._starts[1:])
-        indices = torch.bucketize(present[present >= 0], starts, right=True)
-        return frozenset(indices.unique().tolist())
+    def by_owner(self, addresses: Tensor) -> dict[int, Tensor]:
+        """Number of each parameter that addresses of activations lie in -> which of its entries they are."""
+        present = torch.unique(addresses)  # in ascending order
+        entries = {}
+        while len(present):
+            first, last = int(present[0]), int(present[-1])
+            owner = self.owner(first)  # -1 for what is no address
+            end = self._starts[owner + 1]
+            count = int(torch.searchsorted(present, end)) if last >= end else len(present)
+            if first >= 0:
+                entries[owner] = present[:count] - self._starts[owner]
+            present = present[count:]
+        return entries
 
 
 def first_address(addresses: Tensor) -> int:
@@ -72,8 +79,8 @@ def written_out(addresses: Tensor) -> Tensor:
     for dim, (size, stride) in enumerate(zip(addresses.shape, addresses.stride(), strict=True)):
         steps = [1] * addresses.ndim
         steps[dim] = size
-        if stride:
-            result = result + (torch.arange(size) * stride).view(steps)
+        if stride and size > 1:
+            result = result + torch.arange(0, size * stride, stride).view(steps)
     return result.expand(addresses.shape)
 
 
@@ -89,7 +96,7 @@ def constant_along(addresses: Tensor, dims: Sequence[int]) -> bool:
     """Whether all entries along these dimensions have the same address."""
     some = small(addresses)
     return all(
-        some.shape[dim] <= 1 or bool((some == some.narrow(dim, 0, 1)).all())
+        some.shape[dim] <= 1 or torch.equal(some, some.narrow(dim, 0, 1).expand_as(some))
         for dim in (d % addresses.ndim for d in dims)
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Size, Tensor
@@ -88,6 +88,8 @@ class Evidence:
     transformed: set[int] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
     of_unseen: str = ""
+    #: Where addresses lie in memory -> the addresses, kept so that no others come to lie there, and what they say.
+    _entries: dict[tuple[Any, ...], tuple[Tensor, dict[int, Tensor]]] = field(default_factory=dict)
 
     def understood(self, number: int) -> bool:
         """Whether it was seen what a parameter does, or where its results go."""
@@ -124,14 +126,13 @@ class Evidence:
 
     def went(self, rows: Iterable[Tensor], site: Site) -> None:
         """The results of these rows went to a site."""
-        for addresses in rows:
-            present = torch.unique(small(addresses))
-            present = present[present >= 0]
-            for owner in self.space.owners(present):
-                start = self.space.start(owner)
-                end = start + self.space.shapes[owner].numel()
-                mine = present[(present >= start) & (present < end)] - start
-                self._add(owner, site, mine)
+        for addresses in map(small, rows):
+            storage = addresses.untyped_storage()._cdata
+            key = (storage, addresses.storage_offset(), addresses.shape, addresses.stride())
+            if key not in self._entries:  # a residual stream goes to every layer
+                self._entries[key] = addresses, self.space.by_owner(addresses)
+            for owner, entries in self._entries[key][1].items():
+                self._add(owner, site, entries)
 
     def _add(self, owner: int, site: Site, rows: Tensor) -> None:
         sites = self.sites[owner]

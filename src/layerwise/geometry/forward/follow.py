@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from layerwise.geometry.forward.flow import Flow, Operation
+from layerwise.geometry.forward.flow import Flow, Operation, tensors_in
 from layerwise.geometry.forward.rules import follow, other
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError)
@@ -35,12 +35,14 @@ class Follow(TorchDispatchMode):
     ) -> Any:
         """Run the operation, then say of its results where they come from."""
         kwargs = kwargs or {}
+        tensors = tensors_in((*args, *kwargs.values()))
         if isinstance(func, HigherOrderOperator) and "attention" not in func.name():
             raise NotImplementedError(f"{func.name()} runs functions that cannot be followed")
-        out = _run(func, args, kwargs)
+        on_meta = any(tensor.is_meta for tensor in tensors)
+        out = _run_on_meta(func, args, kwargs) if on_meta else func(*args, **kwargs)
         self._count += 1
-        results = tuple(leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor))
-        operation = Operation(func, args, kwargs, results, self._count)
+        results = tensors_in((out,))
+        operation = Operation(func, args, kwargs, tensors, results, self._count)
         try:
             if results:
                 follow(self._flow, operation)
@@ -49,11 +51,8 @@ class Follow(TorchDispatchMode):
         return out
 
 
-def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The operation itself; where a tensor is on the meta device, the others are taken there too."""
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-    if not any(tensor.is_meta for tensor in tensors):
-        return func(*args, **kwargs)
+def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The operation itself, with all its tensors on the meta device."""
     args, kwargs = tree_map_only(
         Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to("meta"), (args, kwargs)
     )

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from layerwise.geometry.forward.addresses import constant_along, first_along, written_out
+from layerwise.geometry.forward.addresses import constant_along, first_along, small, written_out
 from layerwise.geometry.forward.evidence import Site
 from layerwise.geometry.forward.flow import Flow, Operation
-from layerwise.geometry.forward.origins import Origin, results_in
+from layerwise.geometry.forward.origins import Origin, expanded, results_in
 
 
 def norm(flow: Flow, op: Operation) -> None:
@@ -47,13 +47,13 @@ def convolution(flow: Flow, op: Operation) -> None:
         flow.evidence.transformed |= source.results_of
     if not rows:
         flow.transformed_by(kernel, source)
-    results_of = {n for addresses in rows for n in flow.evidence.space.owners(addresses)} | kernel.results_of
+    results_of = kernel.results_of | (flow.numbers(kernel) if rows else frozenset())
     if groups == x.shape[channels] == result.shape[channels]:
         rows += _through_filters(source, channels, result)
     else:
         flow.evidence.went(source.rows, Site(op.number, 0))
     results_of |= source.results_of - flow.evidence.transformed
-    flow.came_from(result, Origin(rows=tuple(rows), results_of=frozenset(results_of)))
+    flow.came_from(result, Origin(rows=tuple(rows), results_of=results_of))
 
 
 def _through_filters(source: Origin, channels: int, result: Tensor) -> list[Tensor]:
@@ -78,11 +78,13 @@ def attention(flow: Flow, op: Operation) -> None:
     rows = []
     for addresses in origins[2].rows:
         if addresses.ndim == out.ndim and out.ndim > 2:
-            addresses = first_along(addresses, -2, out.shape[-2])
             repeats = out.shape[-3] // max(1, addresses.shape[-3])
-            rows.append(addresses.repeat_interleave(repeats, -3) if repeats > 1 else addresses)
+            addresses = small(first_along(addresses, -2, 1))
+            if addresses.shape[-3] > 1 and repeats > 1:
+                addresses = addresses.repeat_interleave(repeats, -3)
+            rows.append(expanded(addresses, out.shape))
     results_of = results_in(origins) - flow.evidence.transformed
-    fitting = tuple(addresses for addresses in rows if addresses.shape == out.shape)
+    fitting = tuple(addresses for addresses in rows if addresses is not None)
     flow.came_from(out, Origin(rows=fitting, results_of=results_of))
 
 

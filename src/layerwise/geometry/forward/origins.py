@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Size, Tensor
 
 from layerwise.geometry.forward.addresses import small
@@ -84,8 +85,4 @@ def replayed(origin: Origin, weights: Iterable[Tensor], rows: Iterable[Tensor]) 
 def _known(addresses: Tensor, among: list[Tensor]) -> bool:
     """Whether rows of the same weight are among these: halves of a rotary embedding, joined in a sum."""
     first = small(addresses)
-    for other in among:
-        known = small(other)
-        if known.shape == first.shape and bool((known == first).all()):
-            return True
-    return False
+    return any(torch.equal(small(other), first) for other in among)

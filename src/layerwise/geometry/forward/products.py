@@ -86,8 +86,7 @@ def _by_weight(
         flow.evidence.product(view, weight.sides("out", "in"))
         first = written_out(view.narrow(weight.inner, 0, 1))
         rows.append(weight.placed(first, op.results[0]))
-    numbers = frozenset(n for addresses in rows for n in flow.evidence.space.owners(addresses))
-    return Origin(rows=tuple(rows), results_of=numbers)
+    return Origin(rows=tuple(rows), results_of=flow.numbers(made_of))
 
 
 def _of_activations(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import compress
 from operator import not_
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from layerwise.geometry.forward.addresses import constant_along, written_out
 from layerwise.geometry.forward.evidence import Kind, Site
-from layerwise.geometry.forward.flow import Flow, Operation
+from layerwise.geometry.forward.flow import Flow, Operation, name_of
 from layerwise.geometry.forward.layers import LAYERS, attention
 from layerwise.geometry.forward.origins import (
     CONSTANT,
@@ -48,7 +49,7 @@ def follow(flow: Flow, op: Operation) -> None:
         constant = POSITIONS if _counts(op, origins) else CONSTANT
         _all(flow, op, replace(constant, results_of=results_in(filter(None, origins))))
     else:
-        _rule(op)(flow, op)
+        _rule(op.func)(flow, op)
         if op.writes_into_a_part:
             flow.wrote(op.results[0])
 
@@ -60,16 +61,18 @@ def _counts(op: Operation, origins: Sequence[Origin | None]) -> bool:
     return len(origins) == 1 and bool(origins[0] and origins[0].counts) and op.name in _STILL_COUNTS
 
 
-def _rule(op: Operation) -> Rule:
-    if op.name in RULES:
-        return RULES[op.name]
-    if "attention" in op.name:
+@cache
+def _rule(func: Any) -> Rule:
+    name = name_of(func)
+    if name in RULES:
+        return RULES[name]
+    if "attention" in name:
         return attention
-    if op.has(torch.Tag.pointwise):
+    if torch.Tag.pointwise in func.tags:
         return pointwise
-    if op.has(torch.Tag.reduction):
+    if torch.Tag.reduction in func.tags:
         return reduction
-    return replay if op.func.is_view else other
+    return replay if func.is_view else other
 
 
 def pointwise(flow: Flow, op: Operation) -> None:
@@ -210,7 +213,7 @@ def pad(flow: Flow, op: Operation) -> None:
 
 def join(flow: Flow, op: Operation) -> None:
     """`cat` and `stack`: rows side by side, -1 where a tensor has none."""
-    given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.args[0]]
+    given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.args[0] if tensor.shape != (0,)]
     mixed = not all(origin.constant for _, origin in given)
     for _, origin in given:
         for weight in origin.weights:
@@ -244,7 +247,7 @@ def _joined(op: Operation, parts: list[Tensor], dim: int) -> Tensor:
     dim %= len(shape)
     for axis in range(parts[0].ndim):
         alike = all(part.ndim == parts[0].ndim and part.stride(axis) == 0 for part in parts)
-        if alike and (stacked or axis != dim):
+        if alike and (stacked or axis != dim or len(parts) == 1):
             parts = [part.narrow(axis, 0, min(1, part.shape[axis])) for part in parts]
     return op.func(parts, dim).expand(shape)
 
