@@ -186,3 +186,26 @@ def test_attention_over_a_memory_keeps_its_role_and_parts():
     )
     found = {r.name: r for r in describe(net, X).rows}["mix.in_proj_weight"]
     assert (found.role, str(found.layout), found.how) == ("hidden", "out,in q|k|v", "forward")
+
+
+def in_slices(out, a, b):
+    out[..., :5], out[..., 5:] = a, b
+    return out
+
+
+WRITTEN = {
+    "in slices": lambda a, b: in_slices(torch.zeros(2, 5, 8), a, b),
+    "out=": lambda a, b: (torch.mul(a, 2.0, out=torch.empty(2, 5, 5)), b),
+    "added": lambda a, b: (torch.zeros(2, 5, 5).add_(a), b),
+    "at places": lambda a, b: (torch.zeros(2, 5, 5).index_copy_(1, torch.arange(5), a), b),
+    "where a mask is": lambda a, b: (torch.zeros(2, 5, 5).masked_scatter_(torch.ones(5).bool(), a), b),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_results_written_into_a_tensor_of_the_forward_pass_are_still_heads(kind, device):
+    """On meta too, where such a tensor is made on the CPU, as the batch was."""
+    parts = {"body": linear(), "a": linear(5), "b": linear(3)}
+    model = Net(lambda m, x: WRITTEN[kind](m.a(torch.relu(m.body(x))), m.b(torch.relu(m.body(x)))), **parts)
+    assert heads_of(model.to(device), X) == {"a.weight", "b.weight"}

@@ -52,10 +52,25 @@ class Follow(TorchDispatchMode):
 
 
 def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The operation itself, with all its tensors on the meta device."""
-    args, kwargs = tree_map_only(
-        Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to("meta"), (args, kwargs)
+    """The operation with all its tensors on the meta device; what it writes into stays where it is, as it was."""
+    moved, named = tree_map_only(
+        Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to("meta"), (args, dict(kwargs))
     )
-    if "device" in kwargs:
-        kwargs = {**kwargs, "device": torch.device("meta")}
-    return func(*args, **kwargs)
+    if "device" in named:
+        named["device"] = torch.device("meta")
+    out = func(*moved, **named)
+    written = _written(func, args, kwargs)
+    return out if not written else written[0] if len(written) == 1 else tuple(written)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What an operation writes into, if that is what it returns: its first argument in place, or those for `out`."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = [
+        args[position] if position < len(args) else kwargs.get(declared.name)
+        for position, declared in enumerate(schema.arguments)
+        if declared.is_write
+    ]
+    return given if len(given) == len(schema.returns) else []

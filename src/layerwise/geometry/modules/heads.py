@@ -51,10 +51,12 @@ class Heads:
     Attributes:
         weights: ids of the weights that are heads.
         doubts: ids of other weights -> what is not certain about them.
+        declared: whether the model itself names its head.
     """
 
     weights: frozenset[int] = frozenset()
     doubts: dict[int, str] = field(default_factory=dict)
+    declared: bool = False
 
 
 def output_heads(model: nn.Module) -> Heads:
@@ -63,10 +65,10 @@ def output_heads(model: nn.Module) -> Heads:
     projections = {name: m for name, m in holders.items() if is_linear(m) and not _in_a_list(model, name)}
     taken = _input_sizes(holders)
     unread = {name: m for name, m in projections.items() if _sizes(m)[0] not in taken}
-    declared = declared_head(model)
+    declared = _declared_head(model)
     if declared is not None:
         weights = frozenset({id(declared)})
-        return Heads(weights, _other_heads(unread, weights))
+        return Heads(weights, _other_heads(unread, weights), declared=True)
     free = {name: m for name, m in projections.items() if _is_free(model, name)}
     vocabularies = {m.num_embeddings for m in holders.values() if _is_table(m)}
     found = [name for name in unread if name in free and _sizes(free[name])[0] in vocabularies]
@@ -88,13 +90,13 @@ def output_heads(model: nn.Module) -> Heads:
     return Heads(weights, doubts)
 
 
-def declared_head(model: nn.Module) -> Tensor | None:
+def _declared_head(model: nn.Module) -> Tensor | None:
     """The weight that the model itself names as its head, None where it names none."""
-    weights = (_declared_head(module) for module in model.modules())
+    weights = map(_declared_in, model.modules())
     return next((weight for weight in weights if weight is not None), None)
 
 
-def _declared_head(module: Any) -> Tensor | None:
+def _declared_in(module: Any) -> Tensor | None:
     getter = getattr(module, "get_output_embeddings", None)
     if not callable(getter):
         return None

@@ -30,7 +30,7 @@ from layerwise.geometry.layout import (
 from layerwise.geometry.module_kinds import holds_lora, is_hf_conv1d, is_linear, is_norm, is_torch_norm
 from layerwise.geometry.modules.experts import expert_layout, holds_experts
 from layerwise.geometry.modules.fused import fused_note, grouped_split, known_split, recurrent_split
-from layerwise.geometry.modules.heads import Heads, declared_head, output_heads
+from layerwise.geometry.modules.heads import Heads, output_heads
 from layerwise.geometry.split import Split
 
 _ENTRY_BY_ENTRY = ("A_log",)  # the decay rates of Mamba's states: a table of numbers, multiplied with nothing
@@ -80,10 +80,9 @@ def find_roles(model: nn.Module, evidence: Evidence | None = None) -> list[Found
 
 def _not_seen(heads: Heads, model: nn.Module, evidence: Evidence) -> Heads:
     """What the model declares as its head, and of the rest what the forward pass does not show to be one or none."""
-    seen = {id(p) for n, p in enumerate(model.parameters()) if evidence.understood(n)} - {
-        id(declared_head(model))
-    }
-    return Heads(heads.weights - seen, {key: doubt for key, doubt in heads.doubts.items() if key not in seen})
+    seen = {id(p) for n, p in enumerate(model.parameters()) if evidence.understood(n)}
+    weights = heads.weights if heads.declared else heads.weights - seen
+    return Heads(weights, {key: doubt for key, doubt in heads.doubts.items() if key not in seen})
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
