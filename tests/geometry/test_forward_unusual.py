@@ -209,3 +209,56 @@ def test_results_written_into_a_tensor_of_the_forward_pass_are_still_heads(kind,
     parts = {"body": linear(), "a": linear(5), "b": linear(3)}
     model = Net(lambda m, x: WRITTEN[kind](m.a(torch.relu(m.body(x))), m.b(torch.relu(m.body(x)))), **parts)
     assert heads_of(model.to(device), X) == {"a.weight", "b.weight"}
+
+
+ORDER = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4, 8, 9, 11, 10])
+CHOSEN = {
+    "indexed": lambda w, x: F.linear(x, w[ORDER + 0]),
+    "indexed by a list": lambda w, x: F.linear(x, w[ORDER.tolist()]),
+    "columns": lambda w, x: F.linear(x, w[:, torch.randperm(D)]),
+    "rows and columns": lambda w, x: F.linear(x, w[torch.randperm(D)][:, torch.randperm(D)]),
+    "index_select": lambda w, x: x @ w.index_select(1, torch.randperm(D)).T,
+    "gather": lambda w, x: F.linear(x, w.gather(0, torch.randperm(D)[:, None].expand(D, D))),
+    "take_along_dim": lambda w, x: torch.einsum(
+        "bsi,oi->bso", x, w.take_along_dim(torch.randperm(D)[None], 1)
+    ),
+    "some of the rows": lambda w, x: F.linear(x, w[torch.randperm(D) < 7]).sum(-1, keepdim=True) + x,
+    "the largest rows": lambda w, x: F.linear(x, w[w.norm(dim=1).topk(5).indices]).sum(-1, keepdim=True) + x,
+    "flipped": lambda w, x: F.linear(x, w.flip(0)),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_a_layer_whose_rows_or_columns_are_chosen_is_no_table(kind, device):
+    model = Net(lambda m, x: m.last(F.relu(CHOSEN[kind](m.a.weight, x))), a=linear(), last=linear(3))
+    found = row(model.to(device), X, "a.weight")
+    assert (found.role, str(found.layout), found.note) == ("hidden", "out,in", "")
+
+
+def test_a_bare_matrix_in_another_order_is_known_with_its_parts():
+    """Rows 0 to D are the last of three that come out, so they are the values."""
+
+    def attend_in_another_order(m, x):
+        weight = m.w[(torch.arange(3 * D) + D) % (3 * D)]
+        return m.last(attention(*F.linear(x, weight).chunk(3, -1)))
+
+    found = row(Net(attend_in_another_order, w=nn.Parameter(torch.randn(3 * D, D)), last=linear(3)), X)
+    assert (found.role, str(found.layout), found.how) == ("hidden", "out,in v|q|k", "forward")
+
+
+TABLES = {
+    "a bare one": lambda m, ids: m.last(m.bare[ids]),
+    "a layer's, without a batch": lambda m, ids: m.last(F.embedding(ids[0], m.tied.weight)) @ m.tied.weight.T,
+    "positions in another order": lambda m, ids: m.last(m.bare[ids] + m.places[torch.arange(5).flip(0)]),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_rows_that_the_input_asks_for_and_positions_are_those_of_tables(kind):
+    parts = {"bare": nn.Parameter(torch.randn(11, D)), "tied": linear(11), "last": linear()}
+    model = Net(TABLES[kind], **parts, places=nn.Parameter(torch.randn(7, D)))
+    rows = {found.name: found for found in describe(model, torch.arange(10).view(2, 5)).rows}
+    used = {"a bare one": ["bare"], "a layer's, without a batch": ["tied.weight"]}
+    expected = "head" if "layer" in kind else "embedding"
+    assert {rows[name].role for name in used.get(kind, ["bare", "places"])} == {expected}

@@ -65,8 +65,15 @@ class AddressSpace:
 
 
 def first_address(addresses: Tensor) -> int:
-    """The address of the first entry."""
-    return int(addresses.storage_offset()) if addresses.is_meta else int(addresses.flatten()[0])
+    """The address of the entry that comes first in its parameter."""
+    return int(addresses.storage_offset()) if addresses.is_meta else int(addresses.min())
+
+
+def first_of_rows(addresses: Tensor, inner: int) -> Tensor:
+    """The address of the first entry of each row of a weight, in memory; `inner` is the dimension along rows."""
+    if addresses.is_meta:
+        return written_out(addresses.narrow(inner, 0, 1))
+    return addresses.amin(inner, keepdim=True)
 
 
 def written_out(addresses: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def _steps(view: Tensor, dim: int) -> list[tuple[int, int]]:
     along = (line - line[0]).view([-1 if d == dim else 1 for d in range(view.ndim)])
     if bool((addresses != addresses.narrow(dim, 0, 1) + along).any()):
         raise ValueError("the entries of other rows are spaced in another way")
-    return _even_steps(line - line[0])
+    return _even_steps(line.sort().values - line.min())  # rows in another order are the same rows
 
 
 def _even_steps(line: Tensor) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from layerwise.geometry.forward.addresses import constant_along, written_out
+from layerwise.geometry.forward.addresses import constant_along, first_of_rows
 from layerwise.geometry.forward.evidence import Side, Site
 from layerwise.geometry.forward.flow import Flow, Operation
 from layerwise.geometry.forward.origins import CONSTANT, Origin, joined
@@ -84,8 +84,7 @@ def _by_weight(
     rows = []
     for view in made_of.weights:
         flow.evidence.product(view, weight.sides("out", "in"))
-        first = written_out(view.narrow(weight.inner, 0, 1))
-        rows.append(weight.placed(first, op.results[0]))
+        rows.append(weight.placed(first_of_rows(view, weight.inner), op.results[0]))
     return Origin(rows=tuple(rows), results_of=flow.numbers(made_of))
 
 
@@ -123,8 +122,14 @@ def _are_factors(flow: Flow, origins: list[Origin]) -> bool:
 
 def _right_is_the_weight(flow: Flow, origins: list[Origin]) -> bool:
     """Of a table of learned inputs and the weight that maps it, which is the weight: as a rule the one on the right."""
-    left, right = (bool(flow.numbers(origin) & flow.linear) for origin in origins)
-    return right or not left
+    left, right = (_likely_a_weight(flow, origin) for origin in origins)
+    return right >= left
+
+
+def _likely_a_weight(flow: Flow, origin: Origin) -> tuple[bool, bool]:
+    numbers = flow.numbers(origin)
+    looked_up = any(use.kind == "lookup" for number in numbers for use in flow.evidence.uses.get(number, ()))
+    return bool(numbers & flow.linear), not looked_up
 
 
 def _mm(flow: Flow, op: Operation) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import compress
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.geometry.forward.addresses import constant_along, written_out
+from layerwise.geometry.forward.addresses import LARGEST, constant_along, written_out
 from layerwise.geometry.forward.evidence import Kind, Site
 from layerwise.geometry.forward.flow import Flow, Operation, name_of
 from layerwise.geometry.forward.layers import LAYERS, attention
@@ -258,15 +258,31 @@ def lookup(flow: Flow, op: Operation) -> None:
     if not (origin.constant and origin.weights):
         _gathered(flow, op, origin)
         return
-    constant = all((flow.origin(tensor) or Origin()).constant for tensor in op.tensors)
     if op.name == "index" and len(op.args[1]) == 1 and op.tensors[0].ndim > 2:
         some = [expanded(weight.select(0, 0), op.results[0].shape) for weight in origin.weights]
         _all(flow, op, Origin(tuple(weight for weight in some if weight is not None), constant=True))
         return
-    numbers = [flow.origin(tensor) or Origin() for tensor in op.tensors[1:2]]
+    numbers = [flow.origin(tensor) or Origin() for tensor in op.tensors[1:]]
+    constant = all(each.constant for each in numbers)
+    counted = any(each.counts for each in numbers)
+    layer = bool(flow.numbers(origin) & flow.linear)
+    reordered = op.name != "embedding" and op.results[0].ndim == op.tensors[0].ndim
+    chosen = _permuted(op, origin) if (constant and not counted) or (layer and reordered) else []
+    if layer and not chosen and (constant or reordered):
+        other(flow, op)
+        return
     for weight in origin.weights:
-        flow.evidence.looked_up(weight, counted=any(each.counts for each in numbers))
-    _all(flow, op, CONSTANT if constant else Origin())
+        flow.evidence.looked_up(weight, counted=counted)
+    _all(flow, op, Origin(tuple(chosen), constant=constant or bool(chosen)))
+
+
+def _permuted(op: Operation, origin: Origin) -> list[Tensor]:
+    """The addresses of entries of weights that are chosen once each and keep their dimensions: other orders of rows."""
+    result, weight = op.results[0], op.tensors[0]
+    if result.ndim != weight.ndim or result.numel() > weight.numel() or weight.numel() > LARGEST:
+        return []
+    chosen = _picked(op, map(written_out, origin.weights))
+    return [each for each in chosen if len(each.unique()) == each.numel()]
 
 
 def _gathered(flow: Flow, op: Operation, origin: Origin) -> None:
@@ -275,18 +291,23 @@ def _gathered(flow: Flow, op: Operation, origin: Origin) -> None:
     A router picks the scores of the experts that it chose: that one is chosen and another is not makes them no parts.
     """
     results_of = origin.results_of - flow.evidence.transformed
-    rows: list[Tensor] = []
     if any(not (flow.origin(tensor) or CONSTANT).constant for tensor in op.tensors[1:]):
         dims = _chosen(op)
         kept = tuple(addresses for addresses in origin.rows if constant_along(addresses, dims))
         origin = replace(origin, rows=kept)
-    if op.name in ("index", "index_select", "gather") and not any(tensor.is_meta for tensor in op.tensors):
-        at_hand = [
-            [i if i is None else i.cpu() for i in arg] if isinstance(arg, (list, tuple)) else arg
-            for arg in (arg.cpu() if isinstance(arg, Tensor) else arg for arg in op.args[1:])
-        ]
-        rows = [op.func(addresses, *at_hand) for addresses in origin.rows]
-    _all(flow, op, replace(origin, rows=tuple(rows), results_of=results_of, weights=()))
+    rows = tuple(_picked(op, origin.rows))
+    _all(flow, op, replace(origin, rows=rows, results_of=results_of, weights=()))
+
+
+def _picked(op: Operation, given: Iterable[Tensor]) -> list[Tensor]:
+    """The addresses that are chosen, none where the choice is not at hand."""
+    if op.name.startswith("_") or any(tensor.is_meta for tensor in op.tensors):
+        return []
+    at_hand = [
+        [i if i is None else i.cpu() for i in arg] if isinstance(arg, (list, tuple)) else arg
+        for arg in (arg.cpu() if isinstance(arg, Tensor) else arg for arg in op.args[1:])
+    ]
+    return [op.func(addresses, *at_hand) for addresses in given]
 
 
 def _chosen(op: Operation) -> list[int]:

@@ -10,7 +10,7 @@ from itertools import count
 import torch
 from torch import Size, Tensor
 
-from layerwise.geometry.forward.evidence import Evidence, Use
+from layerwise.geometry.forward.evidence import Evidence, Kind, Use
 from layerwise.geometry.forward.parts import channels_split, layout_seen
 from layerwise.geometry.found import Found
 from layerwise.geometry.layout import (
@@ -39,10 +39,14 @@ def judged(found: Found, evidence: Evidence, number: int) -> Found:
         return _matrix(found, evidence, number, is_output)
     if "convolution" in kinds:
         return _convolution(found, evidence, number, is_output)
-    if "other" in kinds and (found.role == "head" or (is_output and found.role == "hidden")):
+    if (
+        "other" in kinds
+        and "lookup" not in kinds
+        and (found.role == "head" or (is_output and found.role == "hidden"))
+    ):
         # The weight of a layer, made or used in a way that was not followed.
         return replace(found, role="head")
-    if "lookup" in kinds and found.parameter.ndim == 2 and (found.assumed or found.role != "vector"):
+    if "lookup" in kinds and found.parameter.ndim == 2 and _may_be_a_table(found, kinds):
         layout = found.layout if found.role in ("embedding", "lora_A", "lora_B") else TransposedLayout()
         role = found.role if found.is_factor else "embedding"
         positions = role == "embedding" and all(use.counted for use in uses if use.kind == "lookup")
@@ -53,6 +57,13 @@ def judged(found: Found, evidence: Evidence, number: int) -> Found:
     agree = found.role in ("vector", "embedding") and kinds != {"other"}
     added = found.role == "embedding" and kinds <= {"bias", "table"}  # read as a whole: positions
     return replace(found, how="forward", undecayed=found.undecayed or added) if agree else found
+
+
+def _may_be_a_table(found: Found, kinds: set[Kind]) -> bool:
+    """Whether rows that are read by number may be all there is; of a layer, something else may be done with them."""
+    if found.role in ("hidden", "head") and "other" in kinds:
+        return found.assumed
+    return found.assumed or found.role != "vector"
 
 
 def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> Found:
