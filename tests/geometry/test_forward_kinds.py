@@ -1,9 +1,12 @@
 """One small module for each kind of weight, under names that no rule knows: what the forward pass tells of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from forward_models import attend, heads, rotated
 from torch import nn
+from torch.distributions import Independent, Normal
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -231,6 +234,12 @@ def linear(d_out=D, d_in=D):
     return nn.Linear(d_in, d_out)
 
 
+def holding_itself(**attributes):
+    result = SimpleNamespace(**attributes)
+    result.owner = result
+    return result
+
+
 HEADS = {
     "registered first": (
         lambda m, x: m.head(m.body(x)),
@@ -263,6 +272,16 @@ HEADS = {
         "ab",
     ),
     "in a dict": (lambda m, x: {"y": {"z": [m.a(m.body(x))]}}, {"a": linear(5), "body": linear()}, "a"),
+    "in a distribution": (
+        lambda m, x: Independent(Normal(m.a(m.body(x)), m.b(x).exp()), 1),
+        {"a": linear(5), "b": linear(5), "body": linear()},
+        "ab",
+    ),
+    "in an object that holds itself and the model": (
+        lambda m, x: holding_itself(model=m, found=[SimpleNamespace(y=m.a(m.body(x)))]),
+        {"a": linear(5), "body": linear()},
+        "a",
+    ),
     "not what scales": (
         lambda m, x: m.a(F.layer_norm(x, (D,)) * m.scales(x)),
         {"a": linear(5), "scales": linear()},

@@ -66,19 +66,26 @@ def _reached(flow: Flow, model: nn.Module, outputs: Any) -> None:
 
 def output_tensors(outputs: Any, inner: Sequence[str]) -> Iterator[Tensor]:
     """The floating-point tensors in what a model returned, without those under the names that are not outputs."""
-    if isinstance(outputs, Tensor):
-        if outputs.is_floating_point() or outputs.is_complex():
-            yield outputs
-    elif isinstance(outputs, Mapping):
-        for key, value in outputs.items():
-            if not any(word in str(key) for word in inner):
-                yield from output_tensors(value, inner)
-    elif isinstance(outputs, (tuple, list)):
-        for value in outputs:
-            yield from output_tensors(value, inner)
-    elif is_dataclass(outputs):
-        named = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
-        yield from output_tensors(named, inner)
+    waiting, seen = [outputs], set()
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, Tensor):
+            if found.is_floating_point() or found.is_complex():
+                yield found
+        elif isinstance(found, Mapping):
+            waiting += [each for key, each in found.items() if not any(word in str(key) for word in inner)]
+        elif isinstance(found, (tuple, list)):
+            waiting += found
+        elif id(found) not in seen and not isinstance(found, (nn.Module, type)):
+            seen.add(id(found))
+            waiting.append(_attributes_of(found))
+
+
+def _attributes_of(found: Any) -> dict[str, Any]:
+    """Of a dataclass, a distribution, a namespace."""
+    if is_dataclass(found):
+        return {field.name: getattr(found, field.name) for field in fields(found)}
+    return getattr(found, "__dict__", {})
 
 
 @contextmanager
