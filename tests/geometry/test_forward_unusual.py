@@ -262,3 +262,35 @@ def test_rows_that_the_input_asks_for_and_positions_are_those_of_tables(kind):
     used = {"a bare one": ["bare"], "a layer's, without a batch": ["tied.weight"]}
     expected = "head" if "layer" in kind else "embedding"
     assert {rows[name].role for name in used.get(kind, ["bare", "places"])} == {expected}
+
+
+def padded(w, x):
+    return F.linear(x, F.pad(w, (0, 0, 0, 4)))[..., :D]
+
+
+def written_out(w, x):
+    return (x[..., None, :] * w).sum(-1)
+
+
+@pytest.mark.parametrize("use", [padded, written_out])
+def test_a_layer_used_in_ways_that_are_not_followed_is_a_matrix_all_the_same(use):
+    """A weight that grows before it is used, and a product that is written out, which looks like one with gains."""
+    assert row(Mix((D, D), use), X).role == "hidden"
+    found = row(Net(lambda m, x: m.last(use(m.a.weight, x)), a=linear(), last=linear(3)), X, "a.weight")
+    assert (found.role, str(found.layout), found.note) == ("hidden", "out,in", "")
+
+
+@pytest.mark.parametrize("triangle", [torch.tril, torch.triu])
+def test_a_triangle_of_a_matrix_is_followed(triangle):
+    found = row(Mix((D, D), lambda w, x: x @ triangle(w)), X)
+    assert (found.role, str(found.layout), found.how) == ("hidden", "in,out", "forward")
+
+
+def test_gains_of_their_own_for_each_place_are_a_vector():
+    found = row(Mix((5, D), lambda w, x: x * w), X)
+    assert (found.role, found.how) == ("vector", "forward")
+
+
+def test_a_matrix_that_is_stored_flat_says_so():
+    assert "store it with two dimensions" in row(Mix((D * D,), lambda w, x: x @ w.view(D, D)), X).note
+    assert row(Mix((D,), lambda w, x: x * (x @ w)[..., None]), X).note == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import compress
+from itertools import compress, zip_longest
 from operator import not_
 from typing import Any
 
@@ -94,7 +94,10 @@ def pointwise(flow: Flow, op: Operation) -> None:
     kind: Kind = "gain" if op.name in _SCALES else "bias"
     weights = [weight for _, origin in given if origin.constant for weight in origin.weights]
     for weight in weights:
-        flow.evidence.used(weight, kind)
+        by_hand = any(
+            not origin.constant and _is_outer(tensor.shape, weight.shape) for tensor, origin in given
+        )
+        flow.evidence.used(weight, "other" if kind == "gain" and by_hand else kind)
     if op.name in _SCALES:
         _meet(flow, op, activations)
     result = joined(activations, shape, flow.evidence.transformed)
@@ -107,6 +110,16 @@ def pointwise(flow: Flow, op: Operation) -> None:
     if result.scaled and result.normalised:  # a normalisation with gains; logits may be scaled alone
         flow.evidence.transformed |= result.results_of
     _all(flow, op, result)
+
+
+def _is_outer(activation: torch.Size, weight: torch.Size) -> bool:
+    """Whether a product entry by entry multiplies each activation with several entries of a wide weight.
+
+    So does a matrix product that is written out: `(x[..., None, :] * weight).sum(-1)`.
+    """
+    pairs = list(zip_longest(reversed(weight), reversed(activation), fillvalue=1))
+    wide = [other for size, other in pairs if size > 1]
+    return 1 in wide and max(wide) > 1
 
 
 def _fits(flow: Flow, tensor: Tensor, weight: Tensor, shape: torch.Size) -> bool:
@@ -206,7 +219,9 @@ def _moved(op: Operation, addresses: Tensor) -> list[Tensor]:
 def pad(flow: Flow, op: Operation) -> None:
     """What is put around has no rows."""
     origin = flow.origin(op.tensors[0])
-    if origin is not None and not origin.constant:
+    if origin is not None and origin.constant:
+        other(flow, op)
+    elif origin is not None:
         rows = [torch.constant_pad_nd(addresses, op.args[1], -1) for addresses in origin.rows]
         _all(flow, op, replayed(origin, (), rows))
 
@@ -368,7 +383,7 @@ def _all(flow: Flow, op: Operation, origin: Origin) -> None:
         flow.came_from(result, origin)
 
 
-_SAME = "_to_copy clone native_dropout dropout cumsum cumprod detach alias"
+_SAME = "_to_copy clone native_dropout dropout cumsum cumprod detach alias tril triu"
 _COPIES = ("repeat", "flip", "roll", "repeat_interleave", "tile", "expand_copy", "view_copy", "narrow_copy")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),

@@ -26,6 +26,7 @@ from layerwise.geometry.layout import (
 
 #: Above this many entries two layouts are compared by the shapes of their matrices alone.
 _COMPARED = 2**22
+_FLAT = "multiplies as a matrix, but is stored flat: all of it is one vector; store it with two dimensions"
 
 
 def judged(found: Found, evidence: Evidence, number: int) -> Found:
@@ -69,6 +70,8 @@ def _may_be_a_table(found: Found, kinds: set[Kind]) -> bool:
 def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> Found:
     uses, shape = evidence.uses[number], found.parameter.shape
     seen = layout_seen(uses, evidence.sites.get(number, []), shape)
+    if found.parameter.ndim == 1 and any({"out", "in"} <= {axis.side for axis in use.axes} for use in uses):
+        return replace(found, note=_FLAT)
     if seen is None or found.parameter.ndim < 2:
         return replace(found, role="head") if is_output and found.role == "hidden" else found
     looked_up = any(use.kind == "lookup" for use in uses)
