@@ -1,7 +1,9 @@
 """A look at a model changes nothing in it, costs two forward passes at most, and works through wrappers."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -234,3 +236,89 @@ def test_what_is_followed_is_as_small_as_the_weights_whatever_the_batch(shape, m
     )
     describe(model, {"input_ids": torch.ones(shape, dtype=torch.int64)})
     assert max(followed) == 24
+
+
+@torch.no_grad()
+def weight_normalised(m):
+    m.mix.weight.copy_(F.normalize(m.mix.weight, dim=1))
+
+
+@torch.no_grad()
+def weight_changed_in_training(m):
+    if m.training:
+        m.mix.weight.mul_(0.5)
+
+
+def part_of_a_weight(m):
+    m.mix.weight.detach()[0].zero_()
+
+
+def data_replaced(m):
+    m.mix.weight.data = m.mix.weight.data * 2
+
+
+def data_clamped(m):
+    m.mix.weight.data.clamp_(0.0, 0.1)
+
+
+def parameter_replaced(m):
+    m.mix.weight = nn.Parameter(m.mix.weight * 2)
+
+
+def gradient_zeroed(m):
+    m.mix.weight.grad.zero_()
+
+
+def gradient_dropped(m):
+    m.mix.weight.grad = None
+
+
+def frozen_and_hooked(m):
+    m.mix.weight.requires_grad_(False)
+    m.mix.register_forward_hook(lambda *_: None)
+
+
+def kept_in_containers(m):
+    m.log.append(1)
+    m.log[0] = 2
+    m.counts["calls"] = 1
+
+
+def other_random_numbers(m):
+    random.random(), np.random.rand(), torch.rand(1, generator=m.generator)
+
+
+CHANGES = (
+    *(weight_normalised, weight_changed_in_training, part_of_a_weight, data_replaced, data_clamped),
+    *(parameter_replaced, gradient_zeroed, gradient_dropped),
+    *(frozen_and_hooked, kept_in_containers, other_random_numbers),
+)
+
+
+class Changing(Body):
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.log, self.counts, self.generator = change, [0], {}, torch.Generator()
+        self.mix.weight.grad = torch.ones(2 * D, D)
+
+    def forward(self, ids):
+        self.change(self)
+        return super().forward(ids)
+
+
+def everything_of(model):
+    tensors = {name: (p, p.data_ptr(), p._version, p.requires_grad) for name, p in model.named_parameters()}
+    values = [*(p.detach().clone() for p in model.parameters()), model.mix.weight.grad.clone()]
+    states = random.getstate(), np.random.get_state()[1].tolist(), model.generator.get_state().tolist()
+    own = model.log.copy(), model.counts.copy(), len(model.mix._forward_hooks)
+    return tensors, [value.tolist() for value in values], states, own
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_a_forward_pass_changes_is_put_back(change):
+    """Both passes: one part of the model is there in training only."""
+    model = Changing(change)
+    before = everything_of(model)
+    text = str(describe(model, ids()))
+    assert "did not run" not in text
+    assert everything_of(model) == before

@@ -1,16 +1,19 @@
 """What a model's parameters do, from one forward pass of it.
 
-addresses   every entry of every parameter has a number
-evidence    what is seen of a parameter: uses, places where its rows' results go, outputs
-origins     what is known of a tensor on its way
-flow        origins of all tensors of one forward pass
-rules       what each operation does to rows and weights
-products    the same for matrix products
-follow      the mode that sees every operation
-run         running the model, and leaving it as it was
-batches     small batches for transformers' models
-parts       from uses and places to a layout
-verdict     a parameter as its modules have it, put right by what was seen
+look             one look at a model: with the user's batch, one made for it, or none
+made_batch       small batches for transformers' models
+watched_forward  running the model, and what it returned
+undisturbed      leaving it as it was
+follow           the mode that sees every operation
+rules            what each operation does to rows and weights
+products         the same for matrix products
+layers           the same for operations that are whole layers
+flow             origins of all tensors of one forward pass
+origins          what is known of a tensor on its way
+addresses        every entry of every parameter has a number
+evidence         what is seen of a parameter: uses, places where its rows' results go, outputs
+parts            from uses and places to a layout
+verdict          a parameter as its modules have it, put right by what was seen
 """
 
 from layerwise.geometry.forward.evidence import Evidence

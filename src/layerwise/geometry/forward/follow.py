@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from layerwise.geometry.forward.flow import Flow, Operation, tensors_in
 from layerwise.geometry.forward.rules import follow, other
+from layerwise.geometry.forward.undisturbed import Kept
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError)
 
@@ -21,13 +23,18 @@ class Follow(TorchDispatchMode):
     """Runs every operation under it as it is, and then tells a flow what it does to the rows of weights.
 
     `flex_attention` is one operation. What runs other functions as one (`torch.cond`) is refused: nothing sees into it.
+
+    Args:
+        flow: what is told.
+        kept: what is to be put back after the pass, told of all that is written.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, kept: Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._flow = flow
+        self._kept = kept
         self._count = 0
 
     def __torch_dispatch__(
@@ -38,6 +45,7 @@ class Follow(TorchDispatchMode):
         tensors = tensors_in((*args, *kwargs.values()))
         if isinstance(func, HigherOrderOperator) and "attention" not in func.name():
             raise NotImplementedError(f"{func.name()} runs functions that cannot be followed")
+        self._kept.before_writing(tensors_in(_written(func, args, kwargs)))
         on_meta = any(tensor.is_meta for tensor in tensors)
         out = _run_on_meta(func, args, kwargs) if on_meta else func(*args, **kwargs)
         self._count += 1
@@ -60,17 +68,19 @@ def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         named["device"] = torch.device("meta")
     out = func(*moved, **named)
     written = _written(func, args, kwargs)
-    return out if not written else written[0] if len(written) == 1 else tuple(written)
+    if not written or len(written) != len(func._schema.returns):
+        return out
+    return written[0] if len(written) == 1 else tuple(written)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What an operation writes into, if that is what it returns: its first argument in place, or those for `out`."""
+    """What an operation writes into: its first argument in place, those for `out`."""
+    return [args[at] if at < len(args) else kwargs.get(name) for at, name in _writes(func)]
+
+
+@cache
+def _writes(func: Any) -> list[tuple[int, str]]:
+    """Position and name of the arguments that an operation writes into."""
     schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    given = [
-        args[position] if position < len(args) else kwargs.get(declared.name)
-        for position, declared in enumerate(schema.arguments)
-        if declared.is_write
-    ]
-    return given if len(given) == len(schema.returns) else []
+    arguments = schema.arguments if schema is not None and schema.is_mutable else ()
+    return [(at, each.name) for at, each in enumerate(arguments) if each.is_write]

@@ -1,22 +1,19 @@
-"""Running a model once to watch it, and leaving it as it was."""
+"""Running a model once to watch it."""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from layerwise.geometry.forward.addresses import AddressSpace
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.flow import Flow
 from layerwise.geometry.forward.follow import Follow
+from layerwise.geometry.forward.undisturbed import undisturbed
 from layerwise.geometry.module_kinds import is_base_model
 
 #: `forward(model, batch)` runs the model; its result is searched for tensors, the outputs.
@@ -25,7 +22,6 @@ Forward = Callable[[nn.Module, Any], Any]
 _INNER = ("hidden_states", "past_key_values", "attentions", "mems")
 #: What its base models, which have no task, give to the layers that come after them.
 _HIDDEN = (*_INNER, "last_hidden_state", "pooler_output", "cls_token")
-_OWN_DICTS = ("_parameters", "_buffers", "_modules")
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -45,11 +41,11 @@ def watch(
     """
     names = {name: p.shape for name, p in model.named_parameters()}
     flow = Flow(model, AddressSpace(names), factors, linear)
-    with undisturbed(model), Follow(flow):
+    with undisturbed(model) as kept, Follow(flow, kept):
         _reached(flow, model, forward(model, batch))
     unseen = [p for n, p in enumerate(model.parameters()) if p.requires_grad and n not in flow.evidence.uses]
     if unseen:
-        with undisturbed(model, training=True), Follow(flow):
+        with undisturbed(model, training=True) as kept, Follow(flow, kept):
             try:
                 _reached(flow, model, forward(model, batch))
             except Exception as error:  # batch normalisation refuses a batch of one, for example
@@ -86,68 +82,3 @@ def _attributes_of(found: Any) -> dict[str, Any]:
     if is_dataclass(found):
         return {field.name: getattr(found, field.name) for field in fields(found)}
     return getattr(found, "__dict__", {})
-
-
-@contextmanager
-def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Run the model in evaluation (or training) mode, compiled parts as they were written, and put everything back.
-
-    Attributes, buffers and modes of all modules, random numbers and settings of torch come back, errors included.
-    """
-    modules = list(model.modules())
-    kept = _attributes(modules)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(_unsafe_preserve_version_counter(tuple(buffer for buffer, _ in buffers)))
-        stack.callback(_restore, kept, buffers)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
-        stack.enter_context(torch.inference_mode(False))  # which turns gradients on
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(_eager())
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module in modules:
-            module.training = training
-            if getattr(module, "max_norm", None) is not None:
-                module.__dict__["max_norm"] = None  # such an embedding changes its weight whenever it is read
-        yield
-
-
-def _eager() -> Any:
-    """Compiled functions run as they were written: compiled code cannot be watched."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    return stance("force_eager") if stance is not None else nullcontext()
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _attributes(modules: list[nn.Module]) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
-    return [
-        (module, dict(module.__dict__), {key: dict(module.__dict__[key]) for key in _OWN_DICTS})
-        for module in modules
-    ]
-
-
-def _restore(
-    kept: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]], buffers: list[tuple[Tensor, Tensor]]
-) -> None:
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
-    for module, attributes, own in kept:
-        # FSDP2 keeps account of the parameters it puts in and takes out.
-        reshard: Any = getattr(module, "reshard", None)
-        if reshard is not None:
-            reshard()
-        for key, values in own.items():
-            if key != "_parameters" or reshard is None:
-                module.__dict__[key].clear()
-                module.__dict__[key].update(values)
-        for key in module.__dict__.keys() - attributes.keys():
-            del module.__dict__[key]
-        module.__dict__.update(attributes)
