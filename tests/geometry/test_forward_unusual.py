@@ -294,3 +294,16 @@ def test_gains_of_their_own_for_each_place_are_a_vector():
 def test_a_matrix_that_is_stored_flat_says_so():
     assert "store it with two dimensions" in row(Mix((D * D,), lambda w, x: x @ w.view(D, D)), X).note
     assert row(Mix((D,), lambda w, x: x * (x @ w)[..., None]), X).note == ""
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_grouped_products_of_any_precision_are_stacks_of_experts(device):
+    """torch has them for the meta device in bfloat16 alone."""
+
+    def grouped(w, x):
+        ends = torch.tensor([3, 3, 10], dtype=torch.int32, device=x.device)
+        return torch._grouped_mm(x.flatten(0, 1), w, offs=ends)
+
+    model = Mix((3, 16, 8), grouped, 8).to(device)
+    found = row(model, torch.randn(2, 5, 16, device=device))
+    assert (found.role, str(found.layout), found.how) == ("experts", "k,in,out", "forward")
