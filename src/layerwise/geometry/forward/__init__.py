@@ -8,6 +8,7 @@ follow           the mode that sees every operation
 rules            what each operation does to rows and weights
 products         the same for matrix products
 layers           the same for operations that are whole layers
+moves            the same for views, copies and joins
 flow             origins of all tensors of one forward pass
 origins          what is known of a tensor on its way
 addresses        every entry of every parameter has a number

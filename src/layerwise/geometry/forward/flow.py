@@ -146,6 +146,11 @@ class Flow:
         """Remember the origin of a tensor."""
         self._origins[tensor] = origin
 
+    def made(self, op: Operation, origin: Origin) -> None:
+        """Remember where all results of an operation come from."""
+        for result in op.results:
+            self.came_from(result, origin)
+
     def wrote(self, tensor: Tensor) -> None:
         """A tensor that is a part of a larger one was written in place: so was the larger one."""
         origin = self._origins.get(tensor)

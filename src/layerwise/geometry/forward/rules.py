@@ -16,6 +16,7 @@ from layerwise.geometry.forward.addresses import LARGEST, constant_along, writte
 from layerwise.geometry.forward.evidence import Kind, Site
 from layerwise.geometry.forward.flow import Flow, Operation, name_of
 from layerwise.geometry.forward.layers import LAYERS, attention
+from layerwise.geometry.forward.moves import MOVES, replay
 from layerwise.geometry.forward.origins import (
     CONSTANT,
     POSITIONS,
@@ -47,7 +48,7 @@ def follow(flow: Flow, op: Operation) -> None:
         return
     if all(origin is not None and origin.constant and not origin.weights for origin in origins):
         constant = POSITIONS if _counts(op, origins) else CONSTANT
-        _all(flow, op, replace(constant, results_of=results_in(filter(None, origins))))
+        flow.made(op, replace(constant, results_of=results_in(filter(None, origins))))
     else:
         _rule(op.func)(flow, op)
         if op.writes_into_a_part:
@@ -86,8 +87,8 @@ def pointwise(flow: Flow, op: Operation) -> None:
             for weight in origin.weights
             if _fits(flow, tensor, weight, shape)
         ]
-        _all(
-            flow, op, Origin(tuple(kept), constant=True, results_of=results_in(origin for _, origin in given))
+        flow.made(
+            op, Origin(tuple(kept), constant=True, results_of=results_in(origin for _, origin in given))
         )
         return
     activations = [origin for _, origin in given if not origin.constant]
@@ -109,7 +110,7 @@ def pointwise(flow: Flow, op: Operation) -> None:
     )
     if result.scaled and result.normalised:  # a normalisation with gains; logits may be scaled alone
         flow.evidence.transformed |= result.results_of
-    _all(flow, op, result)
+    flow.made(op, result)
 
 
 def _is_outer(activation: torch.Size, weight: torch.Size) -> bool:
@@ -151,7 +152,7 @@ def reduction(flow: Flow, op: Operation) -> None:
     """Sums and the like: rows live on where all entries that are put together have the same one."""
     origin = flow.origin(op.tensors[0]) or Origin()
     if origin.constant:
-        _all(flow, op, CONSTANT)
+        flow.made(op, CONSTANT)
         return
     dims = op.argument("dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(op.tensors[0].ndim))
@@ -172,7 +173,7 @@ def same(flow: Flow, op: Operation) -> None:
     """The first result is the first tensor again, entry by entry: a copy, dropout, another precision."""
     origin = flow.origin(op.tensors[0])
     if origin is not None and op.results[0].shape == op.tensors[0].shape:
-        _all(flow, op, origin)
+        flow.made(op, origin)
 
 
 def softmax(flow: Flow, op: Operation) -> None:
@@ -182,38 +183,7 @@ def softmax(flow: Flow, op: Operation) -> None:
     if origin is not None:
         apart = [constant_along(rows, [op.argument("dim")]) for rows in origin.rows]
         flow.evidence.went(compress(origin.rows, map(not_, apart)), Site(op.number, 0))
-        _all(flow, op, replace(origin, rows=tuple(compress(origin.rows, apart)), bent=True))
-
-
-def replay(flow: Flow, op: Operation) -> None:
-    """Views and other moves of entries: done with the addresses as well."""
-    origin = flow.origin(op.tensors[0])
-    if origin is None:
-        return
-    weights = [_moved(op, addresses) for addresses in origin.weights]
-    rows = [_moved(op, addresses) for addresses in origin.rows]
-    for index, result in enumerate(op.results):
-        flow.came_from(
-            result,
-            replayed(
-                origin,
-                [moved[index] for moved in weights if moved[index].shape == result.shape],
-                [moved[index] for moved in rows if moved[index].shape == result.shape],
-            ),
-        )
-
-
-def _moved(op: Operation, addresses: Tensor) -> list[Tensor]:
-    arguments: list[Any] = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in op.args[1:]]
-    if op.name in _COPIES:  # which on the meta device would begin a storage of their own
-        addresses = written_out(addresses)
-    try:
-        out = op.func(addresses, *arguments, **op.kwargs)
-    except RuntimeError:
-        if op.name not in ("view", "_unsafe_view"):
-            raise
-        out = written_out(addresses).reshape(arguments[0])
-    return list(out) if isinstance(out, (tuple, list)) else [out]
+        flow.made(op, replace(origin, rows=tuple(compress(origin.rows, apart)), bent=True))
 
 
 def pad(flow: Flow, op: Operation) -> None:
@@ -223,48 +193,7 @@ def pad(flow: Flow, op: Operation) -> None:
         other(flow, op)
     elif origin is not None:
         rows = [torch.constant_pad_nd(addresses, op.args[1], -1) for addresses in origin.rows]
-        _all(flow, op, replayed(origin, (), rows))
-
-
-def join(flow: Flow, op: Operation) -> None:
-    """`cat` and `stack`: rows side by side, -1 where a tensor has none."""
-    given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.args[0] if tensor.shape != (0,)]
-    mixed = not all(origin.constant for _, origin in given)
-    for _, origin in given:
-        for weight in origin.weights:
-            flow.evidence.used(weight, "table" if mixed else "other")
-    if not mixed:
-        numbers = [origin.results_of | flow.matrices(origin) for _, origin in given]
-        _all(flow, op, Origin(constant=True, results_of=frozenset[int]().union(*numbers)))
-        return
-    dim = op.argument("dim") or 0
-    most = max(len(origin.rows) for _, origin in given)
-    rows = []
-    for index in range(most):
-        parts = [_rows_or_none(tensor, origin, index) for tensor, origin in given]
-        rows.append(_joined(op, parts, dim))
-    result = joined(
-        [replace(origin, rows=()) for _, origin in given], op.results[0].shape, flow.evidence.transformed
-    )
-    _all(flow, op, replace(result, rows=tuple(rows)))
-
-
-def _rows_or_none(tensor: Tensor, origin: Origin, index: int) -> Tensor:
-    if origin.rows:
-        return origin.rows[min(index, len(origin.rows) - 1)]
-    return torch.full((1,) * tensor.ndim, -1).expand(tensor.shape)
-
-
-def _joined(op: Operation, parts: list[Tensor], dim: int) -> Tensor:
-    """Joined where the rows vary, and expanded along the dimensions where they do not."""
-    stacked = op.name == "stack"
-    shape = op.results[0].shape
-    dim %= len(shape)
-    for axis in range(parts[0].ndim):
-        alike = all(part.ndim == parts[0].ndim and part.stride(axis) == 0 for part in parts)
-        if alike and (stacked or axis != dim or len(parts) == 1):
-            parts = [part.narrow(axis, 0, min(1, part.shape[axis])) for part in parts]
-    return op.func(parts, dim).expand(shape)
+        flow.made(op, replayed(origin, (), rows))
 
 
 def lookup(flow: Flow, op: Operation) -> None:
@@ -275,7 +204,7 @@ def lookup(flow: Flow, op: Operation) -> None:
         return
     if op.name == "index" and len(op.args[1]) == 1 and op.tensors[0].ndim > 2:
         some = [expanded(weight.select(0, 0), op.results[0].shape) for weight in origin.weights]
-        _all(flow, op, Origin(tuple(weight for weight in some if weight is not None), constant=True))
+        flow.made(op, Origin(tuple(weight for weight in some if weight is not None), constant=True))
         return
     numbers = [flow.origin(tensor) or Origin() for tensor in op.tensors[1:]]
     constant = all(each.constant for each in numbers)
@@ -288,7 +217,7 @@ def lookup(flow: Flow, op: Operation) -> None:
         return
     for weight in origin.weights:
         flow.evidence.looked_up(weight, counted=counted)
-    _all(flow, op, Origin(tuple(chosen), constant=constant or bool(chosen)))
+    flow.made(op, Origin(tuple(chosen), constant=constant or bool(chosen)))
 
 
 def _permuted(op: Operation, origin: Origin) -> list[Tensor]:
@@ -311,7 +240,7 @@ def _gathered(flow: Flow, op: Operation, origin: Origin) -> None:
         kept = tuple(addresses for addresses in origin.rows if constant_along(addresses, dims))
         origin = replace(origin, rows=kept)
     rows = tuple(_picked(op, origin.rows))
-    _all(flow, op, replace(origin, rows=rows, results_of=results_of, weights=()))
+    flow.made(op, replace(origin, rows=rows, results_of=results_of, weights=()))
 
 
 def _picked(op: Operation, given: Iterable[Tensor]) -> list[Tensor]:
@@ -338,31 +267,6 @@ def _chosen(op: Operation) -> list[int]:
     return dims
 
 
-def copy(flow: Flow, op: Operation) -> None:
-    """Written in place: the target now comes from the source."""
-    target, source = op.args[:2]
-    origin = flow.origin(source)
-    if origin is None or (origin.constant and not origin.weights):
-        return
-    for weight in origin.weights:
-        flow.evidence.used(weight, "table")
-    rows = [r for r in (expanded(addresses, target.shape) for addresses in origin.rows) if r is not None]
-    flow.came_from(target, replace(origin, rows=tuple(rows), weights=(), constant=False))
-
-
-def complex_pairs(flow: Flow, op: Operation) -> None:
-    """Two rows make a complex number, and each of its parts comes from both."""
-    origin = flow.origin(op.tensors[0])
-    if origin is not None:
-        apart = op.name == "view_as_complex"
-        rows = [
-            addresses.select(-1, part) if apart else addresses.unsqueeze(-1).expand(op.results[0].shape)
-            for addresses in origin.rows
-            for part in range(2 if apart else 1)
-        ]
-        _all(flow, op, replayed(origin, (), rows))
-
-
 def other(flow: Flow, op: Operation) -> None:
     """Anything else: every operand is a place of its own where rows end, and weights may be those of a layer."""
     origins = [flow.origin(tensor) or Origin() for tensor in op.tensors]
@@ -375,27 +279,18 @@ def other(flow: Flow, op: Operation) -> None:
     if weights:
         flow.evidence.transformed |= results_of
     constant = all(origin.constant for origin in origins)
-    _all(flow, op, Origin(constant=constant, results_of=results_of - flow.evidence.transformed | weights))
-
-
-def _all(flow: Flow, op: Operation, origin: Origin) -> None:
-    for result in op.results:
-        flow.came_from(result, origin)
+    flow.made(op, Origin(constant=constant, results_of=results_of - flow.evidence.transformed | weights))
 
 
 _SAME = "_to_copy clone native_dropout dropout cumsum cumprod detach alias tril triu"
-_COPIES = ("repeat", "flip", "roll", "repeat_interleave", "tile", "expand_copy", "view_copy", "narrow_copy")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),
-    **dict.fromkeys((*_COPIES, "_unsafe_view", "_reshape_alias", "unfold"), replay),
     **dict.fromkeys(("_softmax", "softmax", "_log_softmax", "log_softmax"), softmax),
-    **dict.fromkeys(("cat", "stack"), join),
     **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), lookup),
     **dict.fromkeys(("index", "index_select", "gather", "_unsafe_index"), lookup),
-    **dict.fromkeys(("view_as_complex", "view_as_real"), complex_pairs),
     "as_strided": other,
     "constant_pad_nd": pad,
-    "copy": copy,
+    **MOVES,
     **LAYERS,
     **PRODUCTS,
 }
