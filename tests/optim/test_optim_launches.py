@@ -66,7 +66,7 @@ def test_a_step_launches_as_much_for_a_hundred_parameters_as_for_ten(name):
     assert launches(name, linear, 50) == few
 
 
-@pytest.mark.parametrize("name", ["muon", "lanton"])
+@pytest.mark.parametrize("name", ["muon", "dual-muon", "scion", "lanton"])
 def test_a_step_launches_as_much_for_a_thousand_parameters_as_for_ten(name):
     assert launches(name, linear, 500) == launches(name, linear, 5)
 

@@ -10,6 +10,7 @@ import torch
 from tiny import OPTIMIZERS, assert_same_bits, make, net, take_step, tensors, twin
 
 import layerwise as lw
+from layerwise.optim.work.lineup import Lineup
 
 
 def trained(steps=2):
@@ -196,3 +197,69 @@ def test_a_gradient_without_numbers_is_an_error_that_names_its_parameter():
         lw.LayerwiseError, match=r"'1\.(weight|bias)' is on the meta device and has no numbers"
     ):
         optimizer.step()
+
+
+def test_state_of_small_parameters_is_saved_where_no_two_tensors_may_share_memory(tmp_path):
+    files = pytest.importorskip("safetensors.torch")
+    state = steps_of_layers("lanton", small_layers()).state_dict()["state"]
+    named = {f"{number}.{key}": value for number, held in state.items() for key, value in held.items()}
+    files.save_file(named, tmp_path / "state.safetensors")
+    assert_same_bits(files.load_file(tmp_path / "state.safetensors"), named)
+
+
+def alternating(step, number):
+    return step % 2 == 1 and number < 3
+
+
+@pytest.mark.parametrize("skip", [lambda *_: False, alternating])
+def test_state_that_was_joined_and_left_keeps_no_other_memory_alive(skip):
+    model = small_layers(count=6)
+    optimizer = steps_of_layers("lanton", model, skip)
+    tensors_held = [value for state in optimizer.state.values() for value in state.values()]
+    memory = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors_held}
+    assert sum(memory.values()) == sum(value.nbytes for value in tensors_held)
+
+
+@pytest.fixture
+def times_planned(monkeypatch):
+    made, make_anew = [], Lineup._make
+    monkeypatch.setattr(Lineup, "_make", lambda *given: made.append(1) or make_anew(*given))
+    return made
+
+
+def with_momenta(model, optimizer, momenta):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for group, momentum in zip(optimizer.param_groups, momenta, strict=True):
+        group["momentum"] = momentum
+    optimizer.step()
+
+
+def test_a_momentum_that_moves_plans_no_steps_anew(times_planned):
+    model = small_layers()
+    optimizer = lw.Lanton(lw.param_groups(model))
+    count = len(optimizer.param_groups)
+    for step in range(5):
+        with_momenta(model, optimizer, [0.8 + 0.02 * step] * count)
+    assert len(times_planned) == 1
+
+
+def test_parameters_are_worked_on_together_while_their_momenta_are_the_same(times_planned):
+    """Two groups of one shape: as two optimizers of a group each, whatever their momenta do."""
+    model, other = small_layers(count=4), small_layers(count=4)
+    both, *apart = (
+        lw.Lanton(
+            [{"params": [layers[i].weight for i in rows], "lr": 0.01} for rows in some],
+            rates=None,
+        )
+        for layers, some in ((model, [(0, 1), (2, 3)]), (other, [(0, 1)]), (other, [(2, 3)]))
+    )
+    moves = [((0.9, 0.9), 1), ((0.8, 0.8), 0), ((0.8, 0.7), 1), ((0.9, 0.6), 0), ((0.9, 0.9), 1)]
+    for momenta, planned in moves:
+        times_planned.clear()
+        with_momenta(model, both, momenta)
+        assert len(times_planned) == planned
+        for optimizer, momentum in zip(apart, momenta, strict=True):
+            with_momenta(other, optimizer, [momentum])
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

@@ -191,8 +191,8 @@ class LayerwiseOptimizer(Optimizer):
             if self._second.needed:
                 self._second.before_step(moving, self.param_groups, self.state, self.work)
             samples = self._vanishing.before(moving) if lineup.half else []
-            for update, jobs in lineup.by_update.items():
-                update.step(jobs, self.work, finite if isinstance(finite, Tensor) else None)
+            for step in lineup.steps:
+                step.take(self.work, finite if isinstance(finite, Tensor) else None)
             if lineup.half:
                 self._vanishing.after(samples, self.param_groups)
         lineup.release()

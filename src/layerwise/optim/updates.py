@@ -6,9 +6,10 @@ A parameter group names its kind with ``update``: ``"lmo"``, ``"adamw"``, or an 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import is_
 from typing import ClassVar, Final
 
 import torch
@@ -28,13 +29,13 @@ from layerwise.optim.work.job import (
     MatrixJob,
     MatrixWork,
     State,
+    chunks,
     select_all,
     state_and_gradients,
 )
+from layerwise.optim.work.joined_state import JoinedState, join_state
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
-#: Many small tensors go in one launch; a chunk bounds the copies that `keep` makes.
-CHUNK_BYTES = 64 * 2**20
 #: On a CPU AdamW goes over a chunk several times: it should stay in the cache, and its copies small beside a model.
 ADAMW_BYTES = 2**20
 
@@ -79,6 +80,10 @@ class Update(ABC):
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
         """Change all parameters of this kind, in place, that have a gradient (``job.moves``)."""
 
+    def plan(self, jobs: Sequence[Job]) -> PlannedStep:
+        """Prepare the steps of these parameters; asked again when they or their options change. Few kinds need it."""
+        return PlannedStep(self, jobs)
+
     def rule(self, group: Group) -> RateRule | None:
         """What sets the rates of a group's units, if anything does."""
         return None
@@ -86,6 +91,20 @@ class Update(ABC):
     def unit_names(self, group: Group, name: str, param: Tensor) -> tuple[str, ...]:
         """Names of a parameter's units: here it is one as a whole."""
         return (name,)
+
+
+class PlannedStep:
+    """What the steps of all parameters of one kind of update have in common. Gradients and rates are read at each."""
+
+    #: state that was put together; where it lies elsewhere since, the plan is made anew
+    joined: Sequence[JoinedState] = ()
+
+    def __init__(self, update: Update, jobs: Sequence[Job]) -> None:
+        self.update, self.jobs = update, jobs
+
+    def take(self, work: MatrixWork, keep: Tensor | None) -> None:
+        """One step."""
+        self.update.step(self.jobs, work, keep)
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,14 +127,31 @@ class AdamW(Update):
         }
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
-        together: dict[tuple[int, torch.dtype], list[Job]] = {}
+        self.plan(jobs).take(work, keep)
+
+    def plan(self, jobs: Sequence[Job]) -> PlannedStep:
+        return _AdamWStep(self, jobs)
+
+
+class _AdamWStep(PlannedStep):
+    """In chunks of one group and one dtype."""
+
+    def __init__(self, update: Update, jobs: Sequence[Job]) -> None:
+        super().__init__(update, jobs)
+        together: dict[tuple[int, torch.dtype, str], list[Job]] = {}
         for job in jobs:
             if job.moves:
-                together.setdefault((id(job.group), job.local.dtype), []).append(job)
-        for members in together.values():
-            at_once = ADAMW_BYTES if members[0].local.device.type == "cpu" else CHUNK_BYTES
-            for chunk in [members] if keep is not None else chunks(members, at_once):
-                _adamw(chunk, keep)
+                key = (id(job.group), job.local.dtype, job.local.device.type)
+                together.setdefault(key, []).append(job)
+        self._chunks = [
+            chunk
+            for (_, _, device), some in together.items()
+            for chunk in (chunks(some, ADAMW_BYTES) if device == "cpu" else [some])
+        ]
+
+    def take(self, work: MatrixWork, keep: Tensor | None) -> None:
+        for chunk in self._chunks:
+            _adamw(chunk, keep)
 
 
 def _adamw(jobs: Sequence[Job], keep: Tensor | None) -> None:
@@ -123,7 +159,8 @@ def _adamw(jobs: Sequence[Job], keep: Tensor | None) -> None:
     group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
     wide = first.dtype in HALF and (first.dtype == torch.float16 or is_stochastic(group, first))
     params = [job.local.float() if wide else job.local for job in jobs]
-    moments = [in_dtypes_of(params, [job.state[key] for job in jobs]) for key in _MOMENTS]
+    own = [[job.state[key] for job in jobs] for key in _MOMENTS]
+    moments = [in_dtypes_of(params, held) for held in own]
     # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
     fused = keep is not None or isinstance(lr, Tensor) or first.dtype == torch.bfloat16
     adamw(
@@ -144,14 +181,14 @@ def _adamw(jobs: Sequence[Job], keep: Tensor | None) -> None:
         eps=group["eps"],
         maximize=False,
     )
-    for i, (job, param) in enumerate(zip(jobs, params, strict=True)):
-        for key, values in zip(_MOMENTS, moments, strict=True):
-            if wide and job.local.dtype == torch.bfloat16:
-                job.state[key].copy_(values[i])
-            else:  # the same tensor, unless the model was cast after the optimizer was made
-                job.state[key] = values[i]
-        if wide:
-            store(job, param)
+    for key, held, values in zip(_MOMENTS, own, moments, strict=True):
+        if wide and first.dtype == torch.bfloat16:
+            torch._foreach_copy_(held, values)
+        elif not all(map(is_, held, values)):  # the model was cast after the optimizer was made
+            for job, value in zip(jobs, values, strict=True):
+                job.state[key] = value
+    for job, param in zip(jobs, params, strict=True) if wide else ():
+        store(job, param)
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,18 +226,55 @@ class Lmo(Update):
         return names
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
-        together = [job.alike for job in jobs if job.alike is not None and job.row == 0]
-        update_momentum(together, keep)
-        ruled = [some for some in together if some.jobs[0].group["rates"] is not None]
-        groups = norm_groups(jobs) if ruled else []
-        if ruled:
-            take_norms(ruled, work)
-            update_multipliers([pair for pair in groups if not pair[0].own_dual_norm], keep)
-            remember(ruled, keep)
-        for moved, directions in work.directions([_unit_steps(some.jobs) for some in together]):
+        self.plan(jobs).take(work, keep)
+
+    def plan(self, jobs: Sequence[Job]) -> PlannedStep:
+        return _LmoStep(self, jobs)
+
+
+class _LmoStep(PlannedStep):
+    """By sets of parameters that are alike, and by groups of units whose rates a rule sets."""
+
+    def __init__(self, update: Update, jobs: Sequence[Job]) -> None:
+        super().__init__(update, jobs)
+        sets = [job.alike for job in jobs if job.alike is not None and job.row == 0]
+        groups = norm_groups(jobs)
+        self._before = [group for group in groups if not group.rule.own_dual_norm]
+        self._after = [group for group in groups if group.rule.own_dual_norm]
+        self._norms = [asked for group in groups for asked in group.asked]
+        self._chunks = [chunk for some in sets for chunk in some.chunks()]
+        self._unit_steps = [_unit_steps(some.jobs) for some in sets]
+        joined = [joined for group in groups for joined in group.joined.values()]
+        joined += [_join_tensor(some, key) for some in sets if some.small for key in some.jobs[0].state]
+        self.joined = [each for each in joined if each is not None]
+
+    def take(self, work: MatrixWork, keep: Tensor | None) -> None:
+        for chunk in self._chunks:
+            update_momentum(chunk, keep)
+        norms = iter(work.norms(self._norms) if self._norms else ())
+        for group in self._before:
+            group.take_norms(norms)
+        for group in self._before:
+            group.update(keep)
+            group.remember(keep)
+        for group in self._after:
+            group.clear()
+        for moved, directions in work.directions(self._unit_steps):
             move(moved, directions, keep)
-        if after := [pair for pair in groups if pair[0].own_dual_norm]:
-            update_multipliers(after, keep)
+        for group in self._after:
+            group.update(keep)
+
+
+def _join_tensor(some: Alike, key: str) -> JoinedState | None:
+    """State of small parameters that is as large as they are; numbers of units are a norm group's."""
+    first, rule = some.jobs[0], some.jobs[0].group["rates"]
+    value, of_units = first.state[key], rule is not None and key in rule.unit_keys
+    if of_units or not isinstance(value, Tensor) or value.shape != first.local.shape:
+        return None
+    joined = join_state(some.jobs, key)
+    if joined is not None:
+        some.state[key] = joined.whole.view(len(some.jobs), *value.shape)
+    return joined
 
 
 def _unit_steps(jobs: Sequence[Job]) -> MatrixJob:
@@ -215,37 +289,16 @@ def _unit_steps(jobs: Sequence[Job]) -> MatrixJob:
 UPDATES: Final[Mapping[str, Update]] = {"lmo": Lmo(), "adamw": AdamW()}
 
 
-def chunks(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
-    """In order, each of gradients of at most ``limit`` bytes; a larger one comes alone."""
-    found: list[list[Job]] = []
-    held = 0
-    for job in jobs:
-        size = job.grad.nbytes
-        if not found or held + size > limit:
-            found.append([])
-            held = 0
-        found[-1].append(job)
-        held += size
-    return found
+def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
+    """``M <- momentum * M + (1 - momentum) * G``, in place, of parameters that are alike."""
+    averages, grads = state_and_gradients(jobs, "momentum_buffer")
+    if keep is not None:  # a lerp from a number to itself changes nothing
+        grads = select_all(keep, grads, averages)
+    torch._foreach_lerp_(averages, grads, 1.0 - jobs[0].group["momentum"])
 
 
-def in_chunks(together: Sequence[Alike]) -> Iterator[list[Job]]:
-    """The jobs of every set: small ones at once, others by so many bytes of gradients."""
-    for some in together:
-        yield from [some.jobs] if some.small else chunks(some.jobs, CHUNK_BYTES)
-
-
-def update_momentum(together: Sequence[Alike], keep: Tensor | None) -> None:
-    """``M <- momentum * M + (1 - momentum) * G``, in place."""
-    for chunk in in_chunks(together):
-        averages, grads = state_and_gradients(chunk, "momentum_buffer")
-        if keep is not None:  # a lerp from a number to itself changes nothing
-            grads = select_all(keep, grads, averages)
-        torch._foreach_lerp_(averages, grads, 1.0 - chunk[0].group["momentum"])
-
-
-def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
-    """Each rule with the parameters whose units it compares with one another: without a gradient too."""
+def norm_groups(jobs: Sequence[Job]) -> list[NormGroup]:
+    """The parameters whose units a rule compares with one another, where it asks for any norm: without a gradient too."""
     found: list[tuple[str, RateRule, list[Job]]] = []
     for _, in_group in groupby(jobs, key=lambda job: id(job.group)):
         some = [*in_group]
@@ -253,67 +306,39 @@ def norm_groups(jobs: Sequence[Job]) -> list[tuple[RateRule, list[Job]]]:
         mates = next((m for other, r, m in found if other == name and (r is rule or r == rule)), None)
         if mates is not None:
             mates += some
-        elif rule is not None:
+        elif rule is not None and (rule.own_dual_norm or rule.norms()):
             found.append((name, rule, some))
-    return [(rule, members) for _, rule, members in found]
-
-
-def take_norms(together: Sequence[Alike], work: MatrixWork) -> None:
-    """Those that the rate rules ask for; or where the unit steps will write the dual norms of their directions."""
-    rules: list[RateRule] = [some.jobs[0].group["rates"] for some in together]
-    wanted = [() if rule.own_dual_norm else rule.norms() for rule in rules]
-    pairs = list(zip(together, wanted, strict=True))
-    norms = iter(work.norms([norm.asked_of(some.jobs) for some, asked in pairs for norm in asked]))
-    for rule, (some, asked) in zip(rules, pairs, strict=True):
-        jobs = some.jobs
-        if asked:
-            some.norms = torch.stack([next(norms) for _ in asked])
-        elif rule.own_dual_norm:
-            counts = (1, len(jobs), jobs[0].state["multiplier"].numel())
-            some.norms = torch.zeros(counts, dtype=torch.float32, device=jobs[0].local.device)
-            for job, own in zip(jobs, some.norms[0].unbind(), strict=True):
-                job.dual = own
-
-
-def update_multipliers(groups: Sequence[tuple[RateRule, list[Job]]], keep: Tensor | None) -> None:
-    """Let the rules set those of every norm group of which there is any norm."""
-    for rule, members in groups:
-        units = NormGroup.of(members, ("multiplier", *rule.unit_state))
-        if units is not None:
-            units.write(rule.update(units), keep)
-
-
-def remember(together: Sequence[Alike], keep: Tensor | None) -> None:
-    """Let the rules keep what the next step's norms need."""
-    for chunk in in_chunks(together):
-        chunk[0].group["rates"].remember(chunk, keep)
+    return [NormGroup(rule, members) for _, rule, members in found if any(job.moves for job in members)]
 
 
 def move(jobs: Sequence[Job], directions: Sequence[Tensor], keep: Tensor | None) -> None:
     """``W <- W - lr * weight_decay * W``, then ``W <- W - lr * direction``, in place; in half precision both at once."""
     if keep is not None:
         directions = select_all(keep, list(directions), [0.0] * len(directions))
-    by_group: dict[int, list[int]] = {}
-    for i, job in enumerate(jobs):
-        by_group.setdefault(id(job.group), []).append(i)
-    for some in by_group.values():
-        lr, decay = jobs[some[0]].lr, jobs[some[0]].group["weight_decay"]
+    for _, rows in groupby(range(len(jobs)), [id(job.group) for job in jobs].__getitem__):
+        some = [*rows]
         params, steps = [jobs[i].local for i in some], [directions[i] for i in some]
-        if params[0].dtype in HALF and (decay != 0.0 or is_stochastic(jobs[some[0]].group, params[0])):
+        group, lr, decay = jobs[some[0]].group, jobs[some[0]].lr, jobs[some[0]].group["weight_decay"]
+        if params[0].dtype in HALF and (decay != 0.0 or is_stochastic(group, params[0])):
             for i in some:
                 move_once_rounded(jobs[i], directions[i], keep)
             continue
         if isinstance(lr, Tensor):
             lr = lr.reshape(())
-        left = 1.0 - lr * decay  # of the weights
-        if keep is not None and decay != 0.0:
-            # In float64 what is on the device comes out as the host's arithmetic does.
-            left = 1.0 - keep.to(params[0].device).double() * (lr * decay)
         if decay != 0.0:
-            torch._foreach_mul_(params, left.to(params[0]) if isinstance(left, Tensor) else left)
+            torch._foreach_mul_(params, _left(params[0], lr * decay, keep))
         if isinstance(lr, Tensor):
             same = lr.device == steps[0].device  # to send a rate there would wait for the device
             scaled = torch._foreach_mul(steps, lr) if same else [step * lr for step in steps]
             torch._foreach_sub_(params, scaled)
         else:
             torch._foreach_sub_(params, steps, alpha=lr)
+
+
+def _left(like: Tensor, decayed: float | Tensor, keep: Tensor | None) -> Tensor:
+    """What decay leaves of the weights: a tensor, by which torch multiplies a list in a third of a number's time."""
+    if keep is not None:  # in float64 what is on the device comes out as the host's arithmetic does
+        return (1.0 - keep.to(like.device).double() * decayed).to(like)
+    if isinstance(decayed, Tensor):
+        return (1.0 - decayed).to(like)
+    return torch.full((), 1.0 - decayed, dtype=like.dtype, device=like.device)

@@ -7,118 +7,131 @@ on the device, on one vector for all the units that are compared with one anothe
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
-from layerwise.optim.work.job import DualNorm, Job, State, lay_side_by_side, select, side_by_side
+from layerwise.optim.work.job import Alike, DualNorm, Group, Job, State, select
+from layerwise.optim.work.joined_state import join_state
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class _Run:
+    """Neighbours among the members that are neighbours in their set too; or that have no gradient."""
+
+    some: Alike | None
+    start: int  # the first of them in the set
+    group: Group  # of the first
+    units: list[int]  # of each of them
+
+
 class NormGroup:
     """Units that a rule compares with one another, side by side, in float32."""
 
     norms: Tensor  # [norms that the rule asked for, units]; 0 for units without a gradient
     present: Tensor  # [units], bool: which have a gradient at this step
-    momentum: Tensor  # [units]: the weight of the old average in their groups
     state: Mapping[str, Tensor]  # "multiplier" and the rule's `unit_state`, each [units]: copies
     members: Sequence[Job]  # the parameters whose units they are, in order
 
-    @classmethod
-    def of(cls, members: Sequence[Job], keys: Sequence[str]) -> NormGroup | None:
-        """Side by side: the norms of all ``members``, and their state under ``keys``; None where there is no norm."""
-        device = members[0].state["multiplier"].device  # parameters of one model may be on several
-        runs = _runs(members)
-        like = next((run.norms for run in runs if run.norms is not None), None)
-        if like is None:
-            return None
+    def __init__(self, rule: RateRule, members: Sequence[Job]) -> None:
+        self.rule, self.members = rule, members
+        self.sets = [job.alike for job in members if job.alike is not None and job.row == 0]
+        self._wanted = () if rule.own_dual_norm else rule.norms()
+        self.asked = [norm.asked_of(some.jobs) for some in self.sets for norm in self._wanted]
+        self._device = members[0].state["multiplier"].device  # parameters of one model may be on several
+        self._runs = _runs(members)
+        self.present = self._repeated([run.some is not None for run in self._runs], torch.bool)
+        #: by its name the state that could be joined, and None where it is apart
+        self.joined = {key: join_state(members, key) for key in rule.unit_keys}
+        if rule.own_dual_norm:
+            self._await_dual_norms()
+        counts = [sum(run.units) for run in self._runs]
+        for key, found in self.joined.items():
+            for run, part in zip(self._runs, found.whole.split(counts), strict=True) if found else ():
+                if run.some is not None and len(run.units) == len(run.some.jobs):
+                    run.some.state[key] = part.view(len(run.units), -1)
+
+    @property
+    def momentum(self) -> Tensor:
+        """``[units]``: the weight of the old average in their groups."""
+        return self._repeated([run.group["momentum"] for run in self._runs], torch.float32)
+
+    def _repeated(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """The value of each run for all its units; neighbours that are equal in one launch."""
+        pairs = groupby(zip(values, self._runs, strict=True), itemgetter(0))
+        counts = [(value, sum(sum(run.units) for _, run in same)) for value, same in pairs]
+        return torch.cat([torch.full((n,), value, dtype=dtype, device=self._device) for value, n in counts])
+
+    def take_norms(self, norms: Iterator[Tensor]) -> None:
+        """Those of ``asked``, in order."""
+        for some in self.sets:
+            some.norms = torch.stack([next(norms) for _ in self._wanted])
+
+    def _await_dual_norms(self) -> None:
+        """Have the unit steps write the dual norms of their directions where the norms are."""
+        for some in self.sets:
+            like = some.jobs[0].state["multiplier"]
+            some.norms = like.new_empty(1, len(some.jobs), like.numel())
+            for job, own in zip(some.jobs, some.norms[0].unbind(), strict=True):
+                job.dual = own
+
+    def clear(self) -> None:
+        """Before unit steps write dual norms: each of a sharded parameter is one process's, zero on the others."""
+        for some in self.sets:
+            if some.norms is not None:
+                some.norms.zero_()
+
+    def update(self, keep: Tensor | None) -> None:
+        """Let the rule set the state of all units from the norms of this step, where ``keep`` allows it."""
+        found = [None if run.some is None else run.some.norms for run in self._runs]
+        like = next(norms for norms in found if norms is not None)
         zeros = like.new_zeros(len(like), 1)
         pieces = [
             zeros.expand(-1, sum(run.units))
-            if run.norms is None
-            else run.norms[:, run.start : run.start + len(run.units)].flatten(1)
-            for run in runs
+            if norms is None
+            else norms[:, run.start : run.start + len(run.units)].flatten(1)
+            for run, norms in zip(self._runs, found, strict=True)
         ]
-        counts = [sum(run.units) for run in runs]
-        return cls(
-            torch.cat([piece.to(device) for piece in pieces], dim=1).float(),
-            _repeated([run.norms is not None for run in runs], counts, torch.bool, device),
-            _repeated([run.momentum for run in runs], counts, torch.float32, device),
-            {key: _side_by_side(members, key) for key in keys},
-            members,
-        )
+        self.norms = torch.cat([piece.to(self._device) for piece in pieces], dim=1).float()
+        self.state = {key: self._copy(key) for key in self.joined}
+        for key, values in self.rule.update(self).items():
+            chosen, joined = select(keep, values, self.state[key]), self.joined[key]
+            if joined is not None:
+                joined.whole.copy_(chosen)
+            else:
+                targets = [job.state[key] for job in self.members]
+                torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
 
-    def write(self, new: Mapping[str, Tensor], keep: Tensor | None) -> None:
-        """Put new values of the state into the parameters' own, where ``keep`` allows it."""
-        for key, values in new.items():
-            chosen, whole = select(keep, values, self.state[key]), side_by_side(self.members, key)
-            if whole is not None:
-                whole.copy_(chosen)
-                continue
-            targets = [job.state[key] for job in self.members]
-            torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
+    def _copy(self, key: str) -> Tensor:
+        joined = self.joined[key]
+        if joined is not None:
+            return joined.whole.clone()
+        return torch.cat([job.state[key].to(self._device) for job in self.members])
 
-
-class _Run(NamedTuple):
-    """Neighbours among the members whose norms are neighbours too."""
-
-    norms: Tensor | None  # [norms, jobs, units] of the set that they are in; None: without a gradient
-    start: int  # the first of them there
-    momentum: float
-    units: list[int]  # of each of them
+    def remember(self, keep: Tensor | None) -> None:
+        """Let the rule keep what the next step's norms need."""
+        for some in self.sets:
+            for chunk in some.chunks():
+                self.rule.remember(chunk, keep)
 
 
 def _runs(members: Sequence[Job]) -> list[_Run]:
-    runs = [_Run(None, 0, 0.0, [])]
+    runs = [_Run(None, 0, {}, [])]
     for job in members:
-        norms = None if job.alike is None else job.alike.norms
-        last, momentum = runs[-1], job.group["momentum"]
-        if norms is None:
-            runs.append(_Run(None, 0, momentum, [job.state["multiplier"].numel()]))
-        elif last.norms is norms and last.start + len(last.units) == job.row and last.momentum == momentum:
-            last.units.append(norms.shape[2])
-        else:
-            runs.append(_Run(norms, job.row, momentum, [norms.shape[2]]))
+        last, some = runs[-1], job.alike
+        next_to = last.group is job.group if some is None else last.start + len(last.units) == job.row
+        if last.some is not some or not next_to:
+            runs.append(_Run(some, job.row, job.group, []))
+        runs[-1].units.append(job.state["multiplier"].numel())
     return runs[1:]
-
-
-def _repeated(
-    values: Sequence[float], counts: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Each value so many times; neighbours that are equal in one launch."""
-    runs: list[tuple[float, int]] = []
-    for value, count in zip(values, counts, strict=True):
-        if runs and runs[-1][0] == value:
-            runs[-1] = (value, runs[-1][1] + count)
-        else:
-            runs.append((value, count))
-    return torch.cat([torch.full((count,), value, dtype=dtype, device=device) for value, count in runs])
-
-
-def _side_by_side(members: Sequence[Job], key: str) -> Tensor:
-    """A copy of the state of all members under a key, as one vector.
-
-    Each member's own becomes a part of another one, so that what is written there is in their state at once, and the next
-    step finds it: putting many small vectors together, and writing them back, takes longer than all that a rule computes.
-    """
-    whole = side_by_side(members, key)
-    if whole is not None:
-        return whole.clone()
-    device = members[0].state["multiplier"].device
-    whole = torch.cat(
-        [own if own.device == device else own.to(device) for own in (m.state[key] for m in members)]
-    )
-    if not torch.compiler.is_compiling() and all(
-        job.local is job.param and job.local.device == device for job in members
-    ):
-        lay_side_by_side(members, key, whole.clone())
-    return whole
 
 
 class RateRule(ABC):
@@ -155,6 +168,11 @@ class RateRule(ABC):
     own_dual_norm: ClassVar[bool] = False
     #: whether ``LayerwiseOptimizer.watch_replicas`` has to be called before training
     needs_replicas: bool = False
+
+    @property
+    def unit_keys(self) -> tuple[str, ...]:
+        """Names of all that is kept of each unit."""
+        return ("multiplier", *self.unit_state)
 
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
         """State for one parameter: ``multiplier``, one float32 entry per unit, 1 at first, and ``unit_state``.

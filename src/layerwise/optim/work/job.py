@@ -10,8 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from operator import is_
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +23,9 @@ from layerwise.geometry import Geometry, Layout
 
 State = dict[str, Any]
 Group = dict[str, Any]
+
+#: Many small tensors go in one launch; a chunk bounds the copies that are made of them.
+CHUNK_BYTES = 64 * 2**20
 
 
 def local_state(param: Tensor, state: State) -> State:
@@ -84,24 +85,6 @@ class Deviation(NamedTuple):
         return own * (2 / (self.replicas - 1)) ** 0.5
 
 
-class Found(NamedTuple):
-    """State of several jobs, and the flat tensor whose parts it is, if it lies side by side."""
-
-    parts: list[Tensor]
-    whole: Tensor | None
-
-    def still(self, parts: list[Tensor]) -> bool:
-        """Whether these are the same tensors, in the same memory: some programs move state elsewhere under its tensors."""
-        if len(parts) != len(self.parts) or not all(map(is_, parts, self.parts)):
-            return False
-        ends = (parts[0], parts[-1])
-        return self.whole is None or all(_memory(part) == _memory(self.whole) for part in ends)
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 @dataclass(slots=True)
 class Job:
     """One parameter at one step. Tensors are this process's parts, of ``param`` itself unless it is sharded."""
@@ -119,8 +102,6 @@ class Job:
     fetched: Tensor | None = None  # the whole of a sharded tensor that a step works on, once brought together
     alike: Alike | None = None  # the set that it is in, and which of it
     row: int = 0
-    #: of so many jobs from this one on, the state under a key
-    found: dict[tuple[str, int], Found] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -130,70 +111,58 @@ class Alike:
     jobs: list[Job]
     small: bool = False  # so small that their gradients and state lie side by side
     grads: Tensor | None = None  # [jobs, *shape], the gradients of the step where they do
-    norms: Tensor | None = None  # [norms, jobs, units], those that the rate rule asked for in this step
+    state: dict[str, Tensor] = field(default_factory=dict)  # [jobs, *shape], where state under a key does
+    norms: Tensor | None = None  # [norms, jobs, units], those that the rate rule asked for
+
+    def rows(self, jobs: Sequence[Job], whole: Tensor | None) -> Tensor | None:
+        """What is of some of them in a tensor of all, if they are neighbours there; jobs keep their order everywhere."""
+        first, count = jobs[0].row, len(jobs)
+        if whole is None or jobs[-1].row - first != count - 1:
+            return None
+        return whole if count == len(self.jobs) else whole[first : first + count]
+
+    def chunks(self) -> list[list[Job]]:
+        """Small ones at once, others by so many bytes of gradients."""
+        return [self.jobs] if self.small else chunks(self.jobs, CHUNK_BYTES)
+
+
+def chunks(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
+    """In order, each of gradients of at most ``limit`` bytes; a larger one comes alone."""
+    found: list[list[Job]] = []
+    held = 0
+    for job in jobs:
+        size = job.local.nbytes
+        if not found or held + size > limit:
+            found.append([])
+            held = 0
+        found[-1].append(job)
+        held += size
+    return found
 
 
 def gradients(jobs: Sequence[Job]) -> Tensor:
     """``[jobs, *shape]`` of jobs that are alike, not to be written to."""
-    some, row = jobs[0].alike, jobs[0].row
-    if some is None or some.grads is None or [job.row for job in jobs] != [*range(row, row + len(jobs))]:
-        return stacked([job.grad for job in jobs])
-    return some.grads[row : row + len(jobs)]
+    some = jobs[0].alike
+    whole = None if some is None else some.rows(jobs, some.grads)
+    return stacked([job.grad for job in jobs]) if whole is None else whole
 
 
 def state_of(jobs: Sequence[Job], key: str) -> Tensor:
     """``[jobs, *shape]`` of jobs that are alike, not to be written to: the state under a key."""
-    whole = side_by_side(jobs, key)
-    own = [job.state[key] for job in jobs]
-    return stacked(own) if whole is None else whole.view(len(own), *own[0].shape)
+    some = jobs[0].alike
+    whole = None if some is None else some.rows(jobs, some.state.get(key))
+    return stacked([job.state[key] for job in jobs]) if whole is None else whole
 
 
 def state_and_gradients(jobs: Sequence[Job], key: str) -> tuple[list[Tensor], list[Tensor]]:
     """The state under a key of jobs that are alike, to be written to, and their gradients in its dtype.
 
-    Of each job; of small ones all in one tensor, as their state is brought side by side here.
+    Of each job; of those whose state lies side by side all in one tensor.
     """
-    own = [job.state[key] for job in jobs]
-    if jobs[0].alike is None or not jobs[0].alike.small:
-        return own, in_dtypes_of(own, [job.grad for job in jobs])
-    whole = side_by_side(jobs, key)
-    # Where it has been brought once it stays: parts would keep alive what the others left behind.
-    if whole is None and not torch.compiler.is_compiling() and all(tensor._base is None for tensor in own):
-        whole = torch.stack(own).flatten()
-        lay_side_by_side(jobs, key, whole)
-    if whole is not None:
-        own = [whole.view(len(own), *own[0].shape)]
-        return own, in_dtypes_of(own, [gradients(jobs)])
-    return own, in_dtypes_of(own, [job.grad for job in jobs])
-
-
-def side_by_side(jobs: Sequence[Job], key: str) -> Tensor | None:
-    """The flat tensor whose parts, in order, are the state under a key of these jobs; None where it is not so."""
-    if torch.compiler.is_compiling():
-        return None
-    own = [job.state[key] for job in jobs]
-    known = jobs[0].found.get((key, len(own)))
-    if known is None or not known.still(own):
-        jobs[0].found[key, len(own)] = known = Found(own, _whole_of(own))
-    return known.whole
-
-
-def _whole_of(parts: Sequence[Tensor]) -> Tensor | None:
-    whole = parts[0]._base
-    if whole is None or any(part._base is not whole or not part.is_contiguous() for part in parts):
-        return None
-    *starts, count = accumulate([part.numel() for part in parts], initial=0)
-    first = int(parts[0].storage_offset())
-    if not whole.is_contiguous() or [part.storage_offset() - first for part in parts] != starts:
-        return None
-    return whole.view(-1)[first - int(whole.storage_offset()) :][:count]
-
-
-def lay_side_by_side(jobs: Sequence[Job], key: str, whole: Tensor) -> None:
-    """Make parts of a flat tensor, which holds the same numbers, the state of jobs under a key."""
-    own = [job.state[key] for job in jobs]
-    for job, old, part in zip(jobs, own, whole.split([old.numel() for old in own]), strict=True):
-        job.state[key] = part.view(old.shape)
+    some = jobs[0].alike
+    whole = None if some is None else some.rows(jobs, some.state.get(key))
+    own = [job.state[key] for job in jobs] if whole is None else [whole]
+    return own, in_dtypes_of(own, [job.grad for job in jobs] if whole is None else [gradients(jobs)])
 
 
 class Source(ABC):

@@ -14,7 +14,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.optim.work.job import Alike, Group, Job, MatrixWork, State, local_state, rate
 
 #: What parameters that are worked on together have in common, beside shape, dtype and device.
-_ALIKE: Final = ("update", "layout", "geometry", "scaling", "radius", "momentum", "nesterov")
+_ALIKE: Final = ("update", "layout", "geometry", "scaling", "radius", "nesterov")
 #: Gradients and state of up to so many entries lie side by side: one operation for all of a shape.
 _SMALL: Final = 4096
 #: So many bytes of gradients at most do, as they are copies.
@@ -28,12 +28,11 @@ class Lineup:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.moving: list[Job] = []  # those of which any process has a gradient
-        self.alike: list[Alike] = []  # the same in sets
         self.gradients: list[Tensor] = []  # theirs, in as few tensors as they lie in
-        self.by_update: dict[Any, list[Job]] = {}  # all, by the kind of update that steps them
+        self.steps: list[Any] = []  # of all jobs, by the kind of update: a `PlannedStep` each
         self.half = False  # whether any are in half precision, or rounded at random
+        self._alike: list[Alike] = []  # those that move in sets
         self._groups: list[Group] = []
-        self._params: list[Tensor] = []
         self._states: list[State] = []
         self._form: object = None
         self._moves: list[bool] | None = None
@@ -41,9 +40,11 @@ class Lineup:
     def fits(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> bool:
         """Whether the optimizer's groups, tensors, states and options are still those that this was made of."""
         params = [param for group in groups for param in group["params"]]
-        kept = ((groups, self._groups), (params, self._params), (states.values(), self._states))
+        own = [job.param for job in self.jobs]
+        kept = ((groups, self._groups), (params, own), (states.values(), self._states))
         same = all(len(now) == len(then) and all(map(is_, now, then)) for now, then in kept)
-        return same and _form(groups, params) == self._form
+        joined = all(joined.holds() for step in self.steps for joined in step.joined)
+        return same and joined and _form(groups, params) == self._form
 
     def forget(self) -> None:
         """What this was made of has changed."""
@@ -65,8 +66,11 @@ class Lineup:
         self.gradients = []
         rates = {id(group): rate(group) for group in groups}
         for job in self.moving:
-            job.grad, job.lr = _gradient(job), rates[id(job.group)]
-        for some in self.alike:
+            grad = job.param.grad
+            if grad is None or grad.layout is not torch.strided or job.local is not job.param:
+                grad = _gradient(job)
+            job.grad, job.lr = grad, rates[id(job.group)]
+        for some in self._alike:
             grads = [job.grad for job in some.jobs]
             if some.small:
                 some.grads = torch.stack(grads)
@@ -81,19 +85,21 @@ class Lineup:
             for name, param in zip(group["param_names"], group["params"], strict=True)
         ]
         self.moving = [job for job in self.jobs if job.moves]
-        self.alike, self.by_update = alike(self.moving), {}
+        self._alike = alike(self.moving)
+        by_update: dict[Any, list[Job]] = {}
         for job in self.jobs:
-            self.by_update.setdefault(job.group["update"], []).append(job)
+            by_update.setdefault(job.group["update"], []).append(job)
+        self.steps = [update.plan(jobs) for update, jobs in by_update.items()]
         self.half = any(job.local.dtype.itemsize < 4 or "rounding_seed" in job.group for job in self.jobs)
-        self._groups, self._params = list(groups), [job.param for job in self.jobs]
-        self._states, self._form, self._moves = list(states.values()), _form(groups, self._params), moves
+        self._groups, self._states, self._moves = list(groups), list(states.values()), moves
+        self._form = _form(groups, [job.param for job in self.jobs])
 
     def release(self) -> None:
         """Keep no gradient alive when the step is over."""
         for job in self.moving:
-            job.grad, job.deviation, job.dual = _NO_GRADIENT, None, None
-        for some in self.alike:
-            some.grads = some.norms = None
+            job.grad, job.deviation = _NO_GRADIENT, None
+        for some in self._alike:
+            some.grads = None
         self.gradients = []
 
 
@@ -102,7 +108,10 @@ def _form(groups: Sequence[Group], params: Sequence[Tensor]) -> object:
     options = [
         [*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups
     ]
-    return options, [(param.shape, param.dtype, param.device) for param in params]
+    # Of a momentum, which schedules move, only which groups have the same.
+    first: dict[float, int] = {}
+    momenta = [first.setdefault(group["momentum"], number) for number, group in enumerate(groups)]
+    return options, momenta, [(param.shape, param.dtype, param.device) for param in params]
 
 
 def _job(name: str, param: Tensor, moves: bool, group: Group, state: State) -> Job:
@@ -117,12 +126,9 @@ def _job(name: str, param: Tensor, moves: bool, group: Group, state: State) -> J
 
 
 def _gradient(job: Job) -> Tensor:
+    """This process's part of a gradient that may be none or sharded. Raises LayerwiseError for a sparse one."""
     grad = job.param.grad
-    if grad is None:
-        return torch.zeros_like(job.local)
-    if job.local is job.param and grad.layout is torch.strided:
-        return grad
-    return local_part(dense(job.name, grad))
+    return torch.zeros_like(job.local) if grad is None else local_part(dense(job.name, grad))
 
 
 def alike(jobs: Iterable[Job]) -> list[Alike]:
@@ -135,7 +141,7 @@ def alike(jobs: Iterable[Job]) -> list[Alike]:
     together: dict[object, Alike] = {}
     for (_, *form), members in by_group.items():
         group = members[0].group
-        key = (*(group[key] for key in _ALIKE), id(group["rates"]), *form)
+        key = (*(group[key] for key in _ALIKE), group["momentum"], id(group["rates"]), *form)
         together.setdefault(key, Alike([])).jobs.extend(members)
     left = _COPIED_BYTES
     for some in together.values():
