@@ -24,7 +24,7 @@ from layerwise.geometry.layout import MatrixLayout
 from layerwise.optim.work.distributed import DistributedWork
 from layerwise.optim.work.job import Deviation
 from layerwise.optim.work.local import LocalWork
-from layerwise.optim.work.plan import assign
+from layerwise.optim.work.placement import assign
 
 HOOKS = {"": None, "allreduce": allreduce_hook, "fp16": fp16_compress_hook}
 NOISE = lw.NoiseAdaptive(reference="replicas")

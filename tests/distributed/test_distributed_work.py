@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from layerwise.optim.work.placement import part_shapes
-from layerwise.optim.work.plan import assign, rounds
+from layerwise.optim.work.placement import assign, part_shapes, rounds
 
 COSTS = st.lists(st.integers(1, 10**9), max_size=60)
 

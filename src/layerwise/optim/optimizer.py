@@ -21,9 +21,8 @@ from layerwise.optim.groups.complete import (
     with_layouts,
 )
 from layerwise.optim.groups.options import DEFAULTS, check_options
-from layerwise.optim.groups.overview import scaled_twice, table
+from layerwise.optim.groups.overview import layer_rates, scaled_twice, table
 from layerwise.optim.guard import NonFiniteGuard
-from layerwise.optim.layer_rates import layer_rates
 from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
 from layerwise.optim.state import state_dict as saving
@@ -31,9 +30,9 @@ from layerwise.optim.state.following import Following, check_model
 from layerwise.optim.state.partial import LoadedState, take_what_fits
 from layerwise.optim.state.replaced import warn_of_fresh_state
 from layerwise.optim.updates import Lmo
-from layerwise.optim.work.default import default_work
 from layerwise.optim.work.job import Group, MatrixWork, State
 from layerwise.optim.work.lineup import Lineup
+from layerwise.optim.work.local import default_work
 
 
 @checked

@@ -242,6 +242,7 @@ class _LmoStep(PlannedStep):
         self._before = [group for group in groups if not group.rule.own_dual_norm]
         self._after = [group for group in groups if group.rule.own_dual_norm]
         self._norms = [asked for group in groups for asked in group.asked]
+        self._duals = [dual for group in groups for dual in group.duals]
         self._chunks = [chunk for some in sets for chunk in some.chunks()]
         self._unit_steps = [_unit_steps(some.jobs) for some in sets]
         joined = [joined for group in groups for joined in group.joined.values()]
@@ -257,8 +258,8 @@ class _LmoStep(PlannedStep):
         for group in self._before:
             group.update(keep)
             group.remember(keep)
-        for group in self._after:
-            group.clear()
+        if self._duals:  # of a sharded parameter one process fills them in, and the others add zero
+            torch._foreach_zero_(self._duals)
         for moved, directions in work.directions(self._unit_steps):
             move(moved, directions, keep)
         for group in self._after:

@@ -44,15 +44,16 @@ class NormGroup:
     def __init__(self, rule: RateRule, members: Sequence[Job]) -> None:
         self.rule, self.members = rule, members
         self.sets = [job.alike for job in members if job.alike is not None and job.row == 0]
+        self._chunks = [chunk for some in self.sets for chunk in some.chunks()]
         self._wanted = () if rule.own_dual_norm else rule.norms()
         self.asked = [norm.asked_of(some.jobs) for some in self.sets for norm in self._wanted]
+        #: where the unit steps write the dual norms of their directions, if the rule wants those
+        self.duals = [_dual_norms(some) for some in self.sets] if rule.own_dual_norm else []
         self._device = members[0].state["multiplier"].device  # parameters of one model may be on several
         self._runs = _runs(members)
         self.present = self._repeated([run.some is not None for run in self._runs], torch.bool)
         #: by its name the state that could be joined, and None where it is apart
         self.joined = {key: join_state(members, key) for key in rule.unit_keys}
-        if rule.own_dual_norm:
-            self._await_dual_norms()
         counts = [sum(run.units) for run in self._runs]
         for key, found in self.joined.items():
             for run, part in zip(self._runs, found.whole.split(counts), strict=True) if found else ():
@@ -75,20 +76,6 @@ class NormGroup:
         for some in self.sets:
             some.norms = torch.stack([next(norms) for _ in self._wanted])
 
-    def _await_dual_norms(self) -> None:
-        """Have the unit steps write the dual norms of their directions where the norms are."""
-        for some in self.sets:
-            like = some.jobs[0].state["multiplier"]
-            some.norms = like.new_empty(1, len(some.jobs), like.numel())
-            for job, own in zip(some.jobs, some.norms[0].unbind(), strict=True):
-                job.dual = own
-
-    def clear(self) -> None:
-        """Before unit steps write dual norms: each of a sharded parameter is one process's, zero on the others."""
-        for some in self.sets:
-            if some.norms is not None:
-                some.norms.zero_()
-
     def update(self, keep: Tensor | None) -> None:
         """Let the rule set the state of all units from the norms of this step, where ``keep`` allows it."""
         found = [None if run.some is None else run.some.norms for run in self._runs]
@@ -101,7 +88,12 @@ class NormGroup:
             for run, norms in zip(self._runs, found, strict=True)
         ]
         self.norms = torch.cat([piece.to(self._device) for piece in pieces], dim=1).float()
-        self.state = {key: self._copy(key) for key in self.joined}
+        self.state = {
+            key: torch.cat([job.state[key].to(self._device) for job in self.members])
+            if joined is None
+            else joined.whole.clone()
+            for key, joined in self.joined.items()
+        }
         for key, values in self.rule.update(self).items():
             chosen, joined = select(keep, values, self.state[key]), self.joined[key]
             if joined is not None:
@@ -110,17 +102,19 @@ class NormGroup:
                 targets = [job.state[key] for job in self.members]
                 torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
 
-    def _copy(self, key: str) -> Tensor:
-        joined = self.joined[key]
-        if joined is not None:
-            return joined.whole.clone()
-        return torch.cat([job.state[key].to(self._device) for job in self.members])
-
     def remember(self, keep: Tensor | None) -> None:
         """Let the rule keep what the next step's norms need."""
-        for some in self.sets:
-            for chunk in some.chunks():
-                self.rule.remember(chunk, keep)
+        for chunk in self._chunks:
+            self.rule.remember(chunk, keep)
+
+
+def _dual_norms(some: Alike) -> Tensor:
+    """``[1, jobs, units]``: where the unit steps write them, and the rule finds them."""
+    like = some.jobs[0].state["multiplier"]
+    some.norms = like.new_zeros(1, len(some.jobs), like.numel())
+    for job, own in zip(some.jobs, some.norms[0].unbind(), strict=True):
+        job.dual = own
+    return some.norms
 
 
 def _runs(members: Sequence[Job]) -> list[_Run]:

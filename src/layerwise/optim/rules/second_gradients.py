@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.tensors import dense, local_part
-from layerwise.optim.rules.halves import Halves
+from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.rule import needs_replicas
 from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
 
@@ -20,13 +20,17 @@ _NOT_AVERAGED = (
     "hold_half: the processes hold different gradients, so they have not been averaged and the weights would drift apart: "
     "leave no_sync before the last backward() of each half, or use reference='replicas'"
 )
+_NO_HALVES = (
+    "noise reference 'independent' compares two halves of the accumulated batch: call optimizer.hold_half() after the first "
+    "half's backward(), or use reference='previous'"
+)
 
 
 class SecondGradients:
     """Gradients beside the one of the step, for ``NoiseAdaptive``'s ``"independent"`` and ``"replicas"``."""
 
     def __init__(self) -> None:
-        self._halves = Halves()
+        self._halves = 0  # of this batch that have been noted
         self._halves_agree = False  # until the processes were asked
         self._replicas: Replicas | None = None
         self.needed = False  # whether any rule looks at them
@@ -36,14 +40,25 @@ class SecondGradients:
         self.needed = any("half_difference" in job.state or needs_replicas(job.group) for job in jobs)
 
     def hold_half(self, groups: Sequence[Group], states: Mapping[Tensor, State], work: MatrixWork) -> None:
-        """See ``LayerwiseOptimizer.hold_half``."""
-        self._halves.hold(_half_buffers(groups, states))
+        """See ``LayerwiseOptimizer.hold_half``. Buffers go from A (after the first half) to 2 A - B (B: after both)."""
+        rows = list(_half_buffers(groups, states))
+        self._hold(rows)
         if not self._halves_agree:
-            rows = _half_buffers(groups, states)
             whole = [buffer for param, buffer in rows if local_part(param) is param]
             if whole:
                 work.check_same(whole, _NOT_AVERAGED)
             self._halves_agree = True
+
+    @torch.no_grad()
+    def _hold(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._halves = self._halves % 2 + 1  # after both the next one is of another batch
+        buffers = [buffer for _, buffer in rows]
+        grads = [torch.zeros_like(b) if p.grad is None else local_part(p.grad) for p, b in rows]
+        if buffers and self._halves == 1:
+            torch._foreach_copy_(buffers, grads)
+        elif buffers:
+            torch._foreach_mul_(buffers, 2.0)
+            torch._foreach_sub_(buffers, grads)
 
     def watch(
         self,
@@ -69,7 +84,10 @@ class SecondGradients:
     ) -> None:
         """Make what was noted ready for the rules."""
         if any("half_difference" in job.state for job in moving):
-            self._halves.close(_half_buffers(groups, states))
+            if self._halves == 0:
+                raise LayerwiseError(_NO_HALVES)
+            if self._halves == 1:  # the second is what `.grad` holds now
+                self._hold(list(_half_buffers(groups, states)))
         if self._replicas is None:
             return
         between = [job for job in moving if needs_replicas(job.group)]
@@ -80,20 +98,19 @@ class SecondGradients:
 
     def after_step(self) -> None:
         """The batch is over, whether its step was taken or skipped."""
-        if self._halves.held:
-            self._halves.forget()
+        self._halves = 0
         if self._replicas is not None:
             self._replicas.next_turn()
 
     def forget(self) -> None:
         """The gradients were cleared."""
-        self._halves.forget()
+        self._halves = 0
         if self._replicas is not None:
             self._replicas.forget()
 
     def restart(self) -> None:
         """A checkpoint was loaded."""
-        self._halves.forget()
+        self._halves = 0
         if self._replicas is not None:
             self._replicas.restart()
 

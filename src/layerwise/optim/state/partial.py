@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 from layerwise.common.parameter_names import counterparts
 from layerwise.common.tensors import is_sharded, placed_as
 from layerwise.errors import LayerwiseError
-from layerwise.optim.state.kinds import in_kind, same_kind
-from layerwise.optim.state.state_dict import KEPT, check_keys
+from layerwise.optim.state.state_dict import KEPT, check_keys, in_kind, same_kind
 from layerwise.optim.work.job import State
 
 #: Roles whose rows are entries of a vocabulary, so that those in two sizes of it are the same.

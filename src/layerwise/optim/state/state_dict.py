@@ -6,6 +6,7 @@ optimizer was made with: a checkpoint carries the state, the program carries the
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -15,10 +16,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layerwise.common.parameter_names import counterparts, first_few, name_to_compare
-from layerwise.common.tensors import placed_as
+from layerwise.common.tensors import is_sharded, placed_as
 from layerwise.errors import LayerwiseError
 from layerwise.optim.groups.options import DEFAULTS, DESCRIBED, TORCH_KEYS
-from layerwise.optim.state.kinds import in_kind, is_number, same_kind
+from layerwise.optim.work.job import State
 
 #: Group options that loading leaves as they are: what the optimizer is, where the others are how it is set.
 KEPT: Final = (*DESCRIBED, "update", "nesterov", "scaling", "radius", "norm_group", "role")
@@ -37,6 +38,34 @@ def to_plain(state_dict: dict[str, Any], skipped: int) -> dict[str, Any]:
                 group[key] = float(value)
     state_dict[_SKIPPED] = skipped
     return state_dict
+
+
+def in_kind(own: State, saved: State) -> State:
+    """``saved`` with every number as a tensor where ``own`` has one of one entry under its key, and the other way.
+
+    Some tools write a tensor of one entry as a plain float.
+    """
+    return {key: _alike(own.get(key), value) for key, value in saved.items()}
+
+
+def _alike(mine: Any, theirs: Any) -> Any:
+    if is_number(theirs) and isinstance(mine, Tensor) and mine.numel() == 1 and not is_sharded(mine):
+        return torch.full(tuple(mine.shape), float(theirs), dtype=mine.dtype)
+    if is_number(mine) and isinstance(theirs, Tensor) and theirs.numel() == 1:
+        return type(mine)(theirs.item())
+    return theirs
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a plain number; a truth is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def same_kind(mine: object, theirs: object) -> bool:
+    """Whether one can stand for the other: both tensors, both numbers, or both of one class."""
+    if isinstance(mine, Tensor) or isinstance(theirs, Tensor):
+        return isinstance(mine, Tensor) and isinstance(theirs, Tensor)
+    return (is_number(mine) and is_number(theirs)) or type(mine) is type(theirs)
 
 
 def with_new_names(state_dict: dict[str, Any]) -> dict[str, Any]:

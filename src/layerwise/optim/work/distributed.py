@@ -21,11 +21,10 @@ from layerwise.common.checked import checked
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.polar import working_dtype
-from layerwise.optim.work import shardwise, stacks
+from layerwise.optim.work import unsent
 from layerwise.optim.work.job import Job, MatrixJob
 from layerwise.optim.work.local import LocalWork
-from layerwise.optim.work.placement import Domain, place
-from layerwise.optim.work.plan import assign, direction_cost, norm_cost, rounds
+from layerwise.optim.work.placement import Domain, assign, direction_cost, norm_cost, place, rounds
 from layerwise.optim.work.routes import Index, Task, fetch, give_back, spread
 
 Directions = Sequence[tuple[Index, Tensor]]  # unit steps
@@ -85,9 +84,7 @@ class DistributedWork:
     def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
         alone, by_shard, shared = self._sorted(asked)
         found: dict[Index, Tensor] = {}
-        waiting = [
-            (tasks, shardwise.dual_norms(domain, [t.job for t in tasks])) for domain, tasks in by_shard
-        ]
+        waiting = [(tasks, unsent.dual_norms(domain, [t.job for t in tasks])) for domain, tasks in by_shard]
         for domain, tasks in shared:
             found |= self._shared_norms(domain, tasks)
         for tasks, wait in waiting:
@@ -108,7 +105,7 @@ class DistributedWork:
         for some in overlapped(parts):
             yield [asked[number].jobs[row] for (number, row), _ in some], [step for _, step in some]
         for domain, tasks in by_shard:
-            shardwise.fill_dual_norms(domain, [t.job for t in tasks if t.job.jobs[0].dual is not None])
+            unsent.fill_dual_norms(domain, [t.job for t in tasks if t.job.jobs[0].dual is not None])
         for domain, tasks in shared:
             _share_dual_norms(domain, [t.job.jobs[0].dual for t in tasks if t.job.jobs[0].dual is not None])
 
@@ -130,7 +127,7 @@ class DistributedWork:
             domain = task.placed.domain
             if job.deviation is not None:
                 shared.setdefault((domain, job.param.dtype, job.param.device), []).append(task)
-            elif domain.shard_count > 1 and shardwise.applies(job):
+            elif domain.shard_count > 1 and unsent.is_entrywise(job):
                 by_shard.setdefault(domain, []).append(task)
             elif domain.size == 1 or (domain.shard_count == 1 and job.geometry.family != "spectral"):
                 alone.append(task)  # nothing to send, or cheaper to do than to send
@@ -188,8 +185,8 @@ class DistributedWork:
         found = {task.index: part for task, part in zip(tasks, total.split(counts), strict=True)}
         stacked, travelling = _stacked(tasks)
         held = {task.index: task for task in stacked if task.holds_any}
-        for index, norm in self._local_norms([stacks.own(task) for task in held.values()]).items():
-            stacks.place_units(held[index], norm, found[index])
+        for index, norm in self._local_norms([unsent.own_matrices(task) for task in held.values()]).items():
+            unsent.place_units(held[index], norm, found[index])
         for _ in overlapped(
             self._norm_round(domain, some, found) for some in self._rounds(domain, travelling, norm_cost)
         ):
@@ -212,7 +209,7 @@ class DistributedWork:
 
     @staticmethod
     def _shardwise_directions(domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
-        steps = shardwise.unit_steps(domain, [task.job for task in tasks])
+        steps = unsent.unit_steps(domain, [task.job for task in tasks])
         yield None
         yield [(task.index, step) for task, step in zip(tasks, steps(), strict=True)]
 
@@ -223,10 +220,10 @@ class DistributedWork:
         for some in self._rounds(domain, travelling, direction_cost):
             yield self._direction_round(domain, some)
         held = {task.index: task for task in stacked if task.holds_any}
-        owned = {index: stacks.own(task) for index, task in held.items()}
+        owned = {index: unsent.own_matrices(task) for index, task in held.items()}
         for directions in self._local_directions([*owned.values()]):
             for index, _ in directions:
-                stacks.place_dual_norms(held[index], owned[index])
+                unsent.place_dual_norms(held[index], owned[index])
             yield iter([directions])
         empty = [task for task in stacked if not task.holds_any]
         yield iter([[(task.index, task.job.tensor()) for task in empty]])
@@ -273,7 +270,7 @@ def _stacked(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     """Those of which each process does the matrices it holds, and those that travel to an owner."""
     kinds: tuple[list[Task], list[Task]] = ([], [])
     for task in tasks:
-        kinds[0 if task.job.deviation is None and stacks.applies(task) else 1].append(task)
+        kinds[0 if task.job.deviation is None and unsent.is_cut_between_matrices(task) else 1].append(task)
     return kinds
 
 

@@ -31,6 +31,7 @@ class Lineup:
         self.gradients: list[Tensor] = []  # theirs, in as few tensors as they lie in
         self.steps: list[Any] = []  # of all jobs, by the kind of update: a `PlannedStep` each
         self.half = False  # whether any are in half precision, or rounded at random
+        self._sharded: list[Job] = []
         self._alike: list[Alike] = []  # those that move in sets
         self._groups: list[Group] = []
         self._states: list[State] = []
@@ -59,10 +60,11 @@ class Lineup:
         flags = torch.tensor(here)
         anywhere = work.anywhere(flags)
         moves = here if anywhere is flags else anywhere.tolist()
-        # What this process holds of a sharded parameter is another tensor at every step.
-        new = moves != self._moves or any(job.local is not job.param for job in self.jobs)
+        new = moves != self._moves
         if new:
             self._make(groups, states, moves)
+        for job in self._sharded:  # what this process holds of one is another tensor at every step
+            job.local, job.state = local_part(job.param), local_state(job.param, states[job.param])
         self.gradients = []
         rates = {id(group): rate(group) for group in groups}
         for job in self.moving:
@@ -85,6 +87,7 @@ class Lineup:
             for name, param in zip(group["param_names"], group["params"], strict=True)
         ]
         self.moving = [job for job in self.jobs if job.moves]
+        self._sharded = [job for job in self.jobs if job.local is not job.param]
         self._alike = alike(self.moving)
         by_update: dict[Any, list[Job]] = {}
         for job in self.jobs:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from layerwise.geometry.spectral.newton_schulz import matrices_at_once
-from layerwise.optim.work.job import Job, MatrixJob, state_of, white_noise_factors
+from layerwise.optim.work.job import Job, MatrixJob, MatrixWork, state_of, white_noise_factors
 
 #: On a GPU a batch fills the device where one small matrix cannot; above this size one matrix does. Not yet measured
 #: here: the Muon literature's number.
@@ -16,6 +17,15 @@ BATCH_BELOW = 1024
 #: What a batch whose norms are taken may hold: on a GPU little beside a model, on a CPU what stays in the cache (with
 #: 16 MiB the C library hands the memory back after every batch, and 8,000 to 20,000 page faults a step get it again).
 NORM_BYTES = {"cpu": 2**23, "gpu": 2**28}
+
+
+def default_work() -> MatrixWork:
+    """Over all processes where torch.distributed is initialised with more than one, else on this one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        from layerwise.optim.work.distributed import DistributedWork
+
+        return DistributedWork()
+    return LocalWork()
 
 
 class LocalWork:

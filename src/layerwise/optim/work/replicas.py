@@ -24,8 +24,7 @@ from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.distributed import DistributedWork
 from layerwise.optim.work.job import Deviation, MatrixWork
-from layerwise.optim.work.placement import Domain, place
-from layerwise.optim.work.plan import assign
+from layerwise.optim.work.placement import Domain, assign, place
 
 #: A hook of torch's DDP: (state, bucket) -> future of the averaged bucket.
 CommHook = Callable[[Any, Any], Any]

@@ -1,32 +1,38 @@
-"""Geometries that need no whole matrix: each process does its own shard, with one number a matrix exchanged at most.
+"""Work for which no matrix is sent: on entries where they are, and on matrices that one process holds whole.
 
-Jobs are of one parameter each.
-
-With c the size of the entries of a unit step (``Geometry.unit_rms``) and N their number, on one matrix of N entries
+**Entrywise** geometries need no whole matrix: each process does its own shard, with one number a matrix exchanged at most.
+Jobs are of one parameter each. With c the size of the entries of a unit step (``Geometry.unit_rms``) and N their number, on
+one matrix of N entries
 
     sign             dual norm c * ||g||_1            unit step c * sign(g)
     Euclidean        dual norm c sqrt(N) * ||g||_2    unit step c sqrt(N) * g / ||g||_2
+
+**Stacks** of matrices that are cut between matrices, such as experts sharded along their first dimension: each process does
+the matrices it holds, and nothing is sent but their norms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import local_part
+from layerwise.geometry.layout import StackLayout, VectorStackLayout
 from layerwise.geometry.spectral.polar import working_dtype
 from layerwise.optim.work.collectives import all_gather
 from layerwise.optim.work.job import MatrixJob, white_noise_factors
 from layerwise.optim.work.placement import Domain
+from layerwise.optim.work.routes import Task
 
 #: The order p of the norm of all entries that a family's dual norm is a multiple of.
 ORDER: Final = {"sign": 1, "frobenius": 2, "vector_rms": 2}
 
 
-def applies(job: MatrixJob) -> bool:
+def is_entrywise(job: MatrixJob) -> bool:
     """Whether this job can be done shard by shard: its geometry is entrywise, and the parameter is one unit."""
     return job.geometry.family in ORDER and job.layout.count(job.param.shape) == 1
 
@@ -107,3 +113,48 @@ def _lengths(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Ten
         return [torch.linalg.vector_norm(parts[:, i], order) for i, order in enumerate(orders)]
 
     return wait
+
+
+def is_cut_between_matrices(task: Task) -> bool:
+    """Whether every matrix is whole on one process. (Replicas would repeat the work: there it is shared out instead.)"""
+    whole = isinstance(task.job.layout, (StackLayout, VectorStackLayout)) and task.placed.dim == 0
+    return whole and task.placed.domain.shards is not None and task.placed.domain.replicas is None
+
+
+def own_matrices(task: Task) -> Task:
+    """The same task on this process's matrices alone."""
+    (job,) = task.job.jobs
+    units, state, dual = list(own_units(task)), job.state, job.dual
+    if "multiplier" in state:
+        state = {**state, "multiplier": torch.cat([state["multiplier"][some] for some in units])}
+    if dual is not None:
+        dual = torch.cat([dual[some] for some in units])
+    part = replace(job, param=local_part(job.param), state=state, dual=dual)
+    return replace(task, job=replace(task.job, jobs=[part]))
+
+
+def own_units(task: Task) -> Iterator[slice]:
+    """Where this process's units are among all units of the parameter, by stack of the layout."""
+    lengths, shard = [part[0] for part in task.placed.parts], task.placed.domain.shard
+    first = sum(lengths[:shard])
+    last, start, shape = first + lengths[shard], 0, task.job.param.shape
+    for units, _, _ in task.job.layout.shapes(shape):
+        each = units // shape[0]
+        yield slice(start + first * each, start + last * each)
+        start += units
+
+
+def place_units(task: Task, own_values: Tensor, values: Tensor) -> None:
+    """Write the values of this process's units into those of all units, ``[units]``."""
+    start = 0
+    for units in own_units(task):
+        count = units.stop - units.start
+        values[units] = own_values[start : start + count]
+        start += count
+
+
+def place_dual_norms(task: Task, own_task: Task) -> None:
+    """Write those that the task of this process's units has filled in where those of all units are."""
+    filled, wanted = own_task.job.jobs[0].dual, task.job.jobs[0].dual
+    if filled is not None and wanted is not None:
+        place_units(task, filled, wanted)
