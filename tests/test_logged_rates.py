@@ -3,13 +3,14 @@
 import math
 import statistics
 import warnings
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 import layerwise as lw
-from layerwise.integrations.logged import LEVELS, MOST_NAMES, RateLog
+from layerwise.integrations.logged import MOST_NAMES, Level, RateLog
 
 
 class Blocks(nn.Module):
@@ -48,7 +49,7 @@ def test_by_default_they_are_means_over_the_units_of_one_role_in_one_block():
     assert logged["layer_noise/layers.1/hidden"] == pytest.approx(statistics.mean(r.noise for r in pair))
 
 
-@pytest.mark.parametrize("by", LEVELS)
+@pytest.mark.parametrize("by", get_args(Level))
 def test_every_level_has_the_mean_of_all_units_in_it(by):
     optimizer = stepped()
     logged, rates = RateLog(by)(optimizer), optimizer.layer_rates()

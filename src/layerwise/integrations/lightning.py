@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.function_space import Watch, WatchRecord, watch
-from layerwise.integrations.logged import RateLog, layerwise_optimizer
+from layerwise.integrations.logged import Level, RateLog, layerwise_optimizer
 
 
 @checked
@@ -31,7 +31,7 @@ class LayerRates(Callback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, every: PositiveInt | None = None, by: str = "role and block", only: str | Sequence[str] = "*"
+        self, every: PositiveInt | None = None, by: Level = "role and block", only: str | Sequence[str] = "*"
     ) -> None:
         self.every = every
         self.log_rates = RateLog(by, only)

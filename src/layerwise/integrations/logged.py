@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
+from layerwise.common.checked import checked
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import canonical_name
 from layerwise.errors import LayerwiseError, warn
@@ -16,7 +17,7 @@ from layerwise.function_space.watching.unit_rates import unit_rates, unit_scalar
 from layerwise.optim import LayerwiseOptimizer
 
 #: What the numbers are means over, the finest first.
-LEVELS: Final = ("unit", "role and block", "block", "role")
+Level = Literal["unit", "role and block", "block", "role"]
 #: How many names one step logs at most, each with a rate and, where it is measured, a noise.
 MOST_NAMES: Final = 512
 
@@ -31,6 +32,7 @@ def layerwise_optimizer(optimizer: Any) -> LayerwiseOptimizer:
     return inner
 
 
+@checked
 @dataclass
 class RateLog:
     """What is logged of an optimizer's layer rates: means over units, of at most 512 names a step.
@@ -46,13 +48,9 @@ class RateLog:
         {'layer_lr/hidden': 0.5, 'layer_lr/vector': 0.5, 'layer_lr/head': 0.5}
     """
 
-    by: str = "role and block"
+    by: Level = "role and block"
     only: str | Sequence[str] = "*"
     _said: bool = field(default=False, repr=False)  # that there are too many
-
-    def __post_init__(self) -> None:
-        if self.by not in LEVELS:
-            raise LayerwiseError(f"by={self.by!r}: give one of {', '.join(map(repr, LEVELS))}")
 
     def __call__(self, optimizer: Any) -> dict[str, float]:
         """``{"layer_lr/NAME": rate, "layer_noise/NAME": noise}``; no noise where none is measured."""
@@ -67,7 +65,8 @@ class RateLog:
         grouped = _grouped(units, roles, self.by)
         if len(grouped) > MOST_NAMES:
             self._say(len(grouped))
-            coarser = LEVELS[LEVELS.index(self.by) + 1 :]
+            levels = get_args(Level)
+            coarser = levels[levels.index(self.by) + 1 :]
             every = (_grouped(units, roles, level) for level in coarser)
             grouped = next(found for found in every if len(found) <= MOST_NAMES)
         return unit_scalars({name: _mean(rates) for name, rates in grouped.items()})

@@ -28,7 +28,7 @@ from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.slices import share
 from layerwise.function_space.steps.watched_step import is_supplier
 from layerwise.geometry import param_groups
-from layerwise.integrations.logged import RateLog, layerwise_optimizer
+from layerwise.integrations.logged import Level, RateLog, layerwise_optimizer
 from layerwise.optim import Lanton, LayerwiseOptimizer
 
 Observer = FunctionSpaceRecorder | FLeRM
@@ -84,7 +84,7 @@ class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
             self._rates = {}
 
 
-def log_layer_rates(trainer: Trainer, by: str = "role and block", only: str | Sequence[str] = "*") -> None:
+def log_layer_rates(trainer: Trainer, by: Level = "role and block", only: str | Sequence[str] = "*") -> None:
     """Have ``trainer`` log ``layer_lr/NAME`` and ``layer_noise/NAME``: at most 512 names a step.
 
     Args:

@@ -29,11 +29,10 @@ from layerwise.function_space.matching.named_rates import NamedRates
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import NAMED, Forward
 from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.decay import Decay, check_decay
+from layerwise.function_space.steps.decay import Decay
 from layerwise.function_space.steps.optimizer_facts import (
     class_name,
     group_of,
-    optimized,
     require_linear,
     settings_by_name,
     unscheduled_rate,
@@ -124,8 +123,6 @@ class FLeRM(StepWatcher):
             raise LayerwiseError("FLeRM matches each parameter: leave together= out")
         measurement = Measurement(forward, method or "full_cov", probes, seed, **{"linear": None, **options})
         super().__init__(model, optimizer, measurement, decay)
-        self.parameters = optimized(self.model, self.optimizer)
-        check_decay(self.optimizer, self.parameters, decay)
         self.at, self.every, self.lr = at, every, lr
         self.max_change, self.near_zero, self.corrections = max_change, near_zero, corrections
         self.fixed = fixed_parameters(self.parameters, fixed)

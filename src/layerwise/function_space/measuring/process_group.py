@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layerwise.errors import LayerwiseError
-
 #: `"auto"`: all processes of torch.distributed where it is initialised, else this one; `None`: this one alone.
 ProcessesOption = Literal["auto"] | dist.ProcessGroup | None
 
@@ -114,10 +112,6 @@ def processes_of(option: ProcessesOption) -> Processes:
     if option is None:
         return ALONE
     if option != "auto":
-        if not isinstance(option, dist.ProcessGroup):
-            raise LayerwiseError(
-                f"processes is {option!r}: use 'auto', None or a torch.distributed process group"
-            )
         return Group(option) if dist.get_world_size(option) > 1 else ALONE
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return Group()

@@ -146,8 +146,6 @@ def untouched(
     `batch_norm="batch"` keeps BatchNorm on the batch's statistics. Recurrent layers without dropout keep their mode: it
     changes nothing in them, but cuDNN differentiates them in training mode only.
     """
-    if batch_norm not in ("running", "batch"):
-        raise LayerwiseError(f"batch_norm is {batch_norm!r}: use 'running' or 'batch'")
     kinds = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} | {"cpu"}
     with ExitStack() as stack:
         stack.enter_context(same_random_numbers(model))

@@ -37,14 +37,6 @@ def constant_decay(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
     return found
 
 
-def check_decay(optimizer: Optimizer, parameters: Mapping[str, Tensor], decay: Decay) -> None:
-    """Raise for a mode that does not exist, or that this optimizer's decay cannot have."""
-    if decay not in ("scaled", "constant"):
-        raise LayerwiseError(f"decay is {decay!r}: use 'scaled' or 'constant'")
-    if decay == "constant":
-        constant_decay(optimizer, parameters)
-
-
 def kept_constant(group: Mapping[str, Any], multiplier: float) -> float:
     """The weight decay of a group whose rate is multiplied, such that `lr * weight_decay` stays."""
     return group["weight_decay"] / multiplier if multiplier else 0.0

@@ -15,8 +15,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.decay import Decay, check_decay
-from layerwise.function_space.steps.optimizer_facts import optimized
+from layerwise.function_space.steps.decay import Decay
 from layerwise.function_space.steps.watched_step import StepWatcher, WatchedStep
 
 
@@ -125,7 +124,6 @@ class FunctionSpaceRecorder(StepWatcher):
         **options: Any,
     ) -> None:
         super().__init__(model, optimizer, Measurement(forward, method, probes, seed, **options), decay)
-        check_decay(self.optimizer, optimized(self.model, self.optimizer), decay)
         self.every, self.difference_every = every, difference_every
         self.sink = JsonLines(sink) if isinstance(sink, (str, Path)) else sink
         self.records: list[Record] = []

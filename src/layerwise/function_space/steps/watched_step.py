@@ -202,6 +202,7 @@ class StepWatcher(ABC):
     """Counts optimizer steps and measures those that are due: what a recorder and FLeRM have in common.
 
     Attributes:
+        parameters: the model's that the optimizer updates, by name, when this was made.
         steps: how many steps were surrounded.
         pending: the step that was due and is still to be measured, as those since did not happen or moved nothing.
         skipped: of each step that was due and not measured, why.
@@ -212,6 +213,9 @@ class StepWatcher(ABC):
         self.optimizer = unwrap_optimizer(optimizer)
         self.measurement = measurement
         self.decay = decay
+        self.parameters = optimized(self.model, self.optimizer)
+        if decay == "constant":  # refused where it is not decoupled: now, not at the first step
+            constant_decay(self.optimizer, self.parameters)
         self.steps = 0
         self.pending: int | None = None
         self.skipped: dict[int, str] = {}

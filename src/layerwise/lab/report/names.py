@@ -76,26 +76,9 @@ def unit_name(unit: str) -> UnitName:
     return UnitName(unit, block, f"{name} {index}" if index else name)
 
 
-def network_order(units: Iterable[str], parameters: Sequence[str] = ()) -> list[UnitName]:
-    """Units from the input of the network to its output.
-
-    `parameters` are the model's parameters in the order the model has them; a unit follows its parameter. Without them:
-    what stands outside the blocks as it comes, blocks by number, a final norm and a head last.
-    """
-    rank = {name: i for i, name in enumerate(parameters)}
-    parsed = [unit_name(u) for u in units]
-    last = len(rank)
-
-    def fallback(name: UnitName) -> tuple[int, int]:
-        if name.block:
-            return 1, int(name.block.rsplit(".", 1)[1])
-        is_late = re.search(r"(^|\.)(lm_head|head|classifier|ln_f|norm|final\w*|score)($|[ .])", name.part)
-        return (2, 1 if is_late and "head" in name.part else 0) if is_late else (0, 0)
-
-    def key(item: tuple[int, UnitName]) -> tuple[float, ...]:
-        i, name = item
-        if rank:
-            return (rank.get(parameter_of(name.unit), last), i)
-        return (*fallback(name), i)
-
-    return [name for _, name in sorted(enumerate(parsed), key=key)]
+def network_order(units: Iterable[str], parameters: Sequence[str]) -> list[UnitName]:
+    """Units from the input of the network to its output: in the order of `parameters`, which is the model's."""
+    rank = {name: number for number, name in enumerate(parameters)}
+    return [
+        unit_name(unit) for unit in sorted(units, key=lambda unit: rank.get(parameter_of(unit), len(rank)))
+    ]
