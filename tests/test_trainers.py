@@ -336,7 +336,7 @@ def test_lightning_logs_at_its_own_interval_or_never(every, interval, steps):
 
 
 def test_lightning_cannot_log_every_no_step():
-    with pytest.raises(lw.LayerwiseError, match=r"every=0.* use 1 or more"):
+    with pytest.raises(lw.LayerwiseError, match=r"every=0.*a whole number from 1 on or None"):
         LayerRates(0)
 
 
