@@ -31,8 +31,8 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str
         path: how Newton-Schulz computes them: `"standard"`, `"blocked"`, `"gram"` (see
             `layerwise.geometry.spectral.newton_schulz`), or `"auto"`, by shape and device; the same numbers to rounding.
         precision: what Newton-Schulz works in: `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a GPU that has it in
-            hardware, and on a processor that has for matrices from 128 rows and columns on; else float32. The Gram paths
-            take float16 (on a processor float32) where the others take bfloat16. float64 input stays in float64.
+            hardware, and on a processor that has for matrices from 128 rows and columns on; else float32. On a
+            GPU the Gram paths take float16 where the others take bfloat16. float64 input stays in float64.
 
     Returns:
         A stack of the same shape and dtype. Zero matrices give zero; the scale of a matrix does not matter,
@@ -91,13 +91,11 @@ def normalised_in(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Each matrix divided by its Frobenius norm, so that no singular value exceeds one; zero stays zero.
 
     The largest entry is divided out first: squares of entries beyond 1e19 or below 1e-23 would leave float32's range.
-    float16 only comes in the end, as entries may not fit before.
+    Half precision only comes in the end: rounded once, and a processor's passes over it take twice those over float32.
     """
-    wide = torch.float32 if dtype == torch.float16 else dtype
-    g = g.to(wide)
+    g = g.to(torch.promote_types(dtype, torch.float32))
     x = g / or_one(largest_entry(g))
-    summed = torch.promote_types(wide, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=summed)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     return x.div_(norm.clamp_(min=1.0)).to(dtype)  # at least 1 (the largest entry), except for a zero matrix
 
 

@@ -21,8 +21,8 @@ def iteration_dtype(g: Tensor, precision: str = "auto", gram: bool = False) -> t
     Args:
         g: the matrices, `[..., d_out, d_in]`. Those in float64 stay in it.
         precision: one of `PRECISIONS`.
-        gram: whether on a Gram path, which squares singular values: bfloat16's 8 bits sent real momentum up to 2 off
-            (`benchmarks/polar_errors.py`). Where others have bfloat16, it has float16 on a GPU and float32 on a processor.
+        gram: whether on a Gram path: where others have bfloat16, it has float16 on a GPU, and on a processor bfloat16 too,
+            with a restart after every two steps (with float32's restarts real momentum was up to 2 off).
     """
     if g.dtype == torch.float64:
         return torch.float64
@@ -32,15 +32,13 @@ def iteration_dtype(g: Tensor, precision: str = "auto", gram: bool = False) -> t
         pays = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "float32" or (precision == "auto" and not pays):
         return torch.float32
-    if gram:
-        return torch.float32 if g.device.type == "cpu" else torch.float16
-    return torch.bfloat16
+    return torch.float16 if gram and g.device.type != "cpu" else torch.bfloat16
 
 
 def rounds_factors(x: Tensor) -> bool:
-    """Whether a processor multiplies x in bfloat16: as it is in it, or as the user asked torch for "medium" precision."""
+    """Whether a processor multiplies float32 in bfloat16, as the user asked torch for "medium" precision."""
     medium = torch.get_float32_matmul_precision() == "medium" and bool(processor_units())
-    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and medium)
+    return x.dtype == torch.float32 and medium
 
 
 @remember
