@@ -4,7 +4,8 @@
     python benchmarks/optimizer_step.py --sets gpt2-small,llama-lora --repeats 3 --warm-up 1
     python benchmarks/optimizer_step.py --device cuda --sets d384,gpt2-small,llama-lora
 
-Writes `benchmarks/results/optimizer_step_DEVICE.{json,md,png}`; sets that were not asked for keep their numbers. On a GPU
+Writes `benchmarks/results/optimizer_step_DEVICE.{json,md,png}`, or `..._cpu_bfloat16.*` on a processor that has units for
+bfloat16; sets that were not asked for keep their numbers. On a GPU
 the iterations run in bfloat16, launches and peak memory are counted, and dion's Triton and gram-newton-schulz's kernels
 are compared with every path of `polar` where they are installed; `gpu_checks.py` has what else is asked of a GPU.
 heavyball takes part where it is installed (`pip install -c constraints.txt heavyball`).
@@ -252,9 +253,18 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def kind_of(device: str) -> str:
+    """The device, and whether it is a processor that multiplies bfloat16: results of either kind have files of their own."""
+    return f"{device}_bfloat16" if device == "cpu" and processor_units() else device
+
+
 def measure(
     shapes: Shapes, device: str, repeats: int, warm_up: int, only: str, shipped: bool = False
 ) -> list[Row]:
+    # A process that has trained has freed blocks of this size, activations. Until one is freed, the C library gives memory
+    # back after every batch of any contender, and tens of thousands of page faults a step get it again.
+    block = torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    del block
     generator = torch.Generator().manual_seed(0)
     gradients = [[torch.randn(s, generator=generator).to(device) for s in shapes] for _ in range(2)]
     entries: list[tuple[str, list[Tensor], Step]] = []
@@ -400,7 +410,7 @@ def main() -> None:
                 f"{name:12s} {row.name:44s} {row.median * 1e3:9.1f} ms  {row.ratio:.3f}  {spread}", flush=True
             )
     args.out.mkdir(exist_ok=True)
-    stem = args.out / f"optimizer_step_{args.device}"
+    stem = args.out / f"optimizer_step_{kind_of(args.device)}"
     record = {name: {"repeats": args.repeats, "rows": [asdict(r) for r in v]} for name, v in results.items()}
     old = json.loads(stem.with_suffix(".json").read_text()) if stem.with_suffix(".json").exists() else {}
     if old.get("machine") == info:  # numbers of another machine or version are not mixed with these

@@ -141,11 +141,15 @@ TUNING_SEEDS: Final = (11, 12)
 THREE_TIMES: Final = {"embedding": 3.0, "head": 3.0, "vector": 3.0}
 TWICE: Final = {"embedding": 2.0, "head": 2.0, "vector": 2.0}
 LLAMA_ROLES: Final = THREE_TIMES
+#: The best at 1,000 steps.
+LLAMA_ROLES_LONGER: Final = {"embedding": 4.0, "head": 2.0}
 GPT2_ROLES: Final = TWICE  # embedding: of positions, the other one is tied
 #: With the rate that `DualMuon` gives the head.
 LLAMA_ROLES_HEAD_6: Final = {**THREE_TIMES, "head": 6.0}
 #: What a search over three seeds found, one role after the other (study `searched`).
 LLAMA_ROLES_SEARCHED: Final = {"embedding": 8.0, "head": 4.0}
+#: What the study `factors` found. Of the embeddings, one is tied to the head: the factor is that of the positions.
+GPT2_ROLES_SEARCHED: Final = {**GPT2_ROLES, "head": 4.0}
 TIED_ROLES: Final = {"head": 3.0, "vector": 3.0}
 DIGITS_RATES: Final = {
     "DualMuon": (0.001, 0.002, 0.004, 0.008, 0.016),
@@ -255,6 +259,27 @@ def searched() -> tuple[Trial, ...]:
     )
 
 
+def factors() -> tuple[Trial, ...]:
+    """The same on the GPT-2 and the Qwen-3, from their factors of 2 and 3 on; the best on the table's other seeds."""
+    by_model: dict[str, tuple[float, tuple[dict[str, float], ...]]] = {
+        "gpt2-tiny": (
+            0.016,
+            (
+                GPT2_ROLES_SEARCHED,
+                {**GPT2_ROLES, "head": 8.0},
+                {**GPT2_ROLES, "embedding": 4.0, "head": 4.0},
+                {"embedding": 1.0, "head": 4.0, "vector": 1.0},
+            ),
+        ),
+        "qwen3-tiny": (0.008, ({**TIED_ROLES, "head": 6.0}, {**TIED_ROLES, "head": 12.0})),
+    }
+    return (
+        *(by_role(model, lr, 1, tried) for model, (lr, all_tried) in by_model.items() for tried in all_tried),
+        by_role("gpt2-tiny", 0.0113, 1, GPT2_ROLES_SEARCHED),
+        *(by_role("gpt2-tiny", 0.016, seed, GPT2_ROLES_SEARCHED) for seed in (0, 2, 3, 4)),
+    )
+
+
 def at_rates(model: str, rates: Mapping[str, Iterable[float]], seed: int) -> tuple[Trial, ...]:
     """Every rate of every contender."""
     return tuple(Trial(model, contender, lr, seed) for contender, tried in rates.items() for lr in tried)
@@ -343,6 +368,10 @@ STUDIES: Final[Mapping[str, Study]] = {
         "D-Muon tuned by role on the Llama, one role after the other: the embedding at 2 to 16 times the matrices' rate",
         searched(),
     ),
+    "factors": Study(
+        "the same on the GPT-2 and the Qwen-3, both with an embedding tied to the head: the head at up to 12 times",
+        factors(),
+    ),
     "rates": Study(
         "other base rates on the Llama (seed 1): the best rates, and how wrong one may be",
         (
@@ -388,8 +417,12 @@ STUDIES: Final[Mapping[str, Study]] = {
         ),
     ),
     "longer": Study(
-        "the Llama at 1,000 steps (seed 1): whether the gain shrinks",
+        "the Llama at 1,000 steps: whether the gain shrinks; rates and factors of roles on seed 1, the best on three seeds",
         (
+            *(Trial("llama-tiny", "DualMuon", lr, seed, 1000) for lr in (0.0113, 0.016) for seed in (0, 2)),
+            *(Trial("llama-tiny", "DualMuon, head x 2", 0.016, seed, 1000) for seed in (0, 2)),
+            *(by_role("llama-tiny", 0.00566, seed, LLAMA_ROLES, 1000) for seed in (0, 2)),
+            *(by_role("llama-tiny", 0.00566, seed, LLAMA_ROLES_LONGER, 1000) for seed in (0, 1, 2)),
             *(Trial("llama-tiny", "DualMuon", lr, 1, 1000) for lr in (0.016, 0.0113)),
             *(Trial("llama-tiny", "D-Muon", lr, 1, 1000) for lr in (0.008, 0.00566)),
             by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES_HEAD_6, 1000),

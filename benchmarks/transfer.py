@@ -2,10 +2,10 @@
 
     python benchmarks/transfer.py
 
-Six figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library), one
-of them at 400 steps, depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, and LoRA rank x8 on a
-GPT-2 that is trained here first. Each with {standard, FLeRM, uniform, and for widths 1/width} x learning rates x 2 or 3
-seeds: some 1,800 trials, an hour or two of CPU time. Finished trials, those committed included, are not repeated. The texts
+Nine figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
+depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, four of these at 400 steps, and LoRA rank x8
+on a GPT-2 that is trained here first. Each with {standard, FLeRM, uniform, and for widths 1/width} x learning rates x 2 or 3
+seeds: some 2,200 trials, an hour or two of CPU time. Finished trials, those committed included, are not repeated. The texts
 are the running Python's own library and manual: on another version of Python the losses differ a little.
 """
 
@@ -67,7 +67,7 @@ MUON_WIDTH = [
     THREE_SEEDS,
     "sweep.methods=[standard, flerm, uniform]",
     "sweep.lr={low: 0.001953125, high: 0.0625, count: 6}",
-    "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.25, 0.5, 1, 2]}",
+    "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.0625, 0.125, 0.25, 0.5, 1, 2]}",
 ]
 PRE_DEPTH = [
     "sweep.sizes=[2, 16]",
@@ -79,7 +79,7 @@ POST_MOD_SCALE = [
     "sweep.sizes=[1, 0.0625, 0.25, 4, 16, 64, 256]",
     THREE_SEEDS,
     "sweep.lr=[0.01562, 0.03125, 0.0625, 0.125]",
-    "sweep.lr_of={uniform: [1, 2, 4, 8]}",
+    "sweep.lr_of={uniform: [0.125, 0.25, 0.5, 1, 2, 4, 8]}",
 ]
 
 #: Figure -> sweep -> its title, its config and what is changed in it.
