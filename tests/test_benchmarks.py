@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from layerwise.geometry.spectral.precision import processor_units
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -18,16 +20,17 @@ def run(script: str, *arguments: str) -> None:
 
 
 def test_the_optimizer_step_is_measured_and_earlier_sets_are_kept(tmp_path: Path) -> None:
+    stem = "optimizer_step_cpu_bfloat16" if processor_units() else "optimizer_step_cpu"
     common = ["--repeats", "1", "--only", "torch.optim,layerwise", "--out", str(tmp_path)]
     run("optimizer_step.py", "--sets", "tiny", *common)
-    first = (tmp_path / "optimizer_step_cpu.md").read_text()
+    first = (tmp_path / f"{stem}.md").read_text()
     assert "| Muon (layerwise) |" in first
     assert "| noise alone (layerwise) |" in first
     run("optimizer_step.py", "--sets", "tiny-split", *common)
-    both = (tmp_path / "optimizer_step_cpu.md").read_text()
+    both = (tmp_path / f"{stem}.md").read_text()
     assert "## tiny:" in both
     assert "## tiny-split:" in both
-    assert (tmp_path / "optimizer_step_cpu.png").stat().st_size > 0
+    assert (tmp_path / f"{stem}.png").stat().st_size > 0
 
 
 def test_what_is_asked_of_a_gpu_runs_dry_on_a_cpu(tmp_path: Path) -> None:
