@@ -221,15 +221,19 @@ def strip_product(
         if a.size(-2) * a.size(-1) < HALF_STRIPS_FROM:
             return plain_product(a, b, out, add=add, beta=beta, alpha=alpha)
         return _strips_of_half(a, b, out, add, beta, alpha)
-    strips = max(1, min(n // STRIP_ROWS, MOST_STRIPS)) if n >= BLOCKS_FROM else 1
-    edges = [n * i // strips for i in range(strips + 1)]
-    for top, bottom in pairwise(edges):
+    for top, bottom in _strips(n):
         target = out[:, top:bottom, top:]
         part = None if add is None else add[:, top:bottom, top:]
         plain_product(a[:, top:bottom], b[:, :, top:], target, add=part, beta=beta, alpha=alpha)
         if bottom < n:
             out[:, bottom:, top:bottom].copy_(target[:, :, bottom - top :].mT)
     return out
+
+
+def _strips(n: int) -> list[tuple[int, int]]:
+    """First row of each strip, and where it ends."""
+    strips = max(1, min(n // STRIP_ROWS, MOST_STRIPS)) if n >= BLOCKS_FROM else 1
+    return list(pairwise(n * i // strips for i in range(strips + 1)))
 
 
 def _apply(q: Tensor, x: Tensor, out: Tensor) -> Tensor:
@@ -245,11 +249,8 @@ def _strips_of_half(
     a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, beta: float, alpha: float
 ) -> Tensor:
     """`strip_product` in bfloat16, matrix by matrix: oneDNN copies strips of a stack before it multiplies them."""
-    n = a.size(-2)
-    strips = min(n // STRIP_ROWS, MOST_STRIPS)
-    edges = [n * i // strips for i in range(strips + 1)]
     for i, (left, right, whole) in enumerate(zip(a, b, out, strict=True)):
-        for top, bottom in pairwise(edges):
+        for top, bottom in _strips(a.size(-2)):
             rows, columns = left[top:bottom], right[:, top:]
             if add is None:
                 part = torch.mm(rows, columns).mul_(alpha) if alpha != 1.0 else torch.mm(rows, columns)
