@@ -45,9 +45,10 @@ class Follow(TorchDispatchMode):
         tensors = tensors_in((*args, *kwargs.values()))
         if isinstance(func, HigherOrderOperator) and "attention" not in func.name():
             raise NotImplementedError(f"{func.name()} runs functions that cannot be followed")
-        self._kept.before_writing(tensors_in(_written(func, args, kwargs)))
+        written = _written(func, args, kwargs)
+        self._kept.before_writing(tensors_in(written))
         on_meta = any(tensor.is_meta for tensor in tensors)
-        out = _run_on_meta(func, args, kwargs) if on_meta else func(*args, **kwargs)
+        out = _run_on_meta(func, args, kwargs, written) if on_meta else func(*args, **kwargs)
         self._count += 1
         results = tensors_in((out,))
         operation = Operation(func, args, kwargs, tensors, results, self._count)
@@ -59,7 +60,7 @@ class Follow(TorchDispatchMode):
         return out
 
 
-def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], written: list[Any]) -> Any:
     """The operation with all its tensors on the meta device; what it writes into stays where it is, as it was."""
     moved, named = tree_map_only(
         Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to("meta"), (args, dict(kwargs))
@@ -70,7 +71,6 @@ def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         halves = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, moved)
         return func(*halves, **named).to(args[0].dtype)
     out = func(*moved, **named)
-    written = _written(func, args, kwargs)
     if not written or len(written) != len(func._schema.returns):
         return out
     return written[0] if len(written) == 1 else tuple(written)
