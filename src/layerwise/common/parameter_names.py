@@ -76,7 +76,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def first_few(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, for a message, and how many more there are."""
+def first_few(names: Iterable[str], most: int = 3) -> str:
+    """The first of some names, for a message, and how many more there are."""
+    names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"

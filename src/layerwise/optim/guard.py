@@ -149,6 +149,6 @@ def _not_finite(gradients: Sequence[Tensor]) -> Tensor:
 def _error(names: Sequence[str], bad: Tensor) -> NonFiniteError:
     culprits = [name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad]
     return NonFiniteError(
-        f"non-finite gradient in {first_few(list(map(repr, culprits)))}; the weights were not touched. "
+        f"non-finite gradient in {first_few(map(repr, culprits))}; the weights were not touched. "
         "Lower the learning rate, clip or scale the loss, or pass nonfinite='skip' to skip and count such steps"
     )

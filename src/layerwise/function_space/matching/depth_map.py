@@ -124,5 +124,5 @@ def _check_all_known(found: Mapping[str, Source], base: Collection[str]) -> None
         if f"{missing[0][: match.start()]}.0{missing[0][match.end() :]}" in base
     }
     remedy = f"pass depth={stacks}" if stacks else "record the base with a model of the same parameter names"
-    shown = first_few(list(map(repr, missing)))
+    shown = first_few(map(repr, missing))
     raise LayerwiseError(f"the base has no rate for {len(missing)} parameters ({shown}): {remedy}")

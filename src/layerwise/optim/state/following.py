@@ -200,7 +200,9 @@ class Following:
 
 def _tell_of_unfrozen(names: Sequence[str], taken_over: bool) -> None:
     """Warn of parameters that were frozen when the optimizer was made and have gradients now."""
-    had_been = f"{first_few(list(map(repr, names)))} had been frozen when the optimizer was made, have gradients now and"
+    had_been = (
+        f"{first_few(map(repr, names))} had been frozen when the optimizer was made, have gradients now and"
+    )
     if taken_over:
         warn(
             f"{had_been} are trained from this step on, with the roles that the model gives them; a schedule made before may"

@@ -93,7 +93,7 @@ def _form(value: object) -> object:
 def warn_of_fresh_state(names: Sequence[str]) -> None:
     """Say whose state begins afresh."""
     warn(
-        f"the optimizer's state (momentum, noise) of {first_few(list(map(repr, names)))} begins afresh: after training "
+        f"the optimizer's state (momentum, noise) of {first_few(map(repr, names))} begins afresh: after training "
         "had begun the parameter was replaced by one of another shape or sharding. Load the optimizer's state_dict after "
         "such a change to go on from where it was"
     )

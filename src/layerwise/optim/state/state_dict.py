@@ -222,7 +222,7 @@ def _names_in_one(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[
     for side, names in sides.items():
         in_order = [name for name in (*here, *saved) if name in names]
         if in_order:
-            words.append(f"{side} {first_few(list(map(repr, in_order)))}")
+            words.append(f"{side} {first_few(map(repr, in_order))}")
     return "".join(f"; {word}" for word in words)
 
 
