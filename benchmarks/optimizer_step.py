@@ -5,9 +5,9 @@
     python benchmarks/optimizer_step.py --device cuda --sets d384,gpt2-small,llama-lora
 
 Writes `benchmarks/results/optimizer_step_DEVICE.{json,md,png}`, or `..._cpu_bfloat16.*` on a processor that has units for
-bfloat16; sets that were not asked for keep their numbers. On a GPU
-the iterations run in bfloat16, launches and peak memory are counted, and dion's Triton and gram-newton-schulz's kernels
-are compared with every path of `polar` where they are installed; `gpu_checks.py` has what else is asked of a GPU.
+bfloat16; sets that were not asked for keep their numbers. On a GPU the iterations run in bfloat16, launches and peak memory
+are counted, and dion's Triton and gram-newton-schulz's kernels are compared with every path of `polar` where they are
+installed; `gpu_checks.py` has what else is asked of a GPU.
 heavyball takes part where it is installed (`pip install -c constraints.txt heavyball`).
 
 Every contender has its own copy of the weights and sees the same two sets of gradients in turn; the order of the
