@@ -29,10 +29,10 @@ CHECKS: dict[str, list[str]] = {
     ],
     "the paper's PreNorm decoder of 2 blocks, 8 x 32 bytes": [
         "configs/gpt2.yaml", "model.preset=decoder", "model.norm=pre", "model.base_width=64", "model.base_heads=4",
-        *BYTES, "optimizer.lr=0.002", "--widths", "64,128,256",
+        *BYTES, "optimizer.lr=0.002", "--sizes", "64,128,256",
     ],
     "transformers' GPT-2 of 2 blocks, 8 x 32 bytes": [
-        "configs/gpt2.yaml", *GPT2, *BYTES, "optimizer.lr=0.002", "--widths", "64,128,256",
+        "configs/gpt2.yaml", *GPT2, *BYTES, "optimizer.lr=0.002", "--sizes", "64,128,256",
     ],
 }  # fmt: skip
 

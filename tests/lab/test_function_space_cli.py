@@ -316,32 +316,31 @@ def test_check_of_a_users_function_tells_by_its_exit_code(
 
 def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["function_space.probes=8", "function_space.batches=1"]
-    assert call("check", str(config), "--widths", "8,32", "--seeds", "0", "--steps", "1", *few) == 1
+    assert call("check", str(config), "--sizes", "8,32", "--seeds", "0", "--steps", "1", *few) == 1
     out = capsys.readouterr().out
     assert "grows" in out
     assert "modules change with the width" in out
     assert (
         call(
-            "check", str(config), "--widths", "8,32", "--seeds", "0", "--tolerance", "9", "--steps", "1", *few
+            "check", str(config), "--sizes", "8,32", "--seeds", "0", "--tolerance", "9", "--steps", "1", *few
         )
         == 0
     )
     assert "are flat in the width" in capsys.readouterr().out
     for words, message in (
-        (["check", str(config)], "check needs --widths or --depths"),
-        (["check", str(config), "--widths", "8"], "give at least two"),
-        (["check", str(config), "--widths", "8,twelve"], "write numbers with commas"),
-        (["check", str(config), "--widths", "8,nan"], "--widths '8,nan': write finite numbers"),
-        (["check", str(config), "--widths", "8,16", "--depths", "1,2"], "one of them at a time; give one"),
-        (["check", str(config), "--widths", "8,16", "--seeds", "1.5"], "--seeds '1.5': write whole numbers"),
+        (["check", str(config)], "check needs --sizes"),
+        (["check", str(config), "--sizes", "8"], "give at least two"),
+        (["check", str(config), "--sizes", "8,twelve"], "write numbers with commas"),
+        (["check", str(config), "--sizes", "8,nan"], "--sizes '8,nan': write finite numbers"),
+        (["check", str(config), "--sizes", "8,16", "--seeds", "1.5"], "--seeds '1.5': write whole numbers"),
         (
             ["check", str(config), "--axis", "heads", "--sizes", "1,2"],
             "axis 'heads' of a config: valid: depth,",
         ),
-        (["check", str(config), "--widths", "8,16", "-o", "."], "is a folder: name a file, such as check"),
+        (["check", str(config), "--sizes", "8,16", "-o", "."], "is a folder: name a file, such as check"),
         (["record", str(config), "--seeds", "nan"], "--seeds 'nan': write whole numbers"),
         (["record", str(config), "--seeds", "0,0"], "--seeds '0,0': a seed stands there twice"),
-        (["check", str(config), "--widths", "8,12"], "must be a multiple of 8"),
+        (["check", str(config), "--sizes", "8,12"], "must be a multiple of 8"),
         (["train", str(config), "--match", "none.json"], "none.json' cannot be read (No such file"),
         (["sweep", str(config), "optimizer.lr=null", "sweep.sizes=[8, 9]"], "must be a multiple of 8"),
         (["sweep", str(config)], "leave the key out"),

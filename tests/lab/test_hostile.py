@@ -70,8 +70,8 @@ def test_a_folder_that_is_no_run_of_ours_is_left_as_it_is(tmp_path: Path, foreig
         (["record"], "base.json"),
         (["report", "RUN"], "report.html"),
         (["compare"], "report.html"),
-        (["check", "--widths", "8,16", "--steps", "1"], "check.csv"),
-        (["check", "--widths", "8,16", "--steps", "1"], "check.png"),
+        (["check", "--sizes", "8,16", "--steps", "1"], "check.csv"),
+        (["check", "--sizes", "8,16", "--steps", "1"], "check.png"),
     ],
 )
 def test_no_command_writes_over_a_file_of_another_kind(
@@ -303,17 +303,18 @@ def source(file: Path, **more: Any) -> DataConfig:
     return DataConfig(source="files", paths=[str(file)], tokenizer="byte", **more)
 
 
-def test_the_encoding_of_a_text_is_seen_or_asked_for(tmp_path: Path) -> None:
+def test_a_text_is_utf_8_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
     text = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. " * 20
     ids = {}
-    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1"):
         file = tmp_path / f"{encoding}.txt"
         file.write_text(text, encoding=encoding)
-        if encoding == "latin-1":
-            with pytest.raises(LayerwiseError, match=r"is not utf-8 text \(byte 0xf6 at 2\).*data\.encoding"):
+        if encoding.startswith("utf-8"):
+            ids[encoding] = load_tokens(source(file)).train
+        else:
+            with pytest.raises(LayerwiseError, match=rf"{encoding}\.txt is not UTF-8 text.*convert it"):
                 load_tokens(source(file))
-        ids[encoding] = load_tokens(source(file, encoding="latin-1" if encoding == "latin-1" else None)).train
-    assert all((found == ids["utf-8"]).all() for found in ids.values())
+    assert (ids["utf-8"] == ids["utf-8-sig"]).all()
     unmarked = tmp_path / "unmarked.txt"
     unmarked.write_text("plain words " * 20, encoding="utf-16-le")
     with pytest.raises(LayerwiseError, match="NUL characters"):
@@ -371,10 +372,6 @@ def test_multipliers_of_a_damaged_record_are_the_mean_of_what_there_is(tmp_path:
     lines = [json.loads(line) for line in (path / "layers.jsonl").read_text().splitlines()]
     del lines[0]["layers"], lines[1]["layers"]["transformer.wte.weight"]["multiplier"]
     (path / "layers.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    info = json.loads((path / "run.json").read_text())
-    for row in info["parameters"]:
-        del row["units"]
-    (path / "run.json").write_text(json.dumps(info))
     whole = [line["layers"]["transformer.wte.weight"]["multiplier"] for line in lines[2:]]
     found = mean_multipliers(str(path))["transformer.wte.weight"]
     assert found == pytest.approx(sum(whole) / len(whole))

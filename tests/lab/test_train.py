@@ -153,13 +153,6 @@ def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
     assert all(value.dtype == torch.float32 for value in weights(mixed).values())
 
 
-def test_fp16_without_a_gpu_is_one_line(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(LayerwiseError, match=r"training\.precision=fp16"):
-        train(tiny_config(tmp_path, training__precision="fp16"), progress="quiet")
-
-
 def test_independent_noise_takes_the_two_halves_of_the_batch(tmp_path: Path) -> None:
     noise = {"rule": "noise_adaptive", "reference": "independent"}
     changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__rates": noise}
@@ -246,49 +239,3 @@ def test_reading_a_run_that_was_cut_short(tmp_path: Path) -> None:
     (tmp_path / "run" / "run.json").write_text('{"format": 1,')
     with pytest.raises(LayerwiseError, match="damaged"):
         read_run(tmp_path / "run")
-
-
-class WithScaler(Observer):
-    """Puts a loss scaler, which only a GPU run has, into a run on the CPU."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-        self.largest: list[float] = []
-
-    def begin(self, trainer: Any) -> None:
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=self.scale)
-        self.parameters = list(trainer.model.parameters())
-
-    @contextmanager
-    def around_step(self, step: int, batch: Batch) -> Iterator[None]:
-        self.largest.append(max(float(p.grad.abs().max()) for p in self.parameters if p.grad is not None))
-        yield
-
-
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_loss_scaling_changes_nothing_and_observers_see_true_gradients(
-    tmp_path: Path, clip_norm: float | None
-) -> None:
-    changes = {"optimizer__name": "lanton", "training__clip_norm": clip_norm, "training__accumulation": 2}
-    plain = train(tiny_config(tmp_path, run__name="plain", **changes), progress="quiet")
-    scaler = WithScaler(2.0**10)
-    scaled = train(tiny_config(tmp_path, run__name="scaled", **changes), progress="quiet", observers=[scaler])
-    # A power of two: multiplying and dividing by it is exact.
-    assert all(torch.equal(value, weights(plain)[key]) for key, value in weights(scaled).items())
-    assert scaled.series("loss").values.tolist() == plain.series("loss").values.tolist()
-    assert max(scaler.largest) < 10
-
-
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_steps_whose_scaled_gradients_overflow_are_left_out(tmp_path: Path) -> None:
-    scaler = WithScaler(2.0**127)
-    run = train(
-        tiny_config(tmp_path, training__steps=2, schedule__warmup_steps=1),
-        progress="quiet",
-        observers=[scaler],
-    )
-    assert run.status == "finished"
-    # A loss near 5.5 overflows float32 at a scale of 2**127, and at 2**126 after the first step is left out.
-    assert not any(map(math.isfinite, scaler.largest))
-    first, last = run.series("val_loss").values[[0, -1]]
-    assert first == last

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELP = """Check in seconds whether every layer's step does the same at every size of a model.
 
-Of a config (sizes by --widths or --depths, or --sizes with --axis), or of your own model:
+Of a config (sizes of its width, or of another --axis), or of your own model:
 
     layerwise check package.module:make --sizes 64,128,256
 
@@ -34,8 +34,6 @@ def check(
     axis: Annotated[
         str, typer.Option(help=f"What is varied: {', '.join(AXIS_NAMES)}, or any word.")
     ] = "width",
-    widths: Annotated[str | None, typer.Option(help="Hidden sizes: --axis width --sizes.")] = None,
-    depths: Annotated[str | None, typer.Option(help="Numbers of blocks: --axis depth --sizes.")] = None,
     match: Annotated[
         str | None, typer.Option(help="A base file, `uniform`, or `first`; default: the config's.")
     ] = None,
@@ -49,10 +47,11 @@ def check(
     ] = None,
 ) -> None:
     files = None if output is None else _files(output)
-    axis, chosen = _sizes(sizes, axis, widths, depths)
+    if sizes is None:
+        raise LayerwiseError("check needs --sizes, such as --sizes 64,128")
     found = _measured(
-        words or [], chosen, axis=axis, match=match, steps=whole_numbers(steps, "--steps"), seeds=seeds_of(seeds),
-        tolerance=tolerance, judge=judge,
+        words or [], numbers(sizes, "--sizes"), axis=axis, match=match, steps=whole_numbers(steps, "--steps"),
+        seeds=seeds_of(seeds), tolerance=tolerance, judge=judge,
     )  # fmt: skip
     print(found)
     if files is not None:
@@ -113,18 +112,3 @@ def _write(found: SizeCheck, picture: Path, table: Path) -> None:
         size_slopes(found).savefig(picture)
     found.save(table)
     print(f"written to {picture} and {table}")
-
-
-def _sizes(sizes: str | None, axis: str, widths: str | None, depths: str | None) -> tuple[str, list[float]]:
-    """What is varied, and its values. Raises LayerwiseError unless one way of three is given."""
-    given = {"--sizes": sizes, "--widths": widths, "--depths": depths}
-    named = {option: text for option, text in given.items() if text is not None}
-    if len(named) > 1:
-        shown = " and ".join(f"{option} {text}" for option, text in named.items())
-        raise LayerwiseError(f"{shown}: check changes one of them at a time; give one")
-    if not named:
-        raise LayerwiseError(
-            "check needs --widths or --depths, such as --widths 64,128, or --sizes with --axis"
-        )
-    [(option, text)] = named.items()
-    return {"--widths": "width", "--depths": "depth"}.get(option, axis), numbers(text, option)

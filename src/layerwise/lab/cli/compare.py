@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerwise.common.text_table import numbers_table
 from layerwise.errors import LayerwiseError
-from layerwise.lab.cli.terminal import table
 from layerwise.lab.cli.words import Words, command_line, split_words
 from layerwise.lab.config.load import load_config
 
@@ -94,8 +94,6 @@ def _write(config: CompareConfig, comparison: Comparison, folder: Path) -> Path:
 
 
 def _print_results(comparison: Comparison) -> None:
-    from rich.console import Console
-
     from layerwise.lab.experiments.standings import standing_rows
     from layerwise.lab.report.page import STANDING_TITLES
     from layerwise.lab.report.tables import result_rows
@@ -109,12 +107,10 @@ def _print_results(comparison: Comparison) -> None:
          row.seconds, row.speed, row.status)
         for row in rows
     ]  # fmt: skip
-    console = Console()
-    console.print(table(titles, cells, bold=[i for i, row in enumerate(rows) if row.leads]))
+    print(numbers_table(titles, cells))
     if comparison.standings:
-        console.print(table(STANDING_TITLES, standing_rows(comparison.standings)))
-    for note in comparison.notes:
-        console.print(note, style="yellow", highlight=False, markup=False)
+        print(numbers_table(STANDING_TITLES, standing_rows(comparison.standings)))
+    print(*comparison.notes, sep="\n")
 
 
 def _say(text: str) -> None:

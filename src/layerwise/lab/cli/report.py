@@ -19,7 +19,6 @@ def report(
         Path | None,
         typer.Option("--output", "-o", help="Folder to write to; by default that of the first run."),
     ] = None,
-    title: Annotated[str, typer.Option("--title", help="Title of the page.")] = "Training report",
 ) -> None:
     """Write a page with the figures and tables of runs: report.html, and its figures as files beside it."""
     from layerwise.lab.report import Story, contenders, load_runs, write_report
@@ -28,5 +27,5 @@ def report(
     found = load_runs(runs := runs or [], notes.append)
     for note in notes:
         print(note, file=sys.stderr)
-    page = write_report(contenders(found), output or runs[0], Story(title, notes, command_line()))
+    page = write_report(contenders(found), output or runs[0], Story("Training report", notes, command_line()))
     print(f"report: {page}")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from layerwise.common.text_table import numbers_table
 from layerwise.errors import LayerwiseError
-from layerwise.lab.cli.terminal import table
 from layerwise.lab.cli.words import Words, split_words
 from layerwise.lab.config.load import load_config
 
@@ -93,8 +93,6 @@ def _say_plan(config: SweepConfig, workers: int) -> float:
 
 def _report(config: SweepConfig, swept: Sweep) -> None:
     """Figure and table of what there is, and exit code 1 where a trial died."""
-    from rich.console import Console
-
     from layerwise.lab.experiments.sweep.results import RESULTS, read_results
     from layerwise.lab.experiments.sweep.sweep_report import cells, titles, write_report
 
@@ -103,7 +101,7 @@ def _report(config: SweepConfig, swept: Sweep) -> None:
             f"all {len(swept.failures)} trials died, the last of: {list(swept.failures.values())[-1]}"
         )
     rows = write_report(config, swept.folder)
-    Console().print(table(titles(config.sweep.axis), [cells(row) for row in rows]))
+    print(numbers_table(titles(config.sweep.axis), [cells(row) for row in rows]))
     if any(row.edge for row in rows):
         print(
             "! the best rate is an end of its grid: the optimum may lie beyond; widen sweep.lr or sweep.lr_of"

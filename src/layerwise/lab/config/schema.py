@@ -7,7 +7,6 @@ transformers config, an optimizer's keywords) stand in the same section and are 
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -126,9 +125,7 @@ class DataConfig(Section):
     name for the datasets library; `tokens`: one .npy or .bin file of token ids in `paths`; `digits`:
     scikit-learn's images; `fashion-mnist`: Debian's package of them, or the folder of its files in `paths`"""
     paths: list[str] = []
-    """files and folders (folders: every text file below, in sorted order)"""
-    encoding: str | None = None
-    """of text files, such as `latin-1`; null: UTF-8, or what a byte-order mark says"""
+    """files of UTF-8 text and folders (folders: every text file below, in sorted order)"""
     dataset: str | None = None
     """name on the Hugging Face hub, or a local folder"""
     dataset_config: str | None = None
@@ -166,17 +163,6 @@ class DataConfig(Section):
                     f" leave data.{key} out"
                 )
         return self
-
-    @field_validator("encoding")
-    @classmethod
-    def _known(cls, encoding: str | None) -> str | None:
-        try:
-            "".encode(encoding or "utf-8")
-            if encoding is not None:
-                codecs.getincrementaldecoder(encoding)
-        except (LookupError, UnicodeError):
-            raise ValueError(f"data.encoding={encoding!r}: no encoding that Python knows") from None
-        return encoding
 
     @property
     def holds_images(self) -> bool:
@@ -231,7 +217,7 @@ class TrainingConfig(Section):
     """micro-batches per optimizer step, on every process"""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """largest l2 norm of the whole gradient; null: no clipping"""
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["no", "bf16"] = "no"
     """mixed precision; `no` is float32"""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """seed of the initial weights, the data order and dropout"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import os
 import platform
@@ -56,8 +55,8 @@ def read_corpus(config: DataConfig) -> Corpus:
     if config.source == "files":
         if not config.paths:
             raise LayerwiseError("data.paths is empty: name the text files or folders of data.source=files")
-        files, root = _text_files(config.paths, config.encoding), ", ".join(config.paths)
-        return Corpus.of(root, lambda: (_read_text(file, config.encoding) for file in files))
+        files, root = _text_files(config.paths), ", ".join(config.paths)
+        return Corpus.of(root, lambda: map(_read_text, files))
     return Corpus.of(f"dataset {config.dataset}", _dataset(config))
 
 
@@ -79,19 +78,18 @@ def _library_files() -> list[Path]:
     ]
 
 
-def _text_files(paths: list[str], encoding: str | None) -> list[Path]:
+def _text_files(paths: list[str]) -> list[Path]:
     files: list[Path] = []
     for name in paths:
         path = Path(name).expanduser()
         if path.is_dir():
             there = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
-            found = [file for file in there if _is_text(file, encoding)]
+            found = [file for file in there if _is_text(file)]
             if not found:
                 raise LayerwiseError(f"data.paths: no text files in folder {name}")
             if left_out := [file.name for file in there if file not in set(found)]:
                 warn(
-                    f"data.paths: {len(left_out)} files of {name} are no {encoding or 'UTF-8'} text and left out,"
-                    f" {left_out[0]} the first; data.encoding names another encoding"
+                    f"data.paths: {len(left_out)} files of {name} are no UTF-8 text and left out, {left_out[0]} the first"
                 )
             files += found
         elif path.is_file():
@@ -101,49 +99,39 @@ def _text_files(paths: list[str], encoding: str | None) -> list[Path]:
     return files
 
 
-#: What a text begins with that says its encoding by itself. UTF-32 first: its mark begins as UTF-16's does.
-_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
-}  # fmt: skip
+def _decoded(content: bytes) -> str:
+    """UTF-8, with or without a byte-order mark. Raises UnicodeError for anything else, NUL characters among it."""
+    text = content.decode("utf-8-sig")
+    if "\0" in text:
+        raise UnicodeError("it holds NUL characters")
+    return text
 
 
-def _encoding(start: bytes, named: str | None) -> str:
-    """The encoding that was named; else the one of a byte-order mark, or UTF-8."""
-    return named or next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
-
-
-def _is_text(path: Path, encoding: str | None) -> bool:
-    """Whether its first 64 KiB are text without NUL."""
+def _is_text(path: Path) -> bool:
+    """Whether its first 64 KiB are text."""
     with open(path, "rb") as file:
         start = file.read(1 << 16)
-    decoder = codecs.getincrementaldecoder(_encoding(start, encoding))()
     try:
-        return "\0" not in decoder.decode(start)  # a character cut off at the end of the piece is no fault
-    except UnicodeDecodeError:
+        _decoded(start)
+    except UnicodeDecodeError as error:
+        return (
+            error.end == len(start) == 1 << 16
+        )  # a character that is cut off at the end of the piece is no fault
+    except UnicodeError:
         return False
+    return True
 
 
-def _read_text(path: Path, encoding: str | None) -> str:
-    """Raises LayerwiseError for a file that is not in the encoding, whose text would be garbage."""
+def _read_text(path: Path) -> str:
+    """Raises LayerwiseError for a file that is not UTF-8, whose text would be garbage."""
     try:
-        content = path.read_bytes()
+        return _decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
     except OSError as error:
         raise LayerwiseError(f"data.paths: {path}: {error.strerror}") from None
-    used = _encoding(content[:4], encoding)
-    try:
-        text = content.decode(used)
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise LayerwiseError(
-            f"data.paths: {path} is not {used} text (byte {content[error.start]:#04x} at {error.start}): name its encoding"
-            " in data.encoding, such as latin-1 or cp1252"
+            f"data.paths: {path} is not UTF-8 text ({error}): convert it, as iconv does"
         ) from None
-    if "\0" in text and encoding is None:
-        raise LayerwiseError(
-            f"data.paths: {path} holds NUL characters: it is no text, or of another encoding; name it in data.encoding,"
-            " such as utf-16-le"
-        )
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
 
 
 def _dataset(config: DataConfig) -> Callable[[], Iterator[str]]:

@@ -87,7 +87,7 @@ class Runner:
 
 
 def compare(
-    config: CompareConfig, *, progress: ProgressKind = "auto", say: Callable[[str], None] = lambda _: None
+    config: CompareConfig, *, progress: ProgressKind = "plain", say: Callable[[str], None] = lambda _: None
 ) -> Comparison:
     """Runs what is missing of a comparison, and returns all of it. `say` is told in a line what happens.
 

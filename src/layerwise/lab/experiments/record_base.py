@@ -12,7 +12,7 @@ from layerwise.lab.training.run import take_steps
 
 
 def record(
-    config: Config, seeds: Sequence[int], progress: ProgressKind | QuietProgress = "auto"
+    config: Config, seeds: Sequence[int], progress: ProgressKind | QuietProgress = "plain"
 ) -> BaseRates:
     """Base rates of the config's model, averaged over `seeds` (of weights, data order and probes).
 

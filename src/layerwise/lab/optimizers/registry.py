@@ -207,22 +207,14 @@ def _build_rule(preset: Preset, rates: dict[str, Any]) -> lw.RateRule:
 
 def mean_multipliers(run: str) -> dict[str, float]:
     """Unit -> the mean of its multiplier over a run's records: the static control of an adaptive rule."""
-    found = read_run(run)
     seen: dict[str, list[float]] = {}
-    for row in found.layers:
+    for row in read_run(run).layers:
         for name, entry in (row.get("layers") or {}).items():
             if math.isfinite(multiplier := number(entry.get("multiplier"))):
                 seen.setdefault(name, []).append(multiplier)
     if not seen:
         raise LayerwiseError(f"optimizer.rates.multipliers: run {run} recorded no layer rates")
-    units_of = {row["name"]: row.get("units") for row in found.parameters}
-    means: dict[str, float] = {}
-    for name, multipliers in seen.items():
-        mean = sum(multipliers) / len(multipliers)
-        # A parameter of many units is recorded under its own name by their mean: all of them get it.
-        units = units_of.get(name)
-        means |= dict.fromkeys(units if isinstance(units, list) else [name], mean)
-    return means
+    return {name: sum(multipliers) / len(multipliers) for name, multipliers in seen.items()}
 
 
 def needs_halves(optimizer: Optimizer) -> bool:
@@ -237,11 +229,10 @@ def needs_replicas(optimizer: Optimizer) -> bool:
 
 def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> None:
     """Raises LayerwiseError where a batch cannot be shared out over `world` processes, or not as the noise rule needs."""
-    if needs_halves(optimizer) and (training.accumulation % 2 or training.precision == "fp16"):
+    if needs_halves(optimizer) and training.accumulation % 2:
         raise LayerwiseError(
             "optimizer.rates.reference=independent compares the two halves of the accumulated batch:"
-            f" training.accumulation={training.accumulation} must be even,"
-            f" and training.precision={training.precision} not fp16"
+            f" training.accumulation={training.accumulation} must be even"
         )
     sequences = training.batch_size // training.accumulation
     if sequences < world:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerwise.common.layer_rate import LayerRate, parameter_of
+from layerwise.common.layer_rate import LayerRate
 from layerwise.geometry import describe
 
 _PACKAGES = ("layerwise", "torch", "transformers", "datasets", "tokenizers", "numpy")
@@ -58,38 +56,6 @@ def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
         }
         for row in describe(model).rows
     ]
-
-
-#: A parameter of more units has one entry in layers.jsonl: a depthwise convolution has a unit for every channel.
-MOST_UNITS = 64
-
-
-def layer_entries(rates: Mapping[str, LayerRate]) -> dict[str, dict[str, Any]]:
-    """Unit -> its noise, multiplier and rate, for layers.jsonl.
-
-    A parameter of more than `MOST_UNITS` units has one entry under its own name: their mean, with the number of `units` and
-    the `smallest` and `largest` of each.
-    """
-    units: dict[str, list[str]] = {}
-    for unit in rates:
-        units.setdefault(parameter_of(unit), []).append(unit)
-    entries: dict[str, dict[str, Any]] = {}
-    for name, members in units.items():
-        if len(members) <= MOST_UNITS:
-            entries |= {unit: rates[unit]._asdict() for unit in members}
-        else:
-            entries[name] = _summary([rates[unit] for unit in members])
-    return entries
-
-
-def _summary(several: Sequence[LayerRate]) -> dict[str, Any]:
-    columns = dict(zip(LayerRate._fields, zip(*several, strict=True), strict=True))
-    return {
-        **{field: fmean(values) for field, values in columns.items()},
-        "units": len(several),
-        "smallest": {field: min(values) for field, values in columns.items()},
-        "largest": {field: max(values) for field, values in columns.items()},
-    }
 
 
 class TensorBoard:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import warnings
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,10 @@ import torch
 from torch import nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.training.parallel import strategy_of
 
 if TYPE_CHECKING:
-    from layerwise.lab.config.schema import ParallelConfig, TrainingConfig
+    from layerwise.lab.config.schema import TrainingConfig
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TRUE = ("1", "true", "yes", "y", "on", "t")
 
 
@@ -37,7 +34,7 @@ def _says(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in _TRUE
 
 
-def check_precision(training: TrainingConfig, parallel: ParallelConfig, device: torch.device) -> None:
+def check_precision(training: TrainingConfig, device: torch.device) -> None:
     """Raises LayerwiseError for a precision that this device has not, and for a launcher that would change the model."""
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if _says(f"ACCELERATE_USE_{kind}"):
@@ -46,24 +43,14 @@ def check_precision(training: TrainingConfig, parallel: ParallelConfig, device: 
                 " launch with --multi_gpu"
             )
     if training.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise LayerwiseError("training.precision=bf16: this GPU has no bfloat16: use fp16 or no")
-    if training.precision != "fp16":
-        return
-    if device.type != "cuda":
-        raise LayerwiseError(
-            f"training.precision=fp16 needs a GPU, this device is {device.type}: use bf16 or no"
-        )
-    if strategy_of(parallel) == "fsdp2":
-        raise LayerwiseError(
-            "training.precision=fp16: its loss scaling does not work with parallel.strategy=fsdp2: use bf16 or no"
-        )
+        raise LayerwiseError("training.precision=bf16: this GPU has no bfloat16: use no")
 
 
 def autocast(model: nn.Module, precision: str, device: torch.device) -> None:
     """Has `model` compute in the precision where torch's autocast does, whoever calls it; its outputs are float32."""
     if precision == "no":
         return
-    context = torch.autocast(device.type, _DTYPES[precision])
+    context = torch.autocast(device.type, torch.bfloat16)
     inner = model.forward.__func__  # type: ignore[attr-defined]  # a method
 
     def forward(self: nn.Module, *args: Any, **keywords: Any) -> Any:
@@ -76,19 +63,10 @@ def autocast(model: nn.Module, precision: str, device: torch.device) -> None:
 
 def _float32(outputs: Any) -> Any:
     if isinstance(outputs, torch.Tensor):
-        return outputs.float() if outputs.dtype in _DTYPES.values() else outputs
+        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
     if isinstance(outputs, dict):  # transformers' outputs are dicts of a class of their own
         return type(outputs)(**{key: _float32(value) for key, value in outputs.items()})
     return outputs
-
-
-def gradient_scaler(precision: str) -> torch.amp.GradScaler | None:
-    """The scaler of the loss that float16's narrow range needs."""
-    if precision != "fp16":
-        return None
-    # The first steps usually overflow and are left out; the schedule counts them all the same.
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-    return torch.amp.GradScaler("cuda")
 
 
 def set_seed(seed: int) -> None:

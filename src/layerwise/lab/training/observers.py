@@ -17,7 +17,7 @@ class Observer:
         """Once, after everything is built and a checkpoint, if any, is loaded."""
 
     def around_step(self, step: int, batch: Batch) -> AbstractContextManager[Any]:
-        """Entered before `optimizer.step()`, left after it. Gradients are final: unscaled and clipped.
+        """Entered before `optimizer.step()`, left after it. Gradients are final: clipped.
 
         `step` counts from 1: the step being taken. `batch` is this process's whole batch of the step.
         """

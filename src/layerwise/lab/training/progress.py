@@ -1,33 +1,36 @@
-"""What is shown while runs and sweeps go: a bar on a terminal, plain lines elsewhere, or nothing."""
+"""What is said while runs and sweeps go: about ten lines, or nothing."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from typing import Any, Literal
+from typing import Literal
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.runs.quantities import duration
 
-ProgressKind = Literal["auto", "bar", "plain", "quiet"]
+ProgressKind = Literal["plain", "quiet"]
 
 
 class QuietProgress:
     """Told how far something is, `done` of `total` steps (or trials), and what to say beside that; shows nothing."""
 
-    def __init__(self, title: str = "", unit: str = "step") -> None:
-        self.title, self.unit = title, unit
-
     def start(self, title: str, total: int, done: int) -> None: ...
-    def step(self, done: int) -> None: ...
     def numbers(self, done: int, text: str) -> None: ...
     def note(self, text: str) -> None: ...
-    def stop(self) -> None: ...
 
 
 class PlainProgress(QuietProgress):
-    """About ten lines on standard error, for logs, each with the time left."""
+    """About ten lines on standard error, each with the time left.
+
+    Args:
+        title: shown instead of the one that `start` is given.
+        unit: what is counted.
+    """
+
+    def __init__(self, title: str = "", unit: str = "step") -> None:
+        self.title, self.unit = title, unit
 
     def start(self, title: str, total: int, done: int) -> None:
         self.title = self.title or title
@@ -45,57 +48,10 @@ class PlainProgress(QuietProgress):
         print(f"{self.title}: {text}" if self.title else text, file=sys.stderr, flush=True)
 
 
-class BarProgress(QuietProgress):
-    """A rich progress bar on standard error with the numbers and the time left."""
-
-    _bar: Any = None
-
-    def start(self, title: str, total: int, done: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            refresh_per_second=4,
-        )
-        self._task = self._bar.add_task(self.title or title, total=total, completed=done, text="")
-        self._bar.start()
-
-    def step(self, done: int) -> None:
-        self._bar.update(self._task, completed=done)
-
-    def numbers(self, done: int, text: str) -> None:
-        self._bar.update(self._task, completed=done, text=text)
-
-    def note(self, text: str) -> None:
-        if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self._bar.console.print(text, highlight=False, markup=False)
-
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
 def make_progress(kind: ProgressKind | QuietProgress, title: str = "", unit: str = "step") -> QuietProgress:
-    """A display of a kind: `auto` is a bar where standard error is a terminal, and plain lines elsewhere.
-
-    Args:
-        kind: or a display of one's own, which is returned.
-        title: shown instead of the one that `start` is given.
-        unit: what is counted.
-    """
-    if not isinstance(kind, str):
+    """A display of a kind, for `PlainProgress`'s arguments; one of a caller's own is returned as it is."""
+    if isinstance(kind, QuietProgress):
         return kind
-    if kind == "auto":
-        kind = "bar" if sys.stderr.isatty() else "plain"
-    kinds = {"bar": BarProgress, "plain": PlainProgress, "quiet": QuietProgress}
-    if kind not in kinds:
-        raise LayerwiseError(f"progress={kind!r}: one of auto, {', '.join(kinds)}")
-    return kinds[kind](title, unit)
+    if kind not in ("plain", "quiet"):
+        raise LayerwiseError(f"progress={kind!r}: one of plain, quiet")
+    return PlainProgress(title, unit) if kind == "plain" else QuietProgress()

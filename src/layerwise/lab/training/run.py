@@ -78,7 +78,7 @@ def check_buildable(configs: Iterable[Config]) -> None:
         examples = Examples(data[key].vocab_size, config.data.seq_len, data[key].features)
         optimizer = build_optimizer(build_model(config.model, examples, 0), config.optimizer)
         check_batch(config.training, optimizer, processes.world())
-        check_precision(config.training, config.parallel, own_device())
+        check_precision(config.training, own_device())
         observers_of(config)
 
 
@@ -88,7 +88,7 @@ def train(
     resume: bool = False,
     or_start: bool = False,
     overwrite: bool = False,
-    progress: ProgressKind | QuietProgress = "auto",
+    progress: ProgressKind | QuietProgress = "plain",
     observers: Sequence[Observer] = (),
 ) -> Run:
     """Trains what `config` says and returns the run, read back from its directory.
@@ -124,7 +124,6 @@ def train(
         try:
             trainer.run()
         finally:
-            shown.stop()
             trainer.close()
     processes.wait_for_all()  # until it is written
     return read_run(path)
@@ -181,5 +180,4 @@ def take_steps(
         try:
             trainer.take_steps(steps)
         finally:
-            shown.stop()
             trainer.close()

@@ -24,7 +24,7 @@ from layerwise.lab.runs import environment
 from layerwise.lab.runs.checkpoint import random_state, save_checkpoint, set_random_state
 from layerwise.lab.runs.directory import RunWriter
 from layerwise.lab.training import parallel, processes
-from layerwise.lab.training.device import autocast, check_precision, gradient_scaler, own_device, set_seed
+from layerwise.lab.training.device import autocast, check_precision, own_device, set_seed
 from layerwise.lab.training.interrupts import Interrupts, between_steps
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import QuietProgress
@@ -55,7 +55,7 @@ class Trainer:
         self.config, self.writer, self.progress, self.observers = config, writer, progress, observers
         training = config.training
         self.device = own_device()
-        check_precision(training, config.parallel, self.device)
+        check_precision(training, self.device)
         self.rank, self.world = processes.rank(), processes.world()
         # The first process fills the cache of token ids, the others read it.
         self.data = processes.on_first(lambda: open_data(config)) or open_data(config)
@@ -64,7 +64,6 @@ class Trainer:
         self.model = parallel.place(model, self.device, config.parallel)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
-        self.scaler = gradient_scaler(training.precision)
         self._halves = needs_halves(self.optimizer)
         check_batch(training, self.optimizer, self.world)
         autocast(self.model, training.precision, self.device)
@@ -178,7 +177,6 @@ class Trainer:
             record_rates = self._records(self.step)
             checkpoint = last or self._due(training.checkpoint_every)
             if not (log or evaluate or record_rates or checkpoint):
-                self.progress.step(self.step)
                 interrupts.take()
                 continue
             self.seconds += self._now() - started
@@ -201,13 +199,12 @@ class Trainer:
             if checkpoint:
                 self._check_finite()
                 self._save()
-            self.progress.step(self.step)
             interrupts.take()
             started = self._now()
 
     def _train_step(self) -> None:
         """One optimizer step. Nothing here waits for the device."""
-        training, scaler = self.config.training, self.scaler
+        training = self.config.training
         wholes = self.data.batch(self.step).split(training.accumulation)
         parts = [batch.share(self.rank, self.world).to(self.device) for batch in wholes]
         for number, (whole, part) in enumerate(zip(wholes, parts, strict=True), start=1):
@@ -216,12 +213,10 @@ class Trainer:
                 # Averaging over the processes makes means over the whole batch of these, equal shares or not.
                 divisor = len(parts) * len(whole) / (len(part) * self.world)
                 value = loss(self._wrapped, part.inputs, part.targets) / divisor
-                (value if scaler is None else scaler.scale(value)).backward()
+                value.backward()
             self._loss_sum += value.detach()
             if half:
                 self.optimizer.hold_half()  # type: ignore[attr-defined]
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
         if training.clip_norm is not None:
             self._grad_norm = parallel.clip(self.model, training.clip_norm)
         with ExitStack() as around:
@@ -240,11 +235,7 @@ class Trainer:
 
     def _optimizer_step(self) -> None:
         try:
-            if self.scaler is None:
-                self.optimizer.step()
-            else:
-                self.scaler.step(self.optimizer)  # leaves the step out where a gradient overflowed
-                self.scaler.update()
+            self.optimizer.step()
         except NonFiniteError as error:
             raise DivergedError(str(error).partition(";")[0]) from None
 
@@ -292,8 +283,7 @@ class Trainer:
         """No checkpoint of a run that is lost already."""
         if not math.isfinite(float(self._agreed_loss_sum())):
             raise DivergedError("the training loss is not finite")
-        left_out = self.scaler is not None  # a step whose gradients overflowed did no harm
-        if self._grad_norm is not None and not left_out and not math.isfinite(float(self._grad_norm)):
+        if self._grad_norm is not None and not math.isfinite(float(self._grad_norm)):
             raise DivergedError("the gradient norm is not finite")
 
     def _due(self, every: int) -> bool:
@@ -326,7 +316,7 @@ class Trainer:
     def _record_rates(self) -> None:
         if not self._layers:
             return
-        row = {"step": self.step, "layers": environment.layer_entries(self._layers)}
+        row = {"step": self.step, "layers": {unit: rate._asdict() for unit, rate in self._layers.items()}}
         self.writer.append("layers", row)
         if self.tensorboard is not None:
             self.tensorboard.layers(row)
@@ -343,7 +333,6 @@ class Trainer:
             "model": parallel.whole(self.model.state_dict()),
             "optimizer": parallel.whole(self.optimizer.state_dict()),
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
-            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "random": random[0],
             "random_of_others": random[1:],
             "observers": [observer.state_dict() for observer in self.observers],
@@ -373,8 +362,6 @@ class Trainer:
         parallel.load_optimizer(self.optimizer, state["optimizer"])
         lambdas = [None] * len(self.scheduler.lr_lambdas)  # functions are not saved
         self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
         for observer, saved in zip(self.observers, state["observers"], strict=True):
             observer.load_state_dict(saved)
         self.step, self.seconds, self.result = state["step"], state["seconds"], dict(state["result"])

@@ -32,7 +32,7 @@ class Sweep:
     failures: Mapping[Point, str]
 
 
-def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: ProgressKind = "auto") -> Sweep:
+def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: ProgressKind = "plain") -> Sweep:
     """Runs what is missing: `results.jsonl`, `base.json` and `sweep.json` in the sweep's folder.
 
     A trial that has a result is never repeated, under whichever engine (default `LocalEngine()`): its identity is the
@@ -55,18 +55,15 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: Progr
         start = partial(start_worker, wanted=versions())
         shown = make_progress(progress, unit="trial")
         shown.start(config.run_name, len(plan.trials), len(plan.trials) - len(todo))
-        try:
-            results = (engine or LocalEngine()).results(work, todo, start) if todo else ()
-            for number, row in enumerate(results, start=1 + len(plan.trials) - len(todo)):
-                if isinstance(row, Failure):
-                    point = next(point for point, trial in plan.points.items() if trial.id == row.item.id)
-                    failures[point] = row.reason
-                    shown.note(f"failed: {point}: {row.reason}")
-                else:
-                    file.append(row)
-                shown.numbers(number, _said(row))
-        finally:
-            shown.stop()
+        results = (engine or LocalEngine()).results(work, todo, start) if todo else ()
+        for number, row in enumerate(results, start=1 + len(plan.trials) - len(todo)):
+            if isinstance(row, Failure):
+                point = next(point for point, trial in plan.points.items() if trial.id == row.item.id)
+                failures[point] = row.reason
+                shown.note(f"failed: {point}: {row.reason}")
+            else:
+                file.append(row)
+            shown.numbers(number, _said(row))
     return Sweep(folder, failures)
 
 
