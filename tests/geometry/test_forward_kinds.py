@@ -105,6 +105,15 @@ def written_in_place(w, x):
     return out * y[..., 12:]
 
 
+def keys_beside_a_latent(w, x):
+    """As in MLA: keys that all heads share, written into a new tensor beside others."""
+    latent, shared = F.linear(x, w).split((8, 4), -1)
+    k = latent.new_empty(2, 5, 12)
+    k[..., :8] = x[..., :8]
+    k[..., 8:] = rotated(shared)
+    return attend(x, k, x) * F.layer_norm(latent, (8,)).repeat(1, 1, 2)[..., :D]
+
+
 PARTS = {
     "one after the other": (
         Mix((3 * D, D), lambda w, x: attention(*F.linear(x, w).chunk(3, -1))),
@@ -129,6 +138,7 @@ PARTS = {
     ),
     "complex rotary": (Mix((3 * D, D), complex_rotary), "out,in q|k|v"),
     "gated queries": (Mix((2 * D, D), gated_queries), "out,in (0|1) x 3"),
+    "a latent and keys": (Mix((12, D), keys_beside_a_latent), "out,in 0:2|1:1"),
     "keys and values from a latent": (Mix((18, D), compressed), "out,in (k:1|v:2) x 3"),
     "gate and up": (Mix((2 * D, D), gate_and_up), "out,in gate|up"),
     "row by row": (Mix((2 * D, D), every_other_row), "out,in (gate|up) x 12"),
@@ -159,6 +169,13 @@ def test_parts_of_a_fused_weight_are_what_its_rows_are_used_for(kind):
 def test_slices_of_a_weight_in_products_of_their_own_are_units():
     found = row(Mix((3 * D, D), slices), X)
     assert found.layout.shapes(found.shape) == ((3, D, D),)
+
+
+def test_slices_of_a_layer_are_its_parts_and_no_experts():
+    found = row(
+        Net(lambda m, x: m.last(slices(m.mix.weight, x)), mix=linear(3 * D), last=linear(3)), X, "mix.weight"
+    )
+    assert (found.role, found.layout.shapes(found.shape)) == ("hidden", ((3, D, D),))
 
 
 def test_rows_written_in_place_are_followed():

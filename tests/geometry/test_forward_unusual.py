@@ -5,7 +5,7 @@ import torch
 from test_forward_kinds import D, Mix, Net, X, attention, heads_of, linear, row
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from layerwise.geometry import describe
 
@@ -29,6 +29,65 @@ def test_heads_in_a_dimension_of_their_own_are_rows_of_one_matrix(shape, equatio
     weight = torch.randn(shape)
     (matrix,) = found.layout.to_matrices(weight)
     assert torch.allclose(torch.einsum(equation, X, weight).flatten(2), X @ matrix[0].T, atol=1e-5)
+
+
+def test_experts_that_all_see_every_token_are_a_stack():
+    """Unlike heads, they meet a matrix each of another stack."""
+
+    def use(m, x):
+        y = F.silu(torch.einsum("bsd,edf->besf", x, m.up)) * torch.einsum("bsd,efd->besf", x, m.gate)
+        return m.last(
+            (torch.einsum("besf,efd->besd", y, m.down) * x.sum((1, 2), keepdim=True)[:, None]).sum(1)
+        )
+
+    parts = {name: nn.Parameter(torch.randn(3, D, D)) for name in ("up", "gate", "down")}
+    model = Net(use, **parts, last=linear(3))
+    rows = {found.name: (found.role, str(found.layout)) for found in describe(model, X).rows}
+    assert (rows["up"], rows["gate"]) == (("experts", "k,in,out"), ("experts", "k,out,in"))
+
+
+def test_of_two_parameters_that_are_multiplied_one_is_a_guess():
+    """Bases of matrices and their coefficients look like learned inputs and what maps them; factors by name do not."""
+    bases, mixed = nn.Parameter(torch.randn(2, D, D)), nn.Parameter(torch.randn(4, 2))
+    model = Net(
+        lambda m, x: m.last(x @ torch.einsum("rb,bio->rio", m.mixed, m.bases)[0]), bases=bases, mixed=mixed
+    )
+    model.last = linear(3)
+    assert all("a guess" in found.note for found in describe(model, X).rows[:2])
+    model = Net(lambda m, x: m.last(m.map(m.mixed).mean() * x), mixed=mixed, map=linear(3, 2), last=linear(3))
+    assert not any(found.note for found in describe(model, X).rows)
+
+
+class LowRank(nn.Module):
+    """As minLoRA's: what is added to a weight, under any names."""
+
+    def __init__(self, d_out, d_in):
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.zeros(d_out, 2)), nn.Parameter(torch.ones(2, d_in))
+
+    def forward(self, weight):
+        return weight + self.one @ self.two * 0.5
+
+
+@pytest.mark.parametrize("batch", [None, X])
+def test_factors_in_a_parametrization_and_by_other_names_are_those_of_an_adapter(batch):
+    made = parametrize.register_parametrization(linear(8), "weight", LowRank(8, D))
+    named = Net(
+        lambda m, x: F.linear(x, m.weight + m.lora_b @ m.lora_a),
+        weight=nn.Parameter(torch.ones(D, 8), requires_grad=False),
+        lora_a=nn.Parameter(torch.ones(2, 8)),
+        lora_b=nn.Parameter(torch.zeros(D, 2)),
+    )
+    rows = describe(nn.Sequential(made, named, nn.Linear(D, 3)), batch).rows
+    factors = {
+        found.name.split(".")[-1]: (found.role, str(found.layout)) for found in rows if "lora" in found.role
+    }
+    assert factors == {
+        "one": ("lora_B", "out,in"),
+        "two": ("lora_A", "out,in"),
+        "lora_a": ("lora_A", "out,in"),
+        "lora_b": ("lora_B", "out,in"),
+    }
 
 
 def test_heads_that_are_put_together_again_are_columns_of_one_matrix():
@@ -249,6 +308,7 @@ def test_a_bare_matrix_in_another_order_is_known_with_its_parts():
 
 TABLES = {
     "a bare one": lambda m, ids: m.last(m.bare[ids]),
+    "several in one": lambda m, ids: m.last(m.levels[0][ids] + m.levels[1][ids]),
     "a layer's, without a batch": lambda m, ids: m.last(F.embedding(ids[0], m.tied.weight)) @ m.tied.weight.T,
     "positions in another order": lambda m, ids: m.last(m.bare[ids] + m.places[torch.arange(5).flip(0)]),
 }
@@ -258,8 +318,13 @@ TABLES = {
 def test_rows_that_the_input_asks_for_and_positions_are_those_of_tables(kind):
     parts = {"bare": nn.Parameter(torch.randn(11, D)), "tied": linear(11), "last": linear()}
     model = Net(TABLES[kind], **parts, places=nn.Parameter(torch.randn(7, D)))
+    model.levels = nn.Parameter(torch.randn(2, 11, D))
     rows = {found.name: found for found in describe(model, torch.arange(10).view(2, 5)).rows}
-    used = {"a bare one": ["bare"], "a layer's, without a batch": ["tied.weight"]}
+    used = {
+        "a bare one": ["bare"],
+        "several in one": ["levels"],
+        "a layer's, without a batch": ["tied.weight"],
+    }
     expected = "head" if "layer" in kind else "embedding"
     assert {rows[name].role for name in used.get(kind, ["bare", "places"])} == {expected}
 
@@ -272,7 +337,11 @@ def written_out(w, x):
     return (x[..., None, :] * w).sum(-1)
 
 
-@pytest.mark.parametrize("use", [padded, written_out])
+def compared(w, x):
+    return F.cosine_similarity(x[..., None, :], w, dim=-1)
+
+
+@pytest.mark.parametrize("use", [padded, written_out, compared])
 def test_a_layer_used_in_ways_that_are_not_followed_is_a_matrix_all_the_same(use):
     """A weight that grows before it is used, and a product that is written out, which looks like one with gains."""
     assert row(Mix((D, D), use), X).role == "hidden"

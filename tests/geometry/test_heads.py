@@ -12,6 +12,30 @@ from layerwise.geometry import describe, param_groups
 V = 7
 
 
+def test_logits_that_are_added_to_what_was_normalised_are_still_logits():
+    """As in a deep-and-cross net, which adds a scaled product of pooled inputs."""
+
+    def crossed(m, x):
+        h = torch.tanh(m.body(x))
+        return m.a(h) + (h * (h * m.scales).sum(-1, keepdim=True)).mean(-1, keepdim=True)
+
+    assert heads_of(Net(crossed, body=linear(), a=linear(5), scales=nn.Parameter(torch.ones(D))), X) == {
+        "a.weight"
+    }
+
+
+def test_what_only_has_the_shape_of_logits_makes_no_head():
+    model = Net(lambda m, x: (m.last(x), torch.zeros_like(m.a(x))), a=linear(5), last=linear(3))
+    assert heads_of(model, X) == {"last.weight"}
+
+
+def test_a_head_that_comes_last_beside_bare_matrices_is_in_doubt():
+    """As a router in a model whose unembedding is a bare matrix, which may be registered after it."""
+    model = Net(None, body=linear(), block=nn.Sequential(linear(9)), out=nn.Parameter(torch.ones(D, V)))
+    doubt = {found.name: found.note for found in describe(model).rows}["block.0.weight"]
+    assert "holds matrices of its own" in doubt
+
+
 class Scorer(nn.Module):
     """A body, a projection `a`, another one `b` where `end` uses it, vectors of scales, and what comes after them."""
 

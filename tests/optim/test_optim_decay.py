@@ -53,7 +53,8 @@ class Counted(nn.Module):
         super().__init__()
         self.words, self.kinds = nn.Embedding(9, 4), nn.Embedding(9, 4)
         self.places, self.shifted, self.kept, self.whole = (nn.Embedding(9, 4) for _ in range(4))
-        self.both = nn.Embedding(9, 4)
+        self.both, self.apart, self.mapped = (nn.Embedding(9, 4) for _ in range(3))
+        self.bag = nn.EmbeddingBag(9, 4)
         self.register_buffer("numbers", torch.arange(9).expand(1, -1), persistent=False)
         self.register_buffer("zeros", torch.zeros(1, 9, dtype=torch.long))
         self.head = nn.Linear(4, 3)
@@ -64,6 +65,8 @@ class Counted(nn.Module):
         x = self.words(ids) + self.kinds(self.zeros[:, :long]) + self.whole.weight[:long]
         x = x + self.places(counted) + self.shifted(counted.unsqueeze(0).expand(len(ids), -1) + 2)
         x = x + self.kept(self.numbers[:, :long]) + self.both(counted) + self.both(ids)
+        x = x + self.apart((counted[:, None] - counted).abs().clamp(max=5)).mean(1)  # relative positions
+        x = x + self.mapped(self.numbers[0][ids]) + self.bag(ids.reshape(-1, 1)).view_as(x)
         logits: Tensor = self.head(x)
         return logits
 
@@ -97,7 +100,9 @@ def test_tables_that_are_read_by_position_are_not_decayed() -> None:
     """Whatever they are called; a batch that counts up itself makes no table one of positions."""
     groups = lw.param_groups(Counted(), torch.arange(6).expand(2, -1))
     optimizer = lw.DMuon(groups, lr=0.1, weight_decay=0.5)
-    assert decayed(optimizer) == {"words.weight", "kinds.weight", "both.weight", "head.weight"}
+    assert decayed(optimizer) == {
+        f"{name}.weight" for name in ("words", "kinds", "both", "mapped", "bag", "head")
+    }
 
 
 def test_positions_are_known_on_the_meta_device_too() -> None:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 
 def is_hf_conv1d(module: nn.Module) -> bool:
@@ -43,20 +44,38 @@ def _is_called_norm(module: nn.Module) -> bool:
     return bool(_NORM.search(name)) and not holds_more and next(module.children(), None) is None
 
 
+#: What the two factors are called: by peft and loralib, torchtune, kohya.
+_FACTORS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"))
+
+
 def holds_lora(module: nn.Module | None) -> bool:
-    """A layer with a low-rank adapter (peft's LoraLayer, loralib): it has both factors."""
-    return hasattr(module, "lora_A") and hasattr(module, "lora_B")
+    """A layer with a low-rank adapter: it has both factors."""
+    return any(hasattr(module, a) and hasattr(module, b) for a, b in _FACTORS)
 
 
-def lora_factors(model: nn.Module) -> list[nn.Parameter]:
-    """All factors of low-rank adapters in the model."""
-    return [
-        parameter
-        for module in model.modules()
-        if holds_lora(module)
-        for name, parameter in module.named_parameters()
-        if name.startswith(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"))
-    ]
+def lora_factors(model: nn.Module) -> dict[int, str]:
+    """Ids of all factors of low-rank adapters in the model -> "lora_A" or "lora_B"."""
+    sides = {name: f"lora_{side}" for names in _FACTORS for name, side in zip(names, "AB", strict=True)}
+    sides |= {f"lora_embedding_{side}": f"lora_{side}" for side in "AB"}  # peft's of an embedding
+    factors: dict[int, str] = {}
+    for module in model.modules():
+        if holds_lora(module):
+            named = ((name.partition(".")[0], p) for name, p in module.named_parameters())
+            factors |= {id(p): sides[step] for step, p in named if step in sides}
+        elif isinstance(module, ParametrizationList):
+            factors |= _factors_made_here(module)
+    return factors
+
+
+def _factors_made_here(made: ParametrizationList) -> dict[int, str]:
+    """The two matrices of a parametrization whose product has the shape of the weight that it is added to."""
+    weight = next(made.parameters(recurse=False)).shape
+    for module in made:
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim == 2]
+        for a, b in (matrices, matrices[::-1]) if len(matrices) == 2 else ():
+            if (*b.shape, *a.shape) == (weight[0], len(a), len(a), weight[-1]):
+                return {id(a): "lora_A", id(b): "lora_B"}
+    return {}
 
 
 def is_base_model(module: Any) -> bool:

@@ -79,6 +79,8 @@ class Evidence:
         sites: parameter's number -> (site, addresses of the rows whose results went there).
         transformed: numbers of parameters whose results another parameter transformed afterwards.
         reached: numbers of parameters whose results reached an output of the model.
+        apart: parameter's number -> strides along which the results of its rows went to a matrix of a stack each.
+        guessed: numbers of pairs that were multiplied with one another where nothing says which one maps.
         of_unseen: the note on parameters that took no part.
     """
 
@@ -87,6 +89,8 @@ class Evidence:
     sites: dict[int, list[tuple[Site, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     transformed: set[int] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
+    apart: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    guessed: set[int] = field(default_factory=set)
     of_unseen: str = ""
     #: Where addresses lie in memory -> the addresses, kept so that no others come to lie there, and what they say.
     _entries: dict[tuple[Any, ...], tuple[Tensor, dict[int, Tensor]]] = field(default_factory=dict)
@@ -133,6 +137,13 @@ class Evidence:
                 self._entries[key] = addresses, self.space.by_owner(addresses)
             for owner, entries in self._entries[key][1].items():
                 self._add(owner, site, entries)
+
+    def went_apart(self, rows: Iterable[Tensor]) -> None:
+        """The results of these rows went to a matrix of a stack each, by their first dimension."""
+        for first, second in ((some[0], some[1]) for some in map(small, rows) if len(some) > 1):
+            steps = (second - first)[first >= 0].unique()
+            if len(steps) == 1:
+                self.apart[self.space.owner(int(first.max()))].add(int(steps[0]))
 
     def _add(self, owner: int, site: Site, rows: Tensor) -> None:
         sites = self.sites[owner]

@@ -125,7 +125,7 @@ class Flow:
         if written is None:
             return known
         results_of = written.results_of - self.evidence.transformed
-        if known is not None:
+        if known is not None and known.rows:
             return replace(known, results_of=known.results_of | results_of)
         return Origin(rows=(_as(tensor, written.rows).clone(),), results_of=results_of)
 

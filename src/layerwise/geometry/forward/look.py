@@ -44,11 +44,11 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
         if batch is None:
             return Look(None)
     numbers = {id(p): number for number, p in enumerate(inner.parameters())}
-    factors = frozenset(numbers[id(p)] for p in lora_factors(inner))
+    factors = frozenset(numbers[key] for key in lora_factors(inner))
     linear = frozenset(
         numbers[id(p)]
         for module in inner.modules()
-        if is_linear(module)
+        if is_linear(module) or isinstance(module, nn.MultiheadAttention)
         for p in module._parameters.values()
         if p is not None
     )

@@ -25,7 +25,7 @@ class Origin:
         pooled: whether entries were put together into one since the rows made it: a mean, a norm, a loss.
         scaled: whether a learned vector multiplied it.
         normalised: whether it was divided by, or multiplied with, what its own entries were pooled to.
-        counts: whether it goes up by one along its last dimension whatever the input is: numbers of positions.
+        counts: whether it was made of numbers that count up, whatever the input is: numbers of positions, or relative ones.
     """
 
     weights: tuple[Tensor, ...] = ()
@@ -67,8 +67,8 @@ def joined(origins: Iterable[Origin], shape: Size, transformed: set[int]) -> Ori
         results_of=results_in(given) - transformed,
         bent=any(origin.bent for origin in given) and bool(rows),
         pooled=all(origin.pooled for origin in given),
-        scaled=any(origin.scaled for origin in given),
-        normalised=any(origin.normalised for origin in given),
+        scaled=all(origin.scaled for origin in given),
+        normalised=all(origin.normalised for origin in given),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -39,12 +39,22 @@ class Seen:
     note: str = ""
 
 
-def layout_seen(uses: Sequence[Use], sites: Sequence[tuple[Site, Tensor]], shape: Size) -> Seen | None:
-    """Which way round a weight is, which stacks and which parts it has. None where its products do not say."""
+def layout_seen(
+    uses: Sequence[Use], sites: Sequence[tuple[Site, Tensor]], shape: Size, apart: Set[int] = frozenset()
+) -> Seen | None:
+    """Which way round a weight is, which stacks and which parts it has. None where its products do not say.
+
+    What stands in a dimension of its own and meets a matrix of another stack each is a matrix each: experts that all see
+    every token. (`apart` has the strides of such dimensions.)
+    """
     products = [use for use in uses if use.kind == "product"]
     factors = _factors(products, shape)
     if factors is None:
         return None
+    if len(factors) == len(shape) > 2:
+        factors = [
+            ("k" if side == "o" and step in apart else side, size, step) for side, size, step in factors
+        ]
     note = BOTH_WAYS if len({tuple(axis.side for axis in _by_stride(use)) for use in products}) > 1 else ""
     try:
         whole = layout_of(_pattern(factors, shape))

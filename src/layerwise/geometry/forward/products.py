@@ -64,7 +64,10 @@ def multiply(flow: Flow, op: Operation, left: Operand, right: Operand, added: It
         flow.came_from(result, Origin(constant=True))
         return
     if all(held):
-        held = [not _right_is_the_weight(flow, origins), _right_is_the_weight(flow, origins)]
+        table, mapping = (_likely_a_weight(flow, origin) for origin in origins)
+        if table == mapping:
+            flow.evidence.guessed |= flow.numbers(origins[0]) | flow.numbers(origins[1])
+        held = [mapping < table, mapping >= table]  # as a rule the one on the right maps learned inputs
     if any(held):
         weight, other = (left, right) if held[0] else (right, left)
         outcome = _by_weight(flow, op, weight, origins[weight.side], other, origins[other.side])
@@ -83,6 +86,8 @@ def _by_weight(
         flow.evidence.used(table, "table")
     rows = []
     for view in made_of.weights:
+        if other.tensor.ndim == view.ndim == 3 and view.stride(0):
+            flow.evidence.went_apart(source.rows)
         flow.evidence.product(view, weight.sides("out", "in"))
         rows.append(weight.placed(first_of_rows(view, weight.inner), op.results[0]))
     return Origin(rows=tuple(rows), results_of=flow.numbers(made_of))
@@ -120,13 +125,8 @@ def _are_factors(flow: Flow, origins: list[Origin]) -> bool:
     return any(flow.numbers(origin) & flow.factors for origin in origins)
 
 
-def _right_is_the_weight(flow: Flow, origins: list[Origin]) -> bool:
-    """Of a table of learned inputs and the weight that maps it, which is the weight: as a rule the one on the right."""
-    left, right = (_likely_a_weight(flow, origin) for origin in origins)
-    return right >= left
-
-
 def _likely_a_weight(flow: Flow, origin: Origin) -> tuple[bool, bool]:
+    """How likely one of two parameters that are multiplied is the weight, and not a table of learned inputs."""
     numbers = flow.numbers(origin)
     looked_up = any(use.kind == "lookup" for number in numbers for use in flow.evidence.uses.get(number, ()))
     return bool(numbers & flow.linear), not looked_up

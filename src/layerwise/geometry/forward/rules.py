@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.geometry.forward.addresses import LARGEST, constant_along, written_out
+from layerwise.geometry.forward.addresses import LARGEST, constant_along, small, written_out
 from layerwise.geometry.forward.evidence import Kind, Site
 from layerwise.geometry.forward.flow import Flow, Operation, name_of
 from layerwise.geometry.forward.layers import LAYERS, attention
@@ -34,10 +34,6 @@ Rule = Callable[[Flow, Operation], None]
 _LINEAR = frozenset(
     {"add", "sub", "rsub", "mul", "div", "neg", "clone", "where", "masked_fill", "lerp", "addcmul", "addcdiv"}
 )
-_STILL_COUNTS = frozenset(
-    {"add", "sub", "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "slice", "select", "repeat"}
-    | {"clone", "detach", "alias", "_to_copy", "lift_fresh"}
-)
 _SCALES = frozenset({"mul", "div", "addcmul", "addcdiv", "multiply", "divide"})
 
 
@@ -47,19 +43,13 @@ def follow(flow: Flow, op: Operation) -> None:
     if not any(origins) and op.tensors:
         return
     if all(origin is not None and origin.constant and not origin.weights for origin in origins):
-        constant = POSITIONS if _counts(op, origins) else CONSTANT
+        counts = op.name == "arange" or any(origin.counts for origin in filter(None, origins))
+        constant = POSITIONS if counts else CONSTANT
         flow.made(op, replace(constant, results_of=results_in(filter(None, origins))))
     else:
         _rule(op.func)(flow, op)
         if op.writes_into_a_part:
             flow.wrote(op.results[0])
-
-
-def _counts(op: Operation, origins: Sequence[Origin | None]) -> bool:
-    """Whether the results go up by one along their last dimension: `arange`, views of it, and it plus a number."""
-    if op.name == "arange":
-        return op.argument("step") in (None, 1)
-    return len(origins) == 1 and bool(origins[0] and origins[0].counts) and op.name in _STILL_COUNTS
 
 
 @cache
@@ -96,31 +86,44 @@ def pointwise(flow: Flow, op: Operation) -> None:
     weights = [weight for _, origin in given if origin.constant for weight in origin.weights]
     for weight in weights:
         by_hand = any(
-            not origin.constant and _is_outer(tensor.shape, weight.shape) for tensor, origin in given
+            not origin.constant and _is_outer(tensor, small(weight).shape) for tensor, origin in given
         )
         flow.evidence.used(weight, "other" if kind == "gain" and by_hand else kind)
     if op.name in _SCALES:
         _meet(flow, op, activations)
     result = joined(activations, shape, flow.evidence.transformed)
-    result = replace(
-        result,
-        bent=result.bent or (op.name not in _LINEAR and bool(result.rows)),
-        scaled=result.scaled or (kind == "gain" and any(weight.numel() > 1 for weight in weights)),
-        normalised=result.normalised or (kind == "gain" and _normalise(activations)),
-    )
+    result = replace(result, bent=result.bent or (op.name not in _LINEAR and bool(result.rows)))
+    if kind == "gain":
+        result = replace(
+            result,
+            scaled=any(o.scaled for o in activations) or any(weight.numel() > 1 for weight in weights),
+            normalised=any(o.normalised for o in activations) or _normalise(activations),
+        )
     if result.scaled and result.normalised:  # a normalisation with gains; logits may be scaled alone
         flow.evidence.transformed |= result.results_of
     flow.made(op, result)
 
 
-def _is_outer(activation: torch.Size, weight: torch.Size) -> bool:
+def _is_outer(activation: Tensor, weight: torch.Size) -> bool:
     """Whether a product entry by entry multiplies each activation with several entries of a wide weight.
 
-    So does a matrix product that is written out: `(x[..., None, :] * weight).sum(-1)`.
+    So does a matrix product that is written out, `(x[..., None, :] * weight).sum(-1)`, also where the activations were
+    repeated before, as in `cosine_similarity`.
     """
-    pairs = list(zip_longest(reversed(weight), reversed(activation), fillvalue=1))
+    pairs = list(zip_longest(reversed(weight), reversed(activation.shape), fillvalue=1))
     wide = [other for size, other in pairs if size > 1]
-    return 1 in wide and max(wide) > 1
+    if len(wide) < 2 or max(wide) == 1:
+        return False
+    return 1 in wide or _repeats(activation, [dim for dim in range(-len(weight), 0) if weight[dim] > 1])
+
+
+def _repeats(activation: Tensor, dims: Sequence[int]) -> bool:
+    """Whether an activation is the same all along one of these dimensions, and not everywhere."""
+    try:
+        repeated = [torch.equal(activation, activation.narrow(d, 0, 1).expand_as(activation)) for d in dims]
+        return any(repeated) and not all(repeated)
+    except RuntimeError:  # nothing is computed on the meta device, or of fake tensors
+        return False
 
 
 def _fits(flow: Flow, tensor: Tensor, weight: Tensor, shape: torch.Size) -> bool:
@@ -207,11 +210,13 @@ def lookup(flow: Flow, op: Operation) -> None:
         flow.made(op, Origin(tuple(weight for weight in some if weight is not None), constant=True))
         return
     numbers = [flow.origin(tensor) or Origin() for tensor in op.tensors[1:]]
+    if op.name.startswith("_embedding"):  # whose other tensors say where its bags begin
+        numbers = numbers[:1]
     constant = all(each.constant for each in numbers)
-    counted = any(each.counts for each in numbers)
+    counted = constant and any(each.counts for each in numbers)
     layer = bool(flow.numbers(origin) & flow.linear)
     reordered = op.name != "embedding" and op.results[0].ndim == op.tensors[0].ndim
-    chosen = _permuted(op, origin) if (constant and not counted) or (layer and reordered) else []
+    chosen = _permuted(op, origin) if (constant and op.name != "embedding") or (layer and reordered) else []
     if layer and not chosen and (constant or reordered):
         other(flow, op)
         return
@@ -235,6 +240,8 @@ def _gathered(flow: Flow, op: Operation, origin: Origin) -> None:
     A router picks the scores of the experts that it chose: that one is chosen and another is not makes them no parts.
     """
     results_of = origin.results_of - flow.evidence.transformed
+    if not all((flow.origin(tensor) or Origin()).constant for tensor in op.tensors[1:]):
+        origin = replace(origin, constant=False, counts=False)
     if any(not (flow.origin(tensor) or CONSTANT).constant for tensor in op.tensors[1:]):
         dims = _chosen(op)
         kept = tuple(addresses for addresses in origin.rows if constant_along(addresses, dims))
@@ -282,12 +289,21 @@ def other(flow: Flow, op: Operation) -> None:
     flow.made(op, Origin(constant=constant, results_of=results_of - flow.evidence.transformed | weights))
 
 
+def fresh(flow: Flow, op: Operation) -> None:
+    """Made in the shape of another tensor, and of nothing in it."""
+    flow.made(op, CONSTANT)
+
+
+_FRESH = (
+    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like"
+)
 _SAME = "_to_copy clone native_dropout dropout cumsum cumprod detach alias tril triu"
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),
     **dict.fromkeys(("_softmax", "softmax", "_log_softmax", "log_softmax"), softmax),
     **dict.fromkeys(("embedding", "_embedding_bag", "_embedding_bag_forward_only"), lookup),
     **dict.fromkeys(("index", "index_select", "gather", "_unsafe_index"), lookup),
+    **dict.fromkeys(_FRESH.split(), fresh),
     "as_strided": other,
     "constant_pad_nd": pad,
     **MOVES,

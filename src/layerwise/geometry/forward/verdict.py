@@ -29,12 +29,20 @@ _COMPARED = 2**22
 _FLAT = "multiplies as a matrix, but is stored flat: all of it is one vector; store it with two dimensions"
 
 
+_GUESSED = "multiplied with another parameter: a guess which is a table of inputs, and which maps it"
+
+
 def judged(found: Found, evidence: Evidence, number: int) -> Found:
     """A parameter as its modules have it, put right by what the forward pass showed."""
+    seen = _seen(found, evidence, number)
+    return replace(seen, note=_GUESSED) if found.assumed and number in evidence.guessed else seen
+
+
+def _seen(found: Found, evidence: Evidence, number: int) -> Found:
     uses = evidence.uses.get(number, [])
     kinds = {use.kind for use in uses}
     if not uses:
-        return replace(found, note=found.note or evidence.of_unseen)
+        return replace(found, note=evidence.of_unseen or found.note)
     is_output = number in evidence.reached and number not in evidence.transformed
     if "product" in kinds:
         return _matrix(found, evidence, number, is_output)
@@ -47,8 +55,9 @@ def judged(found: Found, evidence: Evidence, number: int) -> Found:
     ):
         # The weight of a layer, made or used in a way that was not followed.
         return replace(found, role="head")
-    if "lookup" in kinds and found.parameter.ndim == 2 and _may_be_a_table(found, kinds):
-        layout = found.layout if found.role in ("embedding", "lora_A", "lora_B") else TransposedLayout()
+    if "lookup" in kinds and found.parameter.ndim in (2, 3) and _may_be_a_table(found, kinds):
+        table = TransposedLayout() if found.parameter.ndim == 2 else TransposedStackLayout()
+        layout = found.layout if found.role in ("embedding", "lora_A", "lora_B") else table
         role = found.role if found.is_factor else "embedding"
         positions = role == "embedding" and all(use.counted for use in uses if use.kind == "lookup")
         known = replace(found, role=role, layout=layout, note="", how="forward")
@@ -69,7 +78,7 @@ def _may_be_a_table(found: Found, kinds: set[Kind]) -> bool:
 
 def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> Found:
     uses, shape = evidence.uses[number], found.parameter.shape
-    seen = layout_seen(uses, evidence.sites.get(number, []), shape)
+    seen = layout_seen(uses, evidence.sites.get(number, []), shape, evidence.apart.get(number, set()))
     if found.parameter.ndim == 1 and any({"out", "in"} <= {axis.side for axis in use.axes} for use in uses):
         return replace(found, note=_FLAT)
     if seen is None or found.parameter.ndim < 2:
@@ -82,19 +91,23 @@ def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> F
         layout = replace(layout, split=None)
     if not found.assumed and alike(found.layout, layout, shape):
         layout = found.layout  # the same units, under the names its module has for them
-    role = _role(found, layout, is_output)
+    role = _role(found, layout, uses, is_output)
     unsure = found.note and not (seen.parts or found.assumed or role != "hidden")
     note = found.note if unsure else seen.note
     return replace(found, role=role, layout=layout, kernel=(), note=note, how="forward")
 
 
-def _role(found: Found, layout: Layout, is_output: bool) -> str:
+def _role(found: Found, layout: Layout, uses: Sequence[Use], is_output: bool) -> str:
     if found.is_factor:
         return found.role
     if is_output or found.role == "head":
         return "head"
-    k = layout.stack_shape(found.parameter.shape)[0]
-    return "experts" if k > 1 or (found.role == "experts" and not found.assumed) else "hidden"
+    stacked = found.assumed or any(axis.side == "stack" for use in uses for axis in use.axes)
+    if stacked and layout.stack_shape(found.parameter.shape)[0] > 1:
+        return "experts"
+    return (
+        "hidden" if found.assumed or found.role != "experts" else "experts"
+    )  # slices of a layer are its parts
 
 
 def _with_known_parts(seen: Layout, known: Layout, shape: Size) -> Layout:

@@ -144,7 +144,9 @@ def _by_numbers(owner: Any, attribute: str, d_out: int) -> Split | None:
         return Split.of_sizes({"q": key, "k": key, "v": value})
     key, value = getattr(owner, "qk_nope_head_dim", None), getattr(owner, "v_head_dim", None)
     heads = _number(owner, _HEADS)
-    if attribute == "kv_b_proj" and key and value and heads and heads * (key + value) == d_out:  # MLA
+    if (
+        attribute in ("kv_b_proj", "wkv_b") and key and value and heads and heads * (key + value) == d_out
+    ):  # MLA
         return Split.of_sizes({"k": key, "v": value}, heads)
     return None
 
@@ -168,7 +170,7 @@ def _has_fewer_key_heads(owner: Any) -> bool:
 #: Names of projections that hold several matrices in most of the models that use them.
 _FUSED = {
     "c_attn", "att_proj", "query_key_value", "gate_up_proj", "gate_up", "in_proj", "in_proj_ba", "kv_b_proj", "kv_proj",
-    "to_kv", "wkv", "w12", "x_proj",
+    "to_kv", "wkv", "wkv_b", "w12", "x_proj",
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ _TORCH_BLOCKS = (
 _CONV = nn.modules.conv._ConvNd
 _MAY_BE_HEAD = "may be an output head: nothing in the model takes as many inputs as it has outputs"
 _LAST_BUT_READ = "taken for the head as it comes last, but other layers take as many inputs as it has outputs"
+_LAST_BUT_BARE = "taken for the head as it comes last, but what it lies in holds matrices of its own"
 _MAY_BE_LAST = "may be the output layer: it comes last, and no head was found"
 _MODULATES = ("adaln", "modulation")
 
@@ -77,13 +78,11 @@ def output_heads(model: nn.Module) -> Heads:
         found = [last]
     weights = frozenset(id(matrix_of(free[name])) for name in found)
     doubts = _other_heads(unread, weights)
-    if (
-        found == [last]
-        and last not in unread
-        and len(projections) > 1
-        and not isinstance(model, nn.Sequential)
-    ):
-        doubts[id(matrix_of(free[last]))] = _LAST_BUT_READ
+    if found == [last]:
+        bare = [p for m in _around(model, last)[:-1] if (p := matrix_of(m)) is not None and p.ndim == 2]
+        read = last not in unread and len(projections) > 1 and not isinstance(model, nn.Sequential)
+        if bare or read:
+            doubts[id(matrix_of(free[last]))] = _LAST_BUT_BARE if bare else _LAST_BUT_READ
     if not found and holders:
         ends = [holders[last], *list(free.values())[-1:]] if last in holders else []
         doubts = _without_head(model, ends) | doubts
@@ -129,7 +128,7 @@ def _without_head(model: nn.Module, ends: Sequence[nn.Module]) -> dict[int, str]
 
 def _holders(model: nn.Module) -> dict[str, Any]:
     """All modules with a matrix of their own, but for factors of adapters."""
-    factors = set(map(id, lora_factors(model)))
+    factors = lora_factors(model)
     named = {name: m for name, m in model.named_modules() if not isinstance(m, ParametrizationList)}
     return {name: m for name, m in named.items() if (p := matrix_of(m)) is not None and id(p) not in factors}
 

@@ -27,7 +27,14 @@ from layerwise.geometry.layout import (
     VectorLayout,
     VectorStackLayout,
 )
-from layerwise.geometry.module_kinds import holds_lora, is_hf_conv1d, is_linear, is_norm, is_torch_norm
+from layerwise.geometry.module_kinds import (
+    holds_lora,
+    is_hf_conv1d,
+    is_linear,
+    is_norm,
+    is_torch_norm,
+    lora_factors,
+)
 from layerwise.geometry.modules.experts import expert_layout, holds_experts
 from layerwise.geometry.modules.fused import fused_note, grouped_split, known_split, recurrent_split
 from layerwise.geometry.modules.heads import Heads, output_heads
@@ -60,10 +67,11 @@ def find_roles(model: nn.Module, evidence: Evidence | None = None) -> list[Found
         evidence: what a forward pass of it showed, if there was one.
     """
     heads = output_heads(model) if evidence is None else _not_seen(output_heads(model), model, evidence)
+    factors = lora_factors(model)
     found: dict[int, Found] = {}
     for place in _places(model):
         key = id(place.parameter)
-        this = _classify(place, key in heads.weights)
+        this = _classify(place, key in heads.weights, factors.get(key))
         found[key] = _tie(found[key], this) if key in found else this
     for key, doubt in heads.doubts.items():
         if not found[key].note and found[key].layout.split is None:
@@ -109,7 +117,7 @@ def _tie(first: Found, second: Found) -> Found:
     return replace(first, tied=tied, note=f"also {second.role} as {second.name}")
 
 
-def _classify(place: _Place, is_head: bool) -> Found:
+def _classify(place: _Place, is_head: bool, factor: str | None) -> Found:
     shape = tuple(place.parameter.shape)
     owner, attribute = _seen_through(place)
     if is_head and len(shape) == 2 and is_norm(owner):  # a projection of normalised rows
@@ -118,9 +126,8 @@ def _classify(place: _Place, is_head: bool) -> Found:
         wide = sum(size > 1 for size in shape) > 1 and not is_torch_norm(owner)
         note = f"a gain, as the class {type(owner).__name__} is called a normalisation" if wide else ""
         return place.found("vector", VectorLayout(), note=note)
-    lora = _lora_factor(place)
-    if lora is not None:
-        return _factor(place, owner, lora)
+    if factor is not None:
+        return _factor(place, owner, factor)
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         # A tied weight takes the head's orientation: logits = W x, so d_out is the vocabulary.
         return (
@@ -214,16 +221,6 @@ def _seen_through(place: _Place) -> tuple[nn.Module, str]:
 def _is_magnitude(owner: nn.Module, attribute: str) -> bool:
     """The gain of torch's older `weight_norm`, which makes `weight_g` and `weight_v` of `weight`."""
     return attribute.endswith("_g") and f"{attribute[:-2]}_v" in owner._parameters
-
-
-def _lora_factor(place: _Place) -> str | None:
-    """`lora_A` or `lora_B` when the tensor is a factor of a low-rank adapter, also of an adapted embedding."""
-    steps = [step for step, _ in place.path[1:]] + [place.attribute]
-    for step, (_, parent) in zip(steps, place.path, strict=True):
-        for side in ("A", "B"):
-            if step in (f"lora_{side}", f"lora_embedding_{side}") and holds_lora(parent):
-                return f"lora_{side}"
-    return None
 
 
 def _projection_split(place: _Place, d_out: int) -> tuple[Split | None, str]:
