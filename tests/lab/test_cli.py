@@ -5,10 +5,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
-import typer
 import yaml
 from tiny_run import call, tiny_tree
 
@@ -127,44 +125,6 @@ def test_words() -> None:
         load_config("a" * 300)
 
 
-@pytest.fixture
-def hours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """A terminal, a sweep in an empty folder that is estimated to take hours, and what was run of it."""
-    ran: list[str] = []
-
-    def sweep(config: Any, engine: Any) -> None:
-        ran.append(config.run_name)
-        raise LayerwiseError("the sweep itself")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("layerwise.lab.experiments.sweep.run_sweep.seconds_left", lambda *_: 4 * 3600.0)
-    monkeypatch.setattr("layerwise.lab.experiments.sweep.run_sweep.run_sweep", sweep)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    return ran
-
-
-def test_a_sweep_without_arguments_says_its_plan_and_asks_before_hours_of_work(
-    hours: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text) or _abort())
-    assert call("sweep") == 1
-    said = capsys.readouterr()
-    assert (asked, hours) == (["start?"], [])
-    assert re.search(r"width: (\d+) trials, \1 of them to run, in runs/", said.out)
-    assert re.search(
-        r"width .*; methods standard.*; \d+ rates; .* steps each\n  about 4 h 00 min on this machine",
-        said.out,
-    )
-    assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize("word", ["--yes", "--dry-run"])
-def test_a_sweep_does_not_ask_where_it_is_told_to_start_or_only_to_plan(hours: list[str], word: str) -> None:
-    assert call("sweep", word) == (2 if word == "--yes" else 0)
-    assert len(hours) == (word == "--yes")
-
-
 def test_a_sweep_shows_its_first_result_when_it_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,10 +140,6 @@ def test_a_sweep_shows_its_first_result_when_it_is_there(
     assert re.search(r"trial 1/4  last loss \d\.\d+", said.err)
     assert call("sweep", str(file), "--workers", "0") == 0
     assert "4 trials, 0 of them to run" in capsys.readouterr().out
-
-
-def _abort() -> NoReturn:
-    raise typer.Abort
 
 
 def test_the_module_is_the_command() -> None:

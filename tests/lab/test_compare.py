@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli import main
 from layerwise.lab.config.identity import identity
 from layerwise.lab.config.load import load_config
-from layerwise.lab.config.schema import ModelConfig
 from layerwise.lab.config.validate import nearest
 from layerwise.lab.experiments import comparison as module
 from layerwise.lab.experiments.comparison import compare
-from layerwise.lab.experiments.comparison_notes import rates_file
 from layerwise.lab.experiments.contenders import DEFAULT, CompareConfig, entries
 from layerwise.lab.experiments.standings import paired
 from layerwise.lab.optimizers.default_rates import base_rates
@@ -151,9 +148,7 @@ def test_an_interrupted_run_goes_on(words: list[str], tmp_path: Path) -> None:
 def test_an_automatic_grid_grows_until_the_best_lies_inside(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [
-        word for word in words if not word.startswith("model.")
-    ]  # the preset as it is: its rates, its entry
+    words = [word for word in words if not word.startswith("model.")]  # the preset as it is: its rates
     start = base_rates()["gpt2-tiny"]["rates"]["lanton"]
     fake = FakeTraining(best=start * 8)
     monkeypatch.setattr(module, "train", fake)
@@ -165,9 +160,6 @@ def test_an_automatic_grid_grows_until_the_best_lies_inside(
     assert curve.edge is None
     assert len(result.contenders[0].runs) == 2
     assert result.contenders[0].final_losses == pytest.approx([3.0, 3.01])
-    assert yaml.safe_load(
-        rates_file(config, result.contenders, result.curves, "layerwise compare --lr-grid auto") or ""
-    ) == {"gpt2-tiny": {"command": "layerwise compare --lr-grid auto", "rates": {"lanton": start * 8}}}
     ran = len(fake.rates)
     compare(config, progress="quiet")
     assert len(fake.rates) == ran  # everything was there
@@ -186,8 +178,6 @@ def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(
         "compare.lr_grid.adamw=[0.2, 0.4]",
     )
     result = compare(config, progress="quiet")
-    assert rates_file(config, result.contenders, result.curves, "") is None  # one layer: not the preset
-    preset = config.model_copy(update={"model": ModelConfig()})
     lanton, adamw = result.curves
     assert lanton.rates == [2e-3, 4e-3]
     assert lanton.edge == "lowest"
@@ -195,10 +185,6 @@ def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(
     notes = " ".join(result.notes)
     assert "LANTON: the best rate, 0.002, is the lowest of its grid" in notes
     assert "AdamW: diverged at every rate" in notes
-    assert (
-        yaml.safe_load(rates_file(preset, result.contenders, result.curves, "") or "")["gpt2-tiny"]["rates"]
-        is None
-    )  # no rate that a longer grid would not confirm
 
 
 def test_what_is_configured_and_not_compared_is_said(
@@ -279,7 +265,6 @@ def test_a_contender_tuned_by_role_starts_from_the_plain_one_and_finds_the_facto
     assert len(fake.rates) == 3 + 4 + 1 + 2  # what both have was made once
     assert [contender.label for contender in result.contenders] == ["D-Muon", "D-Muon by role"]
     assert result.contenders[1].final_losses == pytest.approx([3.0])
-    assert rates_file(config, result.contenders, result.curves, "") is None
     assert tuned.difference is None  # the baseline: the best of them
     assert str(plain.difference) == "+0.4000 (1 seed)"
 

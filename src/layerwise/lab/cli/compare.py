@@ -14,7 +14,6 @@ from layerwise.lab.config.load import load_config
 
 if TYPE_CHECKING:
     from layerwise.lab.experiments.comparison import Comparison
-    from layerwise.lab.experiments.contenders import CompareConfig
 
 HELP = """Train the same model with several optimizers, and compare them.
 
@@ -66,14 +65,13 @@ def compare(
     config = load_config(path, overrides, CompareConfig)
     check_report(output or config.folder)
     comparison = run_comparison(config, say=_say)
-    page = _write(config, comparison, output or config.folder)
+    page = _write(comparison, output or config.folder)
     _print_results(comparison)
     _say(f"report: {page}")
 
 
-def _write(config: CompareConfig, comparison: Comparison, folder: Path) -> Path:
-    """The report, and the best rates as a file where any were tuned."""
-    from layerwise.lab.experiments.comparison_notes import curve_rows, rates_file
+def _write(comparison: Comparison, folder: Path) -> Path:
+    """The report."""
     from layerwise.lab.experiments.standings import standing_rows
     from layerwise.lab.report import Story, write_report
 
@@ -83,14 +81,9 @@ def _write(config: CompareConfig, comparison: Comparison, folder: Path) -> Path:
         comparison.notes,
         command_line(),
         grid=curves,
-        grid_rows=curve_rows(curves),
         standings=standing_rows(comparison.standings),
     )
-    page = write_report(comparison.contenders, folder, story)
-    rates = rates_file(config, comparison.contenders, curves, command_line())
-    if rates is not None:
-        (config.folder / "base_rates.yaml").write_text(rates, encoding="utf-8")
-    return page
+    return write_report(comparison.contenders, folder, story)
 
 
 def _print_results(comparison: Comparison) -> None:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from layerwise.lab.experiments.sweep.run_sweep import Sweep
     from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 
-LONG = 600  # seconds of work that are asked about
-
 HELP = """Sweep learning rates over sizes of a model, and show whether the best one carries over.
 
 CONFIG is a training config with a section `sweep`: what the sizes are, the grid of rates, the methods (standard, flerm,
@@ -49,9 +47,8 @@ def sweep(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say how many trials there are and how long they take, and stop."),
+        typer.Option("--dry-run", help="Say how many trials there are, and stop."),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before hours of work.")] = False,
 ) -> None:
     from layerwise.lab.experiments.sweep.run_sweep import run_sweep
     from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
@@ -59,20 +56,15 @@ def sweep(
     path, overrides = split_words(words)
     config = load_config(path, overrides, SweepConfig)
     chosen = _engine(engine, workers, address=address, cpus=cpus, gpus=gpus)
-    seconds = _say_plan(config, 2 if workers is None else workers)
-    if dry_run:
-        return
-    if seconds > LONG and not yes and sys.stdin.isatty():
-        typer.confirm("start?", abort=True, err=True)
-    _report(config, run_sweep(config, chosen))
+    _say_plan(config)
+    if not dry_run:
+        _report(config, run_sweep(config, chosen))
 
 
-def _say_plan(config: SweepConfig, workers: int) -> float:
-    """Says what is to be run and about how long it takes; returns the seconds."""
+def _say_plan(config: SweepConfig) -> None:
+    """Says what is to be run. Raises LayerwiseError where it cannot be."""
     from layerwise.lab.experiments.sweep.results import RESULTS, check_folder, read_results
-    from layerwise.lab.experiments.sweep.run_sweep import seconds_left
     from layerwise.lab.experiments.sweep.trial_plan import make_plan
-    from layerwise.lab.runs.quantities import duration
 
     check_folder(config.run_path)
     plan, sweep = make_plan(config), config.sweep
@@ -84,11 +76,8 @@ def _say_plan(config: SweepConfig, workers: int) -> float:
         f"{config.run_name}: {len(plan.trials)} trials, {left} of them to run, in {config.run_path}\n"
         f"  {sweep.axis} {sizes}; methods {', '.join(sweep.methods)}; {len(sweep.lr)} rates; {seeds};"
         f" {config.steps} steps each",
-        flush=True,  # timing the steps takes a while
+        flush=True,
     )
-    about = seconds_left(plan, done, workers) if left else 0.0
-    print(f"  about {duration(about)} on this machine, {max(1, workers)} at a time", flush=True)
-    return about
 
 
 def _report(config: SweepConfig, swept: Sweep) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
-from layerwise.lab.experiments.comparison_notes import notes
 from layerwise.lab.experiments.contenders import CompareConfig, Entry, entries
 from layerwise.lab.experiments.standings import Standing, baseline, standings, standings_note
 from layerwise.lab.experiments.store import RunStore
 from layerwise.lab.experiments.tuning import Point, Search
+from layerwise.lab.optimizers.default_rates import base_rates, plain_preset
 from layerwise.lab.report import Contender, RateCurve
 from layerwise.lab.report.names import looks
 from layerwise.lab.runs.directory import has_ended
@@ -127,3 +127,40 @@ def conclude(runner: Runner, searches: Sequence[Search]) -> Comparison:
     lengths = {length: runner.runs(base.entry, base.best, length) for length in section.lengths}
     stood = standings(searches, base, lengths)
     return replace(made, standings=stood, notes=[*made.notes, standings_note(base, section.trials)])
+
+
+def notes(config: CompareConfig, curves: Sequence[RateCurve]) -> Iterator[str]:
+    """What a reader has to know before the numbers: how the rates were chosen."""
+    if any(len(curve.rates) > 1 for curve in curves):
+        yield from _of_grids(config.compare.seeds, curves)
+    else:
+        yield _of_defaults(base_rates().get(plain_preset(config.model) or "", {}).get("command"))
+
+
+def _of_grids(seeds: int, curves: Sequence[RateCurve]) -> Iterator[str]:
+    yield (
+        f"Each optimizer is shown at the best base rate of its grid, over {seeds} seed{'s' if seeds > 1 else ''}, all "
+        "runs with the same schedule length. The rate was chosen by the same validation loss that is reported."
+    )
+    for curve in curves:
+        if curve.edge is not None:
+            yield (
+                f"{curve.label}: the best rate, {curve.best:g}, is the {curve.edge} of its grid; its optimum may lie "
+                "beyond it, so its result is not its best."
+            )
+        elif len(curve.rates) == 1:
+            yield f"{curve.label}: only one rate was tried; it was not tuned."
+        if curve.best is None:
+            yield f"{curve.label}: diverged at every rate; it is shown at the lowest."
+
+
+def _of_defaults(command: str | None) -> str:
+    if command:
+        return (
+            "Base rates were not tuned in this run: they are the defaults for this model, found by "
+            f"`{command}`. With other settings than those, the ranking may be one of rates, not of optimizers."
+        )
+    return (
+        "Base rates were not tuned in this run: they are untuned starting values, so the ranking may be one of rates, "
+        "not of optimizers. `layerwise compare --lr-grid auto` tunes each optimizer on its own grid."
+    )

@@ -16,9 +16,8 @@ from torch.optim import Optimizer
 
 import layerwise.optim as lw
 from layerwise.errors import LayerwiseError
-from layerwise.geometry import param_groups
+from layerwise.geometry import describe, param_groups
 from layerwise.lab.config.validate import check_arguments, nearest
-from layerwise.lab.optimizers.role_factors import scale_roles
 from layerwise.lab.optimizers.torch_muon import TorchMuon
 from layerwise.lab.runs.directory import read_run
 from layerwise.lab.runs.recorded import number
@@ -190,6 +189,34 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         given = ", ".join(f"optimizer.{key}={list(value)}" for key, value in lists.items())
         what = f"{given or 'optimizer'}: too few values for {config.name}"
         raise LayerwiseError(f"{what}, give all of them") from None
+
+
+def scale_roles(
+    model: nn.Module, groups: Iterable[dict[str, Any]], lr: float, factors: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The groups of named parameters, cut so that every role in `factors` has groups of its own at `lr * factor`.
+
+    What muP prescribes for Adam is `{hidden: 1/w, head: 1/w}`.
+
+    Raises LayerwiseError for a role that the model has no parameter of.
+    """
+    groups = list(groups)
+    if not factors:
+        return groups
+    roles = {row.name: row.role for row in describe(model).rows}
+    for role in factors:
+        if role not in roles.values():
+            raise LayerwiseError(f"optimizer.role_factors: {role!r}: {nearest(role, set(roles.values()))}")
+    cut: list[dict[str, Any]] = []
+    for group in groups:
+        parts: dict[float, list[Any]] = {}
+        for name, parameter in group["params"]:
+            parts.setdefault(factors.get(roles[name], 1.0), []).append((name, parameter))
+        cut += [
+            {**group, "params": params} | ({} if factor == 1.0 else {"lr": lr * factor})
+            for factor, params in parts.items()
+        ]
+    return cut
 
 
 def _build_rule(preset: Preset, rates: dict[str, Any]) -> lw.RateRule:

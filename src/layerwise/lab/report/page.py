@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +63,6 @@ class Story:
     notes: Sequence[str] = ()  # shown at the top: what a reader has to know before the numbers
     command: str = ""
     grid: Sequence[RateCurve] = ()  # losses on the grid of base rates, where one was run
-    grid_rows: Sequence[tuple[str, str, str]] = field(default=())  # (contender, base rate, losses over seeds)
     standings: Sequence[Sequence[str]] = ()  # a row of STANDING_TITLES for each contender
 
 
@@ -101,6 +100,7 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
             notes=[*story.notes, *warnings(runs)],
             headline=tables.headline(runs),
             results=tables.result_rows(groups),
+            grid_rows=tables.grid_rows(story.grid),
             groups=groups,
             several_seeds=any(len(c.runs) > 1 for c in groups),
             figures=figures,

@@ -12,6 +12,7 @@ import numpy as np
 
 from layerwise.lab.config.keys import flatten
 from layerwise.lab.report.grouping import Contender
+from layerwise.lab.report.rate_curve import RateCurve
 from layerwise.lab.runs.quantities import count, duration
 from layerwise.lab.runs.recorded import Run, number
 
@@ -173,3 +174,16 @@ def headline(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("device", common(devices)),
     ]
     return [(name, text) for name, text in items if text]
+
+
+def grid_rows(curves: Sequence[RateCurve]) -> list[tuple[str, str, str]]:
+    """Every rate of every grid with its losses over seeds, for a table."""
+    return [
+        (
+            curve.label,
+            f"{lr:g}",
+            ", ".join(f"{v:.4f}" if math.isfinite(v) else "diverged" for v in curve.losses[lr]),
+        )
+        for curve in curves
+        for lr in curve.rates
+    ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,8 @@ from layerwise.lab.experiments.sweep.trial import run_trial, start_worker
 from layerwise.lab.experiments.sweep.trial_plan import BASE_FILE, Plan, Point, Trial, make_plan
 from layerwise.lab.runs.directory import write_json
 from layerwise.lab.runs.environment import versions
-from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import ProgressKind, make_progress
-from layerwise.lab.training.run import check_buildable, take_steps
+from layerwise.lab.training.run import check_buildable
 
 
 @dataclass(frozen=True)
@@ -72,30 +70,6 @@ def _said(row: Row | Failure[Trial]) -> str:
     if isinstance(row, Failure):
         return "failed"
     return f"last loss {row['val_loss']:.3f}" if row["val_loss"] is not None else str(row["status"])
-
-
-class Stopwatch(Observer):
-    """When each step ended."""
-
-    def __init__(self) -> None:
-        self.ended: list[float] = []
-
-    def after_step(self, step: int) -> None:
-        self.ended.append(time.monotonic())
-
-
-def seconds_left(plan: Plan, done: Container[str], workers: int) -> float:
-    """About how long the missing trials take: the first three steps of a trial are timed at each size."""
-    begins: dict[float, float] = {}  # setting up, and the first step
-    a_step: dict[float, float] = {}
-    for (_, size), config in representatives(plan).items():
-        if size not in a_step:
-            started, watch = time.monotonic(), Stopwatch()
-            take_steps(config.replace({"function_space.match": None, "optimizer.lr": 0.0}), 3, [watch])
-            begins[size], a_step[size] = watch.ended[0] - started, (watch.ended[-1] - watch.ended[0]) / 2
-    work = {trial.id: (point.size, trial.config["training"]["steps"]) for point, trial in plan.points.items()}
-    left = (begins[size] + a_step[size] * steps for id, (size, steps) in work.items() if id not in done)
-    return sum(left) / max(1, workers)
 
 
 def representatives(plan: Plan) -> dict[tuple[str, float], Config]:
