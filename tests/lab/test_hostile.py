@@ -25,7 +25,7 @@ from layerwise.lab.data.tokens import load_tokens
 from layerwise.lab.experiments.sweep.results import loss_of, read_results
 from layerwise.lab.optimizers.registry import mean_multipliers
 from layerwise.lab.report import Contender, load_runs
-from layerwise.lab.report.figures.loss import final_losses, loss_curves
+from layerwise.lab.report.figures.loss import loss_curves
 from layerwise.lab.report.style import PHONE, Look, styled
 from layerwise.lab.report.tables import headline
 from layerwise.lab.runs.checkpoint import list_checkpoints
@@ -349,7 +349,7 @@ def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
         r"$\frac{$ and a name that is much too long for the room beside a figure", Look("#1c2127"), (run,)
     )
     with styled():
-        for figure in (loss_curves([group, group]), final_losses([group, group], PHONE)):
+        for figure in (loss_curves([group, group]), loss_curves([group, group], PHONE)):
             figure.draw_without_rendering()
 
 

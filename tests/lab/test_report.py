@@ -238,7 +238,7 @@ def test_the_page_is_self_contained_and_its_figures_are_files_too(
     ):
         assert text in parsed.text
     names = {file.stem for file in (tmp_path / "figures").iterdir()}
-    expected = {"loss", "final_loss", "loss_against_rate", "layers_lanton", "vectors_lanton", "rates_lanton"}
+    expected = {"loss", "loss_against_rate", "layers_lanton", "vectors_lanton", "rates_lanton"}
     assert names == expected | {"function_space_lanton", "shares_lanton"}
     for name in names:
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

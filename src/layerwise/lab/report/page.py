@@ -142,11 +142,6 @@ def plans(groups: Sequence[Contender], story: Story) -> Iterator[Plan]:
             + (" Lighter lines are further seeds." if any(len(g.runs) > 1 for g in groups) else ""),
             lambda on: loss.loss_curves(groups, on),
         )  # fmt: skip
-    if len(groups) > 1 and any(len(run.val_loss) for group in groups for run in group.runs):
-        yield Plan(
-            "final_loss", "Loss", "Validation loss at the end of training: a dot per seed, a bar at the mean.",
-            lambda on: loss.final_losses(groups, on),
-        )  # fmt: skip
     if story.grid:
         yield Plan(
             "loss_against_rate", "Learning rate", "Final validation loss on each optimizer's own grid of base rates, all "

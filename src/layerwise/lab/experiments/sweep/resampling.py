@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from layerwise.lab.report.rate_curve import LossesByRate
 
@@ -15,21 +15,26 @@ MOST = 4096
 COVERED = 0.95
 
 
-def best_rates(curve: LossesByRate) -> Counter[float]:
+def best_rates(curve: LossesByRate) -> dict[float, int]:
     """How often each rate is best where seeds are drawn with replacement; a seed's losses at all rates stay together.
 
-    Empty with one seed, or where seeds are missing at some rates.
+    Empty with one seed, or where seeds are missing at some rates. Where no rate has finite losses there is no best.
     """
     seeds = {len(values) for values in curve.losses.values()}
-    if len(seeds) != 1 or seeds == {1} or not seeds:
-        return Counter()
-    found: Counter[float] = Counter()
-    for chosen in _resamples(seeds.pop()):
-        means = {lr: _mean(values, chosen) for lr, values in curve.losses.items()}
-        best = min(sorted(means), key=means.__getitem__)
-        if math.isfinite(means[best]):
-            found[best] += 1
-    return found
+    if len(seeds) != 1 or seeds == {1}:
+        return {}
+    losses = np.array([curve.losses[lr] for lr in curve.rates])  # [rates, seeds]
+    means = np.where(np.isfinite(losses), losses, np.inf)[:, _resamples(seeds.pop())].mean(-1)
+    best, counts = np.unique(means.argmin(0)[np.isfinite(means.min(0))], return_counts=True)
+    return {curve.rates[number]: int(count) for number, count in zip(best, counts, strict=True)}
+
+
+def _resamples(seeds: int) -> NDArray[np.int64]:
+    """`[resamples, seeds]`"""
+    if seeds**seeds <= MOST:
+        return np.array([*itertools.product(range(seeds), repeat=seeds)])
+    generator = random.Random(0)
+    return np.array([generator.choices(range(seeds), k=seeds) for _ in range(MOST)])
 
 
 def shift_interval(base: LossesByRate, curve: LossesByRate, step: float) -> tuple[float, float] | None:
@@ -45,33 +50,12 @@ def shift_interval(base: LossesByRate, curve: LossesByRate, step: float) -> tupl
     Returns:
         Ends of the interval; None with one seed.
     """
-    shifts: Counter[float] = Counter()
-    for (start, many), (best, more) in itertools.product(best_rates(base).items(), best_rates(curve).items()):
-        shifts[math.log(best / start) / math.log(step)] += many * more
-    if not shifts:
+    starts, bests = best_rates(base), best_rates(curve)
+    if not starts or not bests:
         return None
-    return _quantile(shifts, (1 - COVERED) / 2), _quantile(shifts, (1 + COVERED) / 2)
-
-
-def _resamples(seeds: int) -> Iterator[Iterable[int]]:
-    if seeds**seeds <= MOST:
-        yield from itertools.product(range(seeds), repeat=seeds)
-        return
-    generator = random.Random(0)
-    yield from (generator.choices(range(seeds), k=seeds) for _ in range(MOST))
-
-
-def _mean(values: Sequence[float], chosen: Iterable[int]) -> float:
-    """Infinite where a chosen seed diverged."""
-    drawn = [values[seed] for seed in chosen]
-    return sum(drawn) / len(drawn) if all(map(math.isfinite, drawn)) else math.inf
-
-
-def _quantile(counts: Counter[float], part: float) -> float:
-    """The smallest value with at least this part of the counts at or below it."""
-    needed, below = part * counts.total(), 0
-    for value in sorted(counts):
-        below += counts[value]
-        if below >= needed:
-            return value
-    return max(counts)
+    shifts = np.log(np.divide.outer([*bests], [*starts])).ravel() / np.log(step)
+    counts = np.multiply.outer([*bests.values()], [*starts.values()]).ravel()
+    order = np.argsort(shifts)
+    reached = np.cumsum(counts[order]) / counts.sum()
+    low, high = np.searchsorted(reached, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return float(shifts[order[low]]), float(shifts[order[high]])

@@ -1,4 +1,4 @@
-"""Loss curves: against tokens and against time, a line per contender; and where the contenders ended."""
+"""Loss curves: against tokens and against time, a line per contender."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 12  # contenders that a figure can name; of more, the best stand out
 BEST = 8
-MOST_ROWS = 40
 HEIGHT = 3.1  # inches of a panel
 
 
@@ -179,48 +178,6 @@ def _time_axis(axes: Axes) -> None:
         axes.set_xticks([t * unit for t in step if t * unit <= span])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / unit:g}"))
     axes.set_xlabel(f"{axes.get_xlabel()}, {name}")
-
-
-def final_losses(contenders: Sequence[Contender], arrangement: style.Arrangement = style.WIDE) -> Figure:
-    """Final validation loss: a dot per seed, a bar at the mean, best contender at the top."""
-    ranked = sorted((c for c in contenders if any(map(math.isfinite, c.final_losses))), key=_mean_loss)
-    left_out = len(ranked) - MOST_ROWS
-    ranked = ranked[:MOST_ROWS]
-    row_height = 0.34 if len(ranked) < 16 else 0.2
-    figure = style.new_figure(
-        min(arrangement.width, style.WIDTH * 0.7), 0.75 + row_height * max(len(ranked), 1)
-    )
-    axes = figure.subplots()
-    for row, contender in enumerate(ranked):
-        finite = [v for v in contender.final_losses if math.isfinite(v)]
-        color = contender.look.color
-        axes.plot([np.mean(finite)] * 2, [row - 0.26, row + 0.26], color=color, lw=2)
-        axes.plot(
-            finite, [row] * len(finite), ls="none", marker="o", ms=4.5, color=color, mec=style.PAPER, mew=0.7
-        )
-        lost = len(contender.final_losses) - len(finite)
-        text = f"{np.mean(finite):.3f}" + (f"  ({lost} diverged)" if lost else "")
-        axes.annotate(
-            text, (max(finite), row), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8, color=style.MUTED
-        )  # fmt: skip
-    axes.set_yticks(range(len(ranked)), [style.shortened(c.label, 34) for c in ranked])
-    axes.set_ylim(len(ranked) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", visible=True)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel(
-        "Final validation loss, nats per token"
-        + (f"; {left_out} worse ones left out" if left_out > 0 else "")
-    )
-    _room_for_numbers(axes, [v for c in ranked for v in c.final_losses if math.isfinite(v)])
-    return figure
-
-
-def _room_for_numbers(axes: Axes, values: Sequence[float]) -> None:
-    if values:
-        reach = max(max(values) - min(values), 0.01)
-        axes.set_xlim(min(values) - 0.08 * reach, max(values) + 0.22 * reach)
 
 
 def _mean_loss(contender: Contender) -> float:
