@@ -15,8 +15,7 @@ from layerwise.lab.config.schema import LoraConfig
 from layerwise.lab.experiments.contenders import CompareSection
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.models.families import FAMILIES, PRESETS
-from layerwise.lab.optimizers.default_rates import base_rates
-from layerwise.lab.optimizers.registry import OPTIMIZERS, RULES, Preset
+from layerwise.lab.optimizers.registry import OPTIMIZERS, RULES, Preset, base_rates
 
 PAGE = Path(__file__).with_name("configuration.md")
 

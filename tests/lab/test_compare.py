@@ -18,8 +18,7 @@ from layerwise.lab.experiments import comparison as module
 from layerwise.lab.experiments.comparison import compare
 from layerwise.lab.experiments.contenders import DEFAULT, CompareConfig, entries
 from layerwise.lab.experiments.standings import paired
-from layerwise.lab.optimizers.default_rates import base_rates
-from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.optimizers.registry import OPTIMIZERS, base_rates
 from layerwise.lab.report.rate_curve import RateCurve
 from layerwise.lab.report.style import Look
 from layerwise.lab.runs.directory import read_run, write_json

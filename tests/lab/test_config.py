@@ -8,7 +8,7 @@ import pytest
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.load import load_config, parse_yaml
 from layerwise.lab.config.schema import Config
-from layerwise.lab.optimizers.default_rates import base_rates
+from layerwise.lab.optimizers.registry import base_rates
 from layerwise.lab.training.run import complete
 
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"

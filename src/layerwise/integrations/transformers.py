@@ -117,20 +117,12 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         self.watch: Watch | None = None
         self._numbers: dict[str, float] = {}
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        *_: Any,
-        model: nn.Module,
-        optimizer: Any,
-        **__: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **given: Any) -> None:
         if self.watch is not None:  # of an earlier `train()`
             self.watch.detach()
         every = int(state.logging_steps) if self.every is None else self.every
         options = {**self.options, "to": [self._take, self.options.get("to")]}
-        self.watch = watch_optimizer(model, optimizer, every, **options)
+        self.watch = watch_optimizer(given["model"], given["optimizer"], every, **options)
         saved = _beside_checkpoint(args, state, self.FILE)
         if state.global_step and saved.exists():
             self.watch.load_state_dict(json.loads(saved.read_text()))
@@ -205,18 +197,10 @@ class FunctionSpaceCallback(TrainerCallback):  # type: ignore[misc]
         self.observer: Observer | None = None
         self._step: AbstractContextManager[None] | None = None
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        *_: Any,
-        model: nn.Module,
-        optimizer: Any,
-        **__: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **given: Any) -> None:
         if isinstance(self.observer, FLeRM):  # of an earlier `train()`
             self.observer.detach()
-        self.observer = self.make(model, optimizer)
+        self.observer = self.make(given["model"], given["optimizer"])
         saved = _beside_checkpoint(args, state, self.FILE)
         if not state.global_step:
             return

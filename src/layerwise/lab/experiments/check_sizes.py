@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,19 +66,17 @@ def check_sizes(
     )
 
 
-#: What a user's function returns: `(model, optimizer, batch)`, and a loss where the default one will not do.
-Made = tuple[Any, ...]
-
-
 class UserModel:
-    """A user's function of the size, taken apart into what `lw.check` asks for."""
+    """A user's function of the size, taken apart into what `lw.check` asks for: `(model, optimizer, batch)`, and a loss
+    where the default one will not do.
+    """
 
-    def __init__(self, make: Callable[[Any], Made], name: str) -> None:
-        self.make = make
-        self.name = name
-        self.optimizer: Optimizer | None = None
+    optimizer: Optimizer  # of the model that was made last
 
-    def made(self, size: float) -> Made:
+    def __init__(self, target: str) -> None:
+        self.make, self.name = _function(target), target
+
+    def made(self, size: float) -> tuple[Any, ...]:
         """What the function makes of a size, checked. Raises LayerwiseError."""
         made = self.make(int(size) if size == int(size) else size)
         if not isinstance(made, tuple) or len(made) not in (3, 4):
@@ -88,14 +86,9 @@ class UserModel:
         return made
 
     def model(self, size: float) -> nn.Module:
-        """The model of a size; its optimizer is kept for `optimizer_of`."""
+        """The model of a size; the optimizer that was made with it is kept."""
         model, self.optimizer, *_ = self.made(size)
         return model
-
-    def optimizer_of(self, model: nn.Module) -> Optimizer:
-        """The optimizer that was made with the model."""
-        assert self.optimizer is not None
-        return self.optimizer
 
 
 def check_function(target: str, sizes: Sequence[float], **options: Any) -> SizeCheck:
@@ -109,13 +102,13 @@ def check_function(target: str, sizes: Sequence[float], **options: Any) -> SizeC
     Raises:
         LayerwiseError: as `lw.check`, and where there is no such function.
     """
-    user = UserModel(_function(target), target)
+    user = UserModel(target)
     _, _, batch, *given = user.made(sizes[0])
     loss = given[0] if given else default_loss
-    return check(user.model, sizes, user.optimizer_of, batch, loss=loss, **options)
+    return check(user.model, sizes, lambda _: user.optimizer, batch, loss=loss, **options)
 
 
-def _function(target: str) -> Callable[[Any], Made]:
+def _function(target: str) -> Callable[[Any], Any]:
     name, _, attribute = target.partition(":")
     sys.path.insert(0, "")
     try:
@@ -124,7 +117,6 @@ def _function(target: str) -> Callable[[Any], Made]:
         raise LayerwiseError(f"{target}: {error}; give package.module:function") from None
     finally:
         sys.path.remove("")
-    function: Callable[[Any], Made] | None = getattr(module, attribute, None)
-    if not callable(function):
+    if not callable(function := getattr(module, attribute, None)):
         raise LayerwiseError(f"{target}: {name} has no function {attribute!r}")
-    return function
+    return cast("Callable[[Any], Any]", function)

@@ -16,7 +16,7 @@ from layerwise.lab.experiments.contenders import CompareConfig, Entry, entries
 from layerwise.lab.experiments.standings import Standing, baseline, standings, standings_note
 from layerwise.lab.experiments.store import RunStore
 from layerwise.lab.experiments.tuning import Point, Search
-from layerwise.lab.optimizers.default_rates import base_rates, plain_preset
+from layerwise.lab.optimizers.registry import base_rates, plain_preset
 from layerwise.lab.report import Contender, RateCurve
 from layerwise.lab.report.names import looks
 from layerwise.lab.runs.directory import has_ended

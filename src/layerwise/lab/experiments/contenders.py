@@ -12,8 +12,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, OptimizerConfig, Section, one_folder
 from layerwise.lab.config.validate import nearest, validate
-from layerwise.lab.optimizers.default_rates import default_rate
-from layerwise.lab.optimizers.registry import OPTIMIZERS, find_preset
+from layerwise.lab.optimizers.registry import OPTIMIZERS, default_rate, find_preset
 from layerwise.lab.report.names import optimizer_title
 
 #: Rates or factors to try.

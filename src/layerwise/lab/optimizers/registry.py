@@ -1,4 +1,4 @@
-"""Optimizers by name, their keywords checked against their signatures."""
+"""Optimizers by name, their keywords checked against their signatures, and their rates where a config gives none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +16,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+import layerwise.lab.optimizers
 import layerwise.optim as lw
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import describe, param_groups
+from layerwise.lab.config.load import parse_yaml
 from layerwise.lab.config.validate import check_arguments, nearest
+from layerwise.lab.models.families import PRESETS, model_settings
 from layerwise.lab.optimizers.torch_muon import TorchMuon
 from layerwise.lab.runs.directory import read_run
 from layerwise.lab.runs.recorded import number
 
 if TYPE_CHECKING:
-    from layerwise.lab.config.schema import OptimizerConfig, TrainingConfig
+    from layerwise.lab.config.schema import ModelConfig, OptimizerConfig, TrainingConfig
 
 
 def lab_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -165,6 +170,25 @@ def with_defaults(config: OptimizerConfig, lr: float | None = None) -> Optimizer
             "weight_decay": preset.decay if config.weight_decay is None else config.weight_decay,
         }
     )
+
+
+@cache
+def base_rates() -> Mapping[str, Mapping[str, Any]]:
+    """The data file: model preset -> `rates` by optimizer, and the `command` that found them."""
+    file = resources.files(layerwise.lab.optimizers).joinpath("default_rates.yaml")
+    return parse_yaml(file.read_text(encoding="utf-8"), file.name)
+
+
+def plain_preset(model: ModelConfig) -> str | None:
+    """The preset that a model is, with every setting its own; None for any other model, to which its rates say nothing."""
+    preset = model.preset
+    return preset if preset in PRESETS and model_settings(model) == PRESETS[preset] else None
+
+
+def default_rate(model: ModelConfig, optimizer: str) -> float:
+    """The base rate of an optimizer by name: the data file's where the model is a preset as it is, else its signature's."""
+    known = base_rates().get(plain_preset(model) or "", {}).get("rates", {})
+    return float(known.get(optimizer, OPTIMIZERS[optimizer].default("lr")))
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:

@@ -40,19 +40,10 @@ class Plan:
     draw: Callable[[Arrangement], Figure]
     folded: str = ""  # a title under which the page folds it away
 
-    def made(self, folder: Path) -> Drawn:
-        """The figure in files, and for the page."""
+    def made(self, folder: Path) -> tuple[str, str]:
+        """As SVG for a wide page, in files of that folder too, and for a phone, where panels stand below one another."""
         wide = save_figure(lambda: self.draw(WIDE), folder, self.name)
-        return Drawn(self, wide, page_figure(lambda: self.draw(PHONE), f"{self.name}-phone"))
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure as SVG, for a wide page and for a phone, on which its panels stand below one another."""
-
-    plan: Plan
-    wide: str
-    phone: str
+        return wide, page_figure(lambda: self.draw(PHONE), f"{self.name}-phone")
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,7 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
     runs = [run for group in groups for run in group.runs]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figures = [plan.made(folder / "figures") for plan in plans(groups, story)]
+        figures = [(plan, *plan.made(folder / "figures")) for plan in plans(groups, story)]
         environment = Environment(
             loader=PackageLoader("layerwise.lab", "report"),
             autoescape=True,
@@ -104,7 +95,7 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
             groups=groups,
             several_seeds=any(len(c.runs) > 1 for c in groups),
             figures=figures,
-            sections=list(dict.fromkeys(figure.plan.section for figure in figures)),
+            sections=list(dict.fromkeys(plan.section for plan, _, _ in figures)),
             file_types=FILE_TYPES,
             parameters=tables.parameter_rows(runs),
             settings=tables.settings(groups),

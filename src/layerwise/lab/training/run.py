@@ -13,8 +13,13 @@ from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import Batches, open_data
 from layerwise.lab.models.families import build_model, model_settings
 from layerwise.lab.models.family import Examples
-from layerwise.lab.optimizers.default_rates import default_rate
-from layerwise.lab.optimizers.registry import build_optimizer, check_batch, find_preset, with_defaults
+from layerwise.lab.optimizers.registry import (
+    build_optimizer,
+    check_batch,
+    default_rate,
+    find_preset,
+    with_defaults,
+)
 from layerwise.lab.runs.checkpoint import list_checkpoints, read_state
 from layerwise.lab.runs.directory import (
     RUN_FILE,
