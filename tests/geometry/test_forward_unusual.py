@@ -360,6 +360,33 @@ def test_gains_of_their_own_for_each_place_are_a_vector():
     assert (found.role, found.how) == ("vector", "forward")
 
 
+WIDE = {
+    "of heads": ((3, 4), lambda m, x: (m.mix(x).unflatten(-1, (3, 4)) + m.w).flatten(2), "vector"),
+    "of a stack": ((2, 1, D), lambda m, x: torch.baddbmm(m.w, x, m.stack), "vector"),
+    "of places": ((5, D), lambda m, x: m.mix(x) + m.w, "embedding"),
+    "of places, in a row": ((5, D), lambda m, x: torch.addmm(m.w, x[0], m.stack[0]), "embedding"),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_a_wide_bias_is_one_of_features_or_a_table_of_places(kind):
+    shape, use, role = WIDE[kind]
+    stack = nn.Parameter(torch.randn(2, D, D))
+    model = Net(lambda m, x: m.last(use(m, x)), w=nn.Parameter(torch.ones(shape)), stack=stack, mix=linear())
+    model.last = linear(3)
+    found = row(model, X)
+    assert (found.role, found.how) == (role, "forward")
+
+
+def turned(w, x):
+    pairs = torch.view_as_complex(x.unflatten(-1, (6, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(w)).flatten(2)
+
+
+def test_a_weight_in_complex_pairs_takes_part():
+    assert "took no part" not in row(Mix((5, 6, 2), turned), X).note
+
+
 def test_a_matrix_that_is_stored_flat_says_so():
     assert "store it with two dimensions" in row(Mix((D * D,), lambda w, x: x @ w.view(D, D)), X).note
     assert row(Mix((D,), lambda w, x: x * (x @ w)[..., None]), X).note == ""

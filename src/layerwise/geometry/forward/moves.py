@@ -102,6 +102,8 @@ def complex_pairs(flow: Flow, op: Operation) -> None:
     """Two rows make a complex number, and each of its parts comes from both."""
     origin = flow.origin(op.tensors[0])
     if origin is not None:
+        for weight in origin.weights:
+            flow.evidence.used(weight, "other")
         apart = op.name == "view_as_complex"
         rows = [
             addresses.select(-1, part) if apart else addresses.unsqueeze(-1).expand(op.results[0].shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Size, Tensor
 
-from layerwise.geometry.forward.addresses import small
+from layerwise.geometry.forward.addresses import constant_along, small
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,13 @@ def results_in(origins: Iterable[Origin]) -> frozenset[int]:
 def replayed(origin: Origin, weights: Iterable[Tensor], rows: Iterable[Tensor]) -> Origin:
     """The same origin after an operation that moves entries about."""
     return replace(origin, weights=tuple(weights), rows=tuple(rows))
+
+
+def is_of_features(weight: Tensor, activations: Iterable[Origin]) -> bool:
+    """Whether a wide weight is added to rows that differ along all of its dimensions: a bias, and no table of positions."""
+    wide = [dim for dim in range(-weight.ndim, 0) if small(weight).shape[dim] > 1]
+    rows = [r for origin in activations for r in origin.rows if len(wide) > 1 and r.ndim >= weight.ndim]
+    return any(not any(constant_along(r, [dim]) for dim in wide) for r in rows)
 
 
 def _known(addresses: Tensor, among: list[Tensor]) -> bool:

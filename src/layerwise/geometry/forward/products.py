@@ -10,7 +10,7 @@ from torch import Tensor
 from layerwise.geometry.forward.addresses import constant_along, first_of_rows
 from layerwise.geometry.forward.evidence import Side, Site
 from layerwise.geometry.forward.flow import Flow, Operation
-from layerwise.geometry.forward.origins import CONSTANT, Origin, joined
+from layerwise.geometry.forward.origins import CONSTANT, Origin, is_of_features, joined
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def multiply(flow: Flow, op: Operation, left: Operand, right: Operand, added: It
         outcome = _by_weight(flow, op, weight, origins[weight.side], other, origins[other.side])
     else:
         outcome = _of_activations(flow, op, (left, right), origins)
-    flow.came_from(result, joined([outcome, *_added(flow, added)], result.shape, flow.evidence.transformed))
+    flow.came_from(
+        result, joined([outcome, *_added(flow, added, outcome)], result.shape, flow.evidence.transformed)
+    )
 
 
 def _by_weight(
@@ -111,12 +113,12 @@ def _of_activations(
     return Origin(rows=tuple(passed), results_of=results_of)
 
 
-def _added(flow: Flow, tensors: Iterable[Tensor]) -> list[Origin]:
+def _added(flow: Flow, tensors: Iterable[Tensor], product: Origin) -> list[Origin]:
     """The origins of what is added to a product; biases among them are noted."""
     origins = [flow.origin(tensor) or Origin() for tensor in tensors]
     for origin in origins:
         for view in origin.weights if origin.constant else ():
-            flow.evidence.used(view, "bias")
+            flow.evidence.used(view, "norm" if is_of_features(view, [product]) else "bias")
     return [origin for origin in origins if not origin.constant]
 
 

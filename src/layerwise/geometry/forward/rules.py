@@ -22,6 +22,7 @@ from layerwise.geometry.forward.origins import (
     POSITIONS,
     Origin,
     expanded,
+    is_of_features,
     joined,
     replayed,
     results_in,
@@ -88,7 +89,8 @@ def pointwise(flow: Flow, op: Operation) -> None:
         by_hand = any(
             not origin.constant and _is_outer(tensor, small(weight).shape) for tensor, origin in given
         )
-        flow.evidence.used(weight, "other" if kind == "gain" and by_hand else kind)
+        of_features = kind == "bias" and is_of_features(weight, activations)
+        flow.evidence.used(weight, "other" if kind == "gain" and by_hand else "norm" if of_features else kind)
     if op.name in _SCALES:
         _meet(flow, op, activations)
     result = joined(activations, shape, flow.evidence.transformed)

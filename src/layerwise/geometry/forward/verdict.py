@@ -143,7 +143,8 @@ def _entry_by_entry(found: Found, uses: Sequence[Use]) -> Found:
     """A parameter that is only added to or multiplied with activations: a table of positions, or gains and biases."""
     wide = max(sum(size > 1 for size in use.shape) for use in uses)
     dimensions = found.parameter.ndim
-    is_table = found.role != "vector" and any(use.kind in ("bias", "table") for use in uses)
+    tables = ("bias", "table", "norm") if found.role == "embedding" else ("bias", "table")
+    is_table = found.role != "vector" and any(use.kind in tables for use in uses)
     if wide > 1 and dimensions in (2, 3) and is_table:
         layout: Layout = TransposedLayout() if dimensions == 2 else TransposedStackLayout()
         return replace(found, role="embedding", layout=layout, note="", how="forward", undecayed=True)
