@@ -15,7 +15,7 @@ import torch.distributed as dist
 from distributed_runs import batch, distribute, make_model, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import layerwise as lw
@@ -247,6 +247,32 @@ def tensor_parallel_rates() -> str:
     parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), ColwiseParallel())
     update = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
     return _message(lambda: lw.function_space_rates(model, update, torch.ones(3, 6)))
+
+
+class Halving(nn.Linear):
+    """Writes its weight whenever it is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.mul_(0.5)
+        return super().forward(x)
+
+
+def weights_written(how: str, method: str, layer: type[nn.Linear] = nn.Linear) -> tuple[lw.Rates, float]:
+    """Rates of a model whose embedding renormalises its weight, and how far measuring moved weights."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Embedding(11, 6, max_norm=1.0), nn.Flatten(), layer(24, 4)).double()
+    model[0].weight.data.mul_(3)
+    before, update = weights(model), update_of(model)
+    if how == "fsdp":
+        for module in (model[0], model[2], model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    inputs = spread((torch.arange(64 * 4).view(64, 4) % 11,), "even")[0]
+    rates = lw.function_space_rates(model, update, inputs, method=method, probes=8)
+    return rates, max(float((w - before[name]).abs().max()) for name, w in weights(model).items())
+
+
+def refused_writer(method: str) -> str:
+    return _message(lambda: weights_written("fsdp", method, Halving))
 
 
 def unsynchronised() -> str:

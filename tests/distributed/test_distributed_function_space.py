@@ -18,10 +18,12 @@ from function_space_runs import (
     naive_of_shards,
     nothing_counts,
     observed,
+    refused_writer,
     tensor_parallel_rates,
     trace,
     unsynchronised,
     watched,
+    weights_written,
 )
 from torch.testing import assert_close
 
@@ -176,6 +178,16 @@ def test_what_is_not_supported_says_so(cluster):
         assert "set_requires_gradient_sync(True)" in message
     for message in cluster.run(2, nothing_counts):
         assert "the mask leaves no output entry" in message
+
+
+@pytest.mark.parametrize("method", ["full_cov", "difference"])
+def test_forwards_that_write_gathered_weights_are_measured_or_refused(cluster, single, method):
+    expected, still = single(weights_written, "single", method)
+    several = cluster.run(2, weights_written, "fsdp", method)
+    same(expected, [rates for rates, _ in several])
+    assert [still, *(moved for _, moved in several)] == [0, 0, 0]
+    for message in cluster.run(2, refused_writer, method):
+        assert message.startswith("the forward writes parameter '2.weight'")
 
 
 @pytest.mark.parametrize(

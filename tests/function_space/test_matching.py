@@ -391,6 +391,28 @@ def test_changes_are_clamped_and_fixed_parameters_stay():
         FLeRM(model, optimizer, fixed=["lora*"])
 
 
+@pytest.mark.parametrize("near_zero", [None, 0.0, 0.3, 1.0])
+def test_rates_near_zero_keep_their_learning_rates(near_zero):
+    """All are above the default bound here. Targets are equal, so matched rates move all outputs by as much."""
+    model = ResNet(32, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    flerm = FLeRM(model, optimizer, method="exact", near_zero=near_zero)
+    backward(model, 0)
+    with flerm.step(batch(0)[2]):
+        optimizer.step()
+    rows = flerm.reports[0].rows
+    bound = (near_zero or 0.0) * math.hypot(*(row.measured for row in rows.values()))
+    kept = [name for name, row in rows.items() if row.measured < bound]
+    assert len(kept) == {None: 0, 0.0: 0, 0.3: len(kept), 1.0: len(rows)}[near_zero]
+    assert near_zero != 0.3 or 0 < len(kept) < len(rows)
+    assert list(flerm.reports[0].left_alone) == kept
+    for name, row in rows.items():
+        change = 1.0 if name in kept else row.target / row.measured
+        assert flerm.learning_rates()[name] == pytest.approx(0.02 * change)
+    with pytest.raises(LayerwiseError, match=r"FLeRM\(near_zero=-1\): give a number from 0 to 1"):
+        FLeRM(model, optimizer, near_zero=-1)
+
+
 def test_groups_are_whole_again_when_a_step_raises():
     model = ResNet(16, 2)
     optimizer = OPTIMIZERS["SGD"](model)

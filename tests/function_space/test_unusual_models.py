@@ -1,7 +1,10 @@
 """Models that forward-mode or a plain forward alone would measure wrongly, refuse or change."""
 
 import functools
+import random
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -116,19 +119,98 @@ def test_embeddings_that_renormalise_their_weights_are_measured_on_copies(bag, f
     assert rates["1.bias"].value > 0
 
 
-class Writes(nn.Module):
-    def __init__(self):
+def test_whole_updates_of_such_embeddings_begin_at_the_weights_as_they_are():
+    torch.manual_seed(0)
+    model = nn.Embedding(11, 6, max_norm=1.0).double()
+    old, update, x = model.weight.detach().clone().mul_(3), torch.randn(11, 6).double(), torch.arange(11)
+    model.weight.data.copy_(old)
+    rates = function_space_rates(model, {"weight": update}, x, method="difference", linear=None)
+    before, after = (
+        nn.functional.normalize(w) * w.norm(dim=1, keepdim=True).clamp(max=1) for w in (old, old + update)
+    )
+    # The embedding divides by the norm plus 1e-7.
+    assert rates["weight"].value == pytest.approx((after - before).square().mean().sqrt().item(), rel=1e-6)
+
+
+@torch.no_grad()
+def normalises(m):
+    m.mix.weight.copy_(nn.functional.normalize(m.mix.weight, dim=1))
+
+
+def writes_a_row(m):
+    m.mix.weight.detach()[0].mul_(0.5)
+
+
+def clips_behind_autograd(m):
+    m.mix.weight.data.clamp_(0.0, 0.1)
+
+
+def puts_other_data(m):
+    m.mix.weight.data = m.mix.weight.data * 2
+
+
+def writes_a_frozen_weight(m):
+    m.frozen.data.mul_(0.5)
+
+
+WRITERS = (normalises, writes_a_row, clips_behind_autograd, puts_other_data, writes_a_frozen_weight)
+
+
+def draws_random_numbers(m):
+    random.random(), np.random.rand(), torch.rand(1, generator=m.generator)
+
+
+def keeps_what_it_saw(m):
+    m.calls, m.cached = m.calls + 1, m.mix(m.kept) * m.mix.weight.sum()
+    m.log.append(m.cached)
+    m.counts["calls"] = m.calls
+    m.mix.register_forward_hook(lambda *_: None)
+
+
+class Changing(nn.Module):
+    """Does something to itself in its forward pass."""
+
+    def __init__(self, change):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(3))
+        torch.manual_seed(0)
+        self.mix, self.odd = nn.Linear(4, 3), nn.utils.spectral_norm(nn.Linear(3, 3))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("kept", torch.ones(4))
+        self.change, self.calls, self.log, self.counts, self.generator = change, 0, [], {}, torch.Generator()
+        self.mix.weight.grad = torch.ones(3, 4)
 
     def forward(self, x):
-        self.weight.detach().mul_(0.5)
-        return x * self.weight
+        self.change(self)
+        self.kept.add_(1)
+        return self.odd(self.mix(x) * self.frozen)
 
 
-def test_other_forwards_that_write_weights_are_refused():
-    with pytest.raises(LayerwiseError, match="writes parameter 'weight' in place"):
-        function_space_rates(Writes(), {"weight": torch.ones(3)}, torch.ones(2, 3))
+def all_of(m):
+    weights = {n: (p.tolist(), p.data_ptr(), p._version, p.requires_grad) for n, p in m.named_parameters()}
+    states = random.getstate(), np.random.get_state()[1].tolist(), m.generator.get_state().tolist()
+    buffers = {name: (buffer.tolist(), buffer._version) for name, buffer in m.named_buffers()}
+    own = (
+        m.calls,
+        hasattr(m, "cached"),
+        len(m.log),
+        dict(m.counts),
+        len(m.mix._forward_hooks),
+        id(m.odd.weight),
+    )
+    return weights, buffers, m.mix.weight.grad.tolist(), states, own, torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("method", ["full_cov", "exact", "difference"])
+@pytest.mark.parametrize("change", [*WRITERS, draws_random_numbers, keeps_what_it_saw])
+def test_forwards_that_write_weights_are_refused_and_all_else_is_put_back(change, method):
+    model = Changing(change)
+    update = {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    x = torch.randn(6, 4)
+    before = all_of(model)
+    refused = pytest.raises(LayerwiseError, match=r"writes parameter '(mix\.weight|frozen)'")
+    with refused if change in WRITERS else nullcontext():
+        assert function_space_rates(model, update, x, method=method)["mix.weight"].value > 0
+    assert all_of(model) == before
 
 
 class Marked(nn.Module):

@@ -336,6 +336,39 @@ def test_inputs_that_were_not_seen_are_a_reason():
     assert watch.records[-1].together is None
 
 
+@pytest.mark.parametrize("kind", ["two outputs", "writes its weight"])
+def test_a_model_that_cannot_be_measured_trains_on(kind):
+    """The watch is two lines in a loop that is hours old at its first measurement: a warning, and the run as it was."""
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            if kind == "two outputs":
+                return super().forward(x), x
+            self.weight.data = torch.renorm(self.weight.data, 2, 0, 1.0)
+            return super().forward(x)
+
+    def run(watched):
+        torch.manual_seed(0)
+        model = Model(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watch = lw.watch(model, optimizer, every=2, function_space_every=2) if watched else None
+        for _ in range(6):
+            outputs = model(torch.randn(8, 4))
+            (outputs[0] if isinstance(outputs, tuple) else outputs).square().mean().backward()
+            optimizer.step()
+        return model, watch
+
+    plain, _ = run(False)
+    with pytest.warns(UserWarning, match="watch could not measure step 2 in function space") as caught:
+        model, watch = run(True)
+    assert len(caught) == 1
+    assert torch.equal(model.weight, plain.weight)
+    assert [record.step for record in watch.records] == [1, 2, 4, 6]
+    said = "pass forward=" if kind == "two outputs" else "the forward writes parameter 'weight'"
+    assert list(watch.skipped) == [2, 4, 6]
+    assert all(said in reason for reason in watch.skipped.values())
+
+
 # ------------------------------------------------------------------------------------------------- what stands out
 
 

@@ -18,6 +18,8 @@ from layerwise.function_space.rates import Rate
 
 #: The most that a rate may be multiplied or divided by.
 Factor = Annotated[float, "a number from 1 on", lambda factor: factor >= 1]
+#: Of all rates' root sum of squares.
+Part = Annotated[float, "a number from 0 to 1", lambda part: 0 <= part <= 1]
 #: The note of a parameter whose rate the user keeps.
 FIXED = "fixed"
 

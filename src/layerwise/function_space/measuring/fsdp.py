@@ -9,7 +9,7 @@ and read here alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layerwise.common.tensors import local_part, or_one
+from layerwise.common.tensors import is_sharded, local_part, or_one
+from layerwise.common.undisturbed import Writes, gradient_hooks, storage
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.adjoint import Adjoint
 from layerwise.function_space.measuring.collect import Collector
@@ -30,6 +31,7 @@ from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import NO_GRAPH
 from layerwise.function_space.measuring.process_group import Processes
+from layerwise.function_space.measuring.runners import WRITES, renormalised
 
 # What a backward has to be like for a probe, whatever the training loop has set.
 _SETTINGS = {
@@ -66,7 +68,7 @@ def placement(name: str, param: Tensor, processes: Processes) -> tuple[int, int]
 
 
 class ShardedRunner:
-    """Runs the model itself, on its own parameters. A context: `.grad`, buffers, hooks and FSDP's settings come back."""
+    """Runs the model itself, on its own parameters, inside of `untouched`. A context: FSDP's settings come back."""
 
     def __init__(
         self,
@@ -80,21 +82,34 @@ class ShardedRunner:
         self.parameters = parameters
         self.processes = processes
         self._stack = ExitStack()
+        self._renormalised = renormalised(model)  # the same whenever it is done again
+        self._seen = False
 
     def __enter__(self) -> ShardedRunner:
-        with ExitStack() as stack:
-            stack.enter_context(_as_probes_need(self.model, self.parameters))
-            stack.enter_context(buffers_kept(self.model))
-            stack.enter_context(gradient_hooks_off(self.parameters))
-            stack.enter_context(_gradients_aside(self.model))
-            self._stack = stack.pop_all()
+        self._stack.enter_context(_as_probes_need(self.model, self.parameters))
+        for p in self.model.parameters():
+            p.grad = None
+            # The user's (clipping, logging, optimizers that step in the backward): a probe is not a gradient.
+            for hooks in gradient_hooks(p):
+                if hooks:
+                    hooks.clear()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
-        return as_outputs(self.function(self.model, batch), mask)
+        with nullcontext() if self._seen else Writes(self._refuse):
+            found = self.function(self.model, batch)
+        self._seen = True
+        return as_outputs(found, mask)
+
+    def _refuse(self, written: list[Tensor]) -> None:
+        """Told before something is written: what is gathered is not gathered anew for each forward."""
+        places = {storage(tensor) for tensor in written if not is_sharded(tensor)}
+        for name, p in self.model.named_parameters():  # while a module runs, its gathered ones
+            if not is_sharded(p) and storage(p) in places and name not in self._renormalised:
+                raise LayerwiseError(WRITES.format(name))
 
     def side_by_side(self, batches: Any, masks: Tensor | None) -> None:
         """None: FSDP gathers the weights of one forward at a time."""
@@ -212,55 +227,6 @@ def _moving_along(model: nn.Module, param: nn.Parameter, direction: Tensor) -> I
         take()
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers come back as they were, also those that the model replaces."""
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad(), _unsafe_preserve_version_counter(tuple(buffer for _, _, buffer, _ in kept)):
-            for module, name, buffer, value in kept:
-                module._buffers[name] = buffer.copy_(value)
-
-
-@contextmanager
-def gradient_hooks_off(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Silence the gradient hooks that the user put on parameters (clipping, logging, optimizers that step in the
-    backward): a probe is not a gradient.
-    """
-    silenced: list[tuple[dict[int, Any], dict[int, Any]]] = []
-    for tensor in tensors.values():
-        for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            hooks: dict[int, Any] | None = getattr(tensor, kind, None)
-            if hooks:
-                silenced.append((hooks, dict(hooks)))
-                hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, saved in silenced:
-            hooks.update(saved)
-
-
-@contextmanager
-def _gradients_aside(model: nn.Module) -> Iterator[None]:
-    parameters = list(model.parameters())
-    grads = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p, grad in zip(parameters, grads, strict=True):
-            p.grad = grad
 
 
 @contextmanager

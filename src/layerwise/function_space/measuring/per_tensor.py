@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from layerwise.common.undisturbed import same_random_numbers
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import nothing_counts
-from layerwise.function_space.measuring.runners import Runner, same_random_numbers
+from layerwise.function_space.measuring.runners import Runner
 
 if TYPE_CHECKING:
     from layerwise.function_space.measuring.measurement import Run

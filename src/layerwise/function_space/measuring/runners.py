@@ -1,4 +1,4 @@
-"""Running a model at weights of our choice, and leaving no trace: mode, buffers, random state, autocast, `.grad`, hooks."""
+"""Running a model at weights of our choice, as it is measured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from layerwise.common.undisturbed import Writes, storage, undisturbed
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.adjoint import Adjoint, adjoint
 from layerwise.function_space.measuring.collect import Collector
@@ -20,6 +21,8 @@ from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outp
 from layerwise.function_space.measuring.probes import run_probes
 
 BatchNormMode = Literal["running", "batch"]
+#: What is said of a forward that changes a parameter, as some do to normalise or to clip it.
+WRITES = "the forward writes parameter {!r}, and measuring may not: pass forward= that does not"
 _RUNNING_STATISTICS = nn.modules.batchnorm._NormBase
 
 
@@ -62,17 +65,18 @@ class LeafRunner(nn.Module):
         self.model = model
         self.function = forward
         self.own = dict(model.named_parameters())
-        written = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-        #: Parameters that the forward writes, such as embeddings with `max_norm`: it gets copies of them.
-        self.written = {name for name, p in self.own.items() if id(p) in written}
+        #: Parameters that the forward writes: it gets copies of them.
+        self.written = renormalised(model)
         others = {
             n: p for n, p in self.own.items() if n not in points and (p.requires_grad or n in self.written)
         }
-        self.others = {name: self._alias(name, p) for name, p in others.items()}
-        self.points = {name: self._alias(name, point) for name, point in points.items()}
-
-    def _alias(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if name in self.written else tensor.detach()
+        self.others = {name: p.detach() for name, p in others.items()}
+        self.points = {name: point.detach() for name, point in points.items()}
+        held = (*self.own.items(), *points.items())
+        #: Whether a forward was watched for what it writes, which makes each operation take longer.
+        self.seen = False
+        # Whose memory is the model's own.
+        self._protected = {storage(tensor): name for name, tensor in held if storage(tensor) is not None}
 
     def forward(self, inputs: Any) -> Any:
         return self.function(self.model, inputs)
@@ -88,17 +92,28 @@ class LeafRunner(nn.Module):
         """The outputs with these tensors as the parameters that are measured, and copies of the buffers."""
         tensors: dict[str, Tensor] = {name: b.clone() for name, b in self.model.named_buffers()}
         for name, tensor in {**self.others, **measured}.items():
-            tensor.__dict__.update(self.own[name].__dict__)  # attributes that users put on their parameters
-            tensors[name] = tensor
+            tensors[name] = tensor.clone() if name in self.written else tensor
+            tensors[name].__dict__.update(
+                self.own[name].__dict__
+            )  # attributes that users put on their parameters
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        versions = {name: p._version for name, p in self.own.items()}
-        found = torch.func.functional_call(self, named, (batch,))
-        for name, p in self.own.items():
-            if p._version != versions[name]:
-                raise LayerwiseError(
-                    f"the forward writes parameter {name!r} in place, and measuring may not: pass forward= that does not"
-                )
+        if self.seen:
+            return as_outputs(torch.func.functional_call(self, named, (batch,)), mask)
+        before = {name: storage(tensor) for name, tensor in tensors.items()}
+        with Writes(self._refuse):
+            found = torch.func.functional_call(self, named, (batch,))
+        for name, tensor in tensors.items():
+            if storage(tensor) != before[name]:  # `.data` was set
+                raise LayerwiseError(WRITES.format(name))
+        self.seen = True
         return as_outputs(found, mask)
+
+    def _refuse(self, written: list[Tensor]) -> None:
+        """Told before something is written."""
+        for tensor in written:
+            name = self._protected.get(storage(tensor))
+            if name is not None:
+                raise LayerwiseError(WRITES.format(name))
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
         run_probes(outputs, outputs.leaves, probes, sink, memory)
@@ -115,25 +130,20 @@ class LeafRunner(nn.Module):
         return lambda tensors: self.run({**self.points, **tensors}, batch, mask)
 
     def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
-        new = {name: self._alias(name, update.applied(self.points[name])) for name, update in updates.items()}
+        new = {name: update.applied(self.points[name]) for name, update in updates.items()}
         with torch.no_grad():
             return self.run({**self.points, **new}, batch, mask)
+
+
+def renormalised(model: nn.Module) -> set[str]:
+    """Names of embeddings with `max_norm`, which write their weights whenever these are read."""
+    written = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+    return {name for name, p in model.named_parameters() if id(p) in written}
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable parameters by name; a tied one once, under its first name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@contextmanager
-def same_random_numbers(model: nn.Module) -> Iterator[None]:
-    """Random numbers drawn inside come from the state before it, which comes back."""
-    devices = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
-    gpus = {
-        d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"
-    }
-    with torch.random.fork_rng(devices=sorted(gpus)):
-        yield
 
 
 @contextmanager
@@ -144,51 +154,24 @@ def untouched(
 
     Modules are put into evaluation mode one by one, not by `model.eval()`, which a model may have overridden.
     `batch_norm="batch"` keeps BatchNorm on the batch's statistics. Recurrent layers without dropout keep their mode: it
-    changes nothing in them, but cuDNN differentiates them in training mode only.
+    changes nothing in them, but cuDNN differentiates them in training mode only. An embedding's gradient holds its padding
+    row, whose update counts like any. Wrappers that checkpoint activations do not: they would run the forward again at the
+    weights of that time, the model's own.
     """
     kinds = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} | {"cpu"}
     with ExitStack() as stack:
-        stack.enter_context(same_random_numbers(model))
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(undisturbed(model))
         stack.enter_context(torch.enable_grad())
         for kind in sorted(kinds):
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
-        # torch's own path for attention in evaluation mode has no derivatives.
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(_evaluating(model, batch_norm))
-        yield
-
-
-@contextmanager
-def _evaluating(model: nn.Module, batch_norm: BatchNormMode) -> Iterator[None]:
-    """Every module in evaluation mode.
-
-    An embedding's gradient holds its padding row, whose update counts like any. Wrappers that checkpoint activations do
-    not: they would run the forward again at the weights of that time, the model's own.
-    """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    checkpointed: list[tuple[Any, Any]] = [
-        (module, module.checkpoint_fn) for module in modules if hasattr(module, "_checkpoint_wrapped_module")
-    ]
-    padded = [(module, module.padding_idx) for module in modules if isinstance(module, nn.Embedding)]
-    try:
-        for module in modules:
+        for module in model.modules():
             if isinstance(module, _RUNNING_STATISTICS):
                 module.training = batch_norm == "batch"
             elif not (isinstance(module, nn.RNNBase) and not module.dropout):
                 module.training = False
-        for embedding, _ in padded:
-            embedding.padding_idx = None
-        for wrapper, _ in checkpointed:
-            wrapper.checkpoint_fn = operator.call
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None
+            if hasattr(module, "_checkpoint_wrapped_module"):
+                module.__dict__["checkpoint_fn"] = operator.call
         yield
-    finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
-        for embedding, index in padded:
-            embedding.padding_idx = index
-        for wrapper, function in checkpointed:
-            wrapper.checkpoint_fn = function

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from layerwise.common.checked import PositiveInt, checked
+from layerwise.errors import warn
 from layerwise.function_space.measuring.measurement import Measurement, Run
 from layerwise.function_space.measuring.outputs import Forward, Outputs
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
@@ -64,16 +65,28 @@ class OutputChange:
             self._seen.listen(next_but_one)
 
     def measure(self, step: WatchedStep, number: int) -> tuple[dict[str, float] | None, Together | None]:
-        """The rate of each module, and the whole; `None, None` where there is nothing to measure, with a note."""
-        inputs, self._inputs = self._inputs if self.batch is None else self._given(), None
+        """The rate of each module, and the whole; `None, None` where there is nothing to measure, with a note.
+
+        A model that cannot be measured trains on, on one process: the first time a warning says why.
+        """
+        inputs, self._inputs = self._inputs, None
         reason = step.why_not()
-        if reason is None and inputs is None and number > 1:
-            reason = NOT_SEEN
-        if reason is not None or inputs is None:
-            if reason is not None:
-                self.skipped[number] = reason
-            return None, None
-        inputs = first_examples(inputs, self.part)
+        try:
+            if reason is None and self.batch is not None:
+                inputs = self._given()
+            if reason is None and inputs is not None:
+                return self._measured(step, number, first_examples(inputs, self.part))
+        except Exception as error:  # a forward can fail in any way
+            if step.processes.count > 1:  # others may be waiting for this one
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            if reason not in self.skipped.values():
+                warn(f"watch could not measure step {number} in function space ({reason})")
+        if reason is not None or number > 1:
+            self.skipped[number] = reason or NOT_SEEN
+        return None, None
+
+    def _measured(self, step: WatchedStep, number: int, inputs: Any) -> tuple[dict[str, float], Together]:
         measured = step.rates(self.measurement, inputs, seed=self.measurement.seed + number)
         rates = {
             module: sum(measured[name].value for name in names)

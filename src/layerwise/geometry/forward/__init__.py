@@ -3,7 +3,6 @@
 look             one look at a model: with the user's batch, one made for it, or none
 made_batch       small batches for transformers' models
 watched_forward  running the model, and what it returned
-undisturbed      leaving it as it was
 follow           the mode that sees every operation
 rules            what each operation does to rows and weights
 products         the same for matrix products

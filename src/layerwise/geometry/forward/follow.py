@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from layerwise.common.undisturbed import Kept, written
 from layerwise.geometry.forward.flow import Flow, Operation, name_of, tensors_in
 from layerwise.geometry.forward.rules import follow, other
-from layerwise.geometry.forward.undisturbed import Kept
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError)
 
@@ -45,10 +44,10 @@ class Follow(TorchDispatchMode):
         tensors = tensors_in((*args, *kwargs.values()))
         if isinstance(func, HigherOrderOperator) and "attention" not in func.name():
             raise NotImplementedError(f"{func.name()} runs functions that cannot be followed")
-        written = _written(func, args, kwargs)
-        self._kept.before_writing(tensors_in(written))
+        targets = written(func, args, kwargs)
+        self._kept.before_writing(targets)
         on_meta = any(tensor.is_meta for tensor in tensors)
-        out = _run_on_meta(func, args, kwargs, written) if on_meta else func(*args, **kwargs)
+        out = _run_on_meta(func, args, kwargs, targets) if on_meta else func(*args, **kwargs)
         self._count += 1
         results = tensors_in((out,))
         operation = Operation(func, args, kwargs, tensors, results, self._count)
@@ -60,7 +59,7 @@ class Follow(TorchDispatchMode):
         return out
 
 
-def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], written: list[Any]) -> Any:
+def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: list[Tensor]) -> Any:
     """The operation with all its tensors on the meta device; what it writes into stays where it is, as it was."""
     moved, named = tree_map_only(
         Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to("meta"), (args, dict(kwargs))
@@ -71,19 +70,6 @@ def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], wr
         halves = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, moved)
         return func(*halves, **named).to(args[0].dtype)
     out = func(*moved, **named)
-    if not written or len(written) != len(func._schema.returns):
+    if not targets or len(targets) != len(func._schema.returns):
         return out
-    return written[0] if len(written) == 1 else tuple(written)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What an operation writes into: its first argument in place, those for `out`."""
-    return [args[at] if at < len(args) else kwargs.get(name) for at, name in _writes(func)]
-
-
-@cache
-def _writes(func: Any) -> list[tuple[int, str]]:
-    """Position and name of the arguments that an operation writes into."""
-    schema = getattr(func, "_schema", None)
-    arguments = schema.arguments if schema is not None and schema.is_mutable else ()
-    return [(at, each.name) for at, each in enumerate(arguments) if each.is_write]
+    return targets[0] if len(targets) == 1 else tuple(targets)

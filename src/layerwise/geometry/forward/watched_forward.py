@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from layerwise.common.undisturbed import Kept, undisturbed
 from layerwise.geometry.forward.addresses import AddressSpace
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.flow import Flow
 from layerwise.geometry.forward.follow import Follow
-from layerwise.geometry.forward.undisturbed import undisturbed
 from layerwise.geometry.module_kinds import is_base_model
 
 #: `forward(model, batch)` runs the model; its result is searched for tensors, the outputs.
@@ -41,16 +44,28 @@ def watch(
     """
     names = {name: p.shape for name, p in model.named_parameters()}
     flow = Flow(model, AddressSpace(names), factors, linear)
-    with undisturbed(model) as kept, Follow(flow, kept):
+    with _put_back(model, training=False) as kept, Follow(flow, kept):
         _reached(flow, model, forward(model, batch))
     unseen = [p for n, p in enumerate(model.parameters()) if p.requires_grad and n not in flow.evidence.uses]
     if unseen:
-        with undisturbed(model, training=True) as kept, Follow(flow, kept):
+        with _put_back(model, training=True) as kept, Follow(flow, kept):
             try:
                 _reached(flow, model, forward(model, batch))
             except Exception as error:  # batch normalisation refuses a batch of one, for example
                 logging.getLogger(__name__).debug("no second pass in training mode: %s", error)
     return flow.evidence
+
+
+@contextmanager
+def _put_back(model: nn.Module, training: bool) -> Iterator[Kept]:
+    """A pass in evaluation or training mode, without gradients and warnings, of which nothing stays."""
+    with undisturbed(model) as kept, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in model.modules():
+            module.training = training
+            if getattr(module, "max_norm", None) is not None:
+                module.__dict__["max_norm"] = None  # such an embedding changes its weight whenever it is read
+        yield kept
 
 
 def _reached(flow: Flow, model: nn.Module, outputs: Any) -> None:

@@ -1,0 +1,221 @@
+"""Leaving a model as it was: what running it may change is kept, and put back."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[Kept]:
+    """Run a model, compiled parts as they were written, and put everything back, errors included.
+
+    Attributes, buffers, modes and hooks of all modules, gradients, random numbers and settings of torch come back, and
+    weights into which something was written that the `Kept` was told of before.
+    """
+    kept = Kept(model)
+    with ExitStack() as stack:
+        stack.enter_context(_unsafe_preserve_version_counter(kept.counted))
+        stack.callback(kept.put_back)
+        stack.enter_context(same_random_numbers(model))
+        stack.enter_context(torch.inference_mode(False))  # which turns gradients on
+        stack.enter_context(_eager())
+        # torch's own path for attention in evaluation mode can neither be followed nor differentiated.
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield kept
+
+
+@contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Random numbers drawn inside come from the state before it, which comes back: torch's, numpy's, Python's, and those
+    of generators that modules hold.
+    """
+    modules = list(model.modules())
+    held = [each for module in modules for each in module.__dict__.values()]
+    generators = [(each, each.get_state()) for each in held if isinstance(each, torch.Generator)]
+    tensors = [t for module in modules for t in (*module._parameters.values(), *module._buffers.values())]
+    devices = {t.device.index or 0 for t in tensors if t is not None and t.is_cuda}
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        for generator, state in generators:
+            generator.set_state(state)
+
+
+def _eager() -> Any:
+    """Compiled functions run as they were written: compiled code cannot be watched, and would be compiled anew."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return stance("force_eager") if stance is not None else nullcontext()
+
+
+class Writes(TorchDispatchMode):
+    """Tells a function of tensors, before each operation that writes into some; the model runs as it does without.
+
+    Args:
+        before: is told.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, before: Callable[[list[Tensor]], object]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._before = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation."""
+        kwargs = kwargs or {}
+        if _writes(func):
+            self._before(written(func, args, kwargs))
+        return func(*args, **kwargs)
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes into: its first argument in place, those for `out`."""
+    targets = [args[at] if at < len(args) else kwargs.get(name) for at, name in _writes(func)]
+    several = [target if isinstance(target, (tuple, list)) else (target,) for target in targets]
+    return [tensor for tensors in several for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+@cache
+def _writes(func: Any) -> list[tuple[int, str]]:
+    """Position and name of the arguments that an operation writes into."""
+    schema = getattr(func, "_schema", None)
+    arguments = schema.arguments if schema is not None and schema.is_mutable else ()
+    return [(at, each.name) for at, each in enumerate(arguments) if each.is_write]
+
+
+def storage(tensor: Tensor) -> int | None:
+    """What tensors have in common that share their memory; None of those that have none of their own."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided and not tensor.is_meta else None
+
+
+class Kept:
+    """What running a model may change of it.
+
+    Weights and gradients are copied when something first writes into them, which is rare.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        counted: the tensors whose version counters are to stay as well.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [KeptModule.of(module) for module in model.modules()]
+        self._parameters = [KeptParameter.of(p) for p in model.parameters()]
+        self._values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+        self._stored: dict[int | None, list[Tensor]] = defaultdict(list)
+        plain = [each for each in self._parameters if each.data is not None]
+        gradients = [each.grad for each in plain if each.grad is not None]
+        for tensor in (*(each.data for each in plain if each.data is not None), *gradients):
+            self._stored[storage(tensor)].append(tensor)
+        self._stored.pop(None, None)
+        held = (*(buffer for buffer, _ in self._values), *(each.parameter for each in plain), *gradients)
+        self.counted = tuple(t for t in held if not t.is_inference() and t.layout is torch.strided)
+
+    def before_writing(self, tensors: Iterable[Tensor]) -> None:
+        """Copy those weights and gradients that are about to be written to, in whole or in part."""
+        for tensor in tensors:
+            for each in self._stored.pop(storage(tensor), []):
+                self._values.append((each, each.detach().clone()))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Everything as it was."""
+        for parameter in self._parameters:
+            parameter.put_back()
+        for tensor, value in self._values:
+            tensor.copy_(value)
+        for module in self._modules:
+            module.put_back()
+
+
+@dataclass(frozen=True)
+class KeptParameter:
+    """A parameter, the tensors that it held, and its gradient's hooks.
+
+    Attributes:
+        data: None of a parameter of another class (quantised, sharded), which keeps its own.
+    """
+
+    parameter: nn.Parameter
+    data: Tensor | None
+    grad: Tensor | None
+    requires_grad: bool
+    hooks: tuple[dict[int, Any], ...]
+
+    @classmethod
+    def of(cls, p: nn.Parameter) -> KeptParameter:
+        hooks = tuple(dict(held or {}) for held in gradient_hooks(p))
+        return cls(p, p.data if type(p) is nn.Parameter else None, p.grad, p.requires_grad, hooks)
+
+    def put_back(self) -> None:
+        p = self.parameter
+        if self.data is not None and storage(p) != storage(self.data):
+            p.data = self.data
+        if p.grad is not self.grad:
+            p.grad = self.grad
+        p.requires_grad_(self.requires_grad)
+        for held, before in zip(gradient_hooks(p), self.hooks, strict=True):
+            if held is not None and held != before:
+                held.clear()
+                held.update(before)
+
+
+def gradient_hooks(tensor: Tensor) -> list[dict[int, Any] | None]:
+    """The hooks that are run on a tensor's gradient, as torch holds them; None where it has no place for them yet."""
+    return [tensor._backward_hooks, tensor._post_accumulate_grad_hooks]
+
+
+@dataclass(frozen=True)
+class KeptModule:
+    """A module, its attributes, and what was in those that hold others: parameters, hooks, a list of the module's own."""
+
+    module: nn.Module
+    attributes: dict[str, Any]
+    contents: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> KeptModule:
+        containers = (dict, OrderedDict, list, set)
+        contents = {key: value.copy() for key, value in module.__dict__.items() if type(value) in containers}
+        return cls(module, dict(module.__dict__), contents)
+
+    def put_back(self) -> None:
+        # FSDP2 keeps account of the parameters it puts in and takes out.
+        reshard: Any = getattr(self.module, "reshard", None)
+        if reshard is not None:
+            reshard()
+        for key, contents in self.contents.items():
+            if key != "_parameters" or reshard is None:
+                _refill(self.attributes[key], contents)
+        for key in self.module.__dict__.keys() - self.attributes.keys():
+            del self.module.__dict__[key]
+        self.module.__dict__.update(self.attributes)
+
+
+def _refill(container: Any, contents: Any) -> None:
+    if isinstance(container, list):
+        container[:] = contents
+    else:
+        container.clear()
+        container.update(contents)
