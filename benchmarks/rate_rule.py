@@ -93,12 +93,12 @@ def fit(
     model = model.to(device)
     half = training.precision == "bf16"
     optimizer = build_optimizer(model, config.optimizer)
-    factor = schedule_factor(config.schedule, config.steps)
+    factor = schedule_factor(config.schedule, config.training.steps)
     base = [group["lr"] for group in optimizer.param_groups]
     curve: dict[str, float] = {}
     multipliers: list[dict[str, float]] = []
     seconds = 0.0
-    for step in range(config.steps):
+    for step in range(config.training.steps):
         started = clock()
         batch = data.batch(step).to(torch.device(device))
         with torch.autocast(device, torch.bfloat16, enabled=half):
@@ -114,7 +114,7 @@ def fit(
         seconds += clock() - started
         if recorded and step % 10 == 0:
             multipliers.append({unit: rate.multiplier for unit, rate in optimizer.layer_rates().items()})
-        if (step + 1) % 100 == 0 and step + 1 < config.steps:
+        if (step + 1) % 100 == 0 and step + 1 < config.training.steps:
             curve[str(step + 1)] = round(evaluate(model, data, training.batch_size)[0], 4)
     final, wrong = evaluate(model, data, training.batch_size)
     extra: dict[str, Any] = {"errors": round(wrong, 4)} if config.data.holds_images else {}

@@ -40,7 +40,7 @@ class BareLoop:
         self.data = TextData(config)
         self.model = build_model(config.model, Examples(self.data.vocab_size, config.data.seq_len, None), 0)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
+        self.scheduler = build_scheduler(self.optimizer, config.schedule, config.training.steps)
         self.step = 0
 
     def bare_step(self) -> None:

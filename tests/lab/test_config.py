@@ -22,7 +22,7 @@ def test_the_built_in_run_needs_no_file() -> None:
         "adamw",
         "gpt2-tiny-adamw",
     )
-    assert config.steps == 300
+    assert config.training.steps == 300
 
 
 def test_a_file_and_overrides(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
     assert config.optimizer.rates == {"rule": "static"}
     assert config.model.settings == {"n_layer": 3, "n_embd": 64}
     assert config.training.precision == "no"  # YAML 1.1 would read `no` as false
-    assert config.steps == 9
+    assert config.training.steps == 9
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,6 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(LayerwiseError, match="cannot be read"):
         load_config(tmp_path / "x.yaml")
-
-
-def test_tokens_give_steps_rounded_up() -> None:
-    config = load_config(None, ["training.tokens=1000", "training.batch_size=2", "data.seq_len=100"])
-    assert config.steps == 5
-    assert load_config(None, ["training.tokens=1001", "training.batch_size=2", "data.seq_len=100"]).steps == 6
-    with pytest.raises(LayerwiseError, match="give one of them"):
-        load_config(None, ["training.tokens=1000", "training.steps=3"])
 
 
 def test_replace_changes_a_copy_and_checks_it() -> None:

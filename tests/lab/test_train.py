@@ -39,8 +39,8 @@ def literal_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = build_model(config.model, Examples(data.vocab_size, config.data.seq_len), config.training.seed)
     optimizer = build_optimizer(model, complete(config).optimizer)
     base = [group["lr"] for group in optimizer.param_groups]
-    factor, losses = schedule_factor(config.schedule, config.steps), []
-    for step in range(config.steps):
+    factor, losses = schedule_factor(config.schedule, config.training.steps), []
+    for step in range(config.training.steps):
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor(step)
         batch = data.batch(step)

@@ -75,7 +75,7 @@ def _say_plan(config: SweepConfig) -> None:
     print(
         f"{config.run_name}: {len(plan.trials)} trials, {left} of them to run, in {config.run_path}\n"
         f"  {sweep.axis} {sizes}; methods {', '.join(sweep.methods)}; {len(sweep.lr)} rates; {seeds};"
-        f" {config.steps} steps each",
+        f" {config.training.steps} steps each",
         flush=True,
     )
 

@@ -35,12 +35,13 @@ def identity(config: Mapping[str, Any], corpus: str | None = None) -> dict[str, 
         corpus: the hash of the text, where it is known. A file of text may have moved: the hash stands in for its path.
 
     Returns:
-        The keys that are not free and not at their default: a key that a later version adds changes no run.
+        The keys that are neither free nor at their default, which is null for those that this version does not have: a
+        key that only another version has changes no run.
     """
     flat = {
         key: value
         for key, value in flatten(config).items()
-        if not (_is_free(key) or (key in _defaults() and value == _defaults()[key]))
+        if not _is_free(key) and value != _defaults().get(key)
     }
     if corpus is None:
         return flat

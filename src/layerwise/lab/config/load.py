@@ -120,6 +120,6 @@ def _cut_short(config: ConfigT) -> ConfigT:
         return config
     if not most.isdecimal() or int(most) < 1:
         raise LayerwiseError(f"LAYERWISE_MOST_STEPS={most!r}: a number of steps is needed, from 1")
-    if config.steps <= int(most):
+    if config.training.steps <= int(most):
         return config
-    return config.replace({"training.tokens": None, "training.steps": int(most)})
+    return config.replace({"training.steps": int(most)})

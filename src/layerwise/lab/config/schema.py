@@ -207,10 +207,8 @@ class ScheduleConfig(Section):
 class TrainingConfig(Section):
     """How long, in what batches, and what is written how often. `every` counts optimizer steps; 0: never."""
 
-    steps: int | None = Field(default=None, ge=1)
-    """optimizer steps (default 300 where `tokens` is not given)"""
-    tokens: int | None = Field(default=None, ge=1)
-    """training tokens instead of steps, rounded up to a whole step"""
+    steps: int = Field(default=300, ge=1)
+    """optimizer steps"""
     batch_size: int = Field(default=16, ge=1)
     """sequences per optimizer step, over all processes and micro-batches"""
     accumulation: int = Field(default=1, ge=1)
@@ -236,8 +234,6 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.steps is not None and self.tokens is not None:
-            raise ValueError("training.steps and training.tokens say the same thing twice: give one of them")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"training.batch_size={self.batch_size} is not a multiple of"
@@ -307,13 +303,6 @@ class Config(Section):
     function_space: FunctionSpaceConfig = FunctionSpaceConfig()
     parallel: Annotated[ParallelConfig, _shorthand("parallel")] = ParallelConfig()
     run: RunConfig = RunConfig()
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        if self.training.tokens is None:
-            return self.training.steps or 300
-        return -(-self.training.tokens // self.tokens_per_step)
 
     @property
     def tokens_per_step(self) -> int:

@@ -77,7 +77,7 @@ class Runner:
         tree["optimizer"] = {**entry.optimizer.model_dump(), "lr": point.lr, "role_factors": factors}
         tree["training"] |= {"seed": self.config.training.seed if seed is None else seed, "keep": 1}
         if length != 1.0:
-            tree["training"] |= {"steps": round(length * self.config.steps), "tokens": None}
+            tree["training"]["steps"] = round(length * self.config.training.steps)
         return validate(Config, tree)
 
     def examples(self, entry: Entry) -> Iterator[Config]:
@@ -98,7 +98,7 @@ def compare(
     trials = [section.trials or len(entry.rates) for entry in listed]
     total = sum(trials) * section.seeds
     runs = f"{total} run{'s' if total != 1 else ''}"
-    say(f"{runs} of {config.steps} steps, {config.tokens_per_step:,} tokens a step")
+    say(f"{runs} of {config.training.steps} steps, {config.tokens_per_step:,} tokens a step")
     compared = {entry.name for entry in listed} | set(section.by_role)
     for key, given in (("lr_grid", section.lr_grid), ("contenders", section.contenders)):
         if isinstance(given, dict) and (unused := sorted(given.keys() - compared)):

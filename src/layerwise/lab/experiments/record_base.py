@@ -19,15 +19,13 @@ def record(
     Each seed trains only as far as the last step to be measured: one step, unless `function_space.match_step` or
     `match_every` say otherwise. Raises LayerwiseError.
     """
-    every, steps = steps_to_record(config.function_space, config.steps)
+    every, steps = steps_to_record(config.function_space, config.training.steps)
     shown = make_progress(progress)
 
     def run(seed: int) -> FunctionSpaceRecorder:
         changed = config.replace(
             {
                 "training.seed": seed,
-                "training.tokens": None,
-                "training.steps": config.steps,
                 "training.eval_every": 0,
                 "run.name": f"base-{seed}",
                 "run.tensorboard": False,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def observers_of(config: Config) -> list[Observer]:
     """The observers that a config's `function_space` section asks for: what is recorded is the step as it was matched."""
     settings = config.function_space
-    match = None if settings.match is None else MatchRates(settings, config.steps)
+    match = None if settings.match is None else MatchRates(settings, config.training.steps)
     found: list[Observer] = []
     if settings.record_every:
         found.append(RecordRates(settings, settings.record_every, match))
@@ -40,7 +40,7 @@ def measuring_batches(trainer: Trainer, count: int, skip: int = 0) -> Callable[[
     """
 
     def supply() -> list[Tensor]:
-        first = trainer.config.steps + skip
+        first = trainer.config.training.steps + skip
         batches = (trainer.data.batch(first + k).share(trainer.rank, trainer.world) for k in range(count))
         return [batch.to(trainer.device).inputs for batch in batches]
 

@@ -45,26 +45,23 @@ def complete(config: Config) -> Config:
     model_settings(config.model)
     find_preset(config.optimizer)
     rate = default_rate(config.model, config.optimizer.name)
-    training = config.training.model_copy(update={"steps": config.steps, "tokens": None})
-    run = config.run.model_copy(update={"name": config.run_name})
     match = config.function_space.match
     if match not in (None, "uniform") and config.optimizer.lr is None:
         raise LayerwiseError(
             f"function_space.match={match} without optimizer.lr: give the rate that the base was recorded with"
             " (a preset's own is tuned for its own size)"
         )
-    warmup = config.schedule.warmup(config.steps)
-    if warmup >= config.steps:
+    warmup = config.schedule.warmup(config.training.steps)
+    if warmup >= config.training.steps:
         raise LayerwiseError(
-            f"schedule.warmup_steps={warmup} in a run of {config.steps} steps: the base rate is never reached;"
+            f"schedule.warmup_steps={warmup} in a run of {config.training.steps} steps: the base rate is never reached;"
             " set fewer, or null for a tenth of the run"
         )
     return config.model_copy(
         update={
             "optimizer": with_defaults(config.optimizer, rate),
             "schedule": config.schedule.model_copy(update={"warmup_steps": warmup}),
-            "training": training,
-            "run": run,
+            "run": config.run.model_copy(update={"name": config.run_name}),
         }
     )
 

@@ -63,7 +63,7 @@ class Trainer:
         model = build_model(config.model, examples, training.seed)
         self.model = parallel.place(model, self.device, config.parallel)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
+        self.scheduler = build_scheduler(self.optimizer, config.schedule, config.training.steps)
         self._halves = needs_halves(self.optimizer)
         check_batch(training, self.optimizer, self.world)
         autocast(self.model, training.precision, self.device)
@@ -113,7 +113,7 @@ class Trainer:
         )
         if self.config.run.tensorboard and self.rank == 0:  # after run.json, which says whose folder it is
             self.tensorboard = environment.TensorBoard(self.writer.path / "tensorboard", self.step)
-        self.progress.start(self.config.run_name, self.config.steps, self.step)
+        self.progress.start(self.config.run_name, self.config.training.steps, self.step)
 
     def run(self) -> None:
         """Trains to the end and writes down how it ended."""
@@ -163,7 +163,7 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def _loop(self, interrupts: Interrupts) -> None:
-        training, steps = self.config.training, self.config.steps
+        training, steps = self.config.training, self.config.training.steps
         self._wrapped.train()
         if self.step == 0 and training.eval_every:
             self._write({"step": 0, "tokens": 0, "seconds": 0.0, "val_loss": self._evaluate()})
@@ -303,7 +303,7 @@ class Trainer:
 
     def _records(self, step: int) -> bool:
         every = self.config.training.record_every
-        return every > 0 and (step % every == 0 or step == self.config.steps)
+        return every > 0 and (step % every == 0 or step == self.config.training.steps)
 
     def _layer_rates(self) -> dict[str, LayerRate]:
         """The rates of the step just taken, with what observers (FLeRM) multiply them by."""

@@ -75,7 +75,7 @@ def make_plan(config: SweepConfig) -> Plan:
     if config.training.eval_every == 0:  # the loss before the first step says where a rate fails
         raise LayerwiseError(
             "training.eval_every=0 in a sweep: it needs the loss before the first step; set 1 or more"
-            f" ({config.steps}: only before the first step and after the last)"
+            f" ({config.training.steps}: only before the first step and after the last)"
         )
     plain = Config.model_validate({**config.model_dump(exclude={"sweep"}), "run": {"tensorboard": False}})
     base = at_size(plain, config, sweep.sizes[0]).replace({"optimizer.lr": sweep.base_lr})
