@@ -54,6 +54,39 @@ def test_scales_survive_a_loop_that_writes_one_rate_into_all_groups(preset, as_t
     assert not torch.equal(model.head.weight, net().head.weight)
 
 
+def moved_by(optimizer, model):
+    """The largest change of an entry in one step of AdamW from fresh moments: the rate itself, but for eps."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    take_step(optimizer, model, 0)
+    return {
+        name: float((parameter.detach() - before[name]).abs().max())
+        for name, parameter in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(("given", "factor"), [({}, 3.0), ({"lr_scale": 0.5}, 1.5), ({"lr": 1.0}, 1.0)])
+def test_a_loop_that_writes_one_rate_into_all_groups_leaves_dual_muons_head_its_factor(given, factor):
+    """As nanoGPT's loop does. A scale of one's own multiplies the factor, a rate of one's own stands in its place."""
+    model = net()
+    optimizer = lw.DualMuon(lw.param_groups(model, {"role:head": given}), lr=1.0, weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    moved = moved_by(optimizer, model)
+    assert moved["head.weight"] == pytest.approx(factor * 0.01, rel=1e-4)
+    assert moved["embed.weight"] == pytest.approx(0.01, rel=1e-4)
+
+
+def test_a_checkpoint_whose_rate_has_dual_muons_factor_inside_keeps_that_rate():
+    """As 0.1.0 wrote it: the head's own `lr` was twice the others', and there was no scale."""
+    state = lw.DualMuon(lw.param_groups(net()), lr=0.01).state_dict()
+    (head,) = (group for group in state["param_groups"] if group.pop("lr_scale", None))
+    head["lr"] = 0.02
+    optimizer = lw.DualMuon(lw.param_groups(net()), lr=1.0)
+    optimizer.load_state_dict(state)
+    rates = optimizer.layer_rates()
+    assert (rates["head.weight"].lr, rates["embed.weight"].lr) == (0.02, 0.01)
+
+
 def test_rates_that_hold_their_scale_already_are_warned_of_once():
     """timm's schedulers write `lr * lr_scale`."""
     model = net()

@@ -37,7 +37,8 @@ def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> l
     warn(
         "parameters are grouped by shape alone, which cannot tell an embedding or an output head from a hidden "
         "matrix, nor (in, out) storage (transformers' Conv1D) from (out, in), nor q, k and v in one weight, nor "
-        "experts from a convolution; give layerwise.param_groups(model) instead"
+        "experts from a convolution; give layerwise.param_groups(model) instead (to transformers' Trainer: "
+        "optimizer_cls_and_kwargs=layerwise.integrations.transformers.trainer_optimizer(...))"
     )
     groups: dict[str, dict[str, Any]] = {}
     for name, p in named:

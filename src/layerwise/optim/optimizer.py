@@ -345,7 +345,8 @@ class LayerwiseOptimizer(Optimizer):
         self._following.sync(self.param_groups, self.state)  # what was lost comes now
         saving.check_kind(state_dict)
         if strict:
-            loaded, found = saving.load(self, state_dict, super().load_state_dict), LoadedState([], [])
+            loaded = saving.load(self, self.recipe, state_dict, super().load_state_dict)
+            found = LoadedState([], [])
         else:
             loaded = state_dict
             for hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -90,6 +90,8 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
     base = {key: defaults[key] for key in (*DEFAULTS, *OPTIONAL) if key in defaults}
     # A geometry in a preset is its definition (Signum's): it stands above the one param_groups found.
     full = {**base, **preset, **group, **{key: preset[key] for key in ("geometry",) if key in preset}}
+    if "lr_scale" in preset:  # it is of the optimizer's rate: a rate of the group's own is all of it
+        full["lr_scale"] = group.get("lr_scale", 1.0) * (1.0 if "lr" in group else preset["lr_scale"])
     if full["layout"] is None or full["geometry"] is None:
         raise LayerwiseError(
             f"a parameter group has layout={full['layout']!r} and geometry={full['geometry']!r}: "

@@ -26,11 +26,12 @@ class DualMuon(LayerwiseOptimizer):
 
     D-Muon's frame, with two differences. Each matrix has the rate that its own dual norm, which the step computes anyway,
     gives it among the others. And groups have rates of their own: a matrix in the middle has 0.55 ``lr``, embedding and
-    vectors ``lr``, the head, a tied one too, three times ``lr``.
+    vectors ``lr``, the head, a tied one too, three times ``lr`` (its ``lr_scale``, so that a loop may write one rate into
+    all groups).
 
     Args:
         params: ``layerwise.param_groups(model)``.
-        lr: of all groups; best at once to twice D-Muon's.
+        lr: of all groups: try 4 to 8 times AdamW's, or one to two times D-Muon's.
         radius: what matrix steps are multiplied by.
         head: what the head's rate is multiplied by.
         rates: the rule; None: the same optimizer with every multiplier at 1.
@@ -64,13 +65,12 @@ class DualMuon(LayerwiseOptimizer):
         nonfinite: str = "raise",
         rounding: str = "nearest",
     ) -> None:
-        check_option("lr", lr, called="lr")
         check_option("radius", head, called="head")
         matrices = {"scaling": "rms_0.2", "radius": radius, "momentum": momentum, "nesterov": nesterov}
         rest = {"betas": adamw_betas, "eps": adamw_eps}
         recipe = {
             **matrices_and_the_rest({**matrices, "rates": rates}, rest),
-            "head": {"update": "adamw", **rest, "lr": lr * head},
+            "head": {"update": "adamw", **rest, "lr_scale": head},
         }
         super().__init__(
             params, recipe, nonfinite=nonfinite, rounding=rounding, lr=lr, weight_decay=weight_decay

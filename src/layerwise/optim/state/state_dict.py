@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from layerwise.common.parameter_names import counterparts, first_few, name_to_compare
 from layerwise.common.tensors import is_sharded, placed_as
 from layerwise.errors import LayerwiseError
+from layerwise.optim.groups.complete import Recipe
 from layerwise.optim.groups.options import DEFAULTS, DESCRIBED, TORCH_KEYS
 from layerwise.optim.work.job import State
 
@@ -245,12 +246,16 @@ def _other(difference: str) -> LayerwiseError:
 
 
 def load(
-    optimizer: Optimizer, state_dict: dict[str, Any], torch_load: Callable[[dict[str, Any]], None]
+    optimizer: Optimizer,
+    recipe: Recipe,
+    state_dict: dict[str, Any],
+    torch_load: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Load what belongs to this optimizer, or raise and change nothing.
 
     Args:
         optimizer: whose groups and state are set.
+        recipe: its preset's options.
         state_dict: what its ``state_dict`` gave.
         torch_load: torch's own ``load_state_dict`` of this optimizer, which calls the hooks.
 
@@ -276,6 +281,8 @@ def load(
         last.remove()
     for group, kept, old, lr in zip(optimizer.param_groups, live, before, lrs, strict=True):
         group.update(kept)
+        if "lr_scale" in recipe.get(group["role"], {}):  # in 0.1.0's checkpoints it is inside the rate
+            group.setdefault("lr_scale", 1.0)
         for key in (
             old.keys() - group.keys() - set(TORCH_KEYS)
         ):  # the user's own, and options that are newer than it
