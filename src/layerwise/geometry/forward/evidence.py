@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from layerwise.geometry.forward.addresses import AddressSpace, first_address, small, written_out
 
@@ -114,19 +114,16 @@ class Evidence:
             side != "stack" and max(own) > (1, 0) and not any(stride for _, stride in own)
             for side, own in zip(sides, steps, strict=True)
         )
-        self._note(view, "gain" if spread else "product", axes=() if spread else axes)
+        self.used(view, "gain" if spread else "product", axes=() if spread else axes)
 
-    def convolution(self, view: Tensor, groups: int, transposed: bool) -> None:
-        """A weight was the kernel of a convolution."""
-        self._note(view, "convolution", groups=groups, transposed=transposed, kernel=tuple(view.shape[2:]))
-
-    def looked_up(self, view: Tensor, counted: bool) -> None:
-        """Rows of a weight were read by number, those of positions or what the input asks for."""
-        self._note(view, "lookup", counted=counted)
-
-    def used(self, view: Tensor, kind: Kind) -> None:
-        """Any other use of a weight."""
-        self._note(view, kind)
+    def used(self, view: Tensor, kind: Kind, **seen: Any) -> None:
+        """One use of a weight, and what was seen in it: fields of `Use`."""
+        if view.numel():
+            first = first_address(view)
+            owner = self.space.owner(first)
+            use = Use(kind, first - self.space.start(owner), shape=tuple(view.shape), **seen)
+            if use not in self.uses[owner]:
+                self.uses[owner].append(use)
 
     def went(self, rows: Iterable[Tensor], site: Site) -> None:
         """The results of these rows went to a site."""
@@ -152,26 +149,6 @@ class Evidence:
             sites[-1] = last[0], torch.cat([last[1], rows])
         elif len(sites) < MOST_SITES:
             sites.append((site, rows))
-
-    def _note(
-        self,
-        view: Tensor,
-        kind: Kind,
-        axes: tuple[Axis, ...] = (),
-        groups: int = 1,
-        transposed: bool = False,
-        kernel: tuple[int, ...] = (),
-        counted: bool = False,
-    ) -> None:
-        if not view.numel():
-            return
-        first = first_address(view)
-        owner = self.space.owner(first)
-        shape: Size = view.shape
-        offset = first - self.space.start(owner)
-        use = Use(kind, offset, axes, tuple(shape), groups, transposed, kernel, counted)
-        if use not in self.uses[owner]:
-            self.uses[owner].append(use)
 
 
 def _steps(view: Tensor, dim: int) -> list[tuple[int, int]]:

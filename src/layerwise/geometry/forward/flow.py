@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from layerwise.geometry.forward.addresses import AddressSpace, first_address
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.origins import CONSTANT, POSITIONS, Origin
+from layerwise.geometry.module_kinds import is_linear, lora_factors
 
 
 @dataclass(frozen=True)
@@ -101,22 +102,24 @@ class Flow:
     Args:
         model: whose parameters are followed.
         space: their addresses, by the names of `model.named_parameters()`.
-        factors: numbers of parameters that are factors of low-rank adapters.
-        linear: numbers of parameters that belong to linear layers.
+
+    Attributes:
+        evidence: what was seen of them.
+        factors: numbers of those that are factors of low-rank adapters.
+        linear: numbers of those that belong to linear layers.
     """
 
-    def __init__(
-        self, model: nn.Module, space: AddressSpace, factors: frozenset[int], linear: frozenset[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, space: AddressSpace) -> None:
         self.evidence = Evidence(space)
-        self.factors = factors
-        self.linear = linear
         self._model = model
         self._numbers: dict[int, int] = {}
         self._constants = {id(b): POSITIONS if _counts(b) else CONSTANT for b in model.buffers()}
         self._origins = WeakTensorKeyDictionary()
         self._written: dict[int, Written] = {}
         self._look_up_names()
+        layers = [m for m in model.modules() if is_linear(m) or isinstance(m, nn.MultiheadAttention)]
+        self.factors = frozenset(self._numbers[key] for key in lora_factors(model))
+        self.linear = frozenset(self._numbers[id(p)] for m in layers for p in m.parameters(recurse=False))
 
     def origin(self, tensor: Tensor) -> Origin | None:
         """Where a tensor comes from, None for inputs and what was made of inputs alone."""

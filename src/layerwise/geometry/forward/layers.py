@@ -39,7 +39,8 @@ def convolution(flow: Flow, op: Operation) -> None:
     channels = result.ndim - (weight.ndim - 2) - 1
     rows = []
     for view in kernel.weights if kernel.constant else ():
-        flow.evidence.convolution(view, groups, transposed)
+        kernel_size = tuple(view.shape[2:])
+        flow.evidence.used(view, "convolution", groups=groups, transposed=transposed, kernel=kernel_size)
         taps = written_out(view.flatten(2)[..., 0] if view.ndim > 2 else view)
         outputs = taps.unflatten(0, (groups, -1))[:, 0].flatten() if transposed else taps[:, 0]
         steps = [-1 if dim == channels else 1 for dim in range(result.ndim)]

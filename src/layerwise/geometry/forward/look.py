@@ -11,7 +11,6 @@ from layerwise.common.parameter_names import unwrap
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.made_batch import made_batch
 from layerwise.geometry.forward.watched_forward import Forward, call, watch
-from layerwise.geometry.module_kinds import is_linear, lora_factors
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,8 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
             return Look(None)
         if batch is None:
             return Look(None)
-    numbers = {id(p): number for number, p in enumerate(inner.parameters())}
-    factors = frozenset(numbers[key] for key in lora_factors(inner))
-    linear = frozenset(
-        numbers[id(p)]
-        for module in inner.modules()
-        if is_linear(module) or isinstance(module, nn.MultiheadAttention)
-        for p in module._parameters.values()
-        if p is not None
-    )
     try:
-        evidence = watch(inner, batch, forward or call, factors, linear)
+        evidence = watch(inner, batch, forward or call)
     except Exception as error:  # whatever a user's model raises
         first = (str(error).splitlines() or [""])[0][:200]
         tried = "the batch" if given else "a batch made for it"

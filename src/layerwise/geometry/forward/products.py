@@ -134,53 +134,23 @@ def _likely_a_weight(flow: Flow, origin: Origin) -> tuple[bool, bool]:
     return bool(numbers & flow.linear), not looked_up
 
 
-def _mm(flow: Flow, op: Operation) -> None:
-    a, b = op.args[:2]
-    multiply(flow, op, Operand(a, 1, 0, 0), Operand(b, 0, 1, 1))
+def product(flow: Flow, op: Operation) -> None:
+    """A product by the name of its operation: which of its arguments are multiplied, and along which dimensions."""
+    at = 1 if op.name in _ADDED_TO else 0
+    left, right = op.args[at : at + 2]
+    added = op.args[:at] or (op.args[2:3] if op.name == "linear" else ())
+    inner, free = _RIGHT.get(op.name, (-2, -1))
+    operands = _operand(left, -1, -2, 0), _operand(right, inner, free, 1)
+    multiply(flow, op, *operands, [each for each in added if isinstance(each, Tensor)])
 
 
-def _addmm(flow: Flow, op: Operation) -> None:
-    added, a, b = op.args[:3]
-    multiply(flow, op, Operand(a, 1, 0, 0), Operand(b, 0, 1, 1), [added])
+def _operand(tensor: Tensor, inner: int, free: int, side: int) -> Operand:
+    return Operand(tensor, inner % tensor.ndim, free % tensor.ndim if tensor.ndim > 1 else None, side)
 
 
-def _bmm(flow: Flow, op: Operation) -> None:
-    a, b = op.args[:2]
-    multiply(flow, op, Operand(a, 2, 1, 0), Operand(b, 1, 2, 1))
-
-
-def _baddbmm(flow: Flow, op: Operation) -> None:
-    added, a, b = op.args[:3]
-    multiply(flow, op, Operand(a, 2, 1, 0), Operand(b, 1, 2, 1), [added])
-
-
-def _mv(flow: Flow, op: Operation) -> None:
-    a, b = op.args[:2]
-    multiply(flow, op, Operand(a, 1, 0, 0), Operand(b, 0, None, 1))
-
-
-def _linear(flow: Flow, op: Operation) -> None:
-    x, weight = op.args[:2]
-    added = [op.args[2]] if len(op.args) > 2 and isinstance(op.args[2], Tensor) else []
-    multiply(flow, op, Operand(x, x.ndim - 1, x.ndim - 2, 0), Operand(weight, 1, 0, 1), added)
-
-
-def _grouped_mm(flow: Flow, op: Operation) -> None:
-    a, b = op.args[:2]
-    multiply(flow, op, Operand(a, a.ndim - 1, a.ndim - 2, 0), Operand(b, b.ndim - 2, b.ndim - 1, 1))
-
-
-PRODUCTS: dict[str, Callable[[Flow, Operation], None]] = {
-    "mm": _mm,
-    "addmm": _addmm,
-    "_addmm_activation": _addmm,
-    "bmm": _bmm,
-    "baddbmm": _baddbmm,
-    "mv": _mv,
-    "dot": lambda flow, op: multiply(
-        flow, op, Operand(op.args[0], 0, None, 0), Operand(op.args[1], 0, None, 1)
-    ),
-    "linear": _linear,
-    "_grouped_mm": _grouped_mm,
-    "_scaled_mm": _mm,
-}
+_ADDED_TO = ("addmm", "_addmm_activation", "baddbmm")
+#: The contracted and the free dimension of what stands on the right, where they are not the last but one and the last.
+_RIGHT = {"linear": (-1, -2), "mv": (-1, -1), "dot": (-1, -1)}
+PRODUCTS: dict[str, Callable[[Flow, Operation], None]] = dict.fromkeys(
+    ("mm", "bmm", "mv", "dot", "linear", "_grouped_mm", "_scaled_mm", *_ADDED_TO), product
+)

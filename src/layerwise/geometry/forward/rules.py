@@ -223,7 +223,7 @@ def lookup(flow: Flow, op: Operation) -> None:
         other(flow, op)
         return
     for weight in origin.weights:
-        flow.evidence.looked_up(weight, counted=counted)
+        flow.evidence.used(weight, "lookup", counted=counted)
     flow.made(op, Origin(tuple(chosen), constant=constant or bool(chosen)))
 
 

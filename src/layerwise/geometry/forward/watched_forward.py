@@ -34,16 +34,13 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def watch(
-    model: nn.Module, batch: Any, forward: Forward, factors: frozenset[int], linear: frozenset[int]
-) -> Evidence:
+def watch(model: nn.Module, batch: Any, forward: Forward) -> Evidence:
     """What one forward pass shows of the parameters, in evaluation mode.
 
     Where trainable parameters took no part, a second pass in training mode looks for heads and branches that are only
     there in training. Nothing of the model changes. What the model raises passes through.
     """
-    names = {name: p.shape for name, p in model.named_parameters()}
-    flow = Flow(model, AddressSpace(names), factors, linear)
+    flow = Flow(model, AddressSpace({name: p.shape for name, p in model.named_parameters()}))
     with _put_back(model, training=False) as kept, Follow(flow, kept):
         _reached(flow, model, forward(model, batch))
     unseen = [p for n, p in enumerate(model.parameters()) if p.requires_grad and n not in flow.evidence.uses]

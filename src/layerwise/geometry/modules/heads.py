@@ -74,11 +74,12 @@ def output_heads(model: nn.Module) -> Heads:
     vocabularies = {m.num_embeddings for m in holders.values() if _is_table(m)}
     found = [name for name in unread if name in free and _sizes(free[name])[0] in vocabularies]
     last = next((n for n in reversed(holders) if not any(word in n.lower() for word in _MODULATES)), "")
-    if not found and last in free:
+    only_last = not found and last in free
+    if only_last:
         found = [last]
     weights = frozenset(id(matrix_of(free[name])) for name in found)
     doubts = _other_heads(unread, weights)
-    if found == [last]:
+    if only_last:
         bare = [p for m in _around(model, last)[:-1] if (p := matrix_of(m)) is not None and p.ndim == 2]
         read = last not in unread and len(projections) > 1 and not isinstance(model, nn.Sequential)
         if bare or read:
