@@ -190,6 +190,18 @@ def test_batches_and_losses_are_what_users_have():
     assert regression.verdicts
 
 
+@pytest.mark.parametrize("sizes", [(8, 16), (16, 8)])
+def test_a_run_that_diverges_does_not_pass(sizes):
+    """NaN was taken for a rate of next to nothing, which no one judges."""
+
+    def too_fast(model):
+        return torch.optim.SGD(model.parameters(), 1e20 if model.first.out_features == 16 else 1e-3)
+
+    result = lw.check(MLP, sizes, too_fast, batch, steps=(1, 4), seeds=(0,))
+    assert not result.passed
+    assert {abs(t.slope) for t in result.of("rate", 4)} == {math.inf}
+
+
 def test_results_are_printed_and_saved(checked, tmp_path):
     text = str(checked["plain"])
     assert text.splitlines()[0].split() == ["module", "step", "1", "step", "5"]

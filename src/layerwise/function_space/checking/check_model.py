@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -198,5 +199,6 @@ def _negligible(readings: Found) -> set[str]:
         for values in size:
             total = sum(v.value**2 for v in values.values()) ** 0.5
             for name, v in values.items():
-                largest[name] = max(largest.get(name, 0.0), v.value / total if total else 0.0)
+                part = v.value / total if total else 0.0
+                largest[name] = max(largest.get(name, 0.0), math.inf if math.isnan(part) else part)
     return {name for name, part in largest.items() if part < _NEGLIGIBLE}
