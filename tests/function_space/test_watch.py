@@ -328,10 +328,16 @@ def test_inputs_that_were_not_seen_are_a_reason():
     model = ResNet(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     watch = lw.watch(model, optimizer, every=1, function_space_every=1)
-    for step in range(2):
-        x, y, _ = batch(step)
-        nn.functional.cross_entropy(model.forward(x), y).backward()
-        optimizer.step()
+
+    def train():
+        for step in range(3):
+            x, y, _ = batch(step)
+            nn.functional.cross_entropy(model.forward(x), y).backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"step 2 in function space .*give watch\(batch=") as caught:
+        train()
+    assert len(caught) == 1
     assert "give watch(batch=...)" in watch.skipped[2]
     assert watch.records[-1].together is None
 

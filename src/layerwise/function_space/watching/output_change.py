@@ -79,12 +79,16 @@ class OutputChange:
         except Exception as error:  # a forward can fail in any way
             if step.processes.count > 1:  # others may be waiting for this one
                 raise
-            reason = f"{type(error).__name__}: {error}"
-            if reason not in self.skipped.values():
-                warn(f"watch could not measure step {number} in function space ({reason})")
+            reason = self._told(number, f"{type(error).__name__}: {error}")
         if reason is not None or number > 1:
-            self.skipped[number] = reason or NOT_SEEN
+            self.skipped[number] = reason or self._told(number, NOT_SEEN)
         return None, None
+
+    def _told(self, number: int, reason: str) -> str:
+        """The reason, with a warning the first time: it will be the same at the next measurement."""
+        if reason not in self.skipped.values():
+            warn(f"watch could not measure step {number} in function space ({reason})")
+        return reason
 
     def _measured(self, step: WatchedStep, number: int, inputs: Any) -> tuple[dict[str, float], Together]:
         measured = step.rates(self.measurement, inputs, seed=self.measurement.seed + number)
