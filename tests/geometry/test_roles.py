@@ -558,3 +558,19 @@ def test_a_config_without_a_vocabulary_is_no_error():
     assert not hasattr(config, "vocab_size")
     table = rows(tf.CanineForSequenceClassification(config))
     assert table["classifier.weight"].role == "head"
+
+
+@pytest.mark.parametrize("names", [("kv_a_proj_with_mqa", "kv_b_proj"), ("wkv_a", "wkv_b")])
+def test_projections_of_latent_attention_are_in_parts_by_their_owners_numbers(names):
+    """As in DeepSeek's models, in transformers' names and in its own; numbers that do not fill them say nothing."""
+    owner = nn.Module()
+    owner.n_heads, owner.kv_lora_rank, owner.qk_rope_head_dim = 3, 12, 4
+    owner.qk_nope_head_dim, owner.v_head_dim = 8, 6
+    for name, layer in zip(names, (nn.Linear(20, 16), nn.Linear(12, 42)), strict=True):
+        setattr(owner, name, layer)
+    model = nn.Sequential(nn.Linear(5, 20), owner, nn.Linear(20, 5))
+    stored = [str(row.layout) for row in describe(model).rows if "kv" in row.name and row.role == "hidden"]
+    assert stored == ["out,in latent:3|k:1", "out,in (k:4|v:3) x 3"]
+    owner.kv_lora_rank = owner.v_head_dim = 7
+    stored = [str(row.layout) for row in describe(model).rows if "kv" in row.name and row.role == "hidden"]
+    assert stored == ["out,in", "out,in"]

@@ -142,6 +142,9 @@ def _by_numbers(owner: Any, attribute: str, d_out: int) -> Split | None:
     key, value = getattr(owner, "key_dim", None), getattr(owner, "value_dim", None)
     if attribute == "in_proj_qkv" and key and value and 2 * key + value == d_out:  # a gated delta net
         return Split.of_sizes({"q": key, "k": key, "v": value})
+    latent, rotary = getattr(owner, "kv_lora_rank", None), getattr(owner, "qk_rope_head_dim", None)
+    if attribute in ("kv_a_proj_with_mqa", "wkv_a") and latent and rotary and latent + rotary == d_out:
+        return Split.of_sizes({"latent": latent, "k": rotary})
     key, value = getattr(owner, "qk_nope_head_dim", None), getattr(owner, "v_head_dim", None)
     heads = _number(owner, _HEADS)
     if (
