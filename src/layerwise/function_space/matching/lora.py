@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.parameter_names import unwrap
+from layerwise.common.undisturbed import undisturbed
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.decide import (
     Factor,
@@ -23,7 +25,7 @@ from layerwise.function_space.matching.decide import (
     rounding_noise,
 )
 from layerwise.function_space.matching.named_rates import NamedRates
-from layerwise.function_space.matching.trial_adapters import TRIAL, as_found, renamed, trial_adapter, twin
+from layerwise.function_space.matching.trial_adapters import TRIAL, renamed, trial_adapter, twin
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import processes_of
@@ -129,7 +131,7 @@ def match_lora(
     )  # fmt: skip
     base_config = copy.deepcopy(config)
     base_config.r, base_config.lora_alpha = base_rank, config.lora_alpha if base_alpha is None else base_alpha
-    with as_found(model, adapter):
+    with undisturbed(model), torch.enable_grad():
         targets, measured = trials.rates(base_config), trials.rates(copy.deepcopy(config))
     kept = {name: "kept: no part of the adapter" for name in parameters if name not in measured}
     negligible = {**kept, **fixed_parameters(parameters, fixed)}

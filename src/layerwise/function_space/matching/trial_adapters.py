@@ -25,23 +25,6 @@ def renamed(name: str, old: str, new: str) -> str:
 
 
 @contextmanager
-def as_found(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Whatever is done inside: afterwards the adapter is active, and flags, buffers and random numbers are as before."""
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    try:
-        with torch.random.fork_rng(), torch.enable_grad():
-            yield
-    finally:
-        model.set_adapter(adapter)  # type: ignore[operator]
-        for name, p in model.named_parameters():
-            p.requires_grad_(flags[name])
-        with torch.no_grad():
-            for name, b in model.named_buffers():
-                b.copy_(buffers[name])
-
-
-@contextmanager
 def trial_adapter(model: Any, config: Any, seed: int) -> Iterator[None]:
     """A fresh adapter, drawn from a seed, alone active and alone trainable."""
     active = model.active_adapter
