@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.remember import remember
-from layerwise.geometry.spectral.precision import rounds_factors
+from layerwise.geometry.spectral.precision import has_tiles, rounds_factors
 
 Triple = tuple[float, float, float]
 
@@ -67,7 +67,8 @@ BLOCKS_FROM = 384
 #: A strip has at least so many rows, and there are at most so many strips: three at n = 384, four from 512 on.
 STRIP_ROWS, MOST_STRIPS = 128, 4
 #: In bfloat16 strips pay from so many entries of a factor (two threads of AVX512-BF16: 384 x 384 1.2 to 1.3, 512 x 512 1.1,
-#: 384 x 1152 0.9, 768 x 768 0.8 to 0.9 of a plain product).
+#: 384 x 1152 0.9, 768 x 768 0.8 to 0.9 of a plain product), and never on AMX, where a product is over before its factors
+#: are packed (one thread, 768 x 768, two strips 1.5, four 2.0; 384 x 1536 1.1, 1.4).
 HALF_STRIPS_FROM = 400_000
 #: The Gram path pays from this ratio m / n: 4 r + 14 < 10 r + 5.
 GRAM_FROM = 1.5
@@ -196,9 +197,11 @@ def plain_product(
     alpha: float = 1.0,
 ) -> Tensor:
     """All of it, by torch."""
-    if add is None:
-        return torch.bmm(a, b, out=out).mul_(alpha) if alpha != 1.0 else torch.bmm(a, b, out=out)
-    return torch.baddbmm(add, a, b, beta=beta, alpha=alpha, out=out)
+    multiply, add_to = (torch.mm, torch.addmm) if a.ndim == 2 else (torch.bmm, torch.baddbmm)
+    if add is not None:
+        return add_to(add, a, b, beta=beta, alpha=alpha, out=out)
+    found = multiply(a, b, out=out)
+    return found.mul_(alpha) if alpha != 1.0 else found
 
 
 def strip_product(
@@ -216,17 +219,19 @@ def strip_product(
     strips: 0.77 (the mirror costs 0.05 to 0.1, as torch transposes slowly), X X^T with m = 4 n: 0.76.
     """
     n = a.size(-2)
-    out = a.new_empty(a.size(0), n, n) if out is None else out
-    if a.dtype == torch.bfloat16:
-        if a.size(-2) * a.size(-1) < HALF_STRIPS_FROM:
+    out = a.new_empty(*a.shape[:-1], n) if out is None else out
+    if a.dtype == torch.bfloat16 and a.ndim == 3:
+        if n * a.size(-1) < HALF_STRIPS_FROM or has_tiles():
             return plain_product(a, b, out, add=add, beta=beta, alpha=alpha)
-        return _strips_of_half(a, b, out, add, beta, alpha)
+        for i in range(len(a)):  # oneDNN copies strips of a stack before it multiplies them
+            strip_product(a[i], b[i], out[i], add=None if add is None else add[i], beta=beta, alpha=alpha)
+        return out
     for top, bottom in _strips(n):
-        target = out[:, top:bottom, top:]
-        part = None if add is None else add[:, top:bottom, top:]
-        plain_product(a[:, top:bottom], b[:, :, top:], target, add=part, beta=beta, alpha=alpha)
+        target = out[..., top:bottom, top:]
+        part = None if add is None else add[..., top:bottom, top:]
+        plain_product(a[..., top:bottom, :], b[..., top:], target, add=part, beta=beta, alpha=alpha)
         if bottom < n:
-            out[:, bottom:, top:bottom].copy_(target[:, :, bottom - top :].mT)
+            out[..., bottom:, top:bottom].copy_(target[..., bottom - top :].mT)
     return out
 
 
@@ -242,20 +247,4 @@ def _apply(q: Tensor, x: Tensor, out: Tensor) -> Tensor:
         torch.bmm(q, x, out=out)
     else:
         torch.bmm(x.mT, q, out=out.mT)
-    return out
-
-
-def _strips_of_half(
-    a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, beta: float, alpha: float
-) -> Tensor:
-    """`strip_product` in bfloat16, matrix by matrix: oneDNN copies strips of a stack before it multiplies them."""
-    for i, (left, right, whole) in enumerate(zip(a, b, out, strict=True)):
-        for top, bottom in _strips(a.size(-2)):
-            rows, columns = left[top:bottom], right[:, top:]
-            if add is None:
-                part = torch.mm(rows, columns).mul_(alpha) if alpha != 1.0 else torch.mm(rows, columns)
-            else:
-                part = torch.addmm(add[i, top:bottom, top:], rows, columns, beta=beta, alpha=alpha)
-            whole[top:bottom, top:] = part
-            whole[bottom:, top:bottom] = part[:, bottom - top :].mT
     return out

@@ -41,6 +41,11 @@ def rounds_factors(x: Tensor) -> bool:
     return x.dtype == torch.float32 and medium
 
 
+def has_tiles() -> bool:
+    """Whether a processor's bfloat16 products run on AMX, where strips of a symmetric one never pay."""
+    return "amx_bf16" in processor_units()
+
+
 @remember
 def processor_units() -> tuple[str, ...]:
     """Those of `BFLOAT16_UNITS` that this processor has and torch's products use: none where torch has no oneDNN."""
