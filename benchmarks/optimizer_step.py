@@ -5,9 +5,9 @@
     python benchmarks/optimizer_step.py --device cuda --sets d384,gpt2-small,llama-lora
 
 Writes `benchmarks/results/optimizer_step_DEVICE.{json,md,png}`, or `..._cpu_bfloat16.*` on a processor that has units for
-bfloat16; sets that were not asked for keep their numbers. On a GPU the iterations run in bfloat16, launches and peak memory
-are counted, and dion's Triton and gram-newton-schulz's kernels are compared with every path of `polar` where they are
-installed; `gpu_checks.py` has what else is asked of a GPU.
+bfloat16 and `..._cpu_amx.*` on one with AMX; sets that were not asked for keep their numbers. On a GPU the iterations run in
+bfloat16, launches and peak memory are counted, and dion's Triton and gram-newton-schulz's kernels are compared with every
+path of `polar` where they are installed; `gpu_checks.py` has what else is asked of a GPU.
 heavyball takes part where it is installed (`pip install -c constraints.txt heavyball`).
 
 Every contender has its own copy of the weights and sees the same two sets of gradients in turn; the order of the
@@ -37,7 +37,7 @@ import literal
 import machine
 from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
-from layerwise.geometry.spectral.precision import processor_units
+from layerwise.geometry.spectral.precision import has_tiles, processor_units
 from layerwise.optim.groups.options import DEFAULTS
 from layerwise.optim.rules.noise_adaptive import PreviousGradient
 from layerwise.optim.work.job import Job
@@ -254,8 +254,10 @@ def synchronise(device: str) -> None:
 
 
 def kind_of(device: str) -> str:
-    """The device, and whether it is a processor that multiplies bfloat16: results of either kind have files of their own."""
-    return f"{device}_bfloat16" if device == "cpu" and processor_units() else device
+    """The device, and what a processor multiplies bfloat16 with: results of each kind have files of their own."""
+    if device != "cpu" or not processor_units():
+        return device
+    return "cpu_amx" if has_tiles() else "cpu_bfloat16"
 
 
 def measure(

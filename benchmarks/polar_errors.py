@@ -138,7 +138,7 @@ def ways(method: str) -> dict[str, Compute]:
         "`gram`, float32": by_path(method, "gram", torch.float32),
         "`standard`, bfloat16": by_path(method, "standard", torch.bfloat16),
         "`gram`, float16 (a GPU, by name)": by_path(method, "gram", torch.float16),
-        "`gram`, bfloat16 (not offered)": by_path(method, "gram", torch.bfloat16),
+        "`gram`, bfloat16, restart after every two steps": by_path(method, "gram", torch.bfloat16),
         "`standard`, factors in bfloat16, sums in float32 (not offered)": standard_by(method, rounded),
         "`gram`, factors in bfloat16, sums in float32 (not offered)": gram_by(method, rounded),
         "`gram`, factors split in two, sums in float32 (not offered)": gram_by(method, split),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.geometry.spectral.precision import processor_units
+from layerwise.geometry.spectral.precision import has_tiles, processor_units
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -20,7 +20,7 @@ def run(script: str, *arguments: str) -> None:
 
 
 def test_the_optimizer_step_is_measured_and_earlier_sets_are_kept(tmp_path: Path) -> None:
-    stem = "optimizer_step_cpu_bfloat16" if processor_units() else "optimizer_step_cpu"
+    stem = "optimizer_step_cpu" + ("_amx" if has_tiles() else "_bfloat16" if processor_units() else "")
     common = ["--repeats", "1", "--only", "torch.optim,layerwise", "--out", str(tmp_path)]
     run("optimizer_step.py", "--sets", "tiny", *common)
     first = (tmp_path / f"{stem}.md").read_text()
