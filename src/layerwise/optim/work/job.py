@@ -199,11 +199,15 @@ class Directions(Source):
     """What unit steps go along: the average of the gradients, or Nesterov's look-ahead."""
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        averages = state_of(jobs, "momentum_buffer")
         group = jobs[0].group
         if not group["nesterov"]:
-            return averages
-        return torch.lerp(gradients(jobs).to(averages.dtype), averages, group["momentum"])
+            return state_of(jobs, "momentum_buffer")
+        averages, grads = state_and_gradients(jobs, "momentum_buffer")
+        if len(grads) == 1:
+            return torch.lerp(grads[0], averages[0], group["momentum"]).view(len(jobs), *jobs[0].grad.shape)
+        ahead = torch.stack(grads)
+        torch._foreach_lerp_(ahead.unbind(), averages, group["momentum"])
+        return ahead
 
 
 GRADIENTS, DIRECTIONS = Gradients(), Directions()

@@ -17,6 +17,9 @@ BATCH_BELOW = 1024
 #: What a batch whose norms are taken may hold: on a GPU little beside a model, on a CPU what stays in the cache (with
 #: 16 MiB the C library hands the memory back after every batch, and 8,000 to 20,000 page faults a step get it again).
 NORM_BYTES = {"cpu": 2**23, "gpu": 2**28}
+#: Inner products of so many entries are a processor's library's, one by one; smaller ones are a product and a sum of all.
+#: (A batched product of rows and columns took six times as long: 0.4 ms at 384 x 384.)
+DOT_FROM = 2**16
 
 
 def default_work() -> MatrixWork:
@@ -105,10 +108,12 @@ def _fill_dual_norms(asked: MatrixJob, stacks: Sequence[Tensor], steps: Sequence
 
 
 def _inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """``[k, m, n], [k, m, n] -> [k]``, each in one pass over the matrices."""
-    if a.dtype == torch.float16:  # a product of entries could leave its range
-        a, b = a.float(), b.float()
-    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), -1, 1)).reshape(len(a))
+    """``[k, m, n], [k, m, n] -> [k]``, in float32 at least."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(wide), b.to(wide)
+    if a.is_cpu and a[0].numel() >= DOT_FROM:
+        return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)])
+    return (a * b).sum((-2, -1))
 
 
 def dual_norms(asked: MatrixJob) -> Tensor:
