@@ -62,7 +62,11 @@ class Counted(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         long = ids.shape[1]
         counted = torch.arange(long, device=ids.device)
-        x = self.words(ids) + self.kinds(self.zeros[:, :long]) + self.whole.weight[:long]
+        x = (
+            self.words(ids)
+            + self.kinds(self.zeros.gather(1, self.numbers)[:, :long])
+            + self.whole.weight[:long]
+        )
         x = x + self.places(counted) + self.shifted(counted.unsqueeze(0).expand(len(ids), -1) + 2)
         x = x + self.kept(self.numbers[:, :long]) + self.both(counted) + self.both(ids)
         x = x + self.apart((counted[:, None] - counted).abs().clamp(max=5)).mean(1)  # relative positions

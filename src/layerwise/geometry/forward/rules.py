@@ -44,7 +44,10 @@ def follow(flow: Flow, op: Operation) -> None:
     if not any(origins) and op.tensors:
         return
     if all(origin is not None and origin.constant and not origin.weights for origin in origins):
-        counts = op.name == "arange" or any(origin.counts for origin in filter(None, origins))
+        values = (
+            origins[:1] if _rule(op.func) is lookup else origins
+        )  # zeros stay zeros wherever they are read
+        counts = op.name == "arange" or any(origin.counts for origin in filter(None, values))
         constant = POSITIONS if counts else CONSTANT
         flow.made(op, replace(constant, results_of=results_in(filter(None, origins))))
     else:
