@@ -34,6 +34,7 @@ from layerwise.optim.work.job import (
     state_and_gradients,
 )
 from layerwise.optim.work.joined_state import JoinedState, join_state
+from layerwise.optim.work.local import directions_at_once
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 #: On a CPU AdamW goes over a chunk several times: it should stay in the cache, and its copies small beside a model.
@@ -244,7 +245,7 @@ class _LmoStep(PlannedStep):
         self._norms = [asked for group in groups for asked in group.asked]
         self._duals = [dual for group in groups for dual in group.duals]
         self._chunks = [chunk for some in sets for chunk in some.chunks()]
-        self._unit_steps = [_unit_steps(some.jobs) for some in sets]
+        self._unit_steps = [piece for some in sets for piece in _unit_steps(some.jobs)]
         joined = [joined for group in groups for joined in group.joined.values()]
         joined += [_join_tensor(some, key) for some in sets if some.small for key in some.jobs[0].state]
         self.joined = [each for each in joined if each is not None]
@@ -278,12 +279,13 @@ def _join_tensor(some: Alike, key: str) -> JoinedState | None:
     return joined
 
 
-def _unit_steps(jobs: Sequence[Job]) -> MatrixJob:
-    """Ask for the unit steps of parameters that are alike."""
+def _unit_steps(jobs: Sequence[Job]) -> list[MatrixJob]:
+    """Ask for the unit steps of parameters that are alike, as many at a time as are worked on together."""
     group, shape = jobs[0].group, tuple(jobs[0].param.shape)
     geometry = group["geometry"]
     factors = step_factors(group["layout"], geometry, group["scaling"], group["radius"], shape)
-    return MatrixJob(jobs, DIRECTIONS, geometry, factors)
+    asked = MatrixJob(jobs, DIRECTIONS, geometry, factors)
+    return asked.pieces(directions_at_once(asked))
 
 
 #: The kinds that a group can name by text.

@@ -331,8 +331,9 @@ class MatrixWork(Protocol):
     def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
         """Some parameters at a time, in any order, with their unit steps times factors and multipliers, in their shapes.
 
-        Of a sharded parameter, the part that this process holds. Once all have been taken, the ``dual`` of every job
-        that has one is filled in.
+        Each that is asked is of as many parameters as are worked on together (``directions_at_once``). Of a sharded
+        parameter, the part that this process holds. Once all have been taken, the ``dual`` of every job that has one is
+        filled in.
         """
 
     def anywhere(self, flags: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from layerwise.geometry import Layout
 from layerwise.geometry.spectral.newton_schulz import matrices_at_once
 from layerwise.optim.work.job import Job, MatrixJob, MatrixWork, state_of, white_noise_factors
 
@@ -43,8 +44,7 @@ class LocalWork:
 
     def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
         for job in asked:
-            for piece in job.pieces(directions_at_once(job)):
-                yield piece.jobs, unit_steps(piece)
+            yield job.jobs, unit_steps(job)
 
     def anywhere(self, flags: Tensor) -> Tensor:
         return flags
@@ -54,7 +54,10 @@ class LocalWork:
 
 
 def directions_at_once(job: MatrixJob) -> int:
-    """On a CPU what stays in the cache; on a GPU small matrices only, as one large matrix fills it."""
+    """Parameters whose unit steps are worked on together.
+
+    On a CPU what stays in the cache; on a GPU small matrices only, as one large matrix fills it.
+    """
     matrices, d_out, d_in = _size(job)
     if job.param.device.type == "cpu":
         return max(1, matrices_at_once(d_out, d_in, job.param.element_size()) // matrices)
@@ -77,7 +80,9 @@ def _size(job: MatrixJob) -> tuple[int, int, int]:
 
 def unit_steps(asked: MatrixJob) -> Sequence[Tensor]:
     """Unit steps times factors and multipliers, in the parameters' shapes."""
-    jobs, stacks = asked.jobs, asked.layout.matrices_of(asked.tensors())
+    jobs = asked.jobs
+    layout: Layout = jobs[0].group["layout"]
+    stacks = layout.matrices_of(asked.tensors())
     steps = [asked.geometry.lmo(stack) for stack in stacks]
     if jobs[0].dual is not None:
         _fill_dual_norms(asked, stacks, steps)
@@ -93,7 +98,7 @@ def unit_steps(asked: MatrixJob) -> Sequence[Tensor]:
     for step, scale in zip(steps, scales, strict=True):
         if isinstance(scale, Tensor) or scale != 1.0:
             step.mul_(scale)
-    return asked.layout.tensors_of(steps, asked.param.shape, len(jobs)).unbind()
+    return layout.tensors_of(steps, jobs[0].param.shape, len(jobs)).unbind()
 
 
 def _fill_dual_norms(asked: MatrixJob, stacks: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
