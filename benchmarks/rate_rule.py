@@ -9,8 +9,8 @@ Studies are lists of trials in `rate_rule_plan.py`, which also says why each is 
 a base rate, factors of roles, a seed and a length; its result is a line of `benchmarks/results/rate_rule.jsonl`. Finished
 trials are not repeated. Several processes can work at one study: each takes what no other has taken.
 
-All trials train in one thread with the lab's data, models and schedule (cosine after 20 steps of warm-up, clipping at 1),
-on the same batches for the same seed.
+All trials train in one thread, in float32 on every processor, with the lab's data, models and schedule (cosine after 20
+steps of warm-up, clipping at 1), on the same batches for the same seed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from layerwise.lab.training.schedules import schedule_factor
 from rate_rule_models import BUILD, prepare
 from rate_rule_plan import CONTENDERS, FROZEN, MODELS, STUDIES, Trial
 from rate_rule_table import page, plan
-from script import RESULTS, documented_parser
+from script import RESULTS, documented_parser, iterate_in_float32
 
 #: whose multipliers `FROZEN` contenders take
 SOURCE = "DualMuon"
@@ -220,6 +220,7 @@ def main() -> None:
         return
     if given.command == "run":
         torch.set_num_threads(1)
+        iterate_in_float32()
         trials = [trial for study in given.studies or STUDIES for trial in STUDIES[study].trials]
         if given.steps is not None:
             trials = [replace(trial, steps=given.steps) for trial in trials]

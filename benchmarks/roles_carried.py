@@ -33,7 +33,7 @@ from layerwise.lab.training.function_space_observers import quiet_matching
 from layerwise.lab.training.run import train
 from rate_rule import Store, as_row
 from roles_carried_table import page
-from script import RESULTS, documented_parser
+from script import RESULTS, documented_parser, iterate_in_float32
 
 Factors = tuple[tuple[str, float], ...]
 
@@ -265,6 +265,7 @@ def main() -> None:
     store = Store(given.out / "roles_carried.jsonl")
     if given.command == "run":
         torch.set_num_threads(1)
+        iterate_in_float32()
         quiet_matching()
         with tempfile.TemporaryDirectory() as bases:
             Study(store, Path(bases), given.seeds, given.steps).run(given.axes)
