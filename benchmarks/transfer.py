@@ -23,7 +23,7 @@ from layerwise.lab.experiments.sweep.sweep_report import LOSS_NAMES, analyse, ma
 from layerwise.lab.experiments.sweep.trial_plan import make_plan
 from layerwise.lab.report.style import save_figure
 from layerwise.lab.training.run import train
-from script import documented_parser
+from script import documented_parser, iterate_in_float32
 
 CONFIGS = Path(__file__).parent / "transfer"
 DEPTH = ["sweep.axis=depth"]
@@ -69,6 +69,14 @@ MUON_WIDTH = [
     "sweep.lr={low: 0.001953125, high: 0.0625, count: 6}",
     "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.0625, 0.125, 0.25, 0.5, 1, 2]}",
 ]
+# LANTON slows layers down: higher rates.
+LANTON_WIDTH = [
+    "optimizer.name=lanton",
+    THREE_SEEDS,
+    "sweep.methods=[standard, flerm, uniform]",
+    "sweep.lr={low: 0.00390625, high: 0.125, count: 6}",
+    "sweep.lr_of={flerm: [0.01562, 0.03125, 0.0625, 0.125], uniform: [0.0625, 0.125, 0.25, 0.5, 1, 2]}",
+]
 PRE_DEPTH = [
     "sweep.sizes=[2, 16]",
     THREE_SEEDS,
@@ -105,6 +113,9 @@ SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
     },
     "width_400": {"pre_400": ("PreNorm, 400 steps", "decoder.yaml", [*PRE, *PRE_WIDTH])},
     "width_400_muon": {"pre_400_muon": ("PreNorm, D-Muon, 400 steps", "decoder.yaml", [*PRE, *MUON_WIDTH])},
+    "width_400_lanton": {
+        "pre_400_lanton": ("PreNorm, LANTON, 400 steps", "decoder.yaml", [*PRE, *LANTON_WIDTH])
+    },
     "depth_400": {"pre_depth_400": ("PreNorm, 400 steps", "decoder.yaml", [*PRE, *DEPTH, *PRE_DEPTH])},
     "init_scale_400": {
         "pre_post_mod_init_400": (
@@ -158,12 +169,16 @@ def draw(figure: str, folder: Path, workers: int) -> str:
 
 def main() -> None:
     parser = documented_parser(__doc__)
-    parser.add_argument("--workers", type=int, default=2, help="trials side by side")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="trials side by side; 0: one after the other, in float32 throughout"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/transfer"), help="folder of results"
     )
     parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="some of the figures")
     options = parser.parse_args()
+    if options.workers == 0:
+        iterate_in_float32()  # 128 wide matrices would be iterated in bfloat16 on a processor with units for it
     for figure in options.only:
         tables = draw(figure, options.out, options.workers)
         made = f"Made by `python benchmarks/transfer.py --only {figure}`; docs/transfer.md explains the columns.\n\n"
