@@ -113,6 +113,12 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
         "rates": {"rule": "static", "multipliers": {}},
     },
     "the common part alone": {"name": "dual-muon", "rates": {"rule": "static", "multipliers": {}}},
+    # of the frame: weight of the old average, decay, and AdamW's second average
+    "DualMuon, momentum 0.9": {"name": "dual-muon", "momentum": 0.9},
+    "DualMuon, momentum 0.8": {"name": "dual-muon", "momentum": 0.8},
+    "DualMuon, no decay": {"name": "dual-muon", "weight_decay": 0.0},
+    "DualMuon, AdamW's beta 0.99": {"name": "dual-muon", "adamw_betas": [0.9, 0.99]},
+    "momentum 0.9 on D-Muon": {"name": "d-muon", "momentum": 0.9},
     "AdamW": {"name": "adamw"},
     "torch's Muon": {"name": "torch-muon"},
     "NAMO": {"name": "namo"},
@@ -432,6 +438,29 @@ STUDIES: Final[Mapping[str, Study]] = {
             by_role("llama-tiny", 0.004, 1, LLAMA_ROLES, 1000),
         ),
     ),
+    "longer, GPT-2": Study(
+        "the GPT-2 at 1,000 steps (seed 1)",
+        (
+            *(Trial("gpt2-tiny", "DualMuon", lr, 1, 1000) for lr in (0.0113, 0.016)),
+            *(
+                by_role("gpt2-tiny", lr, 1, GPT2_ROLES_SEARCHED, 1000)
+                for lr in (0.0113, 0.008, 0.016, 0.00566)
+            ),
+        ),
+    ),
+    "frame": Study(
+        "what the rule stands on (seed 1): a shorter momentum, no decay, another second average",
+        (
+            Trial("llama-tiny", "DualMuon, momentum 0.9", 0.016, 1),
+            Trial("llama-tiny", "DualMuon, momentum 0.9", 0.0226, 1),
+            Trial("llama-tiny", "DualMuon, momentum 0.8", 0.016, 1),
+            Trial("llama-tiny", "momentum 0.9 on D-Muon", 0.008, 1, roles=tuple(LLAMA_ROLES_SEARCHED.items())),
+            Trial("llama-tiny", "DualMuon, no decay", 0.016, 1),
+            Trial("llama-tiny", "DualMuon, AdamW's beta 0.99", 0.016, 1),
+            Trial("gpt2-tiny", "DualMuon, momentum 0.9", 0.016, 1),
+            Trial("llama-tiny", "DualMuon, momentum 0.9", 0.0113, 1, 1000),
+        ),
+    ),
     "rivals": Study(
         "what others reach, and what of the rule is worth something (seed 1): other optimizers and rules, and the rule with"
         " its multipliers frozen, permuted among the matrices, or all at 1; NAMO on more seeds",
@@ -447,6 +476,7 @@ STUDIES: Final[Mapping[str, Study]] = {
         (
             Trial("llama-small", "DualMuon", 0.0113, 1, 1000),
             by_role("llama-small", 0.00566, 1, LLAMA_ROLES, 1000),
+            *(by_role("llama-small", lr, 1, LLAMA_ROLES_LONGER, 1000) for lr in (0.00566, 0.004, 0.00283)),
             *(Trial("llama-small", "D-Muon", lr, 1, 1000) for lr in (0.00566, 0.004, 0.008)),
             *three("llama-small", LLAMA_ROLES, (0.008, 0.004), 1, 1000),
         ),

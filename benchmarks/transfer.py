@@ -170,7 +170,10 @@ def draw(figure: str, folder: Path, workers: int) -> str:
 def main() -> None:
     parser = documented_parser(__doc__)
     parser.add_argument(
-        "--workers", type=int, default=2, help="trials side by side; 0: one after the other, in float32 throughout"
+        "--workers",
+        type=int,
+        default=2,
+        help="trials side by side; 0: one after the other, in float32 throughout",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/transfer"), help="folder of results"
