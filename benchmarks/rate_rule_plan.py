@@ -438,7 +438,7 @@ STUDIES: Final[Mapping[str, Study]] = {
             by_role("llama-tiny", 0.004, 1, LLAMA_ROLES, 1000),
         ),
     ),
-    "longer, GPT-2": Study(
+    "longer-gpt2": Study(
         "the GPT-2 at 1,000 steps (seed 1)",
         (
             *(Trial("gpt2-tiny", "DualMuon", lr, 1, 1000) for lr in (0.0113, 0.016)),
