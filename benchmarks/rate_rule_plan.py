@@ -454,7 +454,9 @@ STUDIES: Final[Mapping[str, Study]] = {
             Trial("llama-tiny", "DualMuon, momentum 0.9", 0.016, 1),
             Trial("llama-tiny", "DualMuon, momentum 0.9", 0.0226, 1),
             Trial("llama-tiny", "DualMuon, momentum 0.8", 0.016, 1),
-            Trial("llama-tiny", "momentum 0.9 on D-Muon", 0.008, 1, roles=tuple(LLAMA_ROLES_SEARCHED.items())),
+            Trial(
+                "llama-tiny", "momentum 0.9 on D-Muon", 0.008, 1, roles=tuple(LLAMA_ROLES_SEARCHED.items())
+            ),
             Trial("llama-tiny", "DualMuon, no decay", 0.016, 1),
             Trial("llama-tiny", "DualMuon, AdamW's beta 0.99", 0.016, 1),
             Trial("gpt2-tiny", "DualMuon, momentum 0.9", 0.016, 1),

@@ -2,8 +2,8 @@
 
     python benchmarks/transfer.py
 
-Nine figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
-depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, four of these at 400 steps, and LoRA rank x8
+Ten figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
+depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, five at 400 steps, and LoRA rank x8
 on a GPT-2 that is trained here first. Each with {standard, FLeRM, uniform, and for widths 1/width} x learning rates x 2 or 3
 seeds: some 2,200 trials, an hour or two of CPU time. Finished trials, those committed included, are not repeated. The texts
 are the running Python's own library and manual: on another version of Python the losses differ a little.
