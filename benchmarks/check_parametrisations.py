@@ -88,9 +88,7 @@ def summary(check: lw.SizeCheck, step: int) -> list[str]:
     """The slope of each kind of layer: the mean over blocks."""
     cells = []
     for kind in ("embedding", "query", "key", "value", "out", "up", "down", "head"):
-        slopes = [
-            t.slope for t in check.of("rate", step) if t.module.split(".")[-1] == kind and t.slope is not None
-        ]
+        slopes = [t.slope for t in check.of("rate", step) if t.module.split(".")[-1] == kind and t.slope is not None]
         cells.append(f"{sum(slopes) / len(slopes):+.2f}" if slopes else "")
     return cells
 

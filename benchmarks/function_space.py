@@ -215,14 +215,11 @@ FREQUENT: dict[str, dict] = {
 }  # fmt: skip
 
 
-def costs(
-    width: int, examples: int, length: int, rounds: int, seeds: int, chosen: dict[str, dict]
-) -> list[str]:
+def costs(width: int, examples: int, length: int, rounds: int, seeds: int, chosen: dict[str, dict]) -> list[str]:
     """Table of time and error."""
     bench = Bench(width, examples, length)
     steps = {
-        name: bench.official("kronecker") if s["method"] == "official" else bench.ours(**s)
-        for name, s in chosen.items()
+        name: bench.official("kronecker") if s["method"] == "official" else bench.ours(**s) for name, s in chosen.items()
     }
     steps = {"plain step": bench.plain(), **steps}
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -83,9 +83,7 @@ def synchronisation(device: str, shapes: Sequence[tuple[int, int]], trace: Path)
         step()
     trace_of.export_chrome_trace(str(trace))
     found = {e.key: e.count for e in trace_of.key_averages() if e.key in WAITS}
-    return [
-        f"warnings of torch's sync check: {len(waits)}; calls that wait, by the profiler: {found or 'none'}"
-    ]
+    return [f"warnings of torch's sync check: {len(waits)}; calls that wait, by the profiler: {found or 'none'}"]
 
 
 def recompilation(device: str, shapes: Sequence[tuple[int, int]], backend: str) -> list[str]:
@@ -136,9 +134,7 @@ def paths(device: str, shapes: Sequence[tuple[int, int]], repeats: int) -> list[
         taken: dict[str, list[float]] = {}
         for path in PATHS[1:] * (repeats + 1):
             with contextlib.suppress(LayerwiseError):  # a path that this device does not have
-                taken.setdefault(path, []).append(
-                    seconds(lambda x=stack, p=path: polar(x, path=p), device, 1)
-                )
+                taken.setdefault(path, []).append(seconds(lambda x=stack, p=path: polar(x, path=p), device, 1))
         medians = {path: statistics.median(times) for path, times in taken.items() if times}
         for path in PATHS[1:]:
             name = f"{shape[0]} x {shape[1]} | {path}"
@@ -195,9 +191,7 @@ def main() -> None:
     sizes = [32, 64] if args.small else [128, 256, 512, 768, 1024, 1536, 2048]
     kinds = [(48, 96)] if args.small else PATH_SHAPES[args.device]
     sections: dict[str, Callable[[], list[str]]] = {
-        "Host synchronisation in a step": lambda: synchronisation(
-            args.device, shapes, stem.with_suffix(".trace.json")
-        ),
+        "Host synchronisation in a step": lambda: synchronisation(args.device, shapes, stem.with_suffix(".trace.json")),
         "Recompilation": lambda: recompilation(args.device, square, backend),
         "Batching by n": lambda: batching(args.device, sizes, 8, repeats),
         "Paths of the polar factor": lambda: paths(args.device, kinds, repeats),

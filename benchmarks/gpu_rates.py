@@ -183,9 +183,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="that a call may take")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes that a CPU gets through in seconds")
-    parser.add_argument(
-        "--sources", nargs="+", type=Path, help="of the text; the library and packages of this Python"
-    )
+    parser.add_argument("--sources", nargs="+", type=Path, help="of the text; the library and packages of this Python")
     parser.add_argument("--characters", type=int, default=CHARACTERS, help="of it at most")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of the token ids")

@@ -51,18 +51,14 @@ def block(width: int) -> list[tuple[int, ...]]:
 
 
 AXES = {
-    "width": Axis(
-        "width d of one d x d matrix", [128, 256, 512, 1024, 2048], lambda d: [(d, d)], ("3", "2", "2")
-    ),
+    "width": Axis("width d of one d x d matrix", [128, 256, 512, 1024, 2048], lambda d: [(d, d)], ("3", "2", "2")),
     "layers": Axis(
         "layers of a GPT-2 of width 64",
         [4, 8, 16, 32, 64],
         lambda n: block(64) * n,
         ("1", "1", LAYERS_MEMORY),
     ),
-    "experts": Axis(
-        "experts, each 64 x 128", [8, 16, 32, 64, 128, 256], lambda n: [(n, 64, 128)], ("1", "1", "1")
-    ),
+    "experts": Axis("experts, each 64 x 128", [8, 16, 32, 64, 128, 256], lambda n: [(n, 64, 128)], ("1", "1", "1")),
 }
 CONTENDERS = ("AdamW (torch, foreach)", "Muon (torch, float32)", "Muon (layerwise)", "Lanton (layerwise)")
 
@@ -83,9 +79,7 @@ def parameters(name: str, shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
     """torch's Muon takes matrices alone: it gets experts one by one."""
     generator = torch.Generator().manual_seed(0)
     alone = name == "Muon (torch, float32)"
-    sizes = (
-        [shape[1:] for shape in shapes for _ in range(shape[0])] if alone and len(shapes[0]) == 3 else shapes
-    )
+    sizes = [shape[1:] for shape in shapes for _ in range(shape[0])] if alone and len(shapes[0]) == 3 else shapes
     params = [nn.Parameter(torch.zeros(size)) for size in sizes]
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator)
@@ -104,9 +98,7 @@ def seconds(step: Step, least: float = 0.2, most: int = 9) -> float:
 
 def peak_bytes(step: Step) -> int:
     """The most that one step has allocated at once, above where it began."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as trace:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
     held = most = 0
     for event in trace.profiler.kineto_results.events():

@@ -57,9 +57,7 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         views = [r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns]
         asks = function.namespace != "aten" or function._opname in ("_local_scalar_dense", "promote_types")
         if not asks and not (views and all(views)):

@@ -74,9 +74,7 @@ CASES = [
 ]
 
 
-def rates_after(
-    case: Case, make: Callable[[], nn.Module], seed: int, lr: float
-) -> dict[str, dict[str, float]]:
+def rates_after(case: Case, make: Callable[[], nn.Module], seed: int, lr: float) -> dict[str, dict[str, float]]:
     """`{estimator: {matrix: rate}}` of the step after `case.steps` steps of Adam, `exact` included."""
     torch.manual_seed(seed)
     model, generator = make(), torch.Generator().manual_seed(seed)
@@ -109,10 +107,7 @@ def source(name: str, names: Sequence[str], blocks: int) -> str:
 def carried(case: Case, lr: float) -> Mapping[str, list[float]]:
     """`{estimator: matched over exactly matched rate, minus 1}`, over the large model's matrices and seeds."""
     small = [rates_after(case, case.small, seed, lr) for seed in SEEDS]
-    base = {
-        method: {name: fmean(one[method][name] for one in small) for name in small[0][method]}
-        for method in small[0]
-    }
+    base = {method: {name: fmean(one[method][name] for one in small) for name in small[0][method]} for method in small[0]}
     errors: dict[str, list[float]] = {method: [] for method in ESTIMATORS}
     for seed in SEEDS:
         large = rates_after(case, case.large, seed + len(SEEDS), lr)

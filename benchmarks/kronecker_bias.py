@@ -76,9 +76,7 @@ class Transformer(nn.Module):
 
 
 def resmlp(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(24, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-    )
+    return nn.Sequential(nn.Linear(24, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 def convnet(width: int) -> nn.Module:
@@ -215,18 +213,14 @@ def main() -> None:
                                 table[row][which].append((width, value / exact[name].value - 1, relative))
     columns = ["kronecker", "(out, rest)", "(lead, in)", "full_cov", "iid"]
     low, high = min(args.widths), max(args.widths)
-    print(
-        f"| layer | {' | '.join(columns)} | kronecker, width {low} / {high} | stderr at 32: kronecker / full_cov |"
-    )
+    print(f"| layer | {' | '.join(columns)} | kronecker, width {low} / {high} | stderr at 32: kronecker / full_cov |")
     print("|---" * (len(columns) + 3) + "|")
     for row in sorted(table):
         cells = []
         for which in columns:
             bias = [b for _, b, _ in table[row].get(which, [])]
             cells.append(
-                f"{100 * sum(bias) / len(bias):+.0f} ({100 * min(bias):+.0f}..{100 * max(bias):+.0f})"
-                if bias
-                else ""
+                f"{100 * sum(bias) / len(bias):+.0f} ({100 * min(bias):+.0f}..{100 * max(bias):+.0f})" if bias else ""
             )
         by_width = []
         for width in (low, high):

@@ -90,9 +90,7 @@ def batches(seed: int, sequences: int = BATCH) -> Iterator[Tensor]:
         yield torch.cat(words, 1)
 
 
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, words: Tensor, watcher: Any, other: Any
-) -> float:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, words: Tensor, watcher: Any, other: Any) -> float:
     optimizer.zero_grad()
     logits = model(input_ids=words).logits
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
@@ -149,21 +147,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(
-        zip(KINDS, ("#cc3311", "#ee7733", "#0077bb", "#33bbee", "#009988", "#bbbbbb"), strict=True)
-    )
+    colours = dict(zip(KINDS, ("#cc3311", "#ee7733", "#0077bb", "#33bbee", "#009988", "#bbbbbb"), strict=True))
     figure, axes = plt.subplots(1, len(MODELS), figsize=(11, 3.9), sharex=True, sharey=True)
     for ax, model in zip(axes, MODELS, strict=True):
         for what in reversed(KINDS):
-            points = [
-                (max(r["linear"], FLOOR), r["whole"])
-                for r in rows
-                if r["model"] == model and r["kind"] == what
-            ]
+            points = [(max(r["linear"], FLOOR), r["whole"]) for r in rows if r["model"] == model and r["kind"] == what]
             if points:
-                ax.scatter(
-                    *zip(*points, strict=True), s=9, alpha=0.7, color=colours[what], label=what, linewidths=0
-                )
+                ax.scatter(*zip(*points, strict=True), s=9, alpha=0.7, color=colours[what], label=what, linewidths=0)
         span = [FLOOR, max(r["whole"] for r in rows)]
         ax.plot(span, span, color="#444444", linewidth=0.8)
         ax.set(xscale="log", yscale="log", title=model, xlabel="first order (exact)")
@@ -172,9 +162,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for ax in axes:
         handles, names = ax.get_legend_handles_labels()
         labels |= dict(zip(names, handles, strict=True))
-    figure.legend(
-        [labels[k] for k in KINDS], KINDS, loc="outside lower center", ncol=len(KINDS), frameon=False
-    )
+    figure.legend([labels[k] for k in KINDS], KINDS, loc="outside lower center", ncol=len(KINDS), frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=130)
 

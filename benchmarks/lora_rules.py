@@ -193,9 +193,7 @@ def run(task: Task, trial: Trial) -> float:
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        losses = [
-            model(**batch).loss.item() for batch in task.batches(task.validation, task.validation_batches, 0)
-        ]
+        losses = [model(**batch).loss.item() for batch in task.batches(task.validation, task.validation_batches, 0)]
     return fmean(losses)
 
 
@@ -247,9 +245,7 @@ def table(found: Mapping[str, float], grids: Grids, ranks: list[int], seeds: lis
         shift = torch.tensor(here.best / base.best).log2().item()
         interval = None if rank == BASE_RANK else shift_interval(base, here, 2.0)
         ends = "" if interval is None else "{:+.0f}..{:+.0f}".format(*interval).replace("+0", "0")
-        carried, half = (
-            f"{here.mean(lr):.3f}" if lr in here.losses else "" for lr in (base.best, base.best / 2)
-        )
+        carried, half = (f"{here.mean(lr):.3f}" if lr in here.losses else "" for lr in (base.best, base.best / 2))
         edge = "!" if here.at_edge or base.at_edge else ""
         own = f"{here.mean(here.best):.3f} ± {here.spread(here.best):.3f}"
         shown = (

@@ -81,9 +81,7 @@ def differences(width: int, layers: int, steps: int) -> Iterator[dict[str, Tenso
     torch.manual_seed(0)
     data = corpus()
     shape = {"vocab_size": 256, "n_positions": 128, "n_embd": width, "n_layer": layers, "n_head": 4}
-    model = GPT2LMHeadModel(
-        GPT2Config(**shape, bos_token_id=0, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    )
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     previous: dict[str, Tensor] = {}
     for _ in range(steps + 1):
@@ -124,9 +122,7 @@ def errors_by_spectrum(sizes: list[tuple[int, int]]) -> list[str]:
     return [*lines, "", f"{len(values)} spectra, {SEEDS} seeds each; which: `benchmarks/spectra.py`."]
 
 
-def errors_by_step(
-    width: int, layers: int, marks: list[int], record: dict[str, dict[str, list[float]]]
-) -> list[str]:
+def errors_by_step(width: int, layers: int, marks: list[int], record: dict[str, dict[str, list[float]]]) -> list[str]:
     """Rows of the second table. Singular values of the last layer's q, v, up and down go into the record."""
     lines = []
     last = f".h.{layers - 1}."
@@ -219,11 +215,7 @@ def main() -> None:
         "",
         "| width | step | lanczos (auto) | Gauss's rule alone |",
         "|---|---|---|---|",
-        *[
-            line
-            for width, marks in runs.items()
-            for line in errors_by_step(width, args.layers, marks, record)
-        ],
+        *[line for width, marks in runs.items() for line in errors_by_step(width, args.layers, marks, record)],
         "",
         "## LANTON's rates",
         "",

@@ -158,9 +158,7 @@ def noise_alone(params: Sequence[Tensor]) -> Step:
     states = [reference.allocate(p) for p in params]
 
     def step() -> None:
-        jobs = [
-            Job("", p, p, p.grad, True, group, state, 0.02) for p, state in zip(params, states, strict=True)
-        ]
+        jobs = [Job("", p, p, p.grad, True, group, state, 0.02) for p, state in zip(params, states, strict=True)]
         sets = [some.jobs for some in alike(jobs)]
         work.norms([lw.DualNorm(reference).asked_of(some) for some in sets])
         for some in sets:
@@ -235,14 +233,10 @@ def contenders(device: str, shipped: bool) -> dict[str, Build]:
     if device != "cpu":
         found |= kernels()
     elif processor_units():
-        found["Muon (layerwise, float32)"] = lambda ps: (
-            lw.Muon(layerwise_groups(ps, precision="float32"), lr=0.02).step
-        )
+        found["Muon (layerwise, float32)"] = lambda ps: lw.Muon(layerwise_groups(ps, precision="float32"), lr=0.02).step
     return found | {
         "Muon (layerwise)": lambda ps: lw.Muon(layerwise_groups(ps), lr=0.02).step,
-        "Lanton without noise (layerwise)": lambda ps: (
-            lw.Lanton(layerwise_groups(ps), lr=0.02, rates=None).step
-        ),
+        "Lanton without noise (layerwise)": lambda ps: lw.Lanton(layerwise_groups(ps), lr=0.02, rates=None).step,
         "Lanton (layerwise)": lambda ps: lw.Lanton(layerwise_groups(ps), lr=0.02).step,
         "noise alone (layerwise)": noise_alone,
     }
@@ -260,9 +254,7 @@ def kind_of(device: str) -> str:
     return "cpu_amx" if has_tiles() else "cpu_bfloat16"
 
 
-def measure(
-    shapes: Shapes, device: str, repeats: int, warm_up: int, only: str, shipped: bool = False
-) -> list[Row]:
+def measure(shapes: Shapes, device: str, repeats: int, warm_up: int, only: str, shipped: bool = False) -> list[Row]:
     # A process that has trained has freed blocks of this size, activations. Until one is freed, the C library gives memory
     # back after every batch of any contender, and tens of thousands of page faults a step get it again.
     block = torch.empty(2**25 - 2**16, dtype=torch.uint8)
@@ -301,17 +293,13 @@ def measure(
         rows.append(row)
     base = seconds[fastest_muon(rows).name]
     for row in rows:
-        row.ratio_low, row.ratio, row.ratio_high = quartiles(
-            [t / b for t, b in zip(seconds[row.name], base, strict=True)]
-        )
+        row.ratio_low, row.ratio, row.ratio_high = quartiles([t / b for t, b in zip(seconds[row.name], base, strict=True)])
     return rows
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
-    low, median, high = (
-        statistics.quantiles([*values], n=4, method="inclusive") if len(values) > 1 else [*values] * 3
-    )
+    low, median, high = statistics.quantiles([*values], n=4, method="inclusive") if len(values) > 1 else [*values] * 3
     return low, median, high
 
 
@@ -328,9 +316,7 @@ def launches_and_peak(step: Step) -> tuple[int, float]:
 
 def fastest_muon(rows: list[Row]) -> Row:
     """The fastest Muon that computes the standard iteration as published: what ratios are taken against."""
-    literal_ones = [
-        r for r in rows if r.name.startswith("Muon") and "layerwise" not in r.name and "Gram" not in r.name
-    ]
+    literal_ones = [r for r in rows if r.name.startswith("Muon") and "layerwise" not in r.name and "Gram" not in r.name]
     return min(literal_ones, key=lambda r: r.median)
 
 
@@ -363,9 +349,7 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(
-        len(results), 1, figsize=(8, 3.4 * len(results)), squeeze=False, layout="constrained"
-    )
+    fig, axes = plt.subplots(len(results), 1, figsize=(8, 3.4 * len(results)), squeeze=False, layout="constrained")
     for ax, (name, rows) in zip(axes[:, 0], results.items(), strict=True):
         rows = rows[::-1]
         ratios = [r.ratio for r in rows]
@@ -374,9 +358,7 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
             [r.ratio_high - r.ratio for r in rows],
         ]
         colours = ["#1f6f8b" if "layerwise" in r.name else "#b8bec4" for r in rows]
-        ax.barh(
-            [r.name for r in rows], ratios, xerr=spread, color=colours, error_kw={"lw": 0.8, "ecolor": "#444"}
-        )
+        ax.barh([r.name for r in rows], ratios, xerr=spread, color=colours, error_kw={"lw": 0.8, "ecolor": "#444"})
         ax.axvline(1, color="#444", lw=0.8, ls=":")
         ax.set_title(f"{name} ({len(SETS[name])} matrices)")
         ax.set_xlabel("time of a step / fastest literal Muon in the same round (medians and quartiles)")
@@ -408,9 +390,7 @@ def main() -> None:
         results[name] = measure(SETS[name], args.device, args.repeats, args.warm_up, args.only, args.shipped)
         for row in results[name]:
             spread = f"({row.ratio_low:.3f} to {row.ratio_high:.3f})"
-            print(
-                f"{name:12s} {row.name:44s} {row.median * 1e3:9.1f} ms  {row.ratio:.3f}  {spread}", flush=True
-            )
+            print(f"{name:12s} {row.name:44s} {row.median * 1e3:9.1f} ms  {row.ratio:.3f}  {spread}", flush=True)
     args.out.mkdir(exist_ok=True)
     stem = args.out / f"optimizer_step_{kind_of(args.device)}"
     record = {name: {"repeats": args.repeats, "rows": [asdict(r) for r in v]} for name, v in results.items()}

@@ -35,9 +35,7 @@ def momentum_matrices(width: int, steps: int) -> list[Tensor]:
     torch.manual_seed(0)
     data = corpus()
     shape = {"vocab_size": 256, "n_positions": 128, "n_embd": width, "n_layer": 3, "n_head": 4}
-    model = GPT2LMHeadModel(
-        GPT2Config(**shape, bos_token_id=0, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    )
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     momentum: dict[str, Tensor] = {}
     for _ in range(steps):
@@ -122,9 +120,7 @@ def gram_by(method: str, product: Product) -> Compute:
 
 
 def largest_error(compute: Compute, method: str, kind: list[Tensor]) -> float:
-    return max(
-        torch.linalg.matrix_norm(compute(g).double() - polar(g.double(), method), ord=2).item() for g in kind
-    )
+    return max(torch.linalg.matrix_norm(compute(g).double() - polar(g.double(), method), ord=2).item() for g in kind)
 
 
 def ways(method: str) -> dict[str, Compute]:

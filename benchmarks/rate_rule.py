@@ -134,11 +134,7 @@ def result_of(trial: Trial, store: Store) -> dict[str, Any]:
     if trial.contender not in FROZEN:
         return train(trial)
     source = replace(trial, contender=SOURCE)
-    known = (
-        row["multipliers"]
-        for row in store.results()
-        if row["trial"] == as_row(source) and "multipliers" in row
-    )
+    known = (row["multipliers"] for row in store.results() if row["trial"] == as_row(source) and "multipliers" in row)
     means = next(known, None) or train(source).get("multipliers")
     return {"loss": None, "diverged": 0} if means is None else train(trial, means)
 
@@ -204,12 +200,8 @@ class Store:
 def main() -> None:
     parser = documented_parser(__doc__)
     parser.add_argument("command", choices=("run", "table", "plan"))
-    parser.add_argument(
-        "studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all by default"
-    )
-    parser.add_argument(
-        "--steps", type=int, help="of every trial, in place of its own: to see whether it runs"
-    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all by default")
+    parser.add_argument("--steps", type=int, help="of every trial, in place of its own: to see whether it runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args()
     rate_rule_rivals.register()

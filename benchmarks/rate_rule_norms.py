@@ -91,9 +91,7 @@ def measure(name: str, batch: int, moments: list[int]) -> list[str]:
     model = build_model(config.model, Examples(data.vocab_size, config.data.seq_len), 1)
     optimizer = lw.DualMuon(lw.param_groups(model), lr=BASE_RATES[name])
     watched, factor = Watched(model, optimizer), schedule_factor(config.schedule, config.training.steps)
-    sizes = [
-        float(m * n) for p, layout in watched.members for k, m, n in layout.shapes(p.shape) for _ in range(k)
-    ]
+    sizes = [float(m * n) for p, layout in watched.members for k, m, n in layout.shapes(p.shape) for _ in range(k)]
     rows = []
     for step in range(moments[-1]):
         drawn = data.batch(step)

@@ -257,10 +257,7 @@ def searched() -> tuple[Trial, ...]:
         *(by_role("llama-tiny", 0.008, seed, LLAMA_ROLES_SEARCHED) for seed in (3, 4)),
         by_role("llama-tiny", 0.008, 3, {"embedding": 4.0, "head": 4.0}),
         by_role("llama-tiny", 0.008, 1, {"embedding": 16.0, "head": 4.0}),
-        *(
-            Trial("llama-tiny", "DualMuon", 0.016, seed, roles=(("embedding", 2.0),))
-            for seed in (0, 1, 2, 11)
-        ),
+        *(Trial("llama-tiny", "DualMuon", 0.016, seed, roles=(("embedding", 2.0),)) for seed in (0, 1, 2, 11)),
         Trial("llama-tiny", "DualMuon", 0.016, 11, roles=(("embedding", 4.0),)),
     )
 
@@ -336,9 +333,7 @@ def rivals(model: str, seed: int) -> tuple[Trial, ...]:
     return (*at_rates(model, RIVALS[model], seed), *adamw)
 
 
-def three(
-    model: str, roles: Mapping[str, float], rates: Iterable[float], seed: int, steps: int
-) -> tuple[Trial, ...]:
+def three(model: str, roles: Mapping[str, float], rates: Iterable[float], seed: int, steps: int) -> tuple[Trial, ...]:
     """D-Muon, D-Muon tuned by role and DualMuon: the first two at `rates`, the third at twice as much."""
     return tuple(
         trial
@@ -364,12 +359,8 @@ STUDIES: Final[Mapping[str, Study]] = {
         )
         + tuple(by_role("gpt2-tiny", 0.0113, seed, GPT2_ROLES) for seed in (0, 1, 2)),
     ),
-    "tuning": Study(
-        "the constants, base rates and factors of roles, on seeds that no table of losses uses", tuning()
-    ),
-    "head twice": Study(
-        "the constants of before: the head at twice the base rate, not three times", head_twice()
-    ),
+    "tuning": Study("the constants, base rates and factors of roles, on seeds that no table of losses uses", tuning()),
+    "head twice": Study("the constants of before: the head at twice the base rate, not three times", head_twice()),
     "searched": Study(
         "D-Muon tuned by role on the Llama, one role after the other: the embedding at 2 to 16 times the matrices' rate",
         searched(),
@@ -442,10 +433,7 @@ STUDIES: Final[Mapping[str, Study]] = {
         "the GPT-2 at 1,000 steps (seed 1)",
         (
             *(Trial("gpt2-tiny", "DualMuon", lr, 1, 1000) for lr in (0.0113, 0.016)),
-            *(
-                by_role("gpt2-tiny", lr, 1, GPT2_ROLES_SEARCHED, 1000)
-                for lr in (0.0113, 0.008, 0.016, 0.00566)
-            ),
+            *(by_role("gpt2-tiny", lr, 1, GPT2_ROLES_SEARCHED, 1000) for lr in (0.0113, 0.008, 0.016, 0.00566)),
         ),
     ),
     "frame": Study(
@@ -454,9 +442,7 @@ STUDIES: Final[Mapping[str, Study]] = {
             Trial("llama-tiny", "DualMuon, momentum 0.9", 0.016, 1),
             Trial("llama-tiny", "DualMuon, momentum 0.9", 0.0226, 1),
             Trial("llama-tiny", "DualMuon, momentum 0.8", 0.016, 1),
-            Trial(
-                "llama-tiny", "momentum 0.9 on D-Muon", 0.008, 1, roles=tuple(LLAMA_ROLES_SEARCHED.items())
-            ),
+            Trial("llama-tiny", "momentum 0.9 on D-Muon", 0.008, 1, roles=tuple(LLAMA_ROLES_SEARCHED.items())),
             Trial("llama-tiny", "DualMuon, no decay", 0.016, 1),
             Trial("llama-tiny", "DualMuon, AdamW's beta 0.99", 0.016, 1),
             Trial("gpt2-tiny", "DualMuon, momentum 0.9", 0.016, 1),

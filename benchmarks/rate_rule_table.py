@@ -52,9 +52,7 @@ def best_rate(of: Losses) -> float:
 
 def octaves(of: Losses) -> str:
     """How far the base rates reach whose loss is within the tolerance of the best, on the seed that has the most rates."""
-    seed = max(
-        (s for seeds in of.values() for s in seeds), key=lambda s: sum(s in seeds for seeds in of.values())
-    )
+    seed = max((s for seeds in of.values() for s in seeds), key=lambda s: sum(s in seeds for seeds in of.values()))
     curve = RateCurve("", Look("", ""), {lr: [seeds[seed]] for lr, seeds in of.items() if seed in seeds})
     return str(curve.octaves(TOLERANCE)) if len(curve.rates) > 1 else "one rate"
 
@@ -152,9 +150,7 @@ def plan(names: Sequence[str], rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = ["# The rate rule, measured", ""]
-    lines += [
-        f"- `python benchmarks/rate_rule.py run {name}`: {study.question}" for name, study in STUDIES.items()
-    ]
+    lines += [f"- `python benchmarks/rate_rule.py run {name}`: {study.question}" for name, study in STUDIES.items()]
     lines += [
         "",
         "Differences are of the same seeds, with 95 % intervals by Student's t; negative is better.",

@@ -160,9 +160,7 @@ class Study:
 
     def mean(self, axis: str, size: int, method: str, rule: str | None, point: Point) -> float:
         """The mean loss over the seeds; infinite where one diverged."""
-        trials = [
-            Trial(axis, size, method, rule, point.lr, point.roles, seed, self.steps) for seed in self.seeds
-        ]
+        trials = [Trial(axis, size, method, rule, point.lr, point.roles, seed, self.steps) for seed in self.seeds]
         losses = [self.loss(trial) for trial in trials]
         return statistics.fmean(float("inf") if loss is None else loss for loss in losses)
 
@@ -244,9 +242,7 @@ def plan(axes: Iterable[str], seeds: int) -> str:
         methods = len(RULES) * len(METHODS) - 1 - (len(RULES) if axis == "depth" else 0)
         at = {small: points * len(RULES) * seeds, large: (points + methods * len(AROUND)) * seeds}
         seconds = sum(runs * STEPS * SECONDS_A_STEP[axis, size] for size, runs in at.items())
-        lines.append(
-            f"{axis}: {at[small]} runs of {small} and {at[large]} of {large}, {seconds:,.0f} seconds"
-        )
+        lines.append(f"{axis}: {at[small]} runs of {small} and {at[large]} of {large}, {seconds:,.0f} seconds")
     return "\n".join(lines)
 
 

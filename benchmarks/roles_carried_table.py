@@ -9,9 +9,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 Key = tuple[str, int, str, str | None]  # axis, size, method, rule
-Losses = dict[
-    tuple[float, tuple[tuple[str, float], ...]], list[float]
-]  # base rate and factors -> a loss a seed
+Losses = dict[tuple[float, tuple[tuple[str, float], ...]], list[float]]  # base rate and factors -> a loss a seed
 
 
 def losses(rows: Sequence[Row]) -> dict[Key, Losses]:
@@ -42,9 +40,7 @@ def searched(of: Losses) -> list[str]:
     ]
 
 
-def section(
-    axis: str, sizes: tuple[int, int], methods: Mapping[str, str], found: Mapping[Key, Losses]
-) -> list[str]:
+def section(axis: str, sizes: tuple[int, int], methods: Mapping[str, str], found: Mapping[Key, Losses]) -> list[str]:
     """One axis."""
     small, large = sizes
     there = found[axis, large, "tuned", None]
@@ -54,9 +50,7 @@ def section(
     for size, rule in ((small, None), (small, "dual_norm_adaptive"), (large, None)):
         if (axis, size, "tuned", rule) in found:
             on_top = ", the rule on top" if rule else ""
-            lines.append(
-                f"- Tuned at {size}{on_top}: {'; '.join(searched(found[axis, size, 'tuned', rule]))}."
-            )
+            lines.append(f"- Tuned at {size}{on_top}: {'; '.join(searched(found[axis, size, 'tuned', rule]))}.")
     lines += [
         f"- So there are {gain:.3f} nats to gain at {large} by tuning role by role there. `gain` is what a method has of it"
         f" at the carried base rate, over one rate tuned at {large}.",
@@ -70,11 +64,7 @@ def section(
             continue
         part = f"{(one - carried(plain)) / gain:.0%}" if gain > 0 else ""
         cells = [f"{carried(plain):.3f}", part, f"{best(plain)[0]:.3f} at {best(plain)[1][0]:.3g}"]
-        cells += (
-            [f"{carried(ruled):.3f}", f"{best(ruled)[0]:.3f} at {best(ruled)[1][0]:.3g}"]
-            if ruled
-            else ["", ""]
-        )
+        cells += [f"{carried(ruled):.3f}", f"{best(ruled)[0]:.3f} at {best(ruled)[1][0]:.3g}"] if ruled else ["", ""]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return [*lines, ""]
 

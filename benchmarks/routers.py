@@ -65,10 +65,7 @@ class FirstStep:
 
     def moved(self) -> dict[str, Tensor]:
         """What the step, once taken, did."""
-        return {
-            name: p.detach() - self.before.get_parameter(name).detach()
-            for name, p in self.model.named_parameters()
-        }
+        return {name: p.detach() - self.before.get_parameter(name).detach() for name, p in self.model.named_parameters()}
 
     def whole(self, update: Mapping[str, Tensor], on: Any) -> lw.Rates:
         """The outputs' change under each update alone."""
@@ -131,9 +128,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             for method in METHODS:
                 off = [row["off"] for row in of_kind if row["method"] == method]
                 size = 2 ** statistics.median(abs(x) for x in off)
-                cells.append(
-                    f"{2 ** statistics.median(off):.2f}, off {size:.2f} ({2 ** max(map(abs, off)):.1f})"
-                )
+                cells.append(f"{2 ** statistics.median(off):.2f}, off {size:.2f} ({2 ** max(map(abs, off)):.1f})")
             linear = statistics.median(row["linearity"] for row in of_kind)
             lines.append(f"| {lr:g} | {what} | {linear:.2f} | " + " | ".join(cells) + " |")
     return lines

@@ -2,8 +2,8 @@
 
     python benchmarks/transfer.py
 
-Ten figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
-depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, five at 400 steps, and LoRA rank x8
+Eleven figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
+depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, six at 400 steps, and LoRA rank x8
 on a GPT-2 that is trained here first. Each with {standard, FLeRM, uniform, and for widths 1/width} x learning rates x 2 or 3
 seeds: some 2,200 trials, an hour or two of CPU time. Finished trials, those committed included, are not repeated. The texts
 are the running Python's own library and manual: on another version of Python the losses differ a little.
@@ -83,6 +83,12 @@ PRE_DEPTH = [
     "sweep.lr={low: 0.00390625, high: 0.0625, count: 5}",
     "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.5, 1, 2, 4]}",
 ]
+POST_MOD_DEPTH = [
+    "sweep.sizes=[2, 16]",
+    THREE_SEEDS,
+    "sweep.lr={low: 0.00390625, high: 0.125, count: 6}",
+    "sweep.lr_of={flerm: [0.01562, 0.03125, 0.0625, 0.125], uniform: [0.25, 0.5, 1, 2, 4]}",
+]
 POST_MOD_SCALE = [
     "sweep.sizes=[1, 0.0625, 0.25, 4, 16, 64, 256]",
     THREE_SEEDS,
@@ -113,10 +119,11 @@ SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
     },
     "width_400": {"pre_400": ("PreNorm, 400 steps", "decoder.yaml", [*PRE, *PRE_WIDTH])},
     "width_400_muon": {"pre_400_muon": ("PreNorm, D-Muon, 400 steps", "decoder.yaml", [*PRE, *MUON_WIDTH])},
-    "width_400_lanton": {
-        "pre_400_lanton": ("PreNorm, LANTON, 400 steps", "decoder.yaml", [*PRE, *LANTON_WIDTH])
-    },
+    "width_400_lanton": {"pre_400_lanton": ("PreNorm, LANTON, 400 steps", "decoder.yaml", [*PRE, *LANTON_WIDTH])},
     "depth_400": {"pre_depth_400": ("PreNorm, 400 steps", "decoder.yaml", [*PRE, *DEPTH, *PRE_DEPTH])},
+    "depth_400_post_mod": {
+        "pre_post_mod_depth_400": ("PreNormPostMod, 400 steps", "decoder.yaml", [*POST_MOD, *DEPTH, *POST_MOD_DEPTH])
+    },
     "init_scale_400": {
         "pre_post_mod_init_400": (
             "PreNormPostMod, 400 steps",
@@ -175,9 +182,7 @@ def main() -> None:
         default=2,
         help="trials side by side; 0: one after the other, in float32 throughout",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/transfer"), help="folder of results"
-    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/transfer"), help="folder of results")
     parser.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="some of the figures")
     options = parser.parse_args()
     if options.workers == 0:

@@ -31,9 +31,7 @@ class Setting:
     optimizer: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.blocks} blocks of {self.width}, {self.sequences} x {self.tokens} tokens, {self.optimizer}"
-        )
+        return f"{self.blocks} blocks of {self.width}, {self.sequences} x {self.tokens} tokens, {self.optimizer}"
 
 
 SETTINGS = [
@@ -129,9 +127,7 @@ def main() -> None:
     for setting in SETTINGS:
         found = costs(setting, options.records)
         times = " | ".join(f"{1000 * x:.1f} ms" for x in (found.step, found.record, found.function_space))
-        lines.append(
-            f"| {setting} | {times} | {found.per_cent(10):.2f} % | {found.per_cent(10, 200):.2f} % |"
-        )
+        lines.append(f"| {setting} | {times} | {found.per_cent(10):.2f} % | {found.per_cent(10, 200):.2f} % |")
         print(lines[-1], flush=True)
     if not options.dry_run:
         write_page(RESULTS / "watch_overhead.md", [*lines, "", machine.line(", ")])

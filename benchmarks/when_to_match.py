@@ -87,9 +87,7 @@ def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
             f"{curve.mean(curve.best):.3f}",
             f"{curve.mean(2.0**best):.3f}" if carried else "",
             f"{curve.mean(2.0 ** (best - 1)):.3f}" if 2.0 ** (best - 1) in curve.losses else "",
-            difference(list(carried), list(first))
-            if carried and (model, way) != ("gpt2", "first step")
-            else "",
+            difference(list(carried), list(first)) if carried and (model, way) != ("gpt2", "first step") else "",
         )
         lines.append(f"| {' | '.join(shown)} |")
     return [*lines, ""]

@@ -96,9 +96,7 @@ class Trial:
 class Matching:
     """FLeRM at the steps of a `Way`."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, way: Way, base: lw.BaseRates, seed: int
-    ):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, way: Way, base: lw.BaseRates, seed: int):
         self.way = way
         self.flerm = lw.FLeRM(model, optimizer, base, at=way.at, every=way.every, seed=seed)
         self._logs: dict[str, list[float]] = {}
@@ -140,9 +138,7 @@ def config_of(name: str, width: int) -> Config:
     return plain.replace(resized(plain.model, "width", width))
 
 
-def start(
-    name: str, width: int, exponent: int, seed: int
-) -> tuple[nn.Module, torch.optim.Optimizer, Batches]:
+def start(name: str, width: int, exponent: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Batches]:
     """A fresh model, its optimizer, and the batches of a seed."""
     config = config_of(name, width).replace({"training.seed": seed})
     data = open_data(config)
@@ -238,9 +234,7 @@ class Runs:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines]
         self.found: dict[str, float] = {row["trial"]: row["loss"] for row in rows if "trial" in row}
-        self.multipliers: dict[str, dict[str, float]] = {
-            row["way"]: row["rates"] for row in rows if "way" in row
-        }
+        self.multipliers: dict[str, dict[str, float]] = {row["way"]: row["rates"] for row in rows if "way" in row}
         self._bases: dict[tuple[str, str, int], lw.BaseRates] = {}
 
     def run(self, trial: Trial, best: int) -> None:
@@ -262,9 +256,7 @@ class Runs:
         key = f"{model}, {way}"
         if key not in self.multipliers:
             self.multipliers[key] = multipliers(model, WAYS[way], best)
-            self._write(
-                {"way": key, "rates": {k: float(f"{v:.3g}") for k, v in self.multipliers[key].items()}}
-            )
+            self._write({"way": key, "rates": {k: float(f"{v:.3g}") for k, v in self.multipliers[key].items()}})
 
     def _write(self, row: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,9 +266,7 @@ class Runs:
 
     def curve(self, model: str, way: str, width: int, exponents: range, seeds: list[int]) -> Curve:
         """Losses by rate, of the seeds given."""
-        losses = {
-            2.0**k: [self.found[Trial(model, way, width, k, seed).key] for seed in seeds] for k in exponents
-        }
+        losses = {2.0**k: [self.found[Trial(model, way, width, k, seed).key] for seed in seeds] for k in exponents}
         return Curve("standard", width, losses, math.log(257))
 
 

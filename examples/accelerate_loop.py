@@ -30,9 +30,7 @@ class Run:
         x = torch.randn(128, 8)
         data = DataLoader(TensorDataset(x, x[:, :1].sin()), batch_size=8)
         self.layer_rates = optimizer.layer_rates
-        self.model, self.optimizer, self.data, self.schedule = self.accelerator.prepare(
-            model, optimizer, data, schedule
-        )
+        self.model, self.optimizer, self.data, self.schedule = self.accelerator.prepare(model, optimizer, data, schedule)
         self.logs: list[dict[str, float]] = []
 
     def epoch(self) -> None:

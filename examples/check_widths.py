@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 def make(width: int) -> tuple[nn.Module, torch.optim.Optimizer, tuple[Tensor, Tensor]]:
     """The model of a width, its optimizer and one batch (inputs, classes)."""
-    model = nn.Sequential(
-        nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
-    )
+    model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     inputs = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
     return model, optimizer, (inputs, inputs[:, :4].argmax(1))

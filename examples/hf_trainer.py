@@ -36,9 +36,7 @@ class Counting(Dataset):
 def make_trainer(output_dir: str) -> Trainer:
     set_seed(0)
     data = Counting()
-    config = GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     arguments = TrainingArguments(
         output_dir=output_dir,
         max_steps=6,
@@ -67,9 +65,7 @@ def make_trainer(output_dir: str) -> Trainer:
 
 def train(output_dir: str) -> Trainer:
     trainer = make_trainer(output_dir)
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(output_dir) if Path(output_dir).exists() else None
-    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if Path(output_dir).exists() else None)
     return trainer
 
 

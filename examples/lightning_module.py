@@ -23,9 +23,7 @@ from layerwise.integrations.lightning import LayerRates
 class Regression(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.network = nn.Sequential(
-            nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
-        )
+        self.network = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
 
     def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
         x, y = batch

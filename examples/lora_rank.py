@@ -19,9 +19,7 @@ TUNED_RANK, TUNED_RATE = 2, 2e-3
 def adapted(rank: int) -> PeftModel:
     """The frozen model with adapters of a rank; in your case `AutoModelForCausalLM.from_pretrained(...)`."""
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     adapters = LoraConfig(r=rank, lora_alpha=8, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     return get_peft_model(GPT2LMHeadModel(config), adapters)
 

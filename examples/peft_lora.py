@@ -17,9 +17,7 @@ import layerwise as lw
 
 def train(folder: str) -> tuple[PeftModel, list[dict[str, float]]]:
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     adapters = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, lora_dropout=0.0)
     model = get_peft_model(GPT2LMHeadModel(config), adapters)
     optimizer = lw.Lanton(lw.param_groups(model), lr=0.05)

@@ -85,11 +85,7 @@ def arguments() -> list[Any]:
     for called, function in CALLED.items():
         for parameter in inspect.signature(function).parameters.values():
             variable = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-            if (
-                not variable
-                and parameter.annotation not in SAYS_NOTHING
-                and not parameter.name.startswith("_")
-            ):
+            if not variable and parameter.annotation not in SAYS_NOTHING and not parameter.name.startswith("_"):
                 found.append(pytest.param(function, parameter, id=f"{called}-{parameter.name}"))
     return found
 
@@ -103,9 +99,7 @@ def refuses(function: Callable[..., Any], name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(("function", "parameter"), arguments())
-def test_a_value_of_another_type_is_refused_and_named(
-    function: Callable[..., Any], parameter: inspect.Parameter
-) -> None:
+def test_a_value_of_another_type_is_refused_and_named(function: Callable[..., Any], parameter: inspect.Parameter) -> None:
     plain = re.sub(r"^Annotated\[(.*), \".*\"\]$", r"\1", parameter.annotation)
     for value in (Odd(), *WRONG.get(plain, [])):
         refuses(function, parameter.name, value)
@@ -144,9 +138,7 @@ MODEL = nn.Linear(2, 2)
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("options", [{"memory": "lots"}, {"probes": 1.5}, {"seeed": 3}, {"amsgrad": "off"}])
-def test_options_that_are_passed_on_are_refused_too(
-    call: Callable[..., Any], options: dict[str, Any]
-) -> None:
+def test_options_that_are_passed_on_are_refused_too(call: Callable[..., Any], options: dict[str, Any]) -> None:
     [(name, value)] = options.items()
     with pytest.raises(lw.LayerwiseError) as said:
         call(options)

@@ -115,16 +115,12 @@ def test_the_rates_on_a_gpu_run_dry_on_a_cpu_and_go_on_where_the_last_call_ended
     from rate_rule import Store
 
     whole = gpu_rates.settings
-    monkeypatch.setattr(
-        gpu_rates, "settings", lambda name, size: [trials[:1] for trials in whole(name, size)]
-    )
+    monkeypatch.setattr(gpu_rates, "settings", lambda name, size: [trials[:1] for trials in whole(name, size)])
     gpu_rates.prepare(tmp_path, [BENCHMARKS], 60_000, 300)
     store, tokens = Store(tmp_path / "gpu_rates.jsonl"), tmp_path / "tokens.npy"
     gpu_rates.run(store, gpu_rates.SMALL, tokens, "cpu", minutes=0.0)
     assert not store.results()  # nothing that would not be over in time
-    store.add(
-        next(gpu_rates.due(gpu_rates.SMALL, [])), {"loss": 1.0, "wall": 0.1, "device": "a", "torch": "b"}
-    )
+    store.add(next(gpu_rates.due(gpu_rates.SMALL, [])), {"loss": 1.0, "wall": 0.1, "device": "a", "torch": "b"})
     gpu_rates.run(store, gpu_rates.SMALL, tokens, "cpu", minutes=9.0)
     rows = store.results()
     assert [row["loss"] for row in rows].count(1.0) == 1  # what was there is not repeated
@@ -146,10 +142,6 @@ def test_on_a_gpu_every_contender_has_as_many_settings_and_its_best_one_is_run_o
         tried = gpu_rates.settings(name, size)
         assert [len(trials) for trials in tried] == [4] * 5
         best = [trials[2] for trials in tried]
-        known = [
-            {"trial": as_row(trial), "loss": 3.0 if trial in best else None}
-            for trials in tried
-            for trial in trials
-        ]
+        known = [{"trial": as_row(trial), "loss": 3.0 if trial in best else None} for trials in tried for trial in trials]
         left = list(gpu_rates.due({name: size}, known))
         assert left == [replace(trial, seed=seed) for trial in best for seed in (2, 3)]

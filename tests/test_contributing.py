@@ -15,9 +15,7 @@ import layerwise
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-RECIPES = dict(
-    re.findall(r"^## (An? .+)\n(?:(?!^## ).*\n)*?```python\n((?:.*\n)*?)```", PAGE, flags=re.MULTILINE)
-)
+RECIPES = dict(re.findall(r"^## (An? .+)\n(?:(?!^## ).*\n)*?```python\n((?:.*\n)*?)```", PAGE, flags=re.MULTILINE))
 
 USES = {
     "An optimizer of known parts": """
@@ -135,9 +133,7 @@ def test_a_recipe_works_as_it_is_written(name: str, tmp_path: Path) -> None:
         run(BEFORE + USES[name], str(tmp_path), page)
         return
     source = tmp_path / "src"
-    shutil.copytree(
-        Path(layerwise.__file__).parent, source / "layerwise", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(Path(layerwise.__file__).parent, source / "layerwise", ignore=shutil.ignore_patterns("__pycache__"))
     (source / path[1]).write_text(RECIPES[name], encoding="utf-8")
     module = path[1].removesuffix(".py").replace("/", ".")
     run(BEFORE + USES[name], str(tmp_path), page, module, source=source)

@@ -15,14 +15,10 @@ PUBLIC = [name for name in lw.__all__ if name != "__version__"]
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_example_of_a_public_name_runs(name: str) -> None:
-    found = doctest.DocTestFinder(recurse=False).find(
-        getattr(lw, name), name, globs={"lw": lw, "torch": torch, "nn": nn}
-    )
+    found = doctest.DocTestFinder(recurse=False).find(getattr(lw, name), name, globs={"lw": lw, "torch": torch, "nn": nn})
     examples = [test for test in found if test.examples]
     assert examples, f"the docstring of layerwise.{name} has no example"
     torch.manual_seed(0)
     for test in examples:
-        failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(
-            test
-        )
+        failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
         assert not failed, f"the example of layerwise.{name} does not print what it says"

@@ -27,9 +27,7 @@ def rivals(monkeypatch):
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Embedding(7, 6), nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6), nn.Linear(6, 7)
-    ).double()
+    return nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6), nn.Linear(6, 7)).double()
 
 
 def groups_of(model):
@@ -65,9 +63,7 @@ def test_the_update_floor_is_the_weights_norm_over_the_polar_factors(rivals):
             multiplier = max(1.0, 0.35 * np.linalg.norm(w) / np.linalg.norm(o))
             twin[i] = w - LR * multiplier * 0.2 * math.sqrt(max(w.shape)) * o
             assert optimizer.layer_rates()[f"{i}.weight"].multiplier == pytest.approx(multiplier, rel=FLOAT32)
-            np.testing.assert_allclose(
-                model[i].weight.detach().numpy(), twin[i], rtol=0, atol=LR * FLOAT32 * STEPS * 10
-            )
+            np.testing.assert_allclose(model[i].weight.detach().numpy(), twin[i], rtol=0, atol=LR * FLOAT32 * STEPS * 10)
     multipliers = [optimizer.layer_rates()[f"{i}.weight"].multiplier for i in (1, 3)]
     assert multipliers[0] > 1.5 > 1.0 == multipliers[1]
 
@@ -85,8 +81,7 @@ def test_permuted_multipliers_are_the_rules_own_at_other_units(rivals):
         return [optimizer.layer_rates()[f"{i}.weight"].multiplier for i in range(9)]
 
     own, first, again = (
-        multipliers(rule)
-        for rule in (lw.DualNormAdaptive(), rivals.PermutedDualNorm(), rivals.PermutedDualNorm())
+        multipliers(rule) for rule in (lw.DualNormAdaptive(), rivals.PermutedDualNorm(), rivals.PermutedDualNorm())
     )
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
     assert order != sorted(order)
@@ -135,9 +130,7 @@ class MomoTwin:
 
 
 @pytest.mark.parametrize(("lr", "bound"), [(1e-3, 0.0), (10.0, 0.0), (10.0, 1.9)])
-def test_muonmax_momo_follows_its_twin_where_the_rate_is_the_given_one_and_where_the_loss_bounds_it(
-    rivals, lr, bound
-):
+def test_muonmax_momo_follows_its_twin_where_the_rate_is_the_given_one_and_where_the_loss_bounds_it(rivals, lr, bound):
     model = network()
     optimizer = rivals.MuonMaxMomo(groups_of(model), lr=lr, lower_bound=bound, polar="svd")
     weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}

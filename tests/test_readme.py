@@ -20,9 +20,7 @@ ANSWERS = {"check": {0, 1}}
 
 def commands() -> list[list[str]]:
     """The words of each command line, in order, without its comment; `make` sets up what the tests run in."""
-    blocks = re.findall(
-        r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     return [words for words in lines if words and words[0] != "make"]
 

@@ -59,9 +59,7 @@ def test_the_study_runs_from_end_to_end_makes_nothing_twice_and_is_tabled(study,
 def test_factors_are_copied_and_matrices_and_head_get_one_over_the_width(study):
     import roles_carried
 
-    trial = roles_carried.Trial(
-        "width", 32, "copied factors", None, 0.01, (("head", 4.0), ("vector", 2.0)), 0
-    )
+    trial = roles_carried.Trial("width", 32, "copied factors", None, 0.01, (("head", 4.0), ("vector", 2.0)), 0)
     assert trial.factors == {"head": 4.0, "vector": 2.0}
     scaled = replace(trial, method="copied, times 1/width")
     assert scaled.factors == {"hidden": 0.5, "head": 2.0, "vector": 2.0}

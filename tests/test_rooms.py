@@ -145,12 +145,8 @@ def test_inside_a_room_each_thing_imports_what_its_plan_allows(room: str) -> Non
 
 @pytest.mark.parametrize("room", [*ALLOWED, "lab"])
 def test_no_file_of_a_room_imports_itself_over_others(room: str) -> None:
-    files = {
-        ".".join(p.relative_to(ROOT.parent).with_suffix("").parts): p for p in (ROOT / room).rglob("*.py")
-    }
-    graph = {
-        module: {m for m, eager in imports(path) if eager and m in files} for module, path in files.items()
-    }
+    files = {".".join(p.relative_to(ROOT.parent).with_suffix("").parts): p for p in (ROOT / room).rglob("*.py")}
+    graph = {module: {m for m, eager in imports(path) if eager and m in files} for module, path in files.items()}
     list(TopologicalSorter(graph).static_order())
 
 

@@ -70,16 +70,12 @@ def own_loop(
 
 def assert_same(trained: nn.Module, own: nn.Module) -> None:
     for name, weight in own.named_parameters():
-        assert_close(
-            trained.get_parameter(name), weight, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_close(trained.get_parameter(name), weight, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # ----------------------------------------------------------------------------------------------------- transformers
 
-TOKENS = (
-    torch.arange(48)[:, None] * 5 + torch.arange(12)
-) % 32  # 6 steps an epoch: the second one is cut short
+TOKENS = (torch.arange(48)[:, None] * 5 + torch.arange(12)) % 32  # 6 steps an epoch: the second one is cut short
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -148,10 +144,7 @@ def token_losses(model: nn.Module, micro: list[Tensor]) -> Iterator[Tensor]:
     for rows in micro:
         logits = model(input_ids=rows).logits[:, :-1]
         # The loss is taken in float32 by the model's own function, and so here.
-        yield (
-            nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
-            / tokens
-        )
+        yield (nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum") / tokens)
 
 
 @PRESETS
@@ -171,9 +164,7 @@ def test_hf_trainer_equals_a_loop_of_ones_own(tmp_path, preset):
 
 def regression() -> tuple[nn.Module, TensorDataset]:
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)
-    ).double()
+    network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)).double()
     x = torch.randn(64, 8, dtype=torch.float64)
     return network, TensorDataset(x, x[:, :1].sin())
 
@@ -230,9 +221,7 @@ def test_lightning_equals_a_loop_of_ones_own(tmp_path, preset):
             enable_model_summary=False,
         )
         module = Module(preset, killed_in)
-        trainer.fit(
-            module, DataLoader(module.data, batch_size=8), ckpt_path="last" if killed_in is None else None
-        )
+        trainer.fit(module, DataLoader(module.data, batch_size=8), ckpt_path="last" if killed_in is None else None)
         return module
 
     with pytest.raises(Killed):
@@ -261,9 +250,7 @@ class Growing(lightning.LightningModule):
         self.network, self.killed_in = nn.Sequential(*layers).double(), killed_in
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        return nn.functional.cross_entropy(
-            self.network(batch[0]).flatten(0, 1), batch[0].roll(1, 1).flatten()
-        )
+        return nn.functional.cross_entropy(self.network(batch[0]).flatten(0, 1), batch[0].roll(1, 1).flatten())
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.global_step + 1 == self.killed_in:

@@ -75,9 +75,7 @@ def _serve(pipe: Any) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         try:
             if world > 1:
-                dist.init_process_group(
-                    "gloo", f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-                )
+                dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
             pipe.send((False, function(*args)))
         except BaseException:
             pipe.send((True, traceback.format_exc()))

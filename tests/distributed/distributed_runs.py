@@ -396,9 +396,7 @@ def tensor_parallel() -> bool:
     torch.manual_seed(0)
     start, grad = torch.randn(10, 8), torch.randn(10, 8)
     alone = nn.Parameter(start.clone())
-    cut = nn.Parameter(
-        distribute_tensor(start, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(1)])
-    )
+    cut = nn.Parameter(distribute_tensor(start, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(1)]))
     for param in (alone, cut):
         optimizer = lw.Muon([{"params": [("weight", param)], **LAYOUT}])
         param.grad = grad.clone() if param is alone else distribute_tensor(grad, cut.device_mesh, [Shard(1)])

@@ -44,10 +44,7 @@ def mask_of(rows: int = 64) -> Tensor:
 
 def update_of(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return {
-        name: torch.randn(p.shape, generator=generator, dtype=p.dtype) / 100
-        for name, p in model.named_parameters()
-    }
+    return {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) / 100 for name, p in model.named_parameters()}
 
 
 def measured(how: str, method: str, rows: str = "even", masked: bool = False, **options: Any) -> lw.Rates:
@@ -80,18 +77,14 @@ def forked(method: str, memory: int, slices: int) -> lw.Rates:
     model = Forking()
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     mine = x.chunk(world)[rank]
-    return lw.function_space_rates(
-        model, update_of(model), mine, method=method, probes=4, memory=memory, slices=slices
-    )
+    return lw.function_space_rates(model, update_of(model), mine, method=method, probes=4, memory=memory, slices=slices)
 
 
 OBSERVERS = {
     "recorder": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=8),
     "full_cov": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=8, method="full_cov"),
     "flerm": functools.partial(lw.FLeRM, base="uniform", every=2, probes=8),
-    "difference": functools.partial(
-        lw.FunctionSpaceRecorder, every=1, probes=8, method="exact", difference_every=2
-    ),
+    "difference": functools.partial(lw.FunctionSpaceRecorder, every=1, probes=8, method="exact", difference_every=2),
     "flerm on differences": functools.partial(lw.FLeRM, base="uniform", every=2, method="difference"),
 }
 
@@ -172,12 +165,7 @@ def trace(how: str, watched: bool) -> dict[str, Tensor]:
     state |= {f"b.{n}": b.clone() for n, b in model.named_buffers()}
     state |= {"random": torch.get_rng_state(), "modes": torch.tensor([m.training for m in model.modules()])}
     if how == "fsdp":
-        groups = [
-            g
-            for m in model.modules()
-            if isinstance(m, FSDPModule)
-            for g in m._get_fsdp_state()._fsdp_param_groups
-        ]
+        groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups]
         state["sync"] = torch.tensor([g.reduce_grads for g in groups])
     return state | {"measured": torch.tensor(len(recorder.records))}
 
@@ -207,9 +195,7 @@ def naive(how: str, probes: int) -> dict[str, float]:
     torch.manual_seed(100 + (dist.get_rank() if dist.is_initialized() else 0))
     for _ in range(probes):
         procedure.call(features, modify=False)
-    return {
-        name.removeprefix("model.").removeprefix("module."): rate for name, rate in procedure.delta.items()
-    }
+    return {name.removeprefix("model.").removeprefix("module."): rate for name, rate in procedure.delta.items()}
 
 
 def naive_of_shards(how: str) -> dict[str, float]:
@@ -286,8 +272,4 @@ def unsynchronised() -> str:
 def nothing_counts() -> str:
     model = nn.Linear(6, 4)
     update = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
-    return _message(
-        lambda: lw.function_space_rates(
-            model, update, torch.ones(3, 6), mask=torch.zeros(3, dtype=torch.bool)
-        )
-    )
+    return _message(lambda: lw.function_space_rates(model, update, torch.ones(3, 6), mask=torch.zeros(3, dtype=torch.bool)))

@@ -169,9 +169,7 @@ class Plain(nn.Module):
         return sum((w * g).sum() for w, g in zip(self.weights, gradients, strict=True))
 
 
-def noise_of_noise(
-    deviations: Sequence[float], rules: Sequence[tuple[str, str, float]], steps: int
-) -> list[float]:
+def noise_of_noise(deviations: Sequence[float], rules: Sequence[tuple[str, str, float]], steps: int) -> list[float]:
     """The noise H of one matrix per rule, (reference, geometry, beta), on white noise of a deviation for each replica."""
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
@@ -184,9 +182,7 @@ def noise_of_noise(
             "geometry": {"sign": Sign(), "spectral": Spectral(nuclear="svd")}[geometry],
             "rates": lw.NoiseAdaptive(reference=reference, beta=beta),
         }
-        for i, (param, (reference, geometry, beta)) in enumerate(
-            zip(model.module.weights, rules, strict=True)
-        )
+        for i, (param, (reference, geometry, beta)) in enumerate(zip(model.module.weights, rules, strict=True))
     ]
     optimizer = lw.Lanton(groups, lr=0.0)
     optimizer.watch_replicas(model)

@@ -33,7 +33,5 @@ def test_one_file_of_whole_tensors_loads_anywhere(cluster, uninterrupted, tmp_pa
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_state_of_whole_tensors_is_loaded_into_shards_and_one_of_shards_into_whole_tensors(
-    cluster, uninterrupted, strict
-):
+def test_a_state_of_whole_tensors_is_loaded_into_shards_and_one_of_shards_into_whole_tensors(cluster, uninterrupted, strict):
     same(uninterrupted, cluster.run(2, moved_between_whole_and_shards, 4, strict))

@@ -46,9 +46,7 @@ def same(expected, several, tolerance=TOLERANCE):
             assert rates[name].value == pytest.approx(expected[name].value, rel=tolerance), name
             assert rates[name].stderr == pytest.approx(expected[name].stderr, rel=1e3 * tolerance), name
             linear = expected[name].linear  # of whole updates alone
-            assert rates[name].linear == (None if linear is None else pytest.approx(linear, rel=tolerance)), (
-                name
-            )
+            assert rates[name].linear == (None if linear is None else pytest.approx(linear, rel=tolerance)), name
 
 
 METHODS = ["kronecker", "full_cov", "iid", "exact", "difference"]
@@ -79,9 +77,7 @@ def test_rates_are_those_of_one_process(cluster, single, how, world, method):
 @pytest.mark.parametrize("memory", [0, 1 << 20])
 def test_processes_with_few_rows_or_none_that_count(cluster, single, memory):
     for masked in (False, True):
-        several = cluster.run(
-            4, functools.partial(measured, "ddp", "kronecker", "uneven", masked, memory=memory)
-        )
+        several = cluster.run(4, functools.partial(measured, "ddp", "kronecker", "uneven", masked, memory=memory))
         same(single(measured, "single", "kronecker", "even", masked), several)
 
 
@@ -141,9 +137,7 @@ def test_matched_rates_and_the_weights_they_lead_to(cluster, single, how, world)
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_measuring_leaves_no_trace(cluster, how):
-    for plain, measured_ in zip(
-        cluster.run(2, trace, how, False), cluster.run(2, trace, how, True), strict=True
-    ):
+    for plain, measured_ in zip(cluster.run(2, trace, how, False), cluster.run(2, trace, how, True), strict=True):
         assert measured_.pop("measured") == 3
         assert plain.pop("measured") == 0
         assert plain.keys() == measured_.keys()
@@ -190,9 +184,7 @@ def test_forwards_that_write_gathered_weights_are_measured_or_refused(cluster, s
         assert message.startswith("the forward writes parameter '2.weight'")
 
 
-@pytest.mark.parametrize(
-    ("how", "world"), [("ddp", 2), ("fsdp", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("how", "world"), [("ddp", 2), ("fsdp", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
 def test_a_watch_sees_what_it_sees_on_one_process(cluster, single, how, world):
     expected = single(watched, "single")
     assert [len(numbers) > 20 for numbers in expected] == [True, True, True]

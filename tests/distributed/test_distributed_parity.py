@@ -28,9 +28,7 @@ def same(expected, results):
     for got in results:
         assert got["weights"].keys() == expected["weights"].keys()
         for name, weight in expected["weights"].items():
-            assert_close(
-                got["weights"][name], weight, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            assert_close(got["weights"][name], weight, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
         assert got["rates"].keys() == expected["rates"].keys()
         for unit, rate in expected["rates"].items():
             for field in rate._fields:

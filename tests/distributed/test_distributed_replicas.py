@@ -61,9 +61,7 @@ def test_mixed_precision_of_fsdp(cluster):
 
     A part of the batch counted twice, or not, changes them by a factor of two and more.
     """
-    exact, rounded = (
-        cluster.run(2, watched, Case("fsdp", parts=2, mixed=mixed), 1)[0]["rates"] for mixed in (False, True)
-    )
+    exact, rounded = (cluster.run(2, watched, Case("fsdp", parts=2, mixed=mixed), 1)[0]["rates"] for mixed in (False, True))
     for unit, rate in exact.items():
         assert rounded[unit].noise != rate.noise
         assert math.isclose(rounded[unit].noise, rate.noise, rel_tol=0.3), unit

@@ -65,9 +65,7 @@ def test_bytes_sent_are_those_the_docs_give(cluster):
         return sum(result["sent"].get(collective, 0) for result in cluster.run(4, counted, how))
 
     ddp = total("ddp", "all_gather")
-    assert (
-        3 * n <= ddp <= 1.2 * 3 * n
-    )  # every process gets what it did not do; equal lengths cost some padding
+    assert 3 * n <= ddp <= 1.2 * 3 * n  # every process gets what it did not do; equal lengths cost some padding
     assert total("ddp", "all_to_all") == 0
     # Differences to their owners, momenta to their owners, unit steps back: of each, 3 of 4 parts travel.
     assert total("fsdp", "all_to_all") == 3 * 3 / 4 * n

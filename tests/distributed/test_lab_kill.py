@@ -17,14 +17,10 @@ from layerwise.lab.runs.directory import read_run
 
 HERE = Path(__file__).parent
 TIMEOUT = 15  # seconds that a process waits for another
-LONGEST = (
-    TIMEOUT + 130
-)  # what is more than the timeout is starting and ending on a busy machine; torch would wait 30 min
+LONGEST = TIMEOUT + 130  # what is more than the timeout is starting and ending on a busy machine; torch would wait 30 min
 
 
-def launched(
-    folder: Path, moment: str, rank: int, strategy: str, processes: int = 2
-) -> tuple[int, str, float]:
+def launched(folder: Path, moment: str, rank: int, strategy: str, processes: int = 2) -> tuple[int, str, float]:
     """Exit code, error output and seconds of a run under torchrun in which one process stops at the moment."""
     settings = {**tree(folder), "parallel": {"strategy": strategy, "timeout": TIMEOUT}}
     settings["run"]["name"] = "killed"

@@ -31,9 +31,7 @@ def close(a, b, where=""):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             close(x, y, f"{where}.{i}")
     elif isinstance(a, Tensor):
-        assert_close(
-            a, b, rtol=1e-7, atol=1e-7 if a.dtype.itemsize > 4 else 1e-5, msg=lambda m: f"{where}: {m}"
-        )
+        assert_close(a, b, rtol=1e-7, atol=1e-7 if a.dtype.itemsize > 4 else 1e-5, msg=lambda m: f"{where}: {m}")
     elif isinstance(a, float):
         assert math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9), (where, a, b)
     else:

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 class NaiveFLeRM:
     """Rates by the group's position, an EMA over calls, forwards in training mode, `.grad` as working memory."""
 
-    def __init__(
-        self, model: nn.Module, optimizer, base: list[float], outer_lr: float, *, method="kronecker", beta=0.9
-    ):
+    def __init__(self, model: nn.Module, optimizer, base: list[float], outer_lr: float, *, method="kronecker", beta=0.9):
         self.model, self.optimizer, self.base, self.outer_lr = model, optimizer, base, outer_lr
         self.method, self.beta = method, beta
         self.params = dict(model.named_parameters())

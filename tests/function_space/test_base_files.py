@@ -220,9 +220,7 @@ def test_depth_is_inferred_for_transformers_models(family):
     def build(width, layers):
         torch.manual_seed(0)
         if family == "GPT2":
-            config = transformers.GPT2Config(
-                n_layer=layers, n_head=2, n_embd=width, vocab_size=31, n_positions=12
-            )
+            config = transformers.GPT2Config(n_layer=layers, n_head=2, n_embd=width, vocab_size=31, n_positions=12)
             return transformers.GPT2LMHeadModel(config)
         config = transformers.LlamaConfig(
             num_hidden_layers=layers,

@@ -52,9 +52,7 @@ def one_over_width(model: MLP) -> torch.optim.Optimizer:
     """muP's rule for Adam: 1/width for what is multiplied by a width, a constant for the rest."""
     wide = [model.hidden.weight, model.head.weight]
     rest = [p for p in model.parameters() if all(p is not w for w in wide)]
-    return torch.optim.Adam(
-        [{"params": wide, "lr": 1e-3 * 32 / model.hidden.in_features}, {"params": rest}], lr=1e-3
-    )
+    return torch.optim.Adam([{"params": wide, "lr": 1e-3 * 32 / model.hidden.in_features}, {"params": rest}], lr=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +118,7 @@ def test_quantities_are_those_by_hand(checked):
             module = "hidden" if quantity in ("spectral", "update_rms") else "first"
             [found] = [t for t in result.of(quantity, 1) if t.module == module]
             # Adam's entries are +-lr but for its eps; 16 products leave some per cent of a spectral norm of signs.
-            assert found.values[index] == pytest.approx(
-                expected, rel=0.03 if quantity == "spectral" else 1e-3
-            )
+            assert found.values[index] == pytest.approx(expected, rel=0.03 if quantity == "spectral" else 1e-3)
 
 
 def test_a_check_leaves_the_random_state_alone_and_repeats_itself():
@@ -180,9 +176,7 @@ def test_batches_and_losses_are_what_users_have():
     one = lw.check(MLP, (8, 16), plain, (x, y), (1,), probes=4)
     with pytest.raises(lw.LayerwiseError, match="no loss is known for a batch of type dict: give loss="):
         lw.check(Named, (8, 16), plain, keywords, (1,), probes=4)
-    other = lw.check(
-        Named, (8, 16), plain, keywords, (1,), probes=4, loss=lambda model, given: model(**given)["loss"]
-    )
+    other = lw.check(Named, (8, 16), plain, keywords, (1,), probes=4, loss=lambda model, given: model(**given)["loss"])
     assert [t.slope for t in one.of("rate")] == [t.slope for t in other.of("rate")]
     loader = torch.utils.data.DataLoader(list(zip(x, y, strict=True)), batch_size=32)
     assert lw.check(MLP, (8, 16), plain, loader, (1,), probes=4) == one

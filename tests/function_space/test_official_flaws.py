@@ -106,9 +106,7 @@ def test_a_rate_of_zero_keeps_its_learning_rate(build, without):
     model = build()
     optimizer = singles(model)
     naive_step(model, optimizer, x=x, y=y, other=other)
-    lrs = dict(
-        zip((n for n, _ in model.named_parameters()), (g["lr"] for g in optimizer.param_groups), strict=True)
-    )
+    lrs = dict(zip((n for n, _ in model.named_parameters()), (g["lr"] for g in optimizer.param_groups), strict=True))
     assert {n for n, lr in lrs.items() if not math.isfinite(lr)} >= without  # base / 0, or 0 / 0
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
@@ -244,9 +242,7 @@ def test_exact_weights_discard_the_matched_step():
     x, y, other = batch(0)
     model = ResNet(8, 1)
     naive_step(model, singles(model), 1, [1e-6] * 6, x, y, other)
-    kept = max(
-        (p - q).abs().max().item() for p, q in zip(model.parameters(), ResNet(8, 1).parameters(), strict=True)
-    )
+    kept = max((p - q).abs().max().item() for p, q in zip(model.parameters(), ResNet(8, 1).parameters(), strict=True))
     assert kept == pytest.approx(1e-2, rel=1e-3)  # Adam's first step is lr
 
     model = ResNet(8, 1)
@@ -277,9 +273,7 @@ def test_resuming_does_not_inflate_the_rates():
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     recorders = [FunctionSpaceRecorder(model, optimizer, every=1) for _ in range(2)]
     recorders[0].steps = 7
-    recorders[1].load_state_dict(
-        recorders[0].state_dict()
-    )  # nothing of a record lives in the recorder's state
+    recorders[1].load_state_dict(recorders[0].state_dict())  # nothing of a record lives in the recorder's state
     backward(model, 0)
     with recorders[0].step(other), recorders[1].step(other):
         optimizer.step()
@@ -431,10 +425,7 @@ def test_the_output_layers_own_formula():
     model = ResNet(8, 1, dtype=torch.float64)
     update = {n: torch.randn_like(p) for n, p in model.named_parameters()}
     leaves = [model.out.weight, model.out.bias]
-    exact = {
-        forward: function_space_rates(model, update, other, forward, "exact")
-        for forward in ("output", "log_softmax")
-    }
+    exact = {forward: function_space_rates(model, update, other, forward, "exact") for forward in ("output", "log_softmax")}
     found = {}
     for forward in exact:
         outputs = model(other) if forward == "output" else model(other).log_softmax(-1)
@@ -442,9 +433,7 @@ def test_the_output_layers_own_formula():
         generator = torch.Generator().manual_seed(0)
         for _ in range(400):
             eps = torch.randint(0, 2, outputs.shape, generator=generator).double() * 2 - 1
-            weight, bias = torch.autograd.grad(
-                outputs, leaves, eps / outputs.numel() ** 0.5, retain_graph=True
-            )
+            weight, bias = torch.autograd.grad(outputs, leaves, eps / outputs.numel() ** 0.5, retain_graph=True)
             sums[0] += (update["out.weight"] * weight).sum(1).square().sum() / 400
             sums[1] += (update["out.bias"] * bias).square().sum() / 400
         found[forward] = sums.sqrt().tolist()
@@ -453,15 +442,11 @@ def test_the_output_layers_own_formula():
         assert value == pytest.approx(exact["output"][name].value, rel=0.064)
     h = model.inp(other)
     moved = (h + model.blocks[0](h.relu())) @ update["out.weight"].T
-    assert exact["output"]["out.weight"].value == pytest.approx(
-        moved.square().mean().sqrt().item(), rel=1e-12
-    )
+    assert exact["output"]["out.weight"].value == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-12)
     truth = (moved - (model(other).softmax(-1) * moved).sum(-1, keepdim=True)).square().mean().sqrt().item()
     # The log-softmax is taken in float32.
     assert exact["log_softmax"]["out.weight"].value == pytest.approx(truth, rel=1e-6)
-    assert (
-        found["log_softmax"][0] / truth - 1 < -0.04
-    )  # the formula's own bias there, beyond the error of 400 probes
+    assert found["log_softmax"][0] / truth - 1 < -0.04  # the formula's own bias there, beyond the error of 400 probes
 
 
 class Reads(torch.utils._python_dispatch.TorchDispatchMode):

@@ -67,9 +67,7 @@ def test_rates_are_those_of_whole_gradients(method, memory, piece, monkeypatch):
 
 def test_a_weight_whose_output_reaches_nothing_reads_zero():
     model, update, x = mixed()
-    rates = function_space_rates(
-        model, update, x, lambda m, x: m.first(x) + 0 * m.last(x @ torch.ones(5, 7).double()).sum()
-    )
+    rates = function_space_rates(model, update, x, lambda m, x: m.first(x) + 0 * m.last(x @ torch.ones(5, 7).double()).sum())
     assert rates["last.weight"].value == 0
     assert rates["first.weight"].value > 0
 

@@ -40,9 +40,7 @@ def own_layer():
 def layer_of_bitsandbytes():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
-    layer.weight = bitsandbytes.nn.Int8Params(
-        torch.randn(64, 64) / 8, requires_grad=False, has_fp16_weights=False
-    )
+    layer.weight = bitsandbytes.nn.Int8Params(torch.randn(64, 64) / 8, requires_grad=False, has_fp16_weights=False)
     layer.to("cpu")
     return layer, layer.weight.data.float() * layer.weight.SCB.float()[:, None] / 127
 

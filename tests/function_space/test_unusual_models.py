@@ -34,9 +34,7 @@ def quotient(model, name, direction, x, h=1e-6):
 @pytest.mark.parametrize("padding", [None, 3])
 def test_embedding_bags_under_exact(mode, padding):
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.EmbeddingBag(11, 6, mode=mode, padding_idx=padding), nn.Tanh(), nn.Linear(6, 2)
-    ).double()
+    model = nn.Sequential(nn.EmbeddingBag(11, 6, mode=mode, padding_idx=padding), nn.Tanh(), nn.Linear(6, 2)).double()
     x = torch.randint(0, 11, (5, 7))
     update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     rates = function_space_rates(model, update, x, method="exact")
@@ -60,9 +58,7 @@ def test_bags_by_offsets_with_weights_and_an_empty_one():
     model, weights = Ragged().double(), torch.rand(9).double()
     update = {"bag.weight": torch.randn(11, 6).double()}
     rates = function_space_rates(model, update, weights, method="exact")
-    assert rates["bag.weight"].value == pytest.approx(
-        quotient(model, "bag.weight", update["bag.weight"], weights), rel=1e-7
-    )
+    assert rates["bag.weight"].value == pytest.approx(quotient(model, "bag.weight", update["bag.weight"], weights), rel=1e-7)
 
 
 @pytest.mark.parametrize("method", ["exact", "difference", "full_cov"])
@@ -74,9 +70,7 @@ def test_the_update_of_a_padding_row_counts(method):
     update["0.weight"][0] = torch.randn(4)
     x = torch.tensor([[0, 1, 2], [0, 0, 3]])
     found = function_space_rates(model, update, x, method=method, probes=400)["0.weight"]
-    assert found.value == pytest.approx(
-        quotient(model, "0.weight", update["0.weight"], x), rel=1e-7, abs=4 * found.stderr
-    )
+    assert found.value == pytest.approx(quotient(model, "0.weight", update["0.weight"], x), rel=1e-7, abs=4 * found.stderr)
     assert model[0].padding_idx == 0
 
 
@@ -125,9 +119,7 @@ def test_whole_updates_of_such_embeddings_begin_at_the_weights_as_they_are():
     old, update, x = model.weight.detach().clone().mul_(3), torch.randn(11, 6).double(), torch.arange(11)
     model.weight.data.copy_(old)
     rates = function_space_rates(model, {"weight": update}, x, method="difference", linear=None)
-    before, after = (
-        nn.functional.normalize(w) * w.norm(dim=1, keepdim=True).clamp(max=1) for w in (old, old + update)
-    )
+    before, after = (nn.functional.normalize(w) * w.norm(dim=1, keepdim=True).clamp(max=1) for w in (old, old + update))
     # The embedding divides by the norm plus 1e-7.
     assert rates["weight"].value == pytest.approx((after - before).square().mean().sqrt().item(), rel=1e-6)
 
@@ -262,9 +254,7 @@ def test_torchs_own_encoder_is_measured_off_its_fast_path(masked):
         assert torch.backends.mha.get_fastpath_enabled()
         for name in ("encoder.layers.0.linear1.weight", "encoder.layers.0.self_attn.in_proj_weight"):
             scale = 1e-7 if method == "difference" else 1
-            assert rates[name].value / scale == pytest.approx(
-                quotient(model, name, update[name], x), rel=1e-4
-            )
+            assert rates[name].value / scale == pytest.approx(quotient(model, name, update[name], x), rel=1e-4)
 
 
 def logits(model, x):
@@ -296,9 +286,7 @@ def test_a_base_of_another_lambda_is_refused():
     def small(forward, **options):
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
-        recorder = FunctionSpaceRecorder(
-            model, torch.optim.SGD(model.parameters(), 0.1), forward=forward, **options
-        )
+        recorder = FunctionSpaceRecorder(model, torch.optim.SGD(model.parameters(), 0.1), forward=forward, **options)
         x = torch.randn(4, 3)
         model(x).square().mean().backward()
         with recorder.step(x):

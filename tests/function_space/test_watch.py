@@ -284,9 +284,7 @@ def test_a_record_and_a_log_show_the_rates_that_the_optimizer_tells():
     told = optimizer.layer_rates()
     assert watch.records[-1].units == told
     logged = RateLog(by="unit")(optimizer)
-    assert {name: logged[f"layer_lr/{name}"] for name in told} == {
-        name: rate.lr for name, rate in told.items()
-    }
+    assert {name: logged[f"layer_lr/{name}"] for name in told} == {name: rate.lr for name, rate in told.items()}
 
 
 def test_the_predicted_loss_change_is_the_real_one_for_a_small_step():
@@ -422,9 +420,7 @@ def test_a_module_that_stops_moving_is_named_once_and_again_after_it_moved():
     stopped = {**updates, "b": 0.0}
     assert [rule.judge(step, updates) for step in (1, 2)] == [[], []]
     [line] = rule.judge(3, stopped)
-    assert (
-        str(line) == "step 3: b does not move, unlike before, next to the other modules (RMS of its update 0)"
-    )
+    assert str(line) == "step 3: b does not move, unlike before, next to the other modules (RMS of its update 0)"
     assert rule.judge(4, stopped) == []
     assert rule.judge(5, updates) == []
     assert len(rule.judge(6, stopped)) == 1
@@ -491,9 +487,7 @@ def test_records_go_to_files_functions_tensorboard_and_wandb(tmp_path):
     assert run.rows[-1] == {**last.scalars(), "watch/step": 4}
     with pytest.raises(lw.LayerwiseError, match="to is int: give a path"):
         short_run(ResNet(8, 1), to=3)
-    with pytest.raises(
-        lw.LayerwiseError, match=r"cannot be written to.*name a file"
-    ):  # before the first step
+    with pytest.raises(lw.LayerwiseError, match=r"cannot be written to.*name a file"):  # before the first step
         short_run(ResNet(8, 1), steps=0, to=tmp_path)
 
 

@@ -105,12 +105,7 @@ def means_what_was_written(key: str, value: Any) -> None:
 
 @cases(short=60, long=3000)
 def test_what_is_accepted_stands_as_it_was_written(share: Share) -> None:
-    plain = (
-        st.booleans()
-        | st.integers(-3, 400)
-        | st.floats(0, 2)
-        | st.sampled_from(["off", "abc", "lanton", "wsd", "bf16"])
-    )
+    plain = st.booleans() | st.integers(-3, 400) | st.floats(0, 2) | st.sampled_from(["off", "abc", "lanton", "wsd", "bf16"])
     taken = [key for key in [*KEYS, *SETTINGS] if not key.startswith("sweep.")]
     run(share, means_what_was_written, key=st.sampled_from(taken), value=plain | st.lists(plain, max_size=2))
 
@@ -162,11 +157,7 @@ def check_model(family: str, settings: dict[str, Any], lora: int | None) -> None
 @cases(short=30, long=1500)
 def test_any_settings_of_a_model(share: Share) -> None:
     families = {name: sorted(FAMILIES[name].setting_defaults()) for name in SMALL}
-    value = (
-        st.integers(-2, 12)
-        | st.booleans()
-        | st.sampled_from([0.0, -1.0, 0.02, 2.0, "gelu", "abc", None, [], {}])
-    )
+    value = st.integers(-2, 12) | st.booleans() | st.sampled_from([0.0, -1.0, 0.02, 2.0, "gelu", "abc", None, [], {}])
     drawn = st.sampled_from(sorted(families)).flatmap(
         lambda name: st.tuples(
             st.just(name), st.dictionaries(st.sampled_from(families[name]), value, min_size=1, max_size=2)

@@ -59,9 +59,7 @@ def ids(folder: Path, suffix: str, content: bytes, dtype: str) -> None:
 @cases(short=40, long=1000)
 def test_any_file_of_ids(tmp_path: Path, share: Share) -> None:
     array = st.sampled_from(["uint16", "int64", "float32", "object"]).flatmap(
-        lambda dtype: st.lists(st.integers(0, 9), max_size=9).map(
-            lambda numbers: _npy(np.array(numbers, dtype=dtype))
-        )
+        lambda dtype: st.lists(st.integers(0, 9), max_size=9).map(lambda numbers: _npy(np.array(numbers, dtype=dtype)))
     )
     cut = st.tuples(array, st.integers(0, 200)).map(lambda pair: pair[0][: pair[1]])
     run(
@@ -92,7 +90,5 @@ def test_any_cache(tmp_path: Path, share: Share, monkeypatch: pytest.MonkeyPatch
     names = st.sampled_from(["train.bin", "validation.bin", "info.json"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        content = st.binary(max_size=40) | st.sampled_from(
-            [b"{}", b'{"files": {}}', b"[]", b"null", b'{"files": 3}']
-        )
+        content = st.binary(max_size=40) | st.sampled_from([b"{}", b'{"files": {}}', b"[]", b"null", b'{"files": 3}'])
         run(share, cache, folder=st.just(tmp_path), file=names, content=content)

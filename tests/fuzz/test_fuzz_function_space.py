@@ -25,9 +25,7 @@ def check(sizes: list[int], acts: list[str], seed: int, batch: int, scale: float
     model = made(sizes, acts * 4, seed)
     generator = torch.Generator().manual_seed(seed)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    update = {
-        name: scale * torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in weights.items()
-    }
+    update = {name: scale * torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in weights.items()}
     inputs = torch.randn(batch, sizes[0], generator=generator, dtype=torch.float64)
     found = lw.function_space_rates(model, update, inputs, method="exact")
     for name, direction in update.items():

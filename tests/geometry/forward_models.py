@@ -84,9 +84,7 @@ class ChatBlock(nn.Module):
         q, k = rotated(heads(self.c_q(y), H)), rotated(heads(self.c_k(y), H // 2))
         v = heads(self.c_v(y) + value, H // 2)
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-        x = x + self.c_proj(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        )
+        x = x + self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return x + self.c_out(F.relu(self.c_fc(F.rms_norm(x, (D,)))).square())
 
 
@@ -95,9 +93,7 @@ class ChatLike(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.transformer = nn.ModuleDict(
-            {"wte": nn.Embedding(V, D), "h": nn.ModuleList(ChatBlock() for _ in range(L))}
-        )
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(V, D), "h": nn.ModuleList(ChatBlock() for _ in range(L))})
         self.lm_head = nn.Linear(D, V, bias=False)
         self.resid_lambdas = nn.Parameter(torch.ones(L))
         self.value_embeds = nn.ModuleDict({"0": nn.Embedding(V, D // 2)})
@@ -207,9 +203,7 @@ class DiTLike(nn.Module):
 
     def forward(self, x, t, y):
         x = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed
-        waves = torch.cat(
-            [torch.cos(t[:, None] * torch.arange(4)), torch.sin(t[:, None] * torch.arange(4))], -1
-        )
+        waves = torch.cat([torch.cos(t[:, None] * torch.arange(4)), torch.sin(t[:, None] * torch.arange(4))], -1)
         c = self.t_embedder(waves.to(x.dtype)) + self.y_embedder(y)
         for block in self.blocks:
             x = block(x, c)

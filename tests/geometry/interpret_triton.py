@@ -25,9 +25,7 @@ def main() -> None:
             b = (a.double() @ a.double() / 4).to(dtype)  # commutes with a, up to rounding
             out = torch.full((2, n, n), torch.nan, dtype=dtype)
             product = symmetric_product(a, b.mT, out, add=a, beta=0.5, alpha=-2.0)
-            errors[f"{n} x {m} {dtype} b add + a A B"] = relative(
-                product, 0.5 * a.double() - 2 * a.double() @ b.double()
-            )
+            errors[f"{n} x {m} {dtype} b add + a A B"] = relative(product, 0.5 * a.double() - 2 * a.double() @ b.double())
     x = torch.randn(2, 130, 70, generator=generator)
     for path in ("triton", "triton_gram"):
         errors[path] = relative(polar(x, path=path), polar(x.double()))

@@ -35,9 +35,7 @@ def make(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 @st.composite
-def stacks(
-    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, scales: tuple[float, ...] = SCALES
-) -> Tensor:
+def stacks(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, scales: tuple[float, ...] = SCALES) -> Tensor:
     matrices = make(draw(st.sampled_from(KINDS)), draw(st.sampled_from(SHAPES)), draw(st.integers(0, 2**31)))
     return (matrices * draw(st.sampled_from(scales))).to(draw(st.sampled_from(dtypes)))
 

@@ -59,8 +59,7 @@ def complex_rotary(w, x):
     q, k, v = F.linear(x, w).chunk(3, -1)
     turn = torch.polar(torch.ones(5, 2), torch.arange(10.0).view(5, 2))
     q, k = (
-        torch.view_as_real(torch.view_as_complex(heads(part, 3).unflatten(-1, (2, 2))) * turn).flatten(-2)
-        for part in (q, k)
+        torch.view_as_real(torch.view_as_complex(heads(part, 3).unflatten(-1, (2, 2))) * turn).flatten(-2) for part in (q, k)
     )
     return attend(q, k, heads(v, 3)).transpose(1, 2).flatten(2)
 
@@ -157,9 +156,7 @@ def row(model, batch, name="w", **options):
     return next(row for row in describe(model, batch, **options).rows if name in (row.name, *row.tied))
 
 
-@pytest.mark.parametrize(
-    "kind", [k for k in PARTS if k not in ("written in place", "one matrix", "shift and scale")]
-)
+@pytest.mark.parametrize("kind", [k for k in PARTS if k not in ("written in place", "one matrix", "shift and scale")])
 def test_parts_of_a_fused_weight_are_what_its_rows_are_used_for(kind):
     model, stored = PARTS[kind]
     found = row(model, X)
@@ -172,9 +169,7 @@ def test_slices_of_a_weight_in_products_of_their_own_are_units():
 
 
 def test_slices_of_a_layer_are_its_parts_and_no_experts():
-    found = row(
-        Net(lambda m, x: m.last(slices(m.mix.weight, x)), mix=linear(3 * D), last=linear(3)), X, "mix.weight"
-    )
+    found = row(Net(lambda m, x: m.last(slices(m.mix.weight, x)), mix=linear(3 * D), last=linear(3)), X, "mix.weight")
     assert (found.role, found.layout.shapes(found.shape)) == ("hidden", ((3, D, D),))
 
 
@@ -282,9 +277,7 @@ HEADS = {
         "a",
     ),
     "compared with one another": (
-        lambda m, x: (
-            F.normalize(m.a(x), dim=-1) @ F.normalize(m.b(x), dim=-1).transpose(1, 2) * m.scale.exp()
-        ),
+        lambda m, x: F.normalize(m.a(x), dim=-1) @ F.normalize(m.b(x), dim=-1).transpose(1, 2) * m.scale.exp(),
         {"a": linear(), "b": linear(), "scale": nn.Parameter(torch.zeros(()))},
         "ab",
     ),

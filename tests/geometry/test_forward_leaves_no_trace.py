@@ -231,9 +231,7 @@ def test_what_is_followed_is_as_small_as_the_weights_whatever_the_batch(shape, m
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attn_implementation="sdpa"))
     followed = []
     by_owner = AddressSpace.by_owner
-    monkeypatch.setattr(
-        AddressSpace, "by_owner", lambda space, rows: followed.append(rows.numel()) or by_owner(space, rows)
-    )
+    monkeypatch.setattr(AddressSpace, "by_owner", lambda space, rows: followed.append(rows.numel()) or by_owner(space, rows))
     describe(model, {"input_ids": torch.ones(shape, dtype=torch.int64)})
     assert max(followed) == 24
 

@@ -16,10 +16,7 @@ GEOMETRY = {"embedding": Sign(), "head": Sign(per_input=True), "hidden": Spectra
 def by_hand(model: nn.Module) -> dict[str, tuple[str, object]]:
     """name -> (role, how its matrices lie in it), of every parameter."""
     known = model.parts()
-    return {
-        name: known.get(name, ("vector", lambda w: [w.reshape(-1, 1)]))
-        for name, _ in model.named_parameters()
-    }
+    return {name: known.get(name, ("vector", lambda w: [w.reshape(-1, 1)])) for name, _ in model.named_parameters()}
 
 
 def twin_groups(model: nn.Module) -> list[dict]:
@@ -61,11 +58,7 @@ def test_lanton_takes_the_steps_of_a_literal_twin_matrix_by_matrix(family):
         for group in groups:
             ((key, param),) = group["params"]
             name, index = key.rsplit("/", 1)
-            whole = (
-                gradients[name]
-                if gradients[name] is not None
-                else torch.zeros_like(model.get_parameter(name))
-            )
+            whole = gradients[name] if gradients[name] is not None else torch.zeros_like(model.get_parameter(name))
             param.grad = by_hand(model)[name][1](whole)[int(index)].clone()
         optimizer.step()
         twin.step()

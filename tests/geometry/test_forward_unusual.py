@@ -36,9 +36,7 @@ def test_experts_that_all_see_every_token_are_a_stack():
 
     def use(m, x):
         y = F.silu(torch.einsum("bsd,edf->besf", x, m.up)) * torch.einsum("bsd,efd->besf", x, m.gate)
-        return m.last(
-            (torch.einsum("besf,efd->besd", y, m.down) * x.sum((1, 2), keepdim=True)[:, None]).sum(1)
-        )
+        return m.last((torch.einsum("besf,efd->besd", y, m.down) * x.sum((1, 2), keepdim=True)[:, None]).sum(1))
 
     parts = {name: nn.Parameter(torch.randn(3, D, D)) for name in ("up", "gate", "down")}
     model = Net(use, **parts, last=linear(3))
@@ -49,9 +47,7 @@ def test_experts_that_all_see_every_token_are_a_stack():
 def test_of_two_parameters_that_are_multiplied_one_is_a_guess():
     """Bases of matrices and their coefficients look like learned inputs and what maps them; factors by name do not."""
     bases, mixed = nn.Parameter(torch.randn(2, D, D)), nn.Parameter(torch.randn(4, 2))
-    model = Net(
-        lambda m, x: m.last(x @ torch.einsum("rb,bio->rio", m.mixed, m.bases)[0]), bases=bases, mixed=mixed
-    )
+    model = Net(lambda m, x: m.last(x @ torch.einsum("rb,bio->rio", m.mixed, m.bases)[0]), bases=bases, mixed=mixed)
     model.last = linear(3)
     assert all("a guess" in found.note for found in describe(model, X).rows[:2])
     model = Net(lambda m, x: m.last(m.map(m.mixed).mean() * x), mixed=mixed, map=linear(3, 2), last=linear(3))
@@ -79,9 +75,7 @@ def test_factors_in_a_parametrization_and_by_other_names_are_those_of_an_adapter
         lora_b=nn.Parameter(torch.zeros(D, 2)),
     )
     rows = describe(nn.Sequential(made, named, nn.Linear(D, 3)), batch).rows
-    factors = {
-        found.name.split(".")[-1]: (found.role, str(found.layout)) for found in rows if "lora" in found.role
-    }
+    factors = {found.name.split(".")[-1]: (found.role, str(found.layout)) for found in rows if "lora" in found.role}
     assert factors == {
         "one": ("lora_B", "out,in"),
         "two": ("lora_A", "out,in"),
@@ -135,9 +129,7 @@ def test_a_matrix_that_is_used_both_ways_keeps_the_way_of_its_module():
 def test_the_scores_that_experts_are_weighed_with_are_one_matrix(scores, used):
     """A loop over experts, all of them or those that were chosen, reads one score after the other."""
     parts = {"router": linear(4), "up": linear(), "last": linear(3)}
-    model = Net(
-        lambda m, x: m.last(sum(scores(m.router(x))[..., i : i + 1] * m.up(x) for i in used)), **parts
-    )
+    model = Net(lambda m, x: m.last(sum(scores(m.router(x))[..., i : i + 1] * m.up(x) for i in used)), **parts)
     assert str(row(model, X, "router.weight").layout) == "out,in"
 
 
@@ -163,9 +155,7 @@ NORMALISED = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_a_weight_that_is_normalised_is_the_matrix_that_it_was(kind):
     normalised, name = NORMALISED[kind]
-    model = Net(
-        lambda m, x: m.head(F.relu(m.body(x))), body=normalised(linear(8)), head=normalised(linear(5, 8))
-    )
+    model = Net(lambda m, x: m.head(F.relu(m.body(x))), body=normalised(linear(8)), head=normalised(linear(5, 8)))
     rows = {found.name: found for found in describe(model, X).rows}
     body, head = rows[f"body.{name}"], rows[f"head.{name}"]
     assert [(found.role, str(found.layout), found.how) for found in (body, head)] == [
@@ -278,9 +268,7 @@ CHOSEN = {
     "rows and columns": lambda w, x: F.linear(x, w[torch.randperm(D)][:, torch.randperm(D)]),
     "index_select": lambda w, x: x @ w.index_select(1, torch.randperm(D)).T,
     "gather": lambda w, x: F.linear(x, w.gather(0, torch.randperm(D)[:, None].expand(D, D))),
-    "take_along_dim": lambda w, x: torch.einsum(
-        "bsi,oi->bso", x, w.take_along_dim(torch.randperm(D)[None], 1)
-    ),
+    "take_along_dim": lambda w, x: torch.einsum("bsi,oi->bso", x, w.take_along_dim(torch.randperm(D)[None], 1)),
     "some of the rows": lambda w, x: F.linear(x, w[torch.randperm(D) < 7]).sum(-1, keepdim=True) + x,
     "the largest rows": lambda w, x: F.linear(x, w[w.norm(dim=1).topk(5).indices]).sum(-1, keepdim=True) + x,
     "flipped": lambda w, x: F.linear(x, w.flip(0)),

@@ -143,9 +143,7 @@ def test_override_of_a_layout_and_norm_group():
 )
 def test_declared_splits(spec, units, shapes):
     name = "blocks.0.qkv_proj.weight"
-    row = next(
-        row for row in describe(Model(), splits={"blocks.*.qkv_proj.weight": spec}).rows if row.name == name
-    )
+    row = next(row for row in describe(Model(), splits={"blocks.*.qkv_proj.weight": spec}).rows if row.name == name)
     assert row.layout.shapes(row.shape) == shapes
     assert row.units == (tuple(f"{name}[{unit}]" for unit in units) or (name,))
     assert not row.note
@@ -229,9 +227,7 @@ def flat_model():
             "for parts of d_in a pattern such as 'o (2 i)'",
         ),
         (
-            lambda: param_groups(
-                Model(), splits={"*.qkv_proj.weight": {"parts": {"a": 1, "b": 1}, "block": 2}}
-            ),
+            lambda: param_groups(Model(), splits={"*.qkv_proj.weight": {"parts": {"a": 1, "b": 1}, "block": 2}}),
             "blocks.0.qkv_proj.weight: Split(block=2): there is no 'block'; did you mean 'blocks'?",
         ),
         (
@@ -324,9 +320,7 @@ def test_table_has_a_line_for_layers_that_are_alike():
 
 
 def test_table_keeps_apart_what_differs_and_leaves_numbers_inside_names():
-    model = nn.ModuleDict(
-        {"x1": nn.ModuleList(nn.Linear(size, 2) for size in (2, 3, 2)), "out": nn.Linear(2, 1)}
-    )
+    model = nn.ModuleDict({"x1": nn.ModuleList(nn.Linear(size, 2) for size in (2, 3, 2)), "out": nn.Linear(2, 1)})
     text = str(describe(model))
     assert "x1.{0,2}.weight" in text
     assert "x1.1.weight" in text

@@ -19,9 +19,7 @@ def test_logits_that_are_added_to_what_was_normalised_are_still_logits():
         h = torch.tanh(m.body(x))
         return m.a(h) + (h * (h * m.scales).sum(-1, keepdim=True)).mean(-1, keepdim=True)
 
-    assert heads_of(Net(crossed, body=linear(), a=linear(5), scales=nn.Parameter(torch.ones(D))), X) == {
-        "a.weight"
-    }
+    assert heads_of(Net(crossed, body=linear(), a=linear(5), scales=nn.Parameter(torch.ones(D))), X) == {"a.weight"}
 
 
 def test_what_only_has_the_shape_of_logits_makes_no_head():
@@ -82,9 +80,7 @@ AFTER = {
     "scaled, then a loss": lambda m, x: F.cross_entropy(
         (m.a(x) * m.scales).flatten(0, 1), torch.zeros(x.shape[0] * x.shape[1], dtype=torch.long)
     ),
-    "cosines, scaled": lambda m, x: (
-        F.linear(F.normalize(x, dim=-1), F.normalize(m.a.weight, dim=-1)) * m.scales
-    ),
+    "cosines, scaled": lambda m, x: F.linear(F.normalize(x, dim=-1), F.normalize(m.a.weight, dim=-1)) * m.scales,
     "log-softmax by hand": lambda m, x: (y := m.a(x) * m.scales) - y.logsumexp(-1, keepdim=True),
     "step by step into a tensor": step_by_step,
     "added into a part": added_into_a_part,
@@ -114,9 +110,7 @@ NORMALISED = {
     ),
     "length": lambda m, x: F.normalize(m.a(x), dim=-1) * m.scales,
     "torch's, gains apart": lambda m, x: F.layer_norm(m.a(x), (V,)) * m.scales,
-    "over the batch": lambda m, x: (
-        ((y := m.a(x).flatten(0, 1)) - y.mean(0)) / y.var(0).add(1e-5).sqrt() * m.scales
-    ),
+    "over the batch": lambda m, x: ((y := m.a(x).flatten(0, 1)) - y.mean(0)) / y.var(0).add(1e-5).sqrt() * m.scales,
 }
 
 

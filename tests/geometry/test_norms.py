@@ -51,9 +51,7 @@ def test_a_unit_step_has_norm_one_and_reaches_the_dual_norm(geometry: Geometry, 
     torch.testing.assert_close(
         geometry.norm(step)[~zero].double(), torch.ones_like(dual[~zero]).double(), rtol=slack(g), atol=0
     )
-    torch.testing.assert_close(
-        inner(g, step), dual.double(), rtol=slack(g), atol=1e-44 if g.dtype != torch.float64 else 0
-    )
+    torch.testing.assert_close(inner(g, step), dual.double(), rtol=slack(g), atol=1e-44 if g.dtype != torch.float64 else 0)
 
 
 @geometries
@@ -72,14 +70,10 @@ def test_no_direction_of_norm_one_is_steeper(geometry: Geometry, g: Tensor, seed
 @geometries
 @examples
 @given(g=stacks(scales=(1.0,)), exponent=st.integers(-60, 60))
-def test_the_scale_of_a_gradient_changes_only_its_dual_norm(
-    geometry: Geometry, g: Tensor, exponent: int
-) -> None:
+def test_the_scale_of_a_gradient_changes_only_its_dual_norm(geometry: Geometry, g: Tensor, exponent: int) -> None:
     scaled = g * 2.0**exponent  # exact in every dtype
     assert torch.equal(geometry.lmo(scaled), geometry.lmo(g))
-    torch.testing.assert_close(
-        geometry.dual_norm(scaled), geometry.dual_norm(g) * 2.0**exponent, rtol=slack(g), atol=0
-    )
+    torch.testing.assert_close(geometry.dual_norm(scaled), geometry.dual_norm(g) * 2.0**exponent, rtol=slack(g), atol=0)
 
 
 @geometries
@@ -127,13 +121,9 @@ def test_convolutions_take_scions_step(kernel: int | tuple[int, ...], taps: int)
     assert geometry.taps == taps
     g = torch.randn(out, channels * taps, generator=torch.Generator().manual_seed(0))
     u, s, vh = torch.linalg.svd(g, full_matrices=False)
-    torch.testing.assert_close(
-        geometry.lmo(g), u @ vh * math.sqrt(out / channels) / taps, rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(geometry.lmo(g), u @ vh * math.sqrt(out / channels) / taps, rtol=1e-4, atol=1e-6)
     assert geometry.norm(geometry.lmo(g)).item() == pytest.approx(1, rel=1e-5)
-    assert geometry.dual_norm(g).item() == pytest.approx(
-        s.sum().item() * math.sqrt(out / channels) / taps, rel=1e-5
-    )
+    assert geometry.dual_norm(g).item() == pytest.approx(s.sum().item() * math.sqrt(out / channels) / taps, rel=1e-5)
 
 
 @examples

@@ -60,9 +60,7 @@ def test_the_error_of_the_estimate_by_spectrum(decay: float, bias: float, deviat
     """Singular values i^-decay, 192 x 256, 100 probes of the seed: mean and deviation stay within the stated."""
     u, _, vh = torch.linalg.svd(make("gaussian", (192, 256), 0), full_matrices=False)
     g = ((u * torch.arange(1, 193, dtype=torch.float64) ** -decay) @ vh).float()
-    errors = (
-        torch.stack([nuclear_norm(g, "lanczos", seed=seed) for seed in range(100)]).double() / truth(g) - 1
-    )
+    errors = torch.stack([nuclear_norm(g, "lanczos", seed=seed) for seed in range(100)]).double() / truth(g) - 1
     assert abs(errors.mean()) < bias
     assert errors.std() < deviation
 
@@ -72,9 +70,7 @@ def assert_within_promise(values: dict[str, Tensor], shape: tuple[int, int], see
     g = SPECTRA["with_values"](exact, shape)
     for seed in range(seeds):
         error = nuclear_norm(g, "lanczos", seed=seed).double() / exact.sum(-1) - 1
-        wrong = {
-            name: round(e, 3) for name, e in zip(values, error.tolist(), strict=True) if abs(e) > PROMISED
-        }
+        wrong = {name: round(e, 3) for name, e in zip(values, error.tolist(), strict=True) if abs(e) > PROMISED}
         assert not wrong, f"{shape}, seed {seed}"
 
 
@@ -147,9 +143,7 @@ def test_the_estimate_at_the_ends_of_float32(scale: float) -> None:
     g = make("steep", (70, 80), 0)
     expected = nuclear_norm(g.float(), "lanczos").double() * scale
     # 1e-40 leaves five digits of a subnormal number
-    torch.testing.assert_close(
-        nuclear_norm((g * scale).float(), "lanczos").double(), expected, rtol=2e-3, atol=0
-    )
+    torch.testing.assert_close(nuclear_norm((g * scale).float(), "lanczos").double(), expected, rtol=2e-3, atol=0)
 
 
 def test_bad_values_are_named() -> None:

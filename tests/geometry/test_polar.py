@@ -72,9 +72,7 @@ def test_svd_is_the_polar_factor(g: Tensor) -> None:
     inner = p.mT @ x
     torch.testing.assert_close(inner, inner.mT, rtol=0, atol=tolerance * 8)
     nuclear = torch.linalg.svdvals(x).sum(-1)
-    torch.testing.assert_close(
-        inner.diagonal(dim1=-2, dim2=-1).sum(-1), nuclear, rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(inner.diagonal(dim1=-2, dim2=-1).sum(-1), nuclear, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", [*POLYNOMIALS, "svd"])
@@ -99,9 +97,7 @@ def test_the_ends_of_float32(value: float) -> None:
 
 @pytest.mark.parametrize("kind", ["gaussian", "steep", "low_rank"])
 @pytest.mark.parametrize("path", ["standard", "blocked", "gram"])
-@pytest.mark.parametrize(
-    "shape", [(3, 40, 40), (2, 24, 96), (96, 24), (1, 7), (BLOCKS_FROM, BLOCKS_FROM + 7), (700, 660)]
-)
+@pytest.mark.parametrize("shape", [(3, 40, 40), (2, 24, 96), (96, 24), (1, 7), (BLOCKS_FROM, BLOCKS_FROM + 7), (700, 660)])
 def test_every_path_computes_the_published_iteration(path: str, shape: tuple[int, ...], kind: str) -> None:
     g = make(kind, shape, 3)
     x = g / torch.linalg.matrix_norm(g, keepdim=True)
@@ -172,9 +168,7 @@ def test_the_processor_is_asked_for_units_that_multiply_bfloat16(
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_a_torch_that_lists_no_capabilities_is_asked_for_one(
-    monkeypatch: pytest.MonkeyPatch, has: bool
-) -> None:
+def test_a_torch_that_lists_no_capabilities_is_asked_for_one(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
     assert processor_units.__wrapped__() == (("avx512_bf16",) if has else ())
@@ -246,9 +240,7 @@ def test_where_torch_was_asked_for_medium_precision_the_gram_form_is_left(
 
 def test_a_geometry_s_precision_is_the_caller_s_and_no_part_of_what_a_checkpoint_compares() -> None:
     g = make("gaussian", (40, 60), 0).float()
-    assert torch.equal(
-        Spectral(precision="bfloat16").lmo(g), polar(g, precision="bfloat16") * (40 / 60) ** 0.5
-    )
+    assert torch.equal(Spectral(precision="bfloat16").lmo(g), polar(g, precision="bfloat16") * (40 / 60) ** 0.5)
     assert not torch.equal(Spectral(precision="bfloat16").lmo(g), Spectral(precision="float32").lmo(g))
     assert repr(Spectral(precision="bfloat16")) == repr(Spectral())
 
@@ -263,9 +255,7 @@ def test_pairs_of_gram_steps_in_bfloat16_are_as_accurate_as_the_standard_iterati
     u, _, vh = torch.linalg.svd(noise, full_matrices=False)
     g = (u * s) @ vh
     errors = {
-        path: torch.linalg.matrix_norm(
-            polar(g.float(), path=path, precision="bfloat16").double() - polar(g), ord=2
-        )
+        path: torch.linalg.matrix_norm(polar(g.float(), path=path, precision="bfloat16").double() - polar(g), ord=2)
         for path in ("standard", "gram")
     }
     assert errors["gram"] < 1.2 * errors["standard"] + 0.03

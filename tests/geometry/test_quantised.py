@@ -47,9 +47,7 @@ class Linear8bit(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.scale = float(linear.weight.detach().abs().max() / 127)
-        self.weight = nn.Parameter(
-            (linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
-        )
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)

@@ -36,18 +36,12 @@ FUSED_ATTENTION = {
     "openai-gpt": lambda: tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(**GPT2)),
     "gpt-neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES)),
     "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(**BLOOM)),
-    "falcon-grouped": lambda: tf.FalconForCausalLM(
-        tf.FalconConfig(**SIZES, new_decoder_architecture=True, num_kv_heads=2)
-    ),
+    "falcon-grouped": lambda: tf.FalconForCausalLM(tf.FalconConfig(**SIZES, new_decoder_architecture=True, num_kv_heads=2)),
     "falcon-one-kv": lambda: tf.FalconForCausalLM(tf.FalconConfig(**SIZES, multi_query=True)),
     "falcon-per-head": lambda: tf.FalconForCausalLM(tf.FalconConfig(**SIZES, multi_query=False)),
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**GQA)),
-    "mpt": lambda: tf.MptForCausalLM(
-        tf.MptConfig(d_model=24, n_heads=4, n_layers=2, vocab_size=60, max_seq_len=32)
-    ),
-    "persimmon": lambda: tf.PersimmonForCausalLM(
-        tf.PersimmonConfig(**SIZES | {"hidden_size": 32}, qk_layernorm=False)
-    ),
+    "mpt": lambda: tf.MptForCausalLM(tf.MptConfig(d_model=24, n_heads=4, n_layers=2, vocab_size=60, max_seq_len=32)),
+    "persimmon": lambda: tf.PersimmonForCausalLM(tf.PersimmonConfig(**SIZES | {"hidden_size": 32}, qk_layernorm=False)),
     "bigcode-one-kv": lambda: tf.GPTBigCodeForCausalLM(tf.GPTBigCodeConfig(**GPT2, multi_query=True)),
     "bigcode-per-head": lambda: tf.GPTBigCodeForCausalLM(tf.GPTBigCodeConfig(**GPT2, multi_query=False)),
     "modernbert": lambda: tf.ModernBertForMaskedLM(
@@ -228,16 +222,12 @@ def test_every_projection_has_the_d_out_and_d_in_that_it_computes_with(family):
     model = (FUSED_ATTENTION | EXPERTS | others)[family]().eval()
     seen = {}
     for name, module in model.named_modules():
-        if type(module).forward is nn.Linear.forward or is_hf_conv1d(
-            module
-        ):  # not what returns more, such as a router
+        if type(module).forward is nn.Linear.forward or is_hf_conv1d(module):  # not what returns more, such as a router
             module.register_forward_hook(
                 lambda m, args, out, name=name: seen.update({name: (out.shape[-1], args[0].shape[-1])})
             )
     if family == "t5":
-        model(
-            input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.ones(1, 4, dtype=torch.long)
-        )
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.ones(1, 4, dtype=torch.long))
     else:
         logits(model)
     table = {name: row for row in describe(model).rows for name in (row.name, *row.tied)}
@@ -462,9 +452,7 @@ def test_unknown_fused_projection_stays_whole_and_says_so():
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(8, 2, 64), (6, 1, 48), (4, 2, 16)])
-def test_a_known_class_with_fewer_heads_for_keys_is_split_by_its_own_numbers_and_says_so(
-    heads, key_heads, width
-):
+def test_a_known_class_with_fewer_heads_for_keys_is_split_by_its_own_numbers_and_says_so(heads, key_heads, width):
     class CausalSelfAttention(nn.Module):
         def __init__(self, rows):
             super().__init__()

@@ -33,9 +33,7 @@ def test_without_triton_or_a_gpu_the_path_is_refused_in_one_line(path: str) -> N
 def test_the_kernel_computes_the_product_and_the_paths_the_iteration() -> None:
     script = Path(__file__).with_name("interpret_triton.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout)
     assert len(errors) == 32

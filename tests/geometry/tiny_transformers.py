@@ -95,9 +95,7 @@ def tiny_config(config: Any) -> Any:
         elif name not in _DERIVED and isinstance(value, int) and not isinstance(value, bool):
             sizes = [size for pattern, size in _SIZES.items() if re.fullmatch(pattern, name)]
             changes |= {name: sizes[-1]} if sizes else {}
-    if (
-        "qk_rope_head_dim" in changes
-    ):  # MLA: keys for every head, and in some configs two names for the rotary part
+    if "qk_rope_head_dim" in changes:  # MLA: keys for every head, and in some configs two names for the rotary part
         changes |= {"head_dim": changes["qk_rope_head_dim"], "num_key_value_heads": 4}
     return type(config)(**changes)
 

@@ -46,10 +46,7 @@ def residual(width: int, blocks: int, dtype: torch.dtype, seed: int = 0) -> nn.M
 
 
 def numbers(rates: Any) -> dict[str, list[str]]:
-    return {
-        name: [exact(rate.value), exact(rate.stderr), exact(rate.share), rate.estimator]
-        for name, rate in rates.items()
-    }
+    return {name: [exact(rate.value), exact(rate.stderr), exact(rate.share), rate.estimator] for name, rate in rates.items()}
 
 
 def measured(dtype: str) -> dict[str, Any]:
@@ -61,13 +58,10 @@ def measured(dtype: str) -> dict[str, Any]:
     update = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     model.load_state_dict(before)
     found = {
-        name: numbers(lw.function_space_rates(model, update, tokens(1), **options))
-        for name, options in MEASURED.items()
+        name: numbers(lw.function_space_rates(model, update, tokens(1), **options)) for name, options in MEASURED.items()
     }
     mask = tokens(2) > 4
-    found["mask"] = numbers(
-        lw.function_space_rates(model, update, tokens(1), mask=mask, method="kronecker", probes=8)
-    )
+    found["mask"] = numbers(lw.function_space_rates(model, update, tokens(1), mask=mask, method="kronecker", probes=8))
     found["batches"] = numbers(
         lw.function_space_rates(model, update, [tokens(1), tokens(2)[:4]], method="kronecker", probes=8)
     )
@@ -122,14 +116,7 @@ def matched(dtype: str, optimizer: str, method: str, mode: str, *, resume: bool 
 
 def matchings(dtype: str) -> dict[str, Any]:
     """Every mode under every method for one optimizer, and every optimizer in one mode; the last one resumed too."""
-    found = {
-        f"adamw, {mode}, {method}": matched(dtype, "adamw", method, mode)
-        for mode in MATCHED
-        for method in METHODS
-    }
+    found = {f"adamw, {mode}, {method}": matched(dtype, "adamw", method, mode) for mode in MATCHED for method in METHODS}
     found |= {f"{name}, every": matched(dtype, name, "kronecker", "every") for name in OPTIMIZERS}
-    found |= {
-        f"{name}, every, resumed": matched(dtype, name, "kronecker", "every", resume=True)
-        for name in OPTIMIZERS
-    }
+    found |= {f"{name}, every, resumed": matched(dtype, name, "kronecker", "every", resume=True) for name in OPTIMIZERS}
     return found

@@ -74,15 +74,11 @@ def result(run: Path) -> dict[str, Any]:
     last = max((run / "checkpoints").glob("step-*"))
     assert last.name == f"step-{STEPS:08}"
     model = torch.load(last / "state.pt", weights_only=False)["model"]
-    found: dict[str, Any] = {
-        "weights": {name: digest(p) for name, p in model.items() if isinstance(p, torch.Tensor)}
-    }
+    found: dict[str, Any] = {"weights": {name: digest(p) for name, p in model.items() if isinstance(p, torch.Tensor)}}
     for stream in ("metrics", "layers", "function_space"):
         path = run / f"{stream}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        timeless = [
-            {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows
-        ]
+        timeless = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
         found[stream] = digest(json.dumps(timeless, sort_keys=True))
         if stream == "metrics":
             found["loss"] = float(rows[-1]["loss"]).hex()

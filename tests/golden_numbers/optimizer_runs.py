@@ -57,9 +57,7 @@ RUNS: dict[str, Make] = {
     "noise floor": noise(floor=0.9, beta=0.5),
     "noise without memory": noise(beta=0.0),
     "tensor lr": lambda model: lw.Lanton(zoo_groups(model), lr=torch.tensor(0.01)),
-    "tensor lr muon": lambda model: lw.Muon(
-        zoo_groups(model), lr=torch.tensor(0.01), adamw_lr=torch.tensor(0.001)
-    ),
+    "tensor lr muon": lambda model: lw.Muon(zoo_groups(model), lr=torch.tensor(0.01), adamw_lr=torch.tensor(0.001)),
     "orthogonal": lambda model: lw.LayerwiseOptimizer(
         zoo_groups(model),
         {"hidden": {"scaling": "orthogonal"}, "default": {"scaling": "rms_0.2"}},

@@ -78,9 +78,7 @@ def main() -> None:
     options.add_argument("--file", type=Path, default=FILE)
     options.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
     options.add_argument("--checkpoints", type=Path, help="keep checkpoints of the middles in this folder")
-    options.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoints kept there, and compare"
-    )
+    options.add_argument("--resume", action="store_true", help="go on from the checkpoints kept there, and compare")
     given = options.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

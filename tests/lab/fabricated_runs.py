@@ -27,20 +27,14 @@ SCALE_OF = {"spectral": 900.0, "sign": 0.4, "vector_rms": 6.0}
 
 
 def parameter_table(blocks: int) -> list[dict[str, Any]]:
-    def row(
-        name: str, role: str, geometry: str, group: str, shape: list[int], units: list[str]
-    ) -> dict[str, Any]:
+    def row(name: str, role: str, geometry: str, group: str, shape: list[int], units: list[str]) -> dict[str, Any]:
         return {
             "name": name, "role": role, "geometry": geometry, "norm_group": group, "shape": shape,
             "layout": "Matrix()", "units": units,
         }  # fmt: skip
 
-    rows = [
-        row("transformer.wte.weight", "embedding", "Sign()", "sign", [2048, 128], ["transformer.wte.weight"])
-    ]
-    rows.append(
-        row("transformer.wpe.weight", "embedding", "Sign()", "sign", [128, 128], ["transformer.wpe.weight"])
-    )
+    rows = [row("transformer.wte.weight", "embedding", "Sign()", "sign", [2048, 128], ["transformer.wte.weight"])]
+    rows.append(row("transformer.wpe.weight", "embedding", "Sign()", "sign", [128, 128], ["transformer.wpe.weight"]))
     for b in range(blocks):
         for part in VECTORS[:2]:
             name = f"transformer.h.{b}.{part}"
@@ -118,16 +112,12 @@ def fabricate(
             for unit in row["units"]:
                 part = unit.split(f"h.{_block(unit)}.")[-1]
                 key = part.split("[")[-1].rstrip("]") if "[" in part else part
-                base = (
-                    NOISE_OF.get(key, 1.0) * (1 + 0.25 * _block(unit)) * (0.4 + math.exp(-4 * step / steps))
-                )
+                base = NOISE_OF.get(key, 1.0) * (1 + 0.25 * _block(unit)) * (0.4 + math.exp(-4 * step / steps))
                 noise = base * math.exp(rng.gauss(0, 0.05)) * SCALE_OF[row["norm_group"]]
                 multiplier = min(1.0, (0.6 / NOISE_OF.get(key, 1.0) / (1 + 0.25 * _block(unit))) ** 0.5)
                 multiplier = 1 - (1 - multiplier) * min(1.0, step / (0.2 * steps))
                 entry[unit] = {"noise": noise, "multiplier": multiplier, "lr": lr * factor * multiplier}
-            share = NOISE_OF.get(row["name"].split(f"h.{_block(row['name'])}.")[-1], 0.4) * (
-                1 + 0.1 * _block(row["name"])
-            )
+            share = NOISE_OF.get(row["name"].split(f"h.{_block(row['name'])}.")[-1], 0.4) * (1 + 0.1 * _block(row["name"]))
             shares[row["name"]] = share * factor
         layers.append({"step": step, "layers": entry})
         total = sum(shares.values())

@@ -39,10 +39,7 @@ def test_train_resume_and_train_again_from_the_runs_folder(
     assert "had finished before" in capsys.readouterr().out
     assert call("train", str(folder), "run.name=again") == 0
     metrics = [
-        [
-            line.split('"seconds"')[0]
-            for line in (folder.parent / name / "metrics.jsonl").read_text().splitlines()
-        ]
+        [line.split('"seconds"')[0] for line in (folder.parent / name / "metrics.jsonl").read_text().splitlines()]
         for name in (folder.name, "again")
     ]
     assert metrics[0] == metrics[1]

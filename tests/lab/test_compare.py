@@ -144,9 +144,7 @@ def test_an_interrupted_run_goes_on(words: list[str], tmp_path: Path) -> None:
 # ------------------------------------------------------------------ grids
 
 
-def test_an_automatic_grid_grows_until_the_best_lies_inside(
-    words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_automatic_grid_grows_until_the_best_lies_inside(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = [word for word in words if not word.startswith("model.")]  # the preset as it is: its rates
     start = base_rates()["gpt2-tiny"]["rates"]["lanton"]
     fake = FakeTraining(best=start * 8)
@@ -166,9 +164,7 @@ def test_an_automatic_grid_grows_until_the_best_lies_inside(
     assert fake.rates[ran:] == [start]  # of three seeds at the default rate, two were there from the grid
 
 
-def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(
-    words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "train", FakeTraining(best=1e-3, diverges_above=0.1))
     config = configured(
         words,
@@ -186,9 +182,7 @@ def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(
     assert "AdamW: diverged at every rate" in notes
 
 
-def test_what_is_configured_and_not_compared_is_said(
-    words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_configured_and_not_compared_is_said(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "train", FakeTraining(best=1e-3, diverges_above=0.1))
     contenders = "{slow: {name: d-muon, lr: 1e-4}, quick: {name: adamw}}"
     by_role = [
@@ -215,9 +209,7 @@ def test_identity_is_the_config_apart_from_where_it_is_written(words: list[str])
 
 
 def test_contenders_may_be_settings_of_an_optimizer(words: list[str]) -> None:
-    config = configured(
-        words, "compare.optimizers=[adamw, calm]", "compare.contenders.calm={name: lanton, lr: 1e-3}"
-    )
+    config = configured(words, "compare.optimizers=[adamw, calm]", "compare.contenders.calm={name: lanton, lr: 1e-3}")
     found = entries(config)
     assert [(e.name, e.optimizer.name, e.rates) for e in found][1] == ("calm", "lanton", (1e-3,))
 
@@ -270,9 +262,7 @@ def test_a_contender_tuned_by_role_starts_from_the_plain_one_and_finds_the_facto
     assert str(plain.difference) == "+0.4000 (1 seed)"
 
 
-def test_every_contender_has_the_same_number_of_trials(
-    words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_contender_has_the_same_number_of_trials(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTraining(best=3e-3)
     monkeypatch.setattr(module, "train", fake)
     config = configured(
@@ -284,9 +274,7 @@ def test_every_contender_has_the_same_number_of_trials(
     for curve in result.curves[:2]:
         best = curve.best
         assert best is not None
-        assert (
-            abs(math.log2(best / 3e-3)) < 0.26
-        )  # half-octave points around the best, not the end of the grid
+        assert abs(math.log2(best / 3e-3)) < 0.26  # half-octave points around the best, not the end of the grid
         assert curve.edge is None
     assert "Every contender had 7 trials" in result.notes[-1]
 
@@ -356,9 +344,7 @@ def test_octaves_are_read_off_the_curve(losses: list[float], octaves: str) -> No
         ("compare={by_role: [d-muon], roles: {head: [-2]}}", "greater than 0"),
     ],
 )
-def test_bad_configs_are_refused_before_anything_is_trained(
-    words: list[str], override: str, message: str
-) -> None:
+def test_bad_configs_are_refused_before_anything_is_trained(words: list[str], override: str, message: str) -> None:
     with pytest.raises(LayerwiseError, match=message):
         entries(configured(words, override))
 
@@ -372,9 +358,7 @@ def test_bad_configs_are_refused_before_anything_is_trained(
         ["compare", "--optimizers", ""],
     ],
 )
-def test_the_command_line_says_it_in_one_line(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_says_it_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2

@@ -28,9 +28,7 @@ def test_the_built_in_run_needs_no_file() -> None:
 def test_a_file_and_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("optimizer: muon\ntraining:\n  precision: no\n  steps: 7\nmodel: {n_layer: 3}\n")
-    config = load_config(
-        file, ["optimizer.lr=1e-3", "model.n_embd=64", "training.steps=9", "optimizer.rates=static"]
-    )
+    config = load_config(file, ["optimizer.lr=1e-3", "model.n_embd=64", "training.steps=9", "optimizer.rates=static"])
     assert config.optimizer.name == "muon"
     assert config.optimizer.lr == 1e-3
     assert config.optimizer.rates == {"rule": "static"}
@@ -153,9 +151,7 @@ def test_complete_writes_the_defaults_out() -> None:
     assert complete(done) == done
 
 
-@pytest.mark.parametrize(
-    ("steps", "warmup"), [(1, 0), (9, 0), (19, 1), (20, 2), (199, 19), (200, 20), (300, 20)]
-)
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (19, 1), (20, 2), (199, 19), (200, 20), (300, 20)])
 def test_the_default_warm_up_is_shorter_in_short_runs(steps: int, warmup: int) -> None:
     done = complete(load_config(None, [f"training.steps={steps}"]))
     assert done.schedule.warmup_steps == warmup
@@ -163,14 +159,8 @@ def test_the_default_warm_up_is_shorter_in_short_runs(steps: int, warmup: int) -
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
-    assert (
-        complete(load_config(None, ["training.steps=5", "schedule.warmup_steps=4"])).schedule.warmup_steps
-        == 4
-    )
-    assert (
-        complete(load_config(None, ["training.steps=1", "schedule.warmup_steps=0"])).schedule.warmup_steps
-        == 0
-    )
+    assert complete(load_config(None, ["training.steps=5", "schedule.warmup_steps=4"])).schedule.warmup_steps == 4
+    assert complete(load_config(None, ["training.steps=1", "schedule.warmup_steps=0"])).schedule.warmup_steps == 0
     with pytest.raises(LayerwiseError, match=r"schedule\.warmup_steps=5 in a run of 5 steps.*never reached"):
         complete(load_config(None, ["training.steps=5", "schedule.warmup_steps=5"]))
 

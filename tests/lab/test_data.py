@@ -24,9 +24,7 @@ from layerwise.lab.data.tokens import ByteTokenizer, cache_folder, load_tokens, 
     seed=st.integers(0, 2**32 - 1),
     passes=st.integers(1, 3),
 )
-def test_a_pass_takes_each_sequence_once_and_stays_in_the_text(
-    length: int, seq_len: int, seed: int, passes: int
-) -> None:
+def test_a_pass_takes_each_sequence_once_and_stays_in_the_text(length: int, seq_len: int, seed: int, passes: int) -> None:
     sampler = Sampler(np.arange(length, dtype=np.uint16), seq_len, seed)
     assert sampler.sequences == (length - seq_len) // seq_len
     for number in range(passes if sampler.sequences else 0):
@@ -37,9 +35,7 @@ def test_a_pass_takes_each_sequence_once_and_stays_in_the_text(
 
 
 @given(seed=st.integers(0, 1000), first=st.integers(0, 200), count=st.integers(1, 60), cut=st.integers(0, 60))
-def test_a_position_does_not_depend_on_how_it_was_reached(
-    seed: int, first: int, count: int, cut: int
-) -> None:
+def test_a_position_does_not_depend_on_how_it_was_reached(seed: int, first: int, count: int, cut: int) -> None:
     ids = np.arange(333, dtype=np.uint16)
     whole = Sampler(ids, 7, seed).starts(first, count)
     cut = min(cut, count)
@@ -74,9 +70,7 @@ def test_validation_is_fixed_and_held_out(tmp_path: Path) -> None:
     assert sum(len(inputs) for inputs in seen) == 8  # eval_batches=2 of batch_size=4
     assert [len(inputs) for inputs in seen] == [3, 3, 2]
     assert torch.equal(torch.cat(seen), torch.cat([b.inputs for b in data.validation(4)]))
-    assert (
-        data.info["train_tokens"] + data.info["validation_tokens"] == len(TEXT) + 2
-    )  # each piece has an end
+    assert data.info["train_tokens"] + data.info["validation_tokens"] == len(TEXT) + 2  # each piece has an end
 
 
 @given(
@@ -208,9 +202,7 @@ def test_two_processes_can_fill_the_cache_at_once(tmp_path: Path) -> None:
         f"t = load_tokens(DataConfig(source='files', paths=[{str(tmp_path / 'text.txt')!r}], vocab_size=280));"
         "print(int(t.train.sum()))"
     )
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     sums = {process.communicate()[0].strip() for process in running}
     assert all(process.returncode == 0 for process in running)
     assert len(sums) == 1

@@ -78,12 +78,7 @@ def test_recorded_rates_are_those_that_the_steps_took(tmp_path: Path) -> None:
     for row in run.layers:
         for unit, rate in row["layers"].items():
             parameter = unit.split("[")[0]
-            change = (
-                measured[row["step"]][parameter]
-                / measured[1][parameter]
-                * scheduled[1]
-                / scheduled[row["step"]]
-            )
+            change = measured[row["step"]][parameter] / measured[1][parameter] * scheduled[1] / scheduled[row["step"]]
             assert rate["lr"] == pytest.approx(scheduled[row["step"]] * change, rel=1e-6)
             assert (change == pytest.approx(1.0)) == (row["step"] == 1)
 
@@ -213,9 +208,7 @@ def test_a_matched_and_recorded_run_resumes_exactly(tmp_path: Path) -> None:
     assert one.function_space == other.function_space
     assert [row["step"] for row in one.function_space] == [1, 4, 7, 10]
     assert one.info["matching"] == other.info["matching"]
-    weights = [
-        load_checkpoint(list_checkpoints(run.path / "checkpoints")[0])["model"] for run in (one, other)
-    ]
+    weights = [load_checkpoint(list_checkpoints(run.path / "checkpoints")[0])["model"] for run in (one, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -225,11 +218,7 @@ def test_recording_does_not_change_a_run(tmp_path: Path) -> None:
     for name, every in (("plain", 0), ("recorded", 1)):
         run = {**tree["run"], "name": name}
         settings = {"record_every": every, "probes": 2, "batches": 1}
-        losses.append(
-            train(
-                validate(Config, {**tree, "run": run, "function_space": settings}), progress="quiet"
-            ).metrics
-        )
+        losses.append(train(validate(Config, {**tree, "run": run, "function_space": settings}), progress="quiet").metrics)
     assert [row.get("val_loss") for row in losses[0]] == [row.get("val_loss") for row in losses[1]]
 
 
@@ -320,12 +309,7 @@ def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert "grows" in out
     assert "modules change with the width" in out
-    assert (
-        call(
-            "check", str(config), "--sizes", "8,32", "--seeds", "0", "--tolerance", "9", "--steps", "1", *few
-        )
-        == 0
-    )
+    assert call("check", str(config), "--sizes", "8,32", "--seeds", "0", "--tolerance", "9", "--steps", "1", *few) == 0
     assert "are flat in the width" in capsys.readouterr().out
     for words, message in (
         (["check", str(config)], "check needs --sizes"),

@@ -45,18 +45,14 @@ def _in_the_foreground() -> Iterator[None]:
 # ------------------------------------------------------------------ whose files these are
 
 
-@pytest.mark.parametrize(
-    "foreign", ["checkpoints/mine.txt", "tensorboard/mine", "metrics.jsonl", "notes.txt"]
-)
+@pytest.mark.parametrize("foreign", ["checkpoints/mine.txt", "tensorboard/mine", "metrics.jsonl", "notes.txt"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_that_is_no_run_of_ours_is_left_as_it_is(tmp_path: Path, foreign: str, resume: bool) -> None:
     config = tiny_config(tmp_path, run__name="mine")
     file = config.run_path / foreign
     file.parent.mkdir(parents=True)
     file.write_text("years of work")
-    with pytest.raises(
-        LayerwiseError, match=rf"holds {foreign.split('/')[0]}.*--overwrite, which deletes"
-    ) as said:
+    with pytest.raises(LayerwiseError, match=rf"holds {foreign.split('/')[0]}.*--overwrite, which deletes") as said:
         train(config, progress="quiet", resume=resume)
     deleted = str(said.value).rpartition("deletes ")[2]
     assert (foreign.split("/")[0] in deleted) == (foreign != "notes.txt")
@@ -85,9 +81,7 @@ def test_no_command_writes_over_a_file_of_another_kind(
     output.write_text("years of work")
     command, *more = (str(run) if word == "RUN" else word for word in words)
     inputs = [] if command == "report" else [str(config)]
-    where = (
-        output.parent if file == "report.html" else output.with_suffix("" if command == "check" else ".json")
-    )
+    where = output.parent if file == "report.html" else output.with_suffix("" if command == "check" else ".json")
     assert call(command, *inputs, *more, "-o", str(where)) == 2
     assert "it is left as it is" in capsys.readouterr().err
     assert output.read_text() == "years of work"
@@ -150,13 +144,9 @@ def test_a_run_whose_record_was_lost_goes_on_and_does_not_begin_again(tmp_path: 
     assert [row["step"] for row in run.metrics] == [0, 2, 4, 5, 6, 8, 10, 12]
 
 
-def test_deleted_checkpoints_are_not_taken_for_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_deleted_checkpoints_are_not_taken_for_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = stopped(tmp_path, 3)  # before the first one was due
-    with pytest.raises(
-        LayerwiseError, match=r"came to step 2 and has no checkpoint yet.*--resume --or-start"
-    ):
+    with pytest.raises(LayerwiseError, match=r"came to step 2 and has no checkpoint yet.*--resume --or-start"):
         train(tiny_config(tmp_path), progress="quiet", resume=True)
     train(tiny_config(tmp_path), progress="plain", resume=True, or_start=True)
     assert "has no checkpoint: starting at step 0" in capsys.readouterr().err
@@ -168,9 +158,7 @@ def test_deleted_checkpoints_are_not_taken_for_none(
         train(tiny_config(tmp_path), progress="quiet", resume=True, or_start=True)
 
 
-def test_records_that_were_cut_are_said_to_be_and_hold_no_nul(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_records_that_were_cut_are_said_to_be_and_hold_no_nul(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = stopped(tmp_path, 6)
     metrics = path / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:100])
@@ -188,9 +176,7 @@ def test_a_manifest_that_was_made_up_is_one_line(tmp_path: Path) -> None:
         train(tiny_config(tmp_path), progress="quiet", resume=True, observers=[StopAt(0)])
 
 
-@pytest.mark.parametrize(
-    "key", ["name", "status", "config", "versions", "machine", "corpus", "result", "parameters"]
-)
+@pytest.mark.parametrize("key", ["name", "status", "config", "versions", "machine", "corpus", "result", "parameters"])
 def test_an_entry_of_another_kind_in_run_json_is_one_line(tmp_path: Path, key: str) -> None:
     """Found by tests/fuzz: it was a traceback where the entry was read."""
     path = fabricate(tmp_path / "a", "adamw", steps=10, with_layers=False)
@@ -202,9 +188,7 @@ def test_an_entry_of_another_kind_in_run_json_is_one_line(tmp_path: Path, key: s
 
 
 @pytest.mark.parametrize("odd", [None, "", "x", "2026"])
-def test_a_run_of_no_known_status_does_not_pass_for_one_that_has_ended(
-    tmp_path: Path, odd: str | None
-) -> None:
+def test_a_run_of_no_known_status_does_not_pass_for_one_that_has_ended(tmp_path: Path, odd: str | None) -> None:
     path = stopped(tmp_path, 6)
     info = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps({**info, "status": odd}))
@@ -255,9 +239,7 @@ def test_ctrl_c_waits_for_whole_records_and_is_written_down(tmp_path: Path) -> N
     assert run.info["stopped"] == {"step": 6, "reason": "interrupted"}
     assert [row["step"] for row in run.metrics] == [0, 2, 4, 5, 6]  # that of the step it came in too
     whole = train(tiny_config(tmp_path, run__name="whole"), progress="quiet", observers=[StopAt(0)])
-    resumed = train(
-        tiny_config(tmp_path, run__tensorboard=True), progress="quiet", resume=True, observers=[StopAt(0)]
-    )
+    resumed = train(tiny_config(tmp_path, run__tensorboard=True), progress="quiet", resume=True, observers=[StopAt(0)])
     assert [row.get("loss") for row in resumed.metrics] == [row.get("loss") for row in whole.metrics]
     assert "stopped" not in resumed.info
 
@@ -345,9 +327,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str) -> None:
 
 def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:
     [run] = load_runs([fabricate(tmp_path / "a", "adamw", steps=60, with_layers=False)])
-    group = Contender(
-        r"$\frac{$ and a name that is much too long for the room beside a figure", Look("#1c2127"), (run,)
-    )
+    group = Contender(r"$\frac{$ and a name that is much too long for the room beside a figure", Look("#1c2127"), (run,))
     with styled():
         for figure in (loss_curves([group, group]), loss_curves([group, group], PHONE)):
             figure.draw_without_rendering()
@@ -380,9 +360,7 @@ def test_multipliers_of_a_damaged_record_are_the_mean_of_what_there_is(tmp_path:
         mean_multipliers(str(path))
 
 
-def test_a_terminal_of_few_letters_does_not_end_a_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_of_few_letters_does_not_end_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by hand: what could not be encoded was a traceback when the work was done."""
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tiny_tree(tmp_path)))

@@ -31,9 +31,7 @@ from layerwise.lab.training.run import complete, train
         (["optimizer=lanton", "optimizer.rates.alpha=0.5", "optimizer.rates=noise_adaptive"], "optimizer.rates.alpha", 0.5),
     ],
 )  # fmt: skip
-def test_a_word_for_a_section_keeps_what_was_set(
-    tmp_path: Path, overrides: list[str], key: str, value: object
-) -> None:
+def test_a_word_for_a_section_keeps_what_was_set(tmp_path: Path, overrides: list[str], key: str, value: object) -> None:
     found: Any = complete(load_config(None, overrides)).model_dump()
     for part in key.split("."):
         found = found[part]
@@ -49,9 +47,7 @@ def test_a_key_that_then_belongs_to_no_one_is_named() -> None:
 
 def test_a_mapping_for_a_section_keeps_what_it_does_not_name(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(
-        "optimizer: {name: adamw, weight_decay: 0.3, role_factors: {head: 2}}\nmodel: gpt2-tiny\n"
-    )
+    file.write_text("optimizer: {name: adamw, weight_decay: 0.3, role_factors: {head: 2}}\nmodel: gpt2-tiny\n")
     overrides = ["optimizer={name: lanton}", "optimizer.role_factors={embedding: 3}", "model={n_layer: 2}"]
     config = complete(load_config(file, [*overrides, "optimizer={}"]))
     assert (config.optimizer.name, config.optimizer.weight_decay) == ("lanton", 0.3)
@@ -117,18 +113,12 @@ def test_a_billion_runs_are_refused(key: str) -> None:
 def test_wrong_rates_are_named_with_their_key() -> None:
     with pytest.raises(LayerwiseError, match=r"sweep\.lr=\{'low': 0.*a grid is a list of rates"):
         load_config(None, ["sweep.lr={low: 0, high: 1, count: 3}"], SweepConfig)
-    with pytest.raises(
-        LayerwiseError, match=r"compare\.lr_grid\.adamw\.1='yes': input should be a valid number"
-    ):
+    with pytest.raises(LayerwiseError, match=r"compare\.lr_grid\.adamw\.1='yes': input should be a valid number"):
         load_config(None, ["compare.lr_grid.adamw=[1e-3, yes]"], CompareConfig)
 
 
-@pytest.mark.parametrize(
-    "override", ["model.head_dim=3", "model.num_key_value_heads=3", "model.hidden_act=xx"]
-)
-def test_a_model_that_cannot_compute_is_found_before_an_older_run_is_replaced(
-    tmp_path: Path, override: str
-) -> None:
+@pytest.mark.parametrize("override", ["model.head_dim=3", "model.num_key_value_heads=3", "model.hidden_act=xx"])
+def test_a_model_that_cannot_compute_is_found_before_an_older_run_is_replaced(tmp_path: Path, override: str) -> None:
     """Found by hand: it was a traceback at the first batch, when the older run's checkpoints had been deleted."""
     tree = tiny_tree(tmp_path)
     tree["model"] = {
@@ -158,9 +148,7 @@ def test_heads_that_do_not_share_a_width_are_one_line() -> None:
 @pytest.mark.parametrize(
     "contender", ["{name: adamw, betas: [2, 2]}", "{name: adamw, role_factors: {conv: 2}}", "{name: adamw, eps: -1}"]
 )  # fmt: skip
-def test_a_contender_that_cannot_be_built_ends_a_comparison_before_it_begins(
-    tmp_path: Path, contender: str
-) -> None:
+def test_a_contender_that_cannot_be_built_ends_a_comparison_before_it_begins(tmp_path: Path, contender: str) -> None:
     tree = tiny_tree(tmp_path)
     tree["compare"] = {"optimizers": ["lanton", "bad"], "contenders": {"bad": yaml.safe_load(contender)}}
     file = tmp_path / "compare.yaml"

@@ -126,9 +126,7 @@ def test_noise_is_relative_to_the_median_of_its_group(runs: dict[str, Run]) -> N
         members = [i for i, g in enumerate(groups) if g == group]
         assert np.nanmedian(relative[members]) == pytest.approx(1)
     rows = [i for i, g in enumerate(groups) if g == "spectral"]
-    np.testing.assert_allclose(
-        relative[rows] / relative[rows[0]], history.noise[rows] / history.noise[rows[0]]
-    )
+    np.testing.assert_allclose(relative[rows] / relative[rows[0]], history.noise[rows] / history.noise[rows[0]])
 
 
 def test_a_curve_knows_its_best_rate_and_whether_it_is_at_the_end() -> None:
@@ -184,9 +182,7 @@ def test_settings_are_shared_or_differ(runs: dict[str, Run]) -> None:
     assert (row["units"], row["norm_group"]) == ("3 (q, k, v)", "spectral")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3.2, "3.2 s"), (48, "48 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(3.2, "3.2 s"), (48, "48 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -214,13 +210,9 @@ class _Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_is_self_contained_and_its_figures_are_files_too(
-    runs: dict[str, Run], tmp_path: Path
-) -> None:
+def test_the_page_is_self_contained_and_its_figures_are_files_too(runs: dict[str, Run], tmp_path: Path) -> None:
     curve = RateCurve("LANTON", Look(GREY), {1e-3: [3.4, 3.5], 2e-3: [3.2, 3.3], 4e-3: [math.inf, 3.6]})
-    story = Story(
-        title="A <title>", notes=["Rates were not tuned."], command="layerwise compare", grid=[curve]
-    )
+    story = Story(title="A <title>", notes=["Rates were not tuned."], command="layerwise compare", grid=[curve])
     path = write_report(contenders(list(runs.values())), tmp_path, story)
     page = path.read_text()
     parsed = _Page()

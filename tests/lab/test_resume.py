@@ -57,9 +57,7 @@ def final_state(run: Path) -> dict[str, Any]:
 def same(one: Any, other: Any) -> bool:
     """Equal bit for bit, all the way down."""
     if isinstance(one, torch.Tensor):
-        return torch.equal(
-            one.view(torch.uint8) if one.ndim else one, other.view(torch.uint8) if one.ndim else other
-        )
+        return torch.equal(one.view(torch.uint8) if one.ndim else one, other.view(torch.uint8) if one.ndim else other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
@@ -91,9 +89,7 @@ def crash(config: Config, step: int) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_resumes_exactly(tmp_path: Path, name: str) -> None:
     dropout = {"model__resid_pdrop": 0.2, "optimizer__name": name}
-    whole = train(
-        tiny_config(tmp_path, run__name="whole", **dropout), progress="quiet", observers=[CrashAfter(0)]
-    )
+    whole = train(tiny_config(tmp_path, run__name="whole", **dropout), progress="quiet", observers=[CrashAfter(0)])
     config = tiny_config(tmp_path, run__name="broken", **dropout)
     crash(config, 3)  # before the first checkpoint
     crash(config, 7)
@@ -115,9 +111,7 @@ def test_every_optimizer_resumes_exactly(tmp_path: Path, name: str) -> None:
 )
 def test_options_resume_exactly(tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {"optimizer__name": "lanton", **changes}
-    whole = train(
-        tiny_config(tmp_path, run__name="whole", **changes), progress="quiet", observers=[CrashAfter(0)]
-    )
+    whole = train(tiny_config(tmp_path, run__name="whole", **changes), progress="quiet", observers=[CrashAfter(0)])
     crash(tiny_config(tmp_path, run__name="broken", **changes), 6)
     resumed = train(
         tiny_config(tmp_path, run__name="broken", **changes),
@@ -130,9 +124,7 @@ def test_options_resume_exactly(tmp_path: Path, changes: dict[str, Any]) -> None
 
 def test_resuming_what_has_ended_or_not_begun(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    with pytest.raises(
-        LayerwiseError, match=r"gpt2-tiny-adamw does not exist.*--resume --or-start starts it"
-    ):
+    with pytest.raises(LayerwiseError, match=r"gpt2-tiny-adamw does not exist.*--resume --or-start starts it"):
         train(config, resume=True, progress="quiet")
     assert not config.run_path.exists()
     run = train(config, resume=True, or_start=True, progress="quiet")
@@ -194,9 +186,7 @@ def spoil(checkpoint: Path, damage: str) -> None:
 def test_when_every_checkpoint_is_damaged(tmp_path: Path, broken_run: Path) -> None:
     for path in list_checkpoints(broken_run / "checkpoints"):
         spoil(path, "truncate")
-    with pytest.raises(
-        LayerwiseError, match=r"step-00000008/state\.pt is truncated: \d+ bytes of \d+.*--overwrite"
-    ):
+    with pytest.raises(LayerwiseError, match=r"step-00000008/state\.pt is truncated: \d+ bytes of \d+.*--overwrite"):
         resume(tmp_path)
 
 
@@ -211,9 +201,7 @@ def test_when_every_checkpoint_is_damaged(tmp_path: Path, broken_run: Path) -> N
         ({"training__seed": 1}, "training.seed was 0, is 1"),
     ],
 )
-def test_a_checkpoint_of_another_run(
-    tmp_path: Path, broken_run: Path, changes: dict[str, Any], words: str
-) -> None:
+def test_a_checkpoint_of_another_run(tmp_path: Path, broken_run: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(LayerwiseError, match=words):
         resume(tmp_path, **changes)
     (broken_run / "run.json").unlink()  # then the checkpoint itself says so
@@ -233,9 +221,7 @@ def test_other_text_and_other_observers(tmp_path: Path, broken_run: Path) -> Non
 def test_what_may_change(tmp_path: Path, broken_run: Path) -> None:
     shutil.move(tmp_path / "text.txt", tmp_path / "moved.txt")
     (tmp_path / "text.txt").write_text("other text, not named by the config")
-    run = resume(
-        tmp_path, data__paths=[str(tmp_path / "moved.txt")], training__keep=1, training__checkpoint_every=5
-    )
+    run = resume(tmp_path, data__paths=[str(tmp_path / "moved.txt")], training__keep=1, training__checkpoint_every=5)
     assert run.status == "finished"
     assert len(list_checkpoints(run.path / "checkpoints")) == 1
 
@@ -291,10 +277,7 @@ def kill_and_resume(tmp_path: Path, kills: int, steps: int) -> None:
     last.join()
     assert last.exitcode == 0
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "broken")
-    started = [
-        json.loads((tmp_path / "runs" / name / "run.json").read_text())["status"]
-        for name in ("whole", "broken")
-    ]
+    started = [json.loads((tmp_path / "runs" / name / "run.json").read_text())["status"] for name in ("whole", "broken")]
     assert started == ["finished", "finished"]
 
 

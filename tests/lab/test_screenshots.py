@@ -78,9 +78,7 @@ def probe(page: Path, width: int) -> dict[str, int]:
         f'<iframe src="probed.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
         'onload = () => { document.body.innerHTML = document.querySelector("iframe").contentDocument.title }</script>'
     )
-    dom = chromium(
-        "--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom", frame.as_uri()
-    )
+    dom = chromium("--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom", frame.as_uri())
     found = re.search(r"\{.*\}", dom)
     assert found, dom[-500:]
     return dict(json.loads(found[0]))

@@ -82,9 +82,7 @@ def test_equal_trials_are_one(tmp_path: Path) -> None:
     at_base = {plan.points[Point(method, 4, 0.1, 0)].id for method in ("standard", "flerm", "mup")}
     assert len(at_base) == 1  # the base model is trained plainly, whatever takes its rate over
     assert len(plan.trials) == 2 * (2 + 4)
-    large = {
-        method: plan.points[Point(method, 8, 0.1, 0)] for method in ("standard", "flerm", "uniform", "mup")
-    }
+    large = {method: plan.points[Point(method, 8, 0.1, 0)] for method in ("standard", "flerm", "uniform", "mup")}
     assert large["mup"].config["optimizer"]["role_factors"] == {"hidden": 0.5, "head": 0.5}
     assert large["flerm"].needs_base
     assert not large["uniform"].needs_base
@@ -106,9 +104,7 @@ def test_the_identity_of_a_trial_is_all_that_its_result_depends_on(tmp_path: Pat
         assert not ids & set(make_plan(config.replace({key: value})).trials), key
     # What only the measurement depends on concerns the matched trials alone.
     measured = ids - set(make_plan(config.replace({"sweep.base_seeds": [1]})).trials)
-    assert measured == {
-        t.id for p, t in make_plan(config).points.items() if (p.method, p.size) == ("flerm", 8)
-    }
+    assert measured == {t.id for p, t in make_plan(config).points.items() if (p.method, p.size) == ("flerm", 8)}
 
 
 def test_half_a_last_line_is_cut_and_one_process_writes(tmp_path: Path) -> None:
@@ -139,9 +135,7 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
 
     ran = []
     run_trial = run_sweep.run_trial
-    monkeypatch.setattr(
-        run_sweep, "run_trial", lambda trial, base: ran.append(trial.id) or run_trial(trial, base)
-    )
+    monkeypatch.setattr(run_sweep, "run_trial", lambda trial, base: ran.append(trial.id) or run_trial(trial, base))
     run_sweep.run_sweep(config, LocalEngine(0), progress="quiet")
     assert ran == []
     # Killed in the middle of the last line: that trial alone is run again, and ends as it did.
@@ -167,9 +161,7 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
 def test_worker_processes_give_the_same_results(tmp_path: Path) -> None:
     config = sweep_config(tmp_path, sweep__methods=["flerm"], sweep__lr=[0.01, 0.02])
     alone = run_sweep.run_sweep(config, LocalEngine(0), progress="quiet").folder
-    side_by_side = run_sweep.run_sweep(
-        config.replace({"run.name": "workers"}), LocalEngine(1), progress="quiet"
-    ).folder
+    side_by_side = run_sweep.run_sweep(config.replace({"run.name": "workers"}), LocalEngine(1), progress="quiet").folder
     one, other = (read_results(folder / "results.jsonl") for folder in (alone, side_by_side))
     assert {id: row["loss"] for id, row in one.items()} == {id: row["loss"] for id, row in other.items()}
 
@@ -280,9 +272,7 @@ def test_every_axis_changes_the_model_and_matches_it_to_the_base(tmp_path: Path,
 
 def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
     config = sweep_config(tmp_path)
-    pretrained = validate(
-        Config, {**config.model_dump(exclude={"sweep"}), "run": {"dir": str(tmp_path), "name": "start"}}
-    )
+    pretrained = validate(Config, {**config.model_dump(exclude={"sweep"}), "run": {"dir": str(tmp_path), "name": "start"}})
     train(pretrained.replace({"optimizer.lr": 0.01, "run.tensorboard": False}), progress="quiet")
     config = config.replace(
         {

@@ -135,7 +135,5 @@ def test_options_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_versions_must_agree() -> None:
-    with pytest.raises(
-        LayerwiseError, match=r"has torch 2[.0-9+a-z]*, the one it was started on 2.12.1: install"
-    ):
+    with pytest.raises(LayerwiseError, match=r"has torch 2[.0-9+a-z]*, the one it was started on 2.12.1: install"):
         start_worker(1, {**versions(), "torch": "2.12.1"})

@@ -115,9 +115,7 @@ def test_all_contenders_start_from_the_same_weights_and_validation_loss(tmp_path
 
 
 @pytest.mark.parametrize(("every", "recorded"), [(10, [4]), (3, [3, 4]), (2, [2, 4]), (0, [])])
-def test_layer_rates_are_recorded_at_the_last_step_too(
-    tmp_path: Path, every: int, recorded: list[int]
-) -> None:
+def test_layer_rates_are_recorded_at_the_last_step_too(tmp_path: Path, every: int, recorded: list[int]) -> None:
     config = tiny_config(tmp_path, optimizer__name="lanton", training__steps=4, training__record_every=every)
     assert [row["step"] for row in train(config, progress="quiet").layers] == recorded
 

@@ -56,9 +56,7 @@ def literal_decoder(p: dict[str, Tensor], ids: Tensor, norm: Norm, blocks: int, 
         for b in range(blocks):
 
             def attention(x: Tensor, b: int = b) -> Tensor:
-                q, k, v = (
-                    x @ p[f"blocks.{b}.attention.{part}.weight"].T for part in ("query", "key", "value")
-                )
+                q, k, v = (x @ p[f"blocks.{b}.attention.{part}.weight"].T for part in ("query", "key", "value"))
                 size, parts = d // heads, []
                 for h in range(heads):
                     at = slice(h * size, (h + 1) * size)
@@ -88,9 +86,7 @@ def literal_decoder(p: dict[str, Tensor], ids: Tensor, norm: Norm, blocks: int, 
 @pytest.mark.parametrize("norm", NORMS)
 def test_decoder_is_the_papers_definition(norm: Norm, kind: str) -> None:
     torch.manual_seed(0)
-    model = Decoder(
-        11, norm=norm, width=2, depth=3, base_width=4, base_heads=1, base_blocks=1, attention=kind
-    ).double()
+    model = Decoder(11, norm=norm, width=2, depth=3, base_width=4, base_heads=1, base_blocks=1, attention=kind).double()
     ids = torch.randint(11, (2, 6))
     expected = literal_decoder(dict(model.named_parameters()), ids, norm, blocks=3, heads=2, m=3)
     # The sinusoids' angles are computed in float32: their error is about 6 positions * 1e-7.
@@ -163,9 +159,7 @@ def test_digits_come_once_in_a_pass_and_never_from_the_held_out_ones() -> None:
 
 
 def test_a_fraction_that_holds_no_image_out_is_refused() -> None:
-    config = Config.model_validate(
-        {"model": "resmlp", "data": {"source": "digits", "validation_fraction": 0.0002}}
-    )
+    config = Config.model_validate({"model": "resmlp", "data": {"source": "digits", "validation_fraction": 0.0002}})
     with pytest.raises(LayerwiseError, match=r"data.validation_fraction=0.0002 .* holds none out"):
         ImageData(config)
 
@@ -212,11 +206,7 @@ def test_initial_scales_multiply_initial_weights(preset: str) -> None:
     config = Config.model_validate({"model": settings})
     examples = Examples(9, 8, 4 if preset == "resmlp" else None)
     plain, scaled = (
-        dict(
-            build_model(
-                config.replace(resized(config.model, "init_scale", scale)).model, examples, 0
-            ).named_parameters()
-        )
+        dict(build_model(config.replace(resized(config.model, "init_scale", scale)).model, examples, 0).named_parameters())
         for scale in (1, 4)
     )
     # The paper's models keep the layers into and out of the stack, transformers' scale every matrix. Factors of two

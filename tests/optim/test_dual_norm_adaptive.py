@@ -105,9 +105,7 @@ def test_the_weighted_median_is_that_of_every_value_repeated_by_its_weight(value
 
 
 def depthwise(channels):
-    model = nn.Sequential(
-        nn.Linear(16, 16, bias=False), nn.Linear(16, 48, bias=False), nn.Linear(48, 16, bias=False)
-    )
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 48, bias=False), nn.Linear(48, 16, bias=False))
     if channels:
         model.append(nn.Conv1d(channels, channels, 4, groups=channels, bias=False))
     return model

@@ -62,11 +62,7 @@ class Counted(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         long = ids.shape[1]
         counted = torch.arange(long, device=ids.device)
-        x = (
-            self.words(ids)
-            + self.kinds(self.zeros.gather(1, self.numbers)[:, :long])
-            + self.whole.weight[:long]
-        )
+        x = self.words(ids) + self.kinds(self.zeros.gather(1, self.numbers)[:, :long]) + self.whole.weight[:long]
         x = x + self.places(counted) + self.shifted(counted.unsqueeze(0).expand(len(ids), -1) + 2)
         x = x + self.kept(self.numbers[:, :long]) + self.both(counted) + self.both(ids)
         x = x + self.apart((counted[:, None] - counted).abs().clamp(max=5)).mean(1)  # relative positions
@@ -104,9 +100,7 @@ def test_tables_that_are_read_by_position_are_not_decayed() -> None:
     """Whatever they are called; a batch that counts up itself makes no table one of positions."""
     groups = lw.param_groups(Counted(), torch.arange(6).expand(2, -1))
     optimizer = lw.DMuon(groups, lr=0.1, weight_decay=0.5)
-    assert decayed(optimizer) == {
-        f"{name}.weight" for name in ("words", "kinds", "both", "mapped", "bag", "head")
-    }
+    assert decayed(optimizer) == {f"{name}.weight" for name in ("words", "kinds", "both", "mapped", "bag", "head")}
 
 
 def test_positions_are_known_on_the_meta_device_too() -> None:

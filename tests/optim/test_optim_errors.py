@@ -143,9 +143,7 @@ def test_each_bad_value_is_named_with_its_mend(case):
 
 
 def test_an_option_that_adamw_does_not_have_says_so():
-    with pytest.warns(
-        UserWarning, match=r"momentum=0.5 of the group of 'embed.weight' has no effect.*\"lmo\""
-    ):
+    with pytest.warns(UserWarning, match=r"momentum=0.5 of the group of 'embed.weight' has no effect.*\"lmo\""):
         lw.Muon(lw.param_groups(net(), {"embed.weight": {"momentum": 0.5}}))
 
 

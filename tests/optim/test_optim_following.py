@@ -107,9 +107,7 @@ def test_what_is_unfrozen_is_trained_from_the_next_step_on_which_says_so_once(na
         train(run, its_model)
         freeze(its_model, on=False)
     other.add_trainable(asked)
-    with pytest.warns(
-        UserWarning, match=r"'embed.weight'.* are trained from this step on.*add_trainable\(model\)"
-    ):
+    with pytest.warns(UserWarning, match=r"'embed.weight'.* are trained from this step on.*add_trainable\(model\)"):
         train(optimizer, model, [0])
     silent(train, other, asked, [0])
     assert_same_bits(tensors(model, optimizer), tensors(asked, other))
@@ -194,9 +192,9 @@ def test_plain_parameters_of_a_known_model_get_their_roles_and_keep_the_options_
     stranger = nn.Parameter(torch.ones(3, 2))
     with pytest.warns(UserWarning, match="by shape alone"):  # of the stranger
         optimizer.add_param_group({"params": [*backbone, stranger], "lr": 0.125})
-    assert {
-        key: kind for key, kind in kinds(optimizer).items() if key in kinds(make("lanton", net()))
-    } == kinds(make("lanton", net()))
+    assert {key: kind for key, kind in kinds(optimizer).items() if key in kinds(make("lanton", net()))} == kinds(
+        make("lanton", net())
+    )
     assert group_of(optimizer, "embed.weight")["lr"] == 0.125
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters())) + 1
 
@@ -242,14 +240,8 @@ def test_a_resized_vocabulary_is_followed_and_its_rows_keep_their_state(name, en
     for key, p in (("embed", model.embed.weight), ("head", model.head.weight)):
         assert p.shape[0] == entries
         for kind, value in optimizer.state[p].items():
-            if (
-                torch.is_tensor(value)
-                and value.shape == p.shape
-                and kind in ("exp_avg_sq", "momentum_buffer")
-            ):
-                decay, grad = (
-                    (0.95, p.grad**2) if kind == "exp_avg_sq" else (momentum_of(optimizer, p), p.grad)
-                )
+            if torch.is_tensor(value) and value.shape == p.shape and kind in ("exp_avg_sq", "momentum_buffer"):
+                decay, grad = (0.95, p.grad**2) if kind == "exp_avg_sq" else (momentum_of(optimizer, p), p.grad)
                 expected = (1 - decay) * grad
                 expected[:rows] += decay * old[key][kind][:rows]
                 torch.testing.assert_close(value, expected)
@@ -278,9 +270,7 @@ def test_where_the_model_is_not_known_a_parameter_without_numbers_is_an_error():
     for p in model.parameters():
         nn.init.ones_(p)
     loss_of(model).backward()
-    with pytest.raises(
-        lw.LayerwiseError, match=r"'embed.weight' is on the meta device.*add_trainable\(model\)"
-    ):
+    with pytest.raises(lw.LayerwiseError, match=r"'embed.weight' is on the meta device.*add_trainable\(model\)"):
         optimizer.step()
     assert optimizer.add_trainable(model) == []
     before = model.up.weight.detach().clone()
@@ -374,9 +364,7 @@ def test_master_copies_that_a_framework_put_into_the_groups_stay_there():
     optimizer.step()
     optimizer.zero_grad()
     optimizer.step()  # none has a gradient
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(
-        map(id, masters.values())
-    )
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, masters.values()))
 
 
 def test_the_groups_do_not_keep_a_model_alive():

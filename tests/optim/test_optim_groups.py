@@ -58,10 +58,7 @@ def moved_by(optimizer, model):
     """The largest change of an entry in one step of AdamW from fresh moments: the rate itself, but for eps."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     take_step(optimizer, model, 0)
-    return {
-        name: float((parameter.detach() - before[name]).abs().max())
-        for name, parameter in model.named_parameters()
-    }
+    return {name: float((parameter.detach() - before[name]).abs().max()) for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize(("given", "factor"), [({}, 3.0), ({"lr_scale": 0.5}, 1.5), ({"lr": 1.0}, 1.0)])
@@ -90,9 +87,7 @@ def test_a_checkpoint_whose_rate_has_dual_muons_factor_inside_keeps_that_rate():
 def test_rates_that_hold_their_scale_already_are_warned_of_once():
     """timm's schedulers write `lr * lr_scale`."""
     model = net()
-    optimizer = lw.Lanton(
-        lw.param_groups(model, {"up.weight": {"lr_scale": 0.3}, "head.weight": {"lr_scale": 0.7}})
-    )
+    optimizer = lw.Lanton(lw.param_groups(model, {"up.weight": {"lr_scale": 0.3}, "head.weight": {"lr_scale": 0.7}}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         take_step(optimizer, model, 0)
@@ -175,19 +170,14 @@ def test_a_group_without_parameters_is_a_group(name):
 
 
 def test_the_table_tells_what_each_group_became():
-    groups = lw.param_groups(
-        net(), {"up.weight": {"lr_scale": 0.5, "name": "first"}, "head.weight": {"lr": 0.125}}
-    )
+    groups = lw.param_groups(net(), {"up.weight": {"lr_scale": 0.5, "name": "first"}, "head.weight": {"lr": 0.125}})
     optimizer = lw.Scion(groups, lr=0.25, weight_decay=0.1)
     header, rule, *lines = optimizer.groups_table().splitlines()
     assert len(lines) == len(optimizer.param_groups)
     assert header.split()[:4] == ["role", "parameters", "entries", "lr"]
     assert set(rule) == {"-", " "}
     (hidden,) = [line for line in lines if "first" in line]
-    assert all(
-        part in hidden
-        for part in ("hidden", "60", "0.125 = 0.25 * 0.5", "0.1", "lmo", "Spectral", "name='first'")
-    )
+    assert all(part in hidden for part in ("hidden", "60", "0.125 = 0.25 * 0.5", "0.1", "lmo", "Spectral", "name='first'"))
     muon = lw.Muon(lw.param_groups(net())).groups_table()
     assert "adamw" in muon
     assert "Sign" not in muon

@@ -52,7 +52,5 @@ def test_bytes_of_state(preset, rule, which, float32, bfloat16, per_unit):
         groups = [group for group in optimizer.param_groups if repr(group["update"]) in update]
         assert which != "all" or len(groups) == len(optimizer.param_groups)
         params = [p for group in groups for p in group["params"]]  # each is one unit in this model
-        held = sum(
-            v.nbytes for p in params for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)
-        )
+        held = sum(v.nbytes for p in params for v in optimizer.state[p].values() if isinstance(v, torch.Tensor))
         assert held == per_entry * sum(p.numel() for p in params) + per_unit * len(params)

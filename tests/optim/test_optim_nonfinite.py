@@ -129,9 +129,7 @@ def test_a_step_allowed_on_the_device_equals_the_hosts(name, dtype, tensor_lr, m
         {n: v for n, v in host.items() if n not in by_adamw},
         {n: v for n, v in device.items() if n not in by_adamw},
     )
-    for n in (
-        by_adamw
-    ):  # the fused kernel and the loop round differently, in the last digits of a step of at most lr
+    for n in by_adamw:  # the fused kernel and the loop round differently, in the last digits of a step of at most lr
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(host[n], device[n], rtol=4 * eps, atol=4 * 2**-9 * max(eps, 1e-6) * 4)
 

@@ -97,9 +97,7 @@ def test_torchs_muon_as_published_differs_by_its_bfloat16_alone():
     start = twin(models["ours"])
     optimizers = {name: lw.DMuon(lw.param_groups(m), lr=0.02) for name, m in models.items()}
     published = split(models["published"])[0]
-    optimizers["published"] = torch.optim.Muon(
-        published, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-    )
+    optimizers["published"] = torch.optim.Muon(published, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step in range(STEPS):
         for name, model in models.items():
             set_gradients(model, step)
@@ -212,9 +210,7 @@ def test_namo_is_the_papers_scalar_on_d_muon():
             ratio = math.sqrt(1 - 0.99**t) / (1 - 0.95**t) * u.norm().item() / (moments[name] ** 0.5 + 1e-8)
             multiplier = min(1.0, ratio)
             seen.append(multiplier)
-            assert rates[name].multiplier == pytest.approx(
-                multiplier, rel=1e-5
-            )  # powers and roots in float32
+            assert rates[name].multiplier == pytest.approx(multiplier, rel=1e-5)  # powers and roots in float32
             w.mul_(1 - 1e-2 * 0.1).sub_(1e-2 * multiplier * 0.2 * math.sqrt(10) * quintic(u))
     assert min(seen) < 0.9
     for name, w in weights.items():
@@ -241,9 +237,7 @@ def test_muon_keeps_adamw_out_of_the_rates_of_a_rule():
 def test_a_convolution_is_stepped_as_its_flattened_matrix():
     """Jordan's Muon flattens [out, in, kh, kw] to [out, in kh kw] and scales by that matrix's shape."""
     torch.manual_seed(0)
-    conv = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 40, (2, 3)), torch.nn.Flatten(), torch.nn.Linear(40, 2)
-    ).double()
+    conv = torch.nn.Sequential(torch.nn.Conv2d(3, 40, (2, 3)), torch.nn.Flatten(), torch.nn.Linear(40, 2)).double()
     weight = conv[0].weight.detach().clone()
     optimizer = lw.Muon(lw.param_groups(conv), lr=0.02)
     set_gradients(conv, 0)

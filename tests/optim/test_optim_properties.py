@@ -30,9 +30,7 @@ def train(optimizer, model, seed, scale=1.0, steps=4, skip=()):
 
 
 @few
-@given(
-    preset=presets, rule=rules, order=st.permutations(range(8)), seed=st.integers(0, 10**6), data=st.data()
-)
+@given(preset=presets, rule=rules, order=st.permutations(range(8)), seed=st.integers(0, 10**6), data=st.data())
 def test_neither_the_order_of_parameters_nor_their_grouping_matters(preset, rule, order, seed, data):
     model, other = net(torch.float64), net(torch.float64)
     singles = [
@@ -80,15 +78,11 @@ def test_the_scale_of_the_gradients_does_not_matter_at_alpha_zero(preset, rule, 
 
 
 @few
-@given(
-    preset=presets, names=st.sets(st.sampled_from(["up.weight", "down.weight"])), seed=st.integers(0, 10**6)
-)
+@given(preset=presets, names=st.sets(st.sampled_from(["up.weight", "down.weight"])), seed=st.integers(0, 10**6))
 def test_static_multipliers_of_one_are_no_rule(preset, names, seed):
     model, other = net(), net()
     optimizers = (
-        preset(lw.param_groups(model))
-        if preset is not lw.Lanton
-        else preset(lw.param_groups(model), rates=None),
+        preset(lw.param_groups(model)) if preset is not lw.Lanton else preset(lw.param_groups(model), rates=None),
         preset(lw.param_groups(other), rates=lw.StaticRates(dict.fromkeys(names, 1.0))),
     )
     for m, optimizer in zip((model, other), optimizers, strict=True):
@@ -111,9 +105,7 @@ def test_a_static_multiplier_multiplies_the_step_and_not_the_decay(multiplier, s
         other.down.weight - decayed, multiplier * (model.down.weight - decayed), rtol=1e-6, atol=1e-15
     )
     assert torch.equal(other.up.weight, model.up.weight)
-    assert math.isclose(
-        optimizers[1].layer_rates()["down.weight"].lr, 2e-3 * multiplier, rel_tol=1e-6, abs_tol=1e-12
-    )
+    assert math.isclose(optimizers[1].layer_rates()["down.weight"].lr, 2e-3 * multiplier, rel_tol=1e-6, abs_tol=1e-12)
 
 
 @few

@@ -62,9 +62,7 @@ def test_a_run_goes_on_under_other_wrappers(wrapper, strict, back, named):
             for key, value in optimizer.state[mine].items():
                 assert torch.equal(value, again.state[theirs][key]), key
     made_afresh = made(back, net())
-    assert names == [
-        group["param_names"] for group in made_afresh.param_groups
-    ]  # its own names, not the saved ones
+    assert names == [group["param_names"] for group in made_afresh.param_groups]  # its own names, not the saved ones
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")

@@ -29,9 +29,7 @@ def one_matrix(preset, start, **options):
 def test_decay_and_step_are_rounded_once(dtype, lr, decay):
     """A sign step is exact, so the new weights are those of float64 rounded once, to the last bit but at ties."""
     start = (torch.rand(32, 32, generator=torch.Generator().manual_seed(0)) * 4 - 2).to(dtype)
-    weight, optimizer = one_matrix(
-        lw.Scion, start, lr=lr, weight_decay=decay, momentum=0.0, radius={"hidden": 1.0}
-    )
+    weight, optimizer = one_matrix(lw.Scion, start, lr=lr, weight_decay=decay, momentum=0.0, radius={"hidden": 1.0})
     weight.grad = torch.where(start > 0, -1.0, 1.0).to(dtype)
     optimizer.step()
     exact = start.double() * (1 - 0.0078125 * decay) - 0.0078125 * weight.grad.sign().double()
@@ -130,9 +128,7 @@ def steps_of(preset, start, count, gradient=1.0, **options):
 def test_steps_below_the_spacing_are_said_once_and_not_where_they_move():
     start = (torch.rand(16, 16) + 1).bfloat16()
     options = {"lr": 1e-3, "weight_decay": 0.0}
-    with pytest.warns(
-        UserWarning, match=r"100 % of the weights in half precision.*rounding='stochastic'"
-    ) as told:
+    with pytest.warns(UserWarning, match=r"100 % of the weights in half precision.*rounding='stochastic'") as told:
         weight, _ = steps_of(lw.Scion, start, 120, **options, radius={"hidden": 1.0})
     assert len(told) == 1
     assert torch.equal(weight, start)

@@ -101,10 +101,7 @@ def test_a_hook_may_change_what_is_loaded():
     state = optimizer.state_dict()
 
     def filled(_, given):
-        values = {
-            i: {**state, "momentum_buffer": state["momentum_buffer"] + 7}
-            for i, state in given["state"].items()
-        }
+        values = {i: {**state, "momentum_buffer": state["momentum_buffer"] + 7} for i, state in given["state"].items()}
         return {**given, "state": values, "skipped_steps": 3}
 
     again.register_load_state_dict_pre_hook(filled)
@@ -127,9 +124,7 @@ def test_a_hook_may_change_what_is_loaded():
 )
 def test_equal_rules_load_each_other(one, other):
     assert one == other
-    lw.Lanton(lw.param_groups(net()), rates=other).load_state_dict(
-        lw.Lanton(lw.param_groups(net()), rates=one).state_dict()
-    )
+    lw.Lanton(lw.param_groups(net()), rates=other).load_state_dict(lw.Lanton(lw.param_groups(net()), rates=one).state_dict())
 
 
 SCRIPT = """
@@ -273,9 +268,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(case):
 def test_a_checkpoint_of_another_width_names_the_shapes():
     small, large = (torch.nn.Sequential(torch.nn.Linear(3, w), torch.nn.Linear(w, 2)) for w in (4, 5))
     state = lw.Lanton(lw.param_groups(large)).state_dict()
-    with pytest.raises(
-        lw.LayerwiseError, match=r"momentum_buffer of '0.weight' has shape \(5, 3\) in it and \(4, 3\)"
-    ):
+    with pytest.raises(lw.LayerwiseError, match=r"momentum_buffer of '0.weight' has shape \(5, 3\) in it and \(4, 3\)"):
         lw.Lanton(lw.param_groups(small)).load_state_dict(state)
 
 

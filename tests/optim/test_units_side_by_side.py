@@ -193,9 +193,7 @@ def test_a_gradient_without_numbers_is_an_error_that_names_its_parameter():
     optimizer = lw.Muon(lw.param_groups(model))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(
-        lw.LayerwiseError, match=r"'1\.(weight|bias)' is on the meta device and has no numbers"
-    ):
+    with pytest.raises(lw.LayerwiseError, match=r"'1\.(weight|bias)' is on the meta device and has no numbers"):
         optimizer.step()
 
 

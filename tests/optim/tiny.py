@@ -55,15 +55,9 @@ OPTIMIZERS = {
     "signum": lw.Signum,
     "static": lambda groups, **kw: lw.Lanton(groups, rates=lw.StaticRates({"up.weight": 0.5}), **kw),
     "lanton": lw.Lanton,
-    "lanton-bf16": lambda groups, **kw: lw.Lanton(
-        groups, rates=lw.NoiseAdaptive(reference="previous_bf16"), **kw
-    ),
-    "lanton-momentum": lambda groups, **kw: lw.Lanton(
-        groups, rates=lw.NoiseAdaptive(reference="momentum", alpha=1.0), **kw
-    ),
-    "lanton-independent": lambda groups, **kw: lw.Lanton(
-        groups, rates=lw.NoiseAdaptive(reference="independent"), **kw
-    ),
+    "lanton-bf16": lambda groups, **kw: lw.Lanton(groups, rates=lw.NoiseAdaptive(reference="previous_bf16"), **kw),
+    "lanton-momentum": lambda groups, **kw: lw.Lanton(groups, rates=lw.NoiseAdaptive(reference="momentum", alpha=1.0), **kw),
+    "lanton-independent": lambda groups, **kw: lw.Lanton(groups, rates=lw.NoiseAdaptive(reference="independent"), **kw),
 }
 
 

@@ -106,9 +106,7 @@ class Rates(Mapping[str, Rate]):
 
     def beside(self, first_order: Rates) -> Rates:
         """These rates of whole updates, with those to first order beside them."""
-        rates = {
-            name: replace(rate, linear=first_order.rates[name].value) for name, rate in self.rates.items()
-        }
+        rates = {name: replace(rate, linear=first_order.rates[name].value) for name, rate in self.rates.items()}
         return replace(self, rates=rates)
 
     def nonlinear(self, share: float = 0.1) -> list[str]:
@@ -162,8 +160,7 @@ class Rates(Mapping[str, Rate]):
         axes = ax if ax is not None else plt.subplots(figsize=(7, 1 + 0.22 * len(shown)))[1]
         values = [self.rates[name].value for name in shown]
         bounds = [
-            self.interval(name) if self.rates[name].stderr >= 0 else (v, v)
-            for name, v in zip(shown, values, strict=True)
+            self.interval(name) if self.rates[name].stderr >= 0 else (v, v) for name, v in zip(shown, values, strict=True)
         ]
         below = [v - low for v, (low, _) in zip(values, bounds, strict=True)]
         above = [high - v for v, (_, high) in zip(values, bounds, strict=True)]
@@ -188,9 +185,7 @@ class Rates(Mapping[str, Rate]):
             rates = {name: Rate(**_without_null(rate)) for name, rate in data["rates"].items()}
             rest = {field.name: data[field.name] for field in fields(Rates) if field.name != "rates"}
         except (KeyError, TypeError, AttributeError) as error:
-            raise LayerwiseError(
-                f"not function-space rates: {error!r} (made by Rates.to_dict or Rates.save)"
-            ) from error
+            raise LayerwiseError(f"not function-space rates: {error!r} (made by Rates.to_dict or Rates.save)") from error
         return Rates(rates, **rest)
 
     def save(self, path: str | Path) -> None:

@@ -77,9 +77,7 @@ class AxesLayout(Layout):
         for names, size in zip(words, shape, strict=True):
             known = prod(int(name) for name in names if name.isdigit())
             self._expect(size % max(known, 1) == 0, shape, f"({self.pattern})")
-            factors += [
-                ("k", int(name)) if name.isdigit() else (name, size // max(known, 1)) for name in names
-            ]
+            factors += [("k", int(name)) if name.isdigit() else (name, size // max(known, 1)) for name in names]
         return factors
 
     def __str__(self) -> str:

@@ -64,6 +64,4 @@ def check_dtype(name: str, p: Any) -> None:
     if p.is_complex():
         raise LayerwiseError(f"{name} is complex ({p.dtype}): train its view_as_real, or freeze it")
     if not p.is_floating_point():
-        raise LayerwiseError(
-            f"{name} is of type {p.dtype}: freeze it (requires_grad=False) or make it floating-point"
-        )
+        raise LayerwiseError(f"{name} is of type {p.dtype}: freeze it (requires_grad=False) or make it floating-point")

@@ -54,17 +54,13 @@ def default_geometry(role: str, kernel: tuple[int, ...] = (), layout: Layout | N
     return {"embedding": Sign(), "head": Sign(per_input=True), "vector": VectorRMS()}[role]
 
 
-def matched(
-    argument: str, patterns: Mapping[str, Any], names: list[tuple[str, ...]], frozen: list[str]
-) -> dict[str, Any]:
+def matched(argument: str, patterns: Mapping[str, Any], names: list[tuple[str, ...]], frozen: list[str]) -> dict[str, Any]:
     """First name of each parameter that a pattern matches -> the pattern's value."""
     matched_by: dict[str, str] = {}
     for pattern in patterns:
         hits = [own[0] for own in names if any(fnmatchcase(name, pattern) for name in own)]
         if not hits and any(fnmatchcase(name, pattern) for name in frozen):
-            raise LayerwiseError(
-                f"{argument}: {pattern!r} matches frozen parameters only; drop it or unfreeze them"
-            )
+            raise LayerwiseError(f"{argument}: {pattern!r} matches frozen parameters only; drop it or unfreeze them")
         if not hits:
             raise LayerwiseError(f"{argument}: {pattern!r} matches no parameter{_nearest(pattern, names)}")
         for name in hits:
@@ -83,9 +79,7 @@ def options_by_name(
     """First name of each parameter that something overrides -> its options: by role, then by name, then the next dict."""
     merged: dict[str, dict[str, Any]] = defaultdict(dict)
     for layer in [overrides] if isinstance(overrides, Mapping) else overrides:
-        by_role = {
-            key.removeprefix("role:"): value for key, value in layer.items() if key.startswith("role:")
-        }
+        by_role = {key.removeprefix("role:"): value for key, value in layer.items() if key.startswith("role:")}
         for role in by_role:
             _check_role(role, "'role:...'")
         for found in trainable:
@@ -188,33 +182,25 @@ def _patterned(found: Found, pattern: str) -> Layout:
 def overridden(found: Found, given: Mapping[str, Any]) -> Assigned:
     options = dict(given)
     if "params" in options:
-        raise LayerwiseError(
-            f"overrides: 'params' of {found.name} cannot be overridden; patterns choose the parameters"
-        )
+        raise LayerwiseError(f"overrides: 'params' of {found.name} cannot be overridden; patterns choose the parameters")
     role = options.pop("role", found.role)
     _check_role(role, found.name)
     layout = options.pop("layout", None)
     if layout is None:
         layout = found.layout if role == found.role else _layout_of_role(found, role)
     elif not isinstance(layout, Layout):
-        raise LayerwiseError(
-            f"overrides: layout of {found.name} is {layout!r}; give one of layerwise.geometry's layouts"
-        )
+        raise LayerwiseError(f"overrides: layout of {found.name} is {layout!r}; give one of layerwise.geometry's layouts")
     try:
         layout.shapes(tuple(found.parameter.shape))
     except LayerwiseError as error:
         raise LayerwiseError(f"overrides: {found.name}: {error}") from None
     geometry = options.pop("geometry", None) or default_geometry(role, found.kernel, layout)
     if not isinstance(geometry, Geometry):
-        raise LayerwiseError(
-            f"overrides: geometry of {found.name} is {geometry!r}; give one, such as Spectral()"
-        )
+        raise LayerwiseError(f"overrides: geometry of {found.name} is {geometry!r}; give one, such as Spectral()")
     if role == "vector" or (found.undecayed and role == found.role):
         options.setdefault("weight_decay", 0.0)
     known = role != found.role or "layout" in given
-    return Assigned(
-        replace(found, role=role, layout=layout, note="" if known else found.note), geometry, options
-    )
+    return Assigned(replace(found, role=role, layout=layout, note="" if known else found.note), geometry, options)
 
 
 def _layout_of_role(found: Found, role: str) -> Layout:
@@ -222,7 +208,5 @@ def _layout_of_role(found: Found, role: str) -> Layout:
     if role == "vector":
         return VectorLayout()
     if role == "embedding" and found.note and isinstance(found.layout, MatrixLayout):
-        return (
-            TransposedLayout()
-        )  # a bare [N, d] table; a Linear that acts as an embedding keeps its orientation
+        return TransposedLayout()  # a bare [N, d] table; a Linear that acts as an embedding keeps its orientation
     return replace(found.layout, split=None) if role in ("embedding", "head") else found.layout

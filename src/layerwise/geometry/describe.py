@@ -106,13 +106,11 @@ class Description:
         lines = [_cells(name, rows) for name, rows in _alike(self.rows)]
         head = "".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in _HEADER)
         body = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in line) + "</tr>"
-            for line in lines
+            "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
         )
         notes = "".join(f"<li>{escape(line)}</li>" for line in self.notes())
-        return (
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-            f"<p>{escape(self.summary())}</p>" + (f"<ul>{notes}</ul>" if notes else "")
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{escape(self.summary())}</p>" + (
+            f"<ul>{notes}</ul>" if notes else ""
         )
 
 
@@ -197,11 +195,7 @@ def _cells(name: str, rows: list[Row]) -> tuple[str, ...]:
 
 def _brief(geometry: Geometry) -> str:
     """The geometry with the options that are not its defaults."""
-    changed = [
-        f"{key}={value!r}"
-        for key, value in vars(geometry).items()
-        if value != getattr(type(geometry), key, None)
-    ]
+    changed = [f"{key}={value!r}" for key, value in vars(geometry).items() if value != getattr(type(geometry), key, None)]
     return f"{type(geometry).__name__}({', '.join(changed)})"
 
 

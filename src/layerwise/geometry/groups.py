@@ -187,13 +187,9 @@ def _are_overrides(batch: Any) -> bool:
 def _everything(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[list[Found], str]:
     for name, p in model.named_parameters():
         if is_lazy(p):
-            raise LayerwiseError(
-                f"{name} has no shape yet (a lazy module): run the model once on a batch first"
-            )
+            raise LayerwiseError(f"{name} has no shape yet (a lazy module): run the model once on a batch first")
         if getattr(p, "_is_flat_param", False):
-            raise LayerwiseError(
-                f"{name} is flattened by FSDP1, its matrices are lost: use FSDP2's fully_shard"
-            )
+            raise LayerwiseError(f"{name} is flattened by FSDP1, its matrices are lost: use FSDP2's fully_shard")
         if p.requires_grad:
             check_dtype(name, p)
     seen = look(model, batch, forward)

@@ -12,8 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 def is_hf_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D: a linear layer whose weight is stored ``[in, out]``."""
     return hasattr(module, "nf") and any(
-        base.__name__ == "Conv1D" and base.__module__.startswith("transformers")
-        for base in type(module).__mro__
+        base.__name__ == "Conv1D" and base.__module__.startswith("transformers") for base in type(module).__mro__
     )
 
 

@@ -127,19 +127,13 @@ class Spectral(Geometry):
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise LayerwiseError(
-                f"Spectral(precision={self.precision!r}): choose one of {', '.join(PRECISIONS)}"
-            )
+            raise LayerwiseError(f"Spectral(precision={self.precision!r}): choose one of {', '.join(PRECISIONS)}")
         if self.polar not in POLAR_METHODS:
             raise LayerwiseError(f"Spectral(polar={self.polar!r}): choose one of {', '.join(POLAR_METHODS)}")
         if self.nuclear not in NUCLEAR_METHODS:
-            raise LayerwiseError(
-                f"Spectral(nuclear={self.nuclear!r}): choose one of {', '.join(NUCLEAR_METHODS)}"
-            )
+            raise LayerwiseError(f"Spectral(nuclear={self.nuclear!r}): choose one of {', '.join(NUCLEAR_METHODS)}")
         if isinstance(self.taps, bool) or not isinstance(self.taps, int) or self.taps < 1:
-            raise LayerwiseError(
-                f"Spectral(taps={self.taps!r}): give the product of the kernel size, at least 1"
-            )
+            raise LayerwiseError(f"Spectral(taps={self.taps!r}): give the product of the kernel size, at least 1")
 
     def norm(self, x: Tensor) -> Tensor:
         check_stack(x)
@@ -172,9 +166,7 @@ class Spectral(Geometry):
 def _spectral_factor(taps: int, d_out: int, d_in: int) -> float:
     """`sqrt(out / in) / taps`, with `in = d_in / taps` channels."""
     if d_in % taps:
-        raise LayerwiseError(
-            f"Spectral(taps={taps}) does not divide d_in = {d_in} of a {d_out} x {d_in} matrix"
-        )
+        raise LayerwiseError(f"Spectral(taps={taps}) does not divide d_in = {d_in} of a {d_out} x {d_in} matrix")
     return math.sqrt(d_out / (d_in // taps)) / taps
 
 

@@ -44,9 +44,7 @@ class Split:
             raise LayerwiseError(f"a split needs at least two parts of different names, got {names}")
         for name, size in self.parts:
             if size < 1:
-                raise LayerwiseError(
-                    f"part {name!r} of a split has size {size}; give a positive number of rows"
-                )
+                raise LayerwiseError(f"part {name!r} of a split has size {size}; give a positive number of rows")
         if self.blocks < 1:
             raise LayerwiseError(f"a split has blocks={self.blocks}; give 1 or more")
 
@@ -79,9 +77,7 @@ class Split:
 
     def runs(self) -> tuple[tuple[str, ...], ...]:
         """Names of neighbouring parts of one size: each run shares a stack."""
-        return tuple(
-            tuple(name for name, _ in run) for _, run in groupby(self.parts, key=lambda part: part[1])
-        )
+        return tuple(tuple(name for name, _ in run) for _, run in groupby(self.parts, key=lambda part: part[1]))
 
     def shapes(self, stack: Stack) -> tuple[Stack, ...]:
         k, d_out, d_in = stack

@@ -58,9 +58,7 @@ class RateLog:
         patterns = [self.only] if isinstance(self.only, str) else self.only
         units = {unit: rate for unit, rate in unit_rates(inner).items() if _wanted(unit, patterns)}
         if not units:
-            raise LayerwiseError(
-                f"only={self.only!r} matches no unit, such as {next(iter(inner.layer_rates()), '')!r}"
-            )
+            raise LayerwiseError(f"only={self.only!r} matches no unit, such as {next(iter(inner.layer_rates()), '')!r}")
         roles = {name: str(g["role"]) for g in inner.param_groups for name in g["param_names"]}
         grouped = _grouped(units, roles, self.by)
         if len(grouped) > MOST_NAMES:

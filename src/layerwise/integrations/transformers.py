@@ -67,17 +67,13 @@ class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
         layerwise_optimizer(optimizer)  # fails at once where there are no layer rates
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: Any, **__: Any
-    ) -> None:
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, optimizer: Any, **__: Any) -> None:
         # Read here, as the schedule moves on before the step is logged; and only if it will be, as reading waits.
         step = state.global_step + 1
         if step % state.logging_steps == 0 or (step == 1 and args.logging_first_step):
             self._rates = self.log(optimizer)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_log and self._rates:
             self.trainer.log(self._rates)
             control.should_log = True  # logging has cleared it, and the Trainer's own entry is still to come
@@ -129,9 +125,7 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         elif state.global_step:
             self.watch.load_state_dict({**self.watch.state_dict(), "steps": state.global_step})
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._numbers:
             logs = control.should_log
             self.trainer.log(self._numbers)

@@ -129,10 +129,7 @@ def _may_hold_a_bad_one(gradients: Sequence[Tensor]) -> Tensor:
     A 2-norm takes a CPU a twentieth of the time of one of order infinity.
     """
     device = gradients[0].device
-    norms = [
-        norm if norm.device == device else norm.to(device)
-        for norm in torch._foreach_norm(list(gradients), 2.0)
-    ]
+    norms = [norm if norm.device == device else norm.to(device) for norm in torch._foreach_norm(list(gradients), 2.0)]
     return ~torch.stack(norms).isfinite().all(0, keepdim=True)
 
 

@@ -29,9 +29,7 @@ _Class = TypeVar("_Class", bound=type[LayerwiseOptimizer])
 
 
 @checked
-def register_optimizer(
-    name: str, title: str, rates: type[RateRule] | None = None
-) -> Callable[[_Class], _Class]:
+def register_optimizer(name: str, title: str, rates: type[RateRule] | None = None) -> Callable[[_Class], _Class]:
     """Give an optimizer a name; above its class. A class may have several, with different rate rules.
 
     Args:

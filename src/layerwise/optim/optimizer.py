@@ -236,9 +236,7 @@ class LayerwiseOptimizer(Optimizer):
         self._follow_parameters()
         self._second.hold_half(self.param_groups, self.state, self.work)
 
-    def watch_replicas(
-        self, model: nn.Module, comm_hook: Callable[..., Any] | None = None, state: Any = None
-    ) -> None:
+    def watch_replicas(self, model: nn.Module, comm_hook: Callable[..., Any] | None = None, state: Any = None) -> None:
         """Let ``NoiseAdaptive(reference="replicas")`` see each process's own gradients before they are averaged.
 
         Call it any time before the first backward pass (again does nothing), with the model that does the forward passes:
@@ -259,9 +257,7 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             LayerwiseError: where the replicas cannot be seen, or there is only one; it names the alternatives.
         """
-        self._second.watch(
-            model, comm_hook, state, lambda: between_replicas(self.param_groups), self._steps_tried
-        )
+        self._second.watch(model, comm_hook, state, lambda: between_replicas(self.param_groups), self._steps_tried)
 
     def _steps_tried(self) -> int:
         return self.skipped_steps + gradients_seen(between_replicas(self.param_groups), self.state)

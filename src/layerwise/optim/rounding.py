@@ -74,9 +74,7 @@ class Vanishing:
     def __init__(self) -> None:
         self._steps = 0
         self._told = False
-        self._finding: OnHost | None = (
-            None  # entries that should have moved and did not, and all that should have
-        )
+        self._finding: OnHost | None = None  # entries that should have moved and did not, and all that should have
 
     def before(self, moving: Sequence[Job]) -> list[tuple[Job, Tensor]]:
         """A sample of every parameter that may be too coarse for its steps, at the steps that are looked at."""
@@ -84,9 +82,7 @@ class Vanishing:
         if self._told or (self._finding is None and self._steps not in _LOOKS):
             return []
         self._tell_of_finding()
-        coarse = [
-            job for job in moving if job.local.dtype in HALF and not is_stochastic(job.group, job.local)
-        ]
+        coarse = [job for job in moving if job.local.dtype in HALF and not is_stochastic(job.group, job.local)]
         return [(job, _sample(job.local).clone()) for job in coarse] if self._steps in _LOOKS else []
 
     def after(self, before: Sequence[tuple[Job, Tensor]], groups: Sequence[Group]) -> None:

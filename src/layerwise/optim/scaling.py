@@ -33,9 +33,7 @@ def step_factor(scaling: str, geometry: Geometry, d_out: int, d_in: int) -> floa
         return 1.0
     unit_rms = geometry.unit_rms(d_out, d_in)
     if scaling == "rms_0.2":
-        return (
-            0.2 / unit_rms
-        )  # spectral: the unit step is sqrt(d_out / d_in) O, so 0.2 sqrt(max(d_out, d_in)) O
+        return 0.2 / unit_rms  # spectral: the unit step is sqrt(d_out / d_in) O, so 0.2 sqrt(max(d_out, d_in)) O
     if geometry.family == "row_norm":
         return 1.0 / (unit_rms * math.sqrt(d_in))
     if geometry.family != "spectral":

@@ -113,9 +113,7 @@ def check(
         if match == FIRST:
             recipe = replace(recipe, match=_base(recipe, sizes[0], seeds))
         found = [[SizeRun(recipe, size, seed).measure() for seed in seeds] for size in sizes]
-    return SizeCheck(
-        axis, list(sizes), recipe.steps, list(seeds), _trends(sizes, recipe.steps, found), tolerance, judge
-    )
+    return SizeCheck(axis, list(sizes), recipe.steps, list(seeds), _trends(sizes, recipe.steps, found), tolerance, judge)
 
 
 def _refuse(sizes: Sequence[float], steps: Sequence[int], seeds: Sequence[int]) -> None:
@@ -147,9 +145,7 @@ def _base(recipe: Recipe, size: float, seeds: Sequence[int]) -> BaseRates:
     return record_base(run, seeds)
 
 
-def _trends(
-    sizes: Sequence[float], steps: Sequence[int], found: Sequence[Sequence[Mapping[int, Readings]]]
-) -> list[Trend]:
+def _trends(sizes: Sequence[float], steps: Sequence[int], found: Sequence[Sequence[Mapping[int, Readings]]]) -> list[Trend]:
     """Of every quantity and module that all sizes have; `found[size][seed][step]`."""
     trends = []
     for quantity in QUANTITIES:
@@ -187,9 +183,7 @@ def _stacked(values: Mapping[str, Value], quantity: Quantity) -> dict[str, Value
             name: Value(sum(v.value for v in blocks), sum(v.stderr**2 for v in blocks) ** 0.5)
             for name, blocks in stacks.items()
         }
-    return {
-        name: Value((sum(v.value**2 for v in blocks) / len(blocks)) ** 0.5) for name, blocks in stacks.items()
-    }
+    return {name: Value((sum(v.value**2 for v in blocks) / len(blocks)) ** 0.5) for name, blocks in stacks.items()}
 
 
 def _negligible(readings: Found) -> set[str]:

@@ -64,9 +64,7 @@ class SizeRun:
         torch.manual_seed(seed)
         self.model = recipe.make_model(size)
         if not isinstance(self.model, nn.Module):
-            raise LayerwiseError(
-                f"make_model({size!r}) returned {type(self.model).__name__}: return a torch.nn.Module"
-            )
+            raise LayerwiseError(f"make_model({size!r}) returned {type(self.model).__name__}: return a torch.nn.Module")
         self.model.train()
         self.optimizer = unwrap_optimizer(recipe.make_optimizer(self.model))
         device = next(self.model.parameters()).device
@@ -76,10 +74,7 @@ class SizeRun:
     @property
     def options(self) -> dict[str, Any]:
         """The measurement's other settings, for a recorder or FLeRM."""
-        return {
-            key: getattr(self.measurement, key)
-            for key in ("probe", "batch_norm", "autocast", "memory", "slices")
-        }
+        return {key: getattr(self.measurement, key) for key in ("probe", "batch_norm", "autocast", "memory", "slices")}
 
     def backward(self, step: int) -> None:
         """The gradient of one step's batch, counted from 0."""
@@ -128,19 +123,13 @@ class SizeRun:
             "activation": {name: Value(value) for name, value in sizes.items()},
             "activation_change": {name: Value(value) for name, value in changes.items()},
             "update_rms": {name: Value(module.update_rms) for name, module in modules.items()},
-            "spectral": {
-                name: Value(module.spectral)
-                for name, module in modules.items()
-                if module.spectral is not None
-            },
+            "spectral": {name: Value(module.spectral) for name, module in modules.items() if module.spectral is not None},
         }
 
 
 def _module_rates(rates: Rates) -> dict[str, Value]:
     """Of each module the sum over its tensors: the most that together they move the outputs by."""
     return {
-        module: Value(
-            sum(rates[name].value for name in names), math.hypot(*(rates[name].stderr for name in names))
-        )
+        module: Value(sum(rates[name].value for name in names), math.hypot(*(rates[name].stderr for name in names)))
         for module, names in by_module(rates).items()
     }

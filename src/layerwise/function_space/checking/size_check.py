@@ -69,9 +69,7 @@ class SizeCheck:
         if quantity not in QUANTITIES:
             raise LayerwiseError(f"quantity is {quantity!r}: use one of {', '.join(QUANTITIES)}")
         if step is not None and step not in self.steps:
-            raise LayerwiseError(
-                f"step {step} was not measured: use one of {', '.join(map(str, self.steps))}"
-            )
+            raise LayerwiseError(f"step {step} was not measured: use one of {', '.join(map(str, self.steps))}")
         return [t for t in self.trends if t.quantity == quantity and step in (None, t.step)]
 
     def judging(self, quantity: Quantity) -> SizeCheck:
@@ -95,9 +93,7 @@ class SizeCheck:
             rows.append((module, *(_slope(row.get(step)) for step in self.steps), verdict))
         lines = aligned(rows, right=range(1, len(self.steps) + 1))
         sizes = ", ".join(f"{size:g}" for size in self.sizes)
-        lines.append(
-            f"slope of log {QUANTITIES[quantity]} against log {self.axis} ({sizes}), with 95 % interval"
-        )
+        lines.append(f"slope of log {QUANTITIES[quantity]} against log {self.axis} ({sizes}), with 95 % interval")
         return "\n".join(lines)
 
     def rows(self) -> Iterator[dict[str, object]]:

@@ -75,9 +75,7 @@ class Trend:
         return "flat" if abs(self.slope) <= tolerance and known else "unclear"
 
 
-def trend(
-    module: str, quantity: Quantity, step: int, sizes: Sequence[float], found: Sequence[Sequence[Value]]
-) -> Trend:
+def trend(module: str, quantity: Quantity, step: int, sizes: Sequence[float], found: Sequence[Sequence[Value]]) -> Trend:
     """The trend of `found`: for each size one value a seed.
 
     A value that is 0 at some sizes only has an infinite slope.

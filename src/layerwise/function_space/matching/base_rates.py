@@ -83,9 +83,7 @@ class BaseRates:
     def of(recorder: FunctionSpaceRecorder) -> BaseRates:
         """All that a recorder has measured, as one seed's base rates."""
         if not recorder.records:
-            raise LayerwiseError(
-                "the recorder has no records: surround at least one optimizer step with recorder.step"
-            )
+            raise LayerwiseError("the recorder has no records: surround at least one optimizer step with recorder.step")
         records = {
             record.scheduled: {
                 name: BaseRate(rate.value, record.lrs[name], None if math.isnan(rate.stderr) else rate.stderr)
@@ -149,15 +147,9 @@ class BaseRates:
         if data.get("format") != FORMAT:
             raise LayerwiseError(f"{shown} has format {data.get('format')!r}, not {FORMAT}: record it again")
         try:
-            by_name = {
-                name: group["settings"]
-                for group in data["fingerprint"]["settings"]
-                for name in group["names"]
-            }
+            by_name = {name: group["settings"] for group in data["fingerprint"]["settings"] for name in group["names"]}
             found = Fingerprint(**{**data["fingerprint"], "settings": by_name})
-            records = {
-                int(s): {n: BaseRate(**r) for n, r in rates.items()} for s, rates in data["records"].items()
-            }
+            records = {int(s): {n: BaseRate(**r) for n, r in rates.items()} for s, rates in data["records"].items()}
             _check_records(records)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LayerwiseError(f"{shown} is damaged ({error}): record it again") from None
@@ -209,9 +201,7 @@ def record_base(run: Callable[[int], FunctionSpaceRecorder], seeds: Iterable[int
 
 def _mean_rate(rates: Sequence[BaseRate]) -> BaseRate:
     if len({rate.lr for rate in rates}) > 1:
-        raise LayerwiseError(
-            f"seeds were recorded at different learning rates: {sorted({r.lr for r in rates})}"
-        )
+        raise LayerwiseError(f"seeds were recorded at different learning rates: {sorted({r.lr for r in rates})}")
     spread = stdev([rate.value for rate in rates]) if len(rates) > 1 else None
     errors = [rate.stderr for rate in rates if rate.stderr is not None]
     stderr = math.hypot(*errors) / len(rates) if len(errors) == len(rates) else None

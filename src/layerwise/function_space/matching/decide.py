@@ -53,11 +53,7 @@ class MatchReport:
     @property
     def left_alone(self) -> dict[str, str]:
         """Parameters that keep their learning rate, and why."""
-        return {
-            name: row.note
-            for name, row in self.rows.items()
-            if row.note and not row.note.startswith("clamped")
-        }
+        return {name: row.note for name, row in self.rows.items() if row.note and not row.note.startswith("clamped")}
 
     def warn_of_kept(self, who: str, where: str) -> None:
         """Say which rates stay as they were although nobody asked for that."""
@@ -68,9 +64,7 @@ class MatchReport:
     def __str__(self) -> str:
         rows = [("parameter", "measured", "target", "change", "lr", "")]
         for name, row in self.rows.items():
-            measured, target, change, lr = (
-                f"{x:.4g}" for x in (row.measured, row.target, row.change, row.lr)
-            )
+            measured, target, change, lr = (f"{x:.4g}" for x in (row.measured, row.target, row.change, row.lr))
             rows.append((name, measured, target, change, lr, row.note))
         return "\n".join([f"matched at step {self.step}", *aligned(rows, right=range(1, 5))])
 

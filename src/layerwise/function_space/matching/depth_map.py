@@ -36,11 +36,7 @@ def infer_depth(model: nn.Module) -> dict[str, str | int]:
     names = list(trainable(model))
     found: dict[str, str | int] = {}
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == layers
-            and any(n.startswith(f"{name}.") for n in names)
-        ):
+        if isinstance(module, nn.ModuleList) and len(module) == layers and any(n.startswith(f"{name}.") for n in names):
             found[f"{name}.*"] = "split"
     return found
 
@@ -76,9 +72,7 @@ def _sources(names: Collection[str], base: Collection[str] | None, depth: DepthM
             base_blocks = _blocks(base, matcher, pattern, "the base")
         if isinstance(rule, int):
             if base is not None and rule != base_blocks:
-                raise LayerwiseError(
-                    f"depth[{pattern!r}] says {rule} base blocks, the base has {base_blocks}"
-                )
+                raise LayerwiseError(f"depth[{pattern!r}] says {rule} base blocks, the base has {base_blocks}")
             base_blocks = rule
         if base_blocks < 1 or blocks % base_blocks:
             raise LayerwiseError(
@@ -101,9 +95,7 @@ def _matcher(pattern: str, rule: str | int) -> re.Pattern[str]:
     if not star or "*" in after:
         raise LayerwiseError(f"depth pattern {pattern!r}: write one * in the place of the block's number")
     if isinstance(rule, bool) or (isinstance(rule, str) and rule not in ("split", "copy")):
-        raise LayerwiseError(
-            f"depth[{pattern!r}] is {rule!r}: use 'split', 'copy' or the base's number of blocks"
-        )
+        raise LayerwiseError(f"depth[{pattern!r}] is {rule!r}: use 'split', 'copy' or the base's number of blocks")
     return re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}(?:\..*)?")
 
 

@@ -86,9 +86,7 @@ class Fingerprint:
         if differences:
             raise LayerwiseError("the base was recorded differently: " + "; ".join(differences))
 
-    def _settings_differences(
-        self, names: Mapping[str, str], found: Mapping[str, Mapping[str, str]]
-    ) -> list[str]:
+    def _settings_differences(self, names: Mapping[str, str], found: Mapping[str, Mapping[str, str]]) -> list[str]:
         differences: dict[str, str] = {}
         for name, here in found.items():
             base = self.settings.get(names[name], {})

@@ -114,9 +114,7 @@ class FLeRM(StepWatcher):
         **options: Any,
     ) -> None:
         require_linear(unwrap_optimizer(optimizer))
-        self.base = (
-            None if base == "uniform" else base if isinstance(base, BaseRates) else BaseRates.load(base)
-        )
+        self.base = None if base == "uniform" else base if isinstance(base, BaseRates) else BaseRates.load(base)
         if self.base is not None:
             method = method or self.base.fingerprint.method
             forward = forward or NAMED.get(self.base.fingerprint.space)
@@ -166,9 +164,7 @@ class FLeRM(StepWatcher):
         """Continue from `state_dict`, exactly."""
         different = set(state["multipliers"]) ^ set(self.named.multipliers)
         if different:
-            raise LayerwiseError(
-                f"the saved multipliers are of another model: {sorted(different)[0]!r} is in one only"
-            )
+            raise LayerwiseError(f"the saved multipliers are of another model: {sorted(different)[0]!r} is in one only")
         self.named.multipliers = dict(state["multipliers"])
         self.steps, self.pending = state["steps"], state["pending"]
 
@@ -176,9 +172,7 @@ class FLeRM(StepWatcher):
         """Leave the optimizer as it was before FLeRM."""
         self.named.detach()
 
-    def _measured(
-        self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None
-    ) -> None:
+    def _measured(self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None) -> None:
         if self.base is not None:
             found = {"classes": rates.classes, "dtype": rates.dtype, "entries": rates.entries}
             self.base.fingerprint.require({}, **found)

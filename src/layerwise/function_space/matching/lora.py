@@ -201,14 +201,10 @@ def _adapter_of(model: nn.Module) -> tuple[str, Any]:
         )
     config = configs[active]
     if not hasattr(config, "r") or not hasattr(config, "lora_alpha"):
-        raise LayerwiseError(
-            f"the active adapter {active!r} is a {type(config).__name__}: match_lora needs LoRA"
-        )
+        raise LayerwiseError(f"the active adapter {active!r} is a {type(config).__name__}: match_lora needs LoRA")
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if getattr(config, key, None)]
     if patterns:
-        raise LayerwiseError(
-            f"the adapter's {patterns[0]} gives modules ranks of their own: use FLeRM with a base file"
-        )
+        raise LayerwiseError(f"the adapter's {patterns[0]} gives modules ranks of their own: use FLeRM with a base file")
     if config.init_lora_weights not in (True, "gaussian", "orthogonal"):
         raise LayerwiseError(
             f"init_lora_weights={config.init_lora_weights!r} writes into the frozen weights: use True or 'gaussian', or "
@@ -222,9 +218,7 @@ def _check(optimizer: Optimizer, batches: Sequence[Any], at: int, seeds: Sequenc
     if at < 1:
         raise LayerwiseError(f"at is {at}: use 1 or more (in step 0 B is 0, and A moves nothing)")
     if len(batches) < at + 2:
-        raise LayerwiseError(
-            f"{len(batches)} batches: give at least {at + 2}, for {at + 1} steps and to measure on"
-        )
+        raise LayerwiseError(f"{len(batches)} batches: give at least {at + 2}, for {at + 1} steps and to measure on")
     if not seeds:
         raise LayerwiseError("seeds is empty: give at least one")
     if processes_of("auto").count > 1:

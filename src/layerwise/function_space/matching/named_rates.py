@@ -32,9 +32,7 @@ class NamedRates:
         decay: see `steps/decay.py`.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, parameters: Mapping[str, Tensor], decay: Decay = "scaled"
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, Tensor], decay: Decay = "scaled") -> None:
         if optimizer in _TAKEN:
             raise LayerwiseError(
                 "another FLeRM sets this optimizer's learning rates already: call detach() on that one first"

@@ -60,9 +60,7 @@ def twin(optimizer: Optimizer, model: nn.Module, adapter: str) -> Optimizer:
                 kept["param_names"] = held
             groups.append({**kept, "params": [named[name] for name in held], "lr": unscheduled_rate(group)})
     if not groups:
-        raise LayerwiseError(
-            f"the optimizer holds no parameter of the adapter {adapter!r}: make it of this model's"
-        )
+        raise LayerwiseError(f"the optimizer holds no parameter of the adapter {adapter!r}: make it of this model's")
     kind: Any = type(optimizer)
     try:
         return cast(Optimizer, kind(groups))

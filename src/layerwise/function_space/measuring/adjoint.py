@@ -46,9 +46,7 @@ class Adjoint:
     def agrees(self, names: Sequence[str], tangent: Tensor, scale: Tensor) -> bool:
         """Whether `tangent * scale` is the derivative along these updates. NaN is no disagreement: it shows by itself."""
         wide = wide_dtype(tangent.device)
-        counted = torch.where(self.signs[0] != 0, tangent, torch.zeros_like(tangent)).to(wide) * scale.to(
-            wide
-        )
+        counted = torch.where(self.signs[0] != 0, tangent, torch.zeros_like(tangent)).to(wide) * scale.to(wide)
         forward = torch.stack([(signs * counted).sum() for signs in self.signs])
         reverse = torch.stack([self.slopes[name] for name in names]).sum(0)
         floor = torch.stack([self.floors[name] for name in names]).sum(0).square().mean().sqrt()
@@ -74,9 +72,7 @@ def adjoint(
     for _ in range(_PROBES):
         signs = torch.randint(0, 2, values.shape, generator=generator, device=values.device) * 2 - 1
         signs = (signs if outputs.mask is None else signs * outputs.mask).to(values.dtype)
-        found = torch.autograd.grad(
-            values, list(leaves.values()), signs, retain_graph=True, allow_unused=True
-        )
+        found = torch.autograd.grad(values, list(leaves.values()), signs, retain_graph=True, allow_unused=True)
         grads = {name: g.to(wide) for name, g in zip(leaves, found, strict=True) if g is not None}
         norms = [torch.linalg.vector_norm(g).to(values.device) for g in grads.values()]
         largest = torch.stack(norms).amax() if norms else values.new_zeros((), dtype=wide)

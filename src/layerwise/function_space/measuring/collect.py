@@ -55,9 +55,7 @@ class ReplicaCollector(Collector):
         self.updates = updates
         # Gradients are complete in about the reverse order of the parameters.
         self._order = [name for name in reversed(list(updates)) if self._in_parts(name, estimators[name])]
-        self.moments = {
-            name: self._moments(name, estimators[name], update) for name, update in updates.items()
-        }
+        self.moments = {name: self._moments(name, estimators[name], update) for name, update in updates.items()}
         self._turn = 0
         self._waiting: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
@@ -105,9 +103,7 @@ class ReplicaCollector(Collector):
             for name, m in self.moments.items()
         ]
         together = self.processes.sum_(torch.cat(parts, 1))
-        for m, part in zip(
-            self.moments.values(), together.split([p.shape[1] for p in parts], 1), strict=True
-        ):
+        for m, part in zip(self.moments.values(), together.split([p.shape[1] for p in parts], 1), strict=True):
             m.take(part)
 
 
@@ -127,9 +123,7 @@ class ShardCollector(ReplicaCollector):
     ) -> None:
         from layerwise.function_space.measuring.fsdp import placement
 
-        self._places = {
-            name: placement(name, u.new, processes) for name, u in updates.items() if is_sharded(u.new)
-        }
+        self._places = {name: placement(name, u.new, processes) for name, u in updates.items() if is_sharded(u.new)}
         self._method = method
         super().__init__(processes, estimators, updates)
 

@@ -74,9 +74,7 @@ def exact_change(
     )
 
 
-def derivatives(
-    function: Callable[[Any], Tensor], points: Tensors, along: Tensors
-) -> Iterator[tuple[Tensor, str]]:
+def derivatives(function: Callable[[Any], Tensor], points: Tensors, along: Tensors) -> Iterator[tuple[Tensor, str]]:
     """`d/dt function(points + t * along)` at 0, by forward-mode differentiation and then twice in reverse, and which it is.
 
     Some operations lack a forward-mode formula. The second way then takes the gradient along `u` of the outputs' gradient
@@ -106,11 +104,7 @@ def _twice_reverse(function: Callable[[Any], Tensor], points: Tensors, along: Te
             return torch.zeros_like(values)
         u = torch.zeros_like(values, requires_grad=True)
         found = torch.autograd.grad(values, list(leaves.values()), u, create_graph=True, allow_unused=True)
-        pairs = [
-            (g, along[name])
-            for name, g in zip(leaves, found, strict=True)
-            if g is not None and g.requires_grad
-        ]
+        pairs = [(g, along[name]) for name, g in zip(leaves, found, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return torch.zeros_like(values)
         gradients, directions = zip(*pairs, strict=True)
@@ -151,16 +145,10 @@ def _embedding_bag(
         bags = len(starts)
         bag = torch.searchsorted(starts, torch.arange(len(words), device=input.device), right=True) - 1
     rows = torch.nn.functional.embedding(words, weight, None, max_norm, norm_type)
-    counted = (
-        torch.ones_like(words, dtype=torch.bool)
-        if padding_idx is None
-        else words != padding_idx % len(weight)
-    )
+    counted = torch.ones_like(words, dtype=torch.bool) if padding_idx is None else words != padding_idx % len(weight)
     if mode == "max":
         held = [rows[(bag == number) & counted] for number in range(bags)]
-        return torch.stack(
-            [each.max(0).values if len(each) else rows.new_zeros(rows.shape[1]) for each in held]
-        )
+        return torch.stack([each.max(0).values if len(each) else rows.new_zeros(rows.shape[1]) for each in held])
     weights = counted.to(rows.dtype)
     if per_sample_weights is not None:
         weights = weights * per_sample_weights.reshape(-1)

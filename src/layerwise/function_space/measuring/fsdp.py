@@ -189,10 +189,7 @@ def _whole(shard: Tensor, like: Tensor) -> Tensor:
 def _moving_along(model: nn.Module, param: nn.Parameter, direction: Tensor) -> Iterator[None]:
     """While FSDP has it gathered, the parameter is a dual number with this tangent."""
     places = [
-        (owner._parameters, key)
-        for owner in model.modules()
-        for key, held in owner._parameters.items()
-        if held is param
+        (owner._parameters, key) for owner in model.modules() for key, held in owner._parameters.items() if held is param
     ]
     gatherers = [
         module

@@ -132,14 +132,10 @@ def _room(example: Outputs, times: float, memory: int) -> int:
     return int(memory / max(1, weights + outputs))
 
 
-def _forwards(
-    runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice], room: int
-) -> Iterator[_Forward]:
+def _forwards(runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice], room: int) -> Iterator[_Forward]:
     """The outputs of slices of as many examples and probes side by side, where that can be, and else of one at a time."""
     while slices:
-        alike = [
-            s for s in slices[:room] if (len(s.rows), s.probes) == (len(slices[0].rows), slices[0].probes)
-        ]
+        alike = [s for s in slices[:room] if (len(s.rows), s.probes) == (len(slices[0].rows), slices[0].probes)]
         together = _together(runner, batch, alike) if len(alike) > 1 else None
         if together is not None:
             yield together, alike

@@ -99,9 +99,7 @@ class Product:
     def __init__(self, name: str, device: torch.device, by_output: bool, slices: int) -> None:
         self.name, self.by_output, self.slices = name, by_output, slices
         # No estimator of a matrix has more moments than three.
-        self.moments_input = torch.zeros(
-            slices, 3, dtype=wide_dtype(device), device=device, requires_grad=True
-        )
+        self.moments_input = torch.zeros(slices, 3, dtype=wide_dtype(device), device=device, requires_grad=True)
         self.measured: tuple[Estimator, TensorUpdate, int] | None = None
         # For `full_cov` what the update over its scale makes of the inputs over theirs, the same for all probes.
         self._moved: Tensor | None = None
@@ -173,9 +171,7 @@ class _Multiply(torch.autograd.Function):
     """The product, all arguments with a dimension of slices first, whose backward gives log moments where it is measured."""
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, moments_input: Tensor, product: Product
-    ) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, moments_input: Tensor, product: Product) -> Tensor:
         one = weight[0] if product.by_output else weight[0].T
         if bias is None or product.slices == 1:
             return torch.nn.functional.linear(x, one, None if bias is None else bias[0])
@@ -226,13 +222,9 @@ class Products(TorchFunctionMode):
     def __init__(self, leaves: Mapping[str, Tensor], slices: SideBySide | None = None) -> None:
         super().__init__()
         self.slices = slices
-        self.names = {
-            id(leaf): name for name, leaf in leaves.items() if leaf.ndim == 2 and type(leaf) is Tensor
-        }
+        self.names = {id(leaf): name for name, leaf in leaves.items() if leaf.ndim == 2 and type(leaf) is Tensor}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         parts = _PRODUCTS.get(func) if torch.is_grad_enabled() else None
         if parts is not None:
             x, weight, bias = parts(*args, **(kwargs or {}))

@@ -86,9 +86,7 @@ class Measurement:
             raise LayerwiseError(f"linear is {self.linear!r}: use 'exact', {', '.join(ESTIMATORS)}, or None")
         first_order = self.linear if self.method == "difference" else self.method
         if self.together is not None and first_order in ESTIMATORS:
-            raise LayerwiseError(
-                f"together= needs method='exact' or 'difference', and {first_order} is asked for"
-            )
+            raise LayerwiseError(f"together= needs method='exact' or 'difference', and {first_order} is asked for")
         object.__setattr__(self, "function", resolve(self.forward))
         object.__setattr__(self, "space", self.space or space_name(self.function))
 
@@ -202,9 +200,7 @@ class Run:
         sink = collector_for(self.processes, self.estimators, self.updates, settings.method)
         draws = []
         for part in graph.parts:
-            draw = draw_probes(
-                part.outputs, part.probes, settings.probe, self.seed, first_probe, part.first_row
-            )
+            draw = draw_probes(part.outputs, part.probes, settings.probe, self.seed, first_probe, part.first_row)
             draws.append(draw)
             first_probe += part.probes
         probes = draws[0] if len(draws) == 1 else map(torch.stack, zip(*draws, strict=True))
@@ -242,9 +238,7 @@ class Run:
             for name, (value, stderr, estimator) in values.items()
         }
         settings = self.settings
-        return Rates(
-            found, settings.method, probes, self.seed, self.entries, settings.space, self.classes, self.dtype
-        )
+        return Rates(found, settings.method, probes, self.seed, self.entries, settings.space, self.classes, self.dtype)
 
     def to_cpu(self, found: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """Bring `[rows, columns]` tensors of every name to the CPU in one copy, the same on every process."""

@@ -150,9 +150,7 @@ class TensorUpdate:
 
     def block(self, dim: int = 0) -> TensorUpdate:
         """What this process holds of a sharded tensor's update, its dimension `dim` put first."""
-        return self._each(
-            lambda t: local_part(t.detach()).movedim(dim, 0) if t.ndim else local_part(t.detach())
-        )
+        return self._each(lambda t: local_part(t.detach()).movedim(dim, 0) if t.ndim else local_part(t.detach()))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> TensorUpdate:
         return TensorUpdate(function(self.new), None if self.old is None else function(self.old), self.decay)
@@ -259,10 +257,7 @@ class Moments:
         if not self.probes:
             return torch.full((probes, len(self.estimator.exponents)), -math.inf)
         wide = wide_dtype(self.probes[0].device)
-        return (
-            self._logs(torch.cat(self.probes).to(wide))
-            + reduce(torch.mul, [s.to(wide) for s in self.scales]).log() * 2
-        )
+        return self._logs(torch.cat(self.probes).to(wide)) + reduce(torch.mul, [s.to(wide) for s in self.scales]).log() * 2
 
     def _logs(self, sums: Tensor) -> Tensor:
         """Of what `take` kept: the total is not squared yet."""
@@ -293,9 +288,7 @@ def _squares(x: Tensor) -> Tensor:
     return torch.bmm(flat[:, None, :], flat[:, :, None])[:, :, 0]
 
 
-def combine(
-    exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None = None
-) -> list[tuple[float, float]]:
+def combine(exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None = None) -> list[tuple[float, float]]:
     """Rates and standard errors from the log moments of all probes.
 
     The standard error is the jackknife's over probes, taken on the logarithm of the rate, where the distribution is far
@@ -316,9 +309,7 @@ def combine(
     zero = (peak[..., powers > 0] == -math.inf).any(-1).flatten()
     peak = torch.where(zero[:, None, None], 0.0, peak)
     scaled = (moments - peak).exp()
-    share = (
-        torch.full((probes,), 1 / probes).double() if weights is None else weights.double() / weights.sum()
-    )
+    share = torch.full((probes,), 1 / probes).double() if weights is None else weights.double() / weights.sum()
     mean = (share[:, None] * scaled).sum(1, keepdim=True)
     values = (0.5 * ((mean.log() + peak) @ powers)).exp().flatten()
     values = torch.where(zero, 0.0, values)

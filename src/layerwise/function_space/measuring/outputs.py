@@ -51,9 +51,7 @@ def nothing_counts(masked: bool) -> LayerwiseError:
     """The error where no entry of the global batch counts."""
     if not masked:
         return LayerwiseError("the outputs are empty: there is nothing to measure on")
-    return LayerwiseError(
-        "the mask leaves no output entry: pass inputs with at least one position that counts"
-    )
+    return LayerwiseError("the mask leaves no output entry: pass inputs with at least one position that counts")
 
 
 def model_output(model: nn.Module, inputs: Any) -> Any:
@@ -132,9 +130,7 @@ def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
         result, mask = result
     values = _tensor_of(result)
     if not values.is_floating_point():
-        raise LayerwiseError(
-            f"the outputs are {values.dtype}: pass forward= that picks real floating-point outputs"
-        )
+        raise LayerwiseError(f"the outputs are {values.dtype}: pass forward= that picks real floating-point outputs")
     rows = values.shape[0] if values.ndim else 1
     if mask is None:
         return Outputs(values, None, rows)

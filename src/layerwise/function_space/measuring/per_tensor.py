@@ -67,9 +67,7 @@ def together(run: Run) -> Mapping[str, Mapping[str, TensorUpdate]]:
     return found
 
 
-def per_tensor(
-    run: Run, runner: Runner, batches: list[Any], mask: Tensor | None
-) -> dict[str, tuple[float, float, str]]:
+def per_tensor(run: Run, runner: Runner, batches: list[Any], mask: Tensor | None) -> dict[str, tuple[float, float, str]]:
     """`(value, standard error, formula)` by name; notes the outputs and how many entries count in `run`.
 
     The error of a difference is what rounding does to outputs of their size; the derivative's is 0.

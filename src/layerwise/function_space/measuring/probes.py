@@ -91,9 +91,7 @@ def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor],
     with warnings.catch_warnings(), suppress(RuntimeError):
         warnings.filterwarnings("ignore", message=".*performance drop.*")
         along, tensors = torch.stack(probes), list(leaves.values())
-        grads = torch.autograd.grad(
-            values, tensors, along, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
+        grads = torch.autograd.grad(values, tensors, along, retain_graph=True, allow_unused=True, is_grads_batched=True)
     if not sink.processes.least(int(grads is not None)) or grads is None:
         return False
     for name, grad in zip(leaves, grads, strict=True):

@@ -67,9 +67,7 @@ class LeafRunner(nn.Module):
         self.own = dict(model.named_parameters())
         #: Parameters that the forward writes: it gets copies of them.
         self.written = renormalised(model)
-        others = {
-            n: p for n, p in self.own.items() if n not in points and (p.requires_grad or n in self.written)
-        }
+        others = {n: p for n, p in self.own.items() if n not in points and (p.requires_grad or n in self.written)}
         self.others = {name: p.detach() for name, p in others.items()}
         self.points = {name: point.detach() for name, point in points.items()}
         held = (*self.own.items(), *points.items())
@@ -93,9 +91,7 @@ class LeafRunner(nn.Module):
         tensors: dict[str, Tensor] = {name: b.clone() for name, b in self.model.named_buffers()}
         for name, tensor in {**self.others, **measured}.items():
             tensors[name] = tensor.clone() if name in self.written else tensor
-            tensors[name].__dict__.update(
-                self.own[name].__dict__
-            )  # attributes that users put on their parameters
+            tensors[name].__dict__.update(self.own[name].__dict__)  # attributes that users put on their parameters
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if self.seen:
             return as_outputs(torch.func.functional_call(self, named, (batch,)), mask)

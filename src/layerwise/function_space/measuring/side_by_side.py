@@ -38,9 +38,7 @@ class SideBySide:
 
     def together(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
         """One slice's part of a function of the `[slices, ...]` that these are one slice's parts of."""
-        whole = [
-            None if t is None else _functorch._remove_batch_dim(t, self.level, self.count, 0) for t in tensors
-        ]
+        whole = [None if t is None else _functorch._remove_batch_dim(t, self.level, self.count, 0) for t in tensors]
         with temporarily_pop_interpreter_stack():
             found = function(*whole)
         return _functorch._add_batch_dim(found, 0, self.level)

@@ -38,9 +38,7 @@ class Slice:
     probes: int
 
 
-def cut(
-    inputs: Any, mask: Tensor | None, probes: int, slices: Slices, processes: Processes = ALONE
-) -> list[Slice] | None:
+def cut(inputs: Any, mask: Tensor | None, probes: int, slices: Slices, processes: Processes = ALONE) -> list[Slice] | None:
     """The slices of the global batch, the last first; `None` where it is to be left whole.
 
     Example i of the global batch is in slice i modulo their number: so all processes have examples of a slice, and

@@ -55,9 +55,7 @@ def learning_rate(group: Group) -> float:
     """The group's rate now, as a float."""
     lr = group["lr"]
     if lr is None:
-        raise LayerwiseError(
-            "a parameter group has lr=None: give it a number (Adafactor: relative_step=False)"
-        )
+        raise LayerwiseError("a parameter group has lr=None: give it a number (Adafactor: relative_step=False)")
     return float(lr)
 
 
@@ -79,9 +77,7 @@ def settings(group: Group) -> dict[str, str]:
     """
     kept = {key: value for key, value in group.items() if key not in _NOT_SETTINGS and key != "layout"}
     return {
-        key: str(float(value))
-        if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
-        else repr(value)
+        key: str(float(value)) if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool) else repr(value)
         for key, value in sorted(kept.items())
         if not isinstance(value, (list, dict)) and not (isinstance(value, Tensor) and value.numel() > 1)
     }
@@ -112,13 +108,9 @@ def require_linear(optimizer: Optimizer) -> None:
         if group.get("relative_step") or group.get("lr", 0) is None:
             reason = "it sets its own rate (relative_step): use relative_step=False and give lr a number"
         elif kind == "Adafactor" and "beta2_decay" in group:
-            reason = (
-                "torch's Adafactor caps its rate at 1/sqrt(step): use transformers' with relative_step=False"
-            )
+            reason = "torch's Adafactor caps its rate at 1/sqrt(step): use transformers' with relative_step=False"
         elif "ScheduleFree" in kind or {"weight_sum", "lr_max"} <= set(group):
-            reason = (
-                "it averages weights over the run (schedule-free): use the plain optimizer with a schedule"
-            )
+            reason = "it averages weights over the run (schedule-free): use the plain optimizer with a schedule"
         elif "d" in group:
             reason = "it estimates its own rate (D-Adaptation, Prodigy): use the plain optimizer"
         elif kind in ("LBFGS", "Rprop", "ASGD"):

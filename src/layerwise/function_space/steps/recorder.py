@@ -65,9 +65,7 @@ class JsonLines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("a").close()
         except OSError as error:
-            raise LayerwiseError(
-                f"{path}: cannot be written to ({error.strerror}): name a file for the records"
-            ) from None
+            raise LayerwiseError(f"{path}: cannot be written to ({error.strerror}): name a file for the records") from None
 
     def __call__(self, record: ToDict) -> None:
         with self.path.open("a") as file:
@@ -133,9 +131,7 @@ class FunctionSpaceRecorder(StepWatcher):
         """Whether the coming step will be measured."""
         return self.pending is not None or self.steps % self.every == 0
 
-    def _measured(
-        self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None
-    ) -> None:
+    def _measured(self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None) -> None:
         whole = None
         if self.difference_every is not None and (scheduled // self.every) % self.difference_every == 0:
             difference = replace(self.measurement, method="difference", linear=None)

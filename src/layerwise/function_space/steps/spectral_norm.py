@@ -94,9 +94,7 @@ def spectral_norms(stacks: Sequence[Tensor], steps: int = 6, sum_: Sum | None = 
     scales = [or_one(peak) for peak in peaks]
     scaled = [stack / scale[:, None, None] for stack, scale in zip(stacks, scales, strict=True)]
     alike = _alike(scaled)
-    parts = [
-        _Lanczos(several, _start(several)) for several in ([scaled[k] for k in places] for places in alike)
-    ]
+    parts = [_Lanczos(several, _start(several)) for several in ([scaled[k] for k in places] for places in alike)]
     for _ in range(steps):
         products = [part.products() for part in parts]
         if sum_ is not None:

@@ -86,9 +86,7 @@ def update_sums(
     norms.estimate()
     table = _table(rows, together)
     return {
-        name: TensorSums(
-            update.new.numel(), table[name][0], table[name][1], norms.found.get(name), *table[name][2:]
-        )
+        name: TensorSums(update.new.numel(), table[name][0], table[name][1], norms.found.get(name), *table[name][2:])
         for name, update in updates.items()
     }
 
@@ -178,9 +176,7 @@ def _place(tensor: Tensor, processes: Processes) -> _Place:
 def _stacked(updates: Sequence[TensorUpdate], place: _Place) -> TensorUpdate:
     """Updates of one shape and decay as one, `[count, *part]`."""
     old = [update.old for update in updates if update.old is not None]
-    return TensorUpdate(
-        place.stack([update.new for update in updates]), place.stack(old) if old else None, updates[0].decay
-    )
+    return TensorUpdate(place.stack([update.new for update in updates]), place.stack(old) if old else None, updates[0].decay)
 
 
 def _cuts(tensor: Tensor) -> list[tuple[int, int]]:
@@ -206,9 +202,7 @@ def _flat(stack: Tensor) -> Tensor:
     return stack.flatten(1) if stack.ndim > 1 else stack[:, None]
 
 
-def _sums(
-    weights: Tensor, deltas: Tensor, gradients: Tensor | None = None, earlier: Tensor | None = None
-) -> Tensor:
+def _sums(weights: Tensor, deltas: Tensor, gradients: Tensor | None = None, earlier: Tensor | None = None) -> Tensor:
     """`[count, sums]` of tensors `[count, entries]`, in the order of `TensorSums`."""
     found = [_squares(weights), _squares(deltas)]
     if gradients is not None:

@@ -99,9 +99,7 @@ class WatchedStep:
             return "the update is not finite"
         return None if changed else "no weight moved (a learning rate of 0, or no gradients)"
 
-    def rates(
-        self, measurement: Measurement, inputs: Any, mask: Tensor | None = None, seed: int | None = None
-    ) -> Rates:
+    def rates(self, measurement: Measurement, inputs: Any, mask: Tensor | None = None, seed: int | None = None) -> Rates:
         """Rates of this step on `inputs`, at the weights before it; the model's own are not touched.
 
         Parameters that FSDP2 shards are measured in place: the old shards go back into them meanwhile.
@@ -226,9 +224,7 @@ class StepWatcher(ABC):
         """Whether the coming step will be measured."""
 
     @abstractmethod
-    def _measured(
-        self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None
-    ) -> None:
+    def _measured(self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None) -> None:
         """What to do with the rates of a step on these inputs; its old weights still stand."""
 
     @contextmanager

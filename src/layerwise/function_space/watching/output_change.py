@@ -92,10 +92,7 @@ class OutputChange:
 
     def _measured(self, step: WatchedStep, number: int, inputs: Any) -> tuple[dict[str, float], Together]:
         measured = step.rates(self.measurement, inputs, seed=self.measurement.seed + number)
-        rates = {
-            module: sum(measured[name].value for name in names)
-            for module, names in by_module(measured).items()
-        }
+        rates = {module: sum(measured[name].value for name in names) for module, names in by_module(measured).items()}
         squares = math.fsum(rate.value**2 for rate in measured.values())
         moved = self._moved(step, inputs)
         return rates, Together(moved, sum(rates.values()), math.sqrt(squares))

@@ -24,9 +24,7 @@ def unit_rates(optimizer: Optimizer, lrs: Mapping[str, float] | None = None) -> 
     if lrs is None:
         return rates
     return {
-        unit: rate._replace(lr=lrs[parameter] * rate.multiplier)
-        if (parameter := parameter_of(unit)) in lrs
-        else rate
+        unit: rate._replace(lr=lrs[parameter] * rate.multiplier) if (parameter := parameter_of(unit)) in lrs else rate
         for unit, rate in rates.items()
     }
 

@@ -34,16 +34,8 @@ class Unusual:
     pattern: str = ""
 
     def __str__(self) -> str:
-        other = (
-            f"its siblings {self.pattern}"
-            if self.against == "siblings"
-            else "before, next to the other modules"
-        )
-        moves = (
-            f"moves {self.factor:.3g} times as far as {other}"
-            if self.factor
-            else f"does not move, unlike {other}"
-        )
+        other = f"its siblings {self.pattern}" if self.against == "siblings" else "before, next to the other modules"
+        moves = f"moves {self.factor:.3g} times as far as {other}" if self.factor else f"does not move, unlike {other}"
         return f"step {self.step}: {self.module} {moves} (RMS of its update {self.update_rms:.3g})"
 
 

@@ -189,9 +189,7 @@ class Watch:
         self._gradients.next(self._due(self.steps + 1))
         self._expect()
 
-    def _tell(
-        self, step: int, taken: WatchedStep, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
-    ) -> None:
+    def _tell(self, step: int, taken: WatchedStep, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> None:
         """Record a step that is over, and hand the record on."""
         try:
             record = self._record(step, taken, now, earlier)
@@ -207,9 +205,7 @@ class Watch:
 
     def _expect(self) -> None:
         """Prepare for the steps to come."""
-        self.outputs.expect(
-            self._function_space_due(self.steps + 2), self._function_space_due(self.steps + 1)
-        )
+        self.outputs.expect(self._function_space_due(self.steps + 2), self._function_space_due(self.steps + 1))
         if self._due(self.steps + 1):
             # What sets rates within the step (FLeRM) does so in a hook of its own: ours has to come after it.
             self._before.remove()

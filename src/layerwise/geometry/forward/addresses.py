@@ -33,8 +33,7 @@ class AddressSpace:
         self._starts = [0, *accumulate(shape.numel() for shape in self.shapes)]
         space = torch.empty(self._starts[-1], dtype=torch.uint8, device="meta")
         self._views = [
-            space[start : start + shape.numel()].view(shape)
-            for start, shape in zip(self._starts, self.shapes, strict=False)
+            space[start : start + shape.numel()].view(shape) for start, shape in zip(self._starts, self.shapes, strict=False)
         ]
 
     def at(self, index: int) -> Tensor:

@@ -202,12 +202,7 @@ def _as(tensor: Tensor, flat: Tensor) -> Tensor:
 
 def _counts(buffer: Tensor) -> bool:
     """Whether a buffer holds numbers of positions. Nothing says so of one without values (meta and fake tensors)."""
-    if (
-        buffer.dtype not in (torch.int32, torch.int64)
-        or buffer.is_meta
-        or not buffer.ndim
-        or buffer.shape[-1] < 2
-    ):
+    if buffer.dtype not in (torch.int32, torch.int64) or buffer.is_meta or not buffer.ndim or buffer.shape[-1] < 2:
         return False
     try:
         return bool((buffer.diff(dim=-1) == 1).all())

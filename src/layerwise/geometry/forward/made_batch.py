@@ -34,24 +34,17 @@ def made_batch(model: Any) -> dict[str, Any] | None:
         return None
     device = torch.device("cpu") if weight.is_meta else weight.device
     made = {name: _MAKERS[name](model.config) for name in dict.fromkeys(wanted) if name in names}
-    return {
-        name: x.to(device, weight.dtype) if x.is_floating_point() else x.to(device)
-        for name, x in made.items()
-    }
+    return {name: x.to(device, weight.dtype) if x.is_floating_point() else x.to(device) for name, x in made.items()}
 
 
 def _is_pretrained(model: nn.Module) -> bool:
     return any(
-        base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.")
-        for base in type(model).__mro__
+        base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.") for base in type(model).__mro__
     )
 
 
 def _has_hooks(model: nn.Module) -> bool:
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        for module in model.modules()
-    )
+    return any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
 
 
 def _tokens(config: Any) -> Tensor:

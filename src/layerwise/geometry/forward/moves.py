@@ -62,9 +62,7 @@ def join(flow: Flow, op: Operation) -> None:
     for index in range(most):
         parts = [_rows_or_none(tensor, origin, index) for tensor, origin in given]
         rows.append(_joined(op, parts, dim))
-    result = joined(
-        [replace(origin, rows=()) for _, origin in given], op.results[0].shape, flow.evidence.transformed
-    )
+    result = joined([replace(origin, rows=()) for _, origin in given], op.results[0].shape, flow.evidence.transformed)
     flow.made(op, replace(result, rows=tuple(rows)))
 
 

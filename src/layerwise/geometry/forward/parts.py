@@ -52,9 +52,7 @@ def layout_seen(
     if factors is None:
         return None
     if len(factors) == len(shape) > 2:
-        factors = [
-            ("k" if side == "o" and step in apart else side, size, step) for side, size, step in factors
-        ]
+        factors = [("k" if side == "o" and step in apart else side, size, step) for side, size, step in factors]
     note = BOTH_WAYS if len({tuple(axis.side for axis in _by_stride(use)) for use in products}) > 1 else ""
     try:
         whole = layout_of(_pattern(factors, shape))
@@ -194,9 +192,7 @@ def _classes(rows: Tensor, sites: Sequence[tuple[Site, Tensor]]) -> Classes | No
     _, inverse = torch.unique(went, return_inverse=True)
     order: dict[int, int] = {}
     kinds = tuple(order.setdefault(kind, len(order)) for kind in _loops_joined(inverse.tolist()))
-    first = {
-        kind: next(iter(called[row]), "") for row, kind in reversed(list(enumerate(kinds))) if row in called
-    }
+    first = {kind: next(iter(called[row]), "") for row, kind in reversed(list(enumerate(kinds))) if row in called}
     return kinds, tuple(first.get(kind, "") for kind in range(len(order)))
 
 
@@ -217,9 +213,7 @@ def split_of(kinds: Sequence[int], names: Sequence[str]) -> Split | None:
         return None
     sequence = torch.tensor(kinds)
     period = next(
-        p
-        for p in range(1, len(kinds) + 1)
-        if len(kinds) % p == 0 and bool((sequence.view(-1, p) == sequence[:p]).all())
+        p for p in range(1, len(kinds) + 1) if len(kinds) % p == 0 and bool((sequence.view(-1, p) == sequence[:p]).all())
     )
     changes = [0, *(1 + (sequence[1:period] != sequence[: period - 1]).nonzero().flatten()).tolist(), period]
     if len(changes) - 1 != count:

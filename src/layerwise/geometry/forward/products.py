@@ -73,14 +73,10 @@ def multiply(flow: Flow, op: Operation, left: Operand, right: Operand, added: It
         outcome = _by_weight(flow, op, weight, origins[weight.side], other, origins[other.side])
     else:
         outcome = _of_activations(flow, op, (left, right), origins)
-    flow.came_from(
-        result, joined([outcome, *_added(flow, added, outcome)], result.shape, flow.evidence.transformed)
-    )
+    flow.came_from(result, joined([outcome, *_added(flow, added, outcome)], result.shape, flow.evidence.transformed))
 
 
-def _by_weight(
-    flow: Flow, op: Operation, weight: Operand, made_of: Origin, other: Operand, source: Origin
-) -> Origin:
+def _by_weight(flow: Flow, op: Operation, weight: Operand, made_of: Origin, other: Operand, source: Origin) -> Origin:
     """A weight maps an activation: the result has the weight's rows."""
     flow.evidence.went(source.rows, Site(op.number, other.side))
     flow.evidence.transformed |= source.results_of
@@ -95,9 +91,7 @@ def _by_weight(
     return Origin(rows=tuple(rows), results_of=flow.numbers(made_of))
 
 
-def _of_activations(
-    flow: Flow, op: Operation, operands: tuple[Operand, Operand], origins: list[Origin]
-) -> Origin:
+def _of_activations(flow: Flow, op: Operation, operands: tuple[Operand, Operand], origins: list[Origin]) -> Origin:
     """Rows end where they are contracted; along the other dimension they go on."""
     passed = []
     for operand, origin in zip(operands, origins, strict=True):

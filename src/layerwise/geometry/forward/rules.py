@@ -44,9 +44,7 @@ def follow(flow: Flow, op: Operation) -> None:
     if not any(origins) and op.tensors:
         return
     if all(origin is not None and origin.constant and not origin.weights for origin in origins):
-        values = (
-            origins[:1] if _rule(op.func) is lookup else origins
-        )  # zeros stay zeros wherever they are read
+        values = origins[:1] if _rule(op.func) is lookup else origins  # zeros stay zeros wherever they are read
         counts = op.name == "arange" or any(origin.counts for origin in filter(None, values))
         constant = POSITIONS if counts else CONSTANT
         flow.made(op, replace(constant, results_of=results_in(filter(None, origins))))
@@ -75,23 +73,14 @@ def pointwise(flow: Flow, op: Operation) -> None:
     shape = op.results[0].shape
     given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.tensors]
     if all(origin.constant for _, origin in given):
-        kept = [
-            weight
-            for tensor, origin in given
-            for weight in origin.weights
-            if _fits(flow, tensor, weight, shape)
-        ]
-        flow.made(
-            op, Origin(tuple(kept), constant=True, results_of=results_in(origin for _, origin in given))
-        )
+        kept = [weight for tensor, origin in given for weight in origin.weights if _fits(flow, tensor, weight, shape)]
+        flow.made(op, Origin(tuple(kept), constant=True, results_of=results_in(origin for _, origin in given)))
         return
     activations = [origin for _, origin in given if not origin.constant]
     kind: Kind = "gain" if op.name in _SCALES else "bias"
     weights = [weight for _, origin in given if origin.constant for weight in origin.weights]
     for weight in weights:
-        by_hand = any(
-            not origin.constant and _is_outer(tensor, small(weight).shape) for tensor, origin in given
-        )
+        by_hand = any(not origin.constant and _is_outer(tensor, small(weight).shape) for tensor, origin in given)
         of_features = kind == "bias" and is_of_features(weight, activations)
         flow.evidence.used(weight, "other" if kind == "gain" and by_hand else "norm" if of_features else kind)
     if op.name in _SCALES:
@@ -299,9 +288,7 @@ def fresh(flow: Flow, op: Operation) -> None:
     flow.made(op, CONSTANT)
 
 
-_FRESH = (
-    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like"
-)
+_FRESH = "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like"
 _SAME = "_to_copy clone native_dropout dropout cumsum cumprod detach alias tril triu"
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),

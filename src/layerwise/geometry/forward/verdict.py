@@ -48,11 +48,7 @@ def _seen(found: Found, evidence: Evidence, number: int) -> Found:
         return _matrix(found, evidence, number, is_output)
     if "convolution" in kinds:
         return _convolution(found, evidence, number, is_output)
-    if (
-        "other" in kinds
-        and "lookup" not in kinds
-        and (found.role == "head" or (is_output and found.role == "hidden"))
-    ):
+    if "other" in kinds and "lookup" not in kinds and (found.role == "head" or (is_output and found.role == "hidden")):
         # The weight of a layer, made or used in a way that was not followed.
         return replace(found, role="head")
     if "lookup" in kinds and found.parameter.ndim in (2, 3) and _may_be_a_table(found, kinds):
@@ -105,9 +101,7 @@ def _role(found: Found, layout: Layout, uses: Sequence[Use], is_output: bool) ->
     stacked = found.assumed or any(axis.side == "stack" for use in uses for axis in use.axes)
     if stacked and layout.stack_shape(found.parameter.shape)[0] > 1:
         return "experts"
-    return (
-        "hidden" if found.assumed or found.role != "experts" else "experts"
-    )  # slices of a layer are its parts
+    return "hidden" if found.assumed or found.role != "experts" else "experts"  # slices of a layer are its parts
 
 
 def _with_known_parts(seen: Layout, known: Layout, shape: Size) -> Layout:
@@ -180,7 +174,5 @@ def _units(layout: Layout, shape: Size) -> Tensor:
     ]
     units = layout.from_matrices(stacks, tuple(shape)).flatten()
     names, inverse = torch.unique(units, return_inverse=True)
-    first = torch.full((len(names),), units.numel()).scatter_reduce(
-        0, inverse, torch.arange(units.numel()), "amin"
-    )
+    first = torch.full((len(names),), units.numel()).scatter_reduce(0, inverse, torch.arange(units.numel()), "amin")
     return first.argsort().argsort()[inverse].to(torch.int32)

@@ -67,9 +67,7 @@ def _query_gate(owner: Any) -> Split | None:
 
 def _falcon(owner: Any) -> Split:
     if owner.new_decoder_architecture:  # a block per key-value head: its queries, then k and v
-        return Split.of_sizes(
-            {"q": owner.num_heads // owner.num_kv_heads, "k": 1, "v": 1}, owner.num_kv_heads
-        )
+        return Split.of_sizes({"q": owner.num_heads // owner.num_kv_heads, "k": 1, "v": 1}, owner.num_kv_heads)
     if owner.multi_query:
         return Split.of_sizes({"q": owner.num_heads, "k": 1, "v": 1})
     return Split.equal("q", "k", "v", blocks=owner.num_heads)
@@ -147,9 +145,7 @@ def _by_numbers(owner: Any, attribute: str, d_out: int) -> Split | None:
         return Split.of_sizes({"latent": latent, "k": rotary})
     key, value = getattr(owner, "qk_nope_head_dim", None), getattr(owner, "v_head_dim", None)
     heads = _number(owner, _HEADS)
-    if (
-        attribute in ("kv_b_proj", "wkv_b") and key and value and heads and heads * (key + value) == d_out
-    ):  # MLA
+    if attribute in ("kv_b_proj", "wkv_b") and key and value and heads and heads * (key + value) == d_out:  # MLA
         return Split.of_sizes({"k": key, "v": value}, heads)
     return None
 

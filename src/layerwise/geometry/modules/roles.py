@@ -80,10 +80,7 @@ def find_roles(model: nn.Module, evidence: Evidence | None = None) -> list[Found
         numbers = evidence.space.numbers
         found = {key: judged(each, evidence, numbers[each.name]) for key, each in found.items()}
     names = canonical_names(name for each in found.values() for name in each.names)
-    return [
-        replace(each, name=names[each.name], tied=tuple(names[name] for name in each.tied))
-        for each in found.values()
-    ]
+    return [replace(each, name=names[each.name], tied=tuple(names[name] for name in each.tied)) for each in found.values()]
 
 
 def _not_seen(heads: Heads, model: nn.Module, evidence: Evidence) -> Heads:
@@ -130,9 +127,7 @@ def _classify(place: _Place, is_head: bool, factor: str | None) -> Found:
         return _factor(place, owner, factor)
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         # A tied weight takes the head's orientation: logits = W x, so d_out is the vocabulary.
-        return (
-            place.found("head", MatrixLayout()) if is_head else place.found("embedding", TransposedLayout())
-        )
+        return place.found("head", MatrixLayout()) if is_head else place.found("embedding", TransposedLayout())
     if isinstance(owner, nn.modules.conv._ConvNd):
         return place.found("conv", conv_layout(owner), owner.kernel_size)
     if is_linear(owner) and len(shape) == 2:
@@ -195,9 +190,7 @@ def _assume(place: _Place, attribute: str) -> Found:
     dimensions = place.parameter.ndim
     if "pos" in attribute or (dimensions == 3 and place.parameter.shape[0] == 1):
         tables = {2: TransposedLayout(), 3: TransposedStackLayout()}
-        table = place.assumed(
-            "embedding", tables.get(dimensions, VectorLayout()), "a table of learned positions"
-        )
+        table = place.assumed("embedding", tables.get(dimensions, VectorLayout()), "a table of learned positions")
         return replace(table, undecayed=True)
     if attribute.endswith("bias"):
         return place.assumed("vector", VectorLayout(), "a bias")

@@ -156,10 +156,7 @@ def _roots_by_products(b: Tensor, p: int) -> tuple[Tensor, list[Tensor]]:
     """
     n = b.size(-1)
     parts = torch.stack(
-        [
-            torch.nn.functional.pad(part, (0, n - part.size(-1), 0, n - part.size(-2)))
-            for part in _leading(b, p)
-        ]
+        [torch.nn.functional.pad(part, (0, n - part.size(-1), 0, n - part.size(-2))) for part in _leading(b, p)]
     )
     roots = parts @ exact_polar(parts).mT
     return roots[0], list(roots.diagonal(dim1=-2, dim2=-1)[..., :p].sum(-1))
@@ -167,9 +164,7 @@ def _roots_by_products(b: Tensor, p: int) -> tuple[Tensor, list[Tensor]]:
 
 def exact_polar(x: Tensor) -> Tensor:
     """The polar factor of wide matrices within 1e-5, in the precision of x (`polar` would take bfloat16 on a GPU)."""
-    factor = newton_schulz(
-        normalised_in(x, x.dtype).reshape(-1, *x.shape[-2:]), POLYNOMIALS["polar_express8"]
-    )
+    factor = newton_schulz(normalised_in(x, x.dtype).reshape(-1, *x.shape[-2:]), POLYNOMIALS["polar_express8"])
     return factor.reshape(x.shape)
 
 

@@ -52,9 +52,7 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str
     if path not in PATHS:
         raise LayerwiseError(f"polar path {path!r} is unknown; choose one of {', '.join(PATHS)}")
     if precision not in PRECISIONS:
-        raise LayerwiseError(
-            f"polar precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
-        )
+        raise LayerwiseError(f"polar precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     if g.numel() == 0:
         return torch.zeros_like(g)
     if method == "svd":

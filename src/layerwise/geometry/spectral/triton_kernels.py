@@ -88,9 +88,7 @@ def symmetric_product(
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (a.is_cuda or interpreted):
-        raise LayerwiseError(
-            f"the triton paths of polar run on a CUDA device, not on {a.device.type!r}; choose path='auto'"
-        )
+        raise LayerwiseError(f"the triton paths of polar run on a CUDA device, not on {a.device.type!r}; choose path='auto'")
     if a.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise LayerwiseError(f"the triton paths of polar have no {a.dtype}; choose path='auto'")
     k, n, depth = a.shape

@@ -31,12 +31,8 @@ steps; the slope of each module's function-space rate against the size says whet
 def check(
     words: Words = None,
     sizes: Annotated[str | None, typer.Option(help="Sizes of the axis, such as 64,128,256.")] = None,
-    axis: Annotated[
-        str, typer.Option(help=f"What is varied: {', '.join(AXIS_NAMES)}, or any word.")
-    ] = "width",
-    match: Annotated[
-        str | None, typer.Option(help="A base file, `uniform`, or `first`; default: the config's.")
-    ] = None,
+    axis: Annotated[str, typer.Option(help=f"What is varied: {', '.join(AXIS_NAMES)}, or any word.")] = "width",
+    match: Annotated[str | None, typer.Option(help="A base file, `uniform`, or `first`; default: the config's.")] = None,
     steps: Annotated[str, typer.Option(help="The optimizer steps to measure.")] = "1,10,100",
     seeds: Annotated[str, typer.Option(help="Seeds; their spread is the slopes' error.")] = "0,1",
     tolerance: Annotated[float, typer.Option(help="Largest slope that counts as flat.")] = 0.2,

@@ -38,9 +38,7 @@ def compare(
     ] = None,
     lr_grid: Annotated[
         str | None,
-        typer.Option(
-            "--lr-grid", metavar="auto | NAME=[R,R]", help="Tune: `auto`, or `lanton=[2e-3, 4e-3]`."
-        ),
+        typer.Option("--lr-grid", metavar="auto | NAME=[R,R]", help="Tune: `auto`, or `lanton=[2e-3, 4e-3]`."),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Runs of each contender.")] = None,
     output: Annotated[

@@ -35,7 +35,5 @@ def record(
     base.save(output)
     for step, rates in base.records.items():
         total = sum(rate.value for rate in rates.values())
-        print(
-            f"step {step + 1}: {len(rates)} rates, sum {total:.4g} (RMS change of {base.fingerprint.space})"
-        )
+        print(f"step {step + 1}: {len(rates)} rates, sum {total:.4g} (RMS change of {base.fingerprint.space})")
     print(f"written to {output}")

@@ -12,9 +12,7 @@ from layerwise.lab.cli.words import command_line
 
 
 def report(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN...", help="Run directories, or folders of runs.")
-    ] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN...", help="Run directories, or folders of runs.")] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder to write to; by default that of the first run."),

@@ -39,12 +39,8 @@ def sweep(
         str | None,
         typer.Option(help="ray: of a running cluster, or `auto`; default: RAY_ADDRESS, or Ray started here."),
     ] = None,
-    cpus: Annotated[
-        float | None, typer.Option(help="ray: cores, and threads, of a trial (default 1).")
-    ] = None,
-    gpus: Annotated[
-        float | None, typer.Option(help="ray: GPUs of a trial, such as 0.25 (default 0: it sees none).")
-    ] = None,
+    cpus: Annotated[float | None, typer.Option(help="ray: cores, and threads, of a trial (default 1).")] = None,
+    gpus: Annotated[float | None, typer.Option(help="ray: GPUs of a trial, such as 0.25 (default 0: it sees none).")] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say how many trials there are, and stop."),
@@ -86,15 +82,11 @@ def _report(config: SweepConfig, swept: Sweep) -> None:
     from layerwise.lab.experiments.sweep.sweep_report import cells, titles, write_report
 
     if swept.failures and not read_results(swept.folder / RESULTS):
-        raise LayerwiseError(
-            f"all {len(swept.failures)} trials died, the last of: {list(swept.failures.values())[-1]}"
-        )
+        raise LayerwiseError(f"all {len(swept.failures)} trials died, the last of: {list(swept.failures.values())[-1]}")
     rows = write_report(config, swept.folder)
     print(numbers_table(titles(config.sweep.axis), [cells(row) for row in rows]))
     if any(row.edge for row in rows):
-        print(
-            "! the best rate is an end of its grid: the optimum may lie beyond; widen sweep.lr or sweep.lr_of"
-        )
+        print("! the best rate is an end of its grid: the optimum may lie beyond; widen sweep.lr or sweep.lr_of")
     print(f"figure and table: {swept.folder / 'transfer.png'}, {swept.folder / 'table.md'}")
     if swept.failures:
         count = f"{len(swept.failures)} trials died" if len(swept.failures) > 1 else "a trial died"

@@ -41,14 +41,10 @@ def train(
         bool,
         typer.Option("--or-start", help="With --resume: start at step 0 where there is no checkpoint yet."),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
     match: Annotated[
         str | None,
-        typer.Option(
-            help="Match rates to a file of `layerwise record`, or `uniform` (function_space.match)."
-        ),
+        typer.Option(help="Match rates to a file of `layerwise record`, or `uniform` (function_space.match)."),
     ] = None,
 ) -> None:
     from layerwise.lab.training.run import train as run_training

@@ -12,9 +12,7 @@ import typer
 
 from layerwise.errors import LayerwiseError
 
-Words = Annotated[
-    list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="A config and overrides.")
-]
+Words = Annotated[list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="A config and overrides.")]
 
 
 def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
@@ -40,9 +38,7 @@ def numbers(text: str, option: str) -> list[float]:
     try:
         found = [float(word) for word in text.split(",")]
     except ValueError:
-        raise LayerwiseError(
-            f"{option} {text!r}: write numbers with commas between them, such as 64,128"
-        ) from None
+        raise LayerwiseError(f"{option} {text!r}: write numbers with commas between them, such as 64,128") from None
     if not all(map(math.isfinite, found)):
         raise LayerwiseError(f"{option} {text!r}: write finite numbers, such as 64,128")
     return found
@@ -52,9 +48,7 @@ def whole_numbers(text: str, option: str) -> list[int]:
     """`1,10,100` as whole numbers. Raises LayerwiseError."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
-        raise LayerwiseError(
-            f"{option} {text!r}: write whole numbers from 0 with commas between them, such as 1,10"
-        )
+        raise LayerwiseError(f"{option} {text!r}: write whole numbers from 0 with commas between them, such as 1,10")
     return [int(word) for word in words]
 
 

@@ -38,11 +38,7 @@ def identity(config: Mapping[str, Any], corpus: str | None = None) -> dict[str, 
         The keys that are neither free nor at their default, which is null for those that this version does not have: a
         key that only another version has changes no run.
     """
-    flat = {
-        key: value
-        for key, value in flatten(config).items()
-        if not _is_free(key) and value != _defaults().get(key)
-    }
+    flat = {key: value for key, value in flatten(config).items() if not _is_free(key) and value != _defaults().get(key)}
     if corpus is None:
         return flat
     return {**{k: v for k, v in flat.items() if k != "data.paths"}, "corpus": corpus}

@@ -25,9 +25,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, word) for tag, word in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -59,9 +57,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise LayerwiseError(
-            f"config {path}: expected sections such as `optimizer:`, found {type(tree).__name__}"
-        )
+        raise LayerwiseError(f"config {path}: expected sections such as `optimizer:`, found {type(tree).__name__}")
     return tree
 
 

@@ -53,9 +53,7 @@ def _takes(annotation: Any, *kinds: type) -> bool:
 def one_folder(name: str, key: str) -> str:
     """A name that a folder can have, and that stays where it is put. Raises ValueError."""
     if name in (".", "..") or any(part in name for part in "/\\\0") or not name.isprintable():
-        raise ValueError(
-            f"{key}={name!r}: a name of one folder is needed, without slashes and control characters"
-        )
+        raise ValueError(f"{key}={name!r}: a name of one folder is needed, without slashes and control characters")
     if len(name.encode()) > 200:
         raise ValueError(f"{key}={name[:40]!r}...: a name of at most 200 bytes is needed")
     return name
@@ -236,8 +234,7 @@ class TrainingConfig(Section):
     def _consistent(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"training.batch_size={self.batch_size} is not a multiple of"
-                f" training.accumulation={self.accumulation}"
+                f"training.batch_size={self.batch_size} is not a multiple of training.accumulation={self.accumulation}"
             )
         return self
 

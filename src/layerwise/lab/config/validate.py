@@ -52,9 +52,7 @@ def check_values(tree: Any, key: str = "") -> None:
         key, value, depth = stack.pop()
         left -= 1
         if left < 0 or depth > DEEPEST:
-            raise LayerwiseError(
-                f"config: more than {MOST_VALUES} values, or sections within sections {DEEPEST} deep"
-            )
+            raise LayerwiseError(f"config: more than {MOST_VALUES} values, or sections within sections {DEEPEST} deep")
         if isinstance(value, dict):
             inner = f"{key}." if key else ""
             stack += [(f"{inner}{name}", item, depth + 1) for name, item in value.items()]
@@ -83,9 +81,7 @@ def _explain(schema: type[BaseModel], error: Any, within: str) -> str:
         *location, word = error["loc"]
         fields = _section_at(schema, location).model_fields
         inside = [f"`{name}.{word}`" for name in fields if word in _section_at(schema, [name]).model_fields]
-        known = (
-            f"did you mean {' or '.join(inside)}?" if inside and not location else nearest(str(word), fields)
-        )
+        known = f"did you mean {' or '.join(inside)}?" if inside and not location else nearest(str(word), fields)
         return f"unknown key `{key}`: {known}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and message.startswith(key):  # it names the key itself

@@ -88,9 +88,7 @@ def _text_files(paths: list[str]) -> list[Path]:
             if not found:
                 raise LayerwiseError(f"data.paths: no text files in folder {name}")
             if left_out := [file.name for file in there if file not in set(found)]:
-                warn(
-                    f"data.paths: {len(left_out)} files of {name} are no UTF-8 text and left out, {left_out[0]} the first"
-                )
+                warn(f"data.paths: {len(left_out)} files of {name} are no UTF-8 text and left out, {left_out[0]} the first")
             files += found
         elif path.is_file():
             files.append(path)
@@ -114,9 +112,7 @@ def _is_text(path: Path) -> bool:
     try:
         _decoded(start)
     except UnicodeDecodeError as error:
-        return (
-            error.end == len(start) == 1 << 16
-        )  # a character that is cut off at the end of the piece is no fault
+        return error.end == len(start) == 1 << 16  # a character that is cut off at the end of the piece is no fault
     except UnicodeError:
         return False
     return True
@@ -129,9 +125,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise LayerwiseError(f"data.paths: {path}: {error.strerror}") from None
     except UnicodeError as error:
-        raise LayerwiseError(
-            f"data.paths: {path} is not UTF-8 text ({error}): convert it, as iconv does"
-        ) from None
+        raise LayerwiseError(f"data.paths: {path} is not UTF-8 text ({error}): convert it, as iconv does") from None
 
 
 def _dataset(config: DataConfig) -> Callable[[], Iterator[str]]:

@@ -144,8 +144,7 @@ def _read_info(folder: Path) -> dict[str, Any] | None:
     try:
         info: dict[str, Any] = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         good = list(info["files"]) == list(PARTS) and all(
-            [(folder / name).stat().st_size, _file_hash(folder / name)] == written
-            for name, written in info["files"].items()
+            [(folder / name).stat().st_size, _file_hash(folder / name)] == written for name, written in info["files"].items()
         )
         return info if good and info["dtype"] in ("uint16", "uint32") and info["vocab_size"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -234,9 +233,7 @@ def _from_id_file(config: DataConfig) -> TokenFiles:
     except (OSError, ValueError, EOFError, MemoryError) as error:
         raise LayerwiseError(f"data.paths: {path} cannot be read as token ids: {error}") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0:
-        raise LayerwiseError(
-            f"data.paths: {path} holds {ids.dtype} of shape {ids.shape}; needed: a row of integers"
-        )
+        raise LayerwiseError(f"data.paths: {path} holds {ids.dtype} of shape {ids.shape}; needed: a row of integers")
     smallest, largest = int(ids.min()), int(ids.max())
     vocab_size = config.vocab_size or largest + 1
     if smallest < 0 or largest >= vocab_size:

@@ -102,16 +102,11 @@ def compare(
     compared = {entry.name for entry in listed} | set(section.by_role)
     for key, given in (("lr_grid", section.lr_grid), ("contenders", section.contenders)):
         if isinstance(given, dict) and (unused := sorted(given.keys() - compared)):
-            say(
-                f"compare.{key} has {', '.join(unused)}, which this comparison leaves out (compare.optimizers)"
-            )
+            say(f"compare.{key} has {', '.join(unused)}, which this comparison leaves out (compare.optimizers)")
     runner = Runner(config, progress, say)
     check_buildable(example for entry in listed for example in runner.examples(entry))
     chosen = looks([entry.optimizer.name for entry in listed])
-    searches = [
-        Search(entry, look, runner.runs, section.trials, say)
-        for entry, look in zip(listed, chosen, strict=True)
-    ]
+    searches = [Search(entry, look, runner.runs, section.trials, say) for entry, look in zip(listed, chosen, strict=True)]
     for search in searches:
         search.finish()
     return conclude(runner, searches)

@@ -55,9 +55,7 @@ class CompareSection(Section):
             return data
         grid = data.get("lr_grid")
         if isinstance(grid, str) and grid != "auto":
-            raise ValueError(
-                f"compare.lr_grid={grid!r}: give auto, or rates by contender such as lanton=[2e-3, 4e-3]"
-            )
+            raise ValueError(f"compare.lr_grid={grid!r}: give auto, or rates by contender such as lanton=[2e-3, 4e-3]")
         known = set(OPTIMIZERS) | set(data.get("contenders") or {})
         grids = {k: v for k, v in data.items() if k in known and isinstance(v, list)}
         rest = {k: v for k, v in data.items() if k not in grids}
@@ -154,9 +152,7 @@ def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]
         return Entry(name, label, optimizer, tuple(sorted(set(grids[name]))), may_extend=False)
     if config.compare.lr_grid == "auto":
         if start == 0:
-            raise LayerwiseError(
-                f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out"
-            )
+            raise LayerwiseError(f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out")
         points = range(-AUTO_STEPS, AUTO_STEPS + 1)
         return Entry(name, label, optimizer, tuple(start * 2.0**k for k in points), may_extend=True)
     return Entry(name, label, optimizer, (start,), may_extend=False)

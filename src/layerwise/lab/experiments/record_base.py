@@ -11,9 +11,7 @@ from layerwise.lab.training.progress import ProgressKind, QuietProgress, make_pr
 from layerwise.lab.training.run import take_steps
 
 
-def record(
-    config: Config, seeds: Sequence[int], progress: ProgressKind | QuietProgress = "plain"
-) -> BaseRates:
+def record(config: Config, seeds: Sequence[int], progress: ProgressKind | QuietProgress = "plain") -> BaseRates:
     """Base rates of the config's model, averaged over `seeds` (of weights, data order and probes).
 
     Each seed trains only as far as the last step to be measured: one step, unless `function_space.match_step` or

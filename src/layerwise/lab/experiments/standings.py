@@ -89,9 +89,7 @@ def baseline(section: CompareSection, searches: Sequence[Search]) -> Search:
     return next((search for search in searches if search.entry.name == section.baseline), best)
 
 
-def standings(
-    searches: Sequence[Search], base: Search, lengths: Mapping[float, Sequence[Run]]
-) -> list[Standing]:
+def standings(searches: Sequence[Search], base: Search, lengths: Mapping[float, Sequence[Run]]) -> list[Standing]:
     """Every contender against the baseline, in the order of the searches; `lengths`: its runs of other lengths."""
     expected = base.at_best.final_losses
     curve = {length: fmean(run.final_val_loss for run in runs) for length, runs in lengths.items()}

@@ -23,9 +23,7 @@ import_files(layerwise.lab.models)  # each file registers its families
 LARGEST_SIZE, MOST_BLOCKS = 1_000_000, 10_000
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    preset: (name, settings)
-    for name, family in FAMILIES.items()
-    for preset, settings in family.presets.items()
+    preset: (name, settings) for name, family in FAMILIES.items() for preset, settings in family.presets.items()
 }
 
 

@@ -78,9 +78,7 @@ class ResMLP(nn.Module):
         init_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        _positive(
-            width=width, depth=depth, base_width=base_width, base_blocks=base_blocks, init_scale=init_scale
-        )
+        _positive(width=width, depth=depth, base_width=base_width, base_blocks=base_blocks, init_scale=init_scale)
         d = base_width * width
         self.input = _linear(features, d, bias=True)
         deviation = init_scale / math.sqrt(depth)
@@ -106,8 +104,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, positions, d = x.shape
         q, k, v = (
-            layer(x).view(batch, positions, self.heads, -1).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
+            layer(x).view(batch, positions, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
         q, k = _normalise(q), _normalise(k)
         if self.kind == "sdpa":
@@ -134,9 +131,7 @@ class FeedForward(nn.Module):
 class DecoderBlock(nn.Module):
     """Attention, then feed-forward, each on a residual branch divided by sqrt(depth multiplier)."""
 
-    def __init__(
-        self, d: int, heads: int, *, norm: Norm, branch_scale: float, init_scale: float, kind: str
-    ) -> None:
+    def __init__(self, d: int, heads: int, *, norm: Norm, branch_scale: float, init_scale: float, kind: str) -> None:
         super().__init__()
         self.norm, self.branch_scale = norm, branch_scale
         self.attention = Attention(d, heads, init_scale, kind)
@@ -185,9 +180,7 @@ class Decoder(nn.Module):
         if norm not in NORMS:
             raise LayerwiseError(f"model.norm={norm!r}: use one of {', '.join(NORMS)}")
         if base_width % (2 * base_heads):
-            raise LayerwiseError(
-                f"model.base_width={base_width} is not a multiple of 2 * model.base_heads={base_heads}"
-            )
+            raise LayerwiseError(f"model.base_width={base_width} is not a multiple of 2 * model.base_heads={base_heads}")
         d = base_width * width
         self.embedding = nn.Embedding(vocab_size, d)
         self.blocks = nn.ModuleList(

@@ -237,8 +237,7 @@ def scale_roles(
         for name, parameter in group["params"]:
             parts.setdefault(factors.get(roles[name], 1.0), []).append((name, parameter))
         cut += [
-            {**group, "params": params} | ({} if factor == 1.0 else {"lr": lr * factor})
-            for factor, params in parts.items()
+            {**group, "params": params} | ({} if factor == 1.0 else {"lr": lr * factor}) for factor, params in parts.items()
         ]
     return cut
 

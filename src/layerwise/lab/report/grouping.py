@@ -57,9 +57,7 @@ def load_runs(paths: Iterable[str | Path], note: Callable[[str], None] = warn) -
         for message in damaged:
             note(f"left out: {message}")
     if not runs:
-        raise LayerwiseError(
-            "report: no run was named; name one run directory or more, such as runs/gpt2-tiny-lanton"
-        )
+        raise LayerwiseError("report: no run was named; name one run directory or more, such as runs/gpt2-tiny-lanton")
     return list(runs.values())
 
 
@@ -76,10 +74,7 @@ def contenders(runs: Sequence[Run]) -> list[Contender]:
     ]
     labels = [label if labels.count(label) == 1 else f"{label} ({i + 1})" for i, label in enumerate(labels)]
     chosen = looks([group[0].optimizer for group in groups.values()])
-    return [
-        Contender(label, look, tuple(group))
-        for label, look, group in zip(labels, chosen, groups.values(), strict=True)
-    ]
+    return [Contender(label, look, tuple(group)) for label, look, group in zip(labels, chosen, groups.values(), strict=True)]
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -41,9 +41,7 @@ def looks(optimizers: Sequence[str]) -> list[Look]:
         if own is None or own in chosen:
             color = free.pop(0) if free else CYCLE[i % len(CYCLE)]
             markers = [MARKERS[(i + shift) % len(MARKERS)] for shift in range(len(MARKERS))]
-            own = next(
-                (look for marker in markers if (look := Look(color, marker)) not in chosen), Look(color)
-            )
+            own = next((look for marker in markers if (look := Look(color, marker)) not in chosen), Look(color))
         chosen.append(own)
     return chosen
 
@@ -79,6 +77,4 @@ def unit_name(unit: str) -> UnitName:
 def network_order(units: Iterable[str], parameters: Sequence[str]) -> list[UnitName]:
     """Units from the input of the network to its output: in the order of `parameters`, which is the model's."""
     rank = {name: number for number, name in enumerate(parameters)}
-    return [
-        unit_name(unit) for unit in sorted(units, key=lambda unit: rank.get(parameter_of(unit), len(rank)))
-    ]
+    return [unit_name(unit) for unit in sorted(units, key=lambda unit: rank.get(parameter_of(unit), len(rank)))]

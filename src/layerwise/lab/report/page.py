@@ -60,9 +60,7 @@ class Story:
 def check_report(folder: Path) -> None:
     """Raises LayerwiseError where a report could not be written into `folder`, or another page is there."""
     if folder.suffix == ".html":
-        raise LayerwiseError(
-            f"-o: {folder} names a page: name a folder, {PAGE} and its figures are written into it"
-        )
+        raise LayerwiseError(f"-o: {folder} names a page: name a folder, {PAGE} and its figures are written into it")
     check_output(folder / PAGE, "Layerwise</title>")
 
 
@@ -117,10 +115,7 @@ def code_spans(text: str) -> Markup:
     """A sentence whose `words in backticks` are set as code."""
     from markupsafe import Markup, escape
 
-    parts = [
-        f"<code>{escape(part)}</code>" if i % 2 else str(escape(part))
-        for i, part in enumerate(text.split("`"))
-    ]
+    parts = [f"<code>{escape(part)}</code>" if i % 2 else str(escape(part)) for i, part in enumerate(text.split("`"))]
     return Markup("".join(parts))
 
 
@@ -164,9 +159,7 @@ def _layer_plans(group: Contender) -> Iterator[Plan]:
         yield Plan(f"layers_{slug}", section, what, lambda on: heatmap.layer_heat_maps(run, matrices, on))
     if vectors:
         folded = "Gains and biases" if matrices else ""
-        yield Plan(
-            f"vectors_{slug}", section, what, lambda on: heatmap.layer_heat_maps(run, vectors, on), folded
-        )
+        yield Plan(f"vectors_{slug}", section, what, lambda on: heatmap.layer_heat_maps(run, vectors, on), folded)
     if history.has_multiplier:
         yield Plan(
             f"rates_{slug}", section, "Effective learning rate and rate multiplier, coloured by kind of tensor: of each "
@@ -207,9 +200,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         notes.append("These runs trained different models: compare their losses with that in mind.")
     finished = {run.last("tokens") for run in runs if run.status == "finished"}
     if len(finished) > 1:
-        notes.append(
-            "These runs differ in length, and with it in their schedules: equal tokens are not equal progress."
-        )
+        notes.append("These runs differ in length, and with it in their schedules: equal tokens are not equal progress.")
     unfinished = "Not finished (still running, or killed: it can be resumed)"
     for status, text in (("diverged", "Diverged"), ("running", unfinished)):
         names = [run.name for run in runs if run.status == status]

@@ -224,9 +224,7 @@ def theme_css() -> str:
 _GAPS = {"shrinkA": 1, "shrinkB": 2, "patchA": None}
 
 
-def label_ends(
-    axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, height: float, size: float = 8
-) -> None:
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, height: float, size: float = 8) -> None:
     """Name lines at the right edge: one (x, y, text, colour) for each line, moved apart where they would overlap.
 
     `height` is the height of the axes in inches, about; axis limits and scales must be set before.
@@ -264,9 +262,7 @@ def spread_apart(wanted: Sequence[float], gap: float) -> list[float]:
 
     order = np.argsort(wanted, kind="stable")
     steps, room = gap * np.arange(len(wanted)), 1 - gap * (len(wanted) - 1)
-    nearest = isotonic_regression(
-        np.asarray(wanted)[order] - steps
-    ).x  # at least `gap` apart: never falling without it
+    nearest = isotonic_regression(np.asarray(wanted)[order] - steps).x  # at least `gap` apart: never falling without it
     placed = np.empty(len(wanted))
     placed[order] = (np.clip(nearest, 0, room) if room > 0 else room / 2) + steps
     return [float(at) for at in placed]

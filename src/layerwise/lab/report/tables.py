@@ -46,11 +46,7 @@ def _result_row(contender: Contender, *, leads: bool) -> ResultRow:
     runs = contender.runs
     finite = [v for v in contender.final_losses if math.isfinite(v)]
     states = [run.status if run.status != "running" else "unfinished" for run in runs]
-    status = (
-        states[0]
-        if len(set(states)) == 1
-        else ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    )
+    status = states[0] if len(set(states)) == 1 else ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     return ResultRow(
         label=contender.label,
         color=contender.look.color,
@@ -147,11 +143,7 @@ def facts(runs: Sequence[Run], entry: str) -> list[tuple[str, str]]:
     for run in runs:
         value = run.info.get(entry)
         for key, item in flatten(value).items() if isinstance(value, dict) else ():
-            text = (
-                f"{item:,}"
-                if isinstance(item, int) and not isinstance(item, bool) and item >= 10_000
-                else _text(item)
-            )
+            text = f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) and item >= 10_000 else _text(item)
             if text not in rows.setdefault(key, []):
                 rows[key].append(text)
     return [(key, "; ".join(values)) for key, values in rows.items()]

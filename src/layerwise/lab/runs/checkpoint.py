@@ -32,9 +32,7 @@ class DamagedCheckpointError(LayerwiseError):
     """A checkpoint that is not what was written: truncated, changed, or unreadable."""
 
 
-def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], identity: dict[str, Any], keep: int
-) -> Path:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], identity: dict[str, Any], keep: int) -> Path:
     """Writes `state` as the checkpoint of `step` and removes all but the newest `keep`."""
     final = folder / f"step-{step:08d}"
     work = folder / (final.name + _UNFINISHED)
@@ -76,9 +74,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"checkpoint {path / _MANIFEST} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise DamagedCheckpointError(
-            f"checkpoint {path / _MANIFEST} is not of format {_FORMAT}, which this version reads"
-        )
+        raise DamagedCheckpointError(f"checkpoint {path / _MANIFEST} is not of format {_FORMAT}, which this version reads")
     return manifest
 
 

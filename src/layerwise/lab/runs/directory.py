@@ -113,9 +113,7 @@ def read_info(path: str | Path) -> RunInfo:
     try:
         info = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise LayerwiseError(
-            f"run {folder}: no {RUN_FILE} there; name a folder that `layerwise train` wrote"
-        ) from None
+        raise LayerwiseError(f"run {folder}: no {RUN_FILE} there; name a folder that `layerwise train` wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LayerwiseError(
             f"run {folder}: {RUN_FILE} is damaged ({error}); move the folder away, or train again with --overwrite"
@@ -153,16 +151,12 @@ class RunWriter:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until close()
         except OSError as error:
-            raise LayerwiseError(
-                f"run.dir, run.name: cannot make or write in {self.path}: {error.strerror}"
-            ) from None
+            raise LayerwiseError(f"run.dir, run.name: cannot make or write in {self.path}: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise LayerwiseError(
-                f"run {self.path}: another process is writing it; wait, or set run.name"
-            ) from None
+            raise LayerwiseError(f"run {self.path}: another process is writing it; wait, or set run.name") from None
         self._files = {
             name: open(self._stream(name), "ab", buffering=0)  # noqa: SIM115
             for name in STREAMS

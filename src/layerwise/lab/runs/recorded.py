@@ -105,10 +105,7 @@ class Run(RunInfo):
     @property
     def norm_groups(self) -> dict[str, str]:
         """Parameter name -> norm group."""
-        return {
-            str(row["name"]): str(row.get("norm_group") or row.get("geometry") or "")
-            for row in self.parameters
-        }
+        return {str(row["name"]): str(row.get("norm_group") or row.get("geometry") or "") for row in self.parameters}
 
     @property
     def base_lr(self) -> float:

@@ -109,9 +109,7 @@ def train(
     config = complete(config)
     path = config.run_path
     if resume and overwrite:
-        raise LayerwiseError(
-            "--resume and --overwrite: one goes on with a run, the other deletes it; give one"
-        )
+        raise LayerwiseError("--resume and --overwrite: one goes on with a run, the other deletes it; give one")
     if or_start and not resume:
         raise LayerwiseError("--or-start goes with --resume: a run starts at step 0 without either")
     processes.join(config.parallel.timeout)

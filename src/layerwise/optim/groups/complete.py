@@ -22,9 +22,7 @@ _NO_OPTIONS = ("params", "param_names", "origin")
 def as_groups(params: Iterable[Any]) -> list[Group]:
     """Groups as they were given; plain parameters, named or not, by their shapes (with one warning)."""
     if isinstance(params, Tensor):
-        raise LayerwiseError(
-            "params is a single tensor: pass layerwise.param_groups(model) or a list of parameters"
-        )
+        raise LayerwiseError("params is a single tensor: pass layerwise.param_groups(model) or a list of parameters")
     if isinstance(params, nn.Module) or not isinstance(params, Iterable):
         raise LayerwiseError(
             f"params is of type {type(params).__name__}: pass layerwise.param_groups(model) or a list of parameters"
@@ -32,18 +30,12 @@ def as_groups(params: Iterable[Any]) -> list[Group]:
     given = list(params)
     dicts = [item for item in given if isinstance(item, dict)]
     if dicts and len(dicts) < len(given):
-        raise LayerwiseError(
-            "params mixes groups with parameters: pass groups (dicts) alone, or parameters alone"
-        )
+        raise LayerwiseError("params mixes groups with parameters: pass groups (dicts) alone, or parameters alone")
     # Parameters may be a generator, as model.parameters() is.
-    dicts = [
-        {**group, "params": _as_list(group["params"])} if "params" in group else group for group in dicts
-    ]
+    dicts = [{**group, "params": _as_list(group["params"])} if "params" in group else group for group in dicts]
     groups = dicts if dicts or not given else _by_shape(name_params(given, None, 0), {})
     if not groups:
-        raise LayerwiseError(
-            "the optimizer got no parameters: pass layerwise.param_groups(model), or check requires_grad"
-        )
+        raise LayerwiseError("the optimizer got no parameters: pass layerwise.param_groups(model), or check requires_grad")
     if not any(group.get("params", True) for group in groups):  # torch takes them
         warn("all groups are empty: nothing is trained until parameters are added; check requires_grad")
     return groups
@@ -55,9 +47,7 @@ def with_layouts(group: Group, named: int) -> list[Group]:
     ``named`` is how many parameters the optimizer has already: those without a name are counted on from it.
     """
     if "params" not in group:
-        raise LayerwiseError(
-            f"a parameter group has no 'params' (its keys: {', '.join(map(repr, group))}): add them"
-        )
+        raise LayerwiseError(f"a parameter group has no 'params' (its keys: {', '.join(map(repr, group))}): add them")
     params = name_params(_as_list(group["params"]), group.get("param_names"), named)
     options = {key: value for key, value in group.items() if key not in _NO_OPTIONS}
     if options.get("layout") is not None:
@@ -69,9 +59,7 @@ def _by_shape(params: list[tuple[str, Tensor]], options: Group) -> list[Group]:
     check_group(options)
     check_parameters(params, (), ())
     if not params:  # the no_decay of a model without biases: as if it held some
-        return [
-            {"params": [], "role": "vector", "layout": VectorLayout(), "geometry": VectorRMS(), **options}
-        ]
+        return [{"params": [], "role": "vector", "layout": VectorLayout(), "geometry": VectorRMS(), **options}]
     return [found | options for found in group_by_shape(params)]
 
 
@@ -116,9 +104,7 @@ def for_torch(group: Group, others: Iterable[Group]) -> Group:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.clone()  # a scheduler that writes into a shared one in place would move it once a group
-    if any(
-        "initial_lr" in other for other in others
-    ):  # a schedule runs; one made anew needs it of every group
+    if any("initial_lr" in other for other in others):  # a schedule runs; one made anew needs it of every group
         group = {"initial_lr": float(lr), **group}
     return {**group, **names, "lr": lr}
 
@@ -160,9 +146,7 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else value
 
 
-def check_parameters(
-    params: list[tuple[str, Tensor]], known: Collection[Tensor], known_names: Collection[str]
-) -> None:
+def check_parameters(params: list[tuple[str, Tensor]], known: Collection[Tensor], known_names: Collection[str]) -> None:
     """Raise :class:`LayerwiseError` for a parameter that cannot be optimized, or is there twice."""
     names, seen = set(known_names), {id(p) for p in known}
     for name, param in params:
@@ -189,7 +173,5 @@ def _as_list(params: Any) -> list[Any]:
     if isinstance(params, Tensor):
         return [params]
     if isinstance(params, (set, frozenset)):
-        raise LayerwiseError(
-            "the parameters of a group are a set, whose order is not the same in every run: give a list"
-        )
+        raise LayerwiseError("the parameters of a group are a set, whose order is not the same in every run: give a list")
     return list(params)

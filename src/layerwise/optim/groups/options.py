@@ -111,9 +111,7 @@ def _as_number(key: str, value: object, fix: str) -> float:
 
 
 def _learning_rate(key: str, value: object) -> None:
-    fix = (
-        f"give a finite number of at least 0 and at most {LARGEST:g}, or a floating-point tensor holding one"
-    )
+    fix = f"give a finite number of at least 0 and at most {LARGEST:g}, or a floating-point tensor holding one"
     if not isinstance(value, Tensor):
         _at_least_zero(key, value, fix)
     elif value.numel() != 1 or not value.is_floating_point():

@@ -72,6 +72,4 @@ class DualMuon(LayerwiseOptimizer):
             **matrices_and_the_rest({**matrices, "rates": rates}, rest),
             "head": {"update": "adamw", **rest, "lr_scale": head},
         }
-        super().__init__(
-            params, recipe, nonfinite=nonfinite, rounding=rounding, lr=lr, weight_decay=weight_decay
-        )
+        super().__init__(params, recipe, nonfinite=nonfinite, rounding=rounding, lr=lr, weight_decay=weight_decay)

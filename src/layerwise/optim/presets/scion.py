@@ -53,9 +53,7 @@ class Scion(LayerwiseOptimizer):
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        radius: Annotated[
-            Mapping[str, float], "radii by role, such as {'hidden': 50.0, 'head': 3000.0}"
-        ] = SCION_RADIUS,
+        radius: Annotated[Mapping[str, float], "radii by role, such as {'hidden': 50.0, 'head': 3000.0}"] = SCION_RADIUS,
         rates: RateRule | None = None,
         nonfinite: str = "raise",
         rounding: str = "nearest",

@@ -218,9 +218,7 @@ class NoiseAdaptive(RateRule):
                 f"NoiseAdaptive(reference={self.reference!r}): give one of {', '.join(map(repr, REFERENCES))}"
             )
         if not isinstance(self.size_normalised, bool):
-            raise LayerwiseError(
-                f"NoiseAdaptive(size_normalised={self.size_normalised!r}): give True or False"
-            )
+            raise LayerwiseError(f"NoiseAdaptive(size_normalised={self.size_normalised!r}): give True or False")
         if self.anchor not in ("max", "mean"):
             raise LayerwiseError(f"NoiseAdaptive(anchor={self.anchor!r}): give 'max' or 'mean'")
 

@@ -26,8 +26,8 @@ class StaticRates(RateRule):
         0.0005
     """
 
-    multipliers: Annotated[Mapping[str, float], "multipliers by unit name, such as {'head.weight': 0.5}"] = (
-        field(default_factory=dict)
+    multipliers: Annotated[Mapping[str, float], "multipliers by unit name, such as {'head.weight': 0.5}"] = field(
+        default_factory=dict
     )
 
     def __post_init__(self) -> None:

@@ -60,9 +60,7 @@ class Following:
         models_have = {id(p) for origin in self._origins() for p in origin.parameters().values()}
         for name, held in self._held.items():
             put_there = name in before and before[name].param is not held.param
-            if (
-                put_there and id(held.param) not in models_have
-            ):  # somebody's master copy: it is not ours to replace
+            if put_there and id(held.param) not in models_have:  # somebody's master copy: it is not ours to replace
                 self._held[name] = held._replace(origin=None)
         return lost
 
@@ -200,9 +198,7 @@ class Following:
 
 def _tell_of_unfrozen(names: Sequence[str], taken_over: bool) -> None:
     """Warn of parameters that were frozen when the optimizer was made and have gradients now."""
-    had_been = (
-        f"{first_few(map(repr, names))} had been frozen when the optimizer was made, have gradients now and"
-    )
+    had_been = f"{first_few(map(repr, names))} had been frozen when the optimizer was made, have gradients now and"
     if taken_over:
         warn(
             f"{had_been} are trained from this step on, with the roles that the model gives them; a schedule made before may"
@@ -215,10 +211,7 @@ def _tell_of_unfrozen(names: Sequence[str], taken_over: bool) -> None:
 def _replace(groups: Sequence[Group], new: Mapping[str, Tensor | None]) -> None:
     """In place: another tensor for some names; None takes the parameter out."""
     for group in groups if new else ():
-        rows = [
-            (name, new.get(name, param))
-            for name, param in zip(group["param_names"], group["params"], strict=True)
-        ]
+        rows = [(name, new.get(name, param)) for name, param in zip(group["param_names"], group["params"], strict=True)]
         group["params"][:] = [param for _, param in rows if param is not None]
         group["param_names"][:] = [name for name, param in rows if param is not None]
 
@@ -226,9 +219,7 @@ def _replace(groups: Sequence[Group], new: Mapping[str, Tensor | None]) -> None:
 def check_model(model: nn.Module, groups: Sequence[Group]) -> None:
     """Raise :class:`LayerwiseError` for what is no model, and for one of which neither a tensor nor a name is here."""
     if not isinstance(model, nn.Module):
-        raise LayerwiseError(
-            f"add_trainable: model is of type {type(model).__name__}: give the model, an nn.Module"
-        )
+        raise LayerwiseError(f"add_trainable: model is of type {type(model).__name__}: give the model, an nn.Module")
     names = {name for group in groups for name in group["param_names"]}
     tensors = {id(param) for group in groups for param in group["params"]}
     named = [(canonical_name(name), id(p)) for name, p in unwrap(model).named_parameters()]

@@ -25,9 +25,7 @@ class Held(NamedTuple):
 
 
 @torch.no_grad()
-def replace_state(
-    groups: Sequence[Group], states: dict[Tensor, State], holders: Mapping[str, Held]
-) -> list[str]:
+def replace_state(groups: Sequence[Group], states: dict[Tensor, State], holders: Mapping[str, Held]) -> list[str]:
     """Make state for every parameter that has none, or of another size, from that of what stood for its name if it fits.
 
     Of an embedding or head with more or fewer rows, those that are in both keep their state.
@@ -48,9 +46,7 @@ def replace_state(
             held = holders.get(name, Held(param, param.numel()))
             if param not in states or (held.param is param and held.entries != param.numel()):
                 new, old = group["update"].allocate(group, name, param), states.get(held.param, {})
-                if has_moved(old) and not (
-                    carry_over(old, new) or take(new, old, group["role"] in WITH_ROWS)
-                ):
+                if has_moved(old) and not (carry_over(old, new) or take(new, old, group["role"] in WITH_ROWS)):
                     lost.append(name)
                 states[param] = new
             move_beside(param, states[param])

@@ -73,9 +73,7 @@ def with_new_names(state_dict: dict[str, Any]) -> dict[str, Any]:
     """``state_dict`` with today's names of group options: ``rates`` was ``noise`` before the first release."""
     if not isinstance(groups := state_dict.get("param_groups"), list):
         return state_dict
-    renamed = [
-        {"rates" if key == "noise" else key: value for key, value in group.items()} for group in groups
-    ]
+    renamed = [{"rates" if key == "noise" else key: value for key, value in group.items()} for group in groups]
     return {**state_dict, "param_groups": renamed}
 
 
@@ -157,19 +155,14 @@ def in_own_order(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
         kinds = [_options(other) for other, _ in theirs] or [_options(group)]
         if any(kind != kinds[0] for kind in kinds):
             return state_dict
-        ordered.append(
-            {**kinds[0], "param_names": list(group["param_names"]), "params": [i for _, i in theirs]}
-        )
+        ordered.append({**kinds[0], "param_names": list(group["param_names"]), "params": [i for _, i in theirs]})
     return {**state_dict, "param_groups": ordered}
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Of a group, in the form in which it is saved."""
     kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    return {
-        key: repr(value) if key in DESCRIBED and not isinstance(value, str) else value
-        for key, value in kept.items()
-    }
+    return {key: repr(value) if key in DESCRIBED and not isinstance(value, str) else value for key, value in kept.items()}
 
 
 def _check_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -181,9 +174,7 @@ def _check_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if len(group["params"]) != len(saved["params"]):
             first = next(iter(group["param_names"]), "no parameter")
             counts = f"{len(saved['params'])} parameters in it and {len(group['params'])} here"
-            raise _other(
-                f"a group that starts with {first!r} has {counts}{_names_in_one(groups, saved_groups)}"
-            )
+            raise _other(f"a group that starts with {first!r} has {counts}{_names_in_one(groups, saved_groups)}")
         _check_names(group["param_names"], saved.get("param_names"))
         for key in KEPT:
             live = repr(group[key]) if key in DESCRIBED else group[key]
@@ -206,9 +197,7 @@ def _check_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 kinds = f"{value!r:.80} in it and a {type(here[key]).__name__} here"
                 raise _other(f"{key} of {name!r} is {kinds}")
             if isinstance(value, Tensor) and value.shape != here[key].shape:
-                raise _other(
-                    f"{key} of {name!r} has shape {tuple(value.shape)} in it and {tuple(here[key].shape)} here"
-                )
+                raise _other(f"{key} of {name!r} has shape {tuple(value.shape)} in it and {tuple(here[key].shape)} here")
 
 
 def _names_in_one(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[str, Any]]) -> str:
@@ -283,9 +272,7 @@ def load(
         group.update(kept)
         if "lr_scale" in recipe.get(group["role"], {}):  # in 0.1.0's checkpoints it is inside the rate
             group.setdefault("lr_scale", 1.0)
-        for key in (
-            old.keys() - group.keys() - set(TORCH_KEYS)
-        ):  # the user's own, and options that are newer than it
+        for key in old.keys() - group.keys() - set(TORCH_KEYS):  # the user's own, and options that are newer than it
             group[key] = old[key]
         if isinstance(lr, Tensor):
             group["lr"] = lr.fill_(group["lr"])
@@ -294,9 +281,7 @@ def load(
 
 
 @torch.no_grad()
-def copy_state(
-    optimizer: Optimizer, own: Mapping[Tensor, dict[str, Any]], state_dict: dict[str, Any]
-) -> None:
+def copy_state(optimizer: Optimizer, own: Mapping[Tensor, dict[str, Any]], state_dict: dict[str, Any]) -> None:
     """Put the saved numbers into the optimizer's ``own`` tensors, in the dtype they were saved in.
 
     torch makes the state share memory with what was loaded, where it does not cast it to the parameter's dtype.

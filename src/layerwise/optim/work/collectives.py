@@ -44,9 +44,7 @@ def all_to_all(
     return wait
 
 
-def all_gather(
-    group: dist.ProcessGroup, mine: Sequence[Tensor], shapes: Sequence[Sequence[Shape]], like: Tensor
-) -> Pending:
+def all_gather(group: dist.ProcessGroup, mine: Sequence[Tensor], shapes: Sequence[Sequence[Shape]], like: Tensor) -> Pending:
     """Give ``mine`` to every process of the group; ``shapes[p]`` are those of what each process p gives.
 
     The collective wants equal lengths, so all are padded to the longest.

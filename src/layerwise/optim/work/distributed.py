@@ -58,9 +58,7 @@ class DistributedWork:
 
     def __reduce__(self) -> tuple[type[DistributedWork], tuple[None, int]]:
         if self.group is not None:
-            raise LayerwiseError(
-                "work with a process group of its own cannot be copied; set it again on the copy"
-            )
+            raise LayerwiseError("work with a process group of its own cannot be copied; set it again on the copy")
         return type(self), (None, self.bucket_bytes)
 
     # ------------------------------------------------------------------------------------------------ the protocol
@@ -69,9 +67,7 @@ class DistributedWork:
         """``flags``, true where they are true on any process. On the host this never waits for a GPU."""
         self._agree("parameters", flags.numel())
         seen = flags.int()
-        dist.all_reduce(
-            seen, dist.ReduceOp.MAX, group=self._host if seen.device.type == "cpu" else self.group
-        )
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._host if seen.device.type == "cpu" else self.group)
         return seen.bool()
 
     def check_same(self, tensors: Sequence[Tensor], otherwise: str) -> None:
@@ -90,10 +86,7 @@ class DistributedWork:
         for tasks, wait in waiting:
             found |= {task.index: norm for task, norm in zip(tasks, wait(), strict=True)}
         found |= self._local_norms(alone)
-        return [
-            torch.stack([found[number, row] for row in range(len(job.jobs))])
-            for number, job in enumerate(asked)
-        ]
+        return [torch.stack([found[number, row] for row in range(len(job.jobs))]) for number, job in enumerate(asked)]
 
     def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
         alone, by_shard, shared = self._sorted(asked)
@@ -187,9 +180,7 @@ class DistributedWork:
         held = {task.index: task for task in stacked if task.holds_any}
         for index, norm in self._local_norms([unsent.own_matrices(task) for task in held.values()]).items():
             unsent.place_units(held[index], norm, found[index])
-        for _ in overlapped(
-            self._norm_round(domain, some, found) for some in self._rounds(domain, travelling, norm_cost)
-        ):
+        for _ in overlapped(self._norm_round(domain, some, found) for some in self._rounds(domain, travelling, norm_cost)):
             pass
         # Each unit's norm was filled in by one process alone, so the sums are exact and the same everywhere.
         for group in (domain.shards, domain.replicas):
@@ -197,9 +188,7 @@ class DistributedWork:
                 dist.all_reduce(total, group=group)
         return found
 
-    def _norm_round(
-        self, domain: Domain, tasks: Sequence[Task], found: dict[Index, Tensor]
-    ) -> Iterator[Directions | None]:
+    def _norm_round(self, domain: Domain, tasks: Sequence[Task], found: dict[Index, Tensor]) -> Iterator[Directions | None]:
         fetched = fetch(domain, tasks)
         yield None
         for index, norm in self._local_norms(fetched()).items():
@@ -213,9 +202,7 @@ class DistributedWork:
         yield None
         yield [(task.index, step) for task, step in zip(tasks, steps(), strict=True)]
 
-    def _shared_directions(
-        self, domain: Domain, tasks: Sequence[Task]
-    ) -> Iterator[Iterator[Directions | None]]:
+    def _shared_directions(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Iterator[Directions | None]]:
         stacked, travelling = _stacked(tasks)
         for some in self._rounds(domain, travelling, direction_cost):
             yield self._direction_round(domain, some)

@@ -217,8 +217,7 @@ GRADIENTS, DIRECTIONS = Gradients(), Directions()
 def white_noise_factors(layout: Layout, geometry: Geometry, shape: tuple[int, ...]) -> tuple[float, ...]:
     """Per stack of the layout: one over the dual norm of white noise of unit deviation in its shape; 1 for an empty one."""
     return tuple(
-        1.0 / geometry.white_noise_dual(d_out, d_in) if k * d_out * d_in else 1.0
-        for k, d_out, d_in in layout.shapes(shape)
+        1.0 / geometry.white_noise_dual(d_out, d_in) if k * d_out * d_in else 1.0 for k, d_out, d_in in layout.shapes(shape)
     )
 
 

@@ -49,9 +49,7 @@ def join_state(jobs: Sequence[Job], key: str) -> JoinedState | None:
     if sum(base.numel() for base in bases.values()) != sum(tensor.numel() for tensor in before):
         return None
     whole = torch.cat([tensor.flatten() for tensor in own])
-    parts = [
-        part.view(old.shape) for part, old in zip(whole.split([t.numel() for t in own]), own, strict=True)
-    ]
+    parts = [part.view(old.shape) for part, old in zip(whole.split([t.numel() for t in own]), own, strict=True)]
     states = [job.state for job in jobs]
     for state, part in zip(states, parts, strict=True):
         state[key] = part

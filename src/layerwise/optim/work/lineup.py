@@ -108,9 +108,7 @@ class Lineup:
 
 def _form(groups: Sequence[Group], params: Sequence[Tensor]) -> object:
     """What jobs and sets depend on, beside which tensors there are."""
-    options = [
-        [*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups
-    ]
+    options = [[*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups]
     # Of a momentum, which schedules move, only which groups have the same.
     first: dict[float, int] = {}
     momenta = [first.setdefault(group["momentum"], number) for number, group in enumerate(groups)]

@@ -46,9 +46,7 @@ class Replicas:
         self._group: dist.ProcessGroup | None = None
         self._models: set[nn.Module] = set()
         self._watched: set[Tensor] = set()
-        self._owners: dict[Tensor, tuple[int, Domain]] | None = (
-            None  # of this batch; None before its first gradient
-        )
+        self._owners: dict[Tensor, tuple[int, Domain]] | None = None  # of this batch; None before its first gradient
         self._kept: dict[Tensor, Tensor] = {}
         self._averaged: dict[Tensor, Tensor] = {}  # 2-norms right after the average
 
@@ -62,9 +60,7 @@ class Replicas:
             self._watch_ddp(model, comm_hook, state)
         elif any(isinstance(module, FSDPModule) for module in model.modules()):
             if comm_hook is not None:
-                raise LayerwiseError(
-                    "watch_replicas: comm_hook is for DistributedDataParallel, not for fully_shard"
-                )
+                raise LayerwiseError("watch_replicas: comm_hook is for DistributedDataParallel, not for fully_shard")
             self._watch_fsdp(model)
         else:
             raise LayerwiseError(
@@ -75,9 +71,7 @@ class Replicas:
 
     def _watch_ddp(self, model: DistributedDataParallel, comm_hook: CommHook | None, state: Any) -> None:
         if dist.get_world_size(model.process_group) < 2:
-            raise LayerwiseError(
-                f"watch_replicas: the model has one replica, and two are compared; {_INSTEAD}"
-            )
+            raise LayerwiseError(f"watch_replicas: the model has one replica, and two are compared; {_INSTEAD}")
         if comm_hook is None:
             comm_hook, state = allreduce_hook, model.process_group
 
@@ -162,9 +156,7 @@ class Replicas:
         return {
             param: ((first + self._turn) % domain.size, domain)
             for domain, params in by_domain.items()
-            for param, first in zip(
-                params, assign(tuple(p.numel() for p in params), domain.size), strict=True
-            )
+            for param, first in zip(params, assign(tuple(p.numel() for p in params), domain.size), strict=True)
         }
 
     # ------------------------------------------------------------------------------------------------ at the step
@@ -199,9 +191,7 @@ class Replicas:
                 f"shared; set optimizer.work to DistributedWork(), or {_INSTEAD}"
             )
         if self._group is not None:
-            ranks, own = (
-                dist.get_process_group_ranks(g or dist.group.WORLD) for g in (self._group, work.group)
-            )
+            ranks, own = (dist.get_process_group_ranks(g or dist.group.WORLD) for g in (self._group, work.group))
             if ranks != own:
                 raise LayerwiseError(
                     f"noise reference 'replicas': the model is replicated over the processes {ranks} and the optimizer "
@@ -210,9 +200,7 @@ class Replicas:
 
     def _scale(self) -> Tensor | float:
         """What gradients were multiplied by since the average: by clipping their global norm, by a GradScaler."""
-        pairs = [
-            (_length(local_part(p.grad)), old) for p, old in self._averaged.items() if p.grad is not None
-        ]
+        pairs = [(_length(local_part(p.grad)), old) for p, old in self._averaged.items() if p.grad is not None]
         if not pairs:
             return 1.0
         device = pairs[0][0].device

@@ -76,9 +76,7 @@ def _shard(task: Task) -> Tensor:
     return shard
 
 
-def give_back(
-    domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor]
-) -> Callable[[], dict[Index, Tensor]]:
+def give_back(domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor]) -> Callable[[], dict[Index, Tensor]]:
     """Send whole unit steps back as shards: this process's part of those of its replica."""
     assert domain.shards is not None
     by_owner = _of_my_replica(domain, tasks)
@@ -94,14 +92,10 @@ def give_back(
     return lambda: _by_index(by_owner, received())
 
 
-def spread(
-    domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor]
-) -> Callable[[], dict[Index, Tensor]]:
+def spread(domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor]) -> Callable[[], dict[Index, Tensor]]:
     """Give the replicas of this process's part the unit steps that its own replica did, and get theirs."""
     assert domain.replicas is not None
-    by_replica = [
-        [task for task in tasks if task.owner // domain.shard_count == r] for r in range(domain.replica_count)
-    ]
+    by_replica = [[task for task in tasks if task.owner // domain.shard_count == r] for r in range(domain.replica_count)]
     received = all_gather(
         domain.replicas,
         [steps[task.index] for task in by_replica[domain.replica]],

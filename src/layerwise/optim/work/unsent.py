@@ -52,10 +52,7 @@ def dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
 
 def fill_dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> None:
     """The dual norms, over those of white noise, that these jobs want beside their unit steps."""
-    wanted = [
-        replace(job, factors=white_noise_factors(job.layout, job.geometry, tuple(job.param.shape)))
-        for job in jobs
-    ]
+    wanted = [replace(job, factors=white_noise_factors(job.layout, job.geometry, tuple(job.param.shape))) for job in jobs]
     for job, norm in zip(wanted, dual_norms(domain, wanted)(), strict=True):
         if (dual := job.jobs[0].dual) is not None:
             dual.copy_(norm)
@@ -75,9 +72,7 @@ def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
 
 def _unit_step(job: MatrixJob, length: Tensor | None) -> Tensor:
     tensor = job.tensor()
-    scale = torch.full(
-        (), _scale(job) * (job.factors or (1.0,))[0], dtype=torch.float64, device=tensor.device
-    )
+    scale = torch.full((), _scale(job) * (job.factors or (1.0,))[0], dtype=torch.float64, device=tensor.device)
     if "multiplier" in job.jobs[0].state:
         scale = scale * job.jobs[0].state["multiplier"][0]
     if length is None:
@@ -101,10 +96,7 @@ def _lengths(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Ten
     assert domain.shards is not None
     orders = [ORDER[job.geometry.family] for job in jobs]
     mine = torch.stack(
-        [
-            torch.linalg.vector_norm(job.tensor(), order, dtype=torch.float64)
-            for job, order in zip(jobs, orders, strict=True)
-        ]
+        [torch.linalg.vector_norm(job.tensor(), order, dtype=torch.float64) for job, order in zip(jobs, orders, strict=True)]
     )
     pending = all_gather(domain.shards, [mine], [[(len(jobs),)]] * domain.shard_count, mine)
 

@@ -73,9 +73,7 @@ class SweepSection(Section):
         if self.axis != "width" and "methods" not in self.model_fields_set:
             self.methods = [method for method in self.methods if method != "mup"]
         if self.axis != "width" and "mup" in self.methods:
-            raise ValueError(
-                f"sweep.methods: mup is a rule for widths, sweep.axis is {self.axis}: leave it out"
-            )
+            raise ValueError(f"sweep.methods: mup is a rule for widths, sweep.axis is {self.axis}: leave it out")
         return self
 
     def grid(self, method: Method) -> list[float]:

@@ -59,9 +59,7 @@ def summary(run: Run) -> dict[str, Any]:
         "seconds": round(result["seconds"], 2),
     }
     if matchings := run.info.get("matching"):
-        row["matched"] = {
-            name: float(f"{rate['change']:.4g}") for name, rate in matchings[0]["rates"].items()
-        }
+        row["matched"] = {name: float(f"{rate['change']:.4g}") for name, rate in matchings[0]["rates"].items()}
     return row
 
 

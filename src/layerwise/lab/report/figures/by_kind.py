@@ -53,9 +53,7 @@ def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], st
         axes.plot(x[known], middle, color=color, ls=dash, lw=1.5)
 
 
-def name_kinds(
-    axes: Axes, steps: Array, values: Array, kinds: Sequence[str], styles: Styles, height: float
-) -> None:
+def name_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], styles: Styles, height: float) -> None:
     """Each kind that has a colour named at the right edge, where the median of its lines ends."""
     ends = []
     for kind, (color, _) in styles.items():

@@ -43,9 +43,7 @@ def effective_rates(run: Run, arrangement: style.Arrangement = style.WIDE) -> Fi
         row = row_of[name.unit]
         if np.isfinite(history.lr[row]).any():
             groups.setdefault(run.norm_groups.get(parameter_of(name.unit), ""), {})[row] = name.part
-    spread = {
-        group: rows for group, rows in groups.items() if _largest_ratio(history.lr[list(rows)]) > 1.0005
-    }
+    spread = {group: rows for group, rows in groups.items() if _largest_ratio(history.lr[list(rows)]) > 1.0005}
     shown = sorted((spread or groups).items(), key=lambda item: item[0] == "vector_rms")
     figure = style.new_figure(arrangement.width, arrangement.height(2 * len(shown), HEIGHT) + 0.1)
     panels = arrangement.panels(figure, 2 * len(shown))

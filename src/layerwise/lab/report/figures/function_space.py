@@ -64,9 +64,7 @@ def _stack(axes: Axes, steps: Array, values: Array, keys: list[str]) -> None:
     axes.set_ylim(0, 1)
     style.step_axis(axes, steps)
     middles = np.cumsum(sums[:, -1]) - sums[:, -1] / 2
-    named = [
-        color if color in style.CYCLE else style.INK for color in colors
-    ]  # shades are too dark to read on a dark page
+    named = [color if color in style.CYCLE else style.INK for color in colors]  # shades are too dark to read on a dark page
     ends = [(float(steps[-1]), float(m), k, c) for k, m, c in zip(order, middles, named, strict=True)]
     largest = sorted(range(len(ends)), key=lambda i: -sums[i, -1])[:14]
     style.label_ends(axes, [ends[i] for i in sorted(largest)], height=2.2, size=7)
@@ -79,9 +77,7 @@ def _records(run: Run, field: str) -> tuple[Array, list[UnitName], Array]:
         dict.fromkeys(p for line in lines for p in line.get("rates") or ()),
         [str(r["name"]) for r in run.parameters],
     )
-    values = [
-        [number(((line.get("rates") or {}).get(n.unit) or {}).get(field)) for line in lines] for n in names
-    ]
+    values = [[number(((line.get("rates") or {}).get(n.unit) or {}).get(field)) for line in lines] for n in names]
     return np.array([number(line.get("step")) for line in lines]), names, np.array(values, dtype=np.float64)
 
 

@@ -168,8 +168,5 @@ def _row_labels(axes: Axes, names: Sequence[UnitName], height: float) -> None:
     for i, (block, first, end) in enumerate(spans):
         if i % every == 0 or not block:
             ticks.append((first + end) / 2)
-            labels.append(
-                block
-                or (names[first].part if end - first == 1 else f"{names[first].part} +{end - first - 1}")
-            )
+            labels.append(block or (names[first].part if end - first == 1 else f"{names[first].part} +{end - first - 1}"))
     axes.set_yticks(ticks, labels, fontsize=7)

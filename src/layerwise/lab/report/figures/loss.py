@@ -45,10 +45,7 @@ def loss_curves(contenders: Sequence[Contender], arrangement: style.Arrangement 
         axes.set_title(f"{letter}   {what}")
     _count_axis(by_tokens)
     _time_axis(by_time)
-    ends = [
-        (*_end(c.runs[0].val_loss, c.runs[0].train_loss), style.shortened(c.label, 30), c.look.color)
-        for c in named
-    ]
+    ends = [(*_end(c.runs[0].val_loss, c.runs[0].train_loss), style.shortened(c.label, 30), c.look.color) for c in named]
     style.label_ends(by_tokens, [e for e in ends if math.isfinite(e[1])], height=HEIGHT * 0.72)
     _key(figure, len(contenders) - len(named))
     return figure
