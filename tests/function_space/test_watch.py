@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import layerwise as lw
 from layerwise.function_space.steps.by_module import module_of, siblings_of
+from layerwise.function_space.steps.decay import constant_decay
 from layerwise.function_space.steps.spectral_norm import spectral_norms
 from layerwise.integrations.logged import RateLog
 
@@ -85,9 +86,10 @@ def test_numbers_are_those_by_hand(name):
     assert watch.records[0].modules["blocks.0"].update.noise_to_signal is None  # there was no step before
 
 
-def test_effective_rates_are_what_the_optimizer_makes_of_the_groups():
+@pytest.mark.parametrize("kind", [lw.Lanton, lw.DualMuon])  # rates by noise; by dual norm, the head at 3 lr
+def test_effective_rates_are_what_the_optimizer_makes_of_the_groups(kind):
     model = ResNet(16, 3)
-    optimizer = lw.Lanton(lw.param_groups(model), lr=1e-2)
+    optimizer = kind(lw.param_groups(model, batch(0)[0]), lr=1e-2)
     watch = lw.watch(model, optimizer, every=3, function_space_every=0)
     for step in range(3):
         optimizer.zero_grad()
@@ -100,6 +102,23 @@ def test_effective_rates_are_what_the_optimizer_makes_of_the_groups():
     # A module's rate is the mean of its parameters', weighted by entries.
     weight, bias = rates["blocks.1.weight"].lr, rates["blocks.1.bias"].lr
     assert record.modules["blocks.1"].lr == pytest.approx((16 * weight + bias) / 17)
+
+
+def test_rates_told_of_a_head_at_three_times_the_rate_are_those_of_its_steps():
+    model = ResNet(16, 3)
+    optimizer = lw.DualMuon(lw.param_groups(model, batch(0)[0]), lr=1e-2, weight_decay=0.1)
+    recorder, flerm = lw.FunctionSpaceRecorder(model, optimizer, probes=8), lw.FLeRM(model, optimizer, probes=8)
+    backward(model, 0)
+    old = model.out.weight.detach().clone()
+    with recorder.step(batch(0)[2]), flerm.step(batch(0)[2]):
+        optimizer.step()
+    assert recorder.records[0].lrs["out.weight"] == pytest.approx(0.03)
+    assert constant_decay(optimizer, flerm.parameters)["out.weight"] == pytest.approx(0.03 * 0.1)
+    row = flerm.reports[0].rows["out.weight"]
+    assert row.lr == flerm.learning_rates()["out.weight"] == pytest.approx(0.03 * row.change)
+    # AdamW's first step is lr * sign(g), up to eps over the gradient; decay takes lr * 0.1 of the weight.
+    moved = (model.out.weight - old * (1 - 0.1 * row.lr)).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, row.lr), rtol=1e-3, atol=0.0)
 
 
 def test_rates_that_flerm_sets_are_seen_whoever_came_first():

@@ -33,10 +33,9 @@ from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.decay import Decay
 from layerwise.function_space.steps.optimizer_facts import (
     class_name,
-    group_of,
     require_linear,
     settings_by_name,
-    unscheduled_rate,
+    unscheduled_rates,
     unwrap_optimizer,
 )
 from layerwise.function_space.steps.watched_step import StepWatcher, WatchedStep
@@ -129,8 +128,7 @@ class FLeRM(StepWatcher):
         inferred = {} if base_names is None else infer_depth(self.model)
         self.depth = dict(inferred if depth is None else depth)
         self.sources = sources(list(self.parameters), base_names, self.depth)
-        groups = group_of(self.optimizer, self.parameters)
-        self.nominal = {name: unscheduled_rate(group) for name, group in groups.items()}
+        self.nominal = unscheduled_rates(self.optimizer, self.parameters)
         self._check_base()
         self.named = NamedRates(self.optimizer, self.parameters, decay)
         self.reports: list[MatchReport] = []

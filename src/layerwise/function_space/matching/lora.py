@@ -30,10 +30,9 @@ from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.steps.optimizer_facts import (
-    group_of,
     optimized,
     require_linear,
-    unscheduled_rate,
+    unscheduled_rates,
     unwrap_optimizer,
 )
 from layerwise.function_space.steps.watched_step import watch
@@ -138,9 +137,9 @@ def match_lora(
     measured, targets = ({**dict.fromkeys(kept, 0.0), **rates} for rates in (measured, targets))
     noise = rounding_noise({p.dtype for p in parameters.values()})
     decided = decide(measured, targets, negligible, noise, max_change)
-    groups = group_of(optimizer, parameters)
+    lrs = unscheduled_rates(optimizer, parameters)
     rows = {
-        name: Matched(measured[name], targets[name], change, unscheduled_rate(groups[name]) * change, note)
+        name: Matched(measured[name], targets[name], change, lrs[name] * change, note)
         for name, (change, note) in decided.items()
     }
     report = MatchReport(at, rows)

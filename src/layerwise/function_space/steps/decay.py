@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.steps.optimizer_facts import decoupled, group_of, learning_rate
+from layerwise.function_space.steps.optimizer_facts import decoupled, group_of, learning_rates
 
 Decay = Literal["scaled", "constant"]
 
@@ -25,7 +25,7 @@ def constant_decay(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
     Raises:
         LayerwiseError: an optimizer whose decay is not decoupled.
     """
-    found = {}
+    found, lrs = {}, learning_rates(optimizer, parameters)
     for name, group in group_of(optimizer, parameters).items():
         if group.get("weight_decay"):
             if not decoupled(optimizer, group):
@@ -33,7 +33,7 @@ def constant_decay(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
                     f"decay='constant' needs decoupled weight decay, and {type(optimizer).__name__} adds its own to the "
                     "gradient: use decay='scaled' or AdamW"
                 )
-            found[name] = learning_rate(group) * float(group["weight_decay"])
+            found[name] = lrs[name] * float(group["weight_decay"])
     return found
 
 

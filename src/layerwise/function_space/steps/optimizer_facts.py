@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ Group = dict[str, Any]
 #: Group keys that say nothing about what an update is: rates, schedulers' and bookkeeping, how it is computed.
 _NOT_SETTINGS = frozenset(
     {
-        *("params", "param_names", "lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"),
+        *("params", "param_names", "lr", "lr_scale", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"),
         *("foreach", "fused", "capturable", "differentiable", "step", "k"),
     }
 )
@@ -59,9 +59,21 @@ def learning_rate(group: Group) -> float:
     return float(lr)
 
 
+def lr_scale(optimizer: Optimizer, group: Group) -> float:
+    """What our optimizers multiply the group's rate by in a step. Before others' steps timm's schedulers have done it."""
+    return float(group.get("lr_scale", 1.0)) if _is_a(optimizer, {"LayerwiseOptimizer"}) else 1.0
+
+
 def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """The rate that each parameter has in its group now, by name."""
-    return {name: learning_rate(group) for name, group in group_of(optimizer, parameters).items()}
+    """The rate that a step would take at each parameter now, by name."""
+    groups = group_of(optimizer, parameters)
+    return {name: learning_rate(group) * lr_scale(optimizer, group) for name, group in groups.items()}
+
+
+def unscheduled_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """`learning_rates` where every schedule has its multiplier at 1."""
+    groups = group_of(optimizer, parameters)
+    return {name: unscheduled_rate(group) * lr_scale(optimizer, group) for name, group in groups.items()}
 
 
 def unscheduled_rate(group: Group) -> float:
@@ -96,8 +108,12 @@ def class_name(optimizer: Optimizer) -> str:
 
 def decoupled(optimizer: Optimizer, group: Group) -> bool:
     """Whether weight decay in this group is `W <- W - lr * wd * W`."""
-    named = any(kind.__name__ in _DECOUPLED for kind in type(optimizer).__mro__)
-    return named or bool(group.get("decoupled_weight_decay") or group.get("weight_decouple"))
+    return _is_a(optimizer, _DECOUPLED) or bool(group.get("decoupled_weight_decay") or group.get("weight_decouple"))
+
+
+def _is_a(optimizer: Optimizer, names: Collection[str]) -> bool:
+    """Whether the optimizer's class, or one that it comes from, has one of these names."""
+    return any(kind.__name__ in names for kind in type(optimizer).__mro__)
 
 
 def require_linear(optimizer: Optimizer) -> None:
