@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.function_space import function_space_rates
-from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.moments import (
     Estimator,
     Moments,
@@ -27,6 +26,7 @@ from layerwise.function_space.measuring.moments import (
 )
 from layerwise.function_space.measuring.outputs import resolve
 from layerwise.function_space.measuring.probes import draw_probes
+from layerwise.function_space.measuring.process_group import Collector
 from layerwise.function_space.measuring.runners import LeafRunner, trainable, untouched
 from script import documented_parser
 
@@ -169,7 +169,7 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
         runner = LeafRunner(model, resolve(forward), trainable(model))
         outputs = runner.outputs(inputs, None)
         drawn = draw_probes(outputs, probes, "rademacher", seed=0)
-        runner.probe(outputs, drawn, AllEstimators({}, {}), memory=64 << 20)
+        runner.probe(outputs, drawn, AllEstimators({}), memory=64 << 20)
     found: dict = defaultdict(dict)
     for (name, which), moments in rows.items():
         logs = moments.logs(probes) - math.log(outputs.values.numel())

@@ -7,14 +7,15 @@ import torch
 from reference_model import VECTORS, adam, batch, build, loss
 from torch import Tensor
 
-from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
     Estimator,
+    Moments,
     TensorUpdate,
     combine,
 )
 from layerwise.function_space.measuring.outputs import model_output
+from layerwise.function_space.measuring.process_group import Collector
 from layerwise.function_space.measuring.runners import LeafRunner, trainable
 
 Snapshot = dict[str, Tensor]
@@ -25,7 +26,7 @@ def moments_of_call(model, old: Snapshot, new: Snapshot, method: str, call: int,
     runner = LeafRunner(model, model_output, old)
     outputs = runner.outputs(batch(100 + call), None)
     estimators: dict[str, Estimator] = {name: ESTIMATORS[method](tuple(w.shape)) for name, w in old.items()}
-    found = Collector(estimators, {name: TensorUpdate(new[name], old[name]) for name in old})
+    found = Collector({name: Moments(estimators[name], TensorUpdate(new[name], old[name])) for name in old})
     probe = torch.tensor(eps, dtype=torch.float64).reshape(outputs.values.shape)
     runner.probe(outputs, iter([probe]), found, memory=0)
     entries = outputs.values.numel()

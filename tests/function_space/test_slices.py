@@ -8,7 +8,7 @@ from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import function_space_rates
-from layerwise.function_space.measuring import measurement, side_by_side
+from layerwise.function_space.measuring import linear_products, measurement
 from layerwise.function_space.measuring.linear_products import ProductRunner
 
 
@@ -240,8 +240,8 @@ def test_what_does_not_run_side_by_side_runs_one_by_one(why, monkeypatch):
     elif why == "one slice is padding":
         mask = torch.arange(7)[:, None].expand(7, 5) != 3
     else:
-        monkeypatch.delattr(side_by_side._functorch, "_add_batch_dim")
-        assert not hasattr(side_by_side._functorch, "_add_batch_dim")
+        monkeypatch.delattr(linear_products._functorch, "_add_batch_dim")
+        assert not hasattr(linear_products._functorch, "_add_batch_dim")
     options = {"probes": 14, "slices": 7, "mask": mask}
     found = function_space_rates(model, update, x, forward, **options)
     alone = function_space_rates(model, update, x, forward, memory=0, **options)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import layerwise as lw
 from layerwise.function_space.steps.by_module import module_of, siblings_of
-from layerwise.function_space.steps.decay import constant_decay
+from layerwise.function_space.steps.named_rates import constant_decay
 from layerwise.function_space.steps.spectral_norm import spectral_norms
 from layerwise.integrations.logged import RateLog
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Where a tensor holds the hooks that are run on its gradient; None where torch has made no place for them yet.
+GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 @contextmanager
@@ -30,7 +34,8 @@ def undisturbed(model: nn.Module) -> Iterator[Kept]:
         stack.callback(kept.put_back)
         stack.enter_context(same_random_numbers(model))
         stack.enter_context(torch.inference_mode(False))  # which turns gradients on
-        stack.enter_context(_eager())
+        # Compiled functions run as they were written: compiled code cannot be watched, and would be compiled anew.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         # torch's own path for attention in evaluation mode can neither be followed nor differentiated.
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
@@ -56,12 +61,6 @@ def same_random_numbers(model: nn.Module) -> Iterator[None]:
         np.random.set_state(of_numpy)
         for generator, state in generators:
             generator.set_state(state)
-
-
-def _eager() -> Any:
-    """Compiled functions run as they were written: compiled code cannot be watched, and would be compiled anew."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    return stance("force_eager") if stance is not None else nullcontext()
 
 
 class Writes(TorchDispatchMode):
@@ -120,8 +119,16 @@ class Kept:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [KeptModule.of(module) for module in model.modules()]
-        self._parameters = [KeptParameter.of(p) for p in model.parameters()]
+        self._modules = []
+        for module in model.modules():
+            held = module.__dict__
+            contents = {key: value.copy() for key, value in held.items() if type(value) in _CONTAINERS}
+            self._modules.append(KeptModule(module, dict(held), contents))
+        self._parameters = []
+        for p in model.parameters():
+            hooks = {name: dict(getattr(p, name) or {}) for name in GRADIENT_HOOKS}
+            data = p.data if type(p) is nn.Parameter else None
+            self._parameters.append(KeptParameter(p, data, p.grad, p.requires_grad, hooks))
         self._values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
         self._stored: dict[int | None, list[Tensor]] = defaultdict(list)
         plain = [each for each in self._parameters if each.data is not None]
@@ -129,8 +136,8 @@ class Kept:
         for tensor in (*(each.data for each in plain if each.data is not None), *gradients):
             self._stored[storage(tensor)].append(tensor)
         self._stored.pop(None, None)
-        held = (*(buffer for buffer, _ in self._values), *(each.parameter for each in plain), *gradients)
-        self.counted = tuple(t for t in held if not t.is_inference() and t.layout is torch.strided)
+        counted = (*(buffer for buffer, _ in self._values), *(each.parameter for each in plain), *gradients)
+        self.counted = tuple(t for t in counted if not t.is_inference() and t.layout is torch.strided)
 
     def before_writing(self, tensors: Iterable[Tensor]) -> None:
         """Copy those weights and gradients that are about to be written to, in whole or in part."""
@@ -161,12 +168,7 @@ class KeptParameter:
     data: Tensor | None
     grad: Tensor | None
     requires_grad: bool
-    hooks: tuple[dict[int, Any], ...]
-
-    @classmethod
-    def of(cls, p: nn.Parameter) -> KeptParameter:
-        hooks = tuple(dict(held or {}) for held in gradient_hooks(p))
-        return cls(p, p.data if type(p) is nn.Parameter else None, p.grad, p.requires_grad, hooks)
+    hooks: dict[str, dict[int, Any]]
 
     def put_back(self) -> None:
         p = self.parameter
@@ -175,15 +177,11 @@ class KeptParameter:
         if p.grad is not self.grad:
             p.grad = self.grad
         p.requires_grad_(self.requires_grad)
-        for held, before in zip(gradient_hooks(p), self.hooks, strict=True):
+        for name, before in self.hooks.items():
+            held = getattr(p, name)
             if held is not None and held != before:
                 held.clear()
                 held.update(before)
-
-
-def gradient_hooks(tensor: Tensor) -> list[dict[int, Any] | None]:
-    """The hooks that are run on a tensor's gradient, as torch holds them; None where it has no place for them yet."""
-    return [tensor._backward_hooks, tensor._post_accumulate_grad_hooks]
 
 
 @dataclass(frozen=True)
@@ -194,12 +192,6 @@ class KeptModule:
     attributes: dict[str, Any]
     contents: dict[str, Any]
 
-    @classmethod
-    def of(cls, module: nn.Module) -> KeptModule:
-        containers = (dict, OrderedDict, list, set)
-        contents = {key: value.copy() for key, value in module.__dict__.items() if type(value) in containers}
-        return cls(module, dict(module.__dict__), contents)
-
     def put_back(self) -> None:
         # FSDP2 keeps account of the parameters it puts in and takes out.
         reshard: Any = getattr(self.module, "reshard", None)
@@ -207,15 +199,12 @@ class KeptModule:
             reshard()
         for key, contents in self.contents.items():
             if key != "_parameters" or reshard is None:
-                _refill(self.attributes[key], contents)
+                held = self.attributes[key]
+                held.clear()
+                if isinstance(held, list):
+                    held.extend(contents)
+                else:
+                    held.update(contents)
         for key in self.module.__dict__.keys() - self.attributes.keys():
             del self.module.__dict__[key]
         self.module.__dict__.update(self.attributes)
-
-
-def _refill(container: Any, contents: Any) -> None:
-    if isinstance(container, list):
-        container[:] = contents
-    else:
-        container.clear()
-        container.update(contents)

@@ -12,7 +12,7 @@ from layerwise.common.checked import checked
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import canonical_name
 from layerwise.errors import LayerwiseError, warn
-from layerwise.function_space.steps.optimizer_facts import unwrap_optimizer
+from layerwise.function_space.steps.named_rates import unwrap_optimizer
 from layerwise.function_space.watching.unit_rates import unit_rates, unit_scalars
 from layerwise.optim import LayerwiseOptimizer
 

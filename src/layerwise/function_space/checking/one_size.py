@@ -22,7 +22,7 @@ from layerwise.function_space.matching.flerm import FLeRM
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.by_module import by_module, module_updates
-from layerwise.function_space.steps.optimizer_facts import unwrap_optimizer
+from layerwise.function_space.steps.named_rates import unwrap_optimizer
 from layerwise.function_space.steps.update_sums import update_sums
 from layerwise.function_space.steps.watched_step import WatchedStep, watch
 

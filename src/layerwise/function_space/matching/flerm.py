@@ -26,12 +26,12 @@ from layerwise.function_space.matching.decide import (
     rounding_noise,
 )
 from layerwise.function_space.matching.depth_map import DepthMap, infer_depth, sources
-from layerwise.function_space.matching.named_rates import NamedRates
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import NAMED, Forward
 from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.decay import Decay
-from layerwise.function_space.steps.optimizer_facts import (
+from layerwise.function_space.steps.named_rates import (
+    Decay,
+    NamedRates,
     class_name,
     require_linear,
     settings_by_name,

@@ -24,12 +24,12 @@ from layerwise.function_space.matching.decide import (
     fixed_parameters,
     rounding_noise,
 )
-from layerwise.function_space.matching.named_rates import NamedRates
 from layerwise.function_space.matching.trial_adapters import TRIAL, renamed, trial_adapter, twin
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import processes_of
-from layerwise.function_space.steps.optimizer_facts import (
+from layerwise.function_space.steps.named_rates import (
+    NamedRates,
     optimized,
     require_linear,
     unscheduled_rates,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.steps.optimizer_facts import unscheduled_rate
+from layerwise.function_space.steps.named_rates import unscheduled_rate
 
 #: The name of the fresh adapter.
 TRIAL = "layerwise_trial"

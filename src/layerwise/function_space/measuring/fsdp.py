@@ -22,15 +22,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerwise.common.tensors import is_sharded, local_part, or_one
-from layerwise.common.undisturbed import Writes, gradient_hooks, storage
+from layerwise.common.undisturbed import GRADIENT_HOOKS, Writes, storage
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.adjoint import Adjoint
-from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.exact import FORWARD, Change
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import NO_GRAPH
-from layerwise.function_space.measuring.process_group import Processes
+from layerwise.function_space.measuring.process_group import Collector, Processes
 from layerwise.function_space.measuring.runners import WRITES, renormalised
 
 # What a backward has to be like for a probe, whatever the training loop has set.
@@ -90,7 +89,8 @@ class ShardedRunner:
         for p in self.model.parameters():
             p.grad = None
             # The user's (clipping, logging, optimizers that step in the backward): a probe is not a gradient.
-            for hooks in gradient_hooks(p):
+            for name in GRADIENT_HOOKS:
+                hooks = getattr(p, name)
                 if hooks:
                     hooks.clear()
         return self
@@ -276,7 +276,4 @@ def _modules(model: nn.Module) -> list[Any]:
 
 def _groups(module: Any) -> list[Any]:
     state: Any = module._get_fsdp_state()
-    several = getattr(state, "_fsdp_param_groups", None)
-    if several is not None:
-        return list(several)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # before torch 2.12
+    return list(state._fsdp_param_groups)

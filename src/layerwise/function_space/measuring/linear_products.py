@@ -9,30 +9,34 @@ The product in the forward is replaced by one with a further input of three numb
 moments. So they come out of autograd as gradients do, batched over probes too.
 
 Slices of a batch that are run side by side (`vmap`) have one graph, and weights of their own in it: what a probe on each
-of them needs then comes from one backward. Of a product the weight is the same for all of them, so it stays one product.
+of them needs then comes from one backward. Of a product the weight is the same for all of them, so it stays one product, and
+attention has a fused kernel that `vmap` would call for each slice: `SideBySide` goes from the one slice that the model sees
+to the tensors of all of them, and back. What it uses of torch is private; where it fails, slices are run one by one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from layerwise.common.tensors import or_one, wide_dtype
-from layerwise.function_space.measuring.collect import Collector
-from layerwise.function_space.measuring.moments import Estimator, Moments, TensorUpdate
+from layerwise.function_space.measuring.moments import Moments
 from layerwise.function_space.measuring.outputs import Outputs
 from layerwise.function_space.measuring.probes import probes_at_once, run_probes
+from layerwise.function_space.measuring.process_group import Collector
 from layerwise.function_space.measuring.runners import LeafRunner
-from layerwise.function_space.measuring.side_by_side import OF_GRAPHS, SideBySide, transforms
-from layerwise.function_space.measuring.slices import each_tensor
+from layerwise.function_space.measuring.slices import each_tensor, leaves_of
 
 
 class ProductRunner(LeafRunner):
@@ -50,15 +54,14 @@ class ProductRunner(LeafRunner):
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
         if self.written:
             return None
-        tensors: list[Tensor] = []
-        each_tensor((batches, masks), tensors.append)
+        tensors = [leaf for leaf in leaves_of((batches, masks)) if isinstance(leaf, Tensor)]
         count = len(tensors[0])
         leaves = {n: p.expand(count, *p.shape).detach().requires_grad_() for n, p in self.points.items()}
 
         def one(leaves: Mapping[str, Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:
             left = iter(tensors)
             batch, mask = each_tensor((batches, masks), lambda _: next(left))
-            with Products(leaves, SideBySide(count)):
+            with Products(leaves, SideBySide(count, transforms())):
                 found = self.run(leaves, batch, mask)
             return (found.values,) if found.mask is None else (found.values, found.mask)
 
@@ -76,14 +79,15 @@ class ProductRunner(LeafRunner):
         leaves = {**outputs.leaves, **{name: product.moments_input for name, product in products.items()}}
         first = list(islice(probes, probes_at_once(outputs, leaves, memory)))
         for name, product in products.items():
-            moments = sink.moments[name]
-            product.measured = moments.estimator, moments.update, len(first)
-            sink.moments[name] = ReadyMoments(product, moments)
+            of = sink.moments[name]
+            product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output, at_once=len(first))
+            sink.moments[name] = product.moments
         probes = chain(first, probes)
         del first
         run_probes(outputs, leaves, probes, sink, memory)
 
 
+@dataclass(eq=False)
 class Product:
     """One product with a weight.
 
@@ -91,47 +95,58 @@ class Product:
         name: the weight's.
         by_output: whether its rows belong to outputs (`x W^T`), not to inputs (`x W`).
         slices: how many were run side by side (1: the batch as it is).
-        moments_input: a further input of the product, whose gradient the log moments come as.
-        measured: with which estimator, of what update, and by how many probes together at most. Once that is set, the
-            moments go to `moments_input`, and to the weight nothing.
+        moments_input: a further input of the product, `[slices, 3]`, whose gradient the log moments come as.
+        moments: what makes them. Once that is set, they go to `moments_input`, and to the weight nothing.
     """
 
-    def __init__(self, name: str, device: torch.device, by_output: bool, slices: int) -> None:
-        self.name, self.by_output, self.slices = name, by_output, slices
-        # No estimator of a matrix has more moments than three.
-        self.moments_input = torch.zeros(slices, 3, dtype=wide_dtype(device), device=device, requires_grad=True)
-        self.measured: tuple[Estimator, TensorUpdate, int] | None = None
-        # For `full_cov` what the update over its scale makes of the inputs over theirs, the same for all probes.
-        self._moved: Tensor | None = None
-        #: The logarithm of what `full_cov`'s sums are to be multiplied with.
-        self.log_scale: Tensor | None = None
+    name: str
+    by_output: bool
+    slices: int
+    moments_input: Tensor
+    moments: ProductMoments | None = None
 
-    def moments(self, grads: Tensor, inputs: Tensor) -> Tensor:
+
+@dataclass(eq=False, kw_only=True)
+class ProductMoments(Moments):
+    """The moments of a weight that come ready, as the gradients of its product's further input.
+
+    Attributes:
+        by_output: see `Product`.
+        at_once: how many probes at most are run together.
+        moved: for `full_cov`, what the update over its scale makes of the inputs over theirs, the same for all probes.
+        log_scale: for `full_cov`, the logarithm of what its sums are to be multiplied with.
+    """
+
+    by_output: bool
+    at_once: int
+    moved: Tensor | None = None
+    log_scale: Tensor | None = None
+
+    def of_factors(self, grads: Tensor, inputs: Tensor) -> Tensor:
         """The gradient of `moments_input` under one probe, from `[slices, positions, out]` and `[slices, positions, in]`.
 
         For `full_cov` the sums of `Z` over `exp(log_scale)`, and else log moments.
         """
-        assert self.measured is not None
-        estimator, update, probes = self.measured
-        wide = self.moments_input.dtype
+        update, wide = self.update, wide_dtype(grads.device)
         largest, reach = _scale(update.largest), _scale(inputs.abs().amax())
-        if estimator.total:
-            if self._moved is None:
-                self._moved = self._product(inputs.to(update.dtype), update, largest * reach)
+        if self.estimator.total:
+            if self.moved is None:
+                self.moved = self._product(inputs.to(update.dtype), largest * reach)
                 self.log_scale = largest.to(wide).log() + reach.to(wide).log()
-            totals = (grads.to(update.dtype) * self._moved).sum((1, 2))
+            totals = (grads.to(update.dtype) * self.moved).sum((1, 2))
             return totals.to(wide)[:, None].expand(-1, 3)
         # Products of numbers of order one, without a copy of the inputs.
         peak = _scale(grads.abs().amax())
         left, right = (grads[0] / peak / reach, inputs[0])
         if not self.by_output:
             left, right = right, left
-        found = torch.stack(_by_pieces(estimator, update, left, right, largest, probes)).to(wide).log()
+        found = torch.stack(self._by_pieces(left, right, largest)).to(wide).log()
         logs = found + sum(2 * s.to(wide).log() for s in (largest, peak, reach))
         return torch.cat([logs, logs.new_zeros(3 - len(found))])[None]
 
-    def _product(self, inputs: Tensor, update: TensorUpdate, scale: Tensor) -> Tensor:
+    def _product(self, inputs: Tensor, scale: Tensor) -> Tensor:
         """The product of the inputs and the update over `scale`, `[slices, positions, out]`."""
+        update = self.update
         if self.by_output:
             return torch.cat([inputs @ (update.rows(*piece) / scale).T for piece in update.pieces()], dim=-1)
         moved = inputs.new_zeros(*inputs.shape[:-1], update.new.shape[1])
@@ -139,20 +154,28 @@ class Product:
             moved += inputs[..., start:stop] @ (update.rows(start, stop) / scale)
         return moved
 
+    def _by_pieces(self, left: Tensor, right: Tensor, largest: Tensor) -> list[Tensor]:
+        """Square sums of `Z = dW * left^T right` and of its sums over either dimension, in the estimator's order."""
+        update, per_dim = self.update, self.estimator.per_dim
+        square = by_row = columns = left.new_zeros((), dtype=update.dtype)
+        for start, stop in update.pieces(self.at_once):
+            delta = update.rows(start, stop) / largest
+            z = (left.narrow(1, start, stop - start).T @ right).to(delta.dtype) * delta
+            square = square + _square(z)
+            if per_dim:
+                columns = columns + z.sum(0)
+                by_row = by_row + _square(z.sum(1))
+        return [square, _square(columns), by_row] if per_dim else [square]
 
-def _by_pieces(
-    estimator: Estimator, update: TensorUpdate, left: Tensor, right: Tensor, largest: Tensor, probes: int
-) -> list[Tensor]:
-    """Square sums of `Z = dW * left^T right` and of its sums over either dimension, in the estimator's order."""
-    square = by_row = columns = left.new_zeros((), dtype=update.dtype)
-    for start, stop in update.pieces(probes):
-        delta = update.rows(start, stop) / largest
-        z = (left.narrow(1, start, stop - start).T @ right).to(delta.dtype) * delta
-        square = square + _square(z)
-        if estimator.per_dim:
-            columns = columns + z.sum(0)
-            by_row = by_row + _square(z.sum(1))
-    return [square, _square(columns), by_row] if estimator.per_dim else [square]
+    def add(self, grads: Tensor) -> None:
+        """Take those of some probes, `[..., 3]`."""
+        self.probes.append(grads.flatten(0, -2)[:, : len(self.estimator.exponents)])
+
+    def logs(self, probes: int) -> Tensor:
+        if not self.probes:
+            return super().logs(probes)
+        found = torch.cat(self.probes)
+        return found if self.log_scale is None else 2 * (found.abs().log() + self.log_scale)
 
 
 def _square(x: Tensor) -> Tensor:
@@ -171,43 +194,32 @@ class _Multiply(torch.autograd.Function):
     """The product, all arguments with a dimension of slices first, whose backward gives log moments where it is measured."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, moments_input: Tensor, product: Product) -> Tensor:
+    def forward(ctx: Any, moments_input: Tensor, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.product = product
+        ctx.save_for_backward(x, weight)
         one = weight[0] if product.by_output else weight[0].T
         if bias is None or product.slices == 1:
             return torch.nn.functional.linear(x, one, None if bias is None else bias[0])
         return torch.nn.functional.linear(x, one).add_(bias.reshape(len(bias), *[1] * (x.ndim - 2), -1))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, *_, ctx.product = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
         x, weight = ctx.saved_tensors
         product: Product = ctx.product
-        to_x = (grad @ (weight[0] if product.by_output else weight[0].T)) if ctx.needs_input_grad[0] else None
+        to_x = (grad @ (weight[0] if product.by_output else weight[0].T)) if ctx.needs_input_grad[2] else None
         grads, inputs = (t.reshape(product.slices, -1, t.shape[-1]) for t in (grad, x))
-        to_bias = grads.sum(1) if ctx.needs_input_grad[2] else None
-        if product.measured is not None:
-            return to_x, None, to_bias, product.moments(grads, inputs), None
+        to_bias = grads.sum(1) if ctx.needs_input_grad[4] else None
+        if product.moments is not None:
+            return product.moments.of_factors(grads, inputs), None, to_x, None, to_bias
         left, right = (grads, inputs) if product.by_output else (inputs, grads)
-        return to_x, left.mT @ right, to_bias, None, None
+        return None, None, to_x, left.mT @ right, to_bias
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
-    return input, weight, bias
-
-
-def _addmm(input: Any, mat1: Any = None, mat2: Any = None, *_: Any, **scaled: Any) -> tuple[Any, ...]:
-    return (None, None, None) if scaled or _ else (mat1, mat2, input)
-
-
-# Input, weight and bias in the arguments of the functions that make products.
-_PRODUCTS: dict[Any, Callable[..., tuple[Any, ...]]] = {
-    torch.nn.functional.linear: _linear,
-    torch.addmm: _addmm,
+# The functions that make products, with the names of their arguments, and those of input, weight and bias among them.
+_PRODUCTS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    torch.nn.functional.linear: (("input", "weight", "bias"), ("input", "weight", "bias")),
+    torch.addmm: (("input", "mat1", "mat2"), ("mat1", "mat2", "input")),
 }
 
 
@@ -225,12 +237,14 @@ class Products(TorchFunctionMode):
         self.names = {id(leaf): name for name, leaf in leaves.items() if leaf.ndim == 2 and type(leaf) is Tensor}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        parts = _PRODUCTS.get(func) if torch.is_grad_enabled() else None
-        if parts is not None:
-            x, weight, bias = parts(*args, **(kwargs or {}))
+        if func in _PRODUCTS and torch.is_grad_enabled():
+            names, factors = _PRODUCTS[func]
+            given: Any = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+            x, weight, bias = (given.get(name) for name in factors)
+            scaled = len(args) > len(names) or not given.keys() <= set(names)
             # An expert without tokens has an empty product, whose scale would be that of nothing. What `addmm` adds
             # need not be a bias.
-            ours = weight is not None and id(weight) in self.names and x.numel() > 0
+            ours = not scaled and id(weight) in self.names and x.numel() > 0
             if ours and (bias is None or bias.ndim == 1) and self._plain(weight.device.type):
                 return self._multiply(x, weight, bias, func is torch.nn.functional.linear)
         if self.slices is not None and func is torch.nn.functional.scaled_dot_product_attention:
@@ -250,14 +264,13 @@ class Products(TorchFunctionMode):
         return hooks is None and transforms() == around and not torch.is_autocast_enabled(device)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, by_output: bool) -> Tensor:
-        slices = self.slices
-        product = Product(self.names[id(weight)], weight.device, by_output, slices.count if slices else 1)
-
-        def multiply(*whole: Tensor | None) -> Tensor:
-            return _Multiply.apply(*whole, product.moments_input, product)  # type: ignore[no-untyped-call]
-
-        if slices is not None:
-            return slices.together(multiply, x, weight, bias)
+        count, device = 1 if self.slices is None else self.slices.count, weight.device
+        # No estimator of a matrix has more moments than three.
+        moments_input = torch.zeros(count, 3, dtype=wide_dtype(device), device=device, requires_grad=True)
+        product = Product(self.names[id(weight)], by_output, count, moments_input)
+        multiply = partial(_Multiply.apply, moments_input, product)
+        if self.slices is not None:
+            return self.slices.together(multiply, x, weight, bias)
         return multiply(x[None], weight[None], None if bias is None else bias[None])[0]
 
 
@@ -284,19 +297,55 @@ def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Pro
     return {name: product for name, product in products.items() if uses[name] == 1}
 
 
-class ReadyMoments(Moments):
-    """The moments of a tensor that come ready, as the gradients of a product's further input."""
+def transforms() -> int:
+    """How many of `torch.func`'s transforms are around this call."""
+    innermost: Any = _functorch.peek_interpreter_stack()
+    return 0 if innermost is None else int(innermost.level())
 
-    def __init__(self, product: Product, moments: Moments) -> None:
-        super().__init__(moments.estimator, moments.update)
-        self.product = product
 
-    def add(self, grads: Tensor) -> None:
-        """Take those of some probes, `[..., 3]`."""
-        self.probes.append(grads.flatten(0, -2)[:, : len(self.estimator.exponents)])
+#: What a model may ask of a tensor's graph.
+OF_GRAPHS = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 
-    def logs(self, probes: int) -> Tensor:
-        if not self.probes:
-            return super().logs(probes)
-        found = torch.cat(self.probes)
-        return found if self.product.log_scale is None else 2 * (found.abs().log() + self.product.log_scale)
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The slices of a `vmap`.
+
+    Attributes:
+        count: how many.
+        level: the transforms around the model.
+    """
+
+    count: int
+    level: int
+
+    def together(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        """One slice's part of a function of the `[slices, ...]` that these are one slice's parts of."""
+        whole = [None if t is None else _functorch._remove_batch_dim(t, self.level, self.count, 0) for t in tensors]
+        with temporarily_pop_interpreter_stack():
+            found = function(*whole)
+        return _functorch._add_batch_dim(found, 0, self.level)
+
+    def answer(self, getter: Any, tensor: Tensor) -> Any:
+        """What a model that asks for `requires_grad` is told outside: `vmap` says False of everything.
+
+        Raises:
+            NotImplementedError: for what else it asks of the graph.
+        """
+        if getter != torch.Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+            raise NotImplementedError("a slice has no graph of its own")
+        while _functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = _functorch.get_unwrapped(tensor)
+        return tensor.requires_grad
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        """`scaled_dot_product_attention`, where it has no mask with slices for further examples."""
+        attention: Any = torch.nn.functional.scaled_dot_product_attention
+        inner = transforms() != self.level or args or options.get("attn_mask") is not None
+        if inner or any(t.ndim != 4 for t in (query, key, value)):
+            return attention(query, key, value, *args, **options)
+
+        def each(*whole: Tensor) -> Tensor:
+            return attention(*(t.flatten(0, 1) for t in whole), **options).unflatten(0, (self.count, -1))
+
+        return self.together(each, query, key, value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.tensors import is_sharded, wide_dtype
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.collect import collector_for
-from layerwise.function_space.measuring.graphs import Graph, graphs
 from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
@@ -27,9 +24,9 @@ from layerwise.function_space.measuring.moments import (
 from layerwise.function_space.measuring.outputs import Forward, Outputs, resolve, space_name
 from layerwise.function_space.measuring.per_tensor import CHANGES, per_tensor
 from layerwise.function_space.measuring.probes import Distribution, draw_probes
-from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption
+from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption, collector_for
 from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, Runner, untouched
-from layerwise.function_space.measuring.slices import Slices
+from layerwise.function_space.measuring.slices import Graph, Slices, graphs
 from layerwise.function_space.rates import Rate, Rates
 
 
@@ -116,9 +113,11 @@ class Measurement:
             raise LayerwiseError("inputs is an empty list: pass at least one batch")
         if isinstance(inputs, list) and mask is not None:
             raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
-        run = Run(self, model, updates, processes, self.seed if seed is None else seed)
+        choose = ESTIMATORS.get(self.method)
+        estimators = {} if choose is None else {name: choose(tuple(u.new.shape)) for name, u in updates.items()}
+        run = Run(self, model, updates, processes, self.seed if seed is None else seed, estimators)
         with untouched(model, self.batch_norm, self.autocast), run.runner(at) as runner:
-            if self.method in ESTIMATORS:
+            if choose is not None:
                 return run.probed(runner, batches, mask)
             found = run.rates(per_tensor(run, runner, batches, mask))
         if self.method == "exact" or self.linear is None:
@@ -137,6 +136,7 @@ class Run:
         updates: by parameter name.
         processes: those that measure together.
         seed: of the probes.
+        estimators: of each tensor, where probes are run.
         classes: size of the outputs' last dimension, once outputs were seen.
         dtype: theirs.
         entries: how many of them counted so far, over all processes.
@@ -147,15 +147,10 @@ class Run:
     updates: Mapping[str, TensorUpdate]
     processes: Processes
     seed: int
+    estimators: Mapping[str, Estimator] = field(default_factory=dict)
     classes: int = 1
     dtype: str = ""
     entries: int = 0
-
-    @cached_property
-    def estimators(self) -> dict[str, Estimator]:
-        """What each tensor is estimated with."""
-        choose = ESTIMATORS[self.settings.method]
-        return {name: choose(tuple(update.new.shape)) for name, update in self.updates.items()}
 
     @contextmanager
     def runner(self, at: Mapping[str, Tensor] | None) -> Iterator[Runner]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 
 import torch
@@ -99,7 +99,7 @@ class TensorUpdate:
     Attributes:
         new: the weights after the step, or dW.
         old: the weights before it.
-        decay: this much of the old weights was taken off by weight decay that is no part of dW (`steps/decay.py`).
+        decay: this much of the old weights was taken off by weight decay that is no part of dW (`steps/named_rates.py`).
     """
 
     new: Tensor
@@ -178,20 +178,20 @@ class TensorUpdate:
         return torch.stack(peaks).amax() if peaks else self.new.new_zeros((), dtype=self.dtype)
 
     @torch.no_grad()
-    def redo(self, param: Tensor, change: float) -> None:
-        """Write the step at `change` times its rate into `param`, piece by piece: `W = old - decay * old + change * dW`.
+    def redo(self, change: float) -> None:
+        """Write the step at `change` times its rate into `new`, piece by piece: `W = old - decay * old + change * dW`.
 
         A step is proportional to its rate, so nothing of the optimizer is run again, and its state, which does not depend
         on the rate, stays as it is.
         """
-        own = self.block()
-        target, old = torch.atleast_1d(local_part(param.detach())), own.old
-        assert old is not None
-        for start, stop in own.pieces():
-            before = torch.atleast_1d(old)[start:stop].to(own.dtype) * (1.0 - own.decay)
-            target[start:stop].copy_(before.add_(own.rows(start, stop), alpha=change))
+        assert self.old is not None
+        new, old = torch.atleast_1d(self.new), torch.atleast_1d(self.old)
+        for start, stop in self.pieces():
+            before = old[start:stop].to(self.dtype) * (1.0 - self.decay)
+            new[start:stop].copy_(before.add_(self.rows(start, stop), alpha=change))
 
 
+@dataclass(eq=False)
 class Moments:
     """The moments of one tensor, a row per probe, kept on the device until the end.
 
@@ -199,11 +199,10 @@ class Moments:
     over the largest of the first one. The scales come back in as logarithms.
     """
 
-    def __init__(self, estimator: Estimator, update: TensorUpdate) -> None:
-        self.estimator = estimator
-        self.update = update
-        self.scales: list[Tensor] = []
-        self.probes: list[Tensor] = []
+    estimator: Estimator
+    update: TensorUpdate
+    scales: list[Tensor] = field(default_factory=list)
+    probes: list[Tensor] = field(default_factory=list)
 
     def add(self, grads: Tensor) -> None:
         """Take the gradients of some probes, `[..., *shape]`, in any float dtype."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from layerwise.common.tensors import wide_dtype
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.outputs import Outputs
+from layerwise.function_space.measuring.process_group import Collector
 
 Distribution = Literal["rademacher", "gaussian"]
 #: What is said where no parameter that is measured reaches the outputs.

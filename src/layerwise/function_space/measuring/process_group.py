@@ -1,18 +1,22 @@
-"""The processes that take one optimizer step together: what a measurement has to ask of the others.
+"""The processes that take one optimizer step together: how gradients of probes are gathered over them into moments.
 
 With data parallelism a process sees its part of the global batch. A probe is drawn over the global batch, each process
 runs its part of it, and the gradients add up to the probe's. What a rate is made of is linear in that sum but for a few
-squares at the end, so mostly small sums are exchanged; see `collect`.
+squares at the end, so mostly small sums are exchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from layerwise.common.tensors import is_sharded
+from layerwise.function_space.measuring.moments import ESTIMATORS, BlockMoments, Estimator, Moments, TensorUpdate
 
 #: `"auto"`: all processes of torch.distributed where it is initialised, else this one; `None`: this one alone.
 ProcessesOption = Literal["auto"] | dist.ProcessGroup | None
@@ -83,7 +87,7 @@ class Group(Processes):
             padding = sent.new_zeros(step * self.count - sent.shape[0], *sent.shape[1:])
             sent = torch.cat([sent, padding])
         received = sent.new_empty(step, *sent.shape[1:])
-        _reduce_scatter(received, sent.contiguous(), group=self.group)
+        dist.reduce_scatter_single(received, sent.contiguous(), group=self.group)
         first, last = self.rows(tensor.shape[0])
         return received[: last - first].to(tensor.device)
 
@@ -101,9 +105,6 @@ class Group(Processes):
         return tensor if tensor.device.type in self._devices else tensor.to(self._devices[0])
 
 
-# Its name from torch 2.13 on, and before.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
 ALONE = Processes()
 
 
@@ -116,3 +117,144 @@ def processes_of(option: ProcessesOption) -> Processes:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return Group()
     return ALONE
+
+
+@dataclass(eq=False)
+class Collector:
+    """Takes the gradients of probes on one process by itself, and makes them into moments.
+
+    Attributes:
+        moments: of each tensor, by name.
+        processes: those that run the same probes, and take as many at once.
+    """
+
+    moments: dict[str, Moments]
+    processes: Processes = ALONE
+
+    def add(self, name: str, grads: Tensor) -> None:
+        """The gradients of one tensor under some probes (and slices), `[..., *shape]`."""
+        self.moments[name].add(grads)
+
+    def done(self, probes: int) -> None:
+        """Those of all tensors have come under these many probes; the absent ones are 0."""
+
+
+class ReplicaCollector(Collector):
+    """Over processes that hold the same weights and see different rows: a probe's gradient is the sum of theirs.
+
+    `full_cov` needs that sum's product with the update alone, one number a probe. The others square its entries: each
+    process gets an equal block of its rows (a reduce-scatter, half of what averaging gradients in training moves) and
+    makes the sums of it. These are added up over processes, one exchange for all tensors. Blocks are sent in one order
+    on all processes, also for tensors that have no gradient on some.
+    """
+
+    def __init__(
+        self, processes: Processes, estimators: Mapping[str, Estimator], updates: Mapping[str, TensorUpdate]
+    ) -> None:
+        self.processes = processes
+        self.updates = updates
+        # Gradients are complete in about the reverse order of the parameters.
+        self._order = [name for name in reversed(list(updates)) if self._in_parts(name, estimators[name])]
+        self.moments = {name: self._moments(name, estimators[name], update) for name, update in updates.items()}
+        self._turn = 0
+        self._waiting: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, grads: Tensor) -> None:
+        if name not in self._order:
+            self._sums[name] = self.moments[name].sums(grads)
+            return
+        self._waiting[name] = grads
+        while self._turn < len(self._order) and self._order[self._turn] in self._waiting:
+            self._exchange(self._waiting.pop(self._order[self._turn]))
+
+    def done(self, probes: int) -> None:
+        while self._turn < len(self._order):
+            name = self._order[self._turn]
+            new = self.updates[name].new
+            absent = new.new_zeros(()).expand(probes, *new.shape)
+            self._exchange(self._waiting.pop(name, absent))
+        self._add_up(probes)
+        self._turn, self._sums = 0, {}
+
+    def _in_parts(self, name: str, estimator: Estimator) -> bool:
+        """Whether this tensor's gradients are added up, and each process works on some of their rows."""
+        return not estimator.total
+
+    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> BlockMoments:
+        rows = self.processes.rows(update.row_count) if name in self._order else (0, update.row_count)
+        return BlockMoments(estimator, update.part(*rows))
+
+    def _exchange(self, grads: Tensor) -> None:
+        """Sum the next tensor's gradients over processes, each keeping its rows."""
+        name = self._order[self._turn]
+        rows = (grads if grads.ndim > 1 else grads[:, None]).movedim(1, 0).to(self.updates[name].dtype)
+        self._sums[name] = self.moments[name].sums(self.processes.scatter_rows(rows).movedim(0, 1))
+        self._turn += 1
+
+    def _add_up(self, probes: int) -> None:
+        """Add up the sums of all tensors over processes in one exchange, and take them; absent ones count as 0."""
+        if not self.moments:
+            return
+        home = next(iter(self.moments.values())).update.new.device
+        zeros = torch.zeros(probes, 1, dtype=torch.float64, device=home)
+        parts = [
+            self._sums[name].to(home) if name in self._sums else zeros.expand(-1, m.count)
+            for name, m in self.moments.items()
+        ]
+        together = self.processes.sum_(torch.cat(parts, 1))
+        for m, part in zip(self.moments.values(), together.split([p.shape[1] for p in parts], 1), strict=True):
+            m.take(part)
+
+
+class ShardCollector(ReplicaCollector):
+    """Over processes that hold shards of the parameters and of gradients that are added up already (FSDP2).
+
+    Sums over a shard's own rows are complete; whatever else is made of several shards is added up like the rest.
+    Parameters that are not sharded are replicas.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        estimators: Mapping[str, Estimator],
+        updates: Mapping[str, TensorUpdate],
+        method: str,
+    ) -> None:
+        from layerwise.function_space.measuring.fsdp import placement
+
+        self._places = {name: placement(name, u.new, processes) for name, u in updates.items() if is_sharded(u.new)}
+        self._method = method
+        super().__init__(processes, estimators, updates)
+
+    def add(self, name: str, grads: Tensor) -> None:
+        if name not in self._places:
+            super().add(name, grads)
+            return
+        dim, replicas = self._places[name]
+        sums = self.moments[name].sums(grads.movedim(dim + 1, 1) if grads.ndim > 1 else grads)
+        self._sums[name] = sums / replicas  # each of them adds the same
+
+    def _in_parts(self, name: str, estimator: Estimator) -> bool:
+        return name not in self._places and super()._in_parts(name, estimator)
+
+    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> BlockMoments:
+        if name not in self._places:
+            return super()._moments(name, estimator, update)
+        block = update.block(self._places[name][0])
+        # An estimator says of a matrix and of its transpose the same.
+        return BlockMoments(ESTIMATORS[self._method](tuple(block.new.shape)), block)
+
+
+def collector_for(
+    processes: Processes,
+    estimators: Mapping[str, Estimator],
+    updates: Mapping[str, TensorUpdate],
+    method: str,
+) -> Collector:
+    """What takes the gradients, over these processes."""
+    if any(is_sharded(update.new) for update in updates.values()):
+        return ShardCollector(processes, estimators, updates, method)
+    if processes.count == 1:
+        return Collector({name: Moments(estimators[name], update) for name, update in updates.items()})
+    return ReplicaCollector(processes, estimators, updates)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from layerwise.common.undisturbed import Writes, storage, undisturbed
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.adjoint import Adjoint, adjoint
-from layerwise.function_space.measuring.collect import Collector
 from layerwise.function_space.measuring.exact import Change, exact_change
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import run_probes
+from layerwise.function_space.measuring.process_group import Collector
 
 BatchNormMode = Literal["running", "batch"]
 #: What is said of a forward that changes a parameter, as some do to normalise or to clip it.

@@ -15,7 +15,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.decay import Decay
+from layerwise.function_space.steps.named_rates import Decay
 from layerwise.function_space.steps.watched_step import StepWatcher, WatchedStep
 
 

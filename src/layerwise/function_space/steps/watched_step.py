@@ -21,8 +21,13 @@ from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
 from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.decay import Decay, constant_decay
-from layerwise.function_space.steps.optimizer_facts import learning_rates, optimized, unwrap_optimizer
+from layerwise.function_space.steps.named_rates import (
+    Decay,
+    constant_decay,
+    learning_rates,
+    optimized,
+    unwrap_optimizer,
+)
 
 #: The function that torch wraps around each class's `step`, hooks and all.
 _WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
@@ -84,7 +89,8 @@ class WatchedStep:
         """Multiply what the step did to each of these parameters."""
         for name, factor in factors.items():
             if factor != 1.0:
-                self.updates()[name].redo(self.parameters[name], factor)
+                update = self.updates()[name]
+                (update.block() if is_sharded(update.new) else update).redo(factor)
         self._updates = {}
 
     def why_not(self) -> str | None:

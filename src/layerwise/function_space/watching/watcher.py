@@ -18,7 +18,7 @@ from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ProcessesOption
 from layerwise.function_space.steps.by_module import by_module, module_updates
-from layerwise.function_space.steps.optimizer_facts import optimized, unwrap_optimizer
+from layerwise.function_space.steps.named_rates import optimized, unwrap_optimizer
 from layerwise.function_space.steps.update_sums import update_sums
 from layerwise.function_space.steps.watched_step import WatchedStep, is_outermost, when_over
 from layerwise.function_space.watching.gradients import Gradients
