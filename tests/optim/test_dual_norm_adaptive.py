@@ -13,7 +13,7 @@ from torch import nn
 
 import layerwise as lw
 from layerwise.geometry import ColNorm, Frobenius, RowNorm, Sign, Spectral, VectorRMS
-from layerwise.optim.rules.group_median import weighted_median
+from layerwise.optim.rules.rule import weighted_median
 
 GEOMETRIES = {
     "spectral": Spectral(polar="svd"),

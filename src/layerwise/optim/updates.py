@@ -33,7 +33,7 @@ from layerwise.optim.work.job import (
     select_all,
     state_and_gradients,
 )
-from layerwise.optim.work.joined_state import JoinedState, join_state
+from layerwise.optim.work.lineup import JoinedState, join_state
 from layerwise.optim.work.local import directions_at_once
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
@@ -255,16 +255,14 @@ class _LmoStep(PlannedStep):
             update_momentum(chunk, keep)
         norms = iter(work.norms(self._norms) if self._norms else ())
         for group in self._before:
-            group.take_norms(norms)
-        for group in self._before:
-            group.update(keep)
+            group.update(norms, keep)
             group.remember(keep)
         if self._duals:  # of a sharded parameter one process fills them in, and the others add zero
             torch._foreach_zero_(self._duals)
         for moved, directions in work.directions(self._unit_steps):
             move(moved, directions, keep)
         for group in self._after:
-            group.update(keep)
+            group.update(norms, keep)
 
 
 def _join_tensor(some: Alike, key: str) -> JoinedState | None:

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from layerwise.optim.rules.group_median import weighted_median
-from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
+from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule, weighted_median
 from layerwise.optim.work.job import State
 
 #: A norm above it is taken for it, so that squares stay finite in float32: an average that held an infinity once is lost.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.rules.group_median import weighted_median
-from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
+from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule, weighted_median
 from layerwise.optim.work.job import (
     DualNorm,
     Job,

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
-from layerwise.optim.work.job import Alike, DualNorm, Group, Job, State, select
-from layerwise.optim.work.joined_state import join_state
+from layerwise.optim.work.job import Alike, DualNorm, Group, Job, MatrixJob, State, select
+from layerwise.optim.work.lineup import join_state
+from layerwise.optim.work.local import norms_at_once
 
 
 @dataclass(slots=True)
@@ -45,8 +46,9 @@ class NormGroup:
         self.rule, self.members = rule, members
         self.sets = [job.alike for job in members if job.alike is not None and job.row == 0]
         self._chunks = [chunk for some in self.sets for chunk in some.chunks()]
-        self._wanted = () if rule.own_dual_norm else rule.norms()
-        self.asked = [norm.asked_of(some.jobs) for some in self.sets for norm in self._wanted]
+        wanted = () if rule.own_dual_norm else rule.norms()
+        #: of each set, the work on each norm that the rule wants, in pieces of parameters that are worked on together
+        self._pieces = [[_in_pieces(norm, some.jobs) for norm in wanted] for some in self.sets]
         #: where the unit steps write the dual norms of their directions, if the rule wants those
         self.duals = [_dual_norms(some) for some in self.sets] if rule.own_dual_norm else []
         self._device = members[0].state["multiplier"].device  # parameters of one model may be on several
@@ -71,23 +73,26 @@ class NormGroup:
         counts = [(value, sum(sum(run.units) for _, run in same)) for value, same in pairs]
         return torch.cat([torch.full((n,), value, dtype=dtype, device=self._device) for value, n in counts])
 
-    def take_norms(self, norms: Iterator[Tensor]) -> None:
-        """Those of ``asked``, in order."""
-        for some in self.sets:
-            some.norms = torch.stack([next(norms) for _ in self._wanted])
+    @property
+    def asked(self) -> list[MatrixJob]:
+        """The norms that ``update`` takes, in order."""
+        return [piece for some in self._pieces for norm in some for piece in norm]
 
-    def update(self, keep: Tensor | None) -> None:
+    def update(self, norms_asked: Iterator[Tensor], keep: Tensor | None) -> None:
         """Let the rule set the state of all units from the norms of this step, where ``keep`` allows it."""
+        for some, pieces in zip(self.sets, self._pieces, strict=True):
+            if pieces:
+                some.norms = torch.stack([torch.cat([next(norms_asked) for _ in norm]) for norm in pieces])
         found = [None if run.some is None else run.some.norms for run in self._runs]
         like = next(norms for norms in found if norms is not None)
         zeros = like.new_zeros(len(like), 1)
-        pieces = [
+        parts = [
             zeros.expand(-1, sum(run.units))
             if norms is None
             else norms[:, run.start : run.start + len(run.units)].flatten(1)
             for run, norms in zip(self._runs, found, strict=True)
         ]
-        self.norms = torch.cat([piece.to(self._device) for piece in pieces], dim=1).float()
+        self.norms = torch.cat([part.to(self._device) for part in parts], dim=1).float()
         self.state = {
             key: torch.cat([job.state[key].to(self._device) for job in self.members])
             if joined is None
@@ -108,6 +113,11 @@ class NormGroup:
             self.rule.remember(chunk, keep)
 
 
+def _in_pieces(norm: DualNorm, jobs: Sequence[Job]) -> list[MatrixJob]:
+    asked = norm.asked_of(jobs)
+    return asked.pieces(norms_at_once(asked))
+
+
 def _dual_norms(some: Alike) -> Tensor:
     """``[1, jobs, units]``: where the unit steps write them, and the rule finds them."""
     like = some.jobs[0].state["multiplier"]
@@ -126,6 +136,31 @@ def _runs(members: Sequence[Job]) -> list[_Run]:
             runs.append(_Run(some, job.row, job.group, []))
         runs[-1].units.append(job.state["multiplier"].numel())
     return runs[1:]
+
+
+def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
+    """The value at which half of the weight lies below or at it.
+
+    A mean would follow its largest entries: one unit of a gradient ten times the others' lifts it ten-fold. A median that
+    counts units would follow the many: four thousand depthwise kernels of four taps outvote ten matrices that hold all the
+    weights. Weighted by the number of entries it is the value of the unit that the model's middle weight lies in.
+
+    Args:
+        values: ``[units]``, at least 0.
+        weights: ``[units]``, at least 0; a unit of weight 0 is left out.
+
+    Returns:
+        0-dim, one of ``values``; 0 where all weights are 0.
+
+    Examples:
+        >>> weighted_median(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1.0, 1.0, 3.0]))
+        tensor(9.)
+    """
+    ordered, order = torch.where(weights > 0, values, torch.inf).sort()
+    total = weights[order].cumsum(0)
+    middle = torch.searchsorted(total, total[-1:] / 2).clamp(max=len(ordered) - 1)
+    # gathered: an index of no dimension would wait for the device
+    return torch.where(total[-1] > 0, ordered.gather(0, middle)[0], 0.0)
 
 
 class RateRule(ABC):

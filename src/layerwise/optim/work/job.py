@@ -325,7 +325,10 @@ class MatrixWork(Protocol):
     """Where the work on whole matrices happens: the one object that distributed set-ups replace."""
 
     def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
-        """The dual norm of every unit, ``[jobs, units]`` in float32 or better, for each that is asked, in order."""
+        """The dual norm of every unit, ``[jobs, units]`` in float32 or better, for each that is asked, in order.
+
+        Each is of as many parameters as are worked on together (``norms_at_once``).
+        """
 
     def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
         """Some parameters at a time, in any order, with their unit steps times factors and multipliers, in their shapes.

@@ -1,10 +1,15 @@
-"""All parameters of an optimizer as its steps see them: made once, and kept while nothing but numbers changes."""
+"""All parameters of an optimizer as its steps see them: made once, and kept while nothing but numbers changes.
+
+State of several parameters is put together as parts of one tensor: to put many small tensors together at every step, and
+the new ones back, takes longer than to compute them. So it is done where a step is planned, and holds while the state stays
+where it was put.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import is_
-from typing import Any, Final
+from operator import is_, itemgetter
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +109,46 @@ class Lineup:
         for some in self._alike:
             some.grads = None
         self.gradients = []
+
+
+class JoinedState(NamedTuple):
+    """A flat tensor whose parts, in order, are the state of some parameters under a key."""
+
+    whole: Tensor
+    parts: list[Tensor]
+    states: list[State]
+    key: str
+
+    def holds(self) -> bool:
+        """Whether they still are: users put other tensors there, and some programs other memory under a tensor."""
+        in_place = all(map(is_, self.parts, map(itemgetter(self.key), self.states)))
+        return in_place and _memory(self.parts[0]) == _memory(self.whole) == _memory(self.parts[-1])
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def join_state(jobs: Sequence[Job], key: str) -> JoinedState | None:
+    """Make the state under a key of some parameters, in their order, parts of one new tensor.
+
+    None where it is left as it is: in a compiled step, of sharded parameters, on several devices or in several dtypes, and
+    where it lies side by side with state of others, which would keep all of that memory alive.
+    """
+    own = [job.state[key] for job in jobs]
+    alike = len({(tensor.dtype, tensor.device) for tensor in own}) == 1
+    if torch.compiler.is_compiling() or not alike or any(job.local is not job.param for job in jobs):
+        return None
+    before = [tensor for tensor in own if tensor._base is not None]
+    bases = {id(tensor._base): tensor._base for tensor in before}
+    if sum(base.numel() for base in bases.values()) != sum(tensor.numel() for tensor in before):
+        return None
+    whole = torch.cat([tensor.flatten() for tensor in own])
+    parts = [part.view(old.shape) for part, old in zip(whole.split([t.numel() for t in own]), own, strict=True)]
+    states = [job.state for job in jobs]
+    for state, part in zip(states, parts, strict=True):
+        state[key] = part
+    return JoinedState(whole, parts, states, key)
 
 
 def _form(groups: Sequence[Group], params: Sequence[Tensor]) -> object:

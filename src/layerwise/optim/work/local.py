@@ -40,7 +40,7 @@ class LocalWork:
     """
 
     def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
-        return [torch.cat([dual_norms(piece) for piece in job.pieces(norms_at_once(job))]) for job in asked]
+        return [dual_norms(job) for job in asked]
 
     def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
         for job in asked:
@@ -123,7 +123,8 @@ def _inner_products(a: Tensor, b: Tensor) -> Tensor:
 
 def dual_norms(asked: MatrixJob) -> Tensor:
     """``[jobs, units]``: the norm of each unit times the factor of its stack."""
-    count, stacks = len(asked.jobs), asked.layout.matrices_of(asked.tensors())
+    layout: Layout = asked.jobs[0].group["layout"]
+    count, stacks = len(asked.jobs), layout.matrices_of(asked.tensors())
     seed: int | Tensor = 0
     if asked.seed is not None:  # [jobs, 1], whole numbers on the device: that of each parameter's first unit
         seed = state_of(asked.jobs, asked.seed)[:, :1].long()
