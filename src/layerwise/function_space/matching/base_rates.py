@@ -60,10 +60,17 @@ class BaseRates:
         >>> base = lw.BaseRates.of(recorder)
         >>> base.names, base.at(0)["weight"].lr
         (['weight', 'bias'], 0.1)
+        >>> base
+        <BaseRates of Linear under torch.SGD: full_cov of output, parameters=2, steps=[0]>
     """
 
     records: Mapping[int, Mapping[str, BaseRate]]
     fingerprint: Fingerprint
+
+    def __repr__(self) -> str:
+        made = self.fingerprint
+        what = f"{made.method} of {made.space}, parameters={len(made.settings)}, steps={sorted(self.records)}"
+        return f"<{type(self).__name__} of {made.model} under {made.optimizer}: {what}>"
 
     @property
     def names(self) -> list[str]:

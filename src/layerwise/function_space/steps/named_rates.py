@@ -7,7 +7,7 @@ measures and matches `lr * u` alone: `lr * wd * W` is taken out of the update, a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -70,7 +70,8 @@ def learning_rate(group: Group) -> float:
 
 def lr_scale(optimizer: Optimizer, group: Group) -> float:
     """What our optimizers multiply the group's rate by in a step. Before others' steps timm's schedulers have done it."""
-    return float(group.get("lr_scale", 1.0)) if _is_a(optimizer, {"LayerwiseOptimizer"}) else 1.0
+    ours = any(kind.__name__ == "LayerwiseOptimizer" for kind in type(optimizer).__mro__)
+    return float(group.get("lr_scale", 1.0)) if ours else 1.0
 
 
 def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
@@ -113,11 +114,6 @@ def class_name(optimizer: Optimizer) -> str:
     return f"{kind.__module__.split('.', 1)[0]}.{kind.__qualname__}"
 
 
-def _is_a(optimizer: Optimizer, names: Collection[str]) -> bool:
-    """Whether the optimizer's class, or one that it comes from, has one of these names."""
-    return any(kind.__name__ in names for kind in type(optimizer).__mro__)
-
-
 def require_linear(optimizer: Optimizer) -> None:
     """Raise for an optimizer whose step is not proportional to `group["lr"]`: matching divides by it."""
     kind = type(optimizer).__name__
@@ -145,7 +141,7 @@ def constant_decay(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
     Raises:
         LayerwiseError: an optimizer whose decay is not decoupled.
     """
-    decoupled = _is_a(optimizer, _DECOUPLED)
+    decoupled = any(kind.__name__ in _DECOUPLED for kind in type(optimizer).__mro__)
     found, lrs = {}, learning_rates(optimizer, parameters)
     for name, group in group_of(optimizer, parameters).items():
         if group.get("weight_decay"):

@@ -104,6 +104,8 @@ class FunctionSpaceRecorder(StepWatcher):
         ...     optimizer.step()
         >>> list(recorder.records[0].rates)
         ['weight', 'bias']
+        >>> recorder
+        <FunctionSpaceRecorder of Linear under SGD: parameters=2, steps=1>
     """
 
     def __init__(

@@ -224,6 +224,10 @@ class StepWatcher(ABC):
         self.pending: int | None = None
         self.skipped: dict[int, str] = {}
 
+    def __repr__(self) -> str:
+        what = f"{type(self.model).__name__} under {type(self.optimizer).__name__}"
+        return f"<{type(self).__name__} of {what}: parameters={len(self.parameters)}, steps={self.steps}>"
+
     @property
     @abstractmethod
     def due(self) -> bool:

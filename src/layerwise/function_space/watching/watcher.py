@@ -97,6 +97,8 @@ class Watch:
         >>> watch = lw.watch(model, optimizer)
         >>> model(torch.randn(8, 4)).square().mean().backward()
         >>> optimizer.step()
+        >>> watch
+        <Watch of Linear under SGD: every=10, steps=1, records=1>
         >>> watch.records[0].modules["(model)"].lr
         0.1
         >>> state = watch.state_dict()  # into the checkpoint, for `load_state_dict`
@@ -137,6 +139,10 @@ class Watch:
         self._before = self.optimizer.register_step_pre_hook(self._before_step)
         self._after = self.optimizer.register_step_post_hook(self._after_step)
         self._expect()
+
+    def __repr__(self) -> str:
+        what = f"{type(self.model).__name__} under {type(self.optimizer).__name__}"
+        return f"<{type(self).__name__} of {what}: every={self.every}, steps={self.steps}, records={len(self.records)}>"
 
     @property
     def skipped(self) -> Mapping[int, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -52,11 +51,9 @@ def wrap(model: nn.Module, device: torch.device, config: ParallelConfig) -> nn.M
     """What the loop calls instead of the model."""
     if strategy_of(config) != "ddp":
         return model
-    options: dict[str, Any] = {"device_ids": [device] if device.type == "cuda" else None}
-    # No model here has buffers that training changes. torch 2.13 gave the option another name.
-    known = inspect.signature(DistributedDataParallel).parameters
-    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+    devices = [device] if device.type == "cuda" else None
+    # No model here has buffers that training changes.
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def gradients_shared(wrapped: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
