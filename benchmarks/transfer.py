@@ -3,10 +3,10 @@
     python benchmarks/transfer.py
 
 Eleven figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
-depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, six at 400 steps, and LoRA rank x8
-on a GPT-2 that is trained here first. Each with {standard, FLeRM, uniform, and for widths 1/width} x learning rates x 2 or 3
-seeds: some 2,200 trials, an hour or two of CPU time. Finished trials, those committed included, are not repeated. The texts
-are the running Python's own library and manual: on another version of Python the losses differ a little.
+depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, six at 400 steps (width to x16), and LoRA rank
+x8 on a GPT-2 that is trained here first. Each with {standard, FLeRM, uniform, and for widths 1/width} x learning rates x 2
+to 5 seeds: some 2,500 trials, five or six hours on one core. Finished ones, those committed included, are not repeated. The
+texts are the running Python's own library and manual: on another version of Python the losses differ a little.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ POST_MOD = [*LONG, "model.norm=pre_post_mod"]
 FIVE_SEEDS = "sweep.seeds=[0, 1, 2, 3, 4]"
 THREE_SEEDS = "sweep.seeds=[0, 1, 2]"
 PRE_WIDTH = [
+    "sweep.sizes=[16, 128, 256]",
     FIVE_SEEDS,
-    "sweep.lr={low: 0.0009765625, high: 0.03125, count: 6}",
+    "sweep.lr={low: 0.00048828125, high: 0.03125, count: 7}",
     "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125], mup: [0.007812, 0.01562, 0.03125], uniform: [0.25, 0.5, 1, 2]}",
 ]
 # Steps of D-Muon are of size one in every matrix: other rates, and a unit of `uniform` of its own.
