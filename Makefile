@@ -35,6 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,test]'
+	$(BIN)/python -m pip install --quiet --no-deps mup==1.0.0   # it asks for torchvision, which its check does not import
 	touch $(READY)
 
 clean:
