@@ -15,6 +15,8 @@ from torch.nn import functional
 
 import layerwise as lw
 from layerwise.function_space.checking.trends import Value, trend
+from layerwise.lab.report import style
+from layerwise.lab.report.figures.size_slopes import size_slopes
 
 SIZES = (32, 64, 128)
 TEACHER = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
@@ -215,6 +217,16 @@ def test_results_are_printed_and_saved(checked, tmp_path):
         "slope_stderr",
         "verdict",
     }
+
+
+def test_ticks_of_the_figure_are_numbers_and_no_markup(checked):
+    with style.styled():
+        figure = size_slopes(checked["plain"])
+        figure.canvas.draw()
+        axes = figure.axes[0]
+        ticks = [tick.get_text() for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_ticklabels()]
+    assert len(ticks) >= 4
+    assert all(float(tick) > 0 for tick in ticks)
 
 
 def test_what_cannot_be_checked_is_refused():

@@ -35,6 +35,7 @@ def size_slopes(check: SizeCheck) -> Figure:
         axes.set_xlim(min(check.sizes) / 1.15, max(check.sizes) * 1.15)
         style.plain_log_ticks(axes.xaxis, *axes.get_xlim())
         axes.set_xlabel(check.axis)
+    style.plain_log_ticks(panels[0].yaxis, *panels[0].get_ylim())
     panels[0].set_ylabel(QUANTITIES[check.judged])
     if shown:
         panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=6.5, handlelength=1.4)
