@@ -56,6 +56,13 @@ WRONG = {
     "Factor | None": ["abc", True, [0.1], {}, 0.5, -2],
     "Slices": ["all", 3.5, True, None, [3], 0, -1],
     "float": ["abc", "1e-3", True, None, [0.1], {}],
+    "Fraction": ["abc", True, None, [0.1], 1, -0.1, float("nan")],
+    "NonNegative": ["abc", True, None, [0.1], -1, float("inf")],
+    "Alpha": ["abc", True, None, -1, 1e15],
+    "Floor": ["abc", True, None, 0, 1],
+    "GroupAlpha": ["abc", True, None, -1, 1000],
+    "Softening": ["abc", True, None, 0, 1e6],
+    "ReferenceName": [3, None, "prev"],
     "float | None": ["abc", True, [0.1], {}],
     "float | Tensor": ["abc", True, None, [0.1]],
     "str": [3, True, None, ["a"], 0.5],
@@ -76,6 +83,7 @@ WRONG = {
     "Forward | str | None": [3, True, ["a"]],
     "Forward | None": [3, True, "log_softmax"],
     "Literal['groups', 'base']": ["group", 3, None, True],
+    "Literal['max', 'mean']": ["most", 3, None],
     "Decay": ["scale", 3, None],
 }
 

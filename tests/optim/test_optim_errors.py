@@ -38,7 +38,7 @@ BAD = {
     "bool lr": (lambda: lw.Signum(groups(), lr=True), ["lr=True", "number"]),
     "lr of two": (lambda: lw.Lanton(groups(), lr=torch.ones(2)), ["lr=tensor", "holding one"]),
     "integer tensor lr": (lambda: lw.Lanton(groups(), lr=torch.tensor(1)), ["lr=tensor(1)", "floating"]),
-    "nan tensor lr": (lambda: lw.Lanton(groups(), lr=torch.tensor(math.nan)), ["lr=nan", "finite"]),
+    "nan tensor lr": (lambda: lw.Lanton(groups(), lr=torch.tensor(math.nan)), ["lr=tensor(nan)", "finite"]),
     "adamw lr": (lambda: lw.Muon(groups(), adamw_lr=-3.0), ["lr=-3.0"]),
     "momentum of one": (lambda: lw.Muon(groups(), momentum=1.0), ["momentum=1.0", "not including, 1"]),
     "momentum tensor": (lambda: lw.Muon(groups(), momentum=torch.tensor(0.9)), ["momentum=tensor"]),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final
 
 from torch import Tensor
 
+from layerwise.common.checked import fits, wanted
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
@@ -90,102 +90,61 @@ def _unknown(key: str, value: object, near: list[str]) -> LayerwiseError:
 
 
 def _check_values(options: Mapping[str, Any]) -> None:
-    for key, check in _CHECKS.items():
+    for key in _TYPES:
         if key in options:
-            check(key, options[key])
+            check_option(key, options[key], key)
 
 
 def check_option(key: str, value: object, called: str) -> None:
-    """Check one option that a preset has under another name, ``called``, which the error then gives."""
-    _CHECKS[key](called, value)
+    """Check one option, which a preset may have under another name, ``called``, that the error then gives."""
+    if not fits(value, _TYPES[key]):
+        raise LayerwiseError(f"{called}={value!r} in a parameter group: give {wanted(_TYPES[key])}")
 
 
-def _fail(key: str, value: object, fix: str) -> LayerwiseError:
-    return LayerwiseError(f"{key}={value!r} in a parameter group: {fix}")
+def _is_rate(lr: float | Tensor) -> bool:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            return False
+        if lr.device.type != "cpu":  # reading it would wait for the device
+            return True
+    return 0.0 <= float(lr) <= LARGEST
 
 
-def _as_number(key: str, value: object, fix: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _fail(key, value, fix)
-    return float(value)
+def _one_of(choices: Iterable[object]) -> str:
+    return f"one of {', '.join(map(repr, choices))}"
 
 
-def _learning_rate(key: str, value: object) -> None:
-    fix = f"give a finite number of at least 0 and at most {LARGEST:g}, or a floating-point tensor holding one"
-    if not isinstance(value, Tensor):
-        _at_least_zero(key, value, fix)
-    elif value.numel() != 1 or not value.is_floating_point():
-        raise _fail(key, value, fix)
-    elif value.device.type == "cpu":  # reading it elsewhere would wait for the device
-        _at_least_zero(key, float(value), fix)
-
-
-def _at_least_zero(
-    key: str, value: object, fix: str = f"give a finite number of at least 0 and at most {LARGEST:g}"
-) -> None:
-    if not 0.0 <= _as_number(key, value, fix) <= LARGEST:
-        raise _fail(key, value, fix)
-
-
-def _whole(key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise _fail(key, value, "give a whole number from 0 up to 2^31")
-
-
-def _fraction(key: str, value: object) -> None:
-    fix = "give a number from 0 up to, but not including, 1: the weight of the old average"
-    if not 0.0 <= _as_number(key, value, fix) < 1.0:
-        raise _fail(key, value, fix)
-
-
-def _betas(key: str, value: object) -> None:
-    fix = "give two numbers in [0, 1), as torch.optim.AdamW takes them"
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise _fail(key, value, fix)
-    for beta in value:
-        if not 0.0 <= _as_number(key, beta, fix) < 1.0:
-            raise _fail(key, value, fix)
-
-
-def _one_of(*choices: object) -> Callable[[str, object], None]:
-    def check(key: str, value: object) -> None:
-        if not isinstance(value, (str, bool)) or value not in choices:
-            raise _fail(key, value, f"give one of {', '.join(map(repr, choices))}")
-
-    return check
-
-
-def _update(key: str, value: object) -> None:
-    if not isinstance(value, Update) and (not isinstance(value, str) or value not in UPDATES):
-        raise _fail(key, value, f"give one of {', '.join(map(repr, UPDATES))}, or a layerwise.Update")
-
-
-def _instance(kind: type, what: str) -> Callable[[str, object], None]:
-    def check(key: str, value: object) -> None:
-        if value is not None and not isinstance(value, kind):
-            raise _fail(key, value, f"give {what}")
-
-    return check
-
-
-_CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
-    "lr": _learning_rate,
-    "lr_scale": _at_least_zero,
-    "weight_decay": _at_least_zero,
-    "rounding": _one_of(*ROUNDINGS),
-    "rounding_seed": _whole,
-    "radius": _at_least_zero,
-    "eps": _at_least_zero,
-    "momentum": _fraction,
-    "nesterov": _one_of(True, False),
-    "update": _update,
-    "scaling": _one_of(*SCALINGS),
-    "role": _instance(str, "the role's name"),
-    "norm_group": _instance(str, "a name shared by the groups whose noise is to be compared"),
-    "betas": _betas,
-    "geometry": _instance(Geometry, "a layerwise.geometry.Geometry such as Spectral()"),
-    "layout": _instance(Layout, "the Layout that layerwise.param_groups(model) found"),
-    "rates": _instance(RateRule, "a rate rule such as layerwise.NoiseAdaptive(), or None"),
+_FINITE = f"a finite number of at least 0 and at most {LARGEST:g}"
+_AtLeastZero = Annotated[float, _FINITE, lambda number: 0.0 <= number <= LARGEST]
+_Fraction = Annotated[
+    float, "a number from 0 up to, but not including, 1: the weight of the old average", lambda number: 0.0 <= number < 1.0
+]
+_TYPES: Final[dict[str, Any]] = {
+    "lr": Annotated[float | Tensor, f"{_FINITE}, or a floating-point tensor holding one", _is_rate],
+    "lr_scale": _AtLeastZero,
+    "weight_decay": _AtLeastZero,
+    "rounding": Annotated[str, _one_of(ROUNDINGS), lambda word: word in ROUNDINGS],
+    "rounding_seed": Annotated[
+        int, "a whole number from 0 up to 2^31", lambda seed: isinstance(seed, int) and 0 <= seed < 2**31
+    ],
+    "radius": _AtLeastZero,
+    "eps": _AtLeastZero,
+    "momentum": _Fraction,
+    "nesterov": bool,
+    "update": Annotated[
+        str | Update, f"{_one_of(UPDATES)}, or a layerwise.Update", lambda kind: isinstance(kind, Update) or kind in UPDATES
+    ],
+    "scaling": Annotated[str, _one_of(SCALINGS), lambda word: word in SCALINGS],
+    "role": Annotated[str | None, "the role's name"],
+    "norm_group": Annotated[str | None, "a name shared by the groups whose noise is to be compared"],
+    "betas": Annotated[
+        tuple | list,
+        "two numbers in [0, 1), as torch.optim.AdamW takes them",
+        lambda betas: len(betas) == 2 and all(fits(beta, _Fraction) for beta in betas),
+    ],
+    "geometry": Annotated[Geometry | None, "a layerwise.geometry.Geometry such as Spectral()"],
+    "layout": Annotated[Layout | None, "the Layout that layerwise.param_groups(model) found"],
+    "rates": Annotated[RateRule | None, "a rate rule such as layerwise.NoiseAdaptive(), or None"],
 }
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule, weighted_median
+from layerwise.optim.rules.rule import Fraction, NormGroup, RateRule, as_floats, register_rule, weighted_median
 from layerwise.optim.work.job import State
 
 #: A norm above it is taken for it, so that squares stay finite in float32: an average that held an infinity once is lost.
 LARGEST_NORM = 1e18
+
+
+Softening = Annotated[float, "a number in [1e-06, 1e+06)", lambda number: 1e-6 <= number < 1e6]
 
 
 @register_rule("dual_norm_adaptive")
@@ -45,16 +48,13 @@ class DualNormAdaptive(RateRule):
         >>> optimizer = lw.DMuon(lw.param_groups(model), rates=lw.DualNormAdaptive())
     """
 
-    softening: float = 0.1
-    beta: float = 0.95
+    softening: Softening = 0.1
+    beta: Fraction = 0.95
     unit_state: ClassVar = ("squared_norm", "size")  # H, and the number of entries
     own_dual_norm: ClassVar = True
 
     def __post_init__(self) -> None:
-        for name, low, high in (("softening", 1e-6, 1e6), ("beta", 0.0, 1.0)):
-            check_number("DualNormAdaptive", name, getattr(self, name), low, high)
-            # A checkpoint compares the text of rules.
-            object.__setattr__(self, name, float(getattr(self, name)))
+        as_floats(self, "softening", "beta")
 
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
         state = super().allocate(param, units, sizes)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule, weighted_median
+from layerwise.optim.rules.rule import Fraction, NormGroup, RateRule, as_floats, register_rule, weighted_median
 from layerwise.optim.work.job import (
     DualNorm,
     Job,
@@ -145,6 +145,12 @@ _NORMS: Final = {
 }
 
 
+Alpha = Annotated[float, "a number in [0, 1e+15)", lambda number: 0 <= number < 1e15]
+Floor = Annotated[float, f"a number in [{SMALLEST_FLOOR:g}, 1)", lambda number: SMALLEST_FLOOR <= number < 1]
+GroupAlpha = Annotated[float, "a number in [0, 1000)", lambda number: 0 <= number < 1000]
+ReferenceName = Annotated[str, f"one of {', '.join(map(repr, REFERENCES))}", lambda word: word in REFERENCES]
+
+
 @register_rule("noise_adaptive")
 @dataclass(frozen=True)
 class NoiseAdaptive(RateRule):
@@ -183,26 +189,18 @@ class NoiseAdaptive(RateRule):
         >>> optimizer = lw.DMuon(lw.param_groups(nn.Linear(4, 8)), rates=lw.NoiseAdaptive(reference="momentum"))
     """
 
-    alpha: float = 0.0
-    beta: float = 0.95
-    reference: str = "previous"
+    alpha: Alpha = 0.0
+    beta: Fraction = 0.95
+    reference: ReferenceName = "previous"
     size_normalised: bool = False
-    anchor: str = "max"
-    floor: float = 0.1
-    group_alpha: float = 0.0
+    anchor: Literal["max", "mean"] = "max"
+    floor: Floor = 0.1
+    group_alpha: GroupAlpha = 0.0
     #: H, how many gradients it is of, number of entries.
     unit_state: ClassVar = ("noise", "gradients_seen", "size")
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("alpha", 0.0, 1e15),
-            ("beta", 0.0, 1.0),
-            ("floor", SMALLEST_FLOOR, 1.0),
-            ("group_alpha", 0.0, 1e3),
-        ):
-            check_number("NoiseAdaptive", name, getattr(self, name), low, high)
-            # A checkpoint tells rules apart by their text.
-            object.__setattr__(self, name, float(getattr(self, name)))
+        as_floats(self, "alpha", "beta", "floor", "group_alpha")
         if 0.0 < self.alpha < 1e-15:
             raise LayerwiseError(
                 f"NoiseAdaptive(alpha={self.alpha!r}): its square is lost in float32; give 0, which is the limit of it, "
@@ -212,14 +210,6 @@ class NoiseAdaptive(RateRule):
             raise LayerwiseError(
                 f"NoiseAdaptive(alpha={self.alpha!r}, group_alpha={self.group_alpha!r}): give one of them, the other 0"
             )
-        if self.reference not in REFERENCES:
-            raise LayerwiseError(
-                f"NoiseAdaptive(reference={self.reference!r}): give one of {', '.join(map(repr, REFERENCES))}"
-            )
-        if not isinstance(self.size_normalised, bool):
-            raise LayerwiseError(f"NoiseAdaptive(size_normalised={self.size_normalised!r}): give True or False")
-        if self.anchor not in ("max", "mean"):
-            raise LayerwiseError(f"NoiseAdaptive(anchor={self.anchor!r}): give 'max' or 'mean'")
 
     @property
     def needs_halves(self) -> bool:

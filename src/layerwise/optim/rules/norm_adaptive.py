@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.geometry import Frobenius
-from layerwise.optim.rules.rule import NormGroup, RateRule, check_number, register_rule
+from layerwise.optim.rules.rule import Fraction, NonNegative, NormGroup, RateRule, as_floats, register_rule
 from layerwise.optim.work.job import DIRECTIONS, GRADIENTS, DualNorm, State
 
 #: Its square is still a float32: an average that held an infinity once would be NaN ever after.
@@ -30,19 +30,13 @@ class NormAdaptive(RateRule):
         >>> optimizer = lw.DMuon(lw.param_groups(nn.Linear(4, 8)), rates=lw.NormAdaptive())
     """
 
-    beta2: float = 0.99
-    eps: float = 1e-8
-    ceiling: float = 1.0
+    beta2: Fraction = 0.99
+    eps: NonNegative = 1e-8
+    ceiling: NonNegative = 1.0
     unit_state: ClassVar = ("second_moment", "gradients_seen", "beta1_power")
 
     def __post_init__(self) -> None:
-        for name, value, low, high in (
-            ("beta2", self.beta2, 0.0, 1.0),
-            ("eps", self.eps, 0.0, float("inf")),
-            ("ceiling", self.ceiling, 0.0, float("inf")),
-        ):
-            check_number("NormAdaptive", name, value, low, high)
-            object.__setattr__(self, name, float(value))
+        as_floats(self, "beta2", "eps", "ceiling")
 
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
         state = super().allocate(param, units, sizes)

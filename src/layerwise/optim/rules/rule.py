@@ -6,19 +6,19 @@ on the device, on one vector for all the units that are compared with one anothe
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.errors import LayerwiseError
 from layerwise.optim.work.job import Alike, DualNorm, Group, Job, MatrixJob, State, select
 from layerwise.optim.work.lineup import join_state
 from layerwise.optim.work.local import norms_at_once
@@ -163,6 +163,11 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
     return torch.where(total[-1] > 0, ordered.gather(0, middle)[0], 0.0)
 
 
+#: The weight of an old average.
+Fraction = Annotated[float, "a number in [0, 1)", lambda number: 0 <= number < 1]
+NonNegative = Annotated[float, "a number in [0, inf)", lambda number: 0 <= number < math.inf]
+
+
 class RateRule(ABC):
     """Base of the rules that can be given as ``rates=`` to any optimizer.
 
@@ -242,10 +247,10 @@ def needs_replicas(group: Mapping[str, Any]) -> bool:
     return rule is not None and rule.needs_replicas
 
 
-def check_number(rule: str, name: str, value: object, low: float, high: float) -> None:
-    """Raise :class:`LayerwiseError` unless ``low <= value < high``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-        raise LayerwiseError(f"{rule}({name}={value!r}): give a number in [{low:g}, {high:g})")
+def as_floats(rule: RateRule, *names: str) -> None:
+    """Make these numbers of a frozen rule floats: a checkpoint tells rules apart by their text."""
+    for name in names:
+        object.__setattr__(rule, name, float(getattr(rule, name)))
 
 
 _RULES: Final[dict[str, type[RateRule]]] = {}

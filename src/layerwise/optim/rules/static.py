@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
-from layerwise.optim.rules.rule import RateRule, check_number, register_rule
+from layerwise.optim.rules.rule import NonNegative, RateRule, register_rule
 from layerwise.optim.work.job import State
 
 
@@ -26,13 +26,11 @@ class StaticRates(RateRule):
         0.0005
     """
 
-    multipliers: Annotated[Mapping[str, float], "multipliers by unit name, such as {'head.weight': 0.5}"] = field(
-        default_factory=dict
-    )
+    multipliers: Annotated[
+        Mapping[str, NonNegative], "finite multipliers of at least 0 by unit name, such as {'head.weight': 0.5}"
+    ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in self.multipliers.items():
-            check_number("StaticRates", f"multipliers[{name!r}]", value, 0.0, float("inf"))
         # In one order and as floats: a checkpoint tells rules apart by their text.
         in_order = {name: float(self.multipliers[name]) for name in sorted(self.multipliers)}
         object.__setattr__(self, "multipliers", in_order)
