@@ -38,12 +38,12 @@ from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.schedules import schedule_factor
 from rate_rule_models import BUILD, prepare
-from rate_rule_plan import CONTENDERS, FROZEN, MODELS, STUDIES, Trial
+from rate_rule_plan import CONTENDERS, FROZEN, MODELS, NO_WARM_UP, STUDIES, Trial
 from rate_rule_table import page, plan
 from script import RESULTS, documented_parser, iterate_in_float32
 
 #: whose multipliers `FROZEN` contenders take
-SOURCE = "DualMuon"
+SOURCE = NO_WARM_UP
 
 
 def configuration(trial: Trial, means: Mapping[str, float] | None = None) -> Config:

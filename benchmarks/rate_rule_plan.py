@@ -93,31 +93,43 @@ TIMES: Final[Mapping[str, float]] = {"torch's Muon": 2.9}
 CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "D-Muon": {"name": "d-muon"},
     "DualMuon": {"name": "dual-muon"},
+    # its momentum at 0.95 from the first step on, as it was before, and so all that follow
+    "DualMuon, no warm-up": {"name": "dual-muon", "momentum_warmup": 0},
+    # D-Muon with that warm-up
+    "warm-up on D-Muon": {
+        "name": "dual-muon",
+        "radius": 1.0,
+        "head": 1.0,
+        "rates": {"rule": "static", "multipliers": {}},
+    },
     # other constants; the head's was 2 before
-    "DualMuon, head x 1.5": {"name": "dual-muon", "head": 1.5},
-    "DualMuon, head x 2": {"name": "dual-muon", "head": 2.0},
-    "DualMuon, head x 4.5": {"name": "dual-muon", "head": 4.5},
+    "DualMuon, head x 1.5": {"name": "dual-muon", "momentum_warmup": 0, "head": 1.5},
+    "DualMuon, head x 2": {"name": "dual-muon", "momentum_warmup": 0, "head": 2.0},
+    "DualMuon, head x 4.5": {"name": "dual-muon", "momentum_warmup": 0, "head": 4.5},
     "DualMuon, head x 2, softening 0.03": {
         "name": "dual-muon",
+        "momentum_warmup": 0,
         "head": 2.0,
         "rates": {"rule": "dual_norm_adaptive", "softening": 0.03},
     },
     "DualMuon, head x 2, softening 0.3": {
         "name": "dual-muon",
+        "momentum_warmup": 0,
         "head": 2.0,
         "rates": {"rule": "dual_norm_adaptive", "softening": 0.3},
     },
     "the common part alone, head x 2": {
         "name": "dual-muon",
+        "momentum_warmup": 0,
         "head": 2.0,
         "rates": {"rule": "static", "multipliers": {}},
     },
-    "the common part alone": {"name": "dual-muon", "rates": {"rule": "static", "multipliers": {}}},
+    "the common part alone": {"name": "dual-muon", "momentum_warmup": 0, "rates": {"rule": "static", "multipliers": {}}},
     # of the frame: weight of the old average, decay, and AdamW's second average
-    "DualMuon, momentum 0.9": {"name": "dual-muon", "momentum": 0.9},
-    "DualMuon, momentum 0.8": {"name": "dual-muon", "momentum": 0.8},
-    "DualMuon, no decay": {"name": "dual-muon", "weight_decay": 0.0},
-    "DualMuon, AdamW's beta 0.99": {"name": "dual-muon", "adamw_betas": [0.9, 0.99]},
+    "DualMuon, momentum 0.9": {"name": "dual-muon", "momentum_warmup": 0, "momentum": 0.9},
+    "DualMuon, momentum 0.8": {"name": "dual-muon", "momentum_warmup": 0, "momentum": 0.8},
+    "DualMuon, no decay": {"name": "dual-muon", "momentum_warmup": 0, "weight_decay": 0.0},
+    "DualMuon, AdamW's beta 0.99": {"name": "dual-muon", "momentum_warmup": 0, "adamw_betas": [0.9, 0.99]},
     "momentum 0.9 on D-Muon": {"name": "d-muon", "momentum": 0.9},
     "AdamW": {"name": "adamw"},
     "torch's Muon": {"name": "torch-muon"},
@@ -132,8 +144,10 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "the step's norm on Scion": {"name": "scion", "rates": {"rule": "dual_norm_adaptive"}},
     "UpdateFloor(0.35)": {"name": "d-muon", "weight_decay": 0.0, "rates": {"rule": "update_floor"}},
     "MuonMax-Momo": {"name": "muonmax-momo"},
-    "DualMuon, multipliers permuted": {"name": "dual-muon", "rates": {"rule": "permuted_dual_norm"}},
+    "DualMuon, multipliers permuted": {"name": "dual-muon", "momentum_warmup": 0, "rates": {"rule": "permuted_dual_norm"}},
 }
+#: What DualMuon was before its momentum warmed up.
+NO_WARM_UP: Final = "DualMuon, no warm-up"
 #: DualMuon with multipliers that stand still: what is made of their means over its run on the same model at the same rate,
 #: seed and length, which is trained first where no result holds it.
 FROZEN: Final[Mapping[str, Callable[[Mapping[str, float]], dict[str, float]]]] = {
@@ -197,6 +211,43 @@ def qwen3(seed: int) -> tuple[Trial, ...]:
     )
 
 
+def no_warm_up() -> tuple[Trial, ...]:
+    """`DualMuon` as it was, on every model."""
+    tried: tuple[tuple[str, int, tuple[float, ...], Iterable[int]], ...] = (
+        ("llama-tiny", 300, (0.016,), range(5)),
+        ("llama-tiny", 300, (0.0113, 0.032), (1,)),
+        ("llama-tiny", 1000, (0.0113, 0.016), range(3)),
+        ("gpt2-tiny", 300, (0.016,), range(5)),
+        ("gpt2-tiny", 1000, (0.0113, 0.016), (1,)),
+        ("qwen3-tiny", 300, (0.016,), range(3)),
+        ("llama-small", 1000, (0.008, 0.0113), (1,)),
+        ("llama-tiny, batch 8", 300, (0.008, 0.016), (1,)),
+        ("llama-tiny, batch 64", 200, (0.016, 0.032), (1,)),
+        ("gpt2-lora", 300, (0.008, 0.016, 0.032, 0.064, 0.128), range(3)),
+        ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
+        ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
+    )
+    return tuple(
+        Trial(model, NO_WARM_UP, lr, seed, steps) for model, steps, rates, seeds in tried for lr in rates for seed in seeds
+    )
+
+
+def warm_up_for_all() -> tuple[Trial, ...]:
+    """D-Muon, tuned by role, with the warm-up of momentum that `DualMuon` has."""
+    searched, longer, gpt2 = (
+        tuple(factors.items()) for factors in (LLAMA_ROLES_SEARCHED, LLAMA_ROLES_LONGER, GPT2_ROLES_SEARCHED)
+    )
+    name = "warm-up on D-Muon"
+    return (
+        *(Trial("llama-tiny", name, 0.008, seed, roles=searched) for seed in (1, 2, 0, 3, 4)),
+        *(Trial("gpt2-tiny", name, 0.016, seed, roles=gpt2) for seed in (1, 2, 0, 3, 4)),
+        *(Trial("llama-tiny", name, 0.00566, seed, 1000, longer) for seed in (1, 0, 2)),
+        Trial("gpt2-tiny", name, 0.00566, 1, 1000, gpt2),
+        Trial("llama-tiny", name, 0.0113, 1, roles=searched),
+        Trial("llama-tiny", name, 0.00566, 1, roles=searched),
+    )
+
+
 def tuning() -> tuple[Trial, ...]:
     """What was tried on the tuning seeds."""
     two = "DualMuon, head x 2"
@@ -207,8 +258,8 @@ def tuning() -> tuple[Trial, ...]:
         Trial("llama-tiny", two, 0.016, 11, roles=halved),
         Trial("llama-tiny", f"{two}, softening 0.03", 0.016, 11),
         Trial("llama-tiny", f"{two}, softening 0.3", 0.016, 11),
-        *(Trial("llama-tiny", "DualMuon", lr, 11) for lr in (0.0113, 0.016)),
-        Trial("llama-tiny", "DualMuon", 0.016, 12),
+        *(Trial("llama-tiny", NO_WARM_UP, lr, 11) for lr in (0.0113, 0.016)),
+        Trial("llama-tiny", NO_WARM_UP, 0.016, 12),
         Trial("llama-tiny", "DualMuon, head x 4.5", 0.0113, 11),
         by_role("llama-tiny", 0.008, 11, LLAMA_ROLES),
         by_role("llama-tiny", 0.008, 11, LLAMA_ROLES_HEAD_6),
@@ -217,7 +268,7 @@ def tuning() -> tuple[Trial, ...]:
         Trial("gpt2-tiny", f"{two}, softening 0.03", 0.032, 11),
         Trial("gpt2-tiny", f"{two}, softening 0.3", 0.0226, 11),
         Trial("gpt2-tiny", "DualMuon, head x 1.5", 0.032, 11),
-        *(Trial("gpt2-tiny", "DualMuon", lr, 11) for lr in (0.016, 0.0226)),
+        *(Trial("gpt2-tiny", NO_WARM_UP, lr, 11) for lr in (0.016, 0.0226)),
         *(Trial("gpt2-tiny", "D-Muon", lr, 11) for lr in (0.0113, 0.016)),
         *(by_role("gpt2-tiny", lr, 11, GPT2_ROLES) for lr in (0.0113, 0.016)),
         by_role("gpt2-tiny", 0.0113, 11, THREE_TIMES),
@@ -257,8 +308,8 @@ def searched() -> tuple[Trial, ...]:
         *(by_role("llama-tiny", 0.008, seed, LLAMA_ROLES_SEARCHED) for seed in (3, 4)),
         by_role("llama-tiny", 0.008, 3, {"embedding": 4.0, "head": 4.0}),
         by_role("llama-tiny", 0.008, 1, {"embedding": 16.0, "head": 4.0}),
-        *(Trial("llama-tiny", "DualMuon", 0.016, seed, roles=(("embedding", 2.0),)) for seed in (0, 1, 2, 11)),
-        Trial("llama-tiny", "DualMuon", 0.016, 11, roles=(("embedding", 4.0),)),
+        *(Trial("llama-tiny", NO_WARM_UP, 0.016, seed, roles=(("embedding", 2.0),)) for seed in (0, 1, 2, 11)),
+        Trial("llama-tiny", NO_WARM_UP, 0.016, 11, roles=(("embedding", 4.0),)),
     )
 
 
@@ -291,7 +342,7 @@ def at_rates(model: str, rates: Mapping[str, Iterable[float]], seed: int) -> tup
 #: By model: the base rates of the rivals and controls. Factors of two about the best of earlier trials.
 RIVALS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
     "llama-tiny": {
-        "DualMuon": (0.008, 0.016),
+        NO_WARM_UP: (0.008, 0.016),
         "DualMuon, multipliers frozen by unit": (0.008, 0.016),
         "DualMuon, multipliers frozen by kind": (0.008, 0.016),
         "DualMuon, multipliers permuted": (0.008, 0.016),
@@ -307,7 +358,7 @@ RIVALS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
         "AdamW": (0.0005, 0.001, 0.002, 0.004),
     },
     "gpt2-tiny": {
-        "DualMuon": (0.016, 0.032),
+        NO_WARM_UP: (0.016, 0.032),
         "DualMuon, multipliers frozen by unit": (0.016, 0.032),
         "DualMuon, multipliers frozen by kind": (0.016, 0.032),
         "DualMuon, multipliers permuted": (0.016, 0.032),
@@ -360,6 +411,11 @@ STUDIES: Final[Mapping[str, Study]] = {
         + tuple(by_role("gpt2-tiny", 0.0113, seed, GPT2_ROLES) for seed in (0, 1, 2)),
     ),
     "tuning": Study("the constants, base rates and factors of roles, on seeds that no table of losses uses", tuning()),
+    "warm-up": Study(
+        "the warm-up of momentum taken apart: D-Muon tuned by role with it",
+        warm_up_for_all(),
+    ),
+    "no warm-up": Study("`DualMuon` as it was before its momentum warmed up", no_warm_up()),
     "head twice": Study("the constants of before: the head at twice the base rate, not three times", head_twice()),
     "searched": Study(
         "D-Muon tuned by role on the Llama, one role after the other: the embedding at 2 to 16 times the matrices' rate",

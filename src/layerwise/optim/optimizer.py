@@ -192,6 +192,9 @@ class LayerwiseOptimizer(Optimizer):
             samples = self._vanishing.before(moving) if lineup.half else []
             for step in lineup.steps:
                 step.take(self.work, finite if isinstance(finite, Tensor) else None)
+            for group in self.param_groups:
+                if "momentum_steps" in group:
+                    group["momentum_steps"] += 1
             if lineup.half:
                 self._vanishing.after(samples, self.param_groups)
         lineup.release()

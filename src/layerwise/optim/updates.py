@@ -30,6 +30,7 @@ from layerwise.optim.work.job import (
     MatrixWork,
     State,
     chunks,
+    current_momentum,
     select_all,
     state_and_gradients,
 )
@@ -295,7 +296,7 @@ def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
     averages, grads = state_and_gradients(jobs, "momentum_buffer")
     if keep is not None:  # a lerp from a number to itself changes nothing
         grads = select_all(keep, grads, averages)
-    torch._foreach_lerp_(averages, grads, 1.0 - jobs[0].group["momentum"])
+    torch._foreach_lerp_(averages, grads, 1.0 - current_momentum(jobs[0].group))
 
 
 def norm_groups(jobs: Sequence[Job]) -> list[NormGroup]:

@@ -16,7 +16,7 @@ from layerwise.function_space.steps.named_rates import unscheduled_rate
 #: The name of the fresh adapter.
 TRIAL = "layerwise_trial"
 #: What of a group concerns the model's own parameters, or where its schedule stands.
-_OWN = frozenset(("params", "param_names", "lr", "initial_lr", "step", "k"))
+_OWN = frozenset(("params", "param_names", "lr", "initial_lr", "step", "k", "momentum_steps"))
 
 
 def renamed(name: str, old: str, new: str) -> str:

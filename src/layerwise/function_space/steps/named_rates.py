@@ -23,7 +23,7 @@ Decay = Literal["scaled", "constant"]
 _NOT_SETTINGS = frozenset(
     {
         *("params", "param_names", "lr", "lr_scale", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"),
-        *("layout", "foreach", "fused", "capturable", "differentiable", "step", "k"),
+        *("layout", "foreach", "fused", "capturable", "differentiable", "step", "k", "momentum_steps", "rounding_seed"),
     }
 )
 #: Optimizers whose weight decay is decoupled (`W <- W - lr * wd * W`) without a group key that says so.

@@ -92,6 +92,8 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
     _warn_of_unused(update, group, {**base, **preset})
     if (rule := update.rule(full)) is not None:
         rule.fits(full)
+    if full.get("momentum_warmup"):
+        full.setdefault("momentum_steps", 0)
     if full.get("rounding") == "stochastic":
         full.setdefault("rounding_seed", 0)
     full["norm_group"] = full["norm_group"] or full["geometry"].norm_group

@@ -52,8 +52,9 @@ TORCH_KEYS: Final = (
 )
 
 #: Options that a group has only where it was given them: "lr_scale" multiplies the rate of every step, and nobody else
-#: writes it; "rounding" of bfloat16 weights, "rounding_seed" moves on with every step. Groups without are saved as always.
-OPTIONAL: Final = ("lr_scale", "rounding", "rounding_seed")
+#: writes it; "momentum_warmup" is over how many steps the momentum grows, and "momentum_steps" counts them; "rounding" of
+#: bfloat16 weights, "rounding_seed" moves on with every step. Groups without are saved as always.
+OPTIONAL: Final = ("lr_scale", "momentum_warmup", "momentum_steps", "rounding", "rounding_seed")
 _OPTIONS: Final = (*DEFAULTS, *OPTIONAL)
 
 #: Options of torch's optimizers that change a step and that ours do not have: a true one must not be lost in silence.
@@ -119,17 +120,18 @@ _AtLeastZero = Annotated[float, _FINITE, lambda number: 0.0 <= number <= LARGEST
 _Fraction = Annotated[
     float, "a number from 0 up to, but not including, 1: the weight of the old average", lambda number: 0.0 <= number < 1.0
 ]
+_Whole = Annotated[int, "a whole number from 0 up to 2^31", lambda number: isinstance(number, int) and 0 <= number < 2**31]
 _TYPES: Final[dict[str, Any]] = {
     "lr": Annotated[float | Tensor, f"{_FINITE}, or a floating-point tensor holding one", _is_rate],
     "lr_scale": _AtLeastZero,
     "weight_decay": _AtLeastZero,
     "rounding": Annotated[str, _one_of(ROUNDINGS), lambda word: word in ROUNDINGS],
-    "rounding_seed": Annotated[
-        int, "a whole number from 0 up to 2^31", lambda seed: isinstance(seed, int) and 0 <= seed < 2**31
-    ],
+    "rounding_seed": _Whole,
     "radius": _AtLeastZero,
     "eps": _AtLeastZero,
     "momentum": _Fraction,
+    "momentum_warmup": _Whole,
+    "momentum_steps": _Whole,
     "nesterov": bool,
     "update": Annotated[
         str | Update, f"{_one_of(UPDATES)}, or a layerwise.Update", lambda kind: isinstance(kind, Update) or kind in UPDATES

@@ -18,6 +18,8 @@ from layerwise.optim.rules.rule import RateRule
 #: and vectors take all of it. Found on two small models (docs/optimizers.md).
 DUAL_MUON_RADIUS: Final = 0.55
 DUAL_MUON_HEAD: Final = 3.0
+#: Steps over which its momentum grows, likewise.
+DUAL_MUON_MOMENTUM_WARMUP: Final = 200
 
 
 @register_optimizer("dual-muon", title="Dual Muon", rates=DualNormAdaptive)
@@ -35,7 +37,8 @@ class DualMuon(LayerwiseOptimizer):
         radius: what matrix steps are multiplied by.
         head: what the head's rate is multiplied by.
         rates: the rule; None: the same optimizer with every multiplier at 1.
-        momentum: weight of the old average.
+        momentum: weight of the old average, in the end.
+        momentum_warmup: steps over which it gets there, the average's window growing evenly; 0: at once.
         nesterov: step along Nesterov's look-ahead.
         weight_decay: decoupled, at the group's rate.
         adamw_betas: of the AdamW groups.
@@ -55,6 +58,7 @@ class DualMuon(LayerwiseOptimizer):
         lr: float | Tensor = 2e-3,
         *,
         momentum: float = 0.95,
+        momentum_warmup: int = DUAL_MUON_MOMENTUM_WARMUP,
         nesterov: bool = True,
         weight_decay: float = 0.1,
         radius: float = DUAL_MUON_RADIUS,
@@ -66,7 +70,10 @@ class DualMuon(LayerwiseOptimizer):
         rounding: str = "nearest",
     ) -> None:
         check_option("radius", head, called="head")
+        check_option("momentum_warmup", momentum_warmup, called="momentum_warmup")
         matrices = {"scaling": "rms_0.2", "radius": radius, "momentum": momentum, "nesterov": nesterov}
+        if momentum_warmup:
+            matrices["momentum_warmup"] = momentum_warmup
         rest = {"betas": adamw_betas, "eps": adamw_eps}
         recipe = {
             **matrices_and_the_rest({**matrices, "rates": rates}, rest),

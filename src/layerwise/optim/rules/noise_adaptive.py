@@ -225,10 +225,18 @@ class NoiseAdaptive(RateRule):
         return REFERENCES[self.reference]
 
     def fits(self, group: Mapping[str, Any]) -> None:
-        if isinstance(self._reference, MomentumReference) and group["momentum"] == 0.0:
+        if not isinstance(self._reference, MomentumReference):
+            return
+        if group["momentum"] == 0.0:
             raise LayerwiseError(
                 "NoiseAdaptive(reference='momentum') in a group with momentum=0: there is no average to compare the "
                 "gradient with; give momentum > 0 or reference='previous'"
+            )
+        if group.get("momentum_warmup"):
+            raise LayerwiseError(
+                f"NoiseAdaptive(reference='momentum') in a group with momentum_warmup={group['momentum_warmup']}: what an "
+                "average that warms up holds of each gradient is not known to it; give momentum_warmup=0 or "
+                "reference='previous'"
             )
 
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:

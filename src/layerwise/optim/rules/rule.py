@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.optim.work.job import Alike, DualNorm, Group, Job, MatrixJob, State, select
+from layerwise.optim.work.job import Alike, DualNorm, Group, Job, MatrixJob, State, current_momentum, select
 from layerwise.optim.work.lineup import join_state
 from layerwise.optim.work.local import norms_at_once
 
@@ -65,7 +65,7 @@ class NormGroup:
     @property
     def momentum(self) -> Tensor:
         """``[units]``: the weight of the old average in their groups."""
-        return self._repeated([run.group["momentum"] for run in self._runs], torch.float32)
+        return self._repeated([current_momentum(run.group) for run in self._runs], torch.float32)
 
     def _repeated(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """The value of each run for all its units; neighbours that are equal in one launch."""

@@ -272,7 +272,8 @@ def load(
         group.update(kept)
         if "lr_scale" in recipe.get(group["role"], {}):  # in 0.1.0's checkpoints it is inside the rate
             group.setdefault("lr_scale", 1.0)
-        for key in old.keys() - group.keys() - set(TORCH_KEYS):  # the user's own, and options that are newer than it
+        # The user's own keys, and options that are newer than it; but where no momentum warmed up, none begins to.
+        for key in old.keys() - group.keys() - {*TORCH_KEYS, "momentum_warmup", "momentum_steps"}:
             group[key] = old[key]
         if isinstance(lr, Tensor):
             group["lr"] = lr.fill_(group["lr"])

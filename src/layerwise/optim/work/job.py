@@ -35,6 +35,18 @@ def local_state(param: Tensor, state: State) -> State:
     return {key: local_part(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
+def current_momentum(group: Group) -> float:
+    """Weight of the old average in this step: the group's ``momentum``, and less while it warms up.
+
+    Over ``momentum_warmup`` steps the average's window, ``1 / (1 - momentum)`` gradients, grows evenly from one gradient to
+    its full length: early on the average forgets the weights that the network started with.
+    """
+    full: float = group["momentum"]
+    warmup = group.get("momentum_warmup", 0)
+    taken = group["momentum_steps"] + 1 if warmup else 0
+    return full if taken >= warmup else 1.0 - 1.0 / (1.0 + taken / warmup * full / (1.0 - full))
+
+
 def rate(group: Group) -> float | Tensor:
     """The learning rate of a group's steps: its ``lr``, times its ``lr_scale`` where it has one."""
     lr: float | Tensor = group["lr"]
@@ -204,9 +216,9 @@ class Directions(Source):
             return state_of(jobs, "momentum_buffer")
         averages, grads = state_and_gradients(jobs, "momentum_buffer")
         if len(grads) == 1:
-            return torch.lerp(grads[0], averages[0], group["momentum"]).view(len(jobs), *jobs[0].grad.shape)
+            return torch.lerp(grads[0], averages[0], current_momentum(group)).view(len(jobs), *jobs[0].grad.shape)
         ahead = torch.stack(grads)
-        torch._foreach_lerp_(ahead.unbind(), averages, group["momentum"])
+        torch._foreach_lerp_(ahead.unbind(), averages, current_momentum(group))
         return ahead
 
 

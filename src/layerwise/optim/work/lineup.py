@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerwise.common.tensors import dense, local_part
 from layerwise.errors import LayerwiseError
-from layerwise.optim.work.job import Alike, Group, Job, MatrixWork, State, local_state, rate
+from layerwise.optim.work.job import Alike, Group, Job, MatrixWork, State, current_momentum, local_state, rate
 
 #: What parameters that are worked on together have in common, beside shape, dtype and device.
 _ALIKE: Final = ("update", "layout", "geometry", "scaling", "radius", "nesterov")
@@ -156,7 +156,7 @@ def _form(groups: Sequence[Group], params: Sequence[Tensor]) -> object:
     options = [[*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups]
     # Of a momentum, which schedules move, only which groups have the same.
     first: dict[float, int] = {}
-    momenta = [first.setdefault(group["momentum"], number) for number, group in enumerate(groups)]
+    momenta = [first.setdefault(current_momentum(group), number) for number, group in enumerate(groups)]
     return options, momenta, [(param.shape, param.dtype, param.device) for param in params]
 
 
@@ -187,7 +187,7 @@ def alike(jobs: Iterable[Job]) -> list[Alike]:
     together: dict[object, Alike] = {}
     for (_, *form), members in by_group.items():
         group = members[0].group
-        key = (*(group[key] for key in _ALIKE), group["momentum"], id(group["rates"]), *form)
+        key = (*(group[key] for key in _ALIKE), current_momentum(group), id(group["rates"]), *form)
         together.setdefault(key, Alike([])).jobs.extend(members)
     left = _COPIED_BYTES
     for some in together.values():
