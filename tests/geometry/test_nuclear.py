@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import nuclear_norm
+from layerwise.geometry.spectral import precision
 from layerwise.geometry.spectral.lanczos import _roots, _roots_by_products
 
 SPECTRA = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "spectra.py"))
@@ -146,6 +147,22 @@ def test_the_estimate_at_the_ends_of_float32(scale: float) -> None:
     expected = nuclear_norm(g.float(), "lanczos").double() * scale
     # 1e-40 leaves five digits of a subnormal number
     torch.testing.assert_close(nuclear_norm((g * scale).float(), "lanczos").double(), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 70, 90), (3, 90, 70)])
+def test_a_processor_with_bfloat16_reads_a_usual_matrix_as_it_is_and_gets_the_same(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]
+) -> None:
+    """Nothing is divided by the largest entry first, and X^T is read from the other side: another rounding of float32."""
+    usual = make("gaussian", shape, 0).float()
+    unusual = usual * torch.tensor([1e-9, 1e20, 0.0])[:, None, None]
+    monkeypatch.setattr(precision, "processor_units", lambda: ("avx512_bf16",))
+    found, beyond = nuclear_norm(usual, "lanczos"), nuclear_norm(unusual, "lanczos")
+    monkeypatch.setattr(precision, "processor_units", lambda: ())
+    scaled = nuclear_norm(usual, "lanczos")
+    assert not torch.equal(found, scaled)
+    torch.testing.assert_close(found, scaled, rtol=1e-5, atol=0)  # 7 products of rounding 2^-24, times n / p = 9
+    torch.testing.assert_close(beyond, nuclear_norm(unusual, "lanczos"), rtol=1e-5, atol=0)
 
 
 def test_bad_values_are_named() -> None:

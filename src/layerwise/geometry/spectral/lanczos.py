@@ -23,6 +23,7 @@ from torch import Tensor
 from layerwise.common.tensors import or_one
 from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, newton_schulz
 from layerwise.geometry.spectral.polar import normalised_in
+from layerwise.geometry.spectral.precision import passes_count
 
 Seed = int | Tensor
 
@@ -41,10 +42,10 @@ def steps_for(n: int) -> int:
     return STEPS if n < MORE_FROM else MORE_STEPS
 
 
-def nuclear_estimate(x: Tensor, seed: Seed, probes: int, steps: int) -> Tensor:
-    """The estimate for each of `[k, n, m]`, `n <= m`, entries up to one: `[k]`, in float64.
+def nuclear_estimate(x: Tensor, square: Tensor, seed: Seed, probes: int, steps: int) -> Tensor:
+    """The estimate for each of `[k, n, m]`, `n <= m`: `[k]`, in float64.
 
-    `probes` is even, and `probes * steps` at most n.
+    `square` is `square_norm(x)`, between 1e-12 and 1e36; `probes` is even, and `probes * steps` at most n.
     """
     k, n, _ = x.shape
     z = _random_signs(probes, n, seed, x).expand(k, probes, n)
@@ -55,13 +56,12 @@ def nuclear_estimate(x: Tensor, seed: Seed, probes: int, steps: int) -> Tensor:
     root, (gauss, radau, gauss_before, radau_before) = roots(b, probes)
     fall, rise = RATE * (gauss_before - gauss).clamp(min=0), (radau - radau_before).clamp(min=0)
     too_much = (gauss - radau) * fall / or_one(fall + rise) * (n / probes)
-    square = _square_norm(x)
     rounding = 2 * torch.finfo(x.dtype).eps
     value = _deflated_trace(root, b @ b.mT, square, n, probes, rounding) - too_much
     return torch.minimum(torch.maximum(value, square.sqrt()), (n * square).sqrt())
 
 
-def _square_norm(x: Tensor) -> Tensor:
+def square_norm(x: Tensor) -> Tensor:
     """`||X||_F^2`, in float64 from the norms of its rows as they lie in memory: exact to a rounding of x's precision."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1 if x.stride(-1) == 1 else -2)
     return norms.double().square().sum(-1)
@@ -80,15 +80,22 @@ def _bidiagonalise(x: Tensor, z: Tensor, steps: int) -> Tensor:
     v: Tensor | None = None
     for step in range(steps):
         here = slice(step * p, (step + 1) * p)
-        read = torch.bmm(u, x)
+        read = few_rows(u, x)
         read = read if v is None else _without(read, v)
         if step == steps - 1:
             out[:, here, here] = _cholesky(read.double())
             break
         out[:, here, here], v = _orthonormal(read)
-        below, u = _orthonormal(_without(torch.bmm(v, x.mT), u))
+        below, u = _orthonormal(_without(few_rows(v, x.mT), u))
         out[:, (step + 1) * p : (step + 2) * p, here] = below.mT
     return out
+
+
+def few_rows(rows: Tensor, x: Tensor) -> Tensor:
+    """`rows X`. On AVX512 a transposed X is read faster from the left: 0.8 of the time at 768 x 768, 0.6 at 768 x 3072."""
+    if x.stride(-1) == 1 or not passes_count(x):
+        return torch.bmm(rows, x)
+    return torch.bmm(x.mT, rows.mT).mT.contiguous()
 
 
 def _without(w: Tensor, basis: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ def rounds_factors(x: Tensor) -> bool:
     return x.dtype == torch.float32 and medium
 
 
+def passes_count(x: Tensor) -> bool:
+    """Whether passes over a matrix count beside its products: on processors that multiply bfloat16, eagerly."""
+    return x.device.type == "cpu" and bool(processor_units()) and not torch.compiler.is_compiling()
+
+
 def has_tiles() -> bool:
     """Whether a processor's bfloat16 products run on AMX, where strips of a symmetric one never pay."""
     return "amx_bf16" in processor_units()

@@ -52,10 +52,13 @@ class PreviousGradient(Reference):
         return {"previous_gradient": torch.zeros_like(param, dtype=self.dtype or param.dtype)}
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        grads = gradients(jobs)
         # in float32 at least: the difference of two float16 gradients can leave float16
-        dtype = torch.promote_types(grads.dtype, torch.float32)
-        return grads.to(dtype) - state_of(jobs, "previous_gradient")
+        dtype = torch.promote_types(jobs[0].grad.dtype, torch.float32)
+        if len(jobs) == 1 or (jobs[0].alike is not None and jobs[0].alike.small):
+            return gradients(jobs).to(dtype) - state_of(jobs, "previous_gradient")
+        found = torch.stack([job.grad for job in jobs]).to(dtype)  # the only copy: three took half of the whole difference
+        torch._foreach_sub_(found.unbind(), [job.state["previous_gradient"] for job in jobs])
+        return found
 
     def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
         previous, grads = state_and_gradients(jobs, "previous_gradient")
