@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_run import tiny_tree
 
-from layerwise.common.text_table import numbers_table
+from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
@@ -190,7 +190,7 @@ def test_the_table_of_known_curves() -> None:
     assert (last.to_failure, last.safety) == (1, 4)  # the base's best itself fails: 2 > 0.8 + 0.15 * 4.2
     assert cells(last)[2:5] == ("1!", "0.25x!", "-2")
 
-    printed = numbers_table(titles("init_scale"), [cells(row) for row in (first, between, last)])
+    printed = "\n".join(aligned([titles("init_scale"), *map(cells, (first, between, last))]))
     assert all(cell in printed for row in (first, between, last) for cell in cells(row))
 
 

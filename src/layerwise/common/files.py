@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from pathlib import Path
@@ -15,9 +16,11 @@ def write_whole(path: str | Path, text: str) -> None:
     to the file.
 
     Raises:
-        OSError: it cannot be written there; an older file stays as it was.
+        OSError: it cannot be written there; an older file stays as it was, and so does a device such as /dev/null.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:

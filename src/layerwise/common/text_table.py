@@ -19,11 +19,6 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(aligned([table[0], rule, *table[1:]]))
 
 
-def numbers_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns under their titles: the first names the row, the others are numbers."""
-    return "\n".join(aligned([titles, *rows], right=range(1, len(titles))))
-
-
 def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
     """Lines of columns of equal width.
 

@@ -129,7 +129,11 @@ class BaseRates:
         data["settings"] = _by_settings(self.fingerprint.settings)
         records = {str(s): {n: asdict(r) for n, r in rates.items()} for s, rates in self.records.items()}
         text = json.dumps({"format": FORMAT, "fingerprint": data, "records": records}, indent=1)
-        _write(path, text + "\n")
+        try:
+            write_whole(path, text + "\n")
+        except OSError as error:
+            reason = f"base file {str(path)!r} cannot be written ({error.strerror})"
+            raise LayerwiseError(f"{reason}: name a file in a folder that can be written to") from None
 
     @staticmethod
     def load(path: str | Path) -> BaseRates:
@@ -213,18 +217,6 @@ def _mean_rate(rates: Sequence[BaseRate]) -> BaseRate:
     errors = [rate.stderr for rate in rates if rate.stderr is not None]
     stderr = math.hypot(*errors) / len(rates) if len(errors) == len(rates) else None
     return BaseRate(fmean(rate.value for rate in rates), rates[0].lr, stderr, spread)
-
-
-def _write(path: str | Path, text: str) -> None:
-    target = Path(path)
-    if target.exists() and not target.is_file():  # replacing a device such as /dev/null would remove it
-        raise LayerwiseError(f"base file {str(path)!r} cannot be written (not a plain file): name a file")
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise LayerwiseError(
-            f"base file {str(path)!r} cannot be written ({error.strerror}): name a file in a folder that can be written to"
-        ) from None
 
 
 def _by_settings(by_name: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:

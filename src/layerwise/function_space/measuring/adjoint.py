@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import Node
 
 from layerwise.common.tensors import wide_dtype
 from layerwise.function_space.measuring.moments import TensorUpdate
-from layerwise.function_space.measuring.outputs import Outputs
+from layerwise.function_space.measuring.outputs import Outputs, nodes_of
 
 # A part that was lost is missed only where all of these probes are nearly at right angles to it.
 _PROBES = 4
@@ -64,7 +62,8 @@ def adjoint(
     with torch.enable_grad():
         outputs = function(leaves)
     values = outputs.values
-    if not _custom(values.grad_fn):
+    # A backward of a custom function, in Python or C++.
+    if not any(isinstance(node, BackwardCFunction) or "CppNode" in node.name() for node in nodes_of(values)):
         return None
     generator = torch.Generator(values.device).manual_seed(0)
     wide = wide_dtype(values.device)
@@ -93,18 +92,3 @@ def _slope(grad: Tensor | None, update: TensorUpdate) -> Tensor:
 def _rms(update: TensorUpdate) -> Tensor:
     direction = update.whole().to(wide_dtype(update.new.device))
     return direction.square().mean().sqrt()
-
-
-def _custom(root: Node | None) -> bool:
-    """Whether the graph under this node runs a backward of a custom function, in Python or C++."""
-    stack: list[Any] = [] if root is None else [root]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if isinstance(node, BackwardCFunction) or "CppNode" in node.name():
-            return True
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return False

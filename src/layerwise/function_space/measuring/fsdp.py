@@ -30,7 +30,7 @@ from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import NO_GRAPH
 from layerwise.function_space.measuring.process_group import Collector, Processes
-from layerwise.function_space.measuring.runners import WRITES, renormalised
+from layerwise.function_space.measuring.runners import WRITES, Runner, renormalised
 
 # What a backward has to be like for a probe, whatever the training loop has set.
 _SETTINGS = {
@@ -66,8 +66,12 @@ def placement(name: str, param: Tensor, processes: Processes) -> tuple[int, int]
     return dim, int(torch.tensor(replicas).prod()) if replicas else 1
 
 
-class ShardedRunner:
-    """Runs the model itself, on its own parameters, inside of `untouched`. A context: FSDP's settings come back."""
+class ShardedRunner(Runner):
+    """Runs the model itself, on its own parameters, inside of `untouched`. A context: FSDP's settings come back.
+
+    FSDP gathers the weights of one forward at a time, so no slices are run side by side; and forward mode is not held
+    against the backward here (docs/limitations.md).
+    """
 
     def __init__(
         self,
@@ -111,9 +115,6 @@ class ShardedRunner:
             if not is_sharded(p) and storage(p) in places and name not in self._renormalised:
                 raise LayerwiseError(WRITES.format(name))
 
-    def side_by_side(self, batches: Any, masks: Tensor | None) -> None:
-        """None: FSDP gathers the weights of one forward at a time."""
-
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
         """One by one: a batched backward would not go through FSDP's hooks."""
         if not outputs.values.requires_grad:
@@ -128,9 +129,6 @@ class ShardedRunner:
                     elif grad is not None:
                         sink.add(name, grad[None])
             sink.done(1)
-
-    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> None:
-        """None: forward mode is not held against the backward here (docs/limitations.md)."""
 
     def derivative(
         self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from layerwise.common.tensors import or_one, wide_dtype
 from layerwise.function_space.measuring.moments import Moments
-from layerwise.function_space.measuring.outputs import Outputs
+from layerwise.function_space.measuring.outputs import Outputs, nodes_of
 from layerwise.function_space.measuring.probes import probes_at_once, run_probes
 from layerwise.function_space.measuring.process_group import Collector
 from layerwise.function_space.measuring.runners import LeafRunner
@@ -279,21 +279,11 @@ def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Pro
     places: dict[Node, str] = {get_gradient_edge(leaf).node: name for name, leaf in leaves.items()}
     uses: Counter[str] = Counter()
     products: dict[str, Product] = {}
-    stack = [values.grad_fn] if values.grad_fn is not None else []
-    seen: set[Node] = set(stack)
-    while stack:
-        node = stack.pop()
+    for node in nodes_of(values):
         product = getattr(node, "product", None)
         if isinstance(product, Product):
             products[product.name] = product
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            if following in places:
-                uses[places[following]] += 1
-            elif following not in seen:
-                seen.add(following)
-                stack.append(following)
+        uses.update(places[following] for following, _ in node.next_functions if following in places)
     return {name: product for name, product in products.items() if uses[name] == 1}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -45,6 +45,19 @@ class Outputs:
         entries = self.values.numel() if self.mask is None else int(self.mask.sum())
         found = processes.gather([self.rows, entries])
         return sum(rows for rows, _ in found[: processes.rank]), sum(counted for _, counted in found)
+
+
+def nodes_of(outputs: Tensor) -> Iterator[Any]:
+    """All nodes of a tensor's graph, each once."""
+    waiting: list[Any] = [] if outputs.grad_fn is None else [outputs.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
 
 
 def nothing_counts(masked: bool) -> LayerwiseError:

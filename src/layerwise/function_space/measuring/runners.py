@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,10 @@ WRITES = "the forward writes parameter {!r}, and measuring may not: pass forward
 _RUNNING_STATISTICS = nn.modules.batchnorm._NormBase
 
 
-class Runner(Protocol):
+class Runner(ABC):
     """How a model is run and differentiated."""
 
+    @abstractmethod
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         """The outputs on a batch, with their graph."""
 
@@ -37,23 +39,28 @@ class Runner(Protocol):
 
         Anything may be raised by a model that cannot be run so.
         """
+        return None
 
+    @abstractmethod
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
         """Hand the gradients of every measured tensor under each probe to `sink`."""
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
         """What to hold derivatives along any of these updates against, where it takes that."""
+        return None
 
+    @abstractmethod
     def derivative(
         self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
     ) -> Change:
         """The exact derivative of the outputs along these updates, one that agrees with `check`."""
 
+    @abstractmethod
     def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
         """The outputs with these updates applied, and without a graph."""
 
 
-class LeafRunner(nn.Module):
+class LeafRunner(nn.Module, Runner):
     """Runs a model on leaves of our own in the place of its parameters: they share the weights' memory, not their `.grad`
     and hooks. Frozen parameters stay as they are.
 
@@ -82,9 +89,6 @@ class LeafRunner(nn.Module):
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
         return replace(self.run(leaves, batch, mask), leaves=leaves)
-
-    def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
-        return None
 
     def run(self, measured: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
         """The outputs with these tensors as the parameters that are measured, and copies of the buffers."""

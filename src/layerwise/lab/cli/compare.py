@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerwise.common.text_table import numbers_table
+from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli.words import Words, command_line, split_words
 from layerwise.lab.config.load import load_config
@@ -98,10 +98,11 @@ def _print_results(comparison: Comparison) -> None:
          row.seconds, row.speed, row.status)
         for row in rows
     ]  # fmt: skip
-    print(numbers_table(titles, cells))
+    lines = aligned([titles, *cells], right=range(1, len(titles)))
     if comparison.standings:
-        print(numbers_table(STANDING_TITLES, standing_rows(comparison.standings)))
-    print(*comparison.notes, sep="\n")
+        standings = [STANDING_TITLES, *standing_rows(comparison.standings)]
+        lines += aligned(standings, right=range(1, len(STANDING_TITLES)))
+    print(*lines, *comparison.notes, sep="\n")
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from layerwise.common.text_table import numbers_table
+from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli.words import Words, split_words
 from layerwise.lab.config.load import load_config
@@ -84,7 +84,8 @@ def _report(config: SweepConfig, swept: Sweep) -> None:
     if swept.failures and not read_results(swept.folder / RESULTS):
         raise LayerwiseError(f"all {len(swept.failures)} trials died, the last of: {list(swept.failures.values())[-1]}")
     rows = write_report(config, swept.folder)
-    print(numbers_table(titles(config.sweep.axis), [cells(row) for row in rows]))
+    columns = titles(config.sweep.axis)
+    print(*aligned([columns, *map(cells, rows)], right=range(1, len(columns))), sep="\n")
     if any(row.edge for row in rows):
         print("! the best rate is an end of its grid: the optimum may lie beyond; widen sweep.lr or sweep.lr_of")
     print(f"figure and table: {swept.folder / 'transfer.png'}, {swept.folder / 'table.md'}")
