@@ -79,7 +79,7 @@ LANTON_WIDTH = [
     "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.0625, 0.125, 0.25, 0.5, 1, 2]}",
 ]
 PRE_DEPTH = [
-    "sweep.sizes=[2, 16]",
+    "sweep.sizes=[2, 16, 32]",
     THREE_SEEDS,
     "sweep.lr={low: 0.00390625, high: 0.0625, count: 5}",
     "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.5, 1, 2, 4]}",
