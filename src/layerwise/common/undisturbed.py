@@ -148,8 +148,18 @@ class Kept:
     @torch.no_grad()
     def put_back(self) -> None:
         """Everything as it was."""
-        for parameter in self._parameters:
-            parameter.put_back()
+        for kept in self._parameters:
+            p = kept.parameter
+            if kept.data is not None and storage(p) != storage(kept.data):
+                p.data = kept.data
+            if p.grad is not kept.grad:
+                p.grad = kept.grad
+            p.requires_grad_(kept.requires_grad)
+            for name, before in kept.hooks.items():
+                held = getattr(p, name)
+                if held is not None and held != before:
+                    held.clear()
+                    held.update(before)
         for tensor, value in self._values:
             tensor.copy_(value)
         for module in self._modules:
@@ -169,19 +179,6 @@ class KeptParameter:
     grad: Tensor | None
     requires_grad: bool
     hooks: dict[str, dict[int, Any]]
-
-    def put_back(self) -> None:
-        p = self.parameter
-        if self.data is not None and storage(p) != storage(self.data):
-            p.data = self.data
-        if p.grad is not self.grad:
-            p.grad = self.grad
-        p.requires_grad_(self.requires_grad)
-        for name, before in self.hooks.items():
-            held = getattr(p, name)
-            if held is not None and held != before:
-                held.clear()
-                held.update(before)
 
 
 @dataclass(frozen=True)

@@ -122,11 +122,8 @@ class JoinedState(NamedTuple):
     def holds(self) -> bool:
         """Whether they still are: users put other tensors there, and some programs other memory under a tensor."""
         in_place = all(map(is_, self.parts, map(itemgetter(self.key), self.states)))
-        return in_place and _memory(self.parts[0]) == _memory(self.whole) == _memory(self.parts[-1])
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+        memory = {tensor.untyped_storage()._cdata for tensor in (self.parts[0], self.whole, self.parts[-1])}
+        return in_place and len(memory) == 1
 
 
 def join_state(jobs: Sequence[Job], key: str) -> JoinedState | None:
