@@ -55,19 +55,10 @@ class BPETokenizer:
     @classmethod
     def train(cls, documents: Iterator[str], vocab_size: int) -> BPETokenizer:
         """The same text and size always give the same tokenizer."""
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        from tokenizers import ByteLevelBPETokenizer
 
-        backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[_END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        backend.train_from_iterator(documents, trainer)
+        backend = ByteLevelBPETokenizer()
+        backend.train_from_iterator(documents, vocab_size, min_frequency=0, show_progress=False, special_tokens=[_END])
         return cls(backend)
 
     def encode(self, documents: list[str]) -> list[Ids]:
