@@ -16,18 +16,20 @@ import torch
 
 import layerwise as lw
 import machine
+from layerwise.geometry.layout import Layout, MatrixLayout, TransposedLayout
 from optimizer_step import SETS, layerwise_groups
 from script import RESULTS, documented_parser, write_page
 
-#: three blocks of a GPT-2 at d = 384, with q, k and v in one and apart; and the tiny models' block
+#: three blocks of a GPT-2 at d = 384, with q, k and v in one, the other way round and apart; and the tiny models' block
 CASES = {
-    "three blocks, d = 384": SETS["d384"][:12],
-    "three blocks, d = 384, q, k, v apart": SETS["d384-split"][:18],
-    "four blocks, d = 128": [(384, 128), (128, 128), (512, 128), (128, 512)] * 4,
+    "three blocks, d = 384": (MatrixLayout(), SETS["d384"][:12]),
+    "three blocks, d = 384, stored as (in, out)": (TransposedLayout(), [(d_in, d_out) for d_out, d_in in SETS["d384"][:12]]),
+    "three blocks, d = 384, q, k, v apart": (MatrixLayout(), SETS["d384-split"][:18]),
+    "four blocks, d = 128": (MatrixLayout(), [(384, 128), (128, 128), (512, 128), (128, 512)] * 4),
 }
 
 
-def ratio(shapes: list[tuple[int, int]], rounds: int) -> tuple[float, float, float]:
+def ratio(layout: Layout, shapes: list[tuple[int, int]], rounds: int) -> tuple[float, float, float]:
     """Seconds of D-Muon's step, and the median and spread (quartiles' distance) of the ratio with the rule."""
     generator = torch.Generator().manual_seed(0)
     steps = []
@@ -35,7 +37,8 @@ def ratio(shapes: list[tuple[int, int]], rounds: int) -> tuple[float, float, flo
         params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator)
-        steps.append(lw.DMuon(layerwise_groups(params), lr=1e-3, rates=rule).step)
+        groups = [group | {"layout": layout} for group in layerwise_groups(params)]
+        steps.append(lw.DMuon(groups, lr=1e-3, rates=rule).step)
     times: list[list[float]] = []
     for number in range(-2, rounds):
         taken = [0.0, 0.0]
@@ -64,8 +67,8 @@ def main() -> None:
         "| matrices | D-Muon, seconds | with the rule, over it | between its quartiles |",
         "|---|---|---|---|",
     ]
-    for name, shapes in CASES.items():
-        seconds, middle, spread = ratio(shapes, given.rounds)
+    for name, case in CASES.items():
+        seconds, middle, spread = ratio(*case, given.rounds)
         lines.append(f"| {name} | {seconds:.4f} | {middle:.3f} | {spread:.3f} |")
         print(lines[-1], flush=True)
     write_page(given.out / "rate_rule_cost.md", [*lines, "", machine.line()])

@@ -14,6 +14,8 @@ from torch import nn
 import layerwise as lw
 from layerwise.geometry import ColNorm, Frobenius, RowNorm, Sign, Spectral, VectorRMS
 from layerwise.optim.rules.rule import weighted_median
+from layerwise.optim.work.local import DOT_FROM
+from layerwise.optim.work.local import _inner_products as inner_products
 
 GEOMETRIES = {
     "spectral": Spectral(polar="svd"),
@@ -90,6 +92,18 @@ def test_the_step_that_measures_is_not_yet_changed_by_what_it_measures():
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert {r.multiplier for r in ruled.layer_rates().values()} != {1.0}
+
+
+@pytest.mark.parametrize("shape", [(3, 120, 130), (3, 140, 150), (3, 20, 30)])
+def test_inner_products_are_taken_as_matrices_lie(shape):
+    """Sizes to both sides of where the library's are taken. A copy that turns matrices round would sum in another order."""
+    a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    found = inner_products(a, b)
+    # sums of 600 to 21,000 products of order one: their rounding, 2^-24 of a partial sum each
+    torch.testing.assert_close(found.double(), (a.double() * b.double()).sum((1, 2)), rtol=0, atol=1e-3)
+    assert torch.equal(inner_products(a.mT, b.mT), found) or a[0].numel() < DOT_FROM
+    torch.testing.assert_close(inner_products(a.mT, b.mT.contiguous()), found, rtol=0, atol=1e-3)
+    torch.testing.assert_close(inner_products(a.mT.contiguous(), b.mT), found, rtol=0, atol=1e-3)
 
 
 @settings(max_examples=50, deadline=None)
