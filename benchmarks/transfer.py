@@ -2,11 +2,12 @@
 
     python benchmarks/transfer.py
 
-Eleven figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
-depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, six at 400 steps (width to x16), and LoRA rank
-x8 on a GPT-2 that is trained here first. Each with {standard, FLeRM, uniform, and for widths 1/width} x learning rates x 2
-to 5 seeds: some 2,500 trials, five or six hours on one core. Finished ones, those committed included, are not repeated. The
-texts are the running Python's own library and manual: on another version of Python the losses differ a little.
+Twelve figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
+depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, six at 400 steps (to x16), and LoRA rank x8 on
+a GPT-2 that is trained here first, at 100 and 400 steps. Each with {standard, FLeRM, uniform, and for widths 1/width} x
+learning rates x 2 to 5 seeds: some 2,700 trials, five or six hours on one core. Finished ones, those committed included, are
+not repeated. The texts are the running Python's own library and manual: on another version of Python the losses differ a
+little.
 """
 
 from __future__ import annotations
@@ -96,6 +97,11 @@ POST_MOD_SCALE = [
     "sweep.lr=[0.01562, 0.03125, 0.0625, 0.125]",
     "sweep.lr_of={uniform: [0.125, 0.25, 0.5, 1, 2, 4, 8]}",
 ]
+LORA = [
+    THREE_SEEDS,
+    "sweep.lr={low: 0.00048828125, high: 0.015625, count: 6}",
+    "sweep.lr_of={flerm: [0.0009766, 0.001953, 0.003906, 0.007812], uniform: {low: 0.0009765625, high: 0.03125, count: 6}}",
+]
 
 #: Figure -> sweep -> its title, its config and what is changed in it.
 SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
@@ -133,6 +139,7 @@ SWEEPS: dict[str, dict[str, tuple[str, str, list[str]]]] = {
         )
     },
     "lora": {"lora": ("LoRA on GPT-2", "lora.yaml", [])},
+    "lora_400": {"lora_400": ("LoRA on GPT-2, 400 steps", "lora.yaml", [*LONG, *LORA])},
 }
 
 
