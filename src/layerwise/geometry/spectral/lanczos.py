@@ -212,7 +212,7 @@ def _deflated_trace(root: Tensor, t: Tensor, square: Tensor, n: int, p: int, rou
 def _random_signs(probes: int, n: int, seed: Seed, like: Tensor) -> Tensor:
     """Signs `[1 or k, probes, n]` from a hash of (seed, column): the same on every device, in every process and batch.
 
-    One hash gives 32 of them, a bit each.
+    One hash gives up to 32 of them, a bit each.
     """
     words = -(-probes // 32)
     bits = torch.arange(words * n, device=like.device)
@@ -225,6 +225,6 @@ def _random_signs(probes: int, n: int, seed: Seed, like: Tensor) -> Tensor:
         bits = (bits ^ (bits >> 16)) * multiplier
     bits = bits & 0xFFFFFFFF
     bits = (bits ^ (bits >> 15)).reshape(-1, words, 1, n)
-    position = torch.arange(32, device=like.device)[:, None]
+    position = torch.arange(min(32, probes), device=like.device)[:, None]
     signs = ((bits >> position) & 1).to(like.dtype).mul_(2).sub_(1)
-    return signs.reshape(-1, words * 32, n)[:, :probes]
+    return signs.reshape(-1, words * len(position), n)[:, :probes]
