@@ -1,12 +1,13 @@
 """When to match: at the first step, later, several times in the warm-up, or on an averaged update?
 
-    python benchmarks/when_to_match.py            # GPT-2 of two blocks, width 16 to 128; some 120 runs
+    python benchmarks/when_to_match.py            # GPT-2 and two of the paper's decoders, width 16 to 128; 230 runs
 
 A GPT-2 as nanoGPT trains it: initial weights of deviation 0.02 at every width, gains, learned positions, tied head;
 batches of 8 x 32 bytes of Python's standard library, linear warm-up, cosine to a tenth. In `gpt2-scaled` the small model's
-initial weights are as large as the large one's next to their width. The small model is tuned with one rate, its
-function-space rates are recorded at its best rate, and each way of matching is tried on the large model over a grid around
-that. Runs of one seed see the same weights and batches, whatever the way. Finished runs are not repeated.
+initial weights are as large as the large one's next to their width. Decoders of arXiv 2502.17405, whose weights start with
+variance 1/fan_in, take the same steps. The small model is tuned with one rate, its function-space rates are recorded at
+its best rate, and each way of matching is tried on the large model over a grid around that. Runs of one seed see the same
+weights and batches, whatever the way. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from layerwise.lab.experiments.standings import paired
 from layerwise.lab.experiments.sweep.resampling import shift_interval
 from script import RESULTS, documented_parser, write_page
 from when_to_match_runs import (
-    CARRIED,
     GRIDS,
     LARGE,
     ONE_RATE,
+    SCALED,
     SMALL,
     TRAINED,
     WAYS,
     Runs,
     Trial,
     best_of,
+    carried,
     trials,
 )
 
@@ -61,8 +63,9 @@ def difference(one: list[float], other: list[float]) -> str:
 def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
     """A row for each way: shift, and the loss at its own best, at the carried rate, at half, and beside the first step's."""
     small = runs.curve(model, ONE_RATE, SMALL, GRIDS[SMALL], seeds)
-    start = best_of(runs, "gpt2", seeds)
-    first = runs.curve("gpt2", "first step", LARGE, range(start, start + 1), seeds).losses[2.0**start]
+    reference = "gpt2" if model == SCALED else model
+    start = best_of(runs, reference, seeds)
+    first = runs.curve(reference, "first step", LARGE, range(start, start + 1), seeds).losses[2.0**start]
     lines = [
         f"## {model}, width {SMALL} to {LARGE}, {len(seeds)} seeds",
         "",
@@ -70,24 +73,24 @@ def table(runs: Runs, model: str, best: int, seeds: list[int]) -> list[str]:
         + (" (an end of the grid)." if small.at_edge else "."),
         "",
         "| matched at | shift, steps of 2 | 95 % | loss at own best | at the carried rate | at half of it"
-        " | carried, minus gpt2's at the first step |",
+        f" | carried, minus {reference}'s at the first step |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for way in (ONE_RATE, *TRAINED[model]):
-        grid = GRIDS[LARGE] if way == ONE_RATE else range(best + CARRIED[0], best + CARRIED[-1] + 1)
+        grid = GRIDS[LARGE] if way == ONE_RATE else carried(model, best)
         curve = runs.curve(model, way, LARGE, grid, seeds)
         assert curve.best is not None
         interval = shift_interval(small, curve, 2.0)
         ends = "" if interval is None else "{:+.0f} to {:+.0f}".format(*interval).replace("+0", "0")
-        carried = curve.losses.get(2.0**best)
+        there = curve.losses.get(2.0**best)
         shown = (
             way,
             f"{math.log2(curve.best) - best:+.0f}{'!' if curve.at_edge else ''}".replace("+0", "0"),
             ends,
             f"{curve.mean(curve.best):.3f}",
-            f"{curve.mean(2.0**best):.3f}" if carried else "",
+            f"{curve.mean(2.0**best):.3f}" if there else "",
             f"{curve.mean(2.0 ** (best - 1)):.3f}" if 2.0 ** (best - 1) in curve.losses else "",
-            difference(list(carried), list(first)) if carried and (model, way) != ("gpt2", "first step") else "",
+            difference(list(there), list(first)) if there and (model, way) != (reference, "first step") else "",
         )
         lines.append(f"| {' | '.join(shown)} |")
     return [*lines, ""]

@@ -26,13 +26,14 @@ from layerwise.lab.models.family import Examples
 SMALL, LARGE, STEPS, WARM_UP, LENGTH = 16, 128, 200, 20, 32
 #: Exponents of 2 of the rates: of one rate at either width, and around the small model's best for what is carried.
 GRIDS = {SMALL: range(-9, -2), LARGE: range(-11, -4)}
-CARRIED = range(-1, 4)
 BASE_SEEDS = (0, 1, 2, 3)
 #: The same GPT-2, whose small model starts with weights that multiply as the large one's do: deviation 0.02 sqrt(8).
 SCALED = "gpt2-scaled"
 MODELS = {
     SCALED: {"preset": "gpt2-tiny", "n_layer": 2, "n_embd": SMALL, "n_head": 1},
     "gpt2": {"preset": "gpt2-tiny", "n_layer": 2, "n_embd": SMALL, "n_head": 1},
+    "PreNorm": {"preset": "decoder", "base_width": SMALL, "base_heads": 1, "norm": "pre"},
+    "PreNormPostMod": {"preset": "decoder", "base_width": SMALL, "base_heads": 1, "norm": "pre_post_mod"},
 }
 
 
@@ -71,10 +72,16 @@ WAYS = {
 }
 #: Of which ways each model is trained; what the others do to the rates is told.
 TRAINED = {
-    "gpt2": [way for way in WAYS if way not in ("first step, of 8 batches", LAST)],
-    SCALED: ["first step"],
+    model: ["first step"] if model == SCALED else [way for way in WAYS if way not in ("first step, of 8 batches", LAST)]
+    for model in ("gpt2", SCALED, "PreNorm", "PreNormPostMod")
 }
 ONE_RATE = "one rate"
+
+
+def carried(model: str, best: int) -> range:
+    """The exponents that matched rates are tried at; GPT-2's best ones move upwards."""
+    low, high = (-1, 3) if MODELS[model]["preset"] == "gpt2-tiny" else (-2, 2)
+    return range(best + low, best + high + 1)
 
 
 @dataclass(frozen=True)
@@ -217,12 +224,13 @@ def multipliers(name: str, way: Way, exponent: int, seed: int = 0) -> dict[str, 
         matching.after(step)
         steps.step()
     found = matching.flerm.state_dict()["multipliers"]
-    inside = [m for n, m in found.items() if ".h." in n and dict(model.named_parameters())[n].ndim == 2]
+    names = {id(p): n for n, p in model.named_parameters()}
+    inside = [found[n] for n in names.values() if (".h." in n or "blocks." in n) and model.get_parameter(n).ndim == 2]
     return {
         "matrices in blocks": math.exp(fmean(map(math.log, inside))),
         "least": min(inside),
         "most": max(inside),
-        "embedding": found["transformer.wte.weight"],
+        "embedding": found[names[id(model.get_input_embeddings().weight)]],
     }
 
 
@@ -274,8 +282,8 @@ def trials(model: str, best: int, seeds: list[int]) -> Iterator[Trial]:
     """The large model's runs, a seed after the other."""
     for seed in seeds:
         yield from (Trial(model, ONE_RATE, LARGE, k, seed) for k in GRIDS[LARGE])
-        for way, offset in itertools.product(TRAINED[model], CARRIED):
-            yield Trial(model, way, LARGE, best + offset, seed)
+        for way, exponent in itertools.product(TRAINED[model], carried(model, best)):
+            yield Trial(model, way, LARGE, exponent, seed)
 
 
 def best_of(runs: Runs, model: str, seeds: list[int]) -> int:
