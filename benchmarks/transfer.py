@@ -89,7 +89,7 @@ POST_MOD_DEPTH = [
     "sweep.sizes=[2, 16, 32]",
     THREE_SEEDS,
     "sweep.lr={low: 0.00390625, high: 0.125, count: 6}",
-    "sweep.lr_of={flerm: [0.01562, 0.03125, 0.0625, 0.125], uniform: [0.25, 0.5, 1, 2, 4]}",
+    "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625, 0.125], uniform: [0.25, 0.5, 1, 2, 4]}",
 ]
 POST_MOD_SCALE = [
     "sweep.sizes=[1, 0.0625, 0.25, 4, 16, 64, 256]",
