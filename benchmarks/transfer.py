@@ -66,7 +66,7 @@ PRE_WIDTH = [
 # Steps of D-Muon are of size one in every matrix: other rates, and a unit of `uniform` of its own.
 MUON_WIDTH = [
     "optimizer.name=d-muon",
-    THREE_SEEDS,
+    "sweep.seeds=[0, 1, 2, 3]",
     "sweep.methods=[standard, flerm, uniform]",
     "sweep.lr={low: 0.001953125, high: 0.0625, count: 6}",
     "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.0625, 0.125, 0.25, 0.5, 1, 2]}",
