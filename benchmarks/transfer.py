@@ -5,7 +5,7 @@
 Twelve figures: width (ResMLP x16 on digits and the three decoders of arXiv 2502.17405 x8 on bytes of the standard library),
 depth x8, the initial scale 1/4 and 4, the paper's own model and range for it, six at 400 steps (to x16), and LoRA rank x8 on
 a GPT-2 that is trained here first, at 100 and 400 steps. Each with {standard, FLeRM, uniform, and for widths 1/width} x
-learning rates x 2 to 5 seeds: some 2,700 trials, five or six hours on one core. Finished ones, those committed included, are
+learning rates x 2 to 5 seeds: some 2,800 trials, about six hours on one core. Finished ones, those committed included, are
 not repeated. The texts are the running Python's own library and manual: on another version of Python the losses differ a
 little.
 """
@@ -66,7 +66,7 @@ PRE_WIDTH = [
 # Steps of D-Muon are of size one in every matrix: other rates, and a unit of `uniform` of its own.
 MUON_WIDTH = [
     "optimizer.name=d-muon",
-    "sweep.seeds=[0, 1, 2, 3]",
+    FIVE_SEEDS,
     "sweep.methods=[standard, flerm, uniform]",
     "sweep.lr={low: 0.001953125, high: 0.0625, count: 6}",
     "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.0625, 0.125, 0.25, 0.5, 1, 2]}",
