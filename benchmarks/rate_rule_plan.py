@@ -243,8 +243,9 @@ def warm_up_for_all() -> tuple[Trial, ...]:
         *(Trial("gpt2-tiny", name, 0.016, seed, roles=gpt2) for seed in (1, 2, 0, 3, 4)),
         *(Trial("llama-tiny", name, 0.00566, seed, 1000, longer) for seed in (1, 0, 2)),
         Trial("gpt2-tiny", name, 0.00566, 1, 1000, gpt2),
-        Trial("llama-tiny", name, 0.0113, 1, roles=searched),
-        Trial("llama-tiny", name, 0.00566, 1, roles=searched),
+        Trial("llama-small", name, 0.004, 1, 1000, longer),
+        Trial("llama-tiny, batch 8", name, 0.008, 1, roles=searched),
+        Trial("llama-tiny, batch 64", name, 0.016, 1, 200, searched),
     )
 
 
@@ -472,7 +473,7 @@ STUDIES: Final[Mapping[str, Study]] = {
     "longer": Study(
         "the Llama at 1,000 steps: whether the gain shrinks; rates and factors of roles on seed 1, the best on three seeds",
         (
-            *(Trial("llama-tiny", "DualMuon", lr, seed, 1000) for lr in (0.0113, 0.016) for seed in (0, 2)),
+            *(Trial("llama-tiny", "DualMuon", 0.0113, seed, 1000) for seed in (0, 2)),
             *(Trial("llama-tiny", "DualMuon, head x 2", 0.016, seed, 1000) for seed in (0, 2)),
             *(by_role("llama-tiny", 0.00566, seed, LLAMA_ROLES, 1000) for seed in (0, 2)),
             *(by_role("llama-tiny", 0.00566, seed, LLAMA_ROLES_LONGER, 1000) for seed in (0, 1, 2)),
