@@ -74,7 +74,7 @@ MUON_WIDTH = [
 # LANTON slows layers down: higher rates.
 LANTON_WIDTH = [
     "optimizer.name=lanton",
-    THREE_SEEDS,
+    FIVE_SEEDS,
     "sweep.methods=[standard, flerm, uniform]",
     "sweep.lr={low: 0.00390625, high: 0.125, count: 6}",
     "sweep.lr_of={flerm: [0.007812, 0.01562, 0.03125, 0.0625], uniform: [0.0625, 0.125, 0.25, 0.5, 1, 2]}",

@@ -140,6 +140,20 @@ def test_a_group_that_comes_later_warms_up_by_itself():
     torch.testing.assert_close(b, torch.full((4, 4), 1 - math.prod(second)), rtol=1e-6, atol=0)
 
 
+def test_a_step_whose_groups_are_split_counts_once():
+    model, batch = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)), torch.ones(3, 4)
+    optimizer = lw.DualMuon(lw.param_groups(model, batch), lr=0.01)
+    flerm = lw.FLeRM(model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        with flerm.step(batch):
+            optimizer.step()
+    hidden = [group["momentum_steps"] for group in optimizer.param_groups if group["role"] == "hidden"]
+    assert hidden == [3]
+    assert len({round(change, 6) for change in flerm.named.multipliers.values()}) > 1  # they were split
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, True, "200"])
 def test_a_warm_up_that_is_no_number_of_steps_is_refused(value):
     with pytest.raises(lw.LayerwiseError, match=r"momentum_warmup=.*whole number"):
