@@ -93,7 +93,7 @@ TIMES: Final[Mapping[str, float]] = {"torch's Muon": 2.9}
 CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "D-Muon": {"name": "d-muon"},
     "DualMuon": {"name": "dual-muon"},
-    # its momentum at 0.95 from the first step on, as it was before, and so all that follow
+    # its momentum at 0.95 from the first step on, as it was before; so in all others of its kind below
     "DualMuon, no warm-up": {"name": "dual-muon", "momentum_warmup": 0},
     # D-Muon with that warm-up
     "warm-up on D-Muon": {
