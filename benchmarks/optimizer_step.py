@@ -40,8 +40,7 @@ from layerwise.geometry.layout import MatrixLayout
 from layerwise.geometry.spectral.precision import has_tiles, processor_units
 from layerwise.optim.groups.options import DEFAULTS
 from layerwise.optim.rules.noise_adaptive import PreviousGradient
-from layerwise.optim.work.job import Job
-from layerwise.optim.work.lineup import alike
+from layerwise.optim.work.job import Job, alike
 from layerwise.optim.work.local import LocalWork
 from script import RESULTS, documented_parser, write_page
 

@@ -39,7 +39,7 @@ class Killed(BaseException):
 
 def train_until_killed(name: str, folder: str, die: Any) -> None:
     """Run an example; in one of its optimizer steps `die()` is called."""
-    from layerwise.optim.work.lineup import Lineup
+    from layerwise.optim.work.job import Lineup
 
     refresh, steps = Lineup.refresh, count(1)
 

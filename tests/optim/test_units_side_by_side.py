@@ -10,7 +10,7 @@ import torch
 from tiny import OPTIMIZERS, assert_same_bits, make, net, take_step, tensors, twin
 
 import layerwise as lw
-from layerwise.optim.work.lineup import Lineup
+from layerwise.optim.work.job import Lineup
 
 
 def trained(steps=2):
@@ -142,7 +142,7 @@ def steps_of_layers(name, model, skip=lambda step, number: False):
 def test_a_step_of_small_parameters_side_by_side_is_the_step_of_each(name, skip, monkeypatch):
     together, apart = small_layers(), small_layers()
     first = steps_of_layers(name, together, skip)
-    monkeypatch.setattr("layerwise.optim.work.lineup._SMALL", 0)
+    monkeypatch.setattr("layerwise.optim.work.job._SMALL", 0)
     second = steps_of_layers(name, apart, skip)
     assert_same_bits(tensors(together, first), tensors(apart, second))
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.common.remember import remember
+from layerwise.common.tensors import remember
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.split import Split, Stack
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.common.remember import remember
-from layerwise.common.tensors import or_one
+from layerwise.common.tensors import or_one, remember
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.lanczos import Seed
 from layerwise.geometry.spectral.nuclear import METHODS as NUCLEAR_METHODS

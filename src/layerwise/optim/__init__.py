@@ -22,8 +22,7 @@ from layerwise.optim.rules.norm_adaptive import NormAdaptive
 from layerwise.optim.rules.rule import RateRule, rate_rules, register_rule
 from layerwise.optim.rules.static import StaticRates
 from layerwise.optim.updates import Update
-from layerwise.optim.work.job import DualNorm
-from layerwise.optim.work.local import LocalWork
+from layerwise.optim.work.local import DualNorm, LocalWork
 
 if TYPE_CHECKING:
     from layerwise.optim.work.distributed import DistributedWork

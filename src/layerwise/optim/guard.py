@@ -75,7 +75,7 @@ class NonFiniteGuard:
         self,
         names: Sequence[str],
         gradients: Sequence[Tensor],
-        anywhere: Callable[[Tensor], Tensor] = lambda flags: flags,
+        anywhere: Callable[[Tensor], Tensor] | None = None,
         together: Sequence[Tensor] = (),
     ) -> Tensor | bool:
         """Look at gradients.
@@ -83,7 +83,7 @@ class NonFiniteGuard:
         Args:
             names: of the parameters.
             gradients: theirs.
-            anywhere: makes flags true that are true on any process, so that all of them decide alike.
+            anywhere: makes flags true that are true on any process, so that all of them decide alike; None: there is one.
             together: tensors that hold all gradients, several in one, which are quicker to look at.
 
         Returns:
@@ -93,10 +93,14 @@ class NonFiniteGuard:
             self._raise_arrived()
         if not gradients:
             return True
-        on_host = gradients[0].device.type == "cpu" and "cpu" not in WITH_EVENTS
-        if on_host and not bool(anywhere(_may_hold_a_bad_one(together or gradients))):
-            return True
-        bad = anywhere(_not_finite(gradients))
+        if gradients[0].device.type == "cpu" and "cpu" not in WITH_EVENTS:
+            # Squares may leave the range of numbers, but a 2-norm takes a twentieth of the time of one of order infinity.
+            norms = torch._foreach_norm(list(together or gradients), 2.0)
+            bad = ~torch.stack([norm if norm.is_cpu else norm.cpu() for norm in norms]).isfinite().all(0, keepdim=True)
+            if not bool(bad if anywhere is None else anywhere(bad)):
+                return True
+        bad = _not_finite(gradients)
+        bad = bad if anywhere is None else anywhere(bad)
         if bad.device.type in WITH_EVENTS:
             return self._check_later(tuple(names), bad)
         if not bool(bad.any()):
@@ -121,16 +125,6 @@ class NonFiniteGuard:
             if bool(bad.values.any()):
                 self._findings.clear()
                 raise _error(names, bad.values)
-
-
-def _may_hold_a_bad_one(gradients: Sequence[Tensor]) -> Tensor:
-    """False where every entry of all is finite, `[1]`; true too where squares left the range of numbers.
-
-    A 2-norm takes a CPU a twentieth of the time of one of order infinity.
-    """
-    device = gradients[0].device
-    norms = [norm if norm.device == device else norm.to(device) for norm in torch._foreach_norm(list(gradients), 2.0)]
-    return ~torch.stack(norms).isfinite().all(0, keepdim=True)
 
 
 def _not_finite(gradients: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any, overload
 
 import torch
@@ -30,9 +31,8 @@ from layerwise.optim.state.following import Following, check_model
 from layerwise.optim.state.partial import LoadedState, take_what_fits
 from layerwise.optim.state.replaced import warn_of_fresh_state
 from layerwise.optim.updates import Lmo
-from layerwise.optim.work.job import Group, MatrixWork, State
-from layerwise.optim.work.lineup import Lineup
-from layerwise.optim.work.local import default_work
+from layerwise.optim.work.job import Group, Lineup, State
+from layerwise.optim.work.local import MatrixWork, default_work
 
 
 @checked
@@ -88,7 +88,8 @@ class LayerwiseOptimizer(Optimizer):
         self.recipe: Recipe = recipe or {}
         self.guard = NonFiniteGuard(nonfinite)
         self._second = SecondGradients()
-        self._work = work
+        if work is not None:
+            self.work = work
         self._following = Following()
         self._vanishing = Vanishing()
         self._lineup = Lineup()
@@ -178,45 +179,40 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        lineup = self._ready_lineup()
+        groups, lineup = self.param_groups, Lineup() if torch.compiler.is_compiling() else self._lineup
+        for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
+            if "base_momentum" in group and isinstance(group["update"], Lmo):
+                group["momentum"] = group["betas"][0]
+        if not self._told_of_scales and any("lr_scale" in group for group in groups):
+            self._told_of_scales = scaled_twice(groups)
+        self._follow_parameters()
+        if lineup.refresh(groups, self.state, self.work.anywhere):
+            self._look_at_jobs(lineup)
         moving = lineup.moving
-        finite = self.guard.check(
-            [job.name for job in moving],
-            [job.grad for job in moving],
-            self.work.anywhere,
-            lineup.gradients,
-        )
+        names, gradients = [job.name for job in moving], [job.grad for job in moving]
+        finite = self.guard.check(names, gradients, self.work.anywhere, lineup.gradients)
         if finite is not False:
             if self._second.needed:
-                self._second.before_step(moving, self.param_groups, self.state, self.work)
+                self._second.before_step(moving, groups, self.state, self.work)
             samples = self._vanishing.before(moving) if lineup.half else []
             for step in lineup.steps:
                 step.take(self.work, finite if isinstance(finite, Tensor) else None)
-            for group in self.param_groups:
+            for group in groups:
                 if "momentum_steps" in group:
                     group["momentum_steps"] += 1
             if lineup.half:
-                self._vanishing.after(samples, self.param_groups)
+                self._vanishing.after(samples, groups)
         lineup.release()
         if self._second.needed:
             self._second.after_step()
         return loss
 
-    def _ready_lineup(self) -> Lineup:
-        """All parameters with this step's gradients, whatever has happened to them since the last step."""
-        groups, lineup = self.param_groups, Lineup() if torch.compiler.is_compiling() else self._lineup
-        for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
-            if "base_momentum" in group and isinstance(group["update"], Lmo):
-                group["momentum"] = group["betas"][0]
-        self._follow_parameters()
-        if not self._told_of_scales and any("lr_scale" in group for group in groups):
-            self._told_of_scales = scaled_twice(groups)
-        if lineup.refresh(groups, self.state, self.work):
-            if self._following.put_in_place(groups, lineup.jobs):
-                self._follow_parameters()
-                lineup.refresh(groups, self.state, self.work)
-            self._second.look(lineup.jobs)
-        return lineup
+    def _look_at_jobs(self, lineup: Lineup) -> None:
+        """Other parameters than before have a gradient, or options have changed: what else that means for the step."""
+        if self._following.put_in_place(self.param_groups, lineup.jobs):
+            self._follow_parameters()
+            lineup.refresh(self.param_groups, self.state, self.work.anywhere)
+        self._second.look(lineup.jobs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them what :meth:`hold_half` and :meth:`watch_replicas` noted."""
@@ -265,16 +261,10 @@ class LayerwiseOptimizer(Optimizer):
     def _steps_tried(self) -> int:
         return self.skipped_steps + gradients_seen(between_replicas(self.param_groups), self.state)
 
-    @property
+    @cached_property
     def work(self) -> MatrixWork:
         """Where the work on whole matrices happens; set it to choose otherwise."""
-        if self._work is None:
-            self._work = default_work()
-        return self._work
-
-    @work.setter
-    def work(self, work: MatrixWork) -> None:
-        self._work = work
+        return default_work()
 
     # ------------------------------------------------------------------------------------- what users ask about
 
@@ -305,7 +295,7 @@ class LayerwiseOptimizer(Optimizer):
     # ---------------------------------------------------------------------------------------- saving and loading
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"recipe": self.recipe, "guard": self.guard, "_work": self._work}
+        own = {key: value for key, value in vars(self).items() if key in ("recipe", "guard", "work")}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:

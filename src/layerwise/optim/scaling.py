@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from layerwise.common.remember import remember
+from layerwise.common.tensors import remember
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 

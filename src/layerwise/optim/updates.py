@@ -22,20 +22,18 @@ from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, sto
 from layerwise.optim.rules.rule import NormGroup, RateRule
 from layerwise.optim.scaling import step_factors
 from layerwise.optim.work.job import (
-    DIRECTIONS,
     Alike,
     Group,
     Job,
-    MatrixJob,
-    MatrixWork,
+    JoinedState,
     State,
     chunks,
     current_momentum,
+    join_state,
     select_all,
     state_and_gradients,
 )
-from layerwise.optim.work.lineup import JoinedState, join_state
-from layerwise.optim.work.local import directions_at_once
+from layerwise.optim.work.local import DIRECTIONS, MatrixJob, MatrixWork, directions_at_once
 
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 #: On a CPU AdamW goes over a chunk several times: it should stay in the cache, and its copies small beside a model.
@@ -82,9 +80,9 @@ class Update(ABC):
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
         """Change all parameters of this kind, in place, that have a gradient (``job.moves``)."""
 
-    def plan(self, jobs: Sequence[Job]) -> PlannedStep:
+    def plan(self, jobs: Sequence[Job]) -> list[PlannedStep]:
         """Prepare the steps of these parameters; asked again when they or their options change. Few kinds need it."""
-        return PlannedStep(self, jobs)
+        return [PlannedStep(self, jobs)]
 
     def rule(self, group: Group) -> RateRule | None:
         """What sets the rates of a group's units, if anything does."""
@@ -96,7 +94,7 @@ class Update(ABC):
 
 
 class PlannedStep:
-    """What the steps of all parameters of one kind of update have in common. Gradients and rates are read at each."""
+    """What all steps of some parameters of one kind of update have in common. Gradients and rates are read at each."""
 
     #: state that was put together; where it lies elsewhere since, the plan is made anew
     joined: Sequence[JoinedState] = ()
@@ -129,68 +127,60 @@ class AdamW(Update):
         }
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
-        self.plan(jobs).take(work, keep)
+        for planned in self.plan(jobs):
+            planned.take(work, keep)
 
-    def plan(self, jobs: Sequence[Job]) -> PlannedStep:
-        return _AdamWStep(self, jobs)
-
-
-class _AdamWStep(PlannedStep):
-    """In chunks of one group and one dtype."""
-
-    def __init__(self, update: Update, jobs: Sequence[Job]) -> None:
-        super().__init__(update, jobs)
+    def plan(self, jobs: Sequence[Job]) -> list[PlannedStep]:
         together: dict[tuple[int, torch.dtype, str], list[Job]] = {}
         for job in jobs:
             if job.moves:
                 key = (id(job.group), job.local.dtype, job.local.device.type)
                 together.setdefault(key, []).append(job)
-        self._chunks = [
-            chunk
+        return [
+            _AdamWStep(self, chunk)
             for (_, _, device), some in together.items()
             for chunk in (chunks(some, ADAMW_BYTES) if device == "cpu" else [some])
         ]
 
+
+class _AdamWStep(PlannedStep):
+    """Of parameters of one group and one dtype. In float32 where the weights are not enough, and then rounded once."""
+
     def take(self, work: MatrixWork, keep: Tensor | None) -> None:
-        for chunk in self._chunks:
-            _adamw(chunk, keep)
-
-
-def _adamw(jobs: Sequence[Job], keep: Tensor | None) -> None:
-    """Of jobs of one group and one dtype. In float32 where the weights are not enough, and then rounded once."""
-    group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
-    wide = first.dtype in HALF and (first.dtype == torch.float16 or is_stochastic(group, first))
-    params = [job.local.float() if wide else job.local for job in jobs]
-    own = [[job.state[key] for job in jobs] for key in _MOMENTS]
-    moments = [in_dtypes_of(params, held) for held in own]
-    # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
-    fused = keep is not None or isinstance(lr, Tensor) or first.dtype == torch.bfloat16
-    adamw(
-        params,
-        in_dtypes_of(params, [job.grad for job in jobs]),
-        moments[0],
-        moments[1],
-        [],
-        [job.state["step"] for job in jobs],
-        foreach=not fused and len(jobs) > 1,
-        fused=fused,
-        found_inf=None if keep is None else 1.0 - keep.float(),
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=lr,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
-    for key, held, values in zip(_MOMENTS, own, moments, strict=True):
-        if wide and first.dtype == torch.bfloat16:
-            torch._foreach_copy_(held, values)
-        elif not all(map(is_, held, values)):  # the model was cast after the optimizer was made
-            for job, value in zip(jobs, values, strict=True):
-                job.state[key] = value
-    for job, param in zip(jobs, params, strict=True) if wide else ():
-        store(job, param)
+        jobs = self.jobs
+        group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
+        wide = first.dtype in HALF and (first.dtype == torch.float16 or is_stochastic(group, first))
+        params = [job.local.float() if wide else job.local for job in jobs]
+        own = [[job.state[key] for job in jobs] for key in _MOMENTS]
+        moments = [in_dtypes_of(params, held) for held in own]
+        # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
+        fused = keep is not None or isinstance(lr, Tensor) or first.dtype == torch.bfloat16
+        adamw(
+            params,
+            in_dtypes_of(params, [job.grad for job in jobs]),
+            moments[0],
+            moments[1],
+            [],
+            [job.state["step"] for job in jobs],
+            foreach=not fused and len(jobs) > 1,
+            fused=fused,
+            found_inf=None if keep is None else 1.0 - keep.float(),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for key, held, values in zip(_MOMENTS, own, moments, strict=True):
+            if wide and first.dtype == torch.bfloat16:
+                torch._foreach_copy_(held, values)
+            elif not all(map(is_, held, values)):  # the model was cast after the optimizer was made
+                for job, value in zip(jobs, values, strict=True):
+                    job.state[key] = value
+        for job, param in zip(jobs, params, strict=True) if wide else ():
+            store(job, param)
 
 
 @dataclass(frozen=True, repr=False)
@@ -228,10 +218,11 @@ class Lmo(Update):
         return names
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
-        self.plan(jobs).take(work, keep)
+        for planned in self.plan(jobs):
+            planned.take(work, keep)
 
-    def plan(self, jobs: Sequence[Job]) -> PlannedStep:
-        return _LmoStep(self, jobs)
+    def plan(self, jobs: Sequence[Job]) -> list[PlannedStep]:
+        return [_LmoStep(self, jobs)]
 
 
 class _LmoStep(PlannedStep):
@@ -252,12 +243,16 @@ class _LmoStep(PlannedStep):
         self.joined = [each for each in joined if each is not None]
 
     def take(self, work: MatrixWork, keep: Tensor | None) -> None:
-        for chunk in self._chunks:
-            update_momentum(chunk, keep)
+        for chunk in self._chunks:  # M <- momentum * M + (1 - momentum) * G
+            averages, grads = state_and_gradients(chunk, "momentum_buffer")
+            if keep is not None:  # a lerp from a number to itself changes nothing
+                grads = select_all(keep, grads, averages)
+            torch._foreach_lerp_(averages, grads, 1.0 - current_momentum(chunk[0].group))
         norms = iter(work.norms(self._norms) if self._norms else ())
         for group in self._before:
             group.update(norms, keep)
-            group.remember(keep)
+            for chunk in group.chunks:
+                group.rule.remember(chunk, keep)
         if self._duals:  # of a sharded parameter one process fills them in, and the others add zero
             torch._foreach_zero_(self._duals)
         for moved, directions in work.directions(self._unit_steps):
@@ -289,14 +284,6 @@ def _unit_steps(jobs: Sequence[Job]) -> list[MatrixJob]:
 
 #: The kinds that a group can name by text.
 UPDATES: Final[Mapping[str, Update]] = {"lmo": Lmo(), "adamw": AdamW()}
-
-
-def update_momentum(jobs: Sequence[Job], keep: Tensor | None) -> None:
-    """``M <- momentum * M + (1 - momentum) * G``, in place, of parameters that are alike."""
-    averages, grads = state_and_gradients(jobs, "momentum_buffer")
-    if keep is not None:  # a lerp from a number to itself changes nothing
-        grads = select_all(keep, grads, averages)
-    torch._foreach_lerp_(averages, grads, 1.0 - current_momentum(jobs[0].group))
 
 
 def norm_groups(jobs: Sequence[Job]) -> list[NormGroup]:

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from layerwise.common.remember import remember
+from layerwise.common.tensors import remember
 from layerwise.geometry.spectral.precision import has_tiles, rounds_factors
 
 Triple = tuple[float, float, float]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layerwise.common.remember import remember
+from layerwise.common.tensors import remember
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 

@@ -11,16 +11,8 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.rule import Fraction, NormGroup, RateRule, as_floats, register_rule, weighted_median
-from layerwise.optim.work.job import (
-    DualNorm,
-    Job,
-    Source,
-    State,
-    gradients,
-    select_all,
-    state_and_gradients,
-    state_of,
-)
+from layerwise.optim.work.job import Job, State, select_all, stack_of, state_and_gradients
+from layerwise.optim.work.local import DualNorm, Source
 
 
 class Reference(Source):
@@ -55,7 +47,7 @@ class PreviousGradient(Reference):
         # in float32 at least: the difference of two float16 gradients can leave float16
         dtype = torch.promote_types(jobs[0].grad.dtype, torch.float32)
         if len(jobs) == 1 or (jobs[0].alike is not None and jobs[0].alike.small):
-            return gradients(jobs).to(dtype) - state_of(jobs, "previous_gradient")
+            return stack_of(jobs).to(dtype) - stack_of(jobs, "previous_gradient")
         found = torch.stack([job.grad for job in jobs]).to(dtype)  # the only copy: three took half of the whole difference
         torch._foreach_sub_(found.unbind(), [job.state["previous_gradient"] for job in jobs])
         return found
@@ -78,8 +70,8 @@ class MomentumReference(Reference):
     warmup: int = 1
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        beta, averages = jobs[0].group["momentum"], state_of(jobs, "momentum_buffer")
-        seen = state_of(jobs, "gradients_seen")[:, 0]
+        beta, averages = jobs[0].group["momentum"], stack_of(jobs, "momentum_buffer")
+        seen = stack_of(jobs, "gradients_seen")[:, 0]
         old = beta ** seen.clamp(min=1)  # beta^k; on the first step nothing is read
         variance = (1 - beta) / (1 + beta) * (1 + old) / (1 - old)
         scale = (2 / (1 + variance)).sqrt().reshape(-1, *[1] * (averages.ndim - 1))
@@ -87,7 +79,7 @@ class MomentumReference(Reference):
         # float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
         dtype = torch.promote_types(averages.dtype, torch.float32)
         return torch.sub(
-            gradients(jobs).to(dtype) * (scale * (1 + (1 - beta) * weight)),
+            stack_of(jobs).to(dtype) * (scale * (1 + (1 - beta) * weight)),
             averages.to(dtype) * (scale * weight),
         )
 
@@ -108,7 +100,7 @@ class IndependentHalf(Reference):
         return {"half_difference": torch.zeros_like(param)}
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return state_of(jobs, "half_difference") * 2.0**0.5
+        return stack_of(jobs, "half_difference") * 2.0**0.5
 
 
 @dataclass(frozen=True)
@@ -126,7 +118,7 @@ class ReplicaGradient(Reference):
     of_replica: ClassVar = True
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return gradients(jobs)  # the mean, from which the deviation is taken
+        return stack_of(jobs)  # the mean, from which the deviation is taken
 
 
 #: Below it a floor would not keep a unit of no noise at all from an infinite rate.

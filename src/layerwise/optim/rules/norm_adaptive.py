@@ -11,7 +11,8 @@ from torch import Tensor
 
 from layerwise.geometry import Frobenius
 from layerwise.optim.rules.rule import Fraction, NonNegative, NormGroup, RateRule, as_floats, register_rule
-from layerwise.optim.work.job import DIRECTIONS, GRADIENTS, DualNorm, State
+from layerwise.optim.work.job import State
+from layerwise.optim.work.local import DIRECTIONS, GRADIENTS, DualNorm
 
 #: Its square is still a float32: an average that held an infinity once would be NaN ever after.
 LARGEST_NORM = 1e19

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.optim.work.job import Alike, DualNorm, Group, Job, MatrixJob, State, current_momentum, select
-from layerwise.optim.work.lineup import join_state
-from layerwise.optim.work.local import norms_at_once
+from layerwise.optim.work.job import Alike, Group, Job, State, current_momentum, join_state, select
+from layerwise.optim.work.local import DualNorm, MatrixJob, norms_at_once
 
 
 @dataclass(slots=True)
@@ -45,7 +44,7 @@ class NormGroup:
     def __init__(self, rule: RateRule, members: Sequence[Job]) -> None:
         self.rule, self.members = rule, members
         self.sets = [job.alike for job in members if job.alike is not None and job.row == 0]
-        self._chunks = [chunk for some in self.sets for chunk in some.chunks()]
+        self.chunks = [chunk for some in self.sets for chunk in some.chunks()]
         wanted = () if rule.own_dual_norm else rule.norms()
         #: of each set, the work on each norm that the rule wants, in pieces of parameters that are worked on together
         self._pieces = [[_in_pieces(norm, some.jobs) for norm in wanted] for some in self.sets]
@@ -106,11 +105,6 @@ class NormGroup:
             else:
                 targets = [job.state[key] for job in self.members]
                 torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
-
-    def remember(self, keep: Tensor | None) -> None:
-        """Let the rule keep what the next step's norms need."""
-        for chunk in self._chunks:
-            self.rule.remember(chunk, keep)
 
 
 def _in_pieces(norm: DualNorm, jobs: Sequence[Job]) -> list[MatrixJob]:

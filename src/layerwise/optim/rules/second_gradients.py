@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from layerwise.common.tensors import dense, local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.rule import needs_replicas
-from layerwise.optim.work.job import Group, Job, MatrixWork, State, local_state
+from layerwise.optim.work.job import Group, Job, State, local_state
+from layerwise.optim.work.local import MatrixWork
 
 if TYPE_CHECKING:  # it is slow to import
     from layerwise.optim.work.replicas import CommHook, Replicas

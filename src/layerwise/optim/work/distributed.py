@@ -22,8 +22,8 @@ from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.polar import working_dtype
 from layerwise.optim.work import unsent
-from layerwise.optim.work.job import Job, MatrixJob
-from layerwise.optim.work.local import LocalWork
+from layerwise.optim.work.job import Job
+from layerwise.optim.work.local import LocalWork, MatrixJob
 from layerwise.optim.work.placement import Domain, assign, direction_cost, norm_cost, place, rounds
 from layerwise.optim.work.routes import Index, Task, fetch, give_back, spread
 

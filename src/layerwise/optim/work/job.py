@@ -1,84 +1,37 @@
-"""The two records of a step: a parameter at that step, and the work on the matrices of all parameters that are alike.
+"""What a step works on: a :class:`Job` of every parameter, and those that are alike in sets.
 
-The optimizer makes a :class:`Job` of each parameter once a step, and gives it to the guard, to the rate rules and to the
-kinds of update. Those make a :class:`MatrixJob` of all that are alike where they need a norm or a unit step of each unit.
-What the matrices come from, a :class:`Source` makes for all of them together.
+They are made once, and kept while nothing but numbers changes (:class:`Lineup`). State of several parameters is put together
+as parts of one tensor: to put many small tensors together at every step, and the new ones back, takes longer than to compute
+them. So it is done where a step is planned, and holds while the state stays where it was put.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import is_, itemgetter
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerwise.common.checked import checked
-from layerwise.common.remember import remember
-from layerwise.common.tensors import in_dtypes_of, is_sharded, local_part
+from layerwise.common.tensors import dense, in_dtypes_of, is_sharded, local_part
 from layerwise.errors import LayerwiseError
-from layerwise.geometry import Geometry, Layout
 
 State = dict[str, Any]
 Group = dict[str, Any]
+#: Makes flags (bool, any device) true that are true on any process that takes this step.
+Anywhere = Callable[[Tensor], Tensor]
 
+#: What parameters that are worked on together have in common, beside shape, dtype and device.
+_ALIKE: Final = ("update", "layout", "geometry", "scaling", "radius", "nesterov")
 #: Many small tensors go in one launch; a chunk bounds the copies that are made of them.
 CHUNK_BYTES = 64 * 2**20
-
-
-def local_state(param: Tensor, state: State) -> State:
-    """This process's part of the state."""
-    if not is_sharded(param):
-        return state
-    return {key: local_part(value) if isinstance(value, Tensor) else value for key, value in state.items()}
-
-
-def current_momentum(group: Group) -> float:
-    """Weight of the old average in this step: the group's ``momentum``, and less while it warms up.
-
-    Over ``momentum_warmup`` steps the average's window, ``1 / (1 - momentum)`` gradients, grows evenly from one gradient to
-    its full length: early on the average forgets the weights that the network started with.
-    """
-    full: float = group["momentum"]
-    warmup = group.get("momentum_warmup", 0)
-    taken = group["momentum_steps"] + 1 if warmup else 0
-    return full if taken >= warmup else 1.0 - 1.0 / (1.0 + taken / warmup * full / (1.0 - full))
-
-
-def rate(group: Group) -> float | Tensor:
-    """The learning rate of a group's steps: its ``lr``, times its ``lr_scale`` where it has one."""
-    lr: float | Tensor = group["lr"]
-    scale = group.get("lr_scale", 1.0)
-    return lr if scale == 1.0 else lr * scale
-
-
-def select(keep: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
-    """``new`` where ``keep`` allows it, else ``old``: a choice and no product, so that NaN cannot pass."""
-    return new if keep is None else torch.where(keep.to(new.device), new, old)
-
-
-def select_all(keep: Tensor, new: list[Tensor], old: Sequence[Tensor | float]) -> list[Tensor]:
-    """:func:`select` for many tensors, in the dtype of ``old``: one choice for all of a shape, so few launches."""
-    by_shape: dict[object, list[int]] = {}
-    for i, tensor in enumerate(new):
-        by_shape.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
-    chosen = list(new)
-    for alike in by_shape.values():
-        before = [old[i] for i in alike]
-        values, tensors = stacked([new[i] for i in alike]), [b for b in before if isinstance(b, Tensor)]
-        if tensors:
-            values = values.to(tensors[0].dtype)
-        together = select(keep, values, stacked(tensors) if tensors else before[0])
-        for i, tensor in zip(alike, together.unbind(), strict=True):
-            chosen[i] = tensor
-    return chosen
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """``[n, ...]``: a copy, and of one tensor a view."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+#: Gradients and state of up to so many entries lie side by side: one operation for all of a shape.
+_SMALL: Final = 4096
+#: So many bytes of gradients at most do, as they are copies.
+_COPIED_BYTES: Final = 2**23
+_NO_GRADIENT = torch.empty(0)
 
 
 class Deviation(NamedTuple):
@@ -126,13 +79,6 @@ class Alike:
     state: dict[str, Tensor] = field(default_factory=dict)  # [jobs, *shape], where state under a key does
     norms: Tensor | None = None  # [norms, jobs, units], those that the rate rule asked for
 
-    def rows(self, jobs: Sequence[Job], whole: Tensor | None) -> Tensor | None:
-        """What is of some of them in a tensor of all, if they are neighbours there; jobs keep their order everywhere."""
-        first, count = jobs[0].row, len(jobs)
-        if whole is None or jobs[-1].row - first != count - 1:
-            return None
-        return whole if count == len(self.jobs) else whole[first : first + count]
-
     def chunks(self) -> list[list[Job]]:
         """Small ones at once, others by so many bytes of gradients."""
         return [self.jobs] if self.small else chunks(self.jobs, CHUNK_BYTES)
@@ -152,207 +98,254 @@ def chunks(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
     return found
 
 
-def gradients(jobs: Sequence[Job]) -> Tensor:
-    """``[jobs, *shape]`` of jobs that are alike, not to be written to."""
-    some = jobs[0].alike
-    whole = None if some is None else some.rows(jobs, some.grads)
-    return stacked([job.grad for job in jobs]) if whole is None else whole
+# ------------------------------------------------------------------------------------------------ numbers of many jobs
 
 
-def state_of(jobs: Sequence[Job], key: str) -> Tensor:
-    """``[jobs, *shape]`` of jobs that are alike, not to be written to: the state under a key."""
-    some = jobs[0].alike
-    whole = None if some is None else some.rows(jobs, some.state.get(key))
-    return stacked([job.state[key] for job in jobs]) if whole is None else whole
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """``[n, ...]``: a copy, and of one tensor a view."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def stack_of(jobs: Sequence[Job], key: str | None = None) -> Tensor:
+    """``[jobs, *shape]`` of jobs that are alike, not to be written to: the state under a key; None: the gradients.
+
+    A view where they lie side by side and these are neighbours there; jobs keep their order everywhere.
+    """
+    some, first, count = jobs[0].alike, jobs[0].row, len(jobs)
+    whole = None if some is None else some.grads if key is None else some.state.get(key)
+    if whole is None or jobs[-1].row - first != count - 1:
+        return stacked([job.grad if key is None else job.state[key] for job in jobs])
+    return whole if count == len(whole) else whole[first : first + count]
 
 
 def state_and_gradients(jobs: Sequence[Job], key: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The state under a key of jobs that are alike, to be written to, and their gradients in its dtype.
+    """The state under a key of jobs that are alike, and their gradients in its dtype. Of a whole set it may be written to.
 
     Of each job; of those whose state lies side by side all in one tensor.
     """
     some = jobs[0].alike
-    whole = None if some is None else some.rows(jobs, some.state.get(key))
-    own = [job.state[key] for job in jobs] if whole is None else [whole]
-    return own, in_dtypes_of(own, [job.grad for job in jobs] if whole is None else [gradients(jobs)])
+    together = some is not None and key in some.state
+    own = [stack_of(jobs, key)] if together else [job.state[key] for job in jobs]
+    return own, in_dtypes_of(own, [stack_of(jobs)] if together else [job.grad for job in jobs])
 
 
-class Source(ABC):
-    """What the matrices of jobs are made of."""
-
-    #: whether the work is on one replica's difference from what `stacked` gives, see :class:`Deviation`
-    of_replica: ClassVar[bool] = False
-
-    @abstractmethod
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        """``[jobs, *shape]``: this process's part of one tensor for each, all of one shape and with one momentum."""
+def select(keep: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
+    """``new`` where ``keep`` allows it, else ``old``: a choice and no product, so that NaN cannot pass."""
+    return new if keep is None else torch.where(keep.to(new.device), new, old)
 
 
-@dataclass(frozen=True)
-class _Made(Source):
-    """One by one, by a function."""
-
-    make: Callable[[Job], Tensor]
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return stacked([self.make(job) for job in jobs])
-
-
-@dataclass(frozen=True)
-class Gradients(Source):
-    """The gradients of the step."""
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return gradients(jobs)
-
-
-@dataclass(frozen=True)
-class Directions(Source):
-    """What unit steps go along: the average of the gradients, or Nesterov's look-ahead."""
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        group = jobs[0].group
-        if not group["nesterov"]:
-            return state_of(jobs, "momentum_buffer")
-        averages, grads = state_and_gradients(jobs, "momentum_buffer")
-        if len(grads) == 1:
-            return torch.lerp(grads[0], averages[0], current_momentum(group)).view(len(jobs), *jobs[0].grad.shape)
-        ahead = torch.stack(grads)
-        torch._foreach_lerp_(ahead.unbind(), averages, current_momentum(group))
-        return ahead
+def select_all(keep: Tensor, new: list[Tensor], old: Sequence[Tensor | float]) -> list[Tensor]:
+    """:func:`select` for many tensors, in the dtype of ``old``: one choice for all of a shape, so few launches."""
+    by_shape: dict[object, list[int]] = {}
+    for i, tensor in enumerate(new):
+        by_shape.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
+    chosen = list(new)
+    for alike in by_shape.values():
+        before = [old[i] for i in alike]
+        values, tensors = stacked([new[i] for i in alike]), [b for b in before if isinstance(b, Tensor)]
+        if tensors:
+            values = values.to(tensors[0].dtype)
+        together = select(keep, values, stacked(tensors) if tensors else before[0])
+        for i, tensor in zip(alike, together.unbind(), strict=True):
+            chosen[i] = tensor
+    return chosen
 
 
-GRADIENTS, DIRECTIONS = Gradients(), Directions()
+def local_state(param: Tensor, state: State) -> State:
+    """This process's part of the state."""
+    if not is_sharded(param):
+        return state
+    return {key: local_part(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
-@remember
-def white_noise_factors(layout: Layout, geometry: Geometry, shape: tuple[int, ...]) -> tuple[float, ...]:
-    """Per stack of the layout: one over the dual norm of white noise of unit deviation in its shape; 1 for an empty one."""
-    return tuple(
-        1.0 / geometry.white_noise_dual(d_out, d_in) if k * d_out * d_in else 1.0 for k, d_out, d_in in layout.shapes(shape)
-    )
+def current_momentum(group: Group) -> float:
+    """Weight of the old average in this step: the group's ``momentum``, and less while it warms up.
 
-
-@checked
-@dataclass(frozen=True)
-class DualNorm:
-    """A norm that a rate rule asks for: the dual norm of each unit of a tensor in the parameter's shape.
-
-    Args:
-        of: makes this process's part of the tensor from a parameter's :class:`Job`, when the work starts. A
-            :class:`Source` makes those of many parameters in a few launches.
-        geometry: whose norm; None: the parameter's own.
-        per_white_noise: divided by the norm of white noise of unit deviation in that shape.
-        seed: the rule's number of each unit that picks the probes where the norm is a stochastic estimate; None: the same
-            probes at every step. A parameter's units take that of its first.
-
-    Examples:
-        >>> lw.DualNorm(lambda job: job.grad, lw.Frobenius()).geometry
-        Frobenius()
+    Over ``momentum_warmup`` steps the average's window, ``1 / (1 - momentum)`` gradients, grows evenly from one gradient to
+    its full length: early on the average forgets the weights that the network started with.
     """
-
-    of: Callable[[Job], Tensor] | Source
-    geometry: Geometry | None = None
-    per_white_noise: bool = False
-    seed: str | None = None
-
-    def asked_of(self, jobs: Sequence[Job]) -> MatrixJob:
-        """The work of it on parameters that are alike."""
-        group, param = jobs[0].group, jobs[0].param
-        geometry, factors = self.geometry or group["geometry"], None
-        if self.per_white_noise:
-            factors = white_noise_factors(group["layout"], geometry, tuple(param.shape))
-        source = self.of if isinstance(self.of, Source) else _Made(self.of)
-        return MatrixJob(jobs, source, geometry, factors, self.seed)
+    full: float = group["momentum"]
+    warmup = group.get("momentum_warmup", 0)
+    taken = group["momentum_steps"] + 1 if warmup else 0
+    return full if taken >= warmup else 1.0 - 1.0 / (1.0 + taken / warmup * full / (1.0 - full))
 
 
-@dataclass(frozen=True, slots=True)
-class MatrixJob:
-    """A dual norm, or a unit step, of each unit of one tensor in the shape of each of some parameters that are alike.
-
-    Processes that share the work divide it by parameter.
-    """
-
-    jobs: Sequence[Job]
-    source: Source  # of the tensors, made when the work starts, so that few are alive
-    geometry: Geometry
-    factors: tuple[float, ...] | None  # per stack of the layout: what a norm or a unit step is multiplied by
-    seed: str | None = None  # of a norm's probes: a number in the parameters' state
-
-    @property
-    def param(self) -> Tensor:
-        """The first of the parameters, or this process's part of it where that is all it works on."""
-        return self.jobs[0].param
-
-    @property
-    def layout(self) -> Layout:
-        layout: Layout = self.jobs[0].group["layout"]
-        return layout
-
-    @property
-    def deviation(self) -> Deviation | None:
-        """Where the work is on what one replica differs by: that of the first parameter."""
-        return _deviation(self.jobs[0]) if self.source.of_replica else None
-
-    def tensor(self) -> Tensor:
-        """This process's part of the tensor, where the work is on one parameter."""
-        return self.source.stacked(self.jobs)[0]
-
-    def tensors(self) -> Tensor:
-        """``[jobs, *shape]``: what the work is on, where this process holds all of it."""
-        given = [job.fetched for job in self.jobs if job.fetched is not None]
-        found = stacked(given) if given else self.source.stacked(self.jobs)
-        if not self.source.of_replica:
-            return found
-        return stacked([_deviation(job).from_mean(mean) for job, mean in zip(self.jobs, found, strict=True)])
-
-    def of_fetched(self, whole: Tensor) -> MatrixJob:
-        """The work on the whole of its one parameter's tensor."""
-        return replace(self, jobs=[replace(self.jobs[0], fetched=whole)])
-
-    def each(self) -> list[MatrixJob]:
-        """The work parameter by parameter."""
-        return [replace(self, jobs=[job]) for job in self.jobs]
-
-    def pieces(self, at_once: int) -> list[MatrixJob]:
-        """In order, each of at most so many parameters."""
-        if len(self.jobs) <= at_once:
-            return [self]
-        starts = range(0, len(self.jobs), at_once)
-        return [replace(self, jobs=self.jobs[start : start + at_once]) for start in starts]
+def rate(group: Group) -> float | Tensor:
+    """The learning rate of a group's steps: its ``lr``, times its ``lr_scale`` where it has one."""
+    lr: float | Tensor = group["lr"]
+    scale = group.get("lr_scale", 1.0)
+    return lr if scale == 1.0 else lr * scale
 
 
-def _deviation(job: Job) -> Deviation:
-    if job.deviation is None:
+# ------------------------------------------------------------------------------------------------------ all of a step
+
+
+class Lineup:
+    """A :class:`Job` of every parameter, and those that are alike in sets. Gradients are here during a step alone."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.moving: list[Job] = []  # those of which any process has a gradient
+        self.gradients: list[Tensor] = []  # theirs, in as few tensors as they lie in
+        self.steps: list[Any] = []  # of all jobs, by the kind of update: its `PlannedStep`s
+        self.half = False  # whether any are in half precision, or rounded at random
+        self._sharded: list[Job] = []
+        self._alike: list[Alike] = []  # those that move in sets
+        self._groups: list[Group] = []
+        self._states: list[State] = []
+        self._form: object = None
+        self._moves: list[bool] | None = None
+
+    def fits(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> bool:
+        """Whether the optimizer's groups, tensors, states and options are still those that this was made of."""
+        params = [param for group in groups for param in group["params"]]
+        own = [job.param for job in self.jobs]
+        kept = ((groups, self._groups), (params, own), (states.values(), self._states))
+        same = all(len(now) == len(then) and all(map(is_, now, then)) for now, then in kept)
+        joined = all(joined.holds() for step in self.steps for joined in step.joined)
+        return same and joined and _form(groups, params) == self._form
+
+    def forget(self) -> None:
+        """What this was made of has changed."""
+        self._moves = None
+
+    def refresh(
+        self, groups: list[Group], states: Mapping[Tensor, State], anywhere: Callable[[Tensor], Tensor] | None
+    ) -> bool:
+        """Take this step's gradients and rates; whether that took new jobs.
+
+        Where another process has a gradient and this one has none, it stands for zero. ``anywhere`` as of `MatrixWork`.
+        """
+        moves = [param.grad is not None for group in groups for param in group["params"]]
+        if anywhere is not None:
+            moves = anywhere(torch.tensor(moves)).tolist()
+        new = moves != self._moves
+        if new:
+            self._make(groups, states, moves)
+        for job in self._sharded:  # what this process holds of one is another tensor at every step
+            job.local, job.state = local_part(job.param), local_state(job.param, states[job.param])
+        self.gradients = []
+        rates = {id(group): rate(group) for group in groups}
+        for job in self.moving:
+            grad = job.param.grad
+            if grad is None or grad.layout is not torch.strided or job.local is not job.param:
+                grad = _gradient(job)
+            job.grad, job.lr = grad, rates[id(job.group)]
+        for some in self._alike:
+            grads = [job.grad for job in some.jobs]
+            if some.small:
+                some.grads = torch.stack(grads)
+            self.gradients += grads if some.grads is None else [some.grads]
+        return new
+
+    def _make(self, groups: list[Group], states: Mapping[Tensor, State], moves: list[bool]) -> None:
+        any_moves = iter(moves)
+        self.jobs = [
+            _job(name, param, next(any_moves), group, states[param])
+            for group in groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        ]
+        self.moving = [job for job in self.jobs if job.moves]
+        self._sharded = [job for job in self.jobs if job.local is not job.param]
+        self._alike = alike(self.moving)
+        by_update: dict[Any, list[Job]] = {}
+        for job in self.jobs:
+            by_update.setdefault(job.group["update"], []).append(job)
+        self.steps = [step for update, jobs in by_update.items() for step in update.plan(jobs)]
+        self.half = any(job.local.dtype.itemsize < 4 or "rounding_seed" in job.group for job in self.jobs)
+        self._groups, self._states, self._moves = list(groups), list(states.values()), moves
+        self._form = _form(groups, [job.param for job in self.jobs])
+
+    def release(self) -> None:
+        """Keep no gradient alive when the step is over."""
+        for job in self.moving:
+            job.grad, job.deviation = _NO_GRADIENT, None
+        for some in self._alike:
+            some.grads = None
+        self.gradients = []
+
+
+def _form(groups: Sequence[Group], params: Sequence[Tensor]) -> object:
+    """What jobs and sets depend on, beside which tensors there are."""
+    options = [[*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups]
+    # Of a momentum, which schedules move, only which groups have the same.
+    first: dict[float, int] = {}
+    momenta = [first.setdefault(current_momentum(group), number) for number, group in enumerate(groups)]
+    return options, momenta, [(param.shape, param.dtype, param.device) for param in params]
+
+
+def _job(name: str, param: Tensor, moves: bool, group: Group, state: State) -> Job:
+    local = local_part(param)
+    moves = moves and param.numel() > 0
+    if moves and param.device.type == "meta":
         raise LayerwiseError(
-            "noise reference 'replicas' compares the gradients of data-parallel processes: call "
-            "optimizer.watch_replicas(model) with the DistributedDataParallel or fully_shard model before the first "
-            "backward(), or, on one process, use reference='independent' (two halves of an accumulated batch) or 'previous'"
+            f"parameter {name!r} is on the meta device and has no numbers, and neither has its gradient: materialise the "
+            "model (model.to_empty(device=...), then its weights) before the first step"
         )
-    return job.deviation
+    return Job(name, param, local, _NO_GRADIENT, moves, group, local_state(param, state), group["lr"])
 
 
-@runtime_checkable
-class MatrixWork(Protocol):
-    """Where the work on whole matrices happens: the one object that distributed set-ups replace."""
+def _gradient(job: Job) -> Tensor:
+    """This process's part of a gradient that may be none or sharded. Raises LayerwiseError for a sparse one."""
+    grad = job.param.grad
+    return torch.zeros_like(job.local) if grad is None else local_part(dense(job.name, grad))
 
-    def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
-        """The dual norm of every unit, ``[jobs, units]`` in float32 or better, for each that is asked, in order.
 
-        Each is of as many parameters as are worked on together (``norms_at_once``).
-        """
+def alike(jobs: Iterable[Job]) -> list[Alike]:
+    """Those whose matrices are worked on together."""
+    by_group: dict[tuple[int, torch.Size, torch.dtype, torch.device], list[Job]] = {}
+    # By identity first: to hash a layout and a geometry for each would take longer than its work.
+    for job in jobs:
+        param = job.param
+        by_group.setdefault((id(job.group), param.shape, param.dtype, param.device), []).append(job)
+    together: dict[object, Alike] = {}
+    for (_, *form), members in by_group.items():
+        group = members[0].group
+        key = (*(group[key] for key in _ALIKE), current_momentum(group), id(group["rates"]), *form)
+        together.setdefault(key, Alike([])).jobs.extend(members)
+    left = _COPIED_BYTES
+    for some in together.values():
+        first = some.jobs[0]
+        left -= len(some.jobs) * first.local.nbytes
+        small = first.local is first.param and first.param.numel() <= _SMALL
+        some.small = small and len(some.jobs) > 1 and left >= 0
+        for row, job in enumerate(some.jobs):
+            job.alike, job.row = some, row
+    return list(together.values())
 
-    def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
-        """Some parameters at a time, in any order, with their unit steps times factors and multipliers, in their shapes.
 
-        Each that is asked is of as many parameters as are worked on together (``directions_at_once``). Of a sharded
-        parameter, the part that this process holds. Once all have been taken, the ``dual`` of every job that has one is
-        filled in.
-        """
+class JoinedState(NamedTuple):
+    """A flat tensor whose parts, in order, are the state of some parameters under a key."""
 
-    def anywhere(self, flags: Tensor) -> Tensor:
-        """``flags`` (bool, any device), true where they are true on any process that takes this step."""
+    whole: Tensor
+    parts: list[Tensor]
+    states: list[State]
+    key: str
 
-    def check_same(self, tensors: Sequence[Tensor], otherwise: str) -> None:
-        """Raise :class:`LayerwiseError` with the message ``otherwise`` where processes hold different values of one that
-        is not sharded. Waits for the device."""
+    def holds(self) -> bool:
+        """Whether they still are: users put other tensors there, and some programs other memory under a tensor."""
+        in_place = all(map(is_, self.parts, map(itemgetter(self.key), self.states)))
+        memory = {tensor.untyped_storage()._cdata for tensor in (self.parts[0], self.whole, self.parts[-1])}
+        return in_place and len(memory) == 1
+
+
+def join_state(jobs: Sequence[Job], key: str) -> JoinedState | None:
+    """Make the state under a key of some parameters, in their order, parts of one new tensor.
+
+    None where it is left as it is: in a compiled step, of sharded parameters, on several devices or in several dtypes, and
+    where it lies side by side with state of others, which would keep all of that memory alive.
+    """
+    own = [job.state[key] for job in jobs]
+    alike = len({(tensor.dtype, tensor.device) for tensor in own}) == 1
+    if torch.compiler.is_compiling() or not alike or any(job.local is not job.param for job in jobs):
+        return None
+    before = [tensor for tensor in own if tensor._base is not None]
+    bases = {id(tensor._base): tensor._base for tensor in before}
+    if sum(base.numel() for base in bases.values()) != sum(tensor.numel() for tensor in before):
+        return None
+    whole = torch.cat([tensor.flatten() for tensor in own])
+    parts = [part.view(old.shape) for part, old in zip(whole.split([t.numel() for t in own]), own, strict=True)]
+    states = [job.state for job in jobs]
+    for state, part in zip(states, parts, strict=True):
+        state[key] = part
+    return JoinedState(whole, parts, states, key)

@@ -1,16 +1,26 @@
-"""The work on whole matrices where this process holds them all: equal shapes in batches."""
+"""The work on whole matrices: what is asked, and its doing where this process holds them all, equal shapes in batches.
+
+A kind of update or a rate rule makes a :class:`MatrixJob` of all parameters that are alike where it needs a norm or a unit
+step of each unit. What the matrices come from, a :class:`Source` makes for all of them together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layerwise.geometry import Layout
+from layerwise.common.checked import checked
+from layerwise.common.tensors import remember
+from layerwise.errors import LayerwiseError
+from layerwise.geometry import Geometry, Layout
 from layerwise.geometry.spectral.newton_schulz import matrices_at_once
-from layerwise.optim.work.job import Job, MatrixJob, MatrixWork, state_of, white_noise_factors
+from layerwise.optim.work.job import Anywhere, Deviation, Job, current_momentum, stack_of, stacked, state_and_gradients
 
 #: On a GPU a batch fills the device where one small matrix cannot; above this size one matrix does. Not yet measured
 #: here: the Muon literature's number.
@@ -21,6 +31,188 @@ NORM_BYTES = {"cpu": 2**23, "gpu": 2**28}
 #: Inner products of so many entries are a processor's library's, one by one; smaller ones are a product and a sum of all.
 #: (Four of 384 x 128: 25 against 57 microseconds, of 128 x 128 13 against 10; a batched product of rows and columns: 400.)
 DOT_FROM = 2**14
+
+
+class Source(ABC):
+    """What the matrices of jobs are made of."""
+
+    #: whether the work is on one replica's difference from what `stacked` gives, see :class:`Deviation`
+    of_replica: ClassVar[bool] = False
+
+    @abstractmethod
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        """``[jobs, *shape]``: this process's part of one tensor for each, all of one shape and with one momentum."""
+
+
+@dataclass(frozen=True)
+class _Made(Source):
+    """One by one, by a function."""
+
+    make: Callable[[Job], Tensor]
+
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        return stacked([self.make(job) for job in jobs])
+
+
+@dataclass(frozen=True)
+class Gradients(Source):
+    """The gradients of the step."""
+
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        return stack_of(jobs)
+
+
+@dataclass(frozen=True)
+class Directions(Source):
+    """What unit steps go along: the average of the gradients, or Nesterov's look-ahead."""
+
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        group = jobs[0].group
+        if not group["nesterov"]:
+            return stack_of(jobs, "momentum_buffer")
+        averages, grads = state_and_gradients(jobs, "momentum_buffer")
+        if len(grads) == 1:
+            return torch.lerp(grads[0], averages[0], current_momentum(group)).view(len(jobs), *jobs[0].grad.shape)
+        ahead = torch.stack(grads)
+        torch._foreach_lerp_(ahead.unbind(), averages, current_momentum(group))
+        return ahead
+
+
+GRADIENTS, DIRECTIONS = Gradients(), Directions()
+
+
+@remember
+def white_noise_factors(layout: Layout, geometry: Geometry, shape: tuple[int, ...]) -> tuple[float, ...]:
+    """Per stack of the layout: one over the dual norm of white noise of unit deviation in its shape; 1 for an empty one."""
+    return tuple(
+        1.0 / geometry.white_noise_dual(d_out, d_in) if k * d_out * d_in else 1.0 for k, d_out, d_in in layout.shapes(shape)
+    )
+
+
+@checked
+@dataclass(frozen=True)
+class DualNorm:
+    """A norm that a rate rule asks for: the dual norm of each unit of a tensor in the parameter's shape.
+
+    Args:
+        of: makes this process's part of the tensor from a parameter's :class:`Job`, when the work starts. A
+            :class:`Source` makes those of many parameters in a few launches.
+        geometry: whose norm; None: the parameter's own.
+        per_white_noise: divided by the norm of white noise of unit deviation in that shape.
+        seed: the rule's number of each unit that picks the probes where the norm is a stochastic estimate; None: the same
+            probes at every step. A parameter's units take that of its first.
+
+    Examples:
+        >>> lw.DualNorm(lambda job: job.grad, lw.Frobenius()).geometry
+        Frobenius()
+    """
+
+    of: Callable[[Job], Tensor] | Source
+    geometry: Geometry | None = None
+    per_white_noise: bool = False
+    seed: str | None = None
+
+    def asked_of(self, jobs: Sequence[Job]) -> MatrixJob:
+        """The work of it on parameters that are alike."""
+        group, param = jobs[0].group, jobs[0].param
+        geometry, factors = self.geometry or group["geometry"], None
+        if self.per_white_noise:
+            factors = white_noise_factors(group["layout"], geometry, tuple(param.shape))
+        source = self.of if isinstance(self.of, Source) else _Made(self.of)
+        return MatrixJob(jobs, source, geometry, factors, self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixJob:
+    """A dual norm, or a unit step, of each unit of one tensor in the shape of each of some parameters that are alike.
+
+    Processes that share the work divide it by parameter.
+    """
+
+    jobs: Sequence[Job]
+    source: Source  # of the tensors, made when the work starts, so that few are alive
+    geometry: Geometry
+    factors: tuple[float, ...] | None  # per stack of the layout: what a norm or a unit step is multiplied by
+    seed: str | None = None  # of a norm's probes: a number in the parameters' state
+
+    @property
+    def param(self) -> Tensor:
+        """The first of the parameters, or this process's part of it where that is all it works on."""
+        return self.jobs[0].param
+
+    @property
+    def layout(self) -> Layout:
+        layout: Layout = self.jobs[0].group["layout"]
+        return layout
+
+    @property
+    def deviation(self) -> Deviation | None:
+        """Where the work is on what one replica differs by: that of the first parameter."""
+        return _deviation(self.jobs[0]) if self.source.of_replica else None
+
+    def tensor(self) -> Tensor:
+        """This process's part of the tensor, where the work is on one parameter."""
+        return self.source.stacked(self.jobs)[0]
+
+    def tensors(self) -> Tensor:
+        """``[jobs, *shape]``: what the work is on, where this process holds all of it."""
+        given = [job.fetched for job in self.jobs if job.fetched is not None]
+        found = stacked(given) if given else self.source.stacked(self.jobs)
+        if not self.source.of_replica:
+            return found
+        return stacked([_deviation(job).from_mean(mean) for job, mean in zip(self.jobs, found, strict=True)])
+
+    def of_fetched(self, whole: Tensor) -> MatrixJob:
+        """The work on the whole of its one parameter's tensor."""
+        return replace(self, jobs=[replace(self.jobs[0], fetched=whole)])
+
+    def each(self) -> list[MatrixJob]:
+        """The work parameter by parameter."""
+        return [replace(self, jobs=[job]) for job in self.jobs]
+
+    def pieces(self, at_once: int) -> list[MatrixJob]:
+        """In order, each of at most so many parameters."""
+        if len(self.jobs) <= at_once:
+            return [self]
+        starts = range(0, len(self.jobs), at_once)
+        return [replace(self, jobs=self.jobs[start : start + at_once]) for start in starts]
+
+
+def _deviation(job: Job) -> Deviation:
+    if job.deviation is None:
+        raise LayerwiseError(
+            "noise reference 'replicas' compares the gradients of data-parallel processes: call "
+            "optimizer.watch_replicas(model) with the DistributedDataParallel or fully_shard model before the first "
+            "backward(), or, on one process, use reference='independent' (two halves of an accumulated batch) or 'previous'"
+        )
+    return job.deviation
+
+
+@runtime_checkable
+class MatrixWork(Protocol):
+    """Where the work on whole matrices happens: the one object that distributed set-ups replace."""
+
+    def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
+        """The dual norm of every unit, ``[jobs, units]`` in float32 or better, for each that is asked, in order.
+
+        Each is of as many parameters as are worked on together (``norms_at_once``).
+        """
+
+    def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
+        """Some parameters at a time, in any order, with their unit steps times factors and multipliers, in their shapes.
+
+        Each that is asked is of as many parameters as are worked on together (``directions_at_once``). Of a sharded
+        parameter, the part that this process holds. Once all have been taken, the ``dual`` of every job that has one is
+        filled in.
+        """
+
+    @property
+    def anywhere(self) -> Anywhere | None:
+        """What asks all processes; None: there is one."""
+
+    def check_same(self, tensors: Sequence[Tensor], otherwise: str) -> None:
+        """Raise :class:`LayerwiseError` with the message ``otherwise`` where processes hold different values of one that
+        is not sharded. Waits for the device."""
 
 
 def default_work() -> MatrixWork:
@@ -39,15 +231,14 @@ class LocalWork:
         >>> optimizer.work = lw.LocalWork()  # doctest: +SKIP
     """
 
+    anywhere: None = None
+
     def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
         return [dual_norms(job) for job in asked]
 
     def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
         for job in asked:
             yield job.jobs, unit_steps(job)
-
-    def anywhere(self, flags: Tensor) -> Tensor:
-        return flags
 
     def check_same(self, tensors: Sequence[Tensor], otherwise: str) -> None:
         """There is one process."""
@@ -88,7 +279,7 @@ def unit_steps(asked: MatrixJob) -> Sequence[Tensor]:
         _fill_dual_norms(asked, stacks, steps)
     scales: Sequence[Tensor | float] = asked.factors or (1.0,) * len(stacks)
     if "multiplier" in jobs[0].state:
-        multipliers = state_of(jobs, "multiplier")
+        multipliers = stack_of(jobs, "multiplier")
         each = multipliers.split([len(stack) // len(jobs) for stack in stacks], 1)
         # in float32 at least: a multiplier rounded to bfloat16 would be off by up to 0.4 %
         scales = [
@@ -130,7 +321,7 @@ def dual_norms(asked: MatrixJob) -> Tensor:
     count, stacks = len(asked.jobs), layout.matrices_of(asked.tensors())
     seed: int | Tensor = 0
     if asked.seed is not None:  # [jobs, 1], whole numbers on the device: that of each parameter's first unit
-        seed = state_of(asked.jobs, asked.seed)[:, :1].long()
+        seed = stack_of(asked.jobs, asked.seed)[:, :1].long()
     norms = []
     for stack, factor in zip(stacks, asked.factors or (1.0,) * len(stacks), strict=True):
         seeds = seed if isinstance(seed, int) else seed.expand(count, len(stack) // count).reshape(-1)

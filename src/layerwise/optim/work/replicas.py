@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.distributed import DistributedWork
-from layerwise.optim.work.job import Deviation, MatrixWork
+from layerwise.optim.work.job import Deviation
+from layerwise.optim.work.local import MatrixWork
 from layerwise.optim.work.placement import Domain, assign, place
 
 #: A hook of torch's DDP: (state, bucket) -> future of the averaged bucket.

@@ -16,7 +16,7 @@ from torch import Tensor
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.collectives import all_gather, all_to_all
-from layerwise.optim.work.job import MatrixJob
+from layerwise.optim.work.local import MatrixJob
 from layerwise.optim.work.placement import Domain, Placed
 
 Index = tuple[int, int]  # of what is asked in a step, and of a parameter among those it is asked of

@@ -24,7 +24,7 @@ from layerwise.common.tensors import local_part
 from layerwise.geometry.layout import StackLayout, VectorStackLayout
 from layerwise.geometry.spectral.polar import working_dtype
 from layerwise.optim.work.collectives import all_gather
-from layerwise.optim.work.job import MatrixJob, white_noise_factors
+from layerwise.optim.work.local import MatrixJob, white_noise_factors
 from layerwise.optim.work.placement import Domain
 from layerwise.optim.work.routes import Task
 
