@@ -29,8 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 import layerwise as lw
 from layerwise.lab.config.load import load_config
-from layerwise.lab.experiments.sweep.analysis import Curve
-from layerwise.lab.experiments.sweep.resampling import shift_interval
+from layerwise.lab.experiments.sweep.analysis import Curve, shift_interval
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.models.families import build_model
 from layerwise.lab.models.family import Examples

@@ -23,7 +23,7 @@ import layerwise as lw
 import machine
 from layerwise.geometry.layout import Layout
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.text import TextData
+from layerwise.lab.data.batches import TextData
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.training.schedules import schedule_factor

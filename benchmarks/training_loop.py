@@ -22,8 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import machine
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.batches import Batch
-from layerwise.lab.data.text import TextData
+from layerwise.lab.data.batches import Batch, TextData
 from layerwise.lab.models.families import build_model
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer

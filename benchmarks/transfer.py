@@ -15,13 +15,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerwise.lab.config.load import load_config
-from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
-from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
+from layerwise.lab.experiments.sweep.engines import LocalEngine
 from layerwise.lab.experiments.sweep.results import RESULTS, read_results
 from layerwise.lab.experiments.sweep.run_sweep import run_sweep
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.sweep_report import LOSS_NAMES, analyse, markdown
-from layerwise.lab.experiments.sweep.trial_plan import make_plan
+from layerwise.lab.experiments.sweep.sweep_report import LOSS_NAMES, Panels, analyse, markdown, transfer_figure
+from layerwise.lab.experiments.sweep.trials import make_plan
 from layerwise.lab.report.style import save_figure
 from layerwise.lab.training.run import train
 from script import documented_parser, iterate_in_float32

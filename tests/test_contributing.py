@@ -73,7 +73,7 @@ folder, page_file = Path(sys.argv[1]), sys.argv[2]
 in_package = len(sys.argv) > 3
 recipe = vars(import_module(sys.argv[3])) if in_package else runpy.run_path(str(folder / "recipe.py"), run_name="recipe")
 from layerwise.lab.config.load import load_config
-from layerwise.lab.report.names import looks, optimizer_title
+from layerwise.lab.report.grouping import looks, optimizer_title
 from layerwise.lab.training.run import train
 
 TINY = ["model.preset=gpt2-tiny", "model.n_layer=1", "model.n_embd=16", "model.n_head=2"]

@@ -13,8 +13,8 @@ from tiny_run import TEXT, tiny_config
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import DataConfig
+from layerwise.lab.data.batches import Sampler, TextData
 from layerwise.lab.data.corpus import Corpus, read_corpus
-from layerwise.lab.data.text import Sampler, TextData
 from layerwise.lab.data.tokens import ByteTokenizer, cache_folder, load_tokens, split
 
 

@@ -13,7 +13,7 @@ import layerwise as lw
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.load import load_config
 from layerwise.lab.optimizers.registry import OPTIMIZERS
-from layerwise.lab.report.names import looks, optimizer_title
+from layerwise.lab.report.grouping import looks, optimizer_title
 from layerwise.lab.training.run import complete, train
 from layerwise.optim import named_optimizers
 

@@ -21,7 +21,8 @@ from layerwise.lab.report import RateCurve, Story, contenders, load_runs, write_
 from layerwise.lab.report.figures.effective_rates import effective_rates
 from layerwise.lab.report.figures.heatmap import layer_heat_maps, measured, relative_noise
 from layerwise.lab.report.figures.loss import loss_limits, smooth
-from layerwise.lab.report.names import looks, network_order, unit_name
+from layerwise.lab.report.figures.units import network_order, unit_name
+from layerwise.lab.report.grouping import looks
 from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, styled, themed_svg
 from layerwise.lab.report.tables import parameter_rows, result_rows, settings
 from layerwise.lab.runs.quantities import duration

@@ -17,14 +17,20 @@ from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.record_base import record
 from layerwise.lab.experiments.sweep import run_sweep
-from layerwise.lab.experiments.sweep.analysis import Curve, transfers
-from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
-from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
-from layerwise.lab.experiments.sweep.resampling import best_rates, shift_interval
+from layerwise.lab.experiments.sweep.analysis import Curve, best_rates, shift_interval, transfers
+from layerwise.lab.experiments.sweep.engines import LocalEngine
 from layerwise.lab.experiments.sweep.results import ResultsFile, loss_of, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.sweep_report import analyse, cells, details, titles, write_report
-from layerwise.lab.experiments.sweep.trial_plan import Point, make_plan
+from layerwise.lab.experiments.sweep.sweep_report import (
+    Panels,
+    analyse,
+    cells,
+    details,
+    titles,
+    transfer_figure,
+    write_report,
+)
+from layerwise.lab.experiments.sweep.trials import Point, make_plan
 from layerwise.lab.training.run import train
 
 

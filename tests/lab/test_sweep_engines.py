@@ -15,12 +15,10 @@ from test_function_space_cli import call
 from test_sweep import sweep_config
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.experiments.sweep.engines import Engine, Failure
-from layerwise.lab.experiments.sweep.engines.ray import ATTEMPTS, RayEngine
-from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
+from layerwise.lab.experiments.sweep.engines import ATTEMPTS, Engine, Failure, LocalEngine, RayEngine
 from layerwise.lab.experiments.sweep.results import RESULTS, read_results
 from layerwise.lab.experiments.sweep.run_sweep import Sweep, run_sweep
-from layerwise.lab.experiments.sweep.trial import start_worker
+from layerwise.lab.experiments.sweep.trials import start_worker
 from layerwise.lab.runs.environment import versions
 
 

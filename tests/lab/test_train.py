@@ -14,8 +14,7 @@ from tiny_run import tiny_config
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, ScheduleConfig
-from layerwise.lab.data.batches import Batch
-from layerwise.lab.data.text import TextData
+from layerwise.lab.data.batches import Batch, TextData
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import OPTIMIZERS, build_optimizer

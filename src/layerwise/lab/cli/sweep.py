@@ -60,7 +60,7 @@ def sweep(
 def _say_plan(config: SweepConfig) -> None:
     """Says what is to be run. Raises LayerwiseError where it cannot be."""
     from layerwise.lab.experiments.sweep.results import RESULTS, check_folder, read_results
-    from layerwise.lab.experiments.sweep.trial_plan import make_plan
+    from layerwise.lab.experiments.sweep.trials import make_plan
 
     check_folder(config.run_path)
     plan, sweep = make_plan(config), config.sweep
@@ -100,13 +100,11 @@ def _report(config: SweepConfig, swept: Sweep) -> None:
 
 def _engine(name: str, workers: int | None, **ray_options: Any) -> Engine:
     """The engine that the options ask for. Raises LayerwiseError for options of another one."""
+    from layerwise.lab.experiments.sweep.engines import LocalEngine, RayEngine
+
     given = {key: value for key, value in ray_options.items() if value is not None}
     if name == "ray":
-        from layerwise.lab.experiments.sweep.engines.ray import RayEngine
-
         return RayEngine(workers=workers, **given)
-    from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
-
     if given:
         raise LayerwiseError(f"--{next(iter(given))} is an option of --engine ray")
     return LocalEngine() if workers is None else LocalEngine(workers)

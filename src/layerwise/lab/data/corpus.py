@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerwise.errors import LayerwiseError, warn
-
-if TYPE_CHECKING:
-    from layerwise.lab.config.schema import DataConfig
+from layerwise.lab.config.schema import DataConfig
 
 # Left out of the built-in text: tests, tables of numbers, generated files, and what some installations lack.
 _NOT_PROSE = {

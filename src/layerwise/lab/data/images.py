@@ -7,17 +7,15 @@ import hashlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.schema import Config, DataConfig
 from layerwise.lab.data.batches import Batch
-
-if TYPE_CHECKING:
-    from layerwise.lab.config.schema import Config, DataConfig
 
 Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]

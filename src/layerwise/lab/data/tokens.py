@@ -15,16 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from layerwise.errors import LayerwiseError, warn
+from layerwise.lab.config.schema import DataConfig
 from layerwise.lab.data.corpus import Corpus, read_corpus
-
-if TYPE_CHECKING:
-    from layerwise.lab.config.schema import DataConfig
 
 Ids = npt.NDArray[Any]  # one dimension, uint16 or uint32, usually a memory map
 

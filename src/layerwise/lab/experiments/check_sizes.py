@@ -19,7 +19,7 @@ from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, loss, resized
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
-from layerwise.lab.training.function_space_observers import depth_map, quiet_matching
+from layerwise.lab.training.observers import depth_map, quiet_matching
 from layerwise.lab.training.run import complete
 
 

@@ -9,20 +9,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from layerwise.errors import LayerwiseError
+from layerwise.lab.config.identity import hashed, identity
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.contenders import CompareConfig, Entry, entries
 from layerwise.lab.experiments.standings import Standing, baseline, standings, standings_note
-from layerwise.lab.experiments.store import RunStore
 from layerwise.lab.experiments.tuning import Point, Search
 from layerwise.lab.optimizers.registry import base_rates, plain_preset
 from layerwise.lab.report import Contender, RateCurve
-from layerwise.lab.report.names import looks
-from layerwise.lab.runs.directory import has_ended
+from layerwise.lab.report.grouping import looks
+from layerwise.lab.runs.directory import find_runs, has_ended, read_info
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.progress import ProgressKind, make_progress
-from layerwise.lab.training.run import check_buildable, train
+from layerwise.lab.training.run import check_buildable, complete, train
+
+
+class RunStore:
+    """The runs in a folder: one that has ended is never repeated, one that was interrupted goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._paths: dict[str, Path] = {}
+        for path in find_runs(folder) if folder.is_dir() else ():
+            try:
+                self._paths[hashed(identity(read_info(path).config))] = path
+            except LayerwiseError:
+                continue  # not a run we could use; its folder's name stays taken
+
+    def place(self, config: Config, stem: str) -> Config:
+        """The config with the directory of its run: the one it has already, or a free one named after `stem`."""
+        key = hashed(identity(complete(config).model_dump()))
+        if key not in self._paths:
+            self._paths[key] = self._free_path(stem)
+        path = self._paths[key]
+        return config.replace({"run.dir": str(path.parent), "run.name": path.name})
+
+    def _free_path(self, stem: str) -> Path:
+        number = 1
+        while (path := self.folder / f"{stem}-{number}").exists() or path in self._paths.values():
+            number += 1
+        return path
 
 
 @dataclass(frozen=True)

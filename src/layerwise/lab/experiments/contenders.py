@@ -13,7 +13,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, OptimizerConfig, Section, one_folder
 from layerwise.lab.config.validate import nearest, validate
 from layerwise.lab.optimizers.registry import OPTIMIZERS, default_rate, find_preset
-from layerwise.lab.report.names import optimizer_title
+from layerwise.lab.report.grouping import optimizer_title
 
 #: Rates or factors to try.
 Grid = Annotated[list[PositiveFloat], Field(min_length=1)]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
 from layerwise.function_space import BaseRates, FunctionSpaceRecorder, record_base
 from layerwise.lab.config.schema import Config
-from layerwise.lab.training.function_space_observers import RecordRates, steps_to_record
-from layerwise.lab.training.progress import ProgressKind, QuietProgress, make_progress
-from layerwise.lab.training.run import take_steps
+from layerwise.lab.runs.directory import RunWriter
+from layerwise.lab.training.observers import RecordRates, steps_to_record
+from layerwise.lab.training.progress import ProgressKind, make_progress
+from layerwise.lab.training.run import complete
+from layerwise.lab.training.trainer import Trainer
 
 
-def record(config: Config, seeds: Sequence[int], progress: ProgressKind | QuietProgress = "plain") -> BaseRates:
+def record(config: Config, seeds: Sequence[int], progress: ProgressKind = "plain") -> BaseRates:
     """Base rates of the config's model, averaged over `seeds` (of weights, data order and probes).
 
     Each seed trains only as far as the last step to be measured: one step, unless `function_space.match_step` or
-    `match_every` say otherwise. Raises LayerwiseError.
+    `match_every` say otherwise. Nothing is evaluated, and nothing left on the disk. Raises LayerwiseError.
     """
     every, steps = steps_to_record(config.function_space, config.training.steps)
     shown = make_progress(progress)
@@ -31,7 +34,10 @@ def record(config: Config, seeds: Sequence[int], progress: ProgressKind | QuietP
             }
         )
         observer = RecordRates(config.function_space, every)
-        take_steps(changed, steps, [observer], shown)
+        with tempfile.TemporaryDirectory() as folder, RunWriter(folder) as writer:
+            trainer = Trainer(complete(changed), writer, shown, [observer])
+            trainer.start(None)
+            trainer.take_steps(steps)
         return observer.recorder
 
     return record_base(run, seeds)

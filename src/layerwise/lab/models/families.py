@@ -1,9 +1,13 @@
-"""Models by preset or family name, randomly initialised, built without a network."""
+"""Models by preset or family name, built without a network: randomly initialised, or from the weights of an earlier run;
+with low-rank adapters (LoRA, by peft) where a config asks for them.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+import warnings
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +15,10 @@ from torch import Tensor, nn
 import layerwise.lab.models
 from layerwise.common.discover import import_files
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.schema import LoraConfig, ModelConfig
 from layerwise.lab.config.validate import nearest
-from layerwise.lab.models.adapters import add_adapters, load_weights
 from layerwise.lab.models.family import AXIS_NAMES, FAMILIES, Examples, whole
-
-if TYPE_CHECKING:
-    from layerwise.lab.config.schema import ModelConfig
+from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
 
 import_files(layerwise.lab.models)  # each file registers its families
 
@@ -91,6 +93,47 @@ def build_model(config: ModelConfig, examples: Examples, seed: int) -> nn.Module
             what = f"{name} cannot be built with{shown or ' its defaults'}"
             raise LayerwiseError(f"model: {what}: {reason}") from None
         return model
+
+
+def load_weights(model: nn.Module, run: str) -> None:
+    """Loads the weights of a run's newest checkpoint. Raises LayerwiseError."""
+    checkpoints = list_checkpoints(Path(run).expanduser() / "checkpoints")
+    if not checkpoints:
+        raise LayerwiseError(f"model.start={run}: no checkpoint there; name the folder of a run that has one")
+    try:
+        model.load_state_dict(load_checkpoint(checkpoints[0])["model"])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LayerwiseError(f"model.start={run} is a run of another model: {reason}") from None
+
+
+def add_adapters(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """The model with adapters, everything else frozen; A from a normal distribution, B at 0 unless it is fixed.
+
+    Raises LayerwiseError.
+    """
+    import peft
+
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, init_lora_weights="gaussian"
+    )
+    try:
+        with warnings.catch_warnings():
+            # peft sees by itself that GPT-2's weights are (in, out), and calls an old name.
+            warnings.filterwarnings("ignore", "fan_in_fan_out|`is_gradient_checkpointing`")
+            adapted = peft.get_peft_model(model, settings)
+    except (ValueError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LayerwiseError(
+            f"model.lora.targets={config.targets}: {reason}; name modules of the model, such as [query, value]"
+        ) from None
+    if config.fixed is not None:
+        for name, parameter in adapted.named_parameters():
+            if f"lora_{config.fixed}" in name:
+                parameter.requires_grad_(False)
+                if config.fixed == "B":  # at 0 it would keep A from learning
+                    nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return adapted
 
 
 @torch.no_grad()

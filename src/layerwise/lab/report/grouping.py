@@ -1,4 +1,4 @@
-"""Runs as contenders: which runs are seeds of one, and what tells it from the others."""
+"""Runs as contenders: which runs are seeds of one, what tells it from the others, its title and its look."""
 
 from __future__ import annotations
 
@@ -10,10 +10,45 @@ from typing import Any
 
 from layerwise.errors import LayerwiseError, warn
 from layerwise.lab.config.identity import identity
-from layerwise.lab.report.names import looks, optimizer_title
-from layerwise.lab.report.style import Look
+from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.report import style
+from layerwise.lab.report.style import CYCLE, MARKERS, Look
 from layerwise.lab.runs.directory import RUN_FILE, find_runs, read_run
 from layerwise.lab.runs.recorded import Run
+
+_LOOKS = {
+    "adamw": Look(style.GREY, "^"),
+    "d-muon": Look(style.BLUE, "s"),
+    "scion": Look(style.GREEN, "D"),
+    "lanton": Look(style.VERMILLION, "o"),
+    "muon": Look(style.SKY, "p"),
+    "torch-muon": Look(style.PURPLE, "v"),
+    "signum": Look(style.BROWN, "X"),
+}
+
+
+def optimizer_title(name: str) -> str:
+    """As tables and figures write it: what it was registered with, or the name that it has in the run."""
+    preset = OPTIMIZERS.get(name)
+    return name if preset is None else preset.title
+
+
+def looks(optimizers: Sequence[str]) -> list[Look]:
+    """A look for each contender, in order: an optimizer's own, and for its second entry a colour that none has.
+
+    With more contenders than colours two share one, under another marker: 64 looks are told apart.
+    """
+    reserved = {_LOOKS[name].color for name in optimizers if name in _LOOKS}
+    free = [color for color in CYCLE if color not in reserved]
+    chosen: list[Look] = []
+    for i, name in enumerate(optimizers):
+        own = _LOOKS.get(name)
+        if own is None or own in chosen:
+            color = free.pop(0) if free else CYCLE[i % len(CYCLE)]
+            markers = [MARKERS[(i + shift) % len(MARKERS)] for shift in range(len(MARKERS))]
+            own = next((look for marker in markers if (look := Look(color, marker)) not in chosen), Look(color))
+        chosen.append(own)
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,24 @@ import io
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from scipy.optimize import isotonic_regression
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-
-    from layerwise.lab.runs.recorded import Array
+from layerwise.lab.runs.recorded import Array
 
 INK = "#1c2127"
 MUTED = "#666e78"
@@ -139,10 +143,6 @@ _RC: dict[str, Any] = {
 @contextmanager
 def styled() -> Iterator[None]:
     """Draw inside with the project's style; matplotlib's own settings are as before afterwards. Needs no display."""
-    import matplotlib as mpl
-    from matplotlib import font_manager
-    from matplotlib.colors import LinearSegmentedColormap
-
     if RATE_MAP not in mpl.colormaps:
         # 1, an untouched rate, is nearly the paper; the slower a layer, the deeper the colour.
         stops = ["#0b2545", "#134b7a", "#2f7fb3", "#79b4d4", "#c3dcea", "#f4f1ea"]
@@ -156,9 +156,6 @@ def styled() -> Iterator[None]:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure in inches, without pyplot's global state: nothing to close, no window system needed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -205,12 +202,8 @@ def themed_svg(svg: str, name: str) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for color in THEME:
         svg = svg.replace(color, f"var(--c{color[1:]})")
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
-        count=1,
-    )
+    tag, more = svg.split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", tag) + ">" + more
 
 
 def theme_css() -> str:
@@ -258,8 +251,6 @@ def spread_apart(wanted: Sequence[float], gap: float) -> list[float]:
 
     Where there is no room for all, they leave the range at both sides.
     """
-    from scipy.optimize import isotonic_regression
-
     order = np.argsort(wanted, kind="stable")
     steps, room = gap * np.arange(len(wanted)), 1 - gap * (len(wanted) - 1)
     nearest = isotonic_regression(np.asarray(wanted)[order] - steps).x  # at least `gap` apart: never falling without it
@@ -270,8 +261,6 @@ def spread_apart(wanted: Sequence[float], gap: float) -> list[float]:
 
 def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
     """Few ticks on a log axis, at 1, 2, 5 of each decade (or decades alone), written as plain numbers."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
@@ -285,10 +274,23 @@ def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
     axis.set_major_formatter(lambda x, _: plain(x))
 
 
+def log_scale(axis: Axis, values: Collection[float], margin: float) -> None:
+    """A log axis over these positive values, and a factor beyond them on both sides."""
+    low, high = float(min(values)) / margin, float(max(values)) * margin
+    if axis is axis.axes.xaxis:
+        axis.axes.set(xscale="log", xlim=(low, high))
+    else:
+        axis.axes.set(yscale="log", ylim=(low, high))
+    plain_log_ticks(axis, low, high)
+
+
+def shades(at: Iterable[float]) -> list[str]:
+    """Colours in order of depth, from 0 (dark) to 1."""
+    return [to_hex(mpl.colormaps["viridis"](depth)) for depth in at]
+
+
 def step_axis(axes: Axes, steps: Array) -> None:
     """An x axis of these optimizer steps: whole numbers, however short the run, and one alone in the middle."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.set_xlabel("Step")
     if len(steps) == 1:
         axes.set_xlim(steps[0] - 0.5, steps[0] + 0.5)

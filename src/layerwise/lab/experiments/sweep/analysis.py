@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from layerwise.lab.experiments.sweep.resampling import shift_interval
+import numpy as np
+from numpy.typing import NDArray
+
 from layerwise.lab.experiments.sweep.results import loss_of
 from layerwise.lab.experiments.sweep.sweep_config import Method, SweepConfig
-from layerwise.lab.experiments.sweep.trial_plan import Plan
+from layerwise.lab.experiments.sweep.trials import Plan
 from layerwise.lab.report.rate_curve import LossesByRate
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -20,6 +24,9 @@ Results = Mapping[str, Mapping[str, Any]]
 LOST = 0.15
 #: The advised rate is this factor below the first that fails: the paper's transfers fail from one grid step away.
 MARGIN = 4.0
+#: Resamples are listed where there are at most so many, and drawn beyond.
+MOST = 4096
+COVERED = 0.95
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,9 @@ class Curve(LossesByRate):
         """The lowest rate above the best that fails; None where none on the grid does."""
         if self.best is None:
             return min(self.losses)
-        above = [lr for lr in self.losses if lr > self.best and self._fails(self.mean(lr))]
-        return min(above) if above else None
-
-    def _fails(self, mean: float) -> bool:
-        """A rate that diverged fails, though the ceiling is infinite where the initial loss is unknown."""
-        return not (math.isfinite(mean) and mean <= self.ceiling)
+        # One that diverged fails, though the ceiling is infinite where the initial loss is unknown.
+        means = {lr: self.mean(lr) for lr in self.losses if lr > self.best}
+        return min((lr for lr, mean in means.items() if not (math.isfinite(mean) and mean <= self.ceiling)), default=None)
 
 
 @dataclass(frozen=True)
@@ -96,20 +100,15 @@ class Transfer:
 def curves_of(config: SweepConfig, plan: Plan, results: Results) -> list[Curve]:
     """The curves for which there are results, methods and sizes in the config's order."""
     found = []
-    for method in config.sweep.methods:
-        for size in config.sweep.sizes:
-            losses: dict[float, list[float]] = {lr: [] for lr in config.sweep.grid(method)}
-            initial = []
-            for point, trial in plan.points.items():
-                row = results.get(trial.id)
-                if (point.method, point.size) != (method, size) or row is None:
-                    continue
-                losses[point.lr].append(loss_of(row, config.sweep.loss))
-                if row.get("first_val_loss") is not None:
-                    initial.append(float(row["first_val_loss"]))
-            finished = {lr: values for lr, values in losses.items() if values}
-            if finished:
-                found.append(Curve(method, size, finished, fmean(initial) if initial else math.inf))
+    for method, size in itertools.product(config.sweep.methods, config.sweep.sizes):
+        at = {point: trial.id for point, trial in plan.points.items() if (point.method, point.size) == (method, size)}
+        rows = {point: results[id] for point, id in at.items() if id in results}
+        losses: dict[float, list[float]] = {}
+        for point, row in sorted(rows.items(), key=lambda item: item[0].lr):
+            losses.setdefault(point.lr, []).append(loss_of(row, config.sweep.loss))
+        initial = [float(row["first_val_loss"]) for row in rows.values() if row.get("first_val_loss") is not None]
+        if losses:
+            found.append(Curve(method, size, losses, fmean(initial) if initial else math.inf))
     return found
 
 
@@ -150,3 +149,49 @@ def _loss_at(curve: Curve, lr: float | None) -> float | None:
     near = [rate for rate in curve.losses if lr is not None and math.isclose(rate, lr, rel_tol=1e-3)]
     value = curve.mean(near[0]) if near else math.inf
     return value if math.isfinite(value) else None
+
+
+def best_rates(curve: LossesByRate) -> dict[float, int]:
+    """How often each rate is best where seeds are drawn with replacement; a seed's losses at all rates stay together.
+
+    Empty with one seed, or where seeds are missing at some rates. Where no rate has finite losses there is no best.
+    """
+    seeds = {len(values) for values in curve.losses.values()}
+    if len(seeds) != 1 or seeds == {1}:
+        return {}
+    losses = np.array([curve.losses[lr] for lr in curve.rates])  # [rates, seeds]
+    means = np.where(np.isfinite(losses), losses, np.inf)[:, _resamples(seeds.pop())].mean(-1)
+    best, counts = np.unique(means.argmin(0)[np.isfinite(means.min(0))], return_counts=True)
+    return {curve.rates[number]: int(count) for number, count in zip(best, counts, strict=True)}
+
+
+def _resamples(seeds: int) -> NDArray[np.int64]:
+    """`[resamples, seeds]`"""
+    if seeds**seeds <= MOST:
+        return np.array([*itertools.product(range(seeds), repeat=seeds)])
+    generator = random.Random(0)
+    return np.array([generator.choices(range(seeds), k=seeds) for _ in range(MOST)])
+
+
+def shift_interval(base: LossesByRate, curve: LossesByRate, step: float) -> tuple[float, float] | None:
+    """95 % of the shifts, in steps of the grid, where the seeds of both sizes are resampled, each for itself.
+
+    With three seeds that is nearly the range over seeds: an honest width, and no narrower for being flat.
+
+    Args:
+        base: losses of the base size.
+        curve: losses of the size it is compared with.
+        step: factor between neighbours of the grid.
+
+    Returns:
+        Ends of the interval; None with one seed.
+    """
+    starts, bests = best_rates(base), best_rates(curve)
+    if not starts or not bests:
+        return None
+    shifts = np.log(np.divide.outer([*bests], [*starts])).ravel() / np.log(step)
+    counts = np.multiply.outer([*bests.values()], [*starts.values()]).ravel()
+    order = np.argsort(shifts)
+    reached = np.cumsum(counts[order]) / counts.sum()
+    low, high = np.searchsorted(reached, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return float(shifts[order[low]]), float(shifts[order[high]])

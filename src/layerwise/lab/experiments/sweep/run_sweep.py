@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from layerwise.lab.config.schema import Config
-from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.record_base import record
-from layerwise.lab.experiments.sweep.engines import Engine, Failure, Row
-from layerwise.lab.experiments.sweep.engines.this_machine import LocalEngine
+from layerwise.lab.experiments.sweep.engines import Engine, Failure, LocalEngine
 from layerwise.lab.experiments.sweep.results import RESULTS, ResultsFile, check_folder, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.trial import run_trial, start_worker
-from layerwise.lab.experiments.sweep.trial_plan import BASE_FILE, Plan, Point, Trial, make_plan
+from layerwise.lab.experiments.sweep.trials import BASE_FILE, Point, make_plan, run_trial, start_worker
 from layerwise.lab.runs.directory import write_json
 from layerwise.lab.runs.environment import versions
 from layerwise.lab.training.progress import ProgressKind, make_progress
@@ -46,10 +42,15 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: Progr
         done = read_results(file.path)
         todo = [trial for id, trial in plan.trials.items() if id not in done]
         if todo:
-            check_buildable(representatives(plan).values())
+            first = {(point.method, point.size): trial for point, trial in reversed(plan.points.items())}
+            without_base = {"function_space.match": None}  # which is not recorded yet
+            check_buildable(trial.alone(without_base if trial.needs_base else {}) for trial in first.values())
         write_json(folder / "sweep.json", {"config": config.model_dump(), "versions": versions()})
-        needs_base = any(trial.needs_base for trial in todo)
-        work = partial(run_trial, base=_record_base(plan, config, folder / BASE_FILE) if needs_base else None)
+        base = None
+        if any(trial.needs_base for trial in todo):  # made anew each time: of a plan it is always the same
+            record(plan.base, config.sweep.base_seeds, "quiet").save(folder / BASE_FILE)
+            base = (folder / BASE_FILE).read_text(encoding="utf-8")
+        work = partial(run_trial, base=base)
         start = partial(start_worker, wanted=versions())
         shown = make_progress(progress, unit="trial")
         shown.start(config.run_name, len(plan.trials), len(plan.trials) - len(todo))
@@ -59,32 +60,9 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: Progr
                 point = next(point for point, trial in plan.points.items() if trial.id == row.item.id)
                 failures[point] = row.reason
                 shown.note(f"failed: {point}: {row.reason}")
+                said = "failed"
             else:
                 file.append(row)
-            shown.numbers(number, _said(row))
+                said = str(row["status"]) if row["val_loss"] is None else f"last loss {row['val_loss']:.3f}"
+            shown.numbers(number, said)
     return Sweep(folder, failures)
-
-
-def _said(row: Row | Failure[Trial]) -> str:
-    """A result in two words, for the progress."""
-    if isinstance(row, Failure):
-        return "failed"
-    return f"last loss {row['val_loss']:.3f}" if row["val_loss"] is not None else str(row["status"])
-
-
-def representatives(plan: Plan) -> dict[tuple[str, float], Config]:
-    """A trial of each method at each size, without the match to a base that is not recorded yet."""
-    found: dict[tuple[str, float], Config] = {}
-    for point, trial in plan.points.items():
-        if (point.method, point.size) not in found:
-            config = validate(Config, {**trial.config, "run": {"name": "trial", "tensorboard": False}})
-            if trial.needs_base:
-                config = config.replace({"function_space.match": None})
-            found[point.method, point.size] = config
-    return found
-
-
-def _record_base(plan: Plan, config: SweepConfig, path: Path) -> str:
-    """The text of the base file of this plan, made anew each time: a matter of seconds, and of a plan always the same."""
-    record(plan.base, config.sweep.base_seeds, "quiet").save(path)
-    return path.read_text(encoding="utf-8")

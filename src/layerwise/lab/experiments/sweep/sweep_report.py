@@ -7,15 +7,23 @@ of the shifts where seeds are resampled, and the loss at half of the base's best
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from layerwise.lab.experiments.sweep.analysis import Curve, Transfer, curves_of, transfers
 from layerwise.lab.experiments.sweep.results import RESULTS, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.trial_plan import make_plan
+from layerwise.lab.experiments.sweep.trials import make_plan
 from layerwise.lab.models.family import AXIS_NAMES, Axis
+from layerwise.lab.report import style
+from layerwise.lab.report.figures.rate_grid import draw_losses
 from layerwise.lab.runs.directory import write_json
 
 LOSS_NAMES = {"val_loss": "Final validation loss", "loss": "Final training loss"}
@@ -29,12 +37,9 @@ def analyse(config: SweepConfig, folder: Path) -> tuple[list[Curve], list[Transf
 
 def write_report(config: SweepConfig, folder: Path) -> list[Transfer]:
     """Writes `transfer.png`, `.pdf`, `.svg`, `table.md` and `table.json` and returns the table."""
-    from layerwise.lab.experiments.sweep.figure import Panels, transfer_figure
-    from layerwise.lab.report.style import save_figure
-
     curves, rows = analyse(config, folder)
     panels = Panels("", curves, config.sweep.axis, LOSS_NAMES[config.sweep.loss])
-    save_figure(lambda: transfer_figure([panels]), folder, "transfer")
+    style.save_figure(lambda: transfer_figure([panels]), folder, "transfer")
     (folder / "table.md").write_text(markdown(rows, config.sweep.axis), encoding="utf-8")
     write_json(folder / "table.json", [asdict(row) for row in rows])
     return rows
@@ -78,3 +83,86 @@ def markdown(rows: Sequence[Transfer], axis: Axis) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     lines += [f"| {' | '.join((*cells(row), *details(row)))} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+TITLES = {"standard": "Standard", "flerm": "FLeRM", "uniform": "Uniform", "mup": "1/width (muP, Adam)"}
+
+
+@dataclass(frozen=True)
+class Panels:
+    """One row of the figure: the curves of one sweep."""
+
+    title: str
+    curves: Sequence[Curve]
+    axis: Axis
+    ylabel: str
+
+
+def transfer_figure(rows: Sequence[Panels]) -> Figure:
+    """A row of panels per sweep, curves as `draw_losses` draws them; dashed: the base's best rate, carried over."""
+    methods = list(dict.fromkeys(curve.method for row in rows for curve in row.curves))
+    figure = style.new_figure(style.WIDTH, 0.55 + 1.75 * len(rows))
+    grid = figure.subplots(len(rows), len(methods), sharey="row", squeeze=False)
+    for row, line in zip(rows, grid, strict=True):
+        low, high = _limits(row.curves)
+        for method, axes in zip(methods, line, strict=True):
+            curves = [curve for curve in row.curves if curve.method == method]
+            axes.set_ylim(low, high)
+            _panel(axes, curves)
+            if row is rows[0]:
+                axes.set_title(TITLES.get(method, method))
+            if row is rows[-1]:
+                axes.set_xlabel("Base learning rate")
+        label = f"{row.ylabel}, nats"
+        line[0].set_ylabel(f"{row.title}\n{label}" if row.title else label)
+        sizes = list(dict.fromkeys(curve.size for curve in row.curves))
+        axis = AXIS_NAMES[row.axis]
+        entries = [
+            Line2D([], [], color=look.color, marker=look.marker, ms=4, mew=0, mec=style.INK, label=style.plain(size))
+            for size, look in _looks(sizes).items()
+        ]
+        line[-1].legend(
+            handles=entries, title=axis[0].upper() + axis[1:], loc="upper left", bbox_to_anchor=(1.0, 1.02),
+            handlelength=1.2, title_fontsize=8, alignment="left",
+        )  # fmt: skip
+    return figure
+
+
+def _looks(sizes: Sequence[float]) -> dict[float, style.Look]:
+    """A colour and a marker for each size: far apart for few, shades in order for many."""
+    colours = [style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE]
+    if len(sizes) > len(colours):
+        colours = style.shades(0.85 * (1 - i / (len(sizes) - 1)) for i in range(len(sizes)))
+    looks = map(style.Look, colours, itertools.cycle(style.MARKERS))
+    return dict(zip(sizes, looks, strict=False))  # colours and markers to spare
+
+
+def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
+    """From the best loss to the worst of: the loss at a base's best rate, and a little above every curve's best."""
+    bests = [curve.mean(curve.best) for curve in curves if curve.best is not None]
+    if not bests:
+        return 0.0, 1.0
+    carried = [
+        curve.mean(base.best)
+        for base in curves
+        for curve in curves
+        if curve.method == base.method and base.best is not None and base.best in curve.losses
+    ]
+    reach = min(curve.ceiling for curve in curves if curve.best is not None)
+    shown = [value for value in [*carried, reach] if math.isfinite(value) and value <= 2 * reach]
+    low, high = min(bests), max([*shown, *bests])
+    margin = 0.08 * (high - low or 1.0)  # one curve, of which nothing but its best is known
+    return low - margin, high + 2 * margin
+
+
+def _panel(axes: Axes, curves: Sequence[Curve]) -> None:
+    if not curves:
+        axes.set_axis_off()
+        return
+    style.log_scale(axes.xaxis, [lr for curve in curves for lr in curve.losses], 1.5)
+    axes.set_xticks(axes.get_xticks()[::2])
+    if curves[0].best is not None:
+        axes.axvline(curves[0].best, color=style.MUTED, lw=0.8, ls=(0, (3, 3)), zorder=1)
+    looks = _looks([curve.size for curve in curves])
+    for curve in curves:
+        draw_losses(axes, curve, looks[curve.size], scale=0.65)

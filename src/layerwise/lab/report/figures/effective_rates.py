@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from layerwise.common.layer_rate import parameter_of
 from layerwise.lab.report import style
-from layerwise.lab.report.figures.by_kind import draw_kinds, kind_styles, name_kinds
-from layerwise.lab.report.names import network_order
+from layerwise.lab.report.figures.units import draw_kinds, kind_styles, name_kinds, network_order
 from layerwise.lab.runs.recorded import Array, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 FAR_APART = 4.0  # spread from which a linear axis would hide the smaller rates
 FAMILIES = {
@@ -80,21 +77,13 @@ def _multipliers(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> N
     styles = kind_styles(kinds)
     draw_kinds(axes, steps, values, kinds, styles)
     if _largest_ratio(values) > FAR_APART:
-        _log_scale(axes, values)
+        style.log_scale(axes.yaxis, values[np.isfinite(values) & (values > 0)], 1.2)
     else:
         axes.set_ylim(0, float(np.nanmax(values)) * 1.06 or 1.0)
     axes.set_ylabel("Rate multiplier")
     style.step_axis(axes, steps)
     axes.set_xlabel("")
     name_kinds(axes, steps, values, kinds, styles, height=HEIGHT * 0.72)
-
-
-def _log_scale(axes: Axes, values: Array) -> None:
-    positive = values[np.isfinite(values) & (values > 0)]
-    axes.set_yscale("log")
-    low, high = float(positive.min()) / 1.2, float(positive.max()) * 1.2
-    axes.set_ylim(low, high)
-    style.plain_log_ticks(axes.yaxis, low, high)
 
 
 def _largest_ratio(rates: Array) -> float:

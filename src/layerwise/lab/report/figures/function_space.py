@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from layerwise.lab.report import style
-from layerwise.lab.report.figures.by_kind import draw_kinds, kind_styles, name_kinds
-from layerwise.lab.report.names import UnitName, network_order
+from layerwise.lab.report.figures.units import UnitName, draw_kinds, kind_styles, name_kinds, network_order
 from layerwise.lab.runs.recorded import Array, Run, number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MOST_KINDS = 8
 
@@ -29,9 +24,7 @@ def rate_per_layer(run: Run, arrangement: style.Arrangement = style.WIDE) -> Fig
     styles = kind_styles(kinds, MOST_KINDS)
     draw_kinds(axes, steps, values, kinds, styles)
     if np.isfinite(values).any():
-        low, high = float(np.nanmin(values)) / 1.3, float(np.nanmax(values)) * 1.3
-        axes.set_ylim(low, high)
-        style.plain_log_ticks(axes.yaxis, low, high)
+        style.log_scale(axes.yaxis, values[np.isfinite(values)], 1.3)
     style.step_axis(axes, steps)
     axes.set_ylabel("Function-space learning rate")
     name_kinds(axes, steps, values, kinds, styles, height=2.5)
@@ -57,7 +50,9 @@ def stacked_shares(run: Run, arrangement: style.Arrangement = style.WIDE) -> Fig
 def _stack(axes: Axes, steps: Array, values: Array, keys: list[str]) -> None:
     order = list(dict.fromkeys(keys))
     sums = np.array([np.nansum(values[[k == key for k in keys]], axis=0) for key in order])
-    colors = _shades(len(order)) if len(order) > MOST_KINDS else list(style.CYCLE[: len(order)])
+    colors = list(style.CYCLE[: len(order)])
+    if len(order) > MOST_KINDS:
+        colors = style.shades(0.05 + 0.75 * i / (len(order) - 1) for i in range(len(order)))
     x = steps if len(steps) > 1 else np.array([steps[0] - 0.3, steps[0] + 0.3])  # one step is a bar
     drawn = sums if len(steps) > 1 else np.repeat(sums, 2, axis=1)
     axes.stackplot(x, drawn, colors=colors, linewidth=0.4, edgecolor=style.PAPER, alpha=0.85)
@@ -79,11 +74,3 @@ def _records(run: Run, field: str) -> tuple[Array, list[UnitName], Array]:
     )
     values = [[number(((line.get("rates") or {}).get(n.unit) or {}).get(field)) for line in lines] for n in names]
     return np.array([number(line.get("step")) for line in lines]), names, np.array(values, dtype=np.float64)
-
-
-def _shades(n: int) -> list[str]:
-    """Colours in order of depth."""
-    import matplotlib as mpl
-    from matplotlib.colors import to_hex
-
-    return [to_hex(mpl.colormaps["viridis"](0.05 + 0.75 * i / max(n - 1, 1))) for i in range(n)]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
 
 from layerwise.common.layer_rate import parameter_of
 from layerwise.lab.optimizers.registry import rule_of
 from layerwise.lab.report import style
-from layerwise.lab.report.names import UnitName, network_order
+from layerwise.lab.report.figures.units import UnitName, network_order
 from layerwise.lab.runs.recorded import Array, LayerHistory, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MANY_ROWS = 46  # above this the rows are named by block
 ROW = 0.135  # inches
@@ -65,8 +64,6 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
 
 def _scale_bar(figure: Figure, axes: Axes, image: Any, values: Array, title: str, subtitle: str) -> None:
     """The colours and what they mean, above a heat map."""
-    from matplotlib.colors import LogNorm
-
     bar = figure.colorbar(image, ax=axes, location="top", pad=0.02, aspect=34, extend=_clipped(image, values))
     if isinstance(image.norm, LogNorm) and image.norm.vmin and image.norm.vmax:
         style.plain_log_ticks(bar.ax.xaxis, image.norm.vmin, image.norm.vmax)
@@ -100,8 +97,6 @@ def _clipped(image: Any, values: Array) -> str:
 
 
 def _image(axes: Axes, values: Array, steps: Array, *, is_noise: bool) -> Any:
-    from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
-
     finite = values[np.isfinite(values)]
     norm: Any
     if is_noise:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from layerwise.lab.report import style
 from layerwise.lab.report.grouping import Contender
 from layerwise.lab.runs.quantities import count
 from layerwise.lab.runs.recorded import Array, Series
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 MOST_NAMED = 12  # contenders that a figure can name; of more, the best stand out
 BEST = 8
@@ -43,7 +41,8 @@ def loss_curves(contenders: Sequence[Contender], arrangement: style.Arrangement 
         axes.set_ylabel("Loss, nats per token" if axes is by_tokens or arrangement.columns == 1 else "")
     for axes, letter, what in ((by_tokens, "a", "Loss against tokens"), (by_time, "b", "Loss against time")):
         axes.set_title(f"{letter}   {what}")
-    _count_axis(by_tokens)
+    by_tokens.xaxis.set_major_locator(MaxNLocator(5))
+    by_tokens.xaxis.set_major_formatter(lambda x, _: count(x))
     _time_axis(by_time)
     ends = [(*_end(c.runs[0].val_loss, c.runs[0].train_loss), style.shortened(c.label, 30), c.look.color) for c in named]
     style.label_ends(by_tokens, [e for e in ends if math.isfinite(e[1])], height=HEIGHT * 0.72)
@@ -145,8 +144,6 @@ def _end(val: Series, train: Series) -> tuple[float, float]:
 
 def _key(figure: Figure, grey: int) -> None:
     """What a line and what a marker is, in words, below the panels."""
-    from matplotlib.lines import Line2D
-
     handles = [
         Line2D([], [], color=style.MUTED, lw=1.5, label="training, smoothed"),
         Line2D([], [], color=style.MUTED, marker="o", ls="none", ms=4.6, mec=style.PAPER, label="validation"),
@@ -156,16 +153,7 @@ def _key(figure: Figure, grey: int) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.6)
 
 
-def _count_axis(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))
-
-
 def _time_axis(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     span = axes.get_xlim()[1]
     units = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
     unit, name = next((unit for unit in units if span > 2.5 * unit[0]), units[-1])
@@ -173,7 +161,7 @@ def _time_axis(axes: Axes) -> None:
     if unit > 1:
         step = MaxNLocator(5).tick_values(0, span / unit)
         axes.set_xticks([t * unit for t in step if t * unit <= span])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / unit:g}"))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / unit:g}")
     axes.set_xlabel(f"{axes.get_xlabel()}, {name}")
 
 

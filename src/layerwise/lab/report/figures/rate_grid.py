@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from layerwise.lab.report import style
 from layerwise.lab.report.rate_curve import LossesByRate, RateCurve
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 
 def loss_against_rate(curves: Sequence[RateCurve], arrangement: style.Arrangement = style.WIDE) -> Figure:
@@ -26,16 +25,11 @@ def loss_against_rate(curves: Sequence[RateCurve], arrangement: style.Arrangemen
     low, high = _limits(curves, finite)
     axes.set_xscale("log")
     if rates:
-        axes.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
-        style.plain_log_ticks(axes.xaxis, *axes.get_xlim())
+        style.log_scale(axes.xaxis, rates, 1.5)
     axes.set_ylim(low, high)
     for curve in curves:
         draw_losses(axes, curve, curve.look)
-    legend: dict[str, Any] = {
-        "handles": [_entry(curve) for curve in curves],
-        "handlelength": 1.4,
-        "labelspacing": 0.9,
-    }
+    legend: dict[str, Any] = {"handles": [_entry(curve) for curve in curves], "handlelength": 1.4, "labelspacing": 0.9}
     if beside:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), **legend)
     else:
@@ -58,8 +52,6 @@ def _limits(curves: Sequence[RateCurve], finite: Sequence[float]) -> tuple[float
 
 
 def _entry(curve: RateCurve) -> Line2D:
-    from matplotlib.lines import Line2D
-
     best = (
         "diverged at every rate"
         if curve.best is None
@@ -78,9 +70,7 @@ def draw_losses(axes: Axes, curve: LossesByRate, look: style.Look, scale: float 
     axes.plot(rates, [curve.mean(lr) for lr in rates], color=color, lw=1.4, zorder=3)
     for lr, values in curve.losses.items():
         shown = [v for v in values if math.isfinite(v)]
-        axes.plot(
-            [lr] * len(shown), shown, ls="none", marker=look.marker, ms=3.4 * scale, color=color, alpha=0.55, mew=0
-        )  # fmt: skip
+        axes.plot([lr] * len(shown), shown, look.marker, ms=3.4 * scale, color=color, alpha=0.55, mew=0)
         if len(shown) < len(values):
             top: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
             axes.plot([lr], [1], ls="none", marker="x", ms=6 * scale, color=color, **top)

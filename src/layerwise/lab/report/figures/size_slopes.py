@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from layerwise.function_space import SizeCheck, Trend
+from layerwise.function_space.checking.trends import QUANTITIES
 from layerwise.lab.report import style
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from layerwise.function_space import SizeCheck, Trend
 
 #: More modules than this have no colour of their own unless they are not flat.
 _COLOURED = 12
@@ -18,8 +15,6 @@ _COLOURED = 12
 
 def size_slopes(check: SizeCheck) -> Figure:
     """Both axes are logarithmic: a flat line does the same at every size. Names are in the legend, with their slopes."""
-    from layerwise.function_space.checking.trends import QUANTITIES
-
     modules = [name for name, verdict in check.verdicts.items() if verdict != "none"]
     uneven = [name for name in modules if check.verdicts[name] in ("grows", "shrinks")]
     shown = modules if len(modules) <= _COLOURED else uneven[:_COLOURED]
@@ -30,10 +25,8 @@ def size_slopes(check: SizeCheck) -> Figure:
             if trend.module in modules:
                 _draw(axes, trend, shown.index(trend.module) if trend.module in shown else None)
         axes.set_title(f"step {step}")
-        axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlim(min(check.sizes) / 1.15, max(check.sizes) * 1.15)
-        style.plain_log_ticks(axes.xaxis, *axes.get_xlim())
+        style.log_scale(axes.xaxis, check.sizes, 1.15)
         axes.set_xlabel(check.axis)
     style.plain_log_ticks(panels[0].yaxis, *panels[0].get_ylim())
     panels[0].set_ylabel(QUANTITIES[check.judged])

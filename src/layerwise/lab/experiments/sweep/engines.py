@@ -1,8 +1,7 @@
-"""The trials of a sweep on a Ray cluster: a task each, the results sent back to this process.
+"""Where the trials of a sweep run: in this process, in processes beside it, or on a Ray cluster.
 
-Tasks and not Ray Tune: its trials are points of a search space that is fixed when it starts, known by their place in
-its own store and resumed from there. Ours are known by what they are (the hash of their config), so that a sweep can be
-resumed with more rates or sizes, under either engine, and nothing has to lie on a disk that all machines see.
+An engine maps a function over items and hands results back as they come. It knows nothing of sweeps: what has been done
+already, and what is written where, is the business of `run_sweep`.
 """
 
 from __future__ import annotations
@@ -13,12 +12,17 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing import get_context
+from typing import Any, Generic, Protocol, TypeVar
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.experiments.sweep.engines import Failure, Item, Row, reason
+
+Item = TypeVar("Item")
+Row = dict[str, Any]
 
 #: An item whose process or machine dies is run this often before it is given up.
 ATTEMPTS = 2
@@ -27,8 +31,102 @@ OBJECT_STORE = 100 * 2**20
 
 
 @dataclass(frozen=True)
+class Failure(Generic[Item]):
+    """An item that gave no result, and why."""
+
+    item: Item
+    reason: str
+
+
+class Engine(Protocol):
+    """Runs a function on items."""
+
+    def results(
+        self, function: Callable[[Item], Row], items: Sequence[Item], start: Callable[[int], None]
+    ) -> Iterator[Row | Failure[Item]]:
+        """A result or a failure for each item, in the order they end.
+
+        `start` is called in each process that is made for this, with the number of its threads, before any item. All
+        three must be picklable. An exception or a killed process fails its own item and no other. Closing the
+        iterator, as an interruption does, abandons what is running. Raises LayerwiseError where nothing can be run.
+        """
+        ...
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, LayerwiseError) and text else f"{type(error).__name__}: {text}"
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """`workers` processes of one thread each; 0: this process."""
+
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise LayerwiseError(f"--workers {self.workers}: use 1 or more, or 0 for this process")
+
+    def results(
+        self, function: Callable[[Item], Row], items: Sequence[Item], start: Callable[[int], None]
+    ) -> Iterator[Row | Failure[Item]]:
+        if self.workers == 0:
+            for item in items:
+                try:
+                    yield function(item)
+                except Exception as error:
+                    yield Failure(item, reason(error))
+            return
+        waiting = deque(items)
+        while waiting:
+            lost = yield from _until_one_dies(function, start, waiting, self.workers)
+            # One of them killed its process, or all together were too large: alone, each answers for itself.
+            for item in lost:
+                if (yield from _until_one_dies(function, start, deque([item]), workers=1)):
+                    yield Failure(item, "its process was killed (out of memory?)")
+
+
+def _until_one_dies(
+    function: Callable[[Item], Row], start: Callable[[int], None], waiting: deque[Item], workers: int
+) -> Generator[Row | Failure[Item], None, list[Item]]:
+    """Takes items from `waiting` until none is left or a process dies, and returns those that are lost with it.
+
+    At most one item per worker waits in the pool, so that an interruption and a death cost little.
+    """
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start, initargs=(1,))
+    running: dict[Future[Row], Item] = {}
+    lost: list[Item] = []
+    try:
+        while True:
+            while waiting and not lost and len(running) < 2 * workers:
+                item = waiting.popleft()
+                try:
+                    running[pool.submit(function, item)] = item
+                except BrokenProcessPool:
+                    lost.append(item)
+            if not running:
+                return lost
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running.pop(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    lost.append(item)
+                except Exception as error:
+                    yield Failure(item, reason(error))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
 class RayEngine:
-    """Tasks that each need `cpus` cores (and run as many threads) and `gpus` GPUs, which may be fractions.
+    """Tasks on a Ray cluster that each need `cpus` cores (and run as many threads) and `gpus` GPUs, which may be fractions.
+
+    Tasks and not Ray Tune: its trials are points of a search space that is fixed when it starts, known by their place in
+    its own store and resumed from there. Ours are known by what they are (the hash of their config), so that a sweep can
+    be resumed with more rates or sizes, under either engine, and nothing has to lie on a disk that all machines see.
 
     `address`: of a running cluster, `auto` for the one this machine belongs to; None: `RAY_ADDRESS`, or else a Ray
     started here and ended with the sweep. A Ray that this process has initialised already is used as it is.
@@ -50,7 +148,10 @@ class RayEngine:
     def results(
         self, function: Callable[[Item], Row], items: Sequence[Item], start: Callable[[int], None]
     ) -> Iterator[Row | Failure[Item]]:
-        ray = _import_ray()
+        try:
+            import ray
+        except ImportError:
+            raise LayerwiseError("--engine ray needs Ray: pip install 'layerwise[ray]'") from None
         with self._connected(ray):
             self._check_room(ray)
             work = _task(function, start, threads=max(1, int(self.cpus)), sees_gpus=self.gpus > 0)
@@ -125,11 +226,3 @@ def _task(
         return function(item)
 
     return run
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise LayerwiseError("--engine ray needs Ray: pip install 'layerwise[ray]'") from None
-    return ray

@@ -1,22 +1,56 @@
-"""Many lines over steps, told apart by kind of tensor: of a kind the median, its range shaded, and the lines thin."""
+"""Units of a network in figures: their short names, their order, and their lines over steps told apart by kind of tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 
+from layerwise.common.layer_rate import parameter_of
 from layerwise.lab.report import style
 from layerwise.lab.runs.recorded import Array
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 MOST_KINDS = 13  # names that fit beside a panel
 FEW = 8  # lines that need no median to be told apart
 LineStyle = str | tuple[int, tuple[float, float]]
 Styles = Mapping[str, tuple[str, LineStyle]]
+
+
+@dataclass(frozen=True)
+class UnitName:
+    """A unit's place in the network: `transformer.h.3.mlp.c_fc.weight` is block `h.3`, part `mlp.c_fc`."""
+
+    unit: str
+    block: str  # "h.3", or "" outside the blocks
+    part: str  # "mlp.c_fc", "attn.c_attn q", "ln_1 bias"
+
+
+_PREFIX = re.compile(r"^(_orig_mod\.|module\.|base_model\.|model\.|transformer\.|gpt_neox\.)+")
+_BLOCK = re.compile(r"^(?P<block>(?:[A-Za-z_]\w*\.)*?(?P<stack>[A-Za-z_]\w*)\.(?P<index>\d+))\.(?P<part>.+)$")
+_UNIT = re.compile(r"^(?P<name>.*?)(?:\[(?P<index>[^\]]*)\])?$")
+
+
+def unit_name(unit: str) -> UnitName:
+    """Parse a unit's name into block and part, without what says nothing (`transformer.`, `.weight`)."""
+    match = _UNIT.match(unit)
+    name, index = (match["name"], match["index"]) if match else (unit, None)
+    name = _PREFIX.sub("", name)
+    block = ""
+    found = _BLOCK.match(name)
+    if found:
+        stack = found["block"].split(".")
+        block, name = ".".join(stack[-2:]), found["part"]
+    name = re.sub(r"\.bias$", " bias", re.sub(r"(\.default)?\.weight$", "", name))
+    return UnitName(unit, block, f"{name} {index}" if index else name)
+
+
+def network_order(units: Iterable[str], parameters: Sequence[str]) -> list[UnitName]:
+    """Units from the input of the network to its output: in the order of `parameters`, which is the model's."""
+    rank = {name: number for number, name in enumerate(parameters)}
+    return [unit_name(unit) for unit in sorted(units, key=lambda unit: rank.get(parameter_of(unit), len(rank)))]
 
 
 def kind_styles(kinds: Sequence[str], most: int = MOST_KINDS) -> Styles:
@@ -30,7 +64,10 @@ def kind_styles(kinds: Sequence[str], most: int = MOST_KINDS) -> Styles:
 
 
 def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], styles: Styles) -> None:
-    """Draws `values [lines, steps]`, of which `kinds` says the kind of each line; NaN is left out."""
+    """Draws `values [lines, steps]`, of which `kinds` says the kind of each line; NaN is left out.
+
+    Of a kind of many lines the median, its range shaded, and the lines thin.
+    """
     present = np.isfinite(values).any(axis=0)
     x, values = steps[present], values[:, present]
     thin = len(values) > FEW
