@@ -18,14 +18,15 @@ def network():
     return model, {name: torch.randn_like(p) for name, p in model.named_parameters()}
 
 
-def all_signs(outputs, count, *_):
+def all_signs(outputs, count, distribution, seed, first_probe, first_row, slices):
     """Every sign vector on the entries that count, over and over: means over them are exact expectations."""
     counted = torch.ones_like(outputs.values) if outputs.mask is None else outputs.mask.to(outputs.values)
-    vectors = itertools.cycle(itertools.product([-1.0, 1.0], repeat=int(counted.sum())))
-    for signs in itertools.islice(vectors, count):
-        probe = torch.zeros_like(outputs.values)
-        probe[counted.bool()] = torch.tensor(signs, dtype=probe.dtype)
-        yield probe
+    counted = counted.bool().reshape(slices, *outputs.values.shape[slices > 1 :])
+    each = [itertools.cycle(itertools.product([-1.0, 1.0], repeat=int(part.sum()))) for part in counted]
+    for signs in itertools.islice(zip(*each, strict=True), count):
+        probe = torch.zeros_like(counted, dtype=outputs.values.dtype)
+        probe[counted] = torch.tensor([sign for part in signs for sign in part], dtype=probe.dtype)
+        yield probe.reshape(outputs.values.shape)
 
 
 @pytest.mark.parametrize("method", ["kronecker", "full_cov", "iid"])

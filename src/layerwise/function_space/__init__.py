@@ -12,7 +12,7 @@ from layerwise.function_space.matching.lora import LoraMatch, match_lora
 from layerwise.function_space.measure import function_space_rates
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.rates import Rate, Rates
-from layerwise.function_space.steps.recorder import FunctionSpaceRecorder, JsonLines, Record
+from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder, JsonLines, Record
 from layerwise.function_space.watching.unusual import Unusual, UnusualRule
 from layerwise.function_space.watching.watch_record import ModuleReading, Together, WatchRecord
 from layerwise.function_space.watching.watcher import Watch, watch

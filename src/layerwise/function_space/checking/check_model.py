@@ -22,7 +22,7 @@ from layerwise.function_space.matching.depth_map import DepthMap
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.steps.by_module import siblings_of
-from layerwise.function_space.steps.recorder import FunctionSpaceRecorder
+from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
 
 #: `match="first"`: match every size to the first one.
 FIRST = "first"

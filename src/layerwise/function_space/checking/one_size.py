@@ -96,10 +96,7 @@ class SizeRun:
                 continue
             with watch(self.model, self.optimizer) as watched, around:
                 self.optimizer.step()
-            try:
-                found[step] = self._read(watched, activations, inputs)
-            finally:
-                watched.release()
+            found[step] = self._read(watched, activations, inputs)
         return found
 
     def _flerm(self) -> FLeRM | None:

@@ -14,7 +14,7 @@ from layerwise.common.checked import checked
 from layerwise.common.files import write_whole
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.fingerprint import Fingerprint, comparable, fingerprint_of
-from layerwise.function_space.steps.recorder import FunctionSpaceRecorder
+from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
 
 FORMAT = 1
 

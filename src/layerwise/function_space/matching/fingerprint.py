@@ -14,7 +14,7 @@ import layerwise
 from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.steps.named_rates import class_name, optimized, settings_by_name
-from layerwise.function_space.steps.recorder import FunctionSpaceRecorder
+from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
 
 #: Methods that have the same mean: what one recorded, another may match.
 UNBIASED = frozenset({"exact", "full_cov"})

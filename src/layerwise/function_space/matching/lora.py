@@ -30,9 +30,10 @@ from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.steps.named_rates import (
     NamedRates,
+    learning_rates,
     optimized,
     require_linear,
-    unscheduled_rates,
+    unscheduled_rate,
     unwrap_optimizer,
 )
 from layerwise.function_space.steps.watched_step import watch
@@ -137,7 +138,7 @@ def match_lora(
     measured, targets = ({**dict.fromkeys(kept, 0.0), **rates} for rates in (measured, targets))
     noise = rounding_noise({p.dtype for p in parameters.values()})
     decided = decide(measured, targets, negligible, noise, max_change)
-    lrs = unscheduled_rates(optimizer, parameters)
+    lrs = learning_rates(optimizer, parameters, unscheduled_rate)
     rows = {
         name: Matched(measured[name], targets[name], change, lrs[name] * change, note)
         for name, (change, note) in decided.items()
@@ -176,7 +177,6 @@ class _Trials:
                 optimizer.step()
             inputs = self.batches[self.at + 1 :]
             rates = step.rates(self.measurement, inputs, seed=self.measurement.seed + seed)
-            step.release()
         return {renamed(name, TRIAL, self.adapter): rate.value for name, rate in rates.items()}
 
     def _backward(self, optimizer: Optimizer, batch: Any) -> None:

@@ -10,8 +10,9 @@ moments. So they come out of autograd as gradients do, batched over probes too.
 
 Slices of a batch that are run side by side (`vmap`) have one graph, and weights of their own in it: what a probe on each
 of them needs then comes from one backward. Of a product the weight is the same for all of them, so it stays one product, and
-attention has a fused kernel that `vmap` would call for each slice: `SideBySide` goes from the one slice that the model sees
-to the tensors of all of them, and back. What it uses of torch is private; where it fails, slices are run one by one.
+attention has a fused kernel that `vmap` would call for each slice: `Products._together` goes from the one slice that the
+model sees to the tensors of all of them, and back. What it uses of torch is private; where it fails, slices are run one by
+one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class ProductRunner(LeafRunner):
         def one(leaves: Mapping[str, Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:
             left = iter(tensors)
             batch, mask = each_tensor((batches, masks), lambda _: next(left))
-            with Products(leaves, SideBySide(count, transforms())):
+            with Products(leaves, count):
                 found = self.run(leaves, batch, mask)
             return (found.values,) if found.mask is None else (found.values, found.mask)
 
@@ -77,14 +78,15 @@ class ProductRunner(LeafRunner):
             if sink.moments[name].estimator.total or (at_once == 1 and product.slices == 1)
         }
         leaves = {**outputs.leaves, **{name: product.moments_input for name, product in products.items()}}
-        first = list(islice(probes, probes_at_once(outputs, leaves, memory)))
+        at_once = probes_at_once(outputs, leaves, memory)
+        first = list(islice(probes, at_once))
         for name, product in products.items():
             of = sink.moments[name]
             product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output, at_once=len(first))
             sink.moments[name] = product.moments
         probes = chain(first, probes)
         del first
-        run_probes(outputs, leaves, probes, sink, memory)
+        run_probes(outputs, leaves, probes, sink, at_once)
 
 
 @dataclass(eq=False)
@@ -114,25 +116,23 @@ class ProductMoments(Moments):
         by_output: see `Product`.
         at_once: how many probes at most are run together.
         moved: for `full_cov`, what the update over its scale makes of the inputs over theirs, the same for all probes.
-        log_scale: for `full_cov`, the logarithm of what its sums are to be multiplied with.
     """
 
     by_output: bool
     at_once: int
     moved: Tensor | None = None
-    log_scale: Tensor | None = None
 
     def of_factors(self, grads: Tensor, inputs: Tensor) -> Tensor:
         """The gradient of `moments_input` under one probe, from `[slices, positions, out]` and `[slices, positions, in]`.
 
-        For `full_cov` the sums of `Z` over `exp(log_scale)`, and else log moments.
+        For `full_cov` the sums of `Z` over `exp(log_scale / 2)`, and else log moments.
         """
         update, wide = self.update, wide_dtype(grads.device)
         largest, reach = _scale(update.largest), _scale(inputs.abs().amax())
         if self.estimator.total:
             if self.moved is None:
                 self.moved = self._product(inputs.to(update.dtype), largest * reach)
-                self.log_scale = largest.to(wide).log() + reach.to(wide).log()
+                self.log_scale = 2 * (largest.to(wide).log() + reach.to(wide).log())
             totals = (grads.to(update.dtype) * self.moved).sum((1, 2))
             return totals.to(wide)[:, None].expand(-1, 3)
         # Products of numbers of order one, without a copy of the inputs.
@@ -148,19 +148,19 @@ class ProductMoments(Moments):
         """The product of the inputs and the update over `scale`, `[slices, positions, out]`."""
         update = self.update
         if self.by_output:
-            return torch.cat([inputs @ (update.rows(*piece) / scale).T for piece in update.pieces()], dim=-1)
+            return torch.cat([inputs @ (update.rows(rows) / scale).T for rows in update.pieces()], dim=-1)
         moved = inputs.new_zeros(*inputs.shape[:-1], update.new.shape[1])
-        for start, stop in update.pieces():
-            moved += inputs[..., start:stop] @ (update.rows(start, stop) / scale)
+        for rows in update.pieces():
+            moved += inputs[..., rows] @ (update.rows(rows) / scale)
         return moved
 
     def _by_pieces(self, left: Tensor, right: Tensor, largest: Tensor) -> list[Tensor]:
         """Square sums of `Z = dW * left^T right` and of its sums over either dimension, in the estimator's order."""
         update, per_dim = self.update, self.estimator.per_dim
         square = by_row = columns = left.new_zeros((), dtype=update.dtype)
-        for start, stop in update.pieces(self.at_once):
-            delta = update.rows(start, stop) / largest
-            z = (left.narrow(1, start, stop - start).T @ right).to(delta.dtype) * delta
+        for rows in update.pieces(self.at_once):
+            delta = update.rows(rows) / largest
+            z = (left[:, rows].T @ right).to(delta.dtype) * delta
             square = square + _square(z)
             if per_dim:
                 columns = columns + z.sum(0)
@@ -169,13 +169,11 @@ class ProductMoments(Moments):
 
     def add(self, grads: Tensor) -> None:
         """Take those of some probes, `[..., 3]`."""
-        self.probes.append(grads.flatten(0, -2)[:, : len(self.estimator.exponents)])
-
-    def logs(self, probes: int) -> Tensor:
-        if not self.probes:
-            return super().logs(probes)
-        found = torch.cat(self.probes)
-        return found if self.log_scale is None else 2 * (found.abs().log() + self.log_scale)
+        found = grads.flatten(0, -2)[:, : len(self.estimator.exponents)]
+        if self.estimator.total:
+            self.take(found, self.log_scale)
+        else:
+            self.found.append(found)
 
 
 def _square(x: Tensor) -> Tensor:
@@ -223,55 +221,91 @@ _PRODUCTS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+#: What a model may ask of a tensor's graph.
+OF_GRAPHS = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
+
+
 class Products(TorchFunctionMode):
     """While a forward runs under it, products with these leaves can be measured.
 
     Args:
         leaves: by name.
-        slices: those that are run side by side, by a `vmap` around it.
+        count: how many slices are run side by side, by a `vmap` around it.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor], slices: SideBySide | None = None) -> None:
+    def __init__(self, leaves: Mapping[str, Tensor], count: int = 1) -> None:
         super().__init__()
-        self.slices = slices
         self.names = {id(leaf): name for name, leaf in leaves.items() if leaf.ndim == 2 and type(leaf) is Tensor}
+        self.count = count
+        self.level = transforms()  # 0: the batch as it is
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _PRODUCTS and torch.is_grad_enabled():
-            names, factors = _PRODUCTS[func]
-            given: Any = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-            x, weight, bias = (given.get(name) for name in factors)
-            scaled = len(args) > len(names) or not given.keys() <= set(names)
-            # An expert without tokens has an empty product, whose scale would be that of nothing. What `addmm` adds
-            # need not be a bias.
-            ours = not scaled and id(weight) in self.names and x.numel() > 0
-            if ours and (bias is None or bias.ndim == 1) and self._plain(weight.device.type):
-                return self._multiply(x, weight, bias, func is torch.nn.functional.linear)
-        if self.slices is not None and func is torch.nn.functional.scaled_dot_product_attention:
-            return self.slices.attend(*args, **(kwargs or {}))
-        if self.slices is not None and func in OF_GRAPHS:
-            return self.slices.answer(func, *args)
-        return func(*args, **(kwargs or {}))
+            found = self._product(func, args, kwargs)
+            if found is not None:
+                return found
+        if self.level and func is torch.nn.functional.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if self.level and func in OF_GRAPHS:
+            return self._answer(func, *args)
+        return func(*args, **kwargs)
 
-    def _plain(self, device: str) -> bool:
-        """Whether a product run now is differentiated as it stands.
+    def _product(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The product with a leaf; None where it is none, or not differentiated as it stands.
 
-        Not under autocast or a vmap of the model's own; nor under hooks on saved tensors, as checkpointing has them: it
+        That is under autocast or a vmap of the model's own; and under hooks on saved tensors, as checkpointing has them: it
         runs the forward again without us, and would take what that saves for what we saved.
         """
+        names, factors = _PRODUCTS[func]
+        given: Any = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, weight, bias = (given.get(name) for name in factors)
+        scaled = len(args) > len(names) or not given.keys() <= set(names)
+        # An expert without tokens has an empty product, whose scale would be that of nothing. What `addmm` adds need not
+        # be a bias.
+        if scaled or id(weight) not in self.names or not x.numel() or (bias is not None and bias.ndim != 1):
+            return None
         hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        around = 0 if self.slices is None else self.slices.level
-        return hooks is None and transforms() == around and not torch.is_autocast_enabled(device)
-
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, by_output: bool) -> Tensor:
-        count, device = 1 if self.slices is None else self.slices.count, weight.device
+        device = weight.device
+        if hooks is not None or transforms() != self.level or torch.is_autocast_enabled(device.type):
+            return None
         # No estimator of a matrix has more moments than three.
-        moments_input = torch.zeros(count, 3, dtype=wide_dtype(device), device=device, requires_grad=True)
-        product = Product(self.names[id(weight)], by_output, count, moments_input)
-        multiply = partial(_Multiply.apply, moments_input, product)
-        if self.slices is not None:
-            return self.slices.together(multiply, x, weight, bias)
-        return multiply(x[None], weight[None], None if bias is None else bias[None])[0]
+        moments_input = torch.zeros(self.count, 3, dtype=wide_dtype(device), device=device, requires_grad=True)
+        product = Product(self.names[id(weight)], func is torch.nn.functional.linear, self.count, moments_input)
+        return self._together(partial(_Multiply.apply, moments_input, product), x, weight, bias)
+
+    def _together(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        """One slice's part of a function of the `[slices, ...]` that these are one slice's parts of."""
+        if not self.level:
+            return function(*(None if t is None else t[None] for t in tensors))[0]
+        whole = [None if t is None else _functorch._remove_batch_dim(t, self.level, self.count, 0) for t in tensors]
+        with temporarily_pop_interpreter_stack():
+            found = function(*whole)
+        return _functorch._add_batch_dim(found, 0, self.level)
+
+    def _answer(self, getter: Any, tensor: Tensor) -> Any:
+        """What a model that asks for `requires_grad` is told outside: `vmap` says False of everything.
+
+        Raises:
+            NotImplementedError: for what else it asks of the graph.
+        """
+        if getter != torch.Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+            raise NotImplementedError("a slice has no graph of its own")
+        while _functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = _functorch.get_unwrapped(tensor)
+        return tensor.requires_grad
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        """`scaled_dot_product_attention`, where it has no mask with slices for further examples."""
+        attention: Any = torch.nn.functional.scaled_dot_product_attention
+        inner = transforms() != self.level or args or options.get("attn_mask") is not None
+        if inner or any(t.ndim != 4 for t in (query, key, value)):
+            return attention(query, key, value, *args, **options)
+
+        def each(*whole: Tensor) -> Tensor:
+            return attention(*(t.flatten(0, 1) for t in whole), **options).unflatten(0, (self.count, -1))
+
+        return self._together(each, query, key, value)
 
 
 def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Product]:
@@ -291,51 +325,3 @@ def transforms() -> int:
     """How many of `torch.func`'s transforms are around this call."""
     innermost: Any = _functorch.peek_interpreter_stack()
     return 0 if innermost is None else int(innermost.level())
-
-
-#: What a model may ask of a tensor's graph.
-OF_GRAPHS = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """The slices of a `vmap`.
-
-    Attributes:
-        count: how many.
-        level: the transforms around the model.
-    """
-
-    count: int
-    level: int
-
-    def together(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-        """One slice's part of a function of the `[slices, ...]` that these are one slice's parts of."""
-        whole = [None if t is None else _functorch._remove_batch_dim(t, self.level, self.count, 0) for t in tensors]
-        with temporarily_pop_interpreter_stack():
-            found = function(*whole)
-        return _functorch._add_batch_dim(found, 0, self.level)
-
-    def answer(self, getter: Any, tensor: Tensor) -> Any:
-        """What a model that asks for `requires_grad` is told outside: `vmap` says False of everything.
-
-        Raises:
-            NotImplementedError: for what else it asks of the graph.
-        """
-        if getter != torch.Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
-            raise NotImplementedError("a slice has no graph of its own")
-        while _functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = _functorch.get_unwrapped(tensor)
-        return tensor.requires_grad
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        """`scaled_dot_product_attention`, where it has no mask with slices for further examples."""
-        attention: Any = torch.nn.functional.scaled_dot_product_attention
-        inner = transforms() != self.level or args or options.get("attn_mask") is not None
-        if inner or any(t.ndim != 4 for t in (query, key, value)):
-            return attention(query, key, value, *args, **options)
-
-        def each(*whole: Tensor) -> Tensor:
-            return attention(*(t.flatten(0, 1) for t in whole), **options).unflatten(0, (self.count, -1))
-
-        return self.together(each, query, key, value)

@@ -17,7 +17,6 @@ from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
     Estimator,
-    Moments,
     TensorUpdate,
     combine,
 )
@@ -26,7 +25,7 @@ from layerwise.function_space.measuring.per_tensor import CHANGES, per_tensor
 from layerwise.function_space.measuring.probes import Distribution, draw_probes
 from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption, collector_for
 from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, Runner, untouched
-from layerwise.function_space.measuring.slices import Graph, Slices, graphs
+from layerwise.function_space.measuring.slices import Slices, graphs
 from layerwise.function_space.rates import Rate, Rates
 
 
@@ -175,33 +174,22 @@ class Run:
         weights: list[float] = []  # of each probe: batches count alike, slices by their entries
         for index, batch in enumerate(batches):
             count = settings.probes // len(batches) + (index < settings.probes % len(batches))
+            of_batch: list[tuple[int, int]] = []  # of each probe the entries that counted, and how many probes these had
             total = 0
-            # Of each probe, the entries that counted and how many probes these had.
-            of_probes: list[tuple[int, int]] = []
             for graph in graphs(self, runner, batch, mask, max(1, count)):
-                probes = graph.parts[0].probes
-                for name, found in self._moments(runner, graph, len(entries) + len(of_probes)).items():
-                    logs[name].append(found.logs(probes * len(graph.parts)))
-                of_probes += [(part.entries, part.probes) for part in graph.parts] * probes
-                total += graph.entries
-                del graph  # before the next one is made
-            entries += [counted for counted, _ in of_probes]
-            weights += [counted / total / len(batches) / probes for counted, probes in of_probes]
+                slices, drawn = len(graph.entries), len(entries) + len(of_batch)
+                probes = draw_probes(graph.outputs, graph.probes, settings.probe, self.seed, drawn, graph.first_row, slices)
+                sink = collector_for(self.processes, self.estimators, self.updates, settings.method)
+                runner.probe(graph.outputs, probes, sink, settings.memory)
+                for name, moments in sink.moments.items():
+                    logs[name].append(moments.logs(graph.probes * slices))
+                # Of each slice the first probe, then of each the second, ...
+                of_batch += [(counted, graph.probes) for counted in graph.entries] * graph.probes
+                total += sum(graph.entries)
+                del graph, probes, sink, moments  # before the next one is made
+            entries += [counted for counted, _ in of_batch]
+            weights += [counted / total / len(batches) / probes for counted, probes in of_batch]
         return self.rates(self.combined(logs, entries, weights), len(weights))
-
-    def _moments(self, runner: Runner, graph: Graph, first_probe: int) -> Mapping[str, Moments]:
-        """Moments of every tensor under the probes of one graph: of each part under its first probe, and so on."""
-        settings = self.settings
-        sink = collector_for(self.processes, self.estimators, self.updates, settings.method)
-        draws = []
-        for part in graph.parts:
-            draw = draw_probes(part.outputs, part.probes, settings.probe, self.seed, first_probe, part.first_row)
-            draws.append(draw)
-            first_probe += part.probes
-        probes = draws[0] if len(draws) == 1 else map(torch.stack, zip(*draws, strict=True))
-        runner.probe(graph.outputs, probes, sink, settings.memory)
-        self.note(graph.parts[0].outputs, graph.entries)
-        return sink.moments
 
     def combined(
         self, logs: Mapping[str, list[Tensor]], entries: list[int], weights: list[float]
@@ -219,11 +207,21 @@ class Run:
             values.update({n: (*rate, estimator) for n, rate in zip(found, rates, strict=True)})
         return {name: values[name] for name in logs}
 
-    def note(self, outputs: Outputs, entries: int) -> None:
-        """Keep what the outputs are like, and count entries."""
-        self.classes = outputs.values.shape[-1] if outputs.values.ndim else 1
-        self.dtype = str(outputs.values.dtype).removeprefix("torch.")
-        self.entries += entries
+    def count(self, outputs: Outputs, slices: int = 1) -> tuple[int, list[int]]:
+        """How many rows of the global batch are before these outputs, and how many entries of each slice count in all.
+
+        Notes what the outputs are like.
+        """
+        values = outputs.values
+        self.classes = values.shape[-1] if values.ndim else 1
+        self.dtype = str(values.dtype).removeprefix("torch.")
+        entries = [values.numel() // slices] * slices
+        if outputs.mask is not None:
+            entries = [int(mask.sum()) for mask in (outputs.mask if slices > 1 else [outputs.mask])]
+        rows, *counts = zip(*self.processes.gather([outputs.rows, *entries]), strict=True)
+        entries = [sum(count) for count in counts]
+        self.entries += sum(entries)
+        return sum(rows[: self.processes.rank]), entries
 
     def rates(self, values: Mapping[str, tuple[float, float, str]], probes: int = 0) -> Rates:
         """Of `(value, standard error, estimator)` by name."""

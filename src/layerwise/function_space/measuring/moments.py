@@ -28,8 +28,6 @@ from layerwise.common.tensors import local_part, or_one, wide_dtype
 # temporary never grows with the tensor (an embedding can be a third of a model).
 _CPU_PIECE = 1 << 17
 _GPU_PIECE = 1 << 24
-# Updates of up to this many entries (biases, gains) are kept: no memory to speak of, fewer operations.
-_SMALL = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -39,37 +37,34 @@ class Estimator:
     Attributes:
         name: what a rate says it was measured with.
         view: the shape, of rank 2 or more.
-        total: exponent of the squared total; an estimator has this one alone, or the others.
-        square: exponent of the sum of squares.
-        per_dim: exponent of each K_d.
+        exponents: of the total alone; or of the square, and then of K_0, K_1, ... if they are used.
+        total: whether the total is the moment.
     """
 
     name: str
     view: tuple[int, ...]
-    total: int = 0
-    square: int = 0
-    per_dim: int = 0
+    exponents: tuple[int, ...] = (1,)
+    total: bool = False
 
-    @cached_property
-    def exponents(self) -> tuple[int, ...]:
-        """Exponents of the moments in the order of `Moments.logs`: the total, or the square and K_0, K_1, ..."""
-        powers = [p for p in (self.total, self.square) if p]
-        return tuple(powers + [self.per_dim] * (len(self.view) if self.per_dim else 0))
+    @property
+    def per_dim(self) -> bool:
+        """Whether the K_d are used."""
+        return len(self.exponents) > 1
 
 
 def full_cov(shape: tuple[int, ...]) -> Estimator:
     """`E[(sum Z)^2]`: unbiased, noisy: relative standard error about 1 / sqrt(2 probes)."""
-    return Estimator("full_cov", (shape[0] if shape else 1, math.prod(shape[1:])), total=1)
+    return Estimator("full_cov", (shape[0] if shape else 1, math.prod(shape[1:])), total=True)
 
 
 def iid(shape: tuple[int, ...]) -> Estimator:
     """`E[sum Z^2]`: low by a factor that depends on the width, so never for transfer across widths."""
-    return Estimator("iid", (shape[0] if shape else 1, math.prod(shape[1:])), square=1)
+    return Estimator("iid", (shape[0] if shape else 1, math.prod(shape[1:])))
 
 
 def kronecker(view: tuple[int, ...]) -> Estimator:
     """`prod_d K_d / square^(D-1)`, literally, for a tensor of any rank D >= 2."""
-    return Estimator("kronecker", view, square=-(len(view) - 1), per_dim=1)
+    return Estimator("kronecker", view, (1 - len(view), *[1] * len(view)))
 
 
 def kronecker_of_matrices(shape: tuple[int, ...]) -> Estimator:
@@ -111,42 +106,37 @@ class TensorUpdate:
         """The precision that dW is formed in."""
         return torch.float64 if self.new.dtype == torch.float64 else torch.float32
 
-    @property
-    def row_count(self) -> int:
-        """Size of the first dimension (1 of a scalar)."""
-        return self.new.shape[0] if self.new.ndim else 1
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start:stop` of dW (of a scalar: itself as one row)."""
-        return self._formed(start, stop) if self._small is None else self._small[start:stop]
-
-    @cached_property
-    def _small(self) -> Tensor | None:
-        """dW where it has few entries: it is then formed once."""
-        return self._formed(0, self.row_count) if self.new.numel() <= _SMALL else None
-
-    def _formed(self, start: int, stop: int) -> Tensor:
-        delta = torch.atleast_1d(self.new.detach())[start:stop].to(self.dtype)
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        """Some rows of dW (of a scalar: itself as one row)."""
+        delta = torch.atleast_1d(self.new.detach())[rows].to(self.dtype)
         if self.old is not None:
-            old = torch.atleast_1d(self.old.detach())[start:stop]
+            old = torch.atleast_1d(self.old.detach())[rows]
             delta = delta - old
             if self.decay:
                 delta = delta.add_(old.to(self.dtype), alpha=self.decay)
         return delta
+
+    def pieces(self, width: int = 1) -> list[slice]:
+        """Rows few enough to work on `width` gradients at a time, all of them in turn."""
+        if not self.new.numel():
+            return []
+        count = self.new.shape[0] if self.new.ndim else 1
+        limit = _CPU_PIECE if self.new.device.type == "cpu" else _GPU_PIECE
+        step = max(1, limit // max(1, width * (self.new.numel() // count)))
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     def applied(self, point: Tensor) -> Tensor:
         """The tensor after this update alone, from `point`, in its precision."""
         if self.old is not None and not self.decay:
             return self.new.detach()
         found = torch.empty_like(point)
-        for start, stop in self.pieces():
-            before = torch.atleast_1d(point.detach())[start:stop].to(self.dtype)
-            torch.atleast_1d(found)[start:stop] = before + self.rows(start, stop)
+        for rows in self.pieces():
+            torch.atleast_1d(found)[rows] = torch.atleast_1d(point.detach())[rows].to(self.dtype) + self.rows(rows)
         return found
 
-    def part(self, start: int, stop: int) -> TensorUpdate:
+    def part(self, rows: slice) -> TensorUpdate:
         """The update of some rows alone."""
-        return self._each(lambda t: torch.atleast_1d(t)[start:stop])
+        return self._each(lambda t: torch.atleast_1d(t)[rows])
 
     def block(self, dim: int = 0) -> TensorUpdate:
         """What this process holds of a sharded tensor's update, its dimension `dim` put first."""
@@ -157,22 +147,13 @@ class TensorUpdate:
 
     def whole(self) -> Tensor:
         """dW as one tensor, in the parameter's shape."""
-        return self.rows(0, self.row_count).reshape(self.new.shape)
-
-    def pieces(self, width: int = 1) -> list[tuple[int, int]]:
-        """Row ranges small enough to work on `width` gradients at a time."""
-        rows = self.row_count
-        if self.new.numel() == 0:
-            return []
-        limit = _CPU_PIECE if self.new.device.type == "cpu" else _GPU_PIECE
-        count = max(1, limit // max(1, width * (self.new.numel() // rows)))
-        return [(start, min(start + count, rows)) for start in range(0, rows, count)]
+        return self.rows().reshape(self.new.shape)
 
     @cached_property
     def largest(self) -> Tensor:
         """The largest absolute entry, a scalar on the tensor's device."""
         # Not `vector_norm(ord=inf)`: on a CPU it takes fifteen times as long.
-        peaks = [self.rows(a, b).abs().amax() for a, b in self.pieces()]
+        peaks = [self.rows(rows).abs().amax() for rows in self.pieces()]
         if len(peaks) == 1:
             return peaks[0]
         return torch.stack(peaks).amax() if peaks else self.new.new_zeros((), dtype=self.dtype)
@@ -186,28 +167,35 @@ class TensorUpdate:
         """
         assert self.old is not None
         new, old = torch.atleast_1d(self.new), torch.atleast_1d(self.old)
-        for start, stop in self.pieces():
-            before = old[start:stop].to(self.dtype) * (1.0 - self.decay)
-            new[start:stop].copy_(before.add_(self.rows(start, stop), alpha=change))
+        for rows in self.pieces():
+            before = old[rows].to(self.dtype) * (1.0 - self.decay)
+            new[rows].copy_(before.add_(self.rows(rows), alpha=change))
 
 
 @dataclass(eq=False)
 class Moments:
-    """The moments of one tensor, a row per probe, kept on the device until the end.
+    """The moments of one tensor under probes, kept on the device until the end.
 
     Products are formed of numbers of order one: the update over its largest entry, and where they are squared, gradients
     over the largest of the first one. The scales come back in as logarithms.
+
+    Attributes:
+        scales: of the update, and where products are squared of gradients; once the first gradients came.
+        log_scale: what they add to log moments.
+        found: logarithms of the moments, a row a probe, in float64 where the device has it.
     """
 
     estimator: Estimator
     update: TensorUpdate
     scales: list[Tensor] = field(default_factory=list)
-    probes: list[Tensor] = field(default_factory=list)
+    log_scale: Tensor | float = 0.0
+    found: list[Tensor] = field(default_factory=list)
 
     def add(self, grads: Tensor) -> None:
         """Take the gradients of some probes, `[..., *shape]`, in any float dtype."""
         leading = grads.ndim - self.update.new.ndim
-        self.take(self.sums(grads.flatten(0, leading - 1) if leading > 1 else grads))
+        sums = self.sums(grads.flatten(0, leading - 1) if leading > 1 else grads)
+        self.take(sums, self.log_scale)
 
     def sums(self, grads: Tensor) -> Tensor:
         """`[probes, sums]`: the sums of Z and its squares that moments are made of, additive over blocks of rows.
@@ -221,10 +209,12 @@ class Moments:
             if not self.estimator.total:
                 largest = grads[0].abs().amax() if grads.numel() else grads.new_zeros(())
                 self.scales.append(or_one(largest.to(self.update.dtype)))
+            wide = wide_dtype(grads.device)
+            self.log_scale = reduce(torch.mul, [scale.to(wide) for scale in self.scales]).log() * 2
         pieces = self.update.pieces(len(grads))
         if not pieces:
             return grads.new_zeros(len(grads), self.count, dtype=self.update.dtype)
-        return reduce(torch.add, (self._piece(grads[:, a:b], self.update.rows(a, b)) for a, b in pieces))
+        return reduce(torch.add, (self._piece(grads[:, rows], self.update.rows(rows)) for rows in pieces))
 
     def _piece(self, grads: Tensor, delta: Tensor) -> Tensor:
         """The sums of some rows of dW."""
@@ -238,47 +228,32 @@ class Moments:
             found.append(z.sum(1).flatten(1))
         return torch.cat(found, 1)
 
-    def take(self, sums: Tensor) -> None:
-        """Make `sums` of whole tensors into moments."""
-        if self.estimator.per_dim:
-            last = len(self.estimator.view)
-            sums = torch.cat([sums[:, :1], _squares(sums[:, last:]), sums[:, 1:last]], 1)
-        self.probes.append(sums)
-
-    @property
-    def count(self) -> int:
-        """How many numbers `sums` has for each probe."""
-        view = self.estimator.view
-        return len(view) + math.prod(view[1:]) if self.estimator.per_dim else 1
-
-    def logs(self, probes: int) -> Tensor:
-        """`[probes, len(exponents)]`, in float64 where the device has it; -inf if no gradient came."""
-        if not self.probes:
-            return torch.full((probes, len(self.estimator.exponents)), -math.inf)
-        wide = wide_dtype(self.probes[0].device)
-        return self._logs(torch.cat(self.probes).to(wide)) + reduce(torch.mul, [s.to(wide) for s in self.scales]).log() * 2
-
-    def _logs(self, sums: Tensor) -> Tensor:
-        """Of what `take` kept: the total is not squared yet."""
-        return sums.abs().log() * 2 if self.estimator.total else sums.log()
-
-
-class BlockMoments(Moments):
-    """The same where this process has a block of the tensor's rows, or one of several terms of its gradient.
-
-    Scales differ between processes, so their sums are exchanged unscaled, in float64, which has room for their squares.
-    """
-
-    def sums(self, grads: Tensor) -> Tensor:
-        scaled = super().sums(grads).double()
+    def unscaled_sums(self, grads: Tensor) -> Tensor:
+        """The same without scales, which differ between processes; in float64, which has room for squares."""
+        scaled = self.sums(grads).double()
         scale = reduce(torch.mul, [s.double() for s in self.scales])
         if self.estimator.total:
             return scaled * scale
         squares = len(self.estimator.view) if self.estimator.per_dim else 1
         return torch.cat([scaled[:, :squares] * scale.square(), scaled[:, squares:] * scale], 1)
 
+    def take(self, sums: Tensor, log_scale: Tensor | float) -> None:
+        """Make sums of whole tensors into log moments, which `log_scale` is to be added to."""
+        if self.estimator.per_dim:
+            last = len(self.estimator.view)
+            sums = torch.cat([sums[:, :1], _squares(sums[:, last:]), sums[:, 1:last]], 1)
+        logs = sums.to(wide_dtype(sums.device)).abs().log()
+        self.found.append((logs * 2 if self.estimator.total else logs) + log_scale)
+
     def logs(self, probes: int) -> Tensor:
-        return self._logs(torch.cat(self.probes))
+        """Logarithms of the moments, `[probes, len(exponents)]`; -inf if no gradient came."""
+        return torch.cat(self.found) if self.found else torch.full((probes, len(self.estimator.exponents)), -math.inf)
+
+    @property
+    def count(self) -> int:
+        """How many numbers `sums` has for each probe."""
+        view = self.estimator.view
+        return len(view) + math.prod(view[1:]) if self.estimator.per_dim else 1
 
 
 def _squares(x: Tensor) -> Tensor:

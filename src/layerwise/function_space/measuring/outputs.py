@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.process_group import Processes
 
 #: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`.
 Forward = Callable[[nn.Module, Any], Any]
@@ -34,17 +33,6 @@ class Outputs:
     mask: Tensor | None
     rows: int
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def slice(self, index: int) -> Outputs:
-        """The outputs of one of the slices that were run side by side."""
-        mask = None if self.mask is None else self.mask[index]
-        return Outputs(self.values[index], mask, self.values.shape[1])
-
-    def place(self, processes: Processes) -> tuple[int, int]:
-        """How many rows of the global batch are before these, and how many entries of it count in all."""
-        entries = self.values.numel() if self.mask is None else int(self.mask.sum())
-        found = processes.gather([self.rows, entries])
-        return sum(rows for rows, _ in found[: processes.rank]), sum(counted for _, counted in found)
 
 
 def nodes_of(outputs: Tensor) -> Iterator[Any]:

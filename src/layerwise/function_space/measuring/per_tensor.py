@@ -78,10 +78,9 @@ def per_tensor(run: Run, runner: Runner, batches: list[Any], mask: Tensor | None
         counted = 0
         for name, change in CHANGES[run.settings.method](run, runner, batch, mask):
             if not counted:
-                _, counted = change.outputs.place(run.processes)
+                _, [counted] = run.count(change.outputs)
                 if not counted:
                     raise nothing_counts(change.outputs.mask is not None)
-                run.note(change.outputs, counted)
             square = change.log_square()
             if run.processes.count > 1:
                 square = run.processes.sum_(square.double().exp()).log()

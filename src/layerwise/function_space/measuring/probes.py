@@ -38,17 +38,20 @@ def draw_probes(
     seed: int,
     first_probe: int = 0,
     first_row: int = 0,
+    slices: int = 1,
 ) -> Iterator[Tensor]:
     """Independent probes with `E eps eps^T = I` on the entries that count, 0 elsewhere, in the outputs' shape.
 
-    The outputs' rows are those of the global batch from `first_row` on. Probes are not divided by sqrt(N): half precision
-    would lose them. `log N` is subtracted from the log moments.
+    The outputs' rows are those of the global batch from `first_row` on. Each slice that was run side by side has `count`
+    probes of its own, numbered slice by slice. Probes are not divided by sqrt(N): half precision would lose them. `log N`
+    is subtracted from the log moments.
     """
-    values = outputs.values.detach()
     draw = random_normals if distribution == "gaussian" else random_signs
-    rows = range(first_row, first_row + (values.shape[0] if values.ndim else 1))
+    parts = outputs.values.detach() if slices > 1 else outputs.values.detach()[None]
+    like = parts[0] if parts.ndim > 1 else parts
+    rows = range(first_row, first_row + len(like))
     for probe in range(first_probe, first_probe + count):
-        eps = draw((seed, probe), rows, values if values.ndim else values[None]).reshape(values.shape)
+        eps = torch.stack([draw((seed, probe + k * count), rows, like) for k in range(slices)]).reshape(outputs.values.shape)
         yield eps if outputs.mask is None else eps * outputs.mask
 
 
@@ -59,23 +62,23 @@ def probes_at_once(outputs: Outputs, leaves: Mapping[str, Tensor], memory: int) 
 
 
 def run_probes(
-    outputs: Outputs, leaves: Mapping[str, Tensor], probes: Iterator[Tensor], sink: Collector, memory: int
+    outputs: Outputs, leaves: Mapping[str, Tensor], probes: Iterator[Tensor], sink: Collector, at_once: int
 ) -> None:
     """Differentiate the outputs along each probe and hand every tensor's gradients to `sink`.
 
-    Several probes go through one batched backward where `memory` bytes allow it. Otherwise each gradient is used and
-    freed as soon as it is complete, so that never more than the largest tensor's is held.
+    Several probes go through one batched backward where they may. Otherwise each gradient is used and freed as soon as it
+    is complete, so that never more than the largest tensor's is held.
 
     Args:
         outputs: with their graph.
         leaves: tensors of our own, whose `.grad` nobody else sees.
         probes: in the outputs' shape.
         sink: takes the gradients.
-        memory: bytes that gradients of probes taken together may use.
+        at_once: how many probes there is room for, see `probes_at_once`.
     """
     if not outputs.values.requires_grad:
         raise LayerwiseError(NO_GRAPH)
-    at_once = sink.processes.least(probes_at_once(outputs, leaves, memory))
+    at_once = sink.processes.least(at_once)
     while several := list(islice(probes, at_once)):
         if len(several) == 1 or not _batched(outputs.values, leaves, several, sink):
             at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
@@ -125,7 +128,11 @@ def random_words(key: tuple[int, ...], rows: range, width: int, device: torch.de
     """`[rows, width]` independent 64-bit words (int64), given by `key`, the number of the row and the place in it."""
     state = 0
     for part in key:
-        state = (_mixed_number(state + part) + _WEYL + 2**63) % 2**64 - 2**63  # the int64 of the same 64 bits
+        # As `_mixed`, whose operations on one number would take as long as all the rest of a small batch.
+        z = (state + part) % 2**64
+        z = (z ^ (z >> 30)) * _FIRST % 2**64
+        z = (z ^ (z >> 27)) * _SECOND % 2**64
+        state = ((z ^ (z >> 31)) + _WEYL + 2**63) % 2**64 - 2**63  # the int64 of the same 64 bits
     numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
     starts = _mixed(state + numbers * _WEYL)
     return _mixed(starts[:, None] + torch.arange(1, width + 1, dtype=torch.int64, device=device) * _WEYL)
@@ -149,14 +156,6 @@ def random_normals(key: tuple[int, ...], rows: range, like: Tensor) -> Tensor:
     angle = (words & 0xFFFFFFFF).to(wide).mul_(2 * math.pi / 2**32)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
     return pairs.flatten(1)[:, :width].to(like.dtype).reshape(like.shape)
-
-
-def _mixed_number(z: int) -> int:
-    """`_mixed` of one number: on a small batch its operations would take as long as all the rest."""
-    z %= 2**64
-    z = (z ^ (z >> 30)) * _FIRST % 2**64
-    z = (z ^ (z >> 27)) * _SECOND % 2**64
-    return z ^ (z >> 31)
 
 
 def _mixed(z: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from layerwise.common.tensors import is_sharded
-from layerwise.function_space.measuring.moments import ESTIMATORS, BlockMoments, Estimator, Moments, TensorUpdate
+from layerwise.function_space.measuring.moments import ESTIMATORS, Estimator, Moments, TensorUpdate
 
 #: `"auto"`: all processes of torch.distributed where it is initialised, else this one; `None`: this one alone.
 ProcessesOption = Literal["auto"] | dist.ProcessGroup | None
@@ -48,10 +48,10 @@ class Processes:
         """The first process's values, everywhere: what all decide by is then equal to the last bit."""
         return tensor
 
-    def rows(self, count: int) -> tuple[int, int]:
-        """First and last (exclusive) of `count` rows that `scatter_rows` gives this process."""
+    def rows(self, count: int) -> slice:
+        """Which of `count` rows `scatter_rows` gives this process."""
         step = -(-count // self.count)
-        return min(count, self.rank * step), min(count, (self.rank + 1) * step)
+        return slice(min(count, self.rank * step), min(count, (self.rank + 1) * step))
 
     def least(self, number: int) -> int:
         """The least of every process's number."""
@@ -88,8 +88,8 @@ class Group(Processes):
             sent = torch.cat([sent, padding])
         received = sent.new_empty(step, *sent.shape[1:])
         dist.reduce_scatter_single(received, sent.contiguous(), group=self.group)
-        first, last = self.rows(tensor.shape[0])
-        return received[: last - first].to(tensor.device)
+        own = self.rows(tensor.shape[0])
+        return received[: own.stop - own.start].to(tensor.device)
 
     def same(self, tensor: Tensor) -> Tensor:
         sent = self._sendable(tensor)
@@ -162,7 +162,7 @@ class ReplicaCollector(Collector):
 
     def add(self, name: str, grads: Tensor) -> None:
         if name not in self._order:
-            self._sums[name] = self.moments[name].sums(grads)
+            self._sums[name] = self.moments[name].unscaled_sums(grads)
             return
         self._waiting[name] = grads
         while self._turn < len(self._order) and self._order[self._turn] in self._waiting:
@@ -181,15 +181,15 @@ class ReplicaCollector(Collector):
         """Whether this tensor's gradients are added up, and each process works on some of their rows."""
         return not estimator.total
 
-    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> BlockMoments:
-        rows = self.processes.rows(update.row_count) if name in self._order else (0, update.row_count)
-        return BlockMoments(estimator, update.part(*rows))
+    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> Moments:
+        rows = self.processes.rows(len(torch.atleast_1d(update.new))) if name in self._order else slice(None)
+        return Moments(estimator, update.part(rows))
 
     def _exchange(self, grads: Tensor) -> None:
         """Sum the next tensor's gradients over processes, each keeping its rows."""
         name = self._order[self._turn]
         rows = (grads if grads.ndim > 1 else grads[:, None]).movedim(1, 0).to(self.updates[name].dtype)
-        self._sums[name] = self.moments[name].sums(self.processes.scatter_rows(rows).movedim(0, 1))
+        self._sums[name] = self.moments[name].unscaled_sums(self.processes.scatter_rows(rows).movedim(0, 1))
         self._turn += 1
 
     def _add_up(self, probes: int) -> None:
@@ -204,7 +204,7 @@ class ReplicaCollector(Collector):
         ]
         together = self.processes.sum_(torch.cat(parts, 1))
         for m, part in zip(self.moments.values(), together.split([p.shape[1] for p in parts], 1), strict=True):
-            m.take(part)
+            m.take(part, 0.0)
 
 
 class ShardCollector(ReplicaCollector):
@@ -232,18 +232,18 @@ class ShardCollector(ReplicaCollector):
             super().add(name, grads)
             return
         dim, replicas = self._places[name]
-        sums = self.moments[name].sums(grads.movedim(dim + 1, 1) if grads.ndim > 1 else grads)
+        sums = self.moments[name].unscaled_sums(grads.movedim(dim + 1, 1) if grads.ndim > 1 else grads)
         self._sums[name] = sums / replicas  # each of them adds the same
 
     def _in_parts(self, name: str, estimator: Estimator) -> bool:
         return name not in self._places and super()._in_parts(name, estimator)
 
-    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> BlockMoments:
+    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> Moments:
         if name not in self._places:
             return super()._moments(name, estimator, update)
         block = update.block(self._places[name][0])
         # An estimator says of a matrix and of its transpose the same.
-        return BlockMoments(ESTIMATORS[self._method](tuple(block.new.shape)), block)
+        return Moments(ESTIMATORS[self._method](tuple(block.new.shape)), block)
 
 
 def collector_for(

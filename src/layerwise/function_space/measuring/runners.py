@@ -18,7 +18,7 @@ from layerwise.function_space.measuring.adjoint import Adjoint, adjoint
 from layerwise.function_space.measuring.exact import Change, exact_change
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
-from layerwise.function_space.measuring.probes import run_probes
+from layerwise.function_space.measuring.probes import probes_at_once, run_probes
 from layerwise.function_space.measuring.process_group import Collector
 
 BatchNormMode = Literal["running", "batch"]
@@ -116,7 +116,7 @@ class LeafRunner(nn.Module, Runner):
                 raise LayerwiseError(WRITES.format(name))
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
-        run_probes(outputs, outputs.leaves, probes, sink, memory)
+        run_probes(outputs, outputs.leaves, probes, sink, probes_at_once(outputs, outputs.leaves, memory))
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
         return adjoint(self._of_tensors(batch, mask), self.points, updates)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import itemgetter
@@ -145,37 +146,24 @@ def each_tensor(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one slice, or the whole batch, is in a graph.
+class Graph:
+    """Outputs whose graph stands: of one slice (or the whole batch), or of several side by side, which are alike.
 
     Attributes:
         outputs: of this process's examples.
         first_row: how many rows of the slice are before them, on other processes.
-        entries: how many of its entries count, over all processes.
-        probes: how many to run.
+        entries: of each slice, how many of its entries count, over all processes.
+        probes: how many to run on each slice.
     """
 
     outputs: Outputs
     first_row: int
-    entries: int
+    entries: list[int]
     probes: int
 
 
-@dataclass(frozen=True)
-class Graph:
-    """Outputs whose graph stands, and the parts of them that are probed independently.
-
-    Attributes:
-        outputs: of one part; or of several side by side, which have as many entries and probes each.
-        parts: one, or the slices that were run side by side.
-        entries: how many count, over all parts and processes.
-    """
-
-    outputs: Outputs
-    parts: list[Part]
-    entries: int
-
-
+#: Outputs, of how many examples they are, and which one of these (from 1 on) is the first slice's last.
+_Sized = tuple[Outputs, int, int]
 #: The outputs of one slice, or of several side by side.
 _Forward = tuple[Outputs, list[Slice]]
 
@@ -194,14 +182,11 @@ def graphs(run: Run, runner: Runner, inputs: Any, mask: Tensor | None, probes: i
         forwards = iter([(runner.outputs(inputs, mask), [Slice(range(0), probes)])])
     counted, masked = 0, False
     for outputs, several in forwards:
-        each = [outputs.slice(k) for k in range(len(several))] if len(several) > 1 else [outputs]
-        parts = [Part(o, *o.place(run.processes), s.probes) for o, s in zip(each, several, strict=True)]
-        graph, masked = Graph(outputs, parts, sum(part.entries for part in parts)), outputs.mask is not None
-        counted += graph.entries
-        del outputs, each, parts  # the graph alone holds them
-        if graph.entries:
-            yield graph
-        del graph
+        first_row, entries = run.count(outputs, len(several))
+        counted, masked = counted + sum(entries), outputs.mask is not None
+        if sum(entries):
+            yield Graph(outputs, first_row, entries, several[0].probes)
+        del outputs  # before the next ones are made
     if not counted:
         raise nothing_counts(masked)
 
@@ -219,7 +204,6 @@ def _independent(
     company = rows[-1:]
     if len(rows) == 1 and rows[0]:
         company = range(rows[0] - 1, rows[0] + 1)
-    tolerance = rounding_of(run.model, run.settings.autocast)
     forwards: Iterator[_Forward] = iter(())
     try:
         with torch.no_grad():
@@ -227,11 +211,10 @@ def _independent(
         # What each slice needs: gradients of the weights, and of outputs on the way.
         weights = sum(leaf.numel() * leaf.element_size() for leaf in reference.leaves.values())
         values = 4 * reference.values.numel() * reference.values.element_size() * len(rows) / max(1, len(company))
-        room = int(run.settings.memory / max(1, weights + values))
-        forwards = _forwards(runner, batch, slices, room)
+        forwards = _forwards(runner, batch, slices, room=int(run.settings.memory / max(1, weights + values)))
         outputs, several = next(forwards)
-        last = outputs.slice(0) if len(several) > 1 else outputs
-        if not rows or same_last_example(last, len(rows), reference, len(company), tolerance):
+        sizes = (outputs, len(several) * len(rows), len(rows)), (reference, len(company), len(company))
+        if not rows or same_last_example(*sizes, rounding_of(run.model, run.settings.autocast)):
             found = [(outputs, several)]
     except Exception as error:  # a forward that takes whole batches only can fail in any way
         problem = error
@@ -248,28 +231,19 @@ def _forwards(runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Sli
     """The outputs of slices of as many examples and probes side by side, where that can be, and else of one at a time."""
     while slices:
         alike = [s for s in slices[:room] if (len(s.rows), s.probes) == (len(slices[0].rows), slices[0].probes)]
-        together = _together(runner, batch, alike) if len(alike) > 1 else None
-        if together is not None:
-            yield together, alike
-        else:
-            alike, room = slices[:1], 1
-            yield outputs_of(runner, batch, alike[0].rows), alike
-        del together  # before the next are made
-        slices = slices[len(alike) :]
-
-
-def _together(runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice]) -> Outputs | None:
-    """The outputs of alike slices side by side; None where the model does not run so, or some have nothing to probe."""
-    try:
-        with warnings.catch_warnings():
+        outputs = None
+        # A forward that looks at numbers, or writes what slices share, can fail in any way.
+        with suppress(Exception), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*performance drop.*")
-            stacked = each_tensor(batch, lambda t: torch.stack([rows_of(t, s.rows) for s in slices]))
-            found = runner.side_by_side(*stacked)
-    except Exception:  # a forward that looks at numbers, or writes what it shares, can fail in any way
-        return None
-    if found is not None and found.mask is not None and not found.mask.flatten(1).any(1).all():
-        return None
-    return found
+            if len(alike) > 1:
+                rows = torch.tensor([list(s.rows) for s in alike])
+                outputs = runner.side_by_side(*each_tensor(batch, itemgetter(rows)))
+        if outputs is None or (outputs.mask is not None and not outputs.mask.flatten(1).any(1).all()):
+            alike, room = slices[:1], 1
+            outputs = outputs_of(runner, batch, alike[0].rows)
+        yield outputs, alike
+        del outputs  # before the next are made
+        slices = slices[len(alike) :]
 
 
 def outputs_of(runner: Runner, batch: tuple[Any, Tensor | None], rows: range) -> Outputs:
@@ -299,15 +273,19 @@ def rounding_of(model: nn.Module, autocast: torch.dtype | None) -> float:
     return min(0.05, max(least, 1000 * eps))
 
 
-def same_last_example(one: Outputs, examples: int, other: Outputs, others: int, tolerance: float) -> bool:
-    """Whether the last example has the same outputs in two forwards, of so many examples, up to rounding."""
-    first, second = one.values.detach().flatten(), other.values.detach().flatten()
-    each = first.numel() // examples
-    if first.numel() != each * examples or second.numel() != each * others:
-        return False
-    counted = torch.ones_like(first[-each:], dtype=torch.bool)
-    for outputs in (one, other):
+def same_last_example(one: _Sized, other: _Sized, tolerance: float) -> bool:
+    """Whether the last example of the first slice has the same outputs in two forwards, up to rounding."""
+    values, counted = [], torch.ones((), dtype=torch.bool)
+    for outputs, examples, last in (one, other):
+        flat = outputs.values.detach().flatten()
+        each, left = divmod(flat.numel(), examples)
+        if left:
+            return False
+        place = slice((last - 1) * each, last * each)
+        values.append(flat[place].float())
         if outputs.mask is not None:
-            counted = counted & outputs.mask.flatten()[-each:]
-    first, second = (torch.where(counted, x[-each:].float(), 0.0) for x in (first, second))
+            counted = counted.to(flat.device) & outputs.mask.flatten()[place]
+    if values[0].shape != values[1].shape:
+        return False
+    first, second = (torch.where(counted, x, 0.0) for x in values)
     return bool((first - second).norm() <= tolerance * first.norm())

@@ -7,7 +7,7 @@ measures and matches `lr * u` alone: `lr * wd * W` is taken out of the update, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -68,28 +68,20 @@ def learning_rate(group: Group) -> float:
     return float(lr)
 
 
-def lr_scale(optimizer: Optimizer, group: Group) -> float:
-    """What our optimizers multiply the group's rate by in a step. Before others' steps timm's schedulers have done it."""
-    ours = any(kind.__name__ == "LayerwiseOptimizer" for kind in type(optimizer).__mro__)
-    return float(group.get("lr_scale", 1.0)) if ours else 1.0
-
-
-def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """The rate that a step would take at each parameter now, by name."""
-    groups = group_of(optimizer, parameters)
-    return {name: learning_rate(group) * lr_scale(optimizer, group) for name, group in groups.items()}
-
-
-def unscheduled_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """`learning_rates` where every schedule has its multiplier at 1."""
-    groups = group_of(optimizer, parameters)
-    return {name: unscheduled_rate(group) * lr_scale(optimizer, group) for name, group in groups.items()}
-
-
 def unscheduled_rate(group: Group) -> float:
     """The rate that the group's schedule multiplies: `initial_lr` where a scheduler has put it, else `lr`."""
     initial = group.get("initial_lr")
     return learning_rate(group) if initial is None else float(initial)
+
+
+def learning_rates(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], rate_of: Callable[[Group], float] = learning_rate
+) -> dict[str, float]:
+    """The rate that a step would take at each parameter now, by name, where its group's is what `rate_of` says."""
+    # Our optimizers multiply it by `lr_scale` in a step. Before others' steps timm's schedulers have done it.
+    ours = any(kind.__name__ == "LayerwiseOptimizer" for kind in type(optimizer).__mro__)
+    groups = group_of(optimizer, parameters)
+    return {name: rate_of(g) * (float(g.get("lr_scale", 1.0)) if ours else 1.0) for name, g in groups.items()}
 
 
 def settings_by_name(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:

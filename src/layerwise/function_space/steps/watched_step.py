@@ -1,12 +1,14 @@
-"""Watching optimizer steps: the weights before one, what it did to them, and what that does to the outputs."""
+"""Watching optimizer steps: the weights before one, what it did to them, what that does to the outputs; and the recorder."""
 
 from __future__ import annotations
 
-import sys
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
+from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.parameter_names import unwrap
 from layerwise.common.tensors import is_sharded, local_part
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate
+from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.named_rates import (
@@ -29,15 +33,12 @@ from layerwise.function_space.steps.named_rates import (
     unwrap_optimizer,
 )
 
-#: The function that torch wraps around each class's `step`, hooks and all.
-_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
-
 #: Of each optimizer whose step is surrounded, what is to be done once that is over.
 _UNDER_WAY: WeakKeyDictionary[Optimizer, list[Callable[[], None]]] = WeakKeyDictionary()
 
 
 class WatchedStep:
-    """One optimizer step: a copy of the weights before it, until `release`.
+    """One optimizer step, with a copy of the weights before it, which this object holds.
 
     The optimizer works on the model's own weights, so a watched step is bit for bit a plain one.
 
@@ -53,7 +54,6 @@ class WatchedStep:
         ...     optimizer.step()
         >>> if step.why_not() is None:
         ...     rates = step.rates(Measurement(), inputs)
-        >>> step.release()
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class WatchedStep:
         self.old = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._updates: dict[str, TensorUpdate] = {}
 
-    def release(self) -> None:
-        """Free the copy."""
-        self.old, self._updates = {}, {}
+    def note(self, *_: Any) -> None:
+        """Told by the optimizer that it took the step."""
+        self.happened = True
 
     def updates(self) -> dict[str, TensorUpdate]:
         """What the step did to each parameter, once it is over."""
@@ -142,7 +142,7 @@ class WatchedStep:
 def watch(
     model: nn.Module, optimizer: Optimizer, processes: ProcessesOption = "auto", decay: Decay = "scaled"
 ) -> Iterator[WatchedStep]:
-    """Surround one `optimizer.step()`; afterwards the watched step says what it did. Call its `release` when done.
+    """Surround one `optimizer.step()`; afterwards the watched step says what it did.
 
     Args:
         model: without the wrappers that `unwrap` sees through.
@@ -151,31 +151,11 @@ def watch(
         decay: see `FLeRM`.
     """
     step = WatchedStep(model, optimizer, processes, decay)
-
-    def note(*_: Any) -> None:
-        step.happened = True
-
-    hook = optimizer.register_step_post_hook(note)
+    hook = optimizer.register_step_post_hook(step.note)
     try:
         yield step
-    except BaseException:
-        step.release()
-        raise
     finally:
         hook.remove()
-
-
-def is_outermost(optimizer: Optimizer) -> bool:
-    """Called from a hook of `optimizer.step`: whether no other step of the same optimizer called this one.
-
-    An optimizer whose `step` calls that of its base class has torch call every hook twice.
-    """
-    steps, frame = 0, sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is _WRAPPER and frame.f_locals["args"][0] is optimizer:
-            steps += 1
-    return steps <= 1
 
 
 @contextmanager
@@ -256,15 +236,11 @@ class StepWatcher(ABC):
         with under_way(self.optimizer):
             with watch(self.model, self.optimizer, self.measurement.processes, self.decay) as step:
                 yield
-            try:
-                reason = step.why_not()
-                if reason is None:
-                    inputs = batch() if is_supplier(batch) else batch
-                    rates = step.rates(self.measurement, inputs, mask, self.measurement.seed + scheduled)
-                    self._measured(step, rates, scheduled, inputs, mask)
-            finally:
-                step.release()
+            reason = step.why_not()
             if reason is None:
+                inputs = batch() if is_supplier(batch) else batch
+                rates = step.rates(self.measurement, inputs, mask, self.measurement.seed + scheduled)
+                self._measured(step, rates, scheduled, inputs, mask)
                 self.pending = None
             else:
                 self.pending, self.skipped[self.steps] = scheduled, reason
@@ -274,3 +250,136 @@ class StepWatcher(ABC):
 def is_supplier(batch: Any) -> bool:
     """Whether a batch is a function that returns one."""
     return callable(batch) and not isinstance(batch, (Tensor, Mapping))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured step.
+
+    Attributes:
+        step: its number.
+        scheduled: the step it was due at: earlier than `step` if that one was skipped.
+        rates: what the step did to the outputs.
+        lrs: the learning rates in the optimizer's groups, by parameter name.
+        whole: in every `difference_every`-th record, rates of the whole update, with `rates` as their first order.
+    """
+
+    step: int
+    scheduled: int
+    rates: Rates
+    lrs: Mapping[str, float]
+    whole: Rates | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """One line of `function_space.jsonl`: `step`, `rates: {parameter: {value, stderr, share}}`, and how measured."""
+        whole = {} if self.whole is None else {"whole": self.whole.to_dict()}
+        head = {"step": self.step, "scheduled": self.scheduled, "lrs": dict(self.lrs)}
+        return {**head, **self.rates.to_dict(), **whole}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Record:
+        """The inverse of `to_dict`."""
+        whole = Rates.from_dict(data["whole"]) if "whole" in data else None
+        return Record(data["step"], data["scheduled"], Rates.from_dict(data), dict(data["lrs"]), whole)
+
+
+class ToDict(Protocol):
+    """A record that has plain JSON data."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class JsonLines:
+    """A sink that appends each record to a file as one line of JSON."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("a").close()
+        except OSError as error:
+            raise LayerwiseError(f"{path}: cannot be written to ({error.strerror}): name a file for the records") from None
+
+    def __call__(self, record: ToDict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record.to_dict()) + "\n")
+
+
+@checked
+class FunctionSpaceRecorder(StepWatcher):
+    """Measures every so many optimizer steps what the step did to the outputs, and changes nothing.
+
+    Each record averages its probes at that one step, never across steps: an average over steps of a quantity that falls a
+    hundredfold after the first one shows mostly its own memory. A step that did not happen (GradScaler) or moved nothing
+    is not measured; the next one is, in its place, and `skipped` says why.
+
+    Args:
+        model: any module.
+        optimizer: any torch optimizer over some or all of the model's parameters, or a wrapper around one.
+        every: measure steps 0, every, 2 * every, ... (steps are counted by `step`).
+        forward: see `Measurement`.
+        method: see `Measurement`.
+        probes: see `Measurement`.
+        seed: see `Measurement`; step n's probes are seeded `seed + n`.
+        sink: called with each `Record` (on every process that measures), or a path to append JSON lines to (which the
+            first of them does).
+        decay: `"constant"` leaves decoupled weight decay out of the update, for `FLeRM(decay="constant")`.
+        difference_every: take the outputs' difference under the whole update too (`Record.whole`), at steps 0,
+            difference_every * every, ...: one more forward per tensor there.
+        options: the other fields of `Measurement`.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> recorder = lw.FunctionSpaceRecorder(model, optimizer, every=100)
+        >>> model(torch.randn(8, 3)).square().mean().backward()
+        >>> with recorder.step(torch.randn(8, 3)):
+        ...     optimizer.step()
+        >>> list(recorder.records[0].rates)
+        ['weight', 'bias']
+        >>> recorder
+        <FunctionSpaceRecorder of Linear under SGD: parameters=2, steps=1>
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        every: PositiveInt = 100,
+        *,
+        forward: Forward | str | None = None,
+        method: str = "full_cov",
+        probes: PositiveInt = 64,
+        seed: int = 0,
+        sink: Callable[[Record], object] | str | Path | None = None,
+        decay: Decay = "scaled",
+        difference_every: PositiveInt | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, optimizer, Measurement(forward, method, probes, seed, **options), decay)
+        self.every, self.difference_every = every, difference_every
+        self.sink = JsonLines(sink) if isinstance(sink, (str, Path)) else sink
+        self.records: list[Record] = []
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step will be measured."""
+        return self.pending is not None or self.steps % self.every == 0
+
+    def _measured(self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None) -> None:
+        whole = None
+        if self.difference_every is not None and (scheduled // self.every) % self.difference_every == 0:
+            difference = replace(self.measurement, method="difference", linear=None)
+            whole = step.rates(difference, inputs, mask).beside(rates)
+        record = Record(self.steps, scheduled, rates, step.lrs, whole)
+        self.records.append(record)
+        if self.sink is not None and (not isinstance(self.sink, JsonLines) or step.processes.rank == 0):
+            self.sink(record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs: where the count of steps stands. Records are the sink's business."""
+        return {"steps": self.steps, "pending": self.pending}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the count of `state_dict`."""
+        self.steps, self.pending = state["steps"], state["pending"]

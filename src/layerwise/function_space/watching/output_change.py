@@ -105,17 +105,17 @@ class OutputChange:
 
     def _moved(self, step: WatchedStep, inputs: Any) -> float:
         """RMS difference of the outputs at the weights after the step and before it."""
-        new = self._outputs(step, inputs)
+        run = Run(self.measurement, self.model, {}, step.processes, 0)
+        new = self._outputs(run, inputs)
         with step.undone():
-            old = self._outputs(step, inputs)
+            old = self._outputs(run, inputs)
         difference = new.values.double() - old.values.double()
         if new.mask is not None:
             difference = torch.where(new.mask, difference, 0.0)
-        _, entries = new.place(step.processes)
+        _, [entries] = run.count(new)
         square = step.processes.sum_(difference.square().sum()).item()
         return math.sqrt(square / entries) if entries else math.nan
 
-    def _outputs(self, step: WatchedStep, inputs: Any) -> Outputs:
-        run = Run(self.measurement, self.model, {}, step.processes, 0)
+    def _outputs(self, run: Run, inputs: Any) -> Outputs:
         with untouched(self.model), run.runner(None) as runner, torch.no_grad():
             return runner.outputs(inputs, None)

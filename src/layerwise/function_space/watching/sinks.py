@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.steps.recorder import JsonLines
+from layerwise.function_space.steps.watched_step import JsonLines
 from layerwise.function_space.watching.watch_record import WatchRecord
 
 Sink = Callable[[WatchRecord], object]

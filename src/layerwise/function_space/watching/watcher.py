@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
@@ -20,7 +21,7 @@ from layerwise.function_space.measuring.process_group import ProcessesOption
 from layerwise.function_space.steps.by_module import by_module, module_updates
 from layerwise.function_space.steps.named_rates import optimized, unwrap_optimizer
 from layerwise.function_space.steps.update_sums import update_sums
-from layerwise.function_space.steps.watched_step import WatchedStep, is_outermost, when_over
+from layerwise.function_space.steps.watched_step import WatchedStep, when_over
 from layerwise.function_space.watching.gradients import Gradients
 from layerwise.function_space.watching.output_change import OutputChange
 from layerwise.function_space.watching.sinks import sinks_of
@@ -29,6 +30,8 @@ from layerwise.function_space.watching.unusual import UnusualRule
 from layerwise.function_space.watching.watch_record import ModuleReading, WatchRecord
 
 _LOG = logging.getLogger("layerwise")
+#: The function that torch wraps around each class's `step`, hooks and all.
+_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 @checked
@@ -172,7 +175,7 @@ class Watch:
         return self.function_space_every > 0 and step % self.function_space_every == 0
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not is_outermost(optimizer):
+        if not _is_outermost(optimizer):
             return
         step = self.steps + 1
         if self._due(step):
@@ -182,14 +185,14 @@ class Watch:
             self._gradients.before(_has_closure(args, kwargs), named)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not is_outermost(optimizer):
+        if not _is_outermost(optimizer):
             return
         self.steps += 1
         if self._due(self.steps) or self._due(self.steps + 1):
             self._gradients.after()
         if self._step is not None:
             taken, self._step = self._step, None
-            taken.happened = True
+            taken.note()
             told = partial(self._tell, self.steps, taken, self._gradients.now, self._gradients.earlier)
             when_over(self.optimizer, told)
         self._gradients.next(self._due(self.steps + 1))
@@ -197,10 +200,7 @@ class Watch:
 
     def _tell(self, step: int, taken: WatchedStep, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> None:
         """Record a step that is over, and hand the record on."""
-        try:
-            record = self._record(step, taken, now, earlier)
-        finally:
-            taken.release()
+        record = self._record(step, taken, now, earlier)
         self.records.append(record)
         if taken.processes.rank:
             return
@@ -255,3 +255,16 @@ def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether `step(closure)` was called; the optimizer itself is the first of `args`."""
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     return closure is not None
+
+
+def _is_outermost(optimizer: Optimizer) -> bool:
+    """Called from a hook of `optimizer.step`: whether no other step of the same optimizer called this one.
+
+    An optimizer whose `step` calls that of its base class has torch call every hook twice.
+    """
+    steps, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is _WRAPPER and frame.f_locals["args"][0] is optimizer:
+            steps += 1
+    return steps <= 1
