@@ -298,7 +298,7 @@ def counted(how: str, reference: str = "previous") -> dict[str, Any]:
 @contextmanager
 def counting_bytes(sent: dict[str, int]) -> Iterator[None]:
     """Counts what this process puts into each collective. Of an all-to-all, what leaves the process."""
-    import layerwise.optim.work.collectives as exchange
+    import layerwise.optim.work.routes as exchange
 
     to_all, gather, reduce = dist.all_to_all_single, exchange._all_gather_flat, dist.all_reduce
 

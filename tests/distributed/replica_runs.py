@@ -104,7 +104,7 @@ def watched(case: Case, steps: int) -> dict[str, Any]:
             param.grad.div_(case.loss_scale)
         if case.clip:
             clip_grad_norm_(model.parameters(), case.clip)
-        held = optimizer._second._replicas.bytes_held()
+        held = sum(kept.nbytes for kept in optimizer._second._replicas._kept.values())
         with recorder.step(tuple(mine(data) for data in batch(step)[:2])) if recorder else nullcontext():
             optimizer.step()
     return results(model, optimizer) | {"held": held}

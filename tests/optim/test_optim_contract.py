@@ -9,7 +9,7 @@ import torch
 from tiny import OPTIMIZERS, assert_same_bits, loss_of, make, net, set_gradients, take_step, tensors, twin
 
 import layerwise as lw
-from layerwise.optim.state.replaced import move_beside
+from layerwise.optim.state.following import move_beside
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 

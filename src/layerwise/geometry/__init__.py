@@ -1,9 +1,8 @@
 """The geometry of layers: norms, polar factors and nuclear norms, and which parameter of a model is what."""
 
 from layerwise.geometry.axes import AxesLayout
-from layerwise.geometry.by_shape import group_by_shape
 from layerwise.geometry.describe import Description, describe
-from layerwise.geometry.groups import param_groups
+from layerwise.geometry.groups import group_by_shape, param_groups
 from layerwise.geometry.layout import (
     ConvLayout,
     ConvTransposeLayout,

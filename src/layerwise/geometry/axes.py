@@ -54,7 +54,8 @@ class AxesLayout(Layout):
     def __post_init__(self) -> None:
         words = [name for names in self._words() for name in names]
         once = all(sum(not name.isdigit() for name in names) == 1 for names in self._words())
-        if not once or not {"o", "i"} <= set(words) or not all(map(_is_word, words)):
+        known = all(word in ("o", "i", "k") or (word.isdigit() and int(word) > 0) for word in words)
+        if not once or not known or not {"o", "i"} <= set(words):
             raise LayerwiseError(
                 f"AxesLayout(pattern={self.pattern!r}): give one of o, i, k for each dimension, o and i at least once, "
                 'with numbers of matrices in brackets, such as "o (4 i)"'
@@ -82,10 +83,6 @@ class AxesLayout(Layout):
 
     def __str__(self) -> str:
         return f"{self.pattern}{self._suffix()}"
-
-
-def _is_word(name: str) -> bool:
-    return name in ("o", "i", "k") or (name.isdigit() and int(name) > 0)
 
 
 def layout_of(pattern: str) -> Layout:

@@ -134,10 +134,12 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
                 f"splits: {found.name} has sizes {dict(spec)}; give a positive number of rows for each part"
             )
         if sum(spec.values()) != d_out:
+            inputs = f"({spec.get('heads', len(spec))} i)"  # so many equal parts, "heads" of them where that is said
+            pattern = f"{inputs} o" if isinstance(whole, TransposedLayout) else f"o {inputs}"
             raise LayerwiseError(
                 f"splits: the sizes of {found.name}, {dict(spec)}, add up to {sum(spec.values())}, "
                 f"but its d_out is {d_out} (shape {shape}, stored {whole}); give sizes that add up to {d_out}, "
-                f"or for parts of d_in a pattern such as {_along_d_in(whole, spec)!r}"
+                f"or for parts of d_in a pattern such as {pattern!r}"
             )
         split = Split.of_sizes(spec) if len(spec) > 1 else None
     elif isinstance(spec, Split):
@@ -152,12 +154,6 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
         except LayerwiseError as error:
             raise LayerwiseError(f"splits: {found.name} of shape {shape}: {error}") from None
     return replace(whole, split=split)
-
-
-def _along_d_in(stored: Layout, sizes: Mapping[str, int]) -> str:
-    """The pattern of so many equal parts of d_in, `"heads"` of them where that is said."""
-    parts = f"({sizes.get('heads', len(sizes))} i)"
-    return f"{parts} o" if isinstance(stored, TransposedLayout) else f"o {parts}"
 
 
 def _split_of_fields(name: str, fields: Mapping[str, Any]) -> Split:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -161,15 +161,12 @@ def _alike(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     for row in rows:
         same = (row.role, repr(row.geometry), row.norm_group, row.shape, repr(row.layout), row.note, row.how)
         groups.setdefault((_NUMBER.sub("#", row.name), *same), []).append(row)
-    return [(_common_name([row.name for row in group]), group) for group in groups.values()]
+    columns = [(zip(*(row.name.split(".") for row in group), strict=True), group) for group in groups.values()]
+    return [(".".join(map(_span, steps)), group) for steps, group in columns]
 
 
-def _common_name(names: list[str]) -> str:
-    steps = [_span(list(column)) for column in zip(*(name.split(".") for name in names), strict=True)]
-    return ".".join(steps)
-
-
-def _span(values: list[str]) -> str:
+def _span(values: Sequence[str]) -> str:
+    """One step of all names."""
     if len(set(values)) == 1:
         return values[0]
     numbers = sorted({int(value) for value in values})
@@ -180,23 +177,18 @@ def _span(values: list[str]) -> str:
 
 def _cells(name: str, rows: list[Row]) -> tuple[str, ...]:
     row = rows[0]
-    each = len(row.units)
+    each, own, usual = len(row.units), vars(row.geometry).items(), type(row.geometry)
+    changed = ", ".join(f"{key}={value!r}" for key, value in own if value != getattr(usual, key, None))
     return (
         name + (" *" if row.note else ""),
         row.role,
         " x ".join(map(str, row.shape)) or "scalar",
         str(row.layout),
         f"{len(rows)} x {each}" if len(rows) > 1 else str(each),
-        _brief(row.geometry),
+        f"{usual.__name__}({changed})",
         row.norm_group,
         row.how,
     )
-
-
-def _brief(geometry: Geometry) -> str:
-    """The geometry with the options that are not its defaults."""
-    changed = [f"{key}={value!r}" for key, value in vars(geometry).items() if value != getattr(type(geometry), key, None)]
-    return f"{type(geometry).__name__}({', '.join(changed)})"
 
 
 def _text(lines: list[tuple[str, list[Row]]]) -> str:

@@ -1,9 +1,10 @@
-"""From a model to the groups of an optimizer: roles, then the user's splits and overrides, then groups."""
+"""From a model to the groups of an optimizer: roles, the user's splits and overrides, then groups; or by shape alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +14,6 @@ from torch.nn.parameter import is_lazy
 from layerwise.common.checked import checked
 from layerwise.common.parameter_names import canonical_name, unwrap
 from layerwise.errors import LayerwiseError, warn
-from layerwise.geometry.by_shape import check_dtype
 from layerwise.geometry.declared import (
     Assigned,
     Overrides,
@@ -24,9 +24,9 @@ from layerwise.geometry.declared import (
     split_layout,
 )
 from layerwise.geometry.forward import Forward, look
-from layerwise.geometry.found import Found
+from layerwise.geometry.found import Found, Origin
+from layerwise.geometry.layout import ConvLayout, Layout, MatrixLayout, VectorLayout
 from layerwise.geometry.modules.roles import find_roles
-from layerwise.geometry.origin import Origin
 
 #: What a model is where parameters may come in its place.
 Model = Annotated[nn.Module, "the model (an nn.Module); for plain parameters use group_by_shape(parameters)"]
@@ -36,21 +36,13 @@ _NOTHING = nn.Parameter(torch.empty(0), requires_grad=False)
 
 @dataclass(frozen=True)
 class Assignment:
-    """What became of the parameters of a model.
+    """What became of the parameters of a model."""
 
-    Attributes:
-        parameters: those that are trained.
-        frozen: by name, what a forward pass showed of the others (without their tensors), should they be trained later.
-        overrides: of the user.
-        looked: whether a batch or a way to run the model was given.
-        said: why a batch that was given could not be used, "" if it was or none was given.
-    """
-
-    parameters: list[Assigned]
-    frozen: Mapping[str, Found]
-    overrides: Overrides | None
-    looked: bool
-    said: str
+    parameters: list[Assigned]  # those that are trained
+    frozen: Mapping[str, Found]  # what a forward pass showed of the others (no tensors), should they be trained later
+    overrides: Overrides | None  # of the user
+    looked: bool  # whether a batch or a way to run the model was given
+    said: str  # why a batch that was given could not be used, "" if it was or none was given
 
 
 @checked
@@ -136,22 +128,26 @@ def assign(
     overrides: Overrides | None = None,
     splits: Splits | None = None,
     forward: Forward | None = None,
-    seen: Mapping[str, Found] | None = None,
+    seen: Mapping[str, Found] = MappingProxyType({}),
 ) -> Assignment:
     """Every trainable parameter with its role, layout, geometry and options; arguments as in `param_groups`.
 
-    Args:
-        seen: by name, what an earlier forward pass found of parameters, where this one has nothing to say.
+    `seen` is by name what an earlier forward pass found of parameters, where this one has nothing to say.
     """
-    if overrides is None and _are_overrides(batch):
-        batch, overrides = None, batch
+    if overrides is None and isinstance(batch, Mapping) and not any(isinstance(value, Tensor) for value in batch.values()):
+        batch, overrides = None, batch  # where overrides stood before there was a batch, which holds tensors
     everything, said = _everything(model, batch, forward)
-    trainable, left_out = _trainable(model, [_as_seen(found, seen or {}) for found in everything])
+    everything = [
+        replace(seen[found.name], parameter=found.parameter) if found.how != "forward" and found.name in seen else found
+        for found in everything
+    ]
+    trainable, left_out = _trainable(model, everything)
     names = [(*found.names, *map(canonical_name, found.names)) for found in trainable]
     frozen = frozen_names(model)
     split_of = matched("splits", splits or {}, names, frozen)
     options_of = options_by_name(overrides or {}, trainable, names, frozen)
-    undecayed = _named_undecayed(unwrap(model))
+    named = getattr(unwrap(model), "no_weight_decay", None)  # timm's models say what is not to be decayed
+    undecayed = {canonical_name(str(name)) for name in named()} if callable(named) else set()
     result = []
     for found in trainable:
         if found.name in split_of:
@@ -163,25 +159,9 @@ def assign(
     return Assignment(result, kept, overrides, looked, said if looked else "")
 
 
-def _as_seen(found: Found, seen: Mapping[str, Found]) -> Found:
-    known = seen.get(found.name)
-    return found if known is None or found.how == "forward" else replace(known, parameter=found.parameter)
-
-
 def frozen_names(model: nn.Module) -> list[str]:
     """Names of the parameters that are not trained."""
     return [canonical_name(name) for name, p in unwrap(model).named_parameters() if not p.requires_grad]
-
-
-def _named_undecayed(model: nn.Module) -> set[str]:
-    """What the model itself says is not to be decayed: timm's models have a method for it."""
-    named = getattr(model, "no_weight_decay", None)
-    return {canonical_name(str(name)) for name in named()} if callable(named) else set()
-
-
-def _are_overrides(batch: Any) -> bool:
-    """Whether a dict stands where overrides stood before there was a batch: a batch holds tensors."""
-    return isinstance(batch, Mapping) and not any(isinstance(value, Tensor) for value in batch.values())
 
 
 def _everything(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[list[Found], str]:
@@ -207,3 +187,56 @@ def _trainable(model: nn.Module, everything: list[Found]) -> tuple[list[Found], 
             "set requires_grad=True on those to train"
         )
     return trainable, [found for found in everything if not found.parameter.requires_grad]
+
+
+@checked
+def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+    """Groups as of `param_groups` for plain `model.parameters()` or `model.named_parameters()`, by shape alone.
+
+    2-D tensors become hidden matrices, 0-D and 1-D ones vectors (not decayed), all others convolutions; a UserWarning
+    says what a shape cannot tell. Parameters without names are called `param_0`, `param_1`, ...
+
+    Examples:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     groups = lw.group_by_shape(nn.Linear(4, 8).named_parameters())
+        >>> [(group["role"], group["params"][0][0]) for group in groups]
+        [('hidden', 'weight'), ('vector', 'bias')]
+    """
+    named = [item if isinstance(item, tuple) else (f"param_{i}", item) for i, item in enumerate(params)]
+    if not named:
+        raise LayerwiseError("no parameters: give model.parameters() of a model that has some")
+    if len({id(p) for _, p in named}) < len(named):
+        raise LayerwiseError("a parameter is given twice: give every tensor once")
+    warn(
+        "parameters are grouped by shape alone, which cannot tell an embedding or an output head from a hidden "
+        "matrix, nor (in, out) storage (transformers' Conv1D) from (out, in), nor q, k and v in one weight, nor "
+        "experts from a convolution; give layerwise.param_groups(model) instead (to transformers' Trainer: "
+        "optimizer_cls_and_kwargs=layerwise.integrations.transformers.trainer_optimizer(...))"
+    )
+    groups: dict[str, dict[str, Any]] = {}
+    for name, p in named:
+        check_dtype(name, p)
+        assigned = overridden(Found(name, p, *_by_shape(tuple(p.shape))), {})
+        found, geometry = assigned.found, assigned.geometry
+        kind = {"role": found.role, "layout": found.layout, "geometry": geometry, **assigned.options}
+        groups.setdefault(repr((found.role, geometry)), {"params": [], **kind})["params"].append((name, p))
+    return list(groups.values())
+
+
+def _by_shape(shape: tuple[int, ...]) -> tuple[str, Layout, tuple[int, ...]]:
+    if len(shape) <= 1:
+        return "vector", VectorLayout(), ()
+    if len(shape) == 2:
+        return "hidden", MatrixLayout(), ()
+    return "conv", ConvLayout(), shape[2:]
+
+
+def check_dtype(name: str, p: Any) -> None:
+    if not isinstance(p, Tensor):
+        raise LayerwiseError(f"{name} is {type(p).__name__}; parameters are tensors or (name, tensor) pairs")
+    if p.is_complex():
+        raise LayerwiseError(f"{name} is complex ({p.dtype}): train its view_as_real, or freeze it")
+    if not p.is_floating_point():
+        raise LayerwiseError(f"{name} is of type {p.dtype}: freeze it (requires_grad=False) or make it floating-point")

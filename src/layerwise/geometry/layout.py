@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -44,6 +44,8 @@ class Layout(ABC):
     """
 
     split: Split | None = None
+    #: its dimensions, in tables
+    stored: ClassVar[str] = ""
 
     @abstractmethod
     def arrange(self, shape: Shape) -> Arrangement:
@@ -82,7 +84,8 @@ class Layout(ABC):
 
     def unit_names(self, name: str, shape: Shape) -> tuple[str, ...]:
         """One name a unit, in the order of `to_matrices` with its stacks one after the other."""
-        labels = self._labels(shape)
+        k = self.stack_shape(shape)[0]
+        labels = [""] if k == 1 else [str(i) for i in range(k)]  # what tells the k matrices apart before the split
         runs = (("",),) if self.split is None else self.split.runs()
         keys = (",".join(filter(None, (label, part))) for run in runs for label in labels for part in run)
         return tuple(f"{name}[{key}]" if key else name for key in keys)
@@ -91,13 +94,11 @@ class Layout(ABC):
         """Number of units."""
         return sum(k for k, _, _ in self.shapes(shape))
 
-    def _labels(self, shape: Shape) -> tuple[str, ...]:
-        """What tells the k matrices apart before the split; one empty label where there is one."""
-        k = self.stack_shape(shape)[0]
-        return ("",) if k == 1 else tuple(str(i) for i in range(k))
-
     def _suffix(self) -> str:
         return "" if self.split is None else f" {self.split}"
+
+    def __str__(self) -> str:
+        return f"{self.stored}{self._suffix()}"
 
     def _expect(self, holds: bool, shape: Shape, wanted: str) -> None:
         if not holds:
@@ -140,11 +141,10 @@ class VectorLayout(Layout):
         ((1, 8, 1),)
     """
 
+    stored: ClassVar[str] = "d"
+
     def arrange(self, shape: Shape) -> Arrangement:
         return _plain(1, math.prod(shape), 1)
-
-    def __str__(self) -> str:
-        return f"d{self._suffix()}"
 
 
 @checked
@@ -157,12 +157,11 @@ class VectorStackLayout(Layout):
         ((4, 8, 1),)
     """
 
+    stored: ClassVar[str] = "k,d"
+
     def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 2, shape, "[k, d]")
         return _plain(shape[0], shape[1], 1)
-
-    def __str__(self) -> str:
-        return f"k,d{self._suffix()}"
 
 
 @checked
@@ -175,12 +174,11 @@ class MatrixLayout(Layout):
         ((1, 16, 8),)
     """
 
+    stored: ClassVar[str] = "out,in"
+
     def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 2, shape, "[out, in]")
         return _plain(1, shape[0], shape[1])
-
-    def __str__(self) -> str:
-        return f"out,in{self._suffix()}"
 
 
 @checked
@@ -193,12 +191,11 @@ class TransposedLayout(Layout):
         ((1, 16, 8),)
     """
 
+    stored: ClassVar[str] = "in,out"
+
     def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 2, shape, "[in, out]")
         return _turned(1, shape[0], shape[1])
-
-    def __str__(self) -> str:
-        return f"in,out{self._suffix()}"
 
 
 @checked
@@ -213,12 +210,11 @@ class StackLayout(Layout):
         ('up[0]', 'up[1]')
     """
 
+    stored: ClassVar[str] = "k,out,in"
+
     def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 3, shape, "[k, out, in]")
         return _plain(shape[0], shape[1], shape[2])
-
-    def __str__(self) -> str:
-        return f"k,out,in{self._suffix()}"
 
 
 @checked
@@ -231,12 +227,11 @@ class TransposedStackLayout(StackLayout):
         ((4, 16, 8),)
     """
 
+    stored: ClassVar[str] = "k,in,out"
+
     def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) == 3, shape, "[k, in, out]")
         return _turned(shape[0], shape[1], shape[2])
-
-    def __str__(self) -> str:
-        return f"k,in,out{self._suffix()}"
 
 
 @checked
@@ -294,9 +289,8 @@ class DepthwiseLayout(Layout):
         ((1, 16, 9),)
     """
 
+    stored: ClassVar[str] = "c,1,*k"
+
     def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) >= 2 and shape[1] == 1, shape, "[channels, 1, *kernel]")
         return _plain(1, shape[0], math.prod(shape[2:]))
-
-    def __str__(self) -> str:
-        return f"c,1,*k{self._suffix()}"

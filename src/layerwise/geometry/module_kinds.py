@@ -29,18 +29,15 @@ _NORM = re.compile(r"Norm(?![a-z])|norm$|^norm(?![a-z])")
 
 def is_norm(module: nn.Module) -> bool:
     """A normalisation: its parameters are gains and biases whatever their shape."""
-    return is_torch_norm(module) or _is_called_norm(module)
+    name = type(module).__name__
+    holds_more = any(part in name.lower() for part in _MORE_THAN_NORM)
+    called_so = bool(_NORM.search(name)) and not holds_more and next(module.children(), None) is None
+    return is_torch_norm(module) or called_so
 
 
 def is_torch_norm(module: nn.Module) -> bool:
     """A normalisation of torch."""
     return isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase))
-
-
-def _is_called_norm(module: nn.Module) -> bool:
-    name = type(module).__name__
-    holds_more = any(part in name.lower() for part in _MORE_THAN_NORM)
-    return bool(_NORM.search(name)) and not holds_more and next(module.children(), None) is None
 
 
 #: What the two factors are called: by peft and loralib, torchtune, kohya.

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,12 @@ class Geometry(ABC):
         return self.lmo(noise)
 
 
+PolarMethod = Annotated[str, f"one of {', '.join(POLAR_METHODS)}", POLAR_METHODS.__contains__]
+NuclearMethod = Annotated[str, f"one of {', '.join(NUCLEAR_METHODS)}", NUCLEAR_METHODS.__contains__]
+Precision = Annotated[str, f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__]
+Taps = Annotated[int, "the product of the kernel size, at least 1", lambda taps: taps >= 1]
+
+
 @checked
 @dataclass(frozen=True)
 class Spectral(Geometry):
@@ -118,21 +124,11 @@ class Spectral(Geometry):
         (3.0, 5.0)
     """
 
-    polar: str = "auto"
-    nuclear: str = "auto"
-    taps: int = 1
-    precision: str = field(default="auto", repr=False)
+    polar: PolarMethod = "auto"
+    nuclear: NuclearMethod = "auto"
+    taps: Taps = 1
+    precision: Precision = field(default="auto", repr=False)
     family: ClassVar[str] = "spectral"
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise LayerwiseError(f"Spectral(precision={self.precision!r}): choose one of {', '.join(PRECISIONS)}")
-        if self.polar not in POLAR_METHODS:
-            raise LayerwiseError(f"Spectral(polar={self.polar!r}): choose one of {', '.join(POLAR_METHODS)}")
-        if self.nuclear not in NUCLEAR_METHODS:
-            raise LayerwiseError(f"Spectral(nuclear={self.nuclear!r}): choose one of {', '.join(NUCLEAR_METHODS)}")
-        if isinstance(self.taps, bool) or not isinstance(self.taps, int) or self.taps < 1:
-            raise LayerwiseError(f"Spectral(taps={self.taps!r}): give the product of the kernel size, at least 1")
 
     def norm(self, x: Tensor) -> Tensor:
         check_stack(x)
@@ -200,10 +196,6 @@ class Sign(Geometry):
 
     per_input: bool = False
     family: ClassVar[str] = "sign"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.per_input, bool):
-            raise LayerwiseError(f"Sign(per_input={self.per_input!r}): give True or False")
 
     @property
     def norm_group(self) -> str:

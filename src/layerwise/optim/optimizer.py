@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from layerwise.common.checked import checked
 from layerwise.common.layer_rate import LayerRate
+from layerwise.common.parameter_names import first_few
+from layerwise.errors import warn
 from layerwise.optim.groups.complete import (
     Recipe,
     as_groups,
@@ -29,9 +31,8 @@ from layerwise.optim.rules.second_gradients import SecondGradients, between_repl
 from layerwise.optim.state import state_dict as saving
 from layerwise.optim.state.following import Following, check_model
 from layerwise.optim.state.partial import LoadedState, take_what_fits
-from layerwise.optim.state.replaced import warn_of_fresh_state
 from layerwise.optim.updates import Lmo
-from layerwise.optim.work.job import Group, Lineup, State
+from layerwise.optim.work.job import Lineup
 from layerwise.optim.work.local import MatrixWork, default_work
 
 
@@ -98,6 +99,7 @@ class LayerwiseOptimizer(Optimizer):
 
     # ------------------------------------------------------------------------------------------ groups and state
 
+    @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of :func:`layerwise.param_groups`, or any group of parameters.
 
@@ -111,7 +113,7 @@ class LayerwiseOptimizer(Optimizer):
             for given in with_layouts(part, len(known)):  # all are checked before any is added
                 group = complete(given, self.recipe, self.defaults)
                 check_parameters(group["params"], known, names)
-                ready.append((group, [_allocate(group, name, param) for name, param in group["params"]]))
+                ready.append((group, [group["update"].allocate(group, name, param) for name, param in group["params"]]))
                 origin = origin or part.get("origin")
         for group, states in ready:
             params = [param for _, param in group["params"]]
@@ -164,7 +166,11 @@ class LayerwiseOptimizer(Optimizer):
         if not self._lineup.fits(self.param_groups, self.state):
             self._lineup.forget()
             if lost := self._following.sync(self.param_groups, self.state):
-                warn_of_fresh_state(lost)
+                warn(
+                    f"the optimizer's state (momentum, noise) of {first_few(map(repr, lost))} begins afresh: after training "
+                    "had begun the parameter was replaced by one of another shape or sharding. Load the optimizer's "
+                    "state_dict after such a change to go on from where it was"
+                )
 
     # -------------------------------------------------------------------------------------------------- the step
 
@@ -341,12 +347,6 @@ class LayerwiseOptimizer(Optimizer):
             for hook in self._optimizer_load_state_dict_pre_hooks.values():
                 loaded = hook(self, loaded) or loaded
             found = take_what_fits(self, saving.with_new_names(loaded))
-        self.guard.skipped_steps = saving.skipped_steps(loaded)
+        self.guard.skipped_steps = int(loaded.get(saving.SKIPPED, 0))
         self._second.restart()
         return found
-
-
-@torch.no_grad()
-def _allocate(group: Group, name: str, param: Tensor) -> State:
-    state: State = group["update"].allocate(group, name, param)
-    return state

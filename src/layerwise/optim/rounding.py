@@ -48,7 +48,9 @@ def move_once_rounded(job: Job, direction: Tensor, keep: Tensor | None) -> None:
 def store(job: Job, wide: Tensor) -> None:
     """Put float32 numbers into a parameter of half precision, by the rounding of its group."""
     if is_stochastic(job.group, job.local):
-        wide = stochastically(wide, _seed(job))
+        # Of one parameter at one step, the same on every process and after a resume. A CPU's generator takes 32 bits.
+        seed = zlib.crc32(f"{job.group['rounding_seed']} {job.name}".encode())
+        wide = stochastically(wide, seed)
     job.local.copy_(wide)
 
 
@@ -61,11 +63,6 @@ def stochastically(wide: Tensor, seed: int) -> Tensor:
     noise = torch.randint(0, 2**16, wide.shape, generator=generator, device=wide.device, dtype=torch.int32)
     bits = (wide.contiguous().view(torch.int32) + noise) & -(2**16)
     return torch.where(wide.isfinite(), bits.view(torch.float32), wide)
-
-
-def _seed(job: Job) -> int:
-    """Of one parameter at one step, the same on every process and after a resume. A CPU's generator takes 32 bits."""
-    return zlib.crc32(f"{job.group['rounding_seed']} {job.name}".encode())
 
 
 class Vanishing:
@@ -81,7 +78,9 @@ class Vanishing:
         self._steps += 1
         if self._told or (self._finding is None and self._steps not in _LOOKS):
             return []
-        self._tell_of_finding()
+        if self._finding is not None and self._finding.arrived:  # on the host, which did not wait for it
+            found, self._finding = self._finding.values, None
+            self._tell(found)
         coarse = [job for job in moving if job.local.dtype in HALF and not is_stochastic(job.group, job.local)]
         return [(job, _sample(job.local).clone()) for job in coarse] if self._steps in _LOOKS else []
 
@@ -102,12 +101,6 @@ class Vanishing:
             self._finding = OnHost.of(total)
         else:
             self._tell(total)
-
-    def _tell_of_finding(self) -> None:
-        """Once it is on the host, which is not waited for."""
-        if self._finding is not None and self._finding.arrived:
-            found, self._finding = self._finding.values, None
-            self._tell(found)
 
     def _tell(self, counts: Tensor) -> None:
         still, due = counts.tolist()

@@ -21,32 +21,23 @@ LARGEST = 2**25
 
 
 class AddressSpace:
-    """The addresses of a model's parameters.
+    """The addresses of a model's parameters, given by name -> shape, in any order.
 
-    Args:
-        shapes: name -> shape, in any order.
+    By a parameter's number, `starts` has the address of its first entry, and `views` its addresses, views of the space.
     """
 
     def __init__(self, shapes: Mapping[str, Size]) -> None:
         self.numbers = {name: number for number, name in enumerate(shapes)}
         self.shapes = list(shapes.values())
-        self._starts = [0, *accumulate(shape.numel() for shape in self.shapes)]
-        space = torch.empty(self._starts[-1], dtype=torch.uint8, device="meta")
-        self._views = [
-            space[start : start + shape.numel()].view(shape) for start, shape in zip(self._starts, self.shapes, strict=False)
+        self.starts = [0, *accumulate(shape.numel() for shape in self.shapes)]
+        space = torch.empty(self.starts[-1], dtype=torch.uint8, device="meta")
+        self.views = [
+            space[start : start + shape.numel()].view(shape) for start, shape in zip(self.starts, self.shapes, strict=False)
         ]
-
-    def at(self, index: int) -> Tensor:
-        """The addresses of parameter number `index`, as a view of the space."""
-        return self._views[index]
-
-    def start(self, index: int) -> int:
-        """The address of the first entry of parameter number `index`."""
-        return self._starts[index]
 
     def owner(self, address: int) -> int:
         """The number of the parameter that an address lies in."""
-        return bisect_right(self._starts, address) - 1
+        return bisect_right(self.starts, address) - 1
 
     def by_owner(self, addresses: Tensor) -> dict[int, Tensor]:
         """Number of each parameter that addresses of activations lie in -> which of its entries they are."""
@@ -55,10 +46,10 @@ class AddressSpace:
         while len(present):
             first, last = int(present[0]), int(present[-1])
             owner = self.owner(first)  # -1 for what is no address
-            end = self._starts[owner + 1]
+            end = self.starts[owner + 1]
             count = int(torch.searchsorted(present, end)) if last >= end else len(present)
             if first >= 0:
-                entries[owner] = present[:count] - self._starts[owner]
+                entries[owner] = present[:count] - self.starts[owner]
             present = present[count:]
         return entries
 

@@ -29,69 +29,42 @@ class Axis:
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a parameter.
-
-    Attributes:
-        kind: what was done with it.
-        offset: where in the parameter the part that was used begins.
-        axes: of a product, the dimensions of that part.
-        shape: the shape in which it was used.
-        groups: of a convolution.
-        transposed: whether the convolution was.
-        kernel: the size of the convolution's kernel.
-        counted: of a lookup, whether the rows were asked for by their positions (0, 1, 2, ...), not by the input.
-    """
+    """One use of a parameter."""
 
     kind: Kind
-    offset: int = 0
-    axes: tuple[Axis, ...] = ()
-    shape: tuple[int, ...] = ()
-    groups: int = 1
+    offset: int = 0  # where in the parameter the part that was used begins
+    axes: tuple[Axis, ...] = ()  # of a product, the dimensions of that part
+    shape: tuple[int, ...] = ()  # in which it was used
+    groups: int = 1  # of a convolution, as the next two
     transposed: bool = False
     kernel: tuple[int, ...] = ()
-    counted: bool = False
+    counted: bool = False  # of a lookup: whether rows were asked for by position (0, 1, 2, ...), not by the input
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where results of rows went.
-
-    Attributes:
-        operation: number of the operation.
-        operand: which operand of it.
-        part: what such rows are called, "" if nothing in particular.
-        known: whether it is understood what the operation does with them.
-    """
+    """Where results of rows went: an operation's number, and which operand of it."""
 
     operation: int
     operand: int
-    part: str = ""
-    known: bool = True
+    part: str = ""  # what such rows are called, "" if nothing in particular
+    known: bool = True  # whether it is understood what the operation does with them
 
 
 @dataclass
 class Evidence:
-    """All that was seen in the forward passes of one model.
-
-    Attributes:
-        space: the addresses of the model's parameters.
-        uses: parameter's number -> its uses.
-        sites: parameter's number -> (site, addresses of the rows whose results went there).
-        transformed: numbers of parameters whose results another parameter transformed afterwards.
-        reached: numbers of parameters whose results reached an output of the model.
-        apart: parameter's number -> strides along which the results of its rows went to a matrix of a stack each.
-        guessed: numbers of pairs that were multiplied with one another where nothing says which one maps.
-        of_unseen: the note on parameters that took no part.
-    """
+    """All that was seen in the forward passes of one model, by the numbers of its parameters."""
 
     space: AddressSpace
     uses: dict[int, list[Use]] = field(default_factory=lambda: defaultdict(list))
+    #: with the addresses of the rows whose results went there
     sites: dict[int, list[tuple[Site, Tensor]]] = field(default_factory=lambda: defaultdict(list))
-    transformed: set[int] = field(default_factory=set)
-    reached: set[int] = field(default_factory=set)
+    transformed: set[int] = field(default_factory=set)  # those whose results another parameter transformed afterwards
+    reached: set[int] = field(default_factory=set)  # those whose results reached an output of the model
+    #: strides along which the results of rows went to a matrix of a stack each
     apart: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
-    guessed: set[int] = field(default_factory=set)
-    of_unseen: str = ""
+    guessed: set[int] = field(default_factory=set)  # those multiplied with one another where nothing says which one maps
+    of_unseen: str = ""  # the note on parameters that took no part
     #: Where addresses lie in memory -> the addresses, kept so that no others come to lie there, and what they say.
     _entries: dict[tuple[Any, ...], tuple[Tensor, dict[int, Tensor]]] = field(default_factory=dict)
 
@@ -121,7 +94,7 @@ class Evidence:
         if view.numel():
             first = first_address(view)
             owner = self.space.owner(first)
-            use = Use(kind, first - self.space.start(owner), shape=tuple(view.shape), **seen)
+            use = Use(kind, first - self.space.starts[owner], shape=tuple(view.shape), **seen)
             if use not in self.uses[owner]:
                 self.uses[owner].append(use)
 

@@ -8,35 +8,88 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from layerwise.geometry.forward.addresses import AddressSpace, first_address
+from layerwise.geometry.forward.addresses import AddressSpace, constant_along, first_address, small
 from layerwise.geometry.forward.evidence import Evidence
-from layerwise.geometry.forward.origins import CONSTANT, POSITIONS, Origin
 from layerwise.geometry.module_kinds import is_linear, lora_factors
 
 
 @dataclass(frozen=True)
-class Operation:
-    """One call of an operation of torch.
+class Origin:
+    """Where a tensor comes from. A tensor without one is an input, or was made from inputs alone."""
 
-    Attributes:
-        func: the operation.
-        args: its arguments.
-        kwargs: those given by name.
-        tensors: all tensors given, those in lists too.
-        results: the tensors that came out.
-        number: how many there were before it.
-    """
+    weights: tuple[Tensor, ...] = ()  # addresses of the parameters it holds, entry by entry, each in the tensor's shape
+    constant: bool = False  # whether it was made from parameters and buffers alone
+    rows: tuple[Tensor, ...] = ()  # addresses of the rows of weights that made its entries; several where they were added up
+    #: numbers of the parameters whose results, untransformed by another parameter, are in it; of a constant those of which
+    #: it was made in ways that are not followed
+    results_of: frozenset[int] = frozenset()
+    bent: bool = False  # whether a nonlinear function was applied since the rows made it
+    pooled: bool = False  # whether entries were put together into one since the rows made it: a mean, a norm, a loss
+    scaled: bool = False  # whether a learned vector multiplied it
+    normalised: bool = False  # whether it was divided by, or multiplied with, what its own entries were pooled to
+    counts: bool = False  # whether made of numbers that count up, whatever the input: of positions, or relative ones
+
+
+CONSTANT = Origin(constant=True)
+POSITIONS = Origin(constant=True, counts=True)
+#: Sums of more results than these keep the last ones: a residual stream, whose rows nobody asks for.
+MOST_ROWS = 4
+
+
+def expanded(addresses: Tensor, shape: Size) -> Tensor | None:
+    """Addresses broadcast to a shape, None where that cannot be."""
+    if addresses.shape == shape:
+        return addresses
+    try:
+        return addresses.expand(shape)
+    except RuntimeError:
+        return None
+
+
+def joined(origins: Iterable[Origin], shape: Size, transformed: set[int]) -> Origin:
+    """The origin of what an operation makes of activations entry by entry."""
+    given = list(origins)
+    rows: list[Tensor] = []
+    for origin in given:
+        fit = [expanded(addresses, shape) for addresses in origin.rows]
+        # No rows of a weight that is there: halves of a rotary embedding, joined in a sum.
+        rows += [a for a in fit if a is not None and not any(torch.equal(small(b), small(a)) for b in rows)]
+    return Origin(
+        rows=tuple(rows[-MOST_ROWS:]),
+        results_of=results_in(given) - transformed,
+        bent=any(origin.bent for origin in given) and bool(rows),
+        pooled=all(origin.pooled for origin in given),
+        scaled=all(origin.scaled for origin in given),
+        normalised=all(origin.normalised for origin in given),
+    )
+
+
+def results_in(origins: Iterable[Origin]) -> frozenset[int]:
+    """The numbers of the parameters whose results are in any of them."""
+    return frozenset[int]().union(*(origin.results_of for origin in origins))
+
+
+def is_of_features(weight: Tensor, activations: Iterable[Origin]) -> bool:
+    """Whether a wide weight is added to rows that differ along all of its dimensions: a bias, and no table of positions."""
+    wide = [dim for dim in range(-weight.ndim, 0) if small(weight).shape[dim] > 1]
+    rows = [r for origin in activations for r in origin.rows if len(wide) > 1 and r.ndim >= weight.ndim]
+    return any(not any(constant_along(r, [dim]) for dim in wide) for r in rows)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of an operation of torch."""
 
     func: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    tensors: list[Tensor]
+    tensors: list[Tensor]  # all that were given, those in lists too
     results: list[Tensor]
-    number: int
+    number: int  # how many there were before it
 
     @property
     def name(self) -> str:
@@ -83,30 +136,17 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 @dataclass
 class Written:
-    """What was written into a storage, part by part.
-
-    Attributes:
-        storage: the storage, without keeping it alive.
-        rows: for each entry of it, the address of the row that made it.
-        results_of: numbers of the parameters whose results are in it.
-    """
+    """What was written into a storage, part by part."""
 
     storage: StorageWeakRef
-    rows: Tensor
-    results_of: frozenset[int] = frozenset()
+    rows: Tensor  # for each entry of it, the address of the row that made it
+    results_of: frozenset[int] = frozenset()  # numbers of the parameters whose results are in it
 
 
 class Flow:
     """The origins of the tensors of one model, and the evidence on its parameters.
 
-    Args:
-        model: whose parameters are followed.
-        space: their addresses, by the names of `model.named_parameters()`.
-
-    Attributes:
-        evidence: what was seen of them.
-        factors: numbers of those that are factors of low-rank adapters.
-        linear: numbers of those that belong to linear layers.
+    `space` has their addresses, by the names of `model.named_parameters()`.
     """
 
     def __init__(self, model: nn.Module, space: AddressSpace) -> None:
@@ -118,6 +158,7 @@ class Flow:
         self._written: dict[int, Written] = {}
         self._look_up_names()
         layers = [m for m in model.modules() if is_linear(m) or isinstance(m, nn.MultiheadAttention)]
+        #: numbers of the parameters that are factors of low-rank adapters, and of those that belong to linear layers
         self.factors = frozenset(self._numbers[key] for key in lora_factors(model))
         self.linear = frozenset(self._numbers[id(p)] for m in layers for p in m.parameters(recurse=False))
 
@@ -185,7 +226,7 @@ class Flow:
         number = self._numbers.get(id(tensor))
         if number is None:
             return None
-        addresses = self.evidence.space.at(number)
+        addresses = self.evidence.space.views[number]
         return Origin((addresses,) if addresses.shape == tensor.shape else (), constant=True)
 
     def _look_up_names(self) -> None:

@@ -20,7 +20,8 @@ def made_batch(model: Any) -> dict[str, Any] | None:
     Not safe is a model with hooks (of accelerate, FSDP2, or the user's own) or with sharded parameters: running it may
     move weights or wait for other processes.
     """
-    if not _is_pretrained(model) or _has_hooks(model) or any(is_sharded(p) for p in model.parameters()):
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    if not _is_pretrained(model) or hooked or any(is_sharded(p) for p in model.parameters()):
         return None
     names = inspect.signature(model.forward).parameters
     wanted = [model.main_input_name, *_WITH_THEM.get(model.main_input_name, ())]
@@ -41,10 +42,6 @@ def _is_pretrained(model: nn.Module) -> bool:
     return any(
         base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.") for base in type(model).__mro__
     )
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
 
 
 def _tokens(config: Any) -> Tensor:

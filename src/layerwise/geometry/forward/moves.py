@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.geometry.forward.addresses import written_out
-from layerwise.geometry.forward.flow import Flow, Operation
-from layerwise.geometry.forward.origins import Origin, expanded, joined, replayed
+from layerwise.geometry.forward.flow import Flow, Operation, Origin, expanded, joined
 
 
 def replay(flow: Flow, op: Operation) -> None:
@@ -22,14 +21,10 @@ def replay(flow: Flow, op: Operation) -> None:
     weights = [_moved(op, addresses) for addresses in origin.weights]
     rows = [_moved(op, addresses) for addresses in origin.rows]
     for index, result in enumerate(op.results):
-        flow.came_from(
-            result,
-            replayed(
-                origin,
-                [moved[index] for moved in weights if moved[index].shape == result.shape],
-                [moved[index] for moved in rows if moved[index].shape == result.shape],
-            ),
+        there, made = (
+            tuple(moved[index] for moved in each if moved[index].shape == result.shape) for each in (weights, rows)
         )
+        flow.came_from(result, replace(origin, weights=there, rows=made))
 
 
 def _moved(op: Operation, addresses: Tensor) -> list[Tensor]:
@@ -60,16 +55,15 @@ def join(flow: Flow, op: Operation) -> None:
     most = max(len(origin.rows) for _, origin in given)
     rows = []
     for index in range(most):
-        parts = [_rows_or_none(tensor, origin, index) for tensor, origin in given]
+        parts = [
+            origin.rows[min(index, len(origin.rows) - 1)]
+            if origin.rows
+            else torch.full((1,) * tensor.ndim, -1).expand(tensor.shape)
+            for tensor, origin in given
+        ]
         rows.append(_joined(op, parts, dim))
     result = joined([replace(origin, rows=()) for _, origin in given], op.results[0].shape, flow.evidence.transformed)
     flow.made(op, replace(result, rows=tuple(rows)))
-
-
-def _rows_or_none(tensor: Tensor, origin: Origin, index: int) -> Tensor:
-    if origin.rows:
-        return origin.rows[min(index, len(origin.rows) - 1)]
-    return torch.full((1,) * tensor.ndim, -1).expand(tensor.shape)
 
 
 def _joined(op: Operation, parts: list[Tensor], dim: int) -> Tensor:
@@ -108,7 +102,7 @@ def complex_pairs(flow: Flow, op: Operation) -> None:
             for addresses in origin.rows
             for part in range(2 if apart else 1)
         ]
-        flow.made(op, replayed(origin, (), rows))
+        flow.made(op, replace(origin, weights=(), rows=tuple(rows)))
 
 
 _COPIES = ("repeat", "flip", "roll", "repeat_interleave", "tile", "expand_copy", "view_copy", "narrow_copy")

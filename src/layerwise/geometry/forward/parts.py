@@ -26,17 +26,11 @@ Factor = tuple[str, int, int]  # (what it does: "o", "i", "k"), size, stride; fr
 
 @dataclass(frozen=True)
 class Seen:
-    """The layout of a weight as its products show it; `parts` says whether they showed its parts too.
-
-    Attributes:
-        layout: of the weight.
-        parts: whether its products showed its parts too.
-        note: what is not certain, "" if nothing.
-    """
+    """The layout of a weight as its products show it."""
 
     layout: Layout
-    parts: bool
-    note: str = ""
+    parts: bool  # whether they showed its parts too
+    note: str = ""  # what is not certain, "" if nothing
 
 
 def layout_seen(
@@ -103,13 +97,14 @@ def _common_axes(uses: Sequence[Use], shape: Size) -> tuple[Axis, ...] | None:
     if len({tuple((axis.side, axis.stride) for axis in axes) for axes in kinds}) == 1:
         largest = max(kinds, key=lambda axes: prod(axis.size for axis in axes))
         ends = [prod(shape[dim:]) for dim in range(len(shape))]
-        return tuple(_run_on(axis, ends) if axis.side == "out" else axis for axis in largest)
+        return tuple(
+            replace(axis, size=min(end for end in ends if end >= axis.stride * axis.size) // axis.stride)
+            if axis.side == "out"
+            else axis
+            for axis in largest
+        )
     alike = len({tuple((axis.size, axis.stride) for axis in axes) for axes in kinds}) == 1
     return kinds[0] if alike and len({use.offset for use in uses}) == len(uses) else None
-
-
-def _run_on(axis: Axis, ends: Sequence[int]) -> Axis:
-    return replace(axis, size=min(end for end in ends if end >= axis.stride * axis.size) // axis.stride)
 
 
 def _cut(size: int, stride: int, axes: Sequence[Axis], sliced: bool) -> list[Factor]:

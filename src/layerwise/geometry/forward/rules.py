@@ -14,20 +14,20 @@ from torch import Tensor
 
 from layerwise.geometry.forward.addresses import LARGEST, constant_along, small, written_out
 from layerwise.geometry.forward.evidence import Kind, Site
-from layerwise.geometry.forward.flow import Flow, Operation, name_of
-from layerwise.geometry.forward.layers import LAYERS, attention
-from layerwise.geometry.forward.moves import MOVES, replay
-from layerwise.geometry.forward.origins import (
+from layerwise.geometry.forward.flow import (
     CONSTANT,
     POSITIONS,
+    Flow,
+    Operation,
     Origin,
     expanded,
     is_of_features,
     joined,
-    replayed,
+    name_of,
     results_in,
 )
-from layerwise.geometry.forward.products import PRODUCTS
+from layerwise.geometry.forward.layers import LAYERS, PRODUCTS, attention
+from layerwise.geometry.forward.moves import MOVES, replay
 
 Rule = Callable[[Flow, Operation], None]
 
@@ -190,7 +190,7 @@ def pad(flow: Flow, op: Operation) -> None:
         other(flow, op)
     elif origin is not None:
         rows = [torch.constant_pad_nd(addresses, op.args[1], -1) for addresses in origin.rows]
-        flow.made(op, replayed(origin, (), rows))
+        flow.made(op, replace(origin, weights=(), rows=tuple(rows)))
 
 
 def lookup(flow: Flow, op: Operation) -> None:

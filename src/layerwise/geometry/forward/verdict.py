@@ -27,8 +27,6 @@ from layerwise.geometry.layout import (
 #: Above this many entries two layouts are compared by the shapes of their matrices alone.
 _COMPARED = 2**22
 _FLAT = "multiplies as a matrix, but is stored flat: all of it is one vector; store it with two dimensions"
-
-
 _GUESSED = "multiplied with another parameter: a guess which is a table of inputs, and which maps it"
 
 
@@ -106,15 +104,11 @@ def _role(found: Found, layout: Layout, uses: Sequence[Use], is_output: bool) ->
 
 def _with_known_parts(seen: Layout, known: Layout, shape: Size) -> Layout:
     """The parts that the module knows, where the forward pass showed none of its own."""
-    same = seen.stack_shape(tuple(shape)) == _stack_shape(known, shape)
-    return replace(seen, split=known.split) if same else seen
-
-
-def _stack_shape(layout: Layout, shape: Size) -> tuple[int, int, int] | None:
     try:
-        return layout.stack_shape(tuple(shape))
+        same = known.stack_shape(tuple(shape)) == seen.stack_shape(tuple(shape))
     except ValueError:
-        return None
+        return seen
+    return replace(seen, split=known.split) if same else seen
 
 
 def _convolution(found: Found, evidence: Evidence, number: int, is_output: bool) -> Found:
@@ -152,16 +146,13 @@ def alike(one: Layout, other: Layout, shape: Size) -> bool:
     if one == other:
         return True
     try:
-        shapes = [sorted(layout.shapes(tuple(shape))) for layout in (one, other)]
+        shapes = [layout.shapes(tuple(shape)) for layout in (one, other)]
     except ValueError:
         return False
-    if _sizes(shapes[0]) != _sizes(shapes[1]):
+    sizes = [sorted((d_out, d_in) for k, d_out, d_in in stacks for _ in range(k)) for stacks in shapes]
+    if sizes[0] != sizes[1]:
         return False
     return shape.numel() > _COMPARED or torch.equal(_units(one, shape), _units(other, shape))
-
-
-def _sizes(shapes: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    return sorted((d_out, d_in) for k, d_out, d_in in shapes for _ in range(k))
 
 
 @lru_cache(maxsize=64)

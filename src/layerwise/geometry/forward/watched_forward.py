@@ -1,4 +1,4 @@
-"""Running a model once to watch it."""
+"""One look at a model: running it once to watch it, with the user's batch, with one made for it, or not at all."""
 
 from __future__ import annotations
 
@@ -6,18 +6,80 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from layerwise.common.undisturbed import Kept, undisturbed
+from layerwise.common.parameter_names import unwrap
+from layerwise.common.undisturbed import Kept, undisturbed, written
 from layerwise.geometry.forward.addresses import AddressSpace
 from layerwise.geometry.forward.evidence import Evidence
-from layerwise.geometry.forward.flow import Flow
-from layerwise.geometry.forward.follow import Follow
+from layerwise.geometry.forward.flow import Flow, Operation, name_of, tensors_in
+from layerwise.geometry.forward.made_batch import made_batch
+from layerwise.geometry.forward.rules import follow, other
 from layerwise.geometry.module_kinds import is_base_model
+
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError)
+
+
+class Follow(TorchDispatchMode):
+    """Runs every operation under it as it is, and then tells a flow what it does to the rows of weights.
+
+    `flex_attention` is one operation. What runs other functions as one (`torch.cond`) is refused: nothing sees into it.
+    `kept`, which is to be put back after the pass, is told of all that is written.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, flow: Flow, kept: Kept) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._flow = flow
+        self._kept = kept
+        self._count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, then say of its results where they come from."""
+        kwargs = kwargs or {}
+        tensors = tensors_in((*args, *kwargs.values()))
+        if isinstance(func, HigherOrderOperator) and "attention" not in func.name():
+            raise NotImplementedError(f"{func.name()} runs functions that cannot be followed")
+        targets = written(func, args, kwargs)
+        self._kept.before_writing(targets)
+        on_meta = any(tensor.is_meta for tensor in tensors)
+        out = _run_on_meta(func, args, kwargs, targets) if on_meta else func(*args, **kwargs)
+        self._count += 1
+        results = tensors_in((out,))
+        operation = Operation(func, args, kwargs, tensors, results, self._count)
+        try:
+            if results:
+                follow(self._flow, operation)
+        except _FAILURES:  # what is not understood must not break the user's forward pass
+            other(self._flow, operation)
+        return out
+
+
+def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: list[Tensor]) -> Any:
+    """The operation with all its tensors on the meta device; what it writes into stays where it is, as it was."""
+    moved, named = tree_map_only(
+        Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to("meta"), (args, dict(kwargs))
+    )
+    if "device" in named:
+        named["device"] = torch.device("meta")
+    if name_of(func) == "_grouped_mm":  # which on this device is there for bfloat16 alone
+        halves = tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, moved)
+        return func(*halves, **named).to(args[0].dtype)
+    out = func(*moved, **named)
+    if not targets or len(targets) != len(func._schema.returns):
+        return out
+    return targets[0] if len(targets) == 1 else tuple(targets)
+
 
 #: `forward(model, batch)` runs the model; its result is searched for tensors, the outputs.
 Forward = Callable[[nn.Module, Any], Any]
@@ -25,6 +87,42 @@ Forward = Callable[[nn.Module, Any], Any]
 _INNER = ("hidden_states", "past_key_values", "attentions", "mems")
 #: What its base models, which have no task, give to the layers that come after them.
 _HIDDEN = (*_INNER, "last_hidden_state", "pooler_output", "cls_token")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a forward pass showed, None where there was none, and one line on why there was none."""
+
+    evidence: Evidence | None
+    said: str = ""
+
+
+def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) -> Look:
+    """Run the model once on the batch and watch its parameters; arguments as of `param_groups`. Nothing of it changes.
+
+    Without a batch a small one is made for transformers' models where that is safe.
+    """
+    inner = unwrap(model)
+    given = batch is not None or forward is not None
+    if not given:
+        try:
+            batch = made_batch(inner)
+        except Exception:  # a config without the numbers that a batch is made of
+            return Look(None)
+        if batch is None:
+            return Look(None)
+    try:
+        evidence = watch(inner, batch, forward or call)
+    except Exception as error:  # whatever a user's model raises
+        first = (str(error).splitlines() or [""])[0][:200]
+        tried = "the batch" if given else "a batch made for it"
+        return Look(
+            None,
+            f"the model did not run on {tried} ({type(error).__name__}: {first}): roles are those of the modules",
+        )
+    if given:
+        evidence.of_unseen = "took no part in the forward pass"
+    return Look(evidence)
 
 
 def call(model: nn.Module, batch: Any) -> Any:

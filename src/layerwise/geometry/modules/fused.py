@@ -25,7 +25,9 @@ GRU_GATES = Split.equal("reset", "update", "new")
 def _whole_parts(owner: Any) -> Split | None:
     """``[all q | all k | all v]`` of one size; not known where keys have fewer heads or a size of their own."""
     own_sizes = any(hasattr(owner, name) for name in ("key_dim", "val_dim", "kv_dim", "value_dim"))
-    return None if own_sizes or _has_fewer_key_heads(owner) else QKV
+    heads, key_heads = _number(owner, _HEADS), _number(owner, _KEY_HEADS)
+    fewer = heads is not None and key_heads is not None and heads != key_heads
+    return None if own_sizes or fewer else QKV
 
 
 def grouped_split(owner: nn.Module, attribute: str, d_out: int) -> Split | None:
@@ -159,11 +161,6 @@ def _number(owner: Any, names: Sequence[str]) -> int | None:
 
 _HEADS = ("num_heads", "n_head", "n_heads", "num_attention_heads", "heads", "nhead")
 _KEY_HEADS = ("num_kv_heads", "n_kv_head", "n_kv_heads", "num_key_value_heads", "kv_heads", "n_query_groups")
-
-
-def _has_fewer_key_heads(owner: Any) -> bool:
-    heads, key_heads = _number(owner, _HEADS), _number(owner, _KEY_HEADS)
-    return heads is not None and key_heads is not None and heads != key_heads
 
 
 #: Names of projections that hold several matrices in most of the models that use them.

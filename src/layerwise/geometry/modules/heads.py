@@ -47,17 +47,11 @@ _MODULATES = ("adaln", "modulation")
 
 @dataclass(frozen=True)
 class Heads:
-    """What is known of the heads.
+    """What is known of the heads."""
 
-    Attributes:
-        weights: ids of the weights that are heads.
-        doubts: ids of other weights -> what is not certain about them.
-        declared: whether the model itself names its head.
-    """
-
-    weights: frozenset[int] = frozenset()
-    doubts: dict[int, str] = field(default_factory=dict)
-    declared: bool = False
+    weights: frozenset[int] = frozenset()  # ids of the weights that are heads
+    doubts: dict[int, str] = field(default_factory=dict)  # ids of other weights -> what is not certain about them
+    declared: bool = False  # whether the model itself names its head
 
 
 def output_heads(model: nn.Module) -> Heads:
@@ -66,7 +60,7 @@ def output_heads(model: nn.Module) -> Heads:
     projections = {name: m for name, m in holders.items() if is_linear(m) and not _in_a_list(model, name)}
     taken = _input_sizes(holders)
     unread = {name: m for name, m in projections.items() if _sizes(m)[0] not in taken}
-    declared = _declared_head(model)
+    declared = next((weight for m in model.modules() if (weight := _declared_in(m)) is not None), None)
     if declared is not None:
         weights = frozenset({id(declared)})
         return Heads(weights, _other_heads(unread, weights), declared=True)
@@ -90,13 +84,8 @@ def output_heads(model: nn.Module) -> Heads:
     return Heads(weights, doubts)
 
 
-def _declared_head(model: nn.Module) -> Tensor | None:
-    """The weight that the model itself names as its head, None where it names none."""
-    weights = map(_declared_in, model.modules())
-    return next((weight for weight in weights if weight is not None), None)
-
-
 def _declared_in(module: Any) -> Tensor | None:
+    """The weight that a module itself names as its head, None where it names none."""
     getter = getattr(module, "get_output_embeddings", None)
     if not callable(getter):
         return None
@@ -148,7 +137,9 @@ def _in_a_list(model: nn.Module, name: str) -> bool:
     The module itself may be an element (of a list of heads, of a flat Sequential): what counts is where it lies.
     """
     around = _around(model, name)
-    return any(isinstance(m, nn.ModuleList) for m in around[:-1]) or any(map(_is_torch_block, around))
+    blocks = [m for m in around if isinstance(m, _TORCH_BLOCKS)]  # but no model that was derived from one, with a head
+    of_torch = any(type(m).__module__.startswith("torch.") for m in blocks)
+    return of_torch or any(isinstance(m, nn.ModuleList) for m in around[:-1])
 
 
 def _is_free(model: nn.Module, name: str) -> bool:
@@ -186,11 +177,6 @@ def _input_sizes(holders: dict[str, Any]) -> set[int]:
         elif isinstance(module, nn.MultiheadAttention):
             sizes |= {module.embed_dim, module.kdim, module.vdim}
     return sizes
-
-
-def _is_torch_block(module: nn.Module) -> bool:
-    """One of torch's own blocks, and not a model that was derived from one and has a head of its own."""
-    return isinstance(module, _TORCH_BLOCKS) and type(module).__module__.startswith("torch.")
 
 
 def _repeats(container: nn.Module, element: nn.Module) -> bool:

@@ -6,8 +6,9 @@ assumed from the shape because the owning module is not known. A tensor under se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -35,11 +36,11 @@ from layerwise.geometry.module_kinds import (
     is_torch_norm,
     lora_factors,
 )
-from layerwise.geometry.modules.experts import expert_layout, holds_experts
-from layerwise.geometry.modules.fused import fused_note, grouped_split, known_split, recurrent_split
+from layerwise.geometry.modules.fused import GATE_UP, fused_note, grouped_split, known_split, recurrent_split
 from layerwise.geometry.modules.heads import Heads, output_heads
 from layerwise.geometry.split import Split
 
+_EXPERT_COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts")
 _ENTRY_BY_ENTRY = ("A_log",)  # the decay rates of Mamba's states: a table of numbers, multiplied with nothing
 
 
@@ -119,7 +120,9 @@ def _classify(place: _Place, is_head: bool, factor: str | None) -> Found:
     owner, attribute = _seen_through(place)
     if is_head and len(shape) == 2 and is_norm(owner):  # a projection of normalised rows
         return place.found("head", MatrixLayout())
-    if len(shape) <= 1 or is_norm(owner) or _is_magnitude(owner, attribute):
+    # The gain of torch's older `weight_norm`, which makes `weight_g` and `weight_v` of `weight`.
+    is_magnitude = attribute.endswith("_g") and f"{attribute[:-2]}_v" in owner._parameters
+    if len(shape) <= 1 or is_norm(owner) or is_magnitude:
         wide = sum(size > 1 for size in shape) > 1 and not is_torch_norm(owner)
         note = f"a gain, as the class {type(owner).__name__} is called a normalisation" if wide else ""
         return place.found("vector", VectorLayout(), note=note)
@@ -176,13 +179,41 @@ def _classify_unknown(place: _Place, owner: nn.Module, attribute: str) -> Found:
     kind = type(owner).__name__.lower()
     if sum(size > 1 for size in shape) <= 1 or attribute in _ENTRY_BY_ENTRY:
         return place.found("vector", VectorLayout())
-    if len(shape) == 3 and holds_experts(owner, shape[0]):
-        return place.found("experts", expert_layout(owner, attribute, shape))
-    if len(shape) == 2 and "bias" in attribute and holds_experts(owner, shape[0]):
+    if len(shape) == 3 and _holds_experts(owner, shape[0]):
+        return place.found("experts", _expert_layout(owner, attribute, shape))
+    if len(shape) == 2 and "bias" in attribute and _holds_experts(owner, shape[0]):
         return place.found("vector", VectorStackLayout())
     if len(shape) == 2 and ("router" in kind or "gate" in kind):  # transformers' routers: linear(x, weight)
         return place.found("hidden", MatrixLayout())
     return _assume(place, attribute)
+
+
+def _holds_experts(module: nn.Module, count: int) -> bool:
+    """Whether the module is a stack of `count` experts: by its own count of them, or by its class's name."""
+    own = [getattr(module, attribute, None) for attribute in _EXPERT_COUNTS]
+    return count in own or "expert" in type(module).__name__.lower()
+
+
+def _expert_layout(owner: Any, attribute: str, shape: Sequence[int]) -> Layout:
+    """The layout of `owner.attribute`, as transformers' classes say it: `is_transposed`, `is_concatenated`."""
+    transposed = getattr(owner, "is_transposed", None)
+    if transposed is None:
+        transposed = _multiplied_from_the_right(owner)
+    make = TransposedStackLayout if transposed else StackLayout
+    d_out = make().stack_shape(shape)[1]
+    if attribute != "gate_up_proj" or d_out % 2:
+        return make()
+    if getattr(owner, "is_concatenated", True):
+        return make(GATE_UP)
+    return make(Split.equal("gate", "up", blocks=d_out // 2))  # gpt-oss: row by row, gate, up, gate, up, ...
+
+
+def _multiplied_from_the_right(owner: Any) -> bool:
+    """Whether gated experts are stored (k, in, out), from how their weights chain: [k, h, 2i], then [k, i, h]."""
+    up, down = getattr(owner, "gate_up_proj", None), getattr(owner, "down_proj", None)
+    if not (isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.ndim == down.ndim == 3):
+        return False
+    return up.shape[1] == down.shape[2] and up.shape[2] == 2 * down.shape[1]
 
 
 def _assume(place: _Place, attribute: str) -> Found:
@@ -209,11 +240,6 @@ def _seen_through(place: _Place) -> tuple[nn.Module, str]:
     if steps[-2:-1] == ["parametrizations"] and place.attribute.startswith("original") and not is_gain:
         return place.path[-3][1], steps[-1]
     return place.path[-1][1], place.attribute
-
-
-def _is_magnitude(owner: nn.Module, attribute: str) -> bool:
-    """The gain of torch's older `weight_norm`, which makes `weight_g` and `weight_v` of `weight`."""
-    return attribute.endswith("_g") and f"{attribute[:-2]}_v" in owner._parameters
 
 
 def _projection_split(place: _Place, d_out: int) -> tuple[Split | None, str]:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry import VectorLayout, VectorRMS, group_by_shape
-from layerwise.optim.groups.options import DEFAULTS, OPTIONAL, check_group, check_options, check_parameter
+from layerwise.optim.groups.options import DEFAULTS, OPTIONAL, check_group, check_option, check_options, check_parameter
 from layerwise.optim.updates import UPDATES, Update
 from layerwise.optim.work.job import Group
 
 #: Options by role; "default" is for every role that is not named.
 Recipe = Mapping[str, Mapping[str, Any]]
+#: Of matrices inside the network.
+MATRIX_ROLES: Final = ("hidden", "conv", "experts", "lora_A", "lora_B")
 _NO_OPTIONS = ("params", "param_names", "origin")
+
+
+def matrices_and_the_rest(matrices: Mapping[str, Any], rest: Mapping[str, Any]) -> Recipe:
+    """Unit steps with the options ``matrices`` for :data:`MATRIX_ROLES`, AdamW with ``rest`` for all other roles."""
+    for key, value in rest.items():
+        check_option(key, value, called=f"adamw_{key}")
+    return dict.fromkeys(MATRIX_ROLES, matrices) | {"default": {"update": "adamw", **rest}}
 
 
 def as_groups(params: Iterable[Any]) -> list[Group]:
@@ -89,7 +98,13 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
     kind = full["update"]
     update: Update = UPDATES[kind] if isinstance(kind, str) else kind
     full["update"] = update
-    _warn_of_unused(update, group, {**base, **preset})
+    without = {**base, **preset}
+    for key in update.unused:
+        if key in group and group[key] != without[key]:
+            warn(
+                f"{key}={group[key]!r} of {_first_name(group)} has no effect: {update!r} updates it; "
+                'give "update": "lmo" as well for steps in its geometry'
+            )
     if (rule := update.rule(full)) is not None:
         rule.fits(full)
     if full.get("momentum_warmup"):
@@ -123,16 +138,6 @@ def check_rules(groups: Sequence[Group]) -> None:
         if (rule := group["update"].rule(group)) is not None:
             ruled = [unit for unit, other in units if other == rule]
             rule.check(ruled, [unit for unit, other in units if other != rule])
-
-
-def _warn_of_unused(update: Update, group: Group, without: Mapping[str, Any]) -> None:
-    """A group that AdamW updates may be given what only a unit step has: say that it does nothing."""
-    for key in update.unused:
-        if key in group and group[key] != without[key]:
-            warn(
-                f"{key}={group[key]!r} of {_first_name(group)} has no effect: {update!r} updates it; "
-                'give "update": "lmo" as well for steps in its geometry'
-            )
 
 
 def _first_name(group: Group) -> str:

@@ -35,25 +35,19 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def _cells(group: Group) -> tuple[str, ...]:
-    update = group["update"]
+    update, effective, scale = group["update"], f"{float(rate(group)):g}", group.get("lr_scale", 1.0)
     rule = update.rule(group)
     return (
         str(group["role"]),
         str(len(group["params"])),
         str(sum(param.numel() for param in group["params"])),
-        _rate(group),
+        effective if scale == 1.0 else f"{effective} = {float(group['lr']):g} * {scale:g}",
         f"{float(group['weight_decay']):g}",
         repr(update),
         "-" if rule is None else type(rule).__name__,
         "-" if isinstance(update, AdamW) else repr(group["geometry"]),
         " ".join(f"{key}={value!r:.30}" for key, value in own_keys(group).items()),
     )
-
-
-def _rate(group: Group) -> str:
-    effective = f"{float(rate(group)):g}"
-    scale = group.get("lr_scale", 1.0)
-    return effective if scale == 1.0 else f"{effective} = {float(group['lr']):g} * {scale:g}"
 
 
 def scaled_twice(groups: Sequence[Group]) -> bool:

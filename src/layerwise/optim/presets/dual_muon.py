@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from layerwise.optim.groups.complete import matrices_and_the_rest
 from layerwise.optim.groups.options import check_option
 from layerwise.optim.named_optimizers import register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer
-from layerwise.optim.presets.matrices import matrices_and_the_rest
 from layerwise.optim.rules.dual_norm_adaptive import DualNormAdaptive
 from layerwise.optim.rules.rule import RateRule
 

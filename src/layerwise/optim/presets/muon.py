@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from layerwise.optim.groups.complete import matrices_and_the_rest
 from layerwise.optim.named_optimizers import register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer
-from layerwise.optim.presets.matrices import matrices_and_the_rest
 from layerwise.optim.rules.rule import RateRule
 
 

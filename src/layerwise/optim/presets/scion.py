@@ -8,10 +8,9 @@ from typing import Annotated, Any, Final
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.groups.complete import Recipe
+from layerwise.optim.groups.complete import MATRIX_ROLES, Recipe
 from layerwise.optim.named_optimizers import register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer
-from layerwise.optim.presets.matrices import MATRIX_ROLES
 from layerwise.optim.rules.rule import RateRule
 
 #: Scion's radii in its nanoGPT set-up: 50 for the blocks, 3000 for the tied head. Vectors have none there; 1 is ours.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -55,11 +55,6 @@ class DualNormAdaptive(RateRule):
 
     def __post_init__(self) -> None:
         as_floats(self, "softening", "beta")
-
-    def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
-        state = super().allocate(param, units, sizes)
-        state["size"].copy_(torch.tensor(sizes))
-        return state
 
     def noise(self, state: State) -> Tensor:
         return torch.where(state["squared_norm"] > 0, state["squared_norm"], float("nan"))

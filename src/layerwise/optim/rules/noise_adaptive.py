@@ -235,9 +235,7 @@ class NoiseAdaptive(RateRule):
             )
 
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
-        state = super().allocate(param, units, sizes) | self._reference.allocate(param)
-        state["size"].copy_(torch.tensor(sizes))
-        return state
+        return super().allocate(param, units, sizes) | self._reference.allocate(param)
 
     def noise(self, state: State) -> Tensor:
         known: Tensor = state["gradients_seen"] > self._reference.warmup

@@ -189,7 +189,8 @@ class RateRule(ABC):
         >>> optimizer = lw.DMuon(lw.param_groups(model), rates=ByGradientNorm())
     """
 
-    #: what is kept of each unit beside its multiplier: names of float32 vectors [units], zero at first
+    #: what is kept of each unit beside its multiplier: names of float32 vectors [units], zero at first; "size" is the number
+    #: of its entries
     unit_state: ClassVar[tuple[str, ...]] = ()
     #: whether ``update`` gets the dual norm of the direction itself, over its value on white noise, as its one norm. The
     #: unit step gives it on the way (``<u, lmo(u)>``), so ``update`` runs after the step, for the next one.
@@ -211,7 +212,10 @@ class RateRule(ABC):
             sizes: numbers of their entries.
         """
         multiplier = torch.ones(len(units), dtype=torch.float32, device=param.device)
-        return {"multiplier": multiplier} | {key: torch.zeros_like(multiplier) for key in self.unit_state}
+        state = {"multiplier": multiplier} | {key: torch.zeros_like(multiplier) for key in self.unit_state}
+        if "size" in state:
+            state["size"].copy_(torch.tensor(sizes))
+        return state
 
     def norms(self) -> Sequence[DualNorm]:
         """The norms this rule needs of every parameter."""

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.common.parameter_names import canonical_name, first_few, unwrap
+from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError, warn
+from layerwise.geometry.found import Origin
 from layerwise.geometry.groups import groups_of
-from layerwise.geometry.origin import Origin
-from layerwise.optim.state.replaced import Held, replace_state
+from layerwise.optim.state.partial import WITH_ROWS, take
 from layerwise.optim.work.job import Group, Job, State
 
 _TAKE_OVER = "call optimizer.add_trainable(model), which takes over what has changed"
+
+
+class Held(NamedTuple):
+    """What stood for a name when it was last looked at."""
+
+    param: Tensor
+    entries: int  # of the parameter: its data may be resized in place
+    origin: Origin | None = None  # the model that it came from, where that is known
 
 
 class Following:
@@ -47,14 +56,12 @@ class Following:
         """Give state to tensors that stand where others stood, and to those whose size is another; move it to their device.
 
         accelerate puts others there for FSDP2: it shards the model and hands the sharded parameters to the optimizer.
-
-        Returns:
-            The names of the parameters whose state could not be carried over.
+        Returns the names of the parameters whose state could not be carried over.
         """
         entries = {param: (param.numel(), param.device) for group in groups for param in group["params"]}
         if entries == self._entries and entries.keys() == states.keys():
             return []
-        lost = replace_state(groups, states, self._held)
+        lost = _replace_state(groups, states, self._held)
         before = self._held
         self.note(groups)
         models_have = {id(p) for origin in self._origins() for p in origin.parameters().values()}
@@ -89,7 +96,15 @@ class Following:
         whole = [origin for origin in found if self._holds_all(origin, here)]
         self.frozen = [entry for entry in self.frozen if entry[0] not in found]
         for origin, names in found.items():
-            _tell_of_unfrozen(names, taken_over=origin in whole)
+            had_been = f"{first_few(map(repr, names))} had been frozen when the optimizer was made, have gradients now and"
+            if origin in whole:
+                warn(
+                    f"{had_been} are trained from this step on, with the roles that the model gives them; a schedule made "
+                    "before may not know their groups: optimizer.add_trainable(model) takes them over where you can make "
+                    "it again"
+                )
+            else:
+                warn(f"{had_been} are not trained by it: call optimizer.add_trainable(model) to train them")
         return [origin.model for origin in whole if origin.model is not None]
 
     def _holds_all(self, origin: Origin, here: set[int]) -> bool:
@@ -101,10 +116,8 @@ class Following:
     def put_in_place(self, groups: Sequence[Group], jobs: Sequence[Job]) -> bool:
         """Put into the groups what the models now hold where they held a parameter without a gradient; whether any was.
 
-        The models are looked at where other parameters than before have no gradient.
-
-        Raises:
-            LayerwiseError: for a parameter that a model no longer has, and one without numbers.
+        The models are looked at where other parameters than before have no gradient. Raises LayerwiseError for a parameter
+        that a model no longer has, and one without numbers.
         """
         at_rest = {job.name: job.param for job in jobs if not job.moves}
         if at_rest.keys() == self._at_rest:
@@ -134,11 +147,10 @@ class Following:
             for name in names:
                 held = self._held[name]
                 if held.origin is origin and id(held.param) not in holds:
-                    found[name] = self._usable(now.get(name))
+                    new = now.get(name)
+                    usable = new is not None and new.requires_grad and new not in self._entries
+                    found[name] = new if usable else None
         return found
-
-    def _usable(self, tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is not None and tensor.requires_grad and tensor not in self._entries else None
 
     # ------------------------------------------------------------------------------------------- when one is asked
 
@@ -160,11 +172,7 @@ class Following:
         return [*parts, {**options, "params": list(left.values())}] if left else parts
 
     def take_over(self, groups: list[Group], model: nn.Module, batch: Any) -> tuple[list[str], list[Group]]:
-        """Bring the groups up to what the model is now.
-
-        Returns:
-            The names of the parameters that came to groups which were there, and groups to add.
-        """
+        """Bring the groups up to what the model is now: names that came to groups which were there, and groups to add."""
         origin = next((each for each in self._origins() if each.model is unwrap(model)), None)
         if origin is None:
             origin = Origin(model)
@@ -196,18 +204,6 @@ class Following:
                 self._held[name] = held._replace(origin=origin)
 
 
-def _tell_of_unfrozen(names: Sequence[str], taken_over: bool) -> None:
-    """Warn of parameters that were frozen when the optimizer was made and have gradients now."""
-    had_been = f"{first_few(map(repr, names))} had been frozen when the optimizer was made, have gradients now and"
-    if taken_over:
-        warn(
-            f"{had_been} are trained from this step on, with the roles that the model gives them; a schedule made before may"
-            " not know their groups: optimizer.add_trainable(model) takes them over where you can make it again"
-        )
-    else:
-        warn(f"{had_been} are not trained by it: call optimizer.add_trainable(model) to train them")
-
-
 def _replace(groups: Sequence[Group], new: Mapping[str, Tensor | None]) -> None:
     """In place: another tensor for some names; None takes the parameter out."""
     for group in groups if new else ():
@@ -228,3 +224,57 @@ def check_model(model: nn.Module, groups: Sequence[Group]) -> None:
             f"add_trainable: {type(model).__name__} holds none of this optimizer's parameters: give the model that it "
             "trains, or add other parameters by add_param_group"
         )
+
+
+@torch.no_grad()
+def _replace_state(groups: Sequence[Group], states: dict[Tensor, State], holders: Mapping[str, Held]) -> list[str]:
+    """Make state for every parameter that has none, or of another size, from that of what stood for its name if it fits.
+
+    Of an embedding or head with more or fewer rows, those that are in both keep their state; that of tensors that are gone
+    is dropped. Returns the names of the parameters whose state could not be carried over.
+    """
+    lost: list[str] = []
+    live = set()
+    for group in groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            live.add(param)
+            held = holders.get(name, Held(param, param.numel()))
+            if param not in states or (held.param is param and held.entries != param.numel()):
+                new, old = group["update"].allocate(group, name, param), states.get(held.param, {})
+                if _has_moved(old) and not (_carry_over(old, new) or take(new, old, group["role"] in WITH_ROWS)):
+                    lost.append(name)
+                states[param] = new
+            move_beside(param, states[param])
+    for param in states.keys() - live:
+        del states[param]
+    return lost
+
+
+def move_beside(param: Tensor, state: State) -> None:
+    """Bring the state to the device of its parameter: frameworks move a model after the optimizer was made."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.device != param.device:
+            state[key] = value.to(param.device)
+
+
+def _has_moved(state: State) -> bool:
+    """Whether a step has changed it: but for multipliers, which follow the rest, and sizes it starts as zeros."""
+    constant = ("multiplier", "size")
+    tensors = [value for key, value in state.items() if isinstance(value, Tensor) and key not in constant]
+    return any(value.device.type != "meta" and bool(local_part(value).any()) for value in tensors)
+
+
+def _carry_over(old: State, new: State) -> bool:
+    """Copy the old state into the new, in the new one's dtype and device; False where shapes or shardings differ."""
+    if old.keys() != new.keys() or any(_form(old[key]) != _form(value) for key, value in new.items()):
+        return False
+    for key, value in new.items():
+        if isinstance(value, Tensor):
+            value.copy_(old[key])
+    return True
+
+
+def _form(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return type(value)
+    return value.shape, getattr(value, "device_mesh", None), getattr(value, "placements", None)

@@ -24,7 +24,7 @@ from layerwise.optim.work.job import State
 
 #: Group options that loading leaves as they are: what the optimizer is, where the others are how it is set.
 KEPT: Final = (*DESCRIBED, "update", "nesterov", "scaling", "radius", "norm_group", "role")
-_SKIPPED: Final = "skipped_steps"
+SKIPPED: Final = "skipped_steps"
 _UNNAMED: Final = re.compile(r"param_\d+")  # what a parameter is called that came without a name
 
 
@@ -37,7 +37,7 @@ def to_plain(state_dict: dict[str, Any], skipped: int) -> dict[str, Any]:
             # The rate may be a tensor while running, and so what schedulers keep of it; every tool expects a float.
             if isinstance(value, Tensor) and value.numel() == 1:
                 group[key] = float(value)
-    state_dict[_SKIPPED] = skipped
+    state_dict[SKIPPED] = skipped
     return state_dict
 
 
@@ -75,14 +75,6 @@ def with_new_names(state_dict: dict[str, Any]) -> dict[str, Any]:
         return state_dict
     renamed = [{"rates" if key == "noise" else key: value for key, value in group.items()} for group in groups]
     return {**state_dict, "param_groups": renamed}
-
-
-def without_extras(state_dict: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state_dict.items() if key != _SKIPPED}
-
-
-def skipped_steps(state_dict: dict[str, Any]) -> int:
-    return int(state_dict.get(_SKIPPED, 0))
 
 
 def _pairs(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -240,16 +232,10 @@ def load(
     state_dict: dict[str, Any],
     torch_load: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Load what belongs to this optimizer, or raise and change nothing.
+    """Load what belongs to this optimizer, of a preset with these options, or raise and change nothing.
 
-    Args:
-        optimizer: whose groups and state are set.
-        recipe: its preset's options.
-        state_dict: what its ``state_dict`` gave.
-        torch_load: torch's own ``load_state_dict`` of this optimizer, which calls the hooks.
-
-    Returns:
-        What was loaded: ``state_dict`` as the hooks left it.
+    ``torch_load`` is torch's own ``load_state_dict`` of it, which calls the hooks; what they left of ``state_dict`` is
+    returned.
     """
     loaded: dict[str, Any] = {}
 
@@ -257,7 +243,7 @@ def load(
         """After all other hooks, which may change what is loaded; and before anything of this optimizer changes."""
         found = checked(optimizer, in_own_order(optimizer, with_new_names(found)))
         loaded.update(found)
-        return without_extras(found)
+        return {key: value for key, value in found.items() if key != SKIPPED}
 
     live = [{key: group[key] for key in (*KEPT, "param_names")} for group in optimizer.param_groups]
     before = [dict(group) for group in optimizer.param_groups]

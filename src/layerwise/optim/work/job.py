@@ -193,17 +193,25 @@ class Lineup:
         self._alike: list[Alike] = []  # those that move in sets
         self._groups: list[Group] = []
         self._states: list[State] = []
-        self._form: object = None
+        self._form: object = None  # what jobs and sets depend on, beside which tensors there are
         self._moves: list[bool] | None = None
 
     def fits(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> bool:
-        """Whether the optimizer's groups, tensors, states and options are still those that this was made of."""
+        """Whether the optimizer's groups, tensors, states and options are those that they were when it was last asked.
+
+        Of a momentum, which schedules move, only which groups have the same is an option that counts.
+        """
         params = [param for group in groups for param in group["params"]]
         own = [job.param for job in self.jobs]
         kept = ((groups, self._groups), (params, own), (states.values(), self._states))
         same = all(len(now) == len(then) and all(map(is_, now, then)) for now, then in kept)
         joined = all(joined.holds() for step in self.steps for joined in step.joined)
-        return same and joined and _form(groups, params) == self._form
+        options = [[*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups]
+        first: dict[float, int] = {}
+        momenta = [first.setdefault(current_momentum(group), number) for number, group in enumerate(groups)]
+        before = self._form
+        self._form = options, momenta, [(param.shape, param.dtype, param.device) for param in params]
+        return same and joined and self._form == before
 
     def forget(self) -> None:
         """What this was made of has changed."""
@@ -228,8 +236,10 @@ class Lineup:
         rates = {id(group): rate(group) for group in groups}
         for job in self.moving:
             grad = job.param.grad
-            if grad is None or grad.layout is not torch.strided or job.local is not job.param:
-                grad = _gradient(job)
+            if grad is None:
+                grad = torch.zeros_like(job.local)
+            elif grad.layout is not torch.strided or job.local is not job.param:
+                grad = local_part(dense(job.name, grad))
             job.grad, job.lr = grad, rates[id(job.group)]
         for some in self._alike:
             grads = [job.grad for job in some.jobs]
@@ -254,7 +264,6 @@ class Lineup:
         self.steps = [step for update, jobs in by_update.items() for step in update.plan(jobs)]
         self.half = any(job.local.dtype.itemsize < 4 or "rounding_seed" in job.group for job in self.jobs)
         self._groups, self._states, self._moves = list(groups), list(states.values()), moves
-        self._form = _form(groups, [job.param for job in self.jobs])
 
     def release(self) -> None:
         """Keep no gradient alive when the step is over."""
@@ -263,15 +272,6 @@ class Lineup:
         for some in self._alike:
             some.grads = None
         self.gradients = []
-
-
-def _form(groups: Sequence[Group], params: Sequence[Tensor]) -> object:
-    """What jobs and sets depend on, beside which tensors there are."""
-    options = [[*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups]
-    # Of a momentum, which schedules move, only which groups have the same.
-    first: dict[float, int] = {}
-    momenta = [first.setdefault(current_momentum(group), number) for number, group in enumerate(groups)]
-    return options, momenta, [(param.shape, param.dtype, param.device) for param in params]
 
 
 def _job(name: str, param: Tensor, moves: bool, group: Group, state: State) -> Job:
@@ -283,12 +283,6 @@ def _job(name: str, param: Tensor, moves: bool, group: Group, state: State) -> J
             "model (model.to_empty(device=...), then its weights) before the first step"
         )
     return Job(name, param, local, _NO_GRADIENT, moves, group, local_state(param, state), group["lr"])
-
-
-def _gradient(job: Job) -> Tensor:
-    """This process's part of a gradient that may be none or sharded. Raises LayerwiseError for a sparse one."""
-    grad = job.param.grad
-    return torch.zeros_like(job.local) if grad is None else local_part(dense(job.name, grad))
 
 
 def alike(jobs: Iterable[Job]) -> list[Alike]:

@@ -114,16 +114,12 @@ def part_shapes(shape: Sequence[int], dim: int, count: int) -> tuple[Shape, ...]
 
 def direction_cost(job: MatrixJob) -> int:
     """Multiply-adds of a job's unit steps, up to a common factor."""
-    return sum(k * _polar_cost(*sorted(sides)) for k, *sides in _stacks(job))
+    return sum(k * _polar_cost(*sorted(sides)) for k, *sides in job.layout.shapes(job.param.shape))
 
 
 def norm_cost(job: MatrixJob) -> int:
     """Multiply-adds of a job's dual norms, up to a common factor."""
-    return sum(k * _nuclear_cost(job, *sorted(sides)) for k, *sides in _stacks(job))
-
-
-def _stacks(job: MatrixJob) -> tuple[tuple[int, int, int], ...]:
-    return job.layout.shapes(job.param.shape)
+    return sum(k * _nuclear_cost(job, *sorted(sides)) for k, *sides in job.layout.shapes(job.param.shape))
 
 
 def _polar_cost(small: int, large: int) -> int:

@@ -223,10 +223,6 @@ class Replicas:
         self._turn = None
         self.forget()
 
-    def bytes_held(self) -> int:
-        """Bytes of gradients that this process keeps now."""
-        return sum(kept.numel() * kept.element_size() for kept in self._kept.values())
-
 
 def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Where the parameters of a sharded module are, those in sharded modules within it left out."""

@@ -23,10 +23,9 @@ from torch import Tensor
 from layerwise.common.tensors import local_part
 from layerwise.geometry.layout import StackLayout, VectorStackLayout
 from layerwise.geometry.spectral.polar import working_dtype
-from layerwise.optim.work.collectives import all_gather
 from layerwise.optim.work.local import MatrixJob, white_noise_factors
 from layerwise.optim.work.placement import Domain
-from layerwise.optim.work.routes import Task
+from layerwise.optim.work.routes import Task, all_gather
 
 #: The order p of the norm of all entries that a family's dual norm is a multiple of.
 ORDER: Final = {"sign": 1, "frobenius": 2, "vector_rms": 2}
