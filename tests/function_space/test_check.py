@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import layerwise as lw
-from layerwise.function_space.checking.trends import Value, trend
+from layerwise.function_space.checking.size_check import Value, trend
 from layerwise.lab.report import style
 from layerwise.lab.report.figures.size_slopes import size_slopes
 

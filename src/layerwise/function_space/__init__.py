@@ -1,12 +1,10 @@
 """Function-space learning rates and FLeRM (arXiv 2502.17405), for any model and any torch optimizer."""
 
 from layerwise.function_space.checking.check_model import check
-from layerwise.function_space.checking.size_check import SizeCheck
-from layerwise.function_space.checking.trends import Trend
-from layerwise.function_space.matching.base_rates import BaseRate, BaseRates, record_base
+from layerwise.function_space.checking.size_check import SizeCheck, Trend
+from layerwise.function_space.matching.base_rates import BaseRate, BaseRates, Fingerprint, record_base
 from layerwise.function_space.matching.decide import Matched, MatchReport
 from layerwise.function_space.matching.depth_map import infer_depth
-from layerwise.function_space.matching.fingerprint import Fingerprint
 from layerwise.function_space.matching.flerm import FLeRM
 from layerwise.function_space.matching.lora import LoraMatch, match_lora
 from layerwise.function_space.measure import function_space_rates

@@ -15,8 +15,7 @@ from layerwise.common.checked import PositiveInt, checked
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.checked_batches import Loss, batches, default_loss, inputs_of
 from layerwise.function_space.checking.one_size import Readings, Recipe, SizeRun
-from layerwise.function_space.checking.size_check import SizeCheck
-from layerwise.function_space.checking.trends import QUANTITIES, Quantity, Trend, Value, trend
+from layerwise.function_space.checking.size_check import QUANTITIES, Quantity, SizeCheck, Trend, Value, trend
 from layerwise.function_space.matching.base_rates import BaseRates, record_base
 from layerwise.function_space.matching.depth_map import DepthMap
 from layerwise.function_space.measuring.measurement import Measurement

@@ -24,8 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from layerwise.common.tensors import is_sharded, local_part, or_one
 from layerwise.common.undisturbed import GRADIENT_HOOKS, Writes, storage
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.adjoint import Adjoint
-from layerwise.function_space.measuring.exact import FORWARD, Change
+from layerwise.function_space.measuring.exact import FORWARD, Adjoint, Change
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import NO_GRAPH

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.common.undisturbed import Writes, storage, undisturbed
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.adjoint import Adjoint, adjoint
-from layerwise.function_space.measuring.exact import Change, exact_change
+from layerwise.function_space.measuring.exact import Adjoint, Change, adjoint, exact_change
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.probes import probes_at_once, run_probes

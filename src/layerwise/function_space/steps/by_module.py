@@ -1,13 +1,236 @@
-"""From sums over tensors to what a step did to each module."""
+"""What a step did to each tensor, as sums over its update and gradients, and from these to each module."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from layerwise.function_space.steps.update_sums import TensorSums
+import torch
+from torch import Tensor
+
+from layerwise.common.tensors import is_sharded, local_part
+from layerwise.function_space.measuring.moments import TensorUpdate
+from layerwise.function_space.measuring.process_group import ALONE, Processes
+from layerwise.function_space.steps.spectral_norm import Sum, spectral_norms
+
+#: Tensors of one shape are worked on together up to this many entries: six stacks of them (weights before and after,
+#: update, gradients, earlier ones and the difference of these) are 160 MiB in float32.
+_TOGETHER = (160 << 20) // (6 * 4)
+#: Matrices are kept for one estimate of all their spectral norms up to this many entries: only of small ones is it the
+#: number of operations that costs.
+_KEPT = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorSums:
+    """Sums over the entries of one parameter: of squares, and of products of its gradient.
+
+    What needs a gradient is None where there is none, what needs an earlier one where that is missing.
+
+    Attributes:
+        entries: how many there are.
+        weight_square: sum of squares of the weights before the step.
+        update_square: of the update.
+        matrix_norm: the update's spectral norm, from below; of a tensor of more dimensions that of `(first, rest)`; None for
+            vectors.
+        gradient_square: of the gradient.
+        gradient_update: sum of gradient times update.
+        gradient_earlier: of gradient times earlier gradient.
+        difference_square: of squares of the difference of the two gradients.
+    """
+
+    entries: int
+    weight_square: float
+    update_square: float
+    matrix_norm: float | None
+    gradient_square: float | None = None
+    gradient_update: float | None = None
+    gradient_earlier: float | None = None
+    difference_square: float | None = None
+
+
+def update_sums(
+    updates: Mapping[str, TensorUpdate],
+    gradients: Mapping[str, Tensor] | None = None,
+    earlier: Mapping[str, Tensor] | None = None,
+    *,
+    steps: int = 6,
+    processes: Processes = ALONE,
+) -> dict[str, TensorSums]:
+    """The sums of each tensor. Waits for the device once for each lot of matrices and once for the sums.
+
+    Args:
+        updates: what a step did, with the weights before it as `old`.
+        gradients: the step's, by the same names.
+        earlier: those of an earlier step.
+        steps: of the spectral norm's estimate; see `spectral_norms`.
+        processes: those that hold parts of sharded tensors (DTensors).
+    """
+    sharded = any(is_sharded(update.new) for update in updates.values())
+    together = processes if sharded else ALONE  # replicas are equal: there is nothing to ask
+    rows: dict[str, Tensor] = {}
+    norms = _Norms(steps, together.sum_ if sharded else None)
+    gradients, earlier = gradients or {}, earlier or {}
+    for names in _alike(updates, gradients, earlier):
+        place = _place(updates[names[0]].new, together)
+        lot = _stacked([updates[name] for name in names], place)
+        deltas = lot.whole()
+        tensors = [lot.new if lot.old is None else lot.old, deltas]
+        known = [found for found in (gradients, earlier) if names[0] in found and names[0] in gradients]
+        tensors += [place.stack([found[name] for name in names]).to(lot.dtype) for found in known]
+        sums = _sums(*map(_flat, tensors))
+        rows |= dict(zip(names, sums if place.copies == 1 else sums / place.copies, strict=True))
+        if len(place.shape) > 1:
+            norms.add(names, place.matrices(deltas))
+    norms.estimate()
+    table = _table(rows, together)
+    return {
+        name: TensorSums(update.new.numel(), table[name][0], table[name][1], norms.found.get(name), *table[name][2:])
+        for name, update in updates.items()
+    }
+
+
+class _Norms:
+    """Spectral norms by name, small matrices of several shapes together."""
+
+    def __init__(self, steps: int, sum_: Sum | None) -> None:
+        self.steps, self.sum_ = steps, sum_
+        self.found: dict[str, float] = {}
+        self._names: list[str] = []
+        self._stacks: list[Tensor] = []
+
+    def add(self, names: list[str], matrices: Tensor) -> None:
+        """`matrices`: `[count, rows, columns]`, one for each name."""
+        self._names += names
+        self._stacks.append(matrices)
+        if sum(stack.numel() for stack in self._stacks) > _KEPT:
+            self.estimate()
+
+    def estimate(self) -> None:
+        """Of what was added since."""
+        norms = spectral_norms(self._stacks, self.steps, self.sum_)
+        numbers = [number for stack in norms for number in stack.tolist()]
+        self.found |= dict(zip(self._names, numbers, strict=True))
+        self._names, self._stacks = [], []
+
+
+def _alike(
+    updates: Mapping[str, TensorUpdate], gradients: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
+) -> Iterator[list[str]]:
+    """Names of tensors that can be stacked, in lots of bounded size; in the same order on every process."""
+    kinds: dict[tuple[object, ...], list[str]] = {}
+    for name, update in updates.items():
+        new = update.new
+        places = str(getattr(new, "placements", None))
+        known = name in gradients, name in gradients and name in earlier
+        kind = (new.shape, new.dtype, new.device, places, update.decay, known)
+        kinds.setdefault(kind, []).append(name)
+    for names in kinds.values():
+        count = max(1, _TOGETHER // max(1, updates[names[0]].new.numel()))
+        yield from (names[start : start + count] for start in range(0, len(names), count))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which part of tensors of one shape this process has, and how many processes hold the same part."""
+
+    shape: tuple[int, ...]  # of the whole tensor
+    sharded: bool = False
+    dim: int = 0  # of the tensor, which lies first in the part
+    gathered: bool = False  # whole on every process, from a layout that has no rows
+    copies: int = 1
+
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """This process's parts, `[count, *part]`; one alone is not copied."""
+        own = [self._part(tensor) for tensor in tensors] if self.sharded else tensors
+        return own[0].detach()[None] if len(own) == 1 else torch.stack([tensor.detach() for tensor in own])
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        own = _gathered(tensor.detach()) if self.gathered else local_part(tensor.detach())
+        return own.movedim(self.dim, 0) if own.ndim else own
+
+    def matrices(self, stack: Tensor) -> Tensor:
+        """`[count, *part]` as matrices, of which this process has some rows.
+
+        Replicated parts count once for each process that holds them: their squares have to add up to one's.
+        """
+        columns = math.prod(self.shape) // max(1, self.shape[self.dim])
+        found = stack.reshape(len(stack), stack.numel() // len(stack) // max(1, columns), columns)
+        return found if self.copies == 1 else found / math.sqrt(self.copies)
+
+
+def _place(tensor: Tensor, processes: Processes) -> _Place:
+    shape = tuple(tensor.shape)
+    if not is_sharded(tensor):
+        return _Place(shape, copies=processes.count)
+    if processes.count == 1:
+        return _Place(shape, sharded=True)
+    cuts = _cuts(tensor)
+    if len(cuts) > 1 or bool(cuts and cuts[0][0] and tensor.ndim > 2):
+        return _Place(shape, sharded=True, gathered=True, copies=processes.count)
+    dim, pieces = cuts[0] if cuts else (0, 1)
+    return _Place(shape, True, dim, copies=processes.count // pieces)
+
+
+def _stacked(updates: Sequence[TensorUpdate], place: _Place) -> TensorUpdate:
+    """Updates of one shape and decay as one, `[count, *part]`."""
+    old = [update.old for update in updates if update.old is not None]
+    return TensorUpdate(place.stack([update.new for update in updates]), place.stack(old) if old else None, updates[0].decay)
+
+
+def _cuts(tensor: Tensor) -> list[tuple[int, int]]:
+    """The dimensions along which a DTensor is cut, and into how many pieces."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(tensor, DTensor)
+    sizes = tensor.device_mesh.shape
+    return [
+        (place.dim % max(1, tensor.ndim), sizes[index])
+        for index, place in enumerate(tensor.placements)
+        if isinstance(place, Shard)
+    ]
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def _flat(stack: Tensor) -> Tensor:
+    """`[count, entries]`."""
+    return stack.flatten(1) if stack.ndim > 1 else stack[:, None]
+
+
+def _sums(weights: Tensor, deltas: Tensor, gradients: Tensor | None = None, earlier: Tensor | None = None) -> Tensor:
+    """`[count, sums]` of tensors `[count, entries]`, in the order of `TensorSums`."""
+    found = [_squares(weights), _squares(deltas)]
+    if gradients is not None:
+        found += [_squares(gradients), _dots(gradients, deltas)]
+        if earlier is not None:
+            found += [_dots(gradients, earlier), _squares(gradients - earlier)]
+    return torch.stack(found, 1)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=wide).double().square()
+
+
+def _dots(rows: Tensor, others: Tensor) -> Tensor:
+    return torch.linalg.vecdot(rows, others).double()
+
+
+def _table(rows: Mapping[str, Tensor], processes: Processes) -> dict[str, list[float]]:
+    """The rows as numbers, summed over processes where they are of sharded tensors."""
+    if not rows:
+        return {}
+    home = next((row.device for row in rows.values() if row.device.type != "cpu"), torch.device("cpu"))
+    flat = torch.cat([row.to(home) for row in rows.values()])
+    numbers = iter(processes.sum_(flat).tolist())
+    return {name: [next(numbers) for _ in range(row.numel())] for name, row in rows.items()}
+
 
 #: What parameters of the model itself, in no module of it, are listed under.
 ROOT = "(model)"

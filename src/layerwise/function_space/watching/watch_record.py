@@ -1,16 +1,19 @@
-"""What one watched step did to each module, and to the model as a whole; printed, and as plain data."""
+"""What one watched step did to each module, and to the model as a whole; printed, as plain data, and where it goes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from layerwise.common.files import plain_json
 from layerwise.common.layer_rate import LayerRate
 from layerwise.common.text_table import aligned
+from layerwise.errors import LayerwiseError
 from layerwise.function_space.steps.by_module import ModuleUpdate
+from layerwise.function_space.steps.watched_step import JsonLines
 from layerwise.function_space.watching.unit_rates import unit_scalars
 from layerwise.function_space.watching.unusual import Unusual
 
@@ -156,3 +159,51 @@ _TITLES = {
     "rate": "fs rate",
     "share": "fs share",
 }
+
+
+Sink = Callable[[WatchRecord], object]
+
+
+class TensorBoardScalars:
+    """Writes a record's numbers with a `SummaryWriter`."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def __call__(self, record: WatchRecord) -> None:
+        for key, value in record.scalars().items():
+            self.writer.add_scalar(key, value, record.step)
+
+
+class WandbScalars:
+    """Logs a record's numbers to a wandb run, or to `wandb` itself once `wandb.init` was called."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def __call__(self, record: WatchRecord) -> None:
+        # wandb counts steps of its own, which the user's other calls move on: ours goes along as a number.
+        self.run.log({**record.scalars(), "watch/step": record.step}, commit=False)
+
+
+def sinks_of(to: Any) -> list[Sink]:
+    """What `watch(to=...)` means: nothing, a path, a SummaryWriter, a wandb run, a function, or a list of these.
+
+    Raises:
+        LayerwiseError: for anything else.
+    """
+    if to is None:
+        return []
+    if isinstance(to, (list, tuple)):
+        return [sink for each in to for sink in sinks_of(each)]
+    if isinstance(to, (str, Path)):
+        return [JsonLines(to)]
+    if hasattr(to, "add_scalar"):
+        return [TensorBoardScalars(to)]
+    if callable(to):
+        return [to]
+    if hasattr(to, "log"):
+        return [WandbScalars(to)]
+    raise LayerwiseError(
+        f"to is {type(to).__name__}: give a path, a function, a SummaryWriter, a wandb run, or a list of these"
+    )

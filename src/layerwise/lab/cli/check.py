@@ -81,7 +81,7 @@ def _measured(words: list[str], sizes: list[float], **options: Any) -> SizeCheck
 
 def _conclude(found: SizeCheck) -> None:
     """The last line, and the exit code."""
-    from layerwise.function_space.checking.trends import QUANTITIES
+    from layerwise.function_space.checking.size_check import QUANTITIES
 
     uneven = [name for name, verdict in found.verdicts.items() if verdict in ("grows", "shrinks")]
     unclear = [name for name, verdict in found.verdicts.items() if verdict == "unclear"]

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from layerwise.function_space import SizeCheck, Trend
-from layerwise.function_space.checking.trends import QUANTITIES
+from layerwise.function_space.checking.size_check import QUANTITIES
 from layerwise.lab.report import style
 
 #: More modules than this have no colour of their own unless they are not flat.
