@@ -159,9 +159,9 @@ def noise_alone(params: Sequence[Tensor]) -> Step:
     def step() -> None:
         jobs = [Job("", p, p, p.grad, True, group, state, 0.02) for p, state in zip(params, states, strict=True)]
         sets = [some.jobs for some in alike(jobs)]
-        work.norms([lw.DualNorm(reference).asked_of(some) for some in sets])
+        work.norms([piece for some in sets for piece in lw.DualNorm(reference).asked_of(some)])
         for some in sets:
-            reference.remember(some, None)
+            lw.NoiseAdaptive().remember(some, None)
 
     return step
 

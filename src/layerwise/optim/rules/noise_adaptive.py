@@ -11,8 +11,8 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.rule import Fraction, NormGroup, RateRule, as_floats, register_rule, weighted_median
-from layerwise.optim.work.job import Job, State, select_all, stack_of, state_and_gradients
-from layerwise.optim.work.local import DualNorm, Source
+from layerwise.optim.work.job import Job, State, select_all, stack_of, stacked, state_and_gradients
+from layerwise.optim.work.local import DualNorm, Source, deviation_of
 
 
 class Reference(Source):
@@ -26,9 +26,6 @@ class Reference(Source):
 
     def allocate(self, param: Tensor) -> State:
         return {}
-
-    def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
-        """Keep what the next step needs."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,6 @@ class PreviousGradient(Reference):
         found = torch.stack([job.grad for job in jobs]).to(dtype)  # the only copy: three took half of the whole difference
         torch._foreach_sub_(found.unbind(), [job.state["previous_gradient"] for job in jobs])
         return found
-
-    def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
-        previous, grads = state_and_gradients(jobs, "previous_gradient")
-        torch._foreach_copy_(previous, grads if keep is None else select_all(keep, grads, previous))
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,8 @@ class ReplicaGradient(Reference):
     of_replica: ClassVar = True
 
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return stack_of(jobs)  # the mean, from which the deviation is taken
+        means = [job.grad if job.fetched is None else job.fetched for job in jobs]
+        return stacked([deviation_of(job).from_mean(mean) for job, mean in zip(jobs, means, strict=True)])
 
 
 #: Below it a floor would not keep a unit of no noise at all from an infinite rate.
@@ -245,7 +239,9 @@ class NoiseAdaptive(RateRule):
         return _NORMS[self.reference, self.size_normalised]
 
     def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
-        REFERENCES[self.reference].remember(jobs, keep)
+        if "previous_gradient" in jobs[0].state:
+            previous, grads = state_and_gradients(jobs, "previous_gradient")
+            torch._foreach_copy_(previous, grads if keep is None else select_all(keep, grads, previous))
 
     def update(self, units: NormGroup) -> Mapping[str, Tensor]:
         old, count = units.state["noise"], units.state["gradients_seen"]
@@ -256,19 +252,17 @@ class NoiseAdaptive(RateRule):
         average = torch.where(count <= first, square, torch.lerp(square, old, self.beta))
         noise = torch.where(units.present & (count >= first), average, old)
         count = count + units.present
-        multiplier = self._multiplier(noise, count > first, units.state["size"])
-        return {"noise": noise, "gradients_seen": count, "multiplier": multiplier}
-
-    def _multiplier(self, noise: Tensor, known: Tensor, size: Tensor) -> Tensor:
+        known = count > first
         if self.alpha > 0.0:
-            square = noise + self.alpha**2
+            total = noise + self.alpha**2
         else:
             known = known & (noise > 0)
-            median = weighted_median(noise, torch.where(known, size, 0.0))
+            median = weighted_median(noise, torch.where(known, units.state["size"], 0.0))
             # In units of the median nothing leaves float32's range.
             relative = noise / torch.where(median > 0, median, 1.0)
-            square = relative + self.group_alpha**2 if self.group_alpha else relative.clamp(min=self.floor)
-        rate = square.rsqrt()  # a / alpha
+            total = relative + self.group_alpha**2 if self.group_alpha else relative.clamp(min=self.floor)
+        rate = total.rsqrt()  # a / alpha
         among = torch.where(known, rate, 0.0)
         reference = among.max() if self.anchor == "max" else among.sum() / known.sum().clamp(min=1)
-        return torch.where(known, (rate / reference).sqrt(), 1.0)
+        multiplier = torch.where(known, (rate / reference).sqrt(), 1.0)
+        return {"noise": noise, "gradients_seen": count, "multiplier": multiplier}

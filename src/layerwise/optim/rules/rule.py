@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.optim.work.job import Alike, Group, Job, State, current_momentum, join_state, select
-from layerwise.optim.work.local import DualNorm, MatrixJob, norms_at_once
+from layerwise.optim.work.local import DualNorm, MatrixJob
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class NormGroup:
         self.chunks = [chunk for some in self.sets for chunk in some.chunks()]
         wanted = () if rule.own_dual_norm else rule.norms()
         #: of each set, the work on each norm that the rule wants, in pieces of parameters that are worked on together
-        self._pieces = [[_in_pieces(norm, some.jobs) for norm in wanted] for some in self.sets]
+        self._pieces = [[norm.asked_of(some.jobs) for norm in wanted] for some in self.sets]
         #: where the unit steps write the dual norms of their directions, if the rule wants those
         self.duals = [_dual_norms(some) for some in self.sets] if rule.own_dual_norm else []
         self._device = members[0].state["multiplier"].device  # parameters of one model may be on several
@@ -105,11 +105,6 @@ class NormGroup:
             else:
                 targets = [job.state[key] for job in self.members]
                 torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
-
-
-def _in_pieces(norm: DualNorm, jobs: Sequence[Job]) -> list[MatrixJob]:
-    asked = norm.asked_of(jobs)
-    return asked.pieces(norms_at_once(asked))
 
 
 def _dual_norms(some: Alike) -> Tensor:

@@ -118,11 +118,13 @@ class DistributedWork:
         for number, row, job in each:
             task = Task((number, row), job, place(job.param, self.group))
             domain = task.placed.domain
-            if job.deviation is not None:
-                shared.setdefault((domain, job.param.dtype, job.param.device), []).append(task)
-            elif domain.shard_count > 1 and unsent.is_entrywise(job):
+            same, cut = (
+                job.deviation is None,
+                domain.shard_count > 1,
+            )  # whether all replicas work on one tensor, and it is in parts
+            if same and cut and unsent.is_entrywise(job):
                 by_shard.setdefault(domain, []).append(task)
-            elif domain.size == 1 or (domain.shard_count == 1 and job.geometry.family != "spectral"):
+            elif same and (domain.size == 1 or (not cut and job.geometry.family != "spectral")):
                 alone.append(task)  # nothing to send, or cheaper to do than to send
             else:
                 shared.setdefault((domain, job.param.dtype, job.param.device), []).append(task)
@@ -213,7 +215,7 @@ class DistributedWork:
                 unsent.place_dual_norms(held[index], owned[index])
             yield iter([directions])
         empty = [task for task in stacked if not task.holds_any]
-        yield iter([[(task.index, task.job.tensor()) for task in empty]])
+        yield iter([[(task.index, task.job.part()) for task in empty]])
 
     def _direction_round(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
         fetched = fetch(domain, tasks)

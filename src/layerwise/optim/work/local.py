@@ -36,12 +36,15 @@ DOT_FROM = 2**14
 class Source(ABC):
     """What the matrices of jobs are made of."""
 
-    #: whether the work is on one replica's difference from what `stacked` gives, see :class:`Deviation`
+    #: whether it is what one replica's gradients differ by from those of the step, see :class:`Deviation`
     of_replica: ClassVar[bool] = False
 
     @abstractmethod
     def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        """``[jobs, *shape]``: this process's part of one tensor for each, all of one shape and with one momentum."""
+        """``[jobs, *shape]``: this process's part of one tensor for each, all of one shape and with one momentum.
+
+        Of a replica's differences, which are made where whole gradients are: of the whole tensors.
+        """
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,14 @@ class Directions(Source):
         return ahead
 
 
+@dataclass(frozen=True)
+class _Fetched(Source):
+    """Whole tensors that were brought together."""
+
+    def stacked(self, jobs: Sequence[Job]) -> Tensor:
+        return stacked([job.fetched for job in jobs if job.fetched is not None])
+
+
 GRADIENTS, DIRECTIONS = Gradients(), Directions()
 
 
@@ -112,14 +123,15 @@ class DualNorm:
     per_white_noise: bool = False
     seed: str | None = None
 
-    def asked_of(self, jobs: Sequence[Job]) -> MatrixJob:
-        """The work of it on parameters that are alike."""
+    def asked_of(self, jobs: Sequence[Job]) -> list[MatrixJob]:
+        """The work of it on parameters that are alike, in pieces of those that are worked on together."""
         group, param = jobs[0].group, jobs[0].param
         geometry, factors = self.geometry or group["geometry"], None
         if self.per_white_noise:
             factors = white_noise_factors(group["layout"], geometry, tuple(param.shape))
         source = self.of if isinstance(self.of, Source) else _Made(self.of)
-        return MatrixJob(jobs, source, geometry, factors, self.seed)
+        asked = MatrixJob(jobs, source, geometry, factors, self.seed)
+        return asked.pieces(norms_at_once(asked))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,23 +160,16 @@ class MatrixJob:
     @property
     def deviation(self) -> Deviation | None:
         """Where the work is on what one replica differs by: that of the first parameter."""
-        return _deviation(self.jobs[0]) if self.source.of_replica else None
+        return deviation_of(self.jobs[0]) if self.source.of_replica else None
 
-    def tensor(self) -> Tensor:
-        """This process's part of the tensor, where the work is on one parameter."""
-        return self.source.stacked(self.jobs)[0]
-
-    def tensors(self) -> Tensor:
-        """``[jobs, *shape]``: what the work is on, where this process holds all of it."""
-        given = [job.fetched for job in self.jobs if job.fetched is not None]
-        found = stacked(given) if given else self.source.stacked(self.jobs)
-        if not self.source.of_replica:
-            return found
-        return stacked([_deviation(job).from_mean(mean) for job, mean in zip(self.jobs, found, strict=True)])
+    def part(self) -> Tensor:
+        """What this process has to give to the work on one parameter: its part of the tensor, or of the step's gradient."""
+        return self.jobs[0].grad if self.source.of_replica else self.source.stacked(self.jobs)[0]
 
     def of_fetched(self, whole: Tensor) -> MatrixJob:
-        """The work on the whole of its one parameter's tensor."""
-        return replace(self, jobs=[replace(self.jobs[0], fetched=whole)])
+        """The work on its one parameter, of which all parts were brought together."""
+        source = self.source if self.source.of_replica else _Fetched()
+        return replace(self, source=source, jobs=[replace(self.jobs[0], fetched=whole)])
 
     def each(self) -> list[MatrixJob]:
         """The work parameter by parameter."""
@@ -178,7 +183,8 @@ class MatrixJob:
         return [replace(self, jobs=self.jobs[start : start + at_once]) for start in starts]
 
 
-def _deviation(job: Job) -> Deviation:
+def deviation_of(job: Job) -> Deviation:
+    """Raises LayerwiseError where the replicas are not watched."""
     if job.deviation is None:
         raise LayerwiseError(
             "noise reference 'replicas' compares the gradients of data-parallel processes: call "
@@ -234,11 +240,45 @@ class LocalWork:
     anywhere: None = None
 
     def norms(self, asked: Sequence[MatrixJob]) -> list[Tensor]:
-        return [dual_norms(job) for job in asked]
+        found = []
+        for job in asked:
+            layout: Layout = job.jobs[0].group["layout"]
+            count, stacks = len(job.jobs), layout.matrices_of(job.source.stacked(job.jobs))
+            seed: int | Tensor = 0
+            if job.seed is not None:  # [jobs, 1], whole numbers on the device: that of each parameter's first unit
+                seed = stack_of(job.jobs, job.seed)[:, :1].long()
+            norms = []
+            for stack, factor in zip(stacks, job.factors or (1.0,) * len(stacks), strict=True):
+                seeds = seed if isinstance(seed, int) else seed.expand(count, len(stack) // count).reshape(-1)
+                norm = job.geometry.dual_norm(stack, seed=seeds)
+                norms.append((norm if factor == 1.0 else norm * factor).reshape(count, -1))
+            found.append(torch.cat(norms, dim=1))
+            del stacks, stack  # before the next are made
+        return found
 
     def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
         for job in asked:
-            yield job.jobs, unit_steps(job)
+            jobs = job.jobs
+            layout: Layout = jobs[0].group["layout"]
+            stacks = layout.matrices_of(job.source.stacked(jobs))
+            steps = [job.geometry.lmo(stack) for stack in stacks]
+            if jobs[0].dual is not None:
+                _fill_dual_norms(job, stacks, steps)
+            scales: Sequence[Tensor | float] = job.factors or (1.0,) * len(stacks)
+            if "multiplier" in jobs[0].state:
+                multipliers = stack_of(jobs, "multiplier")
+                each = multipliers.split([len(stack) // len(jobs) for stack in stacks], 1)
+                # in float32 at least: a multiplier rounded to bfloat16 would be off by up to 0.4 %
+                scales = [
+                    (own.to(torch.promote_types(step.dtype, torch.float32)) * factor).reshape(-1, 1, 1)
+                    for own, step, factor in zip(each, steps, scales, strict=True)
+                ]
+            for step, scale in zip(steps, scales, strict=True):
+                if isinstance(scale, Tensor) or scale != 1.0:
+                    step.mul_(scale)
+            found = layout.tensors_of(steps, jobs[0].param.shape, len(jobs)).unbind()
+            del stacks, steps, step  # while the parameters move, only what they move along is there
+            yield jobs, found
 
     def check_same(self, tensors: Sequence[Tensor], otherwise: str) -> None:
         """There is one process."""
@@ -269,29 +309,6 @@ def _size(job: MatrixJob) -> tuple[int, int, int]:
     return max(1, sum(k for k, _, _ in shapes)), d_out, d_in
 
 
-def unit_steps(asked: MatrixJob) -> Sequence[Tensor]:
-    """Unit steps times factors and multipliers, in the parameters' shapes."""
-    jobs = asked.jobs
-    layout: Layout = jobs[0].group["layout"]
-    stacks = layout.matrices_of(asked.tensors())
-    steps = [asked.geometry.lmo(stack) for stack in stacks]
-    if jobs[0].dual is not None:
-        _fill_dual_norms(asked, stacks, steps)
-    scales: Sequence[Tensor | float] = asked.factors or (1.0,) * len(stacks)
-    if "multiplier" in jobs[0].state:
-        multipliers = stack_of(jobs, "multiplier")
-        each = multipliers.split([len(stack) // len(jobs) for stack in stacks], 1)
-        # in float32 at least: a multiplier rounded to bfloat16 would be off by up to 0.4 %
-        scales = [
-            (own.to(torch.promote_types(step.dtype, torch.float32)) * factor).reshape(-1, 1, 1)
-            for own, step, factor in zip(each, steps, scales, strict=True)
-        ]
-    for step, scale in zip(steps, scales, strict=True):
-        if isinstance(scale, Tensor) or scale != 1.0:
-            step.mul_(scale)
-    return layout.tensors_of(steps, jobs[0].param.shape, len(jobs)).unbind()
-
-
 def _fill_dual_norms(asked: MatrixJob, stacks: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
     """Over those of white noise, from the matrices and their unit steps before those are scaled."""
     factors = white_noise_factors(asked.layout, asked.geometry, tuple(asked.param.shape))
@@ -313,18 +330,3 @@ def _inner_products(a: Tensor, b: Tensor) -> Tensor:
         a, b = a.mT, b.mT  # a unit step lies as its matrix does: neither is copied
     rows = zip(a.reshape(len(a), -1).unbind(), b.reshape(len(b), -1).unbind(), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in rows])
-
-
-def dual_norms(asked: MatrixJob) -> Tensor:
-    """``[jobs, units]``: the norm of each unit times the factor of its stack."""
-    layout: Layout = asked.jobs[0].group["layout"]
-    count, stacks = len(asked.jobs), layout.matrices_of(asked.tensors())
-    seed: int | Tensor = 0
-    if asked.seed is not None:  # [jobs, 1], whole numbers on the device: that of each parameter's first unit
-        seed = stack_of(asked.jobs, asked.seed)[:, :1].long()
-    norms = []
-    for stack, factor in zip(stacks, asked.factors or (1.0,) * len(stacks), strict=True):
-        seeds = seed if isinstance(seed, int) else seed.expand(count, len(stack) // count).reshape(-1)
-        norm = asked.geometry.dual_norm(stack, seed=seeds)
-        norms.append((norm if factor == 1.0 else norm * factor).reshape(count, -1))
-    return torch.cat(norms, dim=1)

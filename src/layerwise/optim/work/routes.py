@@ -144,7 +144,7 @@ def fetch(domain: Domain, tasks: Sequence[Task]) -> Callable[[], list[Task]]:
 
 
 def _shard(task: Task) -> Tensor:
-    shard, expected = task.job.tensor(), task.placed.parts[task.placed.domain.shard]
+    shard, expected = task.job.part(), task.placed.parts[task.placed.domain.shard]
     if tuple(shard.shape) != expected:
         raise LayerwiseError(
             f"a parameter of shape {tuple(task.job.param.shape)} has a shard of shape {tuple(shard.shape)} on process "

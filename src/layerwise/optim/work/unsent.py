@@ -70,7 +70,7 @@ def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
 
 
 def _unit_step(job: MatrixJob, length: Tensor | None) -> Tensor:
-    tensor = job.tensor()
+    tensor = job.part()
     scale = torch.full((), _scale(job) * (job.factors or (1.0,))[0], dtype=torch.float64, device=tensor.device)
     if "multiplier" in job.jobs[0].state:
         scale = scale * job.jobs[0].state["multiplier"][0]
@@ -95,7 +95,7 @@ def _lengths(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Ten
     assert domain.shards is not None
     orders = [ORDER[job.geometry.family] for job in jobs]
     mine = torch.stack(
-        [torch.linalg.vector_norm(job.tensor(), order, dtype=torch.float64) for job, order in zip(jobs, orders, strict=True)]
+        [torch.linalg.vector_norm(job.part(), order, dtype=torch.float64) for job, order in zip(jobs, orders, strict=True)]
     )
     pending = all_gather(domain.shards, [mine], [[(len(jobs),)]] * domain.shard_count, mine)
 
