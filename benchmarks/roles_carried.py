@@ -26,11 +26,10 @@ import torch
 import layerwise as lw
 import machine
 from layerwise.lab.config.schema import Config, ModelConfig
-from layerwise.lab.experiments.record_base import record
 from layerwise.lab.models.families import resized
 from layerwise.lab.optimizers.registry import mean_multipliers
 from layerwise.lab.training.observers import quiet_matching
-from layerwise.lab.training.run import train
+from layerwise.lab.training.run import record, train
 from rate_rule import Store, as_row
 from roles_carried_table import page
 from script import RESULTS, documented_parser, iterate_in_float32

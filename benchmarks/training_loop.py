@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
 
 import machine
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.batches import Batch, TextData
+from layerwise.lab.data.batches import TextData
 from layerwise.lab.models.families import build_model
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.run import complete, train
-from layerwise.lab.training.schedules import build_scheduler
+from layerwise.lab.training.schedules import schedule_factor
 from script import RESULTS, documented_parser, write_page
 
 
@@ -39,7 +40,7 @@ class BareLoop:
         self.data = TextData(config)
         self.model = build_model(config.model, Examples(self.data.vocab_size, config.data.seq_len, None), 0)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.scheduler = build_scheduler(self.optimizer, config.schedule, config.training.steps)
+        self.scheduler = LambdaLR(self.optimizer, schedule_factor(config.schedule, config.training.steps))
         self.step = 0
 
     def bare_step(self) -> None:
@@ -63,7 +64,7 @@ class TakeTurns(Observer):
         self.started = time.process_time()
 
     @contextmanager
-    def around_step(self, step: int, batch: Batch) -> Iterator[None]:
+    def around_step(self, step: int) -> Iterator[None]:
         if step > 1 and (step - 1) % self.window == 0:  # here the step before is over, its metrics written
             now = time.process_time()
             self.lab_seconds.append(now - self.started)

@@ -169,7 +169,7 @@ def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(words: list[str]
     config = configured(
         words,
         "compare.optimizers=[lanton, adamw]",
-        "compare.lanton=[4e-3, 2e-3]",
+        "compare.lr_grid.lanton=[4e-3, 2e-3]",
         "compare.lr_grid.adamw=[0.2, 0.4]",
     )
     result = compare(config, progress="quiet")
@@ -244,7 +244,7 @@ def test_a_contender_tuned_by_role_starts_from_the_plain_one_and_finds_the_facto
     fake = FakeTraining(best=2e-3, head=0.1)
     monkeypatch.setattr(module, "train", fake)
     config = configured(
-        words, "compare.optimizers=[d-muon]", "compare.d-muon=[1e-3, 2e-3, 4e-3]", "compare.by_role=[d-muon]",
+        words, "compare.optimizers=[d-muon]", "compare.lr_grid.d-muon=[1e-3, 2e-3, 4e-3]", "compare.by_role=[d-muon]",
         "compare.roles={head: [0.5, 2, 4, 8], vector: [2]}",
     )  # fmt: skip
     result = compare(config, progress="quiet")
@@ -267,7 +267,7 @@ def test_every_contender_has_the_same_number_of_trials(words: list[str], monkeyp
     monkeypatch.setattr(module, "train", fake)
     config = configured(
         words, "compare.optimizers=[d-muon, lanton]", "compare.by_role=[d-muon]", "compare.roles={head: [0.5, 2]}",
-        "compare.trials=7", "compare.d-muon=[1e-3, 2e-3]", "compare.lr_grid.lanton=[2e-3, 4e-3]",
+        "compare.trials=7", "compare.lr_grid.d-muon=[1e-3, 2e-3]", "compare.lr_grid.lanton=[2e-3, 4e-3]",
     )  # fmt: skip
     result = compare(config, progress="quiet")
     assert [standing.trials for standing in result.standings] == [7, 7, 7]
@@ -292,6 +292,15 @@ def test_how_contenders_stand_is_said_with_intervals_and_in_tokens(
     assert str(other.difference) == "+0.0000 \u00b1 0.0000"
     assert other.tokens == "1.00"
     assert other.octaves == "0.1"  # 0.05 of the nat to either neighbour
+
+
+def test_lengths_that_cannot_be_are_refused_before_anything_is_trained(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("trained"))
+    config = configured(words, "compare.optimizers=[d-muon]", "compare.baseline=d-muon", "compare.lengths=[0.25]")
+    with pytest.raises(LayerwiseError, match="warmup_steps=1 in a run of 1 steps"):
+        compare(config, progress="quiet")
 
 
 def test_intervals_are_students() -> None:

@@ -146,7 +146,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(
     def no_training(*_: Any) -> None:
         raise AssertionError("it trained")
 
-    monkeypatch.setattr("layerwise.lab.experiments.record_base.record", no_training)
+    monkeypatch.setattr("layerwise.lab.training.run.record", no_training)
     for output, message in (
         (tmp_path, "is a folder: name a file, such as"),
         (Path("/dev/null"), "is not a plain file"),

@@ -25,8 +25,7 @@ from layerwise.lab.report.figures.units import network_order, unit_name
 from layerwise.lab.report.grouping import looks
 from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, styled, themed_svg
 from layerwise.lab.report.tables import parameter_rows, result_rows, settings
-from layerwise.lab.runs.quantities import duration
-from layerwise.lab.runs.recorded import LayerHistory, Run
+from layerwise.lab.runs.recorded import LayerHistory, Run, duration
 
 SHORT = {"steps": 60, "blocks": 2}
 

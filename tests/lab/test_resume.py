@@ -46,8 +46,8 @@ class CrashAfter(Observer):
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.seen = state["seen"]
+    def begin(self, trainer: Any, saved: dict[str, Any] | None) -> None:
+        self.seen = saved["seen"] if saved else self.seen
 
 
 def final_state(run: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
-from layerwise.lab.experiments.record_base import record
 from layerwise.lab.experiments.sweep import run_sweep
 from layerwise.lab.experiments.sweep.analysis import Curve, best_rates, shift_interval, transfers
 from layerwise.lab.experiments.sweep.engines import LocalEngine
@@ -31,7 +30,7 @@ from layerwise.lab.experiments.sweep.sweep_report import (
     write_report,
 )
 from layerwise.lab.experiments.sweep.trials import Point, make_plan
-from layerwise.lab.training.run import train
+from layerwise.lab.training.run import record, train
 
 
 def sweep_config(folder: Path, **changes: Any) -> SweepConfig:

@@ -14,7 +14,7 @@ from tiny_run import tiny_config
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, ScheduleConfig
-from layerwise.lab.data.batches import Batch, TextData
+from layerwise.lab.data.batches import TextData
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import OPTIMIZERS, build_optimizer
@@ -172,12 +172,11 @@ class Watcher(Observer):
         self.steps: list[int] = []
         self.moved: list[bool] = []
 
-    def begin(self, trainer: Any) -> None:
+    def begin(self, trainer: Any, saved: Any) -> None:
         self.weight = next(trainer.model.parameters())
 
     @contextmanager
-    def around_step(self, step: int, batch: Batch) -> Iterator[None]:
-        assert batch.inputs.shape == (4, 16)
+    def around_step(self, step: int) -> Iterator[None]:
         assert self.weight.grad is not None
         before = self.weight.detach().clone()
         yield

@@ -242,7 +242,7 @@ def test_role_factors_set_the_rates_of_roles_and_nothing_else() -> None:
 class KeepModel(Observer):
     """Shows a test what the run trained, before and after."""
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Trainer, saved: Any) -> None:
         self.model: nn.Module = trainer.model
         self.start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 

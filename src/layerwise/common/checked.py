@@ -51,29 +51,18 @@ def _checking(function: Any, called: str) -> Any:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        check_call(function, called, signature, args, kwargs)
+        try:
+            given = signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            _refuse_unknown(called, signature, kwargs)
+            given = {}  # too many, or one twice: Python's own words say it
+        for name, value in given.items():
+            if (needed := needed_instead(function, name, value)) is not None:
+                raise LayerwiseError(f"{called}({name}={_short(value)}): give {needed}")
         return function(*args, **kwargs)
 
     call.checks = function  # type: ignore[attr-defined]
     return call
-
-
-def check_call(
-    function: Callable[..., Any],
-    called: str,
-    signature: inspect.Signature,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> None:
-    """Raise :class:`LayerwiseError` for an argument of another type, or of a name that the function does not have."""
-    try:
-        given = signature.bind_partial(*args, **kwargs).arguments
-    except TypeError:
-        _refuse_unknown(called, signature, kwargs)
-        return  # too many, or one twice: Python's own words say it
-    for name, value in given.items():
-        if (needed := needed_instead(function, name, value)) is not None:
-            raise LayerwiseError(f"{called}({name}={_short(value)}): give {needed}")
 
 
 def needed_instead(function: Callable[..., Any], name: str, value: Any) -> str | None:

@@ -38,8 +38,7 @@ def check(
     tolerance: Annotated[float, typer.Option(help="Largest slope that counts as flat.")] = 0.2,
     judge: Annotated[str, typer.Option(help="`rate`, or `activation_change` as in muP's check.")] = "rate",
     output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Write OUTPUT.png (slopes) and OUTPUT.csv (numbers)."),
+        Path | None, typer.Option("-o", "--output", help="Write OUTPUT.png (slopes) and OUTPUT.csv (numbers).")
     ] = None,
 ) -> None:
     files = None if output is None else _files(output)
@@ -57,7 +56,7 @@ def check(
 
 def _files(output: Path) -> tuple[Path, Path]:
     """The picture and the numbers that `-o` asks for. Raises LayerwiseError where they could not be written."""
-    from layerwise.lab.runs.output_files import check_output
+    from layerwise.lab.runs.directory import check_output
 
     if output.name in ("", ".."):
         raise LayerwiseError(f"-o: {output} is a folder: name a file, such as {output / 'check'}")

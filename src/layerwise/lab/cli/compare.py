@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,18 +38,16 @@ def compare(
         str | None, typer.Option("--optimizers", metavar="A,B,C", help="Contenders, separated by commas.")
     ] = None,
     lr_grid: Annotated[
-        str | None,
-        typer.Option("--lr-grid", metavar="auto | NAME=[R,R]", help="Tune: `auto`, or `lanton=[2e-3, 4e-3]`."),
+        str | None, typer.Option("--lr-grid", metavar="auto | NAME=[R,R]", help="Tune: `auto`, or `lanton=[2e-3, 4e-3]`.")
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Runs of each contender.")] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder of the report; the comparison's own by default."),
+        Path | None, typer.Option("--output", "-o", help="Folder of the report; the comparison's own by default.")
     ] = None,
 ) -> None:
     from layerwise.lab.experiments.comparison import compare as run_comparison
     from layerwise.lab.experiments.contenders import CompareConfig
-    from layerwise.lab.report.page import check_report
+    from layerwise.lab.report.page import Story, check_report, write_report
 
     path, overrides = split_words(words)
     if optimizers is not None:
@@ -61,31 +60,19 @@ def compare(
     if seeds is not None:
         overrides.append(f"compare.seeds={seeds}")
     config = load_config(path, overrides, CompareConfig)
-    check_report(output or config.folder)
-    comparison = run_comparison(config, say=_say)
-    page = _write(comparison, output or config.folder)
-    _print_results(comparison)
-    _say(f"report: {page}")
-
-
-def _write(comparison: Comparison, folder: Path) -> Path:
-    """The report."""
-    from layerwise.lab.experiments.standings import standing_rows
-    from layerwise.lab.report import Story, write_report
-
-    curves = comparison.curves if comparison.tuned else []
+    folder = output or config.run_path
+    check_report(folder)
+    made = run_comparison(config, say=partial(print, flush=True))
     story = Story(
-        "Comparison of optimizers",
-        comparison.notes,
-        command_line(),
-        grid=curves,
-        standings=standing_rows(comparison.standings),
-    )
-    return write_report(comparison.contenders, folder, story)
+        "Comparison of optimizers", made.notes, command_line(), grid=made.curves if made.tuned else [],
+        standings=[standing.cells for standing in made.standings],
+    )  # fmt: skip
+    page = write_report(made.contenders, folder, story)
+    _print_results(made)
+    print(f"report: {page}", flush=True)
 
 
 def _print_results(comparison: Comparison) -> None:
-    from layerwise.lab.experiments.standings import standing_rows
     from layerwise.lab.report.page import STANDING_TITLES
     from layerwise.lab.report.tables import result_rows
 
@@ -100,10 +87,6 @@ def _print_results(comparison: Comparison) -> None:
     ]  # fmt: skip
     lines = aligned([titles, *cells], right=range(1, len(titles)))
     if comparison.standings:
-        standings = [STANDING_TITLES, *standing_rows(comparison.standings)]
-        lines += aligned(standings, right=range(1, len(STANDING_TITLES)))
+        table = [STANDING_TITLES, *(standing.cells for standing in comparison.standings)]
+        lines += aligned(table, right=range(1, len(STANDING_TITLES)))
     print(*lines, *comparison.notes, sep="\n")
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -23,8 +23,8 @@ def record(
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("base.json"),
     seeds: Annotated[str, typer.Option(help="Seeds the rates are averaged over.")] = "0,1,2,3",
 ) -> None:
-    from layerwise.lab.experiments.record_base import record as run_recording
-    from layerwise.lab.runs.output_files import check_output
+    from layerwise.lab.runs.directory import check_output
+    from layerwise.lab.training.run import record as run_recording
 
     path, overrides = split_words(words)
     config: Config = load_config(path, overrides)

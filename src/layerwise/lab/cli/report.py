@@ -14,8 +14,7 @@ from layerwise.lab.cli.words import command_line
 def report(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN...", help="Run directories, or folders of runs.")] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder to write to; by default that of the first run."),
+        Path | None, typer.Option("--output", "-o", help="Folder to write to; by default that of the first run.")
     ] = None,
 ) -> None:
     """Write a page with the figures and tables of runs: report.html, and its figures as files beside it."""

@@ -32,19 +32,14 @@ def sweep(
         Literal["local", "ray"], typer.Option(help="Where trials run: this machine, or a Ray cluster.")
     ] = "local",
     workers: Annotated[
-        int | None,
-        typer.Option(help="Trials at a time (default 2; ray: as many as fit); 0: in this process."),
+        int | None, typer.Option(help="Trials at a time (default 2; ray: as many as fit); 0: in this process.")
     ] = None,
     address: Annotated[
-        str | None,
-        typer.Option(help="ray: of a running cluster, or `auto`; default: RAY_ADDRESS, or Ray started here."),
+        str | None, typer.Option(help="ray: of a running cluster, or `auto`; default: RAY_ADDRESS, or Ray started here.")
     ] = None,
     cpus: Annotated[float | None, typer.Option(help="ray: cores, and threads, of a trial (default 1).")] = None,
     gpus: Annotated[float | None, typer.Option(help="ray: GPUs of a trial, such as 0.25 (default 0: it sees none).")] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Say how many trials there are, and stop."),
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many trials there are, and stop.")] = False,
 ) -> None:
     from layerwise.lab.experiments.sweep.run_sweep import run_sweep
     from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
@@ -91,10 +86,7 @@ def _report(config: SweepConfig, swept: Sweep) -> None:
     print(f"figure and table: {swept.folder / 'transfer.png'}, {swept.folder / 'table.md'}")
     if swept.failures:
         count = f"{len(swept.failures)} trials died" if len(swept.failures) > 1 else "a trial died"
-        print(
-            f"layerwise: {count} and gave no result (above); the same command runs them again",
-            file=sys.stderr,
-        )
+        print(f"layerwise: {count} and gave no result (above); the same command runs them again", file=sys.stderr)
         raise typer.Exit(1)
 
 

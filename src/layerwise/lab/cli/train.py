@@ -38,13 +38,11 @@ def train(
         bool, typer.Option("--resume", help="Go on with this run from its last checkpoint, bit for bit.")
     ] = False,
     or_start: Annotated[
-        bool,
-        typer.Option("--or-start", help="With --resume: start at step 0 where there is no checkpoint yet."),
+        bool, typer.Option("--or-start", help="With --resume: start at step 0 where there is no checkpoint yet.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run of the same name.")] = False,
     match: Annotated[
-        str | None,
-        typer.Option(help="Match rates to a file of `layerwise record`, or `uniform` (function_space.match)."),
+        str | None, typer.Option(help="Match rates to a file of `layerwise record`, or `uniform` (function_space.match).")
     ] = None,
 ) -> None:
     from layerwise.lab.training.run import train as run_training

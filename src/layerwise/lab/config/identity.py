@@ -55,18 +55,9 @@ def hashed(identity: Any) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, in words."""
-    return [
-        f"{key} was {_value(old, key)!r}, is {_value(new, key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, _MISSING) != new.get(key, _MISSING)
-    ]
-
-
-_MISSING = object()
-
-
-def _value(identity: Mapping[str, Any], key: str) -> Any:
-    return identity[key] if key in identity else _defaults().get(key)
+    keys = sorted(old.keys() | new.keys())
+    values = {key: [side.get(key, _defaults().get(key)) for side in (old, new)] for key in keys}
+    return [f"{key} was {was!r}, is {now!r}" for key, (was, now) in values.items() if was != now]
 
 
 @cache

@@ -26,10 +26,10 @@ from layerwise.lab.config.keys import SHORTHANDS, set_key
 from layerwise.lab.config.validate import validate
 
 
-class _Typed(BaseModel):
-    """A section in which `true` is no number, and a word is a list of one where words are listed."""
+class Section(BaseModel):
+    """A section whose keys are exactly those declared; `true` is no number in it, and a word is a list of one."""
 
-    model_config = ConfigDict(validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -59,13 +59,7 @@ def one_folder(name: str, key: str) -> str:
     return name
 
 
-class Section(_Typed):
-    """A section whose keys are exactly those declared."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class OpenSection(_Typed):
+class OpenSection(Section):
     """A section that also takes the keywords of another class, which are checked against that class."""
 
     model_config = ConfigDict(extra="allow")
@@ -261,6 +255,11 @@ class FunctionSpaceConfig(Section):
     depth: dict[str, int | str] | None = None
     """depth map for a base of fewer blocks, `{blocks.*: split}`, with `uniform` the base's number of blocks,
     `{blocks.*: 2}`; null: inferred where it can be"""
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """How rates are measured, as the recorder, FLeRM and `lw.check` take it."""
+        return {"forward": self.space, "method": self.method, "probes": self.probes}
 
 
 class ParallelConfig(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -28,21 +28,11 @@ class Batch:
 
     def split(self, parts: int) -> list[Batch]:
         """Equal micro-batches, in order."""
-        return [
-            Batch(inputs, targets)
-            for inputs, targets in zip(self.inputs.chunk(parts), self.targets.chunk(parts), strict=True)
-        ]
+        return list(map(Batch, self.inputs.chunk(parts), self.targets.chunk(parts)))
 
     def __len__(self) -> int:
         """Sequences."""
         return len(self.inputs)
-
-    @classmethod
-    def join(cls, parts: Sequence[Batch]) -> Batch:
-        """One batch of several, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
 
     def share(self, rank: int, world: int) -> Batch:
         """The part of process `rank` of `world`, in order; they differ by one sequence at most."""

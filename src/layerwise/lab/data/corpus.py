@@ -61,19 +61,16 @@ def read_corpus(config: DataConfig) -> Corpus:
 @cache
 def _builtin() -> Corpus:
     """Read once in a process: a sweep trains on it many times."""
-    name, files = f"Python {platform.python_version()} standard library", _library_files()
-    return Corpus.of(name, lambda: (file.read_text(encoding="utf-8", errors="replace") for file in files))
-
-
-def _library_files() -> list[Path]:
     root = Path(os.__file__).parent
-    return [
+    files = [
         path
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
         if not _NOT_PROSE.intersection(parts := path.relative_to(root).parts)
         and not parts[0].startswith("config-")
         and not path.name.startswith("_sysconfigdata")
     ]
+    name = f"Python {platform.python_version()} standard library"
+    return Corpus.of(name, lambda: (file.read_text(encoding="utf-8", errors="replace") for file in files))
 
 
 def _text_files(paths: list[str]) -> list[Path]:

@@ -67,7 +67,7 @@ class ImageData:
         images, labels = load_images(config.data)
         order = np.random.default_rng(0).permutation(len(labels))
         held_out = round(config.data.validation_fraction * len(labels))
-        self._held_out, self._train = order[:held_out], order[held_out:]
+        self._train = order[held_out:]
         self._images, self._labels = images, labels
         self.features: int | None = images.shape[1]
         self.vocab_size = int(labels.max()) + 1
@@ -77,7 +77,7 @@ class ImageData:
                 f"data.validation_fraction={config.data.validation_fraction} of the {len(labels)} images of"
                 f" data.source={config.data.source} holds none out: raise data.validation_fraction"
             )
-        self._evaluated = min(held_out, config.training.eval_batches * self.batch_size)
+        self._evaluated = order[:held_out][: config.training.eval_batches * self.batch_size]
         if len(self._train) < self.batch_size:
             raise LayerwiseError(
                 f"training.batch_size={self.batch_size}: data.source={config.data.source} has only"
@@ -95,18 +95,16 @@ class ImageData:
 
     def batch(self, step: int) -> Batch:
         """The whole batch of an optimizer step, from 0: every pass goes through the images in a new order."""
-        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        count = len(self._train)
-        orders = {
-            epoch: np.random.default_rng([self.seed, epoch]).permutation(self._train)
-            for epoch in range(numbers[0] // count, numbers[-1] // count + 1)
-        }
-        return self._gather(np.array([orders[n // count][n % count] for n in numbers]))
+        first, count = step * self.batch_size, len(self._train)
+        epochs = range(first // count, (first + self.batch_size - 1) // count + 1)
+        orders = [np.random.default_rng([self.seed, epoch]).permutation(self._train) for epoch in epochs]
+        start = first % count
+        return self._gather(np.concatenate(orders)[start : start + self.batch_size])
 
     def validation(self, sequences: int) -> Iterator[Batch]:
         """The held-out images, `sequences` at a time; the last batch can be smaller."""
-        for first in range(0, self._evaluated, sequences):
-            yield self._gather(self._held_out[first : min(first + sequences, self._evaluated)])
+        for first in range(0, len(self._evaluated), sequences):
+            yield self._gather(self._evaluated[first : first + sequences])
 
     def _gather(self, rows: npt.NDArray[np.int64]) -> Batch:
         return Batch(torch.from_numpy(self._images[rows]), torch.from_numpy(self._labels[rows]))

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from layerwise.errors import LayerwiseError, warn
+from layerwise.lab.config.identity import hashed
 from layerwise.lab.config.schema import DataConfig
 from layerwise.lab.data.corpus import Corpus, read_corpus
 
@@ -80,10 +81,8 @@ def load_tokens(config: DataConfig) -> TokenFiles:
         return _from_id_file(config)
     corpus = read_corpus(config)
     folder, info = _cached(config, corpus)
-    files = info.pop("files")
-    train, validation = (_open_ids(folder / name, info["dtype"]) for name in files)
-    info = {"source": config.source, "name": corpus.name, **info}
-    return TokenFiles(train, validation, info["vocab_size"], info)
+    train, validation = (_open_ids(folder / name, info["dtype"]) for name in info.pop("files"))
+    return TokenFiles(train, validation, info["vocab_size"], {"source": config.source, "name": corpus.name, **info})
 
 
 def _open_ids(path: Path, dtype: str) -> Ids:
@@ -101,7 +100,7 @@ def _cached(config: DataConfig, corpus: Corpus) -> tuple[Path, dict[str, Any]]:
     """The folder with this corpus's ids, made first where it is missing, and what it says of itself."""
     vocab_size = _vocabulary(config)
     identity = [_VERSION, corpus.sha256, config.tokenizer, vocab_size, config.validation_fraction]
-    folder = cache_folder() / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}"
+    folder = cache_folder() / f"tokens-{hashed(identity)[:24]}"
     if folder.exists():
         if (known := _read_info(folder)) is not None:
             return folder, known
@@ -116,7 +115,7 @@ def _cached(config: DataConfig, corpus: Corpus) -> tuple[Path, dict[str, Any]]:
         ) from None
     try:
         info = _tokenise(config, corpus, vocab_size, work)
-        info["files"] = {name: [(work / name).stat().st_size, _file_hash(work / name)] for name in PARTS}
+        info["files"] = {name: _written(work / name) for name in PARTS}
         (work / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
         try:
             work.rename(folder)
@@ -132,12 +131,14 @@ def _read_info(folder: Path) -> dict[str, Any] | None:
     """What info.json says of a cached text; None where the files beside it are not those that were written."""
     try:
         info: dict[str, Any] = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-        good = list(info["files"]) == list(PARTS) and all(
-            [(folder / name).stat().st_size, _file_hash(folder / name)] == written for name, written in info["files"].items()
-        )
+        good = info["files"] == {name: _written(folder / name) for name in PARTS}
         return info if good and info["dtype"] in ("uint16", "uint32") and info["vocab_size"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _written(file: Path) -> list[Any]:
+    return [file.stat().st_size, _file_hash(file)]
 
 
 def _vocabulary(config: DataConfig) -> int:
@@ -158,26 +159,25 @@ def _tokenise(config: DataConfig, corpus: Corpus, vocab_size: int, folder: Path)
         tokenizer = BPETokenizer.train(_head(training, _BPE_SAMPLE), vocab_size)
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    counts, text_bytes = {False: 0, True: 0}, {False: 0, True: 0}
-    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
-        files: dict[bool, BinaryIO] = {False: train, True: validation}
+    counts, text_bytes = [0, 0], 0
+    with open(folder / PARTS[0], "wb") as train, open(folder / PARTS[1], "wb") as validation:
         pieces = split(corpus, config.validation_fraction)
         while chunk := list(islice(pieces, 64)):
             encoded = tokenizer.encode([text for text, _ in chunk])
             for (text, held_out), ids in zip(chunk, encoded, strict=True):
-                files[held_out].write(ids.astype(dtype).tobytes())
+                (validation if held_out else train).write(ids.astype(dtype).tobytes())
                 counts[held_out] += len(ids)
-                text_bytes[held_out] += len(text.encode("utf-8", errors="replace"))
+                text_bytes += len(text.encode("utf-8", errors="replace"))
     return {
         "sha256": corpus.sha256,
         "documents": corpus.count,
-        "bytes": text_bytes[False] + text_bytes[True],
+        "bytes": text_bytes,
         "tokenizer": config.tokenizer,
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype,
-        "train_tokens": counts[False],
-        "validation_tokens": counts[True],
-        "bytes_per_token": sum(text_bytes.values()) / max(1, sum(counts.values())),
+        "train_tokens": counts[0],
+        "validation_tokens": counts[1],
+        "bytes_per_token": text_bytes / max(1, sum(counts)),
     }
 
 

@@ -59,9 +59,7 @@ def check_sizes(
         depth=None if match is None else depth_map(config),
         match_step=settings.match_step,
         axis=axis,
-        forward=settings.space,
-        method=settings.method,
-        probes=settings.probes,
+        **settings.measured,
         **options,
     )
 

@@ -1,13 +1,15 @@
 """Compare optimizers: the same model, initial weights and batches for each, at given rates or each at its best of a grid.
 
-Runs lie side by side in one folder and are found again by their config (`RunStore`): one that has ended is never
+Runs lie side by side in one folder and are found again by their config (`Runner.place`): one that has ended is never
 repeated, one that was interrupted goes on, whatever the command that asks for it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,33 +27,6 @@ from layerwise.lab.runs.directory import find_runs, has_ended, read_info
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.progress import ProgressKind, make_progress
 from layerwise.lab.training.run import check_buildable, complete, train
-
-
-class RunStore:
-    """The runs in a folder: one that has ended is never repeated, one that was interrupted goes on."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._paths: dict[str, Path] = {}
-        for path in find_runs(folder) if folder.is_dir() else ():
-            try:
-                self._paths[hashed(identity(read_info(path).config))] = path
-            except LayerwiseError:
-                continue  # not a run we could use; its folder's name stays taken
-
-    def place(self, config: Config, stem: str) -> Config:
-        """The config with the directory of its run: the one it has already, or a free one named after `stem`."""
-        key = hashed(identity(complete(config).model_dump()))
-        if key not in self._paths:
-            self._paths[key] = self._free_path(stem)
-        path = self._paths[key]
-        return config.replace({"run.dir": str(path.parent), "run.name": path.name})
-
-    def _free_path(self, stem: str) -> Path:
-        number = 1
-        while (path := self.folder / f"{stem}-{number}").exists() or path in self._paths.values():
-            number += 1
-        return path
 
 
 @dataclass(frozen=True)
@@ -74,7 +49,10 @@ class Runner:
 
     def __init__(self, config: CompareConfig, progress: ProgressKind, say: Callable[[str], None]) -> None:
         self.config, self.progress, self.say = config, progress, say
-        self.store = RunStore(config.folder)
+        self._paths: dict[str, Path] = {}
+        for path in find_runs(config.run_path) if config.run_path.is_dir() else ():
+            with suppress(LayerwiseError):  # not a run we could use; its folder's name stays taken
+                self._paths[hashed(identity(read_info(path).config))] = path
 
     def runs(self, entry: Entry, point: Point, length: float = 1.0) -> list[Run]:
         """A run per seed of the contender at a point; `length`: a fraction of the comparison's steps."""
@@ -82,14 +60,13 @@ class Runner:
         return [self._run(entry, point, length, seed) for seed in range(first, first + seeds)]
 
     def _run(self, entry: Entry, point: Point, length: float, seed: int) -> Run:
-        placed = self.store.place(self.config_of(entry, point, length, seed), entry.name)
+        placed = self.place(self.config_of(entry, point, length, seed), entry.name)
         title = f"{entry.label}, {point}"
         if length != 1.0:
             title += f", {length:g} of the length"
         if self.config.compare.seeds > 1:
             title += f", seed {seed}"
-        ended = has_ended(placed.run_path)
-        begun = placed.run_path.exists()
+        ended, begun = has_ended(placed.run_path), placed.run_path.exists()
         # One that was stopped before its first checkpoint loses nothing by starting again.
         run = train(placed, resume=begun, or_start=begun, progress=make_progress(self.progress, title))
         if ended:
@@ -97,6 +74,15 @@ class Runner:
             known = f", validation loss {loss:.4f}" if math.isfinite(loss) else ""
             self.say(f"{title}: done before, {run.status}{known}")
         return run
+
+    def place(self, config: Config, stem: str) -> Config:
+        """The config with the directory of its run: the one it has already, or a free one named after `stem`."""
+        key = hashed(identity(complete(config).model_dump()))
+        if key not in self._paths:
+            numbered = (self.config.run_path / f"{stem}-{number}" for number in itertools.count(1))
+            self._paths[key] = next(p for p in numbered if not p.exists() and p not in self._paths.values())
+        path = self._paths[key]
+        return config.replace({"run.dir": str(path.parent), "run.name": path.name})
 
     def config_of(self, entry: Entry, point: Point, length: float = 1.0, seed: int | None = None) -> Config:
         """The run of one seed, without a place."""
@@ -110,9 +96,11 @@ class Runner:
         return validate(Config, tree)
 
     def examples(self, entry: Entry) -> Iterator[Config]:
-        """A run of the contender, and one with a factor for every role that it is tuned by."""
-        for factors in {(), *(((role, 2.0),) for role in entry.roles)}:
-            yield self.config_of(entry, Point(entry.rates[0], factors))
+        """A run of the contender, of every length, and one with a factor for every role that it is tuned by."""
+        for length in (1.0, *self.config.compare.lengths):
+            yield self.config_of(entry, Point(entry.rates[0]), length)
+        for role in entry.roles:
+            yield self.config_of(entry, Point(entry.rates[0], ((role, 2.0),)))
 
 
 def compare(
@@ -126,8 +114,7 @@ def compare(
     section, listed = config.compare, entries(config)
     trials = [section.trials or len(entry.rates) for entry in listed]
     total = sum(trials) * section.seeds
-    runs = f"{total} run{'s' if total != 1 else ''}"
-    say(f"{runs} of {config.training.steps} steps, {config.tokens_per_step:,} tokens a step")
+    say(f"{total} run{'s' if total != 1 else ''} of {config.training.steps} steps, {config.tokens_per_step:,} tokens a step")
     compared = {entry.name for entry in listed} | set(section.by_role)
     for key, given in (("lr_grid", section.lr_grid), ("contenders", section.contenders)):
         if isinstance(given, dict) and (unused := sorted(given.keys() - compared)):
@@ -138,13 +125,8 @@ def compare(
     searches = [Search(entry, look, runner.runs, section.trials, say) for entry, look in zip(listed, chosen, strict=True)]
     for search in searches:
         search.finish()
-    return conclude(runner, searches)
-
-
-def conclude(runner: Runner, searches: Sequence[Search]) -> Comparison:
-    """Each contender at its best, how they stand to one another, and what has to be said of how it was found."""
-    section, curves = runner.config.compare, [search.curve for search in searches]
-    made = Comparison([search.at_best for search in searches], curves, list(notes(runner.config, curves)), [])
+    curves = [search.curve for search in searches]
+    made = Comparison([search.at_best for search in searches], curves, list(notes(config, curves)), [])
     if not made.tuned and section.seeds == 1 and section.baseline is None:
         return made
     base = baseline(section, searches)
@@ -155,13 +137,10 @@ def conclude(runner: Runner, searches: Sequence[Search]) -> Comparison:
 
 def notes(config: CompareConfig, curves: Sequence[RateCurve]) -> Iterator[str]:
     """What a reader has to know before the numbers: how the rates were chosen."""
-    if any(len(curve.rates) > 1 for curve in curves):
-        yield from _of_grids(config.compare.seeds, curves)
-    else:
+    if not any(len(curve.rates) > 1 for curve in curves):
         yield _of_defaults(base_rates().get(plain_preset(config.model) or "", {}).get("command"))
-
-
-def _of_grids(seeds: int, curves: Sequence[RateCurve]) -> Iterator[str]:
+        return
+    seeds = config.compare.seeds
     yield (
         f"Each optimizer is shown at the best base rate of its grid, over {seeds} seed{'s' if seeds > 1 else ''}, all "
         "runs with the same schedule length. The rate was chosen by the same validation loss that is reported."

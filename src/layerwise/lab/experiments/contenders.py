@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, OptimizerConfig, Section, one_folder
@@ -47,21 +46,12 @@ class CompareSection(Section):
     """lengths at which the baseline is also run at its best rate, as fractions of the steps (`[0.85, 1.15, 1.3]`),
     which show how many tokens a difference in loss is worth"""
 
-    @model_validator(mode="before")
+    @field_validator("lr_grid", mode="before")
     @classmethod
-    def _grids_by_name(cls, data: Any) -> Any:
-        """`compare: {lanton: [1e-3, 2e-3]}` stands for `compare: {lr_grid: {lanton: [1e-3, 2e-3]}}`."""
-        if not isinstance(data, dict):
-            return data
-        grid = data.get("lr_grid")
+    def _auto_or_rates(cls, grid: Any) -> Any:
         if isinstance(grid, str) and grid != "auto":
             raise ValueError(f"compare.lr_grid={grid!r}: give auto, or rates by contender such as lanton=[2e-3, 4e-3]")
-        known = set(OPTIMIZERS) | set(data.get("contenders") or {})
-        grids = {k: v for k, v in data.items() if k in known and isinstance(v, list)}
-        rest = {k: v for k, v in data.items() if k not in grids}
-        if grids and not isinstance(rest.get("lr_grid"), str):
-            rest["lr_grid"] = {**(rest.get("lr_grid") or {}), **grids}
-        return rest
+        return grid
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
@@ -81,9 +71,9 @@ class CompareConfig(Config):
     compare: CompareSection = CompareSection()
 
     @property
-    def folder(self) -> Path:
-        """Where runs and report are written: `run.dir/run.name`, the name being `compare` by default."""
-        return Path(self.run.dir).expanduser() / (self.run.name or "compare")
+    def run_name(self) -> str:
+        """Of the folder of runs and report: `run.name`, or `compare`."""
+        return self.run.name or "compare"
 
 
 @dataclass(frozen=True)
@@ -96,10 +86,6 @@ class Entry:
     rates: tuple[float, ...]
     may_extend: bool
     roles: Mapping[str, Sequence[float]] = field(default_factory=dict)  # factors to try
-
-    def by_role(self, roles: Mapping[str, Sequence[float]]) -> Entry:
-        """The same contender tuned by role."""
-        return replace(self, name=f"{self.name}-by-role", label=f"{self.label} by role", roles=roles)
 
 
 def entries(config: CompareConfig) -> list[Entry]:
@@ -126,9 +112,9 @@ def entries(config: CompareConfig) -> list[Entry]:
     if len(set(names)) < len(names):
         raise LayerwiseError(f"compare.optimizers={','.join(names)}: each contender once")
     found = [_entry(config, name, grids) for name in names]
-    found += [
-        _entry(config, name, grids).by_role(section.roles) for name in section.by_role
-    ]  # the runs that both have are made once
+    for name in section.by_role:  # the runs that both have are made once
+        plain = _entry(config, name, grids)
+        found.append(replace(plain, name=f"{name}-by-role", label=f"{plain.label} by role", roles=section.roles))
     for entry in found:
         least = len(entry.rates) + sum(map(len, entry.roles.values()))
         if section.trials is not None and section.trials < least:
@@ -146,13 +132,10 @@ def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]
     section = f"compare.contenders.{name}"
     optimizer = validate(OptimizerConfig, settings, f"{section}.")
     find_preset(optimizer, section)
-    label = optimizer_title(name)
     start = default_rate(config.model, optimizer.name) if optimizer.lr is None else optimizer.lr
-    if name in grids:
-        return Entry(name, label, optimizer, tuple(sorted(set(grids[name]))), may_extend=False)
-    if config.compare.lr_grid == "auto":
-        if start == 0:
-            raise LayerwiseError(f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out")
-        points = range(-AUTO_STEPS, AUTO_STEPS + 1)
-        return Entry(name, label, optimizer, tuple(start * 2.0**k for k in points), may_extend=True)
-    return Entry(name, label, optimizer, (start,), may_extend=False)
+    automatic = config.compare.lr_grid == "auto"
+    if automatic and start == 0:
+        raise LayerwiseError(f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out")
+    around = range(-AUTO_STEPS, AUTO_STEPS + 1) if automatic else [0]
+    rates = sorted(set(grids[name])) if name in grids else [start * 2.0**k for k in around]
+    return Entry(name, optimizer_title(name), optimizer, tuple(rates), may_extend=automatic)

@@ -40,6 +40,11 @@ class Standing:
     tokens: str  # that the baseline needs for the same loss, over the comparison's; "" where not asked for
     octaves: str  # of base rate within the tolerance of the best; "" of one rate
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Of a table: contender, trials, best point, difference, tokens, octaves."""
+        return self.label, str(self.trials), str(self.point), str(self.difference or ""), self.tokens, self.octaves
+
 
 def paired(losses: Sequence[float], baseline: Sequence[float]) -> Interval | None:
     """The mean difference of runs of the same seeds; None where one has no finite loss.
@@ -118,11 +123,3 @@ def standings_note(base: Search, trials: int | None) -> str:
         " it needs for the same loss, over those of this comparison; octaves: factors of two of base rate within"
         f" {TOLERANCE:g} of the best."
     )
-
-
-def standing_rows(standings: Sequence[Standing]) -> list[tuple[str, ...]]:
-    """As a table: contender, trials, best point, difference, tokens, octaves."""
-    return [
-        (s.label, str(s.trials), str(s.point), "" if s.difference is None else str(s.difference), s.tokens, s.octaves)
-        for s in standings
-    ]  # fmt: skip

@@ -31,14 +31,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def model_settings(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """The family and its settings: the preset's with the config's on top. Raises LayerwiseError."""
-    if config.preset is None:
-        family, settings = str(config.family), dict[str, Any]()
-        if family not in FAMILIES:
-            raise LayerwiseError(f"model.family={family!r}: {nearest(family, FAMILIES)}")
-    elif config.preset in PRESETS:
-        family, settings = PRESETS[config.preset]
-    else:
+    if config.preset is not None and config.preset not in PRESETS:
         raise LayerwiseError(f"model.preset={config.preset!r}: {nearest(config.preset, PRESETS)}")
+    family, settings = PRESETS[config.preset] if config.preset else (str(config.family), {})
+    if family not in FAMILIES:
+        raise LayerwiseError(f"model.family={family!r}: {nearest(family, FAMILIES)}")
     defaults = FAMILIES[family].setting_defaults()
     for key, value in config.settings.items():
         if key not in defaults:
@@ -127,12 +124,11 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> nn.Module:
         raise LayerwiseError(
             f"model.lora.targets={config.targets}: {reason}; name modules of the model, such as [query, value]"
         ) from None
-    if config.fixed is not None:
-        for name, parameter in adapted.named_parameters():
-            if f"lora_{config.fixed}" in name:
-                parameter.requires_grad_(False)
-                if config.fixed == "B":  # at 0 it would keep A from learning
-                    nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    for name, parameter in adapted.named_parameters():
+        if config.fixed is not None and f"lora_{config.fixed}" in name:
+            parameter.requires_grad_(False)
+            if config.fixed == "B":  # at 0 it would keep A from learning
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return adapted
 
 
@@ -172,7 +168,9 @@ def resized(model: ModelConfig, axis: str, value: float) -> dict[str, Any]:
             raise LayerwiseError("axis lora_rank needs adapters: give model.lora, such as `{rank: 2}`")
         return {"model.lora.rank": whole(known, value)}
     name, settings = model_settings(model)
-    return {f"model.{key}": setting for key, setting in FAMILIES[name].resize(settings, known, value).items()}
+    family = FAMILIES[name]
+    changed = family.resize({**family.setting_defaults(), **settings}, known, value)
+    return {f"model.{key}": setting for key, setting in changed.items()}
 
 
 def block_pattern(model: ModelConfig) -> str:

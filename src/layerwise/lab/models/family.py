@@ -55,7 +55,10 @@ class Family(ABC):
         """A model from the global random state. Raises LayerwiseError."""
 
     def resize(self, settings: Settings, axis: Axis, value: float) -> Settings:
-        """The settings that change for a size: hidden size, number of blocks, or factor on the initial weights."""
+        """The settings that change for a size: hidden size, number of blocks, or factor on the initial weights.
+
+        `settings`: all of them, with the defaults of those that the config leaves out.
+        """
         raise LayerwiseError(f"axis {axis} is not known for the family {self.name}")
 
 

@@ -84,11 +84,11 @@ class GPT2(TransformersFamily):
     def resize(self, settings: Settings, axis: Axis, value: float) -> Settings:
         """Heads keep their size and grow in number."""
         if axis == "width":
-            head = size_of_heads(settings.get("n_embd", 768), settings.get("n_head", 12))
+            head = size_of_heads(settings["n_embd"], settings["n_head"])
             return {"n_embd": whole("width", value), "n_head": whole("width", value, head)}
         if axis == "depth":
             return {"n_layer": whole("depth", value)}
-        return {"initializer_range": settings.get("initializer_range", 0.02) * value}
+        return {"initializer_range": settings["initializer_range"] * value}
 
 
 def _shape(layers: int, hidden: int, intermediate: int, heads: int, groups: int) -> Settings:
@@ -123,13 +123,13 @@ class Llama(TransformersFamily):
         if axis == "depth":
             return {"num_hidden_layers": whole("depth", value)}
         if axis == "init_scale":
-            return {"initializer_range": settings.get("initializer_range", 0.02) * value}
-        old, heads = settings.get("hidden_size", 4096), settings.get("num_attention_heads", 32)
-        groups = size_of_heads(heads, settings.get("num_key_value_heads") or heads)
+            return {"initializer_range": settings["initializer_range"] * value}
+        old, heads = settings["hidden_size"], settings["num_attention_heads"]
+        groups = size_of_heads(heads, settings["num_key_value_heads"] or heads)
         new_heads = whole("width", value, size_of_heads(old, heads))
         return {
             "hidden_size": whole("width", value),
             "num_attention_heads": new_heads,
             "num_key_value_heads": max(1, new_heads // groups),
-            "intermediate_size": round(settings.get("intermediate_size", 11008) * value / old),
+            "intermediate_size": round(settings["intermediate_size"] * value / old),
         }

@@ -19,16 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.models.family import (
-    Axis,
-    Examples,
-    Family,
-    Settings,
-    keywords_of,
-    register,
-    tokens_only,
-    whole,
-)
+from layerwise.lab.models.family import Axis, Examples, Family, Settings, keywords_of, register, tokens_only, whole
 
 Norm = Literal["post", "pre", "pre_post_mod"]
 NORMS: tuple[Norm, ...] = ("post", "pre", "pre_post_mod")
@@ -184,14 +175,7 @@ class Decoder(nn.Module):
         d = base_width * width
         self.embedding = nn.Embedding(vocab_size, d)
         self.blocks = nn.ModuleList(
-            DecoderBlock(
-                d,
-                base_heads * width,
-                norm=norm,
-                branch_scale=depth**-0.5,
-                init_scale=init_scale,
-                kind=attention,
-            )
+            DecoderBlock(d, base_heads * width, norm=norm, branch_scale=depth**-0.5, init_scale=init_scale, kind=attention)
             for _ in range(base_blocks * depth)
         )
         self.head = _linear(d, vocab_size, bias=True)
@@ -228,12 +212,10 @@ class PaperFamily(Family):
 
     Attributes:
         model_class: what is built.
-        base_blocks: at depth 1, where the settings do not say.
     """
 
     blocks, layers = "blocks.*", ("depth", "base_blocks")
     model_class: ClassVar[type[nn.Module]]
-    base_blocks: ClassVar[int]
 
     def setting_defaults(self) -> Settings:
         return keywords_of(self.model_class, {"attention"})
@@ -241,9 +223,9 @@ class PaperFamily(Family):
     def resize(self, settings: Settings, axis: Axis, value: float) -> Settings:
         """By the multipliers of width and depth; with the depth the branches are rescaled."""
         if axis == "width":
-            return {"width": whole("width", value, settings.get("base_width", 32))}
+            return {"width": whole("width", value, settings["base_width"])}
         if axis == "depth":
-            return {"depth": whole("depth", value, settings.get("base_blocks", self.base_blocks))}
+            return {"depth": whole("depth", value, settings["base_blocks"])}
         return {"init_scale": value}
 
 
@@ -251,7 +233,7 @@ class PaperFamily(Family):
 class ResMLPFamily(PaperFamily):
     """ResMLP on images."""
 
-    name, presets, model_class, base_blocks = "resmlp", {"resmlp": {}}, ResMLP, 4
+    name, presets, model_class = "resmlp", {"resmlp": {}}, ResMLP
 
     def build(self, settings: Settings, examples: Examples, attention: str) -> nn.Module:
         if examples.features is None:
@@ -263,7 +245,7 @@ class ResMLPFamily(PaperFamily):
 class DecoderFamily(PaperFamily):
     """The decoder on tokens."""
 
-    name, presets, model_class, base_blocks = "decoder", {"decoder": {}}, Decoder, 2
+    name, presets, model_class = "decoder", {"decoder": {}}, Decoder
 
     def build(self, settings: Settings, examples: Examples, attention: str) -> nn.Module:
         tokens_only(examples, "model=decoder")

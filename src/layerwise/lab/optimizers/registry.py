@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,12 @@ import layerwise.optim as lw
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import describe, param_groups
 from layerwise.lab.config.load import parse_yaml
+from layerwise.lab.config.schema import ModelConfig, OptimizerConfig, TrainingConfig
 from layerwise.lab.config.validate import check_arguments, nearest
 from layerwise.lab.models.families import PRESETS, model_settings
 from layerwise.lab.optimizers.torch_muon import TorchMuon
 from layerwise.lab.runs.directory import read_run
 from layerwise.lab.runs.recorded import number
-
-if TYPE_CHECKING:
-    from layerwise.lab.config.schema import ModelConfig, OptimizerConfig, TrainingConfig
 
 
 def lab_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -70,6 +68,10 @@ class Preset:
     def takes_rates(self) -> bool:
         return "rates" in inspect.signature(self.build).parameters
 
+    def rule_in(self, rates: Mapping[str, Any]) -> str:
+        """The rule of a config's `rates`, by name."""
+        return str(rates.get("rule") or self.rule or "noise_adaptive")
+
 
 # Implementation switches of torch's optimizers that a config has no use for.
 _NOT_SETTINGS = {"foreach", "maximize", "capturable", "differentiable", "work"}
@@ -77,10 +79,10 @@ _NOT_SETTINGS = {"foreach", "maximize", "capturable", "differentiable", "work"}
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices in one group, gains and biases in another without weight decay: the usual groups of AdamW."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in named if p.ndim >= 2]
-    vectors = [(name, p) for name, p in named if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim < 2]["params"].append((name, p))
     return [group for group in groups if group["params"]]
 
 
@@ -136,12 +138,8 @@ def rule_of(optimizer: str, rates: Any) -> str | None:
     return str(named) if named else getattr(OPTIMIZERS.get(optimizer), "rule", None)
 
 
-def _rule_name(preset: Preset, rates: dict[str, Any]) -> str:
-    return str(rates.get("rule") or preset.rule or "noise_adaptive")
-
-
 def _check_rule(preset: Preset, rates: dict[str, Any], section: str) -> None:
-    name = _rule_name(preset, rates)
+    name = preset.rule_in(rates)
     if name not in RULES:
         raise LayerwiseError(f"{section}.rates.rule={name!r}: {nearest(name, RULES)}")
     valid = set(inspect.signature(RULES[name]).parameters)
@@ -164,12 +162,8 @@ def with_defaults(config: OptimizerConfig, lr: float | None = None) -> Optimizer
     """
     preset = find_preset(config)
     default = preset.default("lr") if lr is None else lr
-    return config.model_copy(
-        update={
-            "lr": default if config.lr is None else config.lr,
-            "weight_decay": preset.decay if config.weight_decay is None else config.weight_decay,
-        }
-    )
+    decay = preset.decay if config.weight_decay is None else config.weight_decay
+    return config.model_copy(update={"lr": default if config.lr is None else config.lr, "weight_decay": decay})
 
 
 @cache
@@ -224,9 +218,8 @@ def scale_roles(
 
     Raises LayerwiseError for a role that the model has no parameter of.
     """
-    groups = list(groups)
     if not factors:
-        return groups
+        return list(groups)
     roles = {row.name: row.role for row in describe(model).rows}
     for role in factors:
         if role not in roles.values():
@@ -236,23 +229,21 @@ def scale_roles(
         parts: dict[float, list[Any]] = {}
         for name, parameter in group["params"]:
             parts.setdefault(factors.get(roles[name], 1.0), []).append((name, parameter))
-        cut += [
-            {**group, "params": params} | ({} if factor == 1.0 else {"lr": lr * factor}) for factor, params in parts.items()
-        ]
+        for factor, params in parts.items():
+            cut.append({**group, "params": params} | ({} if factor == 1.0 else {"lr": lr * factor}))
     return cut
 
 
 def _build_rule(preset: Preset, rates: dict[str, Any]) -> lw.RateRule:
-    name = _rule_name(preset, rates)
+    name = preset.rule_in(rates)
     keywords = {key: value for key, value in rates.items() if key != "rule"}
     if isinstance(multipliers := keywords.get("multipliers"), str):
         keywords["multipliers"] = mean_multipliers(multipliers)
     try:
         return RULES[name](**keywords)
-    except LayerwiseError as error:
-        raise LayerwiseError(f"optimizer.rates: {error}") from None
     except (TypeError, ValueError) as error:
-        raise LayerwiseError(f"optimizer.rates: {name}: {error}") from None
+        named = "" if isinstance(error, LayerwiseError) else f"{name}: "
+        raise LayerwiseError(f"optimizer.rates: {named}{error}") from None
 
 
 def mean_multipliers(run: str) -> dict[str, float]:
@@ -267,19 +258,14 @@ def mean_multipliers(run: str) -> dict[str, float]:
     return {name: sum(multipliers) / len(multipliers) for name, multipliers in seen.items()}
 
 
-def needs_halves(optimizer: Optimizer) -> bool:
-    """Whether the loop has to show the optimizer the two halves of an accumulated batch."""
-    return any(getattr(group.get("rates"), "needs_halves", False) for group in optimizer.param_groups)
-
-
-def needs_replicas(optimizer: Optimizer) -> bool:
-    """Whether the noise is measured between the gradients of data-parallel processes."""
-    return any(getattr(group.get("rates"), "needs_replicas", False) for group in optimizer.param_groups)
+def needs(optimizer: Optimizer, what: Literal["halves", "replicas"]) -> bool:
+    """Whether noise is measured between the halves of an accumulated batch, or the gradients of data-parallel processes."""
+    return any(getattr(group.get("rates"), f"needs_{what}", False) for group in optimizer.param_groups)
 
 
 def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> None:
     """Raises LayerwiseError where a batch cannot be shared out over `world` processes, or not as the noise rule needs."""
-    if needs_halves(optimizer) and training.accumulation % 2:
+    if needs(optimizer, "halves") and training.accumulation % 2:
         raise LayerwiseError(
             "optimizer.rates.reference=independent compares the two halves of the accumulated batch:"
             f" training.accumulation={training.accumulation} must be even"
@@ -291,7 +277,7 @@ def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> N
             f" leaves {sequences} a part, fewer than {world} processes: raise the batch size, or lower the"
             " accumulation or the number of processes"
         )
-    if needs_replicas(optimizer) and sequences % world:
+    if needs(optimizer, "replicas") and sequences % world:
         raise LayerwiseError(
             "optimizer.rates.reference=replicas compares equal shares of a batch: training.batch_size /"
             f" training.accumulation = {sequences} sequences are not a multiple of {world} processes"
@@ -300,7 +286,7 @@ def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> N
 
 def watch_replicas(optimizer: Optimizer, model: nn.Module) -> None:
     """Where the noise is measured between replicas, have `model` (as it runs, wrapped) show their gradients."""
-    if not needs_replicas(optimizer):
+    if not needs(optimizer, "replicas"):
         return
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         raise LayerwiseError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from layerwise.errors import LayerwiseError, warn
@@ -66,6 +68,12 @@ class Contender:
     @property
     def final_losses(self) -> list[float]:
         return [run.final_val_loss for run in self.runs]
+
+    @property
+    def mean_loss(self) -> float:
+        """Of the runs that have a loss and did not diverge; infinite where there is none."""
+        finite = [loss for loss in self.final_losses if math.isfinite(loss)]
+        return fmean(finite) if finite else math.inf
 
 
 def load_runs(paths: Iterable[str | Path], note: Callable[[str], None] = warn) -> list[Run]:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
 from layerwise.common.files import write_whole
 from layerwise.common.layer_rate import parameter_of
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.identity import hashed
 from layerwise.lab.report import tables
 from layerwise.lab.report.figures import effective_rates, function_space, heatmap, loss
 from layerwise.lab.report.figures.rate_grid import loss_against_rate
 from layerwise.lab.report.grouping import Contender
 from layerwise.lab.report.rate_curve import RateCurve
 from layerwise.lab.report.style import PHONE, WIDE, Arrangement, page_figure, save_figure, theme_css
-from layerwise.lab.runs.output_files import check_output
+from layerwise.lab.runs.directory import check_output
 from layerwise.lab.runs.recorded import Run
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.figure import Figure
 
 PAGE = "report.html"
 FILE_TYPES = ("png", "pdf", "svg")
@@ -66,24 +65,19 @@ def check_report(folder: Path) -> None:
 
 def write_report(groups: Sequence[Contender], folder: Path, story: Story | None = None) -> Path:
     """Write `report.html` and `figures/` into `folder` and return the page's path. Raises LayerwiseError."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     check_report(folder)
     story = story or Story()
     runs = [run for group in groups for run in group.runs]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         figures = [(plan, *plan.made(folder / "figures")) for plan in plans(groups, story)]
-        environment = Environment(
-            loader=PackageLoader("layerwise.lab", "report"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
+        loader = PackageLoader("layerwise.lab", "report")
+        templates = Environment(
+            loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        environment.globals.update(theme=theme_css())
-        environment.filters["code"] = code_spans
-        page = environment.get_template("template.html").render(
+        templates.filters["code"] = code_spans
+        page = templates.get_template("template.html").render(
+            theme=theme_css(),
             story=story,
             standing_titles=STANDING_TITLES,
             notes=[*story.notes, *warnings(runs)],
@@ -113,8 +107,6 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
 
 def code_spans(text: str) -> Markup:
     """A sentence whose `words in backticks` are set as code."""
-    from markupsafe import Markup, escape
-
     parts = [f"<code>{escape(part)}</code>" if i % 2 else str(escape(part)) for i, part in enumerate(text.split("`"))]
     return Markup("".join(parts))
 
@@ -147,9 +139,8 @@ def _layer_plans(group: Contender) -> Iterator[Plan]:
         return
     roles = {str(row["name"]): row.get("role") for row in run.parameters}
     vectors = [u for u in history.units if roles.get(parameter_of(u)) == "vector"]
-    matrices = [u for u in history.units if u not in set(vectors)]
-    slug = _slug(group.label)
-    section = f"Layers: {group.label}"
+    matrices = [u for u in history.units if roles.get(parameter_of(u)) != "vector"]
+    slug, section = _slug(group.label), f"Layers: {group.label}"
     what = (
         f"{heatmap.measured(run)} of each unit, on a log scale, over the median of its norm group (it is measured in the "
         "dual norm of the group, so only the ratio can be compared between groups), and the multiplier on the base "
@@ -193,22 +184,15 @@ def _slug(label: str) -> str:
 def warnings(runs: Sequence[Run]) -> list[str]:
     """What makes these runs incomparable or incomplete, in sentences."""
     notes = []
-    if len({_corpus(run) for run in runs}) > 1:
+    corpora = [run.info.get("corpus") or {} for run in runs]
+    if len({str(corpus.get("sha256") or hashed(corpus)) for corpus in corpora}) > 1:
         notes.append("These runs were trained on different texts: their losses cannot be compared.")
-    models = {json.dumps(run.config.get("model"), sort_keys=True, default=str) for run in runs}
-    if len(models) > 1:
+    if len({hashed(run.config.get("model")) for run in runs}) > 1:
         notes.append("These runs trained different models: compare their losses with that in mind.")
-    finished = {run.last("tokens") for run in runs if run.status == "finished"}
-    if len(finished) > 1:
+    if len({run.last("tokens") for run in runs if run.status == "finished"}) > 1:
         notes.append("These runs differ in length, and with it in their schedules: equal tokens are not equal progress.")
     unfinished = "Not finished (still running, or killed: it can be resumed)"
     for status, text in (("diverged", "Diverged"), ("running", unfinished)):
-        names = [run.name for run in runs if run.status == status]
-        if names:
+        if names := [run.name for run in runs if run.status == status]:
             notes.append(f"{text}: {', '.join(names)}.")
     return notes
-
-
-def _corpus(run: Run) -> str:
-    corpus = run.info.get("corpus") or {}
-    return str(corpus.get("sha256") or json.dumps(corpus, sort_keys=True, default=str))

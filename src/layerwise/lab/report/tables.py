@@ -6,15 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from layerwise.lab.config.keys import flatten
 from layerwise.lab.report.grouping import Contender
 from layerwise.lab.report.rate_curve import RateCurve
-from layerwise.lab.runs.quantities import count, duration
-from layerwise.lab.runs.recorded import Run, number
+from layerwise.lab.runs.recorded import Run, count, duration, number
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class ResultRow:
 
 def result_rows(contenders: Sequence[Contender]) -> list[ResultRow]:
     """Contenders from the lowest final validation loss to the highest; those that diverged last."""
-    ranked = sorted(contenders, key=lambda c: _or_inf(_mean(c.final_losses)))
+    ranked = sorted(contenders, key=lambda c: c.mean_loss)
     contest = len(ranked) > 1 and all(run.status != "running" for c in ranked for run in c.runs)
-    return [_result_row(c, leads=contest and i == 0) for i, c in enumerate(ranked)]
+    return [_result_row(c, leads=contest and c is ranked[0]) for c in ranked]
 
 
-def _result_row(contender: Contender, *, leads: bool) -> ResultRow:
+def _result_row(contender: Contender, leads: bool) -> ResultRow:
     runs = contender.runs
     finite = [v for v in contender.final_losses if math.isfinite(v)]
     states = [run.status if run.status != "running" else "unfinished" for run in runs]
@@ -52,7 +51,7 @@ def _result_row(contender: Contender, *, leads: bool) -> ResultRow:
         color=contender.look.color,
         lr=show(_mean([run.base_lr for run in runs]), ".3g"),
         seeds=len(runs),
-        final=show(_mean(finite), ".4f"),
+        final=show(contender.mean_loss, ".4f"),
         spread=f"{max(finite) - min(finite):.4f}" if len(finite) > 1 else "",
         best=show(_mean([run.best_val_loss for run in runs]), ".4f"),
         tokens=_count(_mean([run.last("tokens") for run in runs])),
@@ -66,10 +65,6 @@ def _result_row(contender: Contender, *, leads: bool) -> ResultRow:
 def _mean(values: Sequence[float]) -> float:
     finite = [v for v in values if math.isfinite(v)]
     return float(np.mean(finite)) if finite else math.nan
-
-
-def _or_inf(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
 
 
 def show(value: float, spec: str) -> str:
@@ -86,12 +81,8 @@ def parameter_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     table = max((run.parameters for run in runs), key=len, default=())
     return [
         {
-            "name": row.get("name", ""),
-            "role": row.get("role", ""),
-            "geometry": row.get("geometry", ""),
-            "norm_group": row.get("norm_group", ""),
-            "shape": " \u00d7 ".join(str(n) for n in row.get("shape") or ()),
-            "layout": row.get("layout", ""),
+            **{column: row.get(column, "") for column in ("name", "role", "geometry", "norm_group", "layout")},
+            "shape": " \u00d7 ".join(map(str, row.get("shape") or ())),
             "units": _units(row.get("units")),
         }
         for row in table
@@ -106,8 +97,7 @@ def _units(units: Any) -> str:
     return f"{len(units)}" + (f" ({', '.join(inner)})" if inner and len(inner) <= 6 else "")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Settings of all runs: those they share, and those that differ, with a value for each contender."""
 
     shared: list[tuple[str, str]]
@@ -171,11 +161,7 @@ def headline(runs: Sequence[Run]) -> list[tuple[str, str]]:
 def grid_rows(curves: Sequence[RateCurve]) -> list[tuple[str, str, str]]:
     """Every rate of every grid with its losses over seeds, for a table."""
     return [
-        (
-            curve.label,
-            f"{lr:g}",
-            ", ".join(f"{v:.4f}" if math.isfinite(v) else "diverged" for v in curve.losses[lr]),
-        )
+        (curve.label, f"{lr:g}", ", ".join(f"{v:.4f}" if math.isfinite(v) else "diverged" for v in curve.losses[lr]))
         for curve in curves
         for lr in curve.rates
     ]

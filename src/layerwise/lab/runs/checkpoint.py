@@ -121,10 +121,7 @@ def _unreadable(file: Path, error: Exception) -> DamagedCheckpointError:
 
 def _fingerprint(file: Path) -> dict[str, Any]:
     with open(file, "rb") as opened:
-        return {
-            "bytes": os.fstat(opened.fileno()).st_size,
-            "sha256": hashlib.file_digest(opened, "sha256").hexdigest(),
-        }
+        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
 def _remove(path: Path) -> None:

@@ -19,6 +19,7 @@ import fcntl
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -107,6 +108,35 @@ def cleared_away(path: Path) -> list[str]:
     return [name for name in in_the_way(path) if name in ours]
 
 
+def check_output(path: Path, ours: str) -> None:
+    """For before the work, which would be lost: the file can be written, and nobody else's stands there.
+
+    Args:
+        path: The file; folders above it need not exist yet.
+        ours: Words near the beginning of every file that the command itself writes there.
+
+    Raises:
+        LayerwiseError: The file could not be written, or would take the place of one of another kind.
+    """
+    try:
+        if path.is_dir():
+            raise LayerwiseError(f"-o: {path} is a folder: name a file, such as {path / 'base.json'}")
+        if path.exists() and not path.is_file():
+            raise LayerwiseError(f"-o: {path} is not a plain file: name another")
+        nearest = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+        head = path.read_bytes()[:4096] if path.exists() else b""
+    except OSError as error:
+        raise LayerwiseError(
+            f"-o: {path} cannot be written ({error.strerror}): name a file in a folder that can be written to"
+        ) from None
+    if head and ours.encode() not in head:
+        raise LayerwiseError(
+            f"-o: {path} exists, and not as what would be written there: it is left as it is; move it away, or name another"
+        )
+
+
 def read_info(path: str | Path) -> RunInfo:
     """What the run.json of a directory says. Raises LayerwiseError where there is none or it is damaged."""
     folder = Path(path)
@@ -163,6 +193,7 @@ class RunWriter:
             if self._stream(name).exists()
         }
         self._info: dict[str, Any] = {}
+        self._events: Any = None
 
     def _stream(self, name: str) -> Path:
         return self.path / f"{name}.jsonl"
@@ -179,6 +210,19 @@ class RunWriter:
         line = json.dumps(plain_json(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
         if self._files[stream].write(line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._stream(stream)))
+        if self._events is not None and stream != "function_space":
+            numbers = {key: value for key, value in row.items() if isinstance(value, float) and key != "seconds"}
+            for unit, rate in row.get("layers", {}).items():
+                numbers |= {f"{key}/{unit}": value for key, value in rate.items()}
+            for key, value in numbers.items():
+                self._events.add_scalar(key, value, row["step"])
+
+    def add_tensorboard(self, step: int) -> None:
+        """From `step` on, metrics and layer rates are TensorBoard events too."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Events after the step a run resumes from are those of the killed process: TensorBoard hides them.
+        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def lengths(self) -> dict[str, int]:
         """Bytes in each stream, for `truncate`. The bytes are on the disk when this returns."""
@@ -203,6 +247,8 @@ class RunWriter:
         return short
 
     def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
         for file in self._files.values():
             file.close()
         if not (self.path / RUN_FILE).exists():  # ended before it began: leave no folder behind
@@ -226,6 +272,7 @@ class SilentWriter(RunWriter):
 
     def update(self, **entries: Any) -> None: ...
     def append(self, stream: str, row: dict[str, Any]) -> None: ...
+    def add_tensorboard(self, step: int) -> None: ...
     def close(self) -> None: ...
 
     def truncate(self, lengths: dict[str, int]) -> list[str]:

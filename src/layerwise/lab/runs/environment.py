@@ -1,9 +1,10 @@
-"""What the record of a run says beyond its numbers: versions, machine, parameters; and the TensorBoard copy."""
+"""What the record of a run says beyond its numbers: versions, machine, parameters."""
 
 from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.common.layer_rate import LayerRate
 from layerwise.geometry import describe
 
 _PACKAGES = ("layerwise", "torch", "transformers", "datasets", "tokenizers", "numpy")
@@ -34,12 +34,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
@@ -56,26 +55,3 @@ def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
         }
         for row in describe(model).rows
     ]
-
-
-class TensorBoard:
-    """Metrics and layer rates as TensorBoard events in a run's `tensorboard` folder."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Events after the step a run resumes from are those of the killed process: TensorBoard hides them.
-        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def metrics(self, row: dict[str, Any]) -> None:
-        for key, value in row.items():
-            if key not in ("step", "tokens", "seconds") and value is not None:
-                self._events.add_scalar(key, value, row["step"])
-
-    def layers(self, row: dict[str, Any]) -> None:
-        for unit, rate in row["layers"].items():
-            for key in LayerRate._fields:
-                self._events.add_scalar(f"{key}/{unit}", rate[key], row["step"])
-
-    def close(self) -> None:
-        self._events.close()

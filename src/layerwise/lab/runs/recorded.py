@@ -1,4 +1,4 @@
-"""A run read back from its directory, and what figures and tables ask of it."""
+"""A run read back from its directory, what figures and tables ask of it, and its numbers in words."""
 
 from __future__ import annotations
 
@@ -137,7 +137,16 @@ class Run(RunInfo):
     @cached_property
     def history(self) -> LayerHistory | None:
         """What was recorded of each unit; None where nothing was."""
-        return _layer_history(self.layers)
+        units = list(dict.fromkeys(unit for line in self.layers for unit in line.get("layers") or ()))
+        if not units:
+            return None
+        row_of = {unit: i for i, unit in enumerate(units)}
+        values = np.full((3, len(units), len(self.layers)), np.nan)
+        for t, line in enumerate(self.layers):
+            for unit, entry in (line.get("layers") or {}).items():
+                values[:, row_of[unit], t] = [number(entry.get(key)) for key in ("noise", "multiplier", "lr")]
+        steps = np.array([number(line.get("step")) for line in self.layers])
+        return LayerHistory(tuple(units), steps, *values)
 
     @property
     def final_val_loss(self) -> float:
@@ -174,15 +183,19 @@ def number(value: Any) -> float:
     return found if abs(found) <= LARGEST else math.nan
 
 
-def _layer_history(lines: Sequence[Mapping[str, Any]]) -> LayerHistory | None:
-    units = list(dict.fromkeys(unit for line in lines for unit in line.get("layers") or ()))
-    if not units:
-        return None
-    row_of = {unit: i for i, unit in enumerate(units)}
-    values = np.full((3, len(units), len(lines)), np.nan)
-    for t, line in enumerate(lines):
-        for unit, entry in (line.get("layers") or {}).items():
-            for k, key in enumerate(("noise", "multiplier", "lr")):
-                values[k, row_of[unit], t] = number(entry.get(key))
-    steps = np.array([number(line.get("step")) for line in lines])
-    return LayerHistory(tuple(units), steps, *values)
+def count(x: float) -> str:
+    """`1.2M`, `300k`, `0`."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:.3g}{suffix}"
+    return f"{x:g}"
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3 min 05 s`, `2 h 10 min`; a dash for what is not known."""
+    if not math.isfinite(seconds):
+        return "\u2013"
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import random
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from layerwise.errors import LayerwiseError
-
-if TYPE_CHECKING:
-    from layerwise.lab.config.schema import TrainingConfig
+from layerwise.lab.config.schema import TrainingConfig
 
 _TRUE = ("1", "true", "yes", "y", "on", "t")
 

@@ -21,8 +21,7 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """The first Ctrl-C is remembered, a second one ends the run at once."""
-        if self.asked:
-            raise KeyboardInterrupt
+        self.take()
         self.asked = True
 
 
@@ -30,11 +29,11 @@ class Interrupts:
 def between_steps() -> Iterator[Interrupts]:
     """Inside, Ctrl-C waits until `take` is called. A program that ignores it, as in the background, goes on doing so."""
     interrupts = Interrupts()
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    if ignored or threading.current_thread() is not threading.main_thread():  # which alone is sent it
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():  # which alone is sent it
         yield interrupts
         return
-    before = signal.signal(signal.SIGINT, interrupts._handle)
+    signal.signal(signal.SIGINT, interrupts._handle)
     try:
         yield interrupts
     finally:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,7 +17,6 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder, Record
 from layerwise.function_space.matching.depth_map import DepthMap
 from layerwise.lab.config.schema import Config, FunctionSpaceConfig
-from layerwise.lab.data.batches import Batch
 from layerwise.lab.models.families import block_pattern
 
 if TYPE_CHECKING:
@@ -27,14 +26,11 @@ if TYPE_CHECKING:
 class Observer:
     """Hooks of a training run; each does nothing until it is overridden. Each process has its own: they must do the same."""
 
-    def begin(self, trainer: Trainer) -> None:
-        """Once, after everything is built and a checkpoint, if any, is loaded."""
+    def begin(self, trainer: Trainer, saved: dict[str, Any] | None) -> None:
+        """Once, after everything is built and a checkpoint, if any, is loaded; `saved`: what its `state_dict` gave then."""
 
-    def around_step(self, step: int, batch: Batch) -> AbstractContextManager[Any]:
-        """Entered before `optimizer.step()`, left after it. Gradients are final: clipped.
-
-        `step` counts from 1: the step being taken. `batch` is this process's whole batch of the step.
-        """
+    def around_step(self, step: int) -> AbstractContextManager[Any]:
+        """Entered before `optimizer.step()`, left after it. Gradients are final: clipped. `step`, from 1, is being taken."""
         return nullcontext()
 
     def multiplier(self, parameter: str) -> float:
@@ -48,9 +44,6 @@ class Observer:
         """Tensors and plain values, kept in every checkpoint: those of the first process."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave, before `begin`."""
-
 
 def observers_of(config: Config) -> list[Observer]:
     """The observers that a config's `function_space` section asks for: what is recorded is the step as it was matched."""
@@ -62,34 +55,21 @@ def observers_of(config: Config) -> list[Observer]:
     return found if match is None else [*found, match]
 
 
-def measuring_batches(trainer: Trainer, count: int, skip: int = 0) -> Callable[[], list[Tensor]]:
-    """Supplies inputs of the steps after the run's last one, which no step of it sees, but for the first `skip`.
+def measuring_batches(trainer: Trainer, count: int, skip: int = 0) -> list[Tensor]:
+    """Inputs of the steps after the run's last one, which no step of it sees, but for the first `skip`.
 
     Of each batch, this process's share: all of them measure together.
     """
-
-    def supply() -> list[Tensor]:
-        first = trainer.config.training.steps + skip
-        batches = (trainer.data.batch(first + k).share(trainer.rank, trainer.world) for k in range(count))
-        return [batch.to(trainer.device).inputs for batch in batches]
-
-    return supply
-
-
-class _Stateful(Observer):
-    """An observer around an object made in `begin`, whose state stands in every checkpoint."""
-
-    _saved: dict[str, Any] | None = None
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._saved = state
+    first = trainer.config.training.steps + skip
+    batches = (trainer.data.batch(first + k).share(trainer.rank, trainer.world) for k in range(count))
+    return [batch.to(trainer.device).inputs for batch in batches]
 
 
 # Far from the seeds that people choose.
 _OTHER_PROBES = 1 << 20
 
 
-class RecordRates(_Stateful):
+class RecordRates(Observer):
     """Writes function_space.jsonl. `recorder` keeps the records too.
 
     Matched steps are recorded on other batches and with other probes than they were matched on: what is recorded is
@@ -101,23 +81,21 @@ class RecordRates(_Stateful):
     def __init__(self, settings: FunctionSpaceConfig, every: int, match: MatchRates | None = None) -> None:
         self.settings, self.every, self.match = settings, every, match
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Trainer, saved: dict[str, Any] | None) -> None:
         batches, seed = self.settings.batches, trainer.config.training.seed
         matched = self.match is not None
         self._writer = trainer.writer
-        self._batches = measuring_batches(trainer, batches, skip=batches if matched else 0)
+        self._batches = partial(measuring_batches, trainer, batches, skip=batches if matched else 0)
         self.recorder = FunctionSpaceRecorder(
             trainer.model,
             trainer.optimizer,
             self.every,
-            forward=self.settings.space,
-            method=self.settings.method,
-            probes=self.settings.probes,
+            **self.settings.measured,
             seed=seed + _OTHER_PROBES if matched else seed,
             sink=self._write,
         )
-        if self._saved is not None:
-            self.recorder.load_state_dict(self._saved)
+        if saved is not None:
+            self.recorder.load_state_dict(saved)
 
     def _write(self, record: Record) -> None:
         row = record.to_dict()
@@ -126,14 +104,14 @@ class RecordRates(_Stateful):
         row |= {"step": record.step + 1, "scheduled": record.scheduled + 1}  # a recorder counts from 0
         self._writer.append("function_space", row)
 
-    def around_step(self, step: int, batch: Batch) -> AbstractContextManager[Any]:
+    def around_step(self, step: int) -> AbstractContextManager[Any]:
         return self.recorder.step(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
         return self.recorder.state_dict()
 
 
-class MatchRates(_Stateful):
+class MatchRates(Observer):
     """Matches learning rates at the configured steps; what was decided goes into run.json as `matching`.
 
     steps: how many the run will take. Raises LayerwiseError, before anything is written, where one of its matchings
@@ -153,9 +131,9 @@ class MatchRates(_Stateful):
         # FLeRM looks ahead to the second matching, which a short run does not reach.
         self._every = settings.match_every if len(due) > 1 else None
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Trainer, saved: dict[str, Any] | None) -> None:
         settings = self.settings
-        self._writer, self._batches = trainer.writer, measuring_batches(trainer, settings.batches)
+        self._writer, self._batches = trainer.writer, partial(measuring_batches, trainer, settings.batches)
         self.flerm = FLeRM(
             trainer.model,
             trainer.optimizer,
@@ -163,17 +141,15 @@ class MatchRates(_Stateful):
             depth_map(trainer.config),
             at=settings.match_step - 1,
             every=self._every,
-            forward=settings.space,
-            method=settings.method,
-            probes=settings.probes,
+            **settings.measured,
             seed=trainer.config.training.seed,
         )
-        if self._saved is not None:
-            self._matchings = list(self._saved.pop("matchings"))
-            self.flerm.load_state_dict(self._saved)
+        if saved is not None:
+            self._matchings = list(saved.pop("matchings"))
+            self.flerm.load_state_dict(saved)
             self._writer.update(matching=self._matchings)
 
-    def around_step(self, step: int, batch: Batch) -> AbstractContextManager[Any]:
+    def around_step(self, step: int) -> AbstractContextManager[Any]:
         return self.flerm.step(self._batches)
 
     def multiplier(self, parameter: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from layerwise.lab.config.schema import ParallelConfig
 from layerwise.lab.training import processes
-
-if TYPE_CHECKING:
-    from layerwise.lab.config.schema import ParallelConfig
 
 
 def strategy_of(config: ParallelConfig) -> str:

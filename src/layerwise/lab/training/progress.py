@@ -8,7 +8,7 @@ import time
 from typing import Literal
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.runs.quantities import duration
+from layerwise.lab.runs.recorded import duration
 
 ProgressKind = Literal["plain", "quiet"]
 

@@ -1,12 +1,14 @@
-"""Training as a function: a config in, a run out."""
+"""Training as a function: a config in, a run out, or a small model's base rates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError
+from layerwise.function_space import BaseRates, FunctionSpaceRecorder, record_base
 from layerwise.lab.config.identity import differences, hashed, identity
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import Batches, open_data
@@ -33,7 +35,7 @@ from layerwise.lab.runs.directory import (
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training import processes
 from layerwise.lab.training.device import check_precision, own_device
-from layerwise.lab.training.observers import Observer, observers_of
+from layerwise.lab.training.observers import Observer, RecordRates, observers_of, steps_to_record
 from layerwise.lab.training.progress import ProgressKind, QuietProgress, make_progress
 from layerwise.lab.training.trainer import Trainer
 
@@ -118,13 +120,40 @@ def train(
     shown = make_progress(progress if processes.rank() == 0 else "quiet")
     with processes.on_first(lambda: RunWriter(path)) or SilentWriter(path) as writer:
         trainer = Trainer(config, writer, shown, [*observers_of(config), *observers])
-        trainer.start(_state_to_resume(trainer) if resume else None)
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
+        found = processes.first_says(processes.on_first(lambda: latest_checkpoint(trainer))) if resume else None
+        trainer.start(None if found is None else read_state(found))
+        trainer.run()
     processes.wait_for_all()  # until it is written
     return read_run(path)
+
+
+def record(config: Config, seeds: Sequence[int], progress: ProgressKind = "plain") -> BaseRates:
+    """Base rates of the config's model, averaged over `seeds` (of weights, data order and probes).
+
+    Each seed trains only as far as the last step to be measured: one step, unless `function_space.match_step` or
+    `match_every` say otherwise. Nothing is evaluated, and nothing left on the disk. Raises LayerwiseError.
+    """
+    every, steps = steps_to_record(config.function_space, config.training.steps)
+    shown = make_progress(progress)
+
+    def run(seed: int) -> FunctionSpaceRecorder:
+        changed = config.replace(
+            {
+                "training.seed": seed,
+                "training.eval_every": 0,
+                "run.name": f"base-{seed}",
+                "run.tensorboard": False,
+                "function_space.match": None,
+            }
+        )
+        observer = RecordRates(config.function_space, every)
+        with tempfile.TemporaryDirectory() as folder, RunWriter(folder) as writer:
+            trainer = Trainer(complete(changed), writer, shown, [observer])
+            trainer.start(None)
+            trainer.take_steps(steps)
+        return observer.recorder
+
+    return record_base(run, seeds)
 
 
 def _has_ended(config: Config, resume: bool, overwrite: bool) -> bool:
@@ -148,20 +177,6 @@ def _has_ended(config: Config, resume: bool, overwrite: bool) -> bool:
         )
     check_same_run(found.config, config.model_dump(), f"run {path}")
     return found.status != "running"
-
-
-def _state_to_resume(trainer: Trainer) -> dict[str, Any] | None:
-    """The state in the newest good checkpoint, on every process; the first one chooses it."""
-    path, identity, note = trainer.writer.path, trainer.identity, trainer.progress.note
-
-    def choose() -> Path | None:
-        found = latest_checkpoint(path, identity, note)
-        if found is None:
-            note(f"{path} has no checkpoint: starting at step 0")
-        return found
-
-    found = processes.first_says(processes.on_first(choose))
-    return None if found is None else read_state(found)
 
 
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any], what: str) -> None:
@@ -192,28 +207,29 @@ def check_resumable(path: Path, checkpoint_every: int, or_start: bool) -> None:
         )
 
 
-def latest_checkpoint(run: Path, identity: dict[str, Any], note: Callable[[str], None]) -> Path | None:
+def latest_checkpoint(trainer: Trainer) -> Path | None:
     """The newest good checkpoint of a run, or None where it has none yet.
 
-    A damaged checkpoint is reported through `note` and passed over for the one before it. Raises LayerwiseError where
-    every checkpoint is damaged, or where they are of another run.
+    A damaged checkpoint is reported and passed over for the one before it. Raises LayerwiseError where every checkpoint is
+    damaged, or where they are of another run.
     """
     damage: list[DamagedCheckpointError] = []
-    for path in list_checkpoints(run / "checkpoints"):
+    for path in list_checkpoints(trainer.writer.path / "checkpoints"):
         try:
             saved = read_manifest(path).get("identity")
             if not (isinstance(saved, dict) and isinstance(saved.get("config"), dict) and "corpus" in saved):
                 raise DamagedCheckpointError(f"checkpoint {path}: it does not say what it belongs to")
-            check_same_run(saved["config"], identity["config"], f"checkpoint {path}")
-            if saved["corpus"] != identity["corpus"]:
+            check_same_run(saved["config"], trainer.identity["config"], f"checkpoint {path}")
+            if saved["corpus"] != trainer.identity["corpus"]:
                 raise LayerwiseError(f"checkpoint {path} was trained on another text: its hash is another")
             check_hash(path)
         except DamagedCheckpointError as error:
             damage.append(error)
             continue
         for skipped in damage:
-            note(f"{skipped}; going on from {path.name}")
+            trainer.progress.note(f"{skipped}; going on from {path.name}")
         return path
     if damage:
         raise LayerwiseError(f"{damage[0]}; no older one is good: --overwrite starts anew")
+    trainer.progress.note(f"{trainer.writer.path} has no checkpoint: starting at step 0")
     return None

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-
-if TYPE_CHECKING:
-    from layerwise.lab.config.schema import ScheduleConfig
+from layerwise.lab.config.schema import ScheduleConfig
 
 
 def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
@@ -34,8 +29,3 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
         return final + (1 - final) * (1 - done)
 
     return factor
-
-
-def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> LambdaLR:
-    """torch's LambdaLR with that factor on every group."""
-    return LambdaLR(optimizer, schedule_factor(config, steps))

@@ -11,15 +11,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.errors import LayerwiseError, NonFiniteError
 from layerwise.function_space.watching.unit_rates import unit_rates
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.batches import Batch, open_data
+from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
-from layerwise.lab.optimizers.registry import build_optimizer, check_batch, needs_halves, watch_replicas
+from layerwise.lab.optimizers.registry import build_optimizer, check_batch, needs, watch_replicas
 from layerwise.lab.runs import environment
 from layerwise.lab.runs.checkpoint import random_state, save_checkpoint, set_random_state
 from layerwise.lab.runs.directory import RunWriter
@@ -28,7 +29,7 @@ from layerwise.lab.training.device import autocast, check_precision, own_device,
 from layerwise.lab.training.interrupts import Interrupts, between_steps
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import QuietProgress
-from layerwise.lab.training.schedules import build_scheduler
+from layerwise.lab.training.schedules import schedule_factor
 
 
 class DivergedError(Exception):
@@ -63,15 +64,14 @@ class Trainer:
         model = build_model(config.model, examples, training.seed)
         self.model = parallel.place(model, self.device, config.parallel)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.scheduler = build_scheduler(self.optimizer, config.schedule, config.training.steps)
-        self._halves = needs_halves(self.optimizer)
+        self.scheduler = LambdaLR(self.optimizer, schedule_factor(config.schedule, training.steps))
+        self._halves = needs(self.optimizer, "halves")
         check_batch(training, self.optimizer, self.world)
         autocast(self.model, training.precision, self.device)
         self._wrapped = parallel.wrap(self.model, self.device, config.parallel)
         watch_replicas(self.optimizer, self._wrapped)
-        self.tensorboard: environment.TensorBoard | None = None
 
-        self.step = 0  # optimizer steps taken
+        self.step = 0
         self.seconds = 0.0  # of training alone: no set-up, evaluation or checkpoints
         self.result: dict[str, Any] = {}
         self._loss_sum = torch.zeros((), device=self.device)
@@ -91,13 +91,13 @@ class Trainer:
         set_seed(processes.own_seed(self.config.training.seed))
         if state is not None:
             self._load(state)
-        for observer in self.observers:
-            observer.begin(self)  # one that cannot work says so here, before an older run is cleared away
+        saved = [None] * len(self.observers) if state is None else state["observers"]
+        for observer, own in zip(self.observers, saved, strict=True):
+            observer.begin(self, own)  # one that cannot work says so here, before an older run is cleared away
         if state is None and self.rank == 0:
             shutil.rmtree(self.writer.path / "checkpoints", ignore_errors=True)
             shutil.rmtree(self.writer.path / "tensorboard", ignore_errors=True)
             self.writer.truncate({})
-        parameters = sum(p.numel() for p in self.model.parameters())
         self.writer.update(
             name=self.config.run_name,
             status="running",
@@ -107,12 +107,12 @@ class Trainer:
             parallel={"processes": self.world, "strategy": parallel.strategy_of(self.config.parallel)},
             corpus=self.data.info,
             parameters=environment.parameter_table(self.model),
-            parameter_count=parameters,
+            parameter_count=sum(p.numel() for p in self.model.parameters()),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             result={},
         )
-        if self.config.run.tensorboard and self.rank == 0:  # after run.json, which says whose folder it is
-            self.tensorboard = environment.TensorBoard(self.writer.path / "tensorboard", self.step)
+        if self.config.run.tensorboard:  # after run.json, which says whose folder it is
+            self.writer.add_tensorboard(self.step)
         self.progress.start(self.config.run_name, self.config.training.steps, self.step)
 
     def run(self) -> None:
@@ -156,17 +156,13 @@ class Trainer:
                 f"{self.config.run_name} diverged after {self.step} steps: {reason}; lower optimizer.lr"
             ) from None
 
-    def close(self) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-
     # ------------------------------------------------------------------ the loop
 
     def _loop(self, interrupts: Interrupts) -> None:
         training, steps = self.config.training, self.config.training.steps
         self._wrapped.train()
         if self.step == 0 and training.eval_every:
-            self._write({"step": 0, "tokens": 0, "seconds": 0.0, "val_loss": self._evaluate()})
+            self.writer.append("metrics", {"step": 0, "tokens": 0, "seconds": 0.0, "val_loss": self._evaluate()})
         started, logged_at, logged_step = self._now(), self.seconds, self.step
         while self.step < steps:
             self._train_step()
@@ -180,11 +176,8 @@ class Trainer:
                 interrupts.take()
                 continue
             self.seconds += self._now() - started
-            row: dict[str, Any] = {
-                "step": self.step,
-                "tokens": self.step * self.config.tokens_per_step,
-                "seconds": self.seconds,
-            }
+            tokens = self.step * self.config.tokens_per_step
+            row: dict[str, Any] = {"step": self.step, "tokens": tokens, "seconds": self.seconds}
             if log:
                 speed = (self.step - logged_step) * self.config.tokens_per_step / (self.seconds - logged_at)
                 row |= {**self._numbers(), "tokens_per_second": speed}
@@ -193,9 +186,10 @@ class Trainer:
             if evaluate:
                 row["val_loss"] = self._evaluate()
             if log or evaluate:
-                self._write(row)
-            if record_rates:
-                self._record_rates()
+                self.writer.append("metrics", row)
+            if record_rates and self._layers:
+                layers = {unit: rate._asdict() for unit, rate in self._layers.items()}
+                self.writer.append("layers", {"step": self.step, "layers": layers})
             if checkpoint:
                 self._check_finite()
                 self._save()
@@ -220,10 +214,8 @@ class Trainer:
         if training.clip_norm is not None:
             self._grad_norm = parallel.clip(self.model, training.clip_norm)
         with ExitStack() as around:
-            if self.observers:
-                batch = Batch.join(parts)
-                for observer in self.observers:
-                    around.enter_context(observer.around_step(self.step + 1, batch))
+            for observer in self.observers:
+                around.enter_context(observer.around_step(self.step + 1))
             self._optimizer_step()
         self.optimizer.zero_grad()
         if self._records(self.step + 1):
@@ -296,11 +288,6 @@ class Trainer:
 
     # ------------------------------------------------------------------ records and checkpoints
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self.writer.append("metrics", row)
-        if self.tensorboard is not None:
-            self.tensorboard.metrics(row)
-
     def _records(self, step: int) -> bool:
         every = self.config.training.record_every
         return every > 0 and (step % every == 0 or step == self.config.training.steps)
@@ -312,14 +299,6 @@ class Trainer:
             for unit, rate in rates.items():
                 rates[unit] = rate._replace(lr=rate.lr * observer.multiplier(parameter_of(unit)))
         return rates
-
-    def _record_rates(self) -> None:
-        if not self._layers:
-            return
-        row = {"step": self.step, "layers": {unit: rate._asdict() for unit, rate in self._layers.items()}}
-        self.writer.append("layers", row)
-        if self.tensorboard is not None:
-            self.tensorboard.layers(row)
 
     def _save(self) -> None:
         random = processes.from_all(random_state())
@@ -362,8 +341,6 @@ class Trainer:
         parallel.load_optimizer(self.optimizer, state["optimizer"])
         lambdas = [None] * len(self.scheduler.lr_lambdas)  # functions are not saved
         self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
-        for observer, saved in zip(self.observers, state["observers"], strict=True):
-            observer.load_state_dict(saved)
         self.step, self.seconds, self.result = state["step"], state["seconds"], dict(state["result"])
         self._loss_sum = state["loss_sum"].to(self.device)
         self._loss_steps = state["loss_steps"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from layerwise.lab.experiments.record_base import record
 from layerwise.lab.experiments.sweep.engines import Engine, Failure, LocalEngine
 from layerwise.lab.experiments.sweep.results import RESULTS, ResultsFile, check_folder, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
@@ -15,7 +14,7 @@ from layerwise.lab.experiments.sweep.trials import BASE_FILE, Point, make_plan, 
 from layerwise.lab.runs.directory import write_json
 from layerwise.lab.runs.environment import versions
 from layerwise.lab.training.progress import ProgressKind, make_progress
-from layerwise.lab.training.run import check_buildable
+from layerwise.lab.training.run import check_buildable, record
 
 
 @dataclass(frozen=True)

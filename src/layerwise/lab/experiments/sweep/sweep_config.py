@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
@@ -11,13 +11,9 @@ from layerwise.lab.config.schema import Config, Section
 from layerwise.lab.config.validate import LARGEST
 from layerwise.lab.models.family import Axis
 
+#: One rate for every layer; the base model's function-space rates; equal ones, without a base; rates of hidden matrices and
+#: the head times 1/width (muP's for Adam, on the same initialisation).
 Method = Literal["standard", "flerm", "uniform", "mup"]
-METHODS: dict[Method, str] = {
-    "standard": "one rate for every layer",
-    "flerm": "the base model's function-space rates, matched at the first step",
-    "uniform": "equal function-space rates, no base model",
-    "mup": "rates of hidden matrices and the head times 1/width (muP's for Adam, on the same initialisation)",
-}
 
 
 def _geometric(value: Any) -> Any:
@@ -48,11 +44,8 @@ class SweepSection(Section):
     """base learning rates: a list, or {low: , high: , count: }"""
     lr_of: dict[Method, Grid] = Field(default={})
     """grids of single methods (a uniform rate is a change of the outputs, another unit)"""
-    methods: list[Method] = Field(
-        default=["standard", "flerm", "uniform", "mup"],
-        min_length=1,
-        description=f"of {', '.join(METHODS)}; mup for widths alone",
-    )
+    methods: list[Method] = Field(default=list(get_args(Method)), min_length=1)
+    """of standard, flerm, uniform, mup; mup for widths alone"""
     seeds: list[int] = Field(default=[0, 1], min_length=1)
     """seeds of every trial"""
     base_seeds: list[int] = Field(default=[0, 1, 2, 3], min_length=1)

@@ -69,8 +69,7 @@ def _records(run: Run, field: str) -> tuple[Array, list[UnitName], Array]:
     """Steps `[T]`, parameters in network order, and one field `[parameters, T]`, NaN where it was not measured."""
     lines = run.function_space
     names = network_order(
-        dict.fromkeys(p for line in lines for p in line.get("rates") or ()),
-        [str(r["name"]) for r in run.parameters],
+        dict.fromkeys(p for line in lines for p in line.get("rates") or ()), [str(r["name"]) for r in run.parameters]
     )
     values = [[number(((line.get("rates") or {}).get(n.unit) or {}).get(field)) for line in lines] for n in names]
     return np.array([number(line.get("step")) for line in lines]), names, np.array(values, dtype=np.float64)

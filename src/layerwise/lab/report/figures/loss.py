@@ -13,8 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from layerwise.lab.report import style
 from layerwise.lab.report.grouping import Contender
-from layerwise.lab.runs.quantities import count
-from layerwise.lab.runs.recorded import Array, Series
+from layerwise.lab.runs.recorded import Array, Series, count
 
 MOST_NAMED = 12  # contenders that a figure can name; of more, the best stand out
 BEST = 8
@@ -30,17 +29,16 @@ def loss_curves(contenders: Sequence[Contender], arrangement: style.Arrangement 
     by_tokens, by_time = arrangement.panels(figure, 2, sharey=True)
     low, high = loss_limits(contenders)
     named = standing_out(contenders)
-    for axes, x_of, label in (
-        (by_tokens, lambda s: s.tokens, "Training tokens"),
-        (by_time, lambda s: s.seconds, "Training time"),
+    for axes, x_of, label, title in (
+        (by_tokens, lambda s: s.tokens, "Training tokens", "a   Loss against tokens"),
+        (by_time, lambda s: s.seconds, "Training time", "b   Loss against time"),
     ):
         lengths = [_draw_contender(axes, c, x_of, c in named) for c in contenders]
         axes.set_ylim(low, high)
         axes.set_xlim(0, max(lengths) * 1.015 or 1.0)
         axes.set_xlabel(label)
         axes.set_ylabel("Loss, nats per token" if axes is by_tokens or arrangement.columns == 1 else "")
-    for axes, letter, what in ((by_tokens, "a", "Loss against tokens"), (by_time, "b", "Loss against time")):
-        axes.set_title(f"{letter}   {what}")
+        axes.set_title(title)
     by_tokens.xaxis.set_major_locator(MaxNLocator(5))
     by_tokens.xaxis.set_major_formatter(lambda x, _: count(x))
     _time_axis(by_time)
@@ -54,7 +52,7 @@ def standing_out(contenders: Sequence[Contender]) -> list[Contender]:
     """All of a few contenders; of many the best."""
     if len(contenders) <= MOST_NAMED:
         return list(contenders)
-    return sorted((c for c in contenders if any(map(math.isfinite, c.final_losses))), key=_mean_loss)[:BEST]
+    return sorted((c for c in contenders if math.isfinite(c.mean_loss)), key=lambda c: c.mean_loss)[:BEST]
 
 
 def loss_limits(contenders: Sequence[Contender]) -> tuple[float, float]:
@@ -64,17 +62,13 @@ def loss_limits(contenders: Sequence[Contender]) -> tuple[float, float]:
     """
     lows: list[float] = []
     highs: list[float] = []
-    for contender in contenders:
-        for run in contender.runs:
-            for series, after in ((run.val_loss, 0.2), (run.train_loss, 0.2)):
-                if not len(series):
-                    continue
-                values = smooth(series.values) if series is run.train_loss else series.values
-                late = values[series.steps >= after * series.steps[-1]]
-                late = late[np.isfinite(late)]
-                if late.size:
-                    lows.append(float(late.min()))
-                    highs.append(float(late[0] if run.status != "diverged" else np.median(late)))
+    for run in (run for contender in contenders for run in contender.runs):
+        for series, values in ((run.val_loss, run.val_loss.values), (run.train_loss, smooth(run.train_loss.values))):
+            late = values[series.steps >= 0.2 * series.steps[-1]] if len(series) else values
+            late = late[np.isfinite(late)]
+            if late.size:
+                lows.append(float(late.min()))
+                highs.append(float(late[0] if run.status != "diverged" else np.median(late)))
     if not lows:
         return 0.0, 1.0
     low, high = min(lows), max(highs)
@@ -110,7 +104,7 @@ def _draw_contender(axes: Axes, contender: Contender, x_of: Callable[[Series], A
     ends = [0.0]
     several = len(contender.runs) > 1
     for i, run in enumerate(contender.runs):
-        faint = 0.35 if several and i else 1.0
+        faint = 0.35 if i else 1.0
         train, val = run.train_loss, run.val_loss
         if len(train):
             if named and not several and len(train) > 40:
@@ -163,7 +157,3 @@ def _time_axis(axes: Axes) -> None:
         axes.set_xticks([t * unit for t in step if t * unit <= span])
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / unit:g}")
     axes.set_xlabel(f"{axes.get_xlabel()}, {name}")
-
-
-def _mean_loss(contender: Contender) -> float:
-    return float(np.mean([v for v in contender.final_losses if math.isfinite(v)]))
