@@ -187,11 +187,6 @@ class RunWriter:
         except OSError:
             self._lock.close()
             raise LayerwiseError(f"run {self.path}: another process is writing it; wait, or set run.name") from None
-        self._files = {
-            name: open(self._stream(name), "ab", buffering=0)  # noqa: SIM115
-            for name in STREAMS
-            if self._stream(name).exists()
-        }
         self._info: dict[str, Any] = {}
         self._events: Any = None
 
@@ -205,11 +200,10 @@ class RunWriter:
 
     def append(self, stream: str, row: dict[str, Any]) -> None:
         """Adds a line to `metrics`, `layers` or `function_space`; it is on its way to the disk at once."""
-        if stream not in self._files:
-            self._files[stream] = open(self._stream(stream), "ab", buffering=0)  # noqa: SIM115
         line = json.dumps(plain_json(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        if self._files[stream].write(line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._stream(stream)))
+        with open(self._stream(stream), "ab", buffering=0) as file:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
         if self._events is not None and stream != "function_space":
             numbers = {key: value for key, value in row.items() if isinstance(value, float) and key != "seconds"}
             for unit, rate in row.get("layers", {}).items():
@@ -226,9 +220,12 @@ class RunWriter:
 
     def lengths(self) -> dict[str, int]:
         """Bytes in each stream, for `truncate`. The bytes are on the disk when this returns."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
-        return {name: file.seek(0, os.SEEK_END) for name, file in self._files.items()}
+        found = {}
+        for name in filter(lambda name: self._stream(name).exists(), STREAMS):
+            with open(self._stream(name), "ab") as file:
+                os.fsync(file.fileno())
+                found[name] = file.tell()
+        return found
 
     def truncate(self, lengths: dict[str, int]) -> list[str]:
         """Cuts each stream to the length it had; one that `lengths` does not name is emptied.
@@ -236,21 +233,16 @@ class RunWriter:
         Returns:
             The streams that are shorter than they were, or gone: of those the whole lines are kept.
         """
-        short = [name for name in lengths if name not in self._files]
-        for name, file in self._files.items():
-            wanted, there = lengths.get(name, 0), file.seek(0, os.SEEK_END)
-            if there < wanted:
-                short.append(name)
-                wanted = self._stream(name).read_bytes().rfind(b"\n") + 1
-            file.truncate(wanted)
-            file.seek(0, os.SEEK_END)
+        there = {name: self._stream(name).stat().st_size for name in STREAMS if self._stream(name).exists()}
+        short = [name for name, wanted in lengths.items() if there.get(name, -1) < wanted]
+        for name in there:
+            whole_lines = self._stream(name).read_bytes().rfind(b"\n") + 1
+            os.truncate(self._stream(name), whole_lines if name in short else lengths.get(name, 0))
         return short
 
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
-        for file in self._files.values():
-            file.close()
         if not (self.path / RUN_FILE).exists():  # ended before it began: leave no folder behind
             (self.path / ".lock").unlink(missing_ok=True)
             with suppress(OSError):  # not empty: it was there before

@@ -46,20 +46,19 @@ def effective_rates(run: Run, arrangement: style.Arrangement = style.WIDE) -> Fi
     panels = arrangement.panels(figure, 2 * len(shown))
     for number, (group, kinds) in enumerate(shown):
         rows, names = list(kinds), list(kinds.values())
-        title = FAMILIES.get(group, group) or "All units"
-        _rates(panels[2 * number], history.steps, history.lr[rows], names, title)
+        _rates(panels[2 * number], history.steps, history.lr[rows], names)
+        panels[2 * number].set_title(FAMILIES.get(group, group) or "All units")
         _multipliers(panels[2 * number + 1], history.steps, history.multiplier[rows], names)
-        far = _largest_ratio(history.lr[rows])
-        panels[2 * number + 1].set_title(f"spread at most {far:.2f}\u00d7", **_NOTE)
-    for axes in panels[-arrangement.columns :]:
-        axes.set_xlabel("Step")
+        panels[2 * number + 1].set_title(f"spread at most {_largest_ratio(history.lr[rows]):.2f}\u00d7", **_NOTE)
+    for axes in panels[: -arrangement.columns]:
+        axes.set_xlabel("")
     return figure
 
 
 _NOTE: dict[str, Any] = {"loc": "right", "fontsize": 7.5, "color": style.MUTED, "fontweight": "normal"}
 
 
-def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str], title: str) -> None:
+def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> None:
     draw_kinds(axes, steps, values, kinds, kind_styles(kinds))
     top = float(np.nanmax(values)) * 1.06 or 1.0
     axes.set_ylim(0, top)
@@ -67,10 +66,8 @@ def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str], title: str
     scale = 1.0 if -2 <= exponent < 3 else 10.0**exponent
     axes.yaxis.set_major_formatter(lambda value, _: f"{value / scale:g}")
     axes.set_ylabel("Effective learning rate" + ("" if scale == 1 else f", {style.power_of_ten(exponent)}"))
-    axes.set_title(title)
     axes.set_title(f"{len(values)} units" if len(values) > 1 else "1 unit", **_NOTE)
     style.step_axis(axes, steps)
-    axes.set_xlabel("")
 
 
 def _multipliers(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> None:
@@ -82,7 +79,6 @@ def _multipliers(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> N
         axes.set_ylim(0, float(np.nanmax(values)) * 1.06 or 1.0)
     axes.set_ylabel("Rate multiplier")
     style.step_axis(axes, steps)
-    axes.set_xlabel("")
     name_kinds(axes, steps, values, kinds, styles, height=HEIGHT * 0.72)
 
 
