@@ -182,7 +182,9 @@ class Rates(Mapping[str, Rate]):
     def from_dict(data: Mapping[str, Any]) -> Rates:
         """The inverse of `to_dict`."""
         try:
-            rates = {name: Rate(**_without_null(rate)) for name, rate in data["rates"].items()}
+            rows: Mapping[str, dict[str, Any]] = data["rates"]
+            # What `to_dict` wrote as null is NaN again.
+            rates = {name: Rate(**row | {k: math.nan for k, v in row.items() if v is None}) for name, row in rows.items()}
             rest = {field.name: data[field.name] for field in fields(Rates) if field.name != "rates"}
         except (KeyError, TypeError, AttributeError) as error:
             raise LayerwiseError(f"not function-space rates: {error!r} (made by Rates.to_dict or Rates.save)") from error
@@ -209,8 +211,3 @@ def student_quantile(level: float, freedom: int) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3
-
-
-def _without_null(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_dict` wrote as null is NaN again."""
-    return {key: math.nan if value is None else value for key, value in numbers.items()}

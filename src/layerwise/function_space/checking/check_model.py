@@ -129,12 +129,8 @@ def _base(recipe: Recipe, size: float, seeds: Sequence[int]) -> BaseRates:
 
     def run(seed: int) -> FunctionSpaceRecorder:
         small = SizeRun(recipe, size, seed)
-        m = small.measurement
-        last = recipe.match_step - 1
-        recorder = FunctionSpaceRecorder(
-            small.model, small.optimizer, max(1, last), forward=m.forward, method=m.method, probes=m.probes,
-            seed=m.seed + (1 << 20), **small.options,
-        )  # fmt: skip
+        every = max(1, recipe.match_step - 1)
+        recorder = FunctionSpaceRecorder(small.model, small.optimizer, every, **small.options)
         for step in range(recipe.match_step):
             small.backward(step)
             with recorder.step(inputs_of(small.batches[-2])):

@@ -73,8 +73,10 @@ class SizeRun:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The measurement's other settings, for a recorder or FLeRM."""
-        return {key: getattr(self.measurement, key) for key in ("probe", "batch_norm", "autocast", "memory", "slices")}
+        """How a recorder or FLeRM measures: with other probes than the result's, which would hide their own noise."""
+        keys = ("forward", "method", "probes", "probe", "batch_norm", "autocast", "memory", "slices")
+        found = {key: getattr(self.measurement, key) for key in keys}
+        return {**found, "seed": self.measurement.seed + (1 << 20)}
 
     def backward(self, step: int) -> None:
         """The gradient of one step's batch, counted from 0."""
@@ -100,15 +102,12 @@ class SizeRun:
         return found
 
     def _flerm(self) -> FLeRM | None:
-        if self.recipe.match is None:
+        match, options = self.recipe.match, self.options
+        if match is None:
             return None
-        m = self.measurement
-        method = None if isinstance(self.recipe.match, BaseRates) else m.method
-        # Other probes than those that the result is measured with, which would hide their own noise.
-        return FLeRM(
-            self.model, self.optimizer, self.recipe.match, self.recipe.depth, forward=m.forward, method=method,
-            probes=m.probes, seed=m.seed + (1 << 20), at=self.recipe.match_step - 1, **self.options,
-        )  # fmt: skip
+        if isinstance(match, BaseRates):
+            options["method"] = None  # the base's
+        return FLeRM(self.model, self.optimizer, match, self.recipe.depth, at=self.recipe.match_step - 1, **options)
 
     def _read(self, watched: WatchedStep, activations: Activations, inputs: Any) -> Readings:
         updates = watched.updates()

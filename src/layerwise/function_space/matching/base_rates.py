@@ -22,6 +22,8 @@ from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
 
 #: Methods that have the same mean: what one recorded, another may match.
 UNBIASED = frozenset({"exact", "full_cov"})
+#: What has to be the same where rates are compared.
+COMPARED = ("space", "classes", "dtype", "method", "batch_norm", "decay", "optimizer", "settings")
 
 
 @checked
@@ -125,12 +127,6 @@ def fingerprint_of(recorder: FunctionSpaceRecorder) -> Fingerprint:
     )
 
 
-def comparable(found: Fingerprint) -> dict[str, Any]:
-    """The part that has to be the same."""
-    keys = ("space", "classes", "dtype", "method", "batch_norm", "decay", "optimizer", "settings")
-    return {key: getattr(found, key) for key in keys}
-
-
 FORMAT = 1
 
 
@@ -226,7 +222,7 @@ class BaseRates:
         for other in bases[1:]:
             if other.names != first.names or other.records.keys() != first.records.keys():
                 raise LayerwiseError("base rates to average must have the same parameters and steps")
-            first.fingerprint.require(same, **comparable(other.fingerprint))
+            first.fingerprint.require(same, **{key: getattr(other.fingerprint, key) for key in COMPARED})
         records = {
             step: {name: _mean_rate([base.records[step][name] for base in bases]) for name in first.names}
             for step in first.records

@@ -17,14 +17,7 @@ from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.parameter_names import unwrap
 from layerwise.common.undisturbed import undisturbed
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.matching.decide import (
-    Factor,
-    Matched,
-    MatchReport,
-    decide,
-    fixed_parameters,
-    rounding_noise,
-)
+from layerwise.function_space.matching.decide import Factor, Matched, MatchReport, decide, fixed_parameters, rounding_noise
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import processes_of

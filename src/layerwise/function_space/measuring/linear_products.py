@@ -37,7 +37,7 @@ from layerwise.function_space.measuring.outputs import Outputs, nodes_of
 from layerwise.function_space.measuring.probes import probes_at_once, run_probes
 from layerwise.function_space.measuring.process_group import Collector
 from layerwise.function_space.measuring.runners import LeafRunner
-from layerwise.function_space.measuring.slices import each_tensor, leaves_of
+from layerwise.function_space.measuring.slices import each_tensor
 
 
 class ProductRunner(LeafRunner):
@@ -55,7 +55,8 @@ class ProductRunner(LeafRunner):
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
         if self.written:
             return None
-        tensors = [leaf for leaf in leaves_of((batches, masks)) if isinstance(leaf, Tensor)]
+        tensors: list[Tensor] = []
+        each_tensor((batches, masks), tensors.append)
         count = len(tensors[0])
         leaves = {n: p.expand(count, *p.shape).detach().requires_grad_() for n, p in self.points.items()}
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,18 @@ from layerwise.common.undisturbed import same_random_numbers
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.linear_products import ProductRunner
-from layerwise.function_space.measuring.moments import (
-    ESTIMATORS,
-    Estimator,
-    TensorUpdate,
-    combine,
-)
+from layerwise.function_space.measuring.moments import ESTIMATORS, Estimator, TensorUpdate, combine
 from layerwise.function_space.measuring.outputs import Forward, Outputs, nothing_counts, resolve, space_name
 from layerwise.function_space.measuring.probes import Distribution, draw_probes
 from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption, collector_for
 from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, Runner, untouched
 from layerwise.function_space.measuring.slices import Slices, graphs
 from layerwise.function_space.rates import Rate, Rates
+
+#: The name of the outputs' own size among the changes.
+_OUTPUTS = ""
+# How far rounding in a forward moves its outputs, in roundings of their size (docs/function-space.md, "Differences").
+_ROUNDINGS = 4
 
 
 @checked
@@ -248,15 +248,6 @@ class Run:
         return {name: piece.reshape(t.shape) for piece, (name, t) in zip(pieces, parts.items(), strict=True)}
 
 
-if TYPE_CHECKING:
-    from layerwise.function_space.measuring.measurement import Run
-
-#: The name of the outputs' own size among the changes.
-_OUTPUTS = ""
-# How far rounding in a forward moves its outputs, in roundings of their size (docs/function-space.md, "Differences").
-_ROUNDINGS = 4
-
-
 def exact_changes(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
     """The outputs' derivative along each update."""
     with same_random_numbers(run.model):
@@ -289,9 +280,7 @@ CHANGES = {"exact": exact_changes, "difference": differences}
 
 def together(run: Run) -> Mapping[str, Mapping[str, TensorUpdate]]:
     """The updates that are applied at once, under the name that their rate has."""
-    label = run.settings.together
-    if label is None:
-        return {name: {name: update} for name, update in run.updates.items()}
+    label = run.settings.together or str  # each by itself
     found: dict[str, dict[str, TensorUpdate]] = defaultdict(dict)
     for name, update in run.updates.items():
         found[label(name)][name] = update

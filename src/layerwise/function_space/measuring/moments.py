@@ -39,17 +39,14 @@ class Estimator:
         view: the shape, of rank 2 or more.
         exponents: of the total alone; or of the square, and then of K_0, K_1, ... if they are used.
         total: whether the total is the moment.
+        per_dim: whether the K_d are used.
     """
 
     name: str
     view: tuple[int, ...]
     exponents: tuple[int, ...] = (1,)
     total: bool = False
-
-    @property
-    def per_dim(self) -> bool:
-        """Whether the K_d are used."""
-        return len(self.exponents) > 1
+    per_dim: bool = False
 
 
 def full_cov(shape: tuple[int, ...]) -> Estimator:
@@ -64,7 +61,7 @@ def iid(shape: tuple[int, ...]) -> Estimator:
 
 def kronecker(view: tuple[int, ...]) -> Estimator:
     """`prod_d K_d / square^(D-1)`, literally, for a tensor of any rank D >= 2."""
-    return Estimator("kronecker", view, (1 - len(view), *[1] * len(view)))
+    return Estimator("kronecker", view, (1 - len(view), *[1] * len(view)), per_dim=True)
 
 
 def kronecker_of_matrices(shape: tuple[int, ...]) -> Estimator:

@@ -139,34 +139,58 @@ class Collector:
         """Those of all tensors have come under these many probes; the absent ones are 0."""
 
 
-class ReplicaCollector(Collector):
-    """Over processes that hold the same weights and see different rows: a probe's gradient is the sum of theirs.
+class SharedCollector(Collector):
+    """Over processes that see different rows: a probe's gradient is the sum of theirs.
 
     `full_cov` needs that sum's product with the update alone, one number a probe. The others square its entries: each
     process gets an equal block of its rows (a reduce-scatter, half of what averaging gradients in training moves) and
     makes the sums of it. These are added up over processes, one exchange for all tensors. Blocks are sent in one order
     on all processes, also for tensors that have no gradient on some.
+
+    Of parameters that FSDP2 shards the gradients are added up already, and each process has its shard of them. Sums over a
+    shard's own rows are complete; whatever else is made of several shards is added up like the rest.
     """
 
     def __init__(
-        self, processes: Processes, estimators: Mapping[str, Estimator], updates: Mapping[str, TensorUpdate]
+        self,
+        processes: Processes,
+        estimators: Mapping[str, Estimator],
+        updates: Mapping[str, TensorUpdate],
+        method: str,
     ) -> None:
         self.processes = processes
         self.updates = updates
-        # Gradients are complete in about the reverse order of the parameters.
-        self._order = [name for name in reversed(list(updates)) if self._in_parts(name, estimators[name])]
-        self.moments = {name: self._moments(name, estimators[name], update) for name, update in updates.items()}
+        self._places: dict[str, tuple[int, int]] = {}  # of shards: the dimension that is cut, and how many hold the same
+        self.moments = {}
+        for name, update in updates.items():
+            estimator = estimators[name]
+            if is_sharded(update.new):
+                from layerwise.function_space.measuring.fsdp import placement
+
+                self._places[name] = placement(name, update.new, processes)
+                update = update.block(self._places[name][0])
+                # An estimator says of a matrix and of its transpose the same.
+                estimator = ESTIMATORS[method](tuple(update.new.shape))
+            elif not estimator.total:
+                update = update.part(processes.rows(len(torch.atleast_1d(update.new))))
+            self.moments[name] = Moments(estimator, update)
+        # Of those that are exchanged: gradients are complete in about the reverse order of the parameters.
+        self._order = [n for n in reversed(list(updates)) if n not in self._places and not estimators[n].total]
         self._turn = 0
         self._waiting: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, grads: Tensor) -> None:
-        if name not in self._order:
+        if name in self._places:
+            dim, replicas = self._places[name]
+            sums = self.moments[name].unscaled_sums(grads.movedim(dim + 1, 1) if grads.ndim > 1 else grads)
+            self._sums[name] = sums / replicas  # each of them adds the same
+        elif name not in self._order:
             self._sums[name] = self.moments[name].unscaled_sums(grads)
-            return
-        self._waiting[name] = grads
-        while self._turn < len(self._order) and self._order[self._turn] in self._waiting:
-            self._exchange(self._waiting.pop(self._order[self._turn]))
+        else:
+            self._waiting[name] = grads
+            while self._turn < len(self._order) and self._order[self._turn] in self._waiting:
+                self._exchange(self._waiting.pop(self._order[self._turn]))
 
     def done(self, probes: int) -> None:
         while self._turn < len(self._order):
@@ -176,14 +200,6 @@ class ReplicaCollector(Collector):
             self._exchange(self._waiting.pop(name, absent))
         self._add_up(probes)
         self._turn, self._sums = 0, {}
-
-    def _in_parts(self, name: str, estimator: Estimator) -> bool:
-        """Whether this tensor's gradients are added up, and each process works on some of their rows."""
-        return not estimator.total
-
-    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> Moments:
-        rows = self.processes.rows(len(torch.atleast_1d(update.new))) if name in self._order else slice(None)
-        return Moments(estimator, update.part(rows))
 
     def _exchange(self, grads: Tensor) -> None:
         """Sum the next tensor's gradients over processes, each keeping its rows."""
@@ -207,45 +223,6 @@ class ReplicaCollector(Collector):
             m.take(part, 0.0)
 
 
-class ShardCollector(ReplicaCollector):
-    """Over processes that hold shards of the parameters and of gradients that are added up already (FSDP2).
-
-    Sums over a shard's own rows are complete; whatever else is made of several shards is added up like the rest.
-    Parameters that are not sharded are replicas.
-    """
-
-    def __init__(
-        self,
-        processes: Processes,
-        estimators: Mapping[str, Estimator],
-        updates: Mapping[str, TensorUpdate],
-        method: str,
-    ) -> None:
-        from layerwise.function_space.measuring.fsdp import placement
-
-        self._places = {name: placement(name, u.new, processes) for name, u in updates.items() if is_sharded(u.new)}
-        self._method = method
-        super().__init__(processes, estimators, updates)
-
-    def add(self, name: str, grads: Tensor) -> None:
-        if name not in self._places:
-            super().add(name, grads)
-            return
-        dim, replicas = self._places[name]
-        sums = self.moments[name].unscaled_sums(grads.movedim(dim + 1, 1) if grads.ndim > 1 else grads)
-        self._sums[name] = sums / replicas  # each of them adds the same
-
-    def _in_parts(self, name: str, estimator: Estimator) -> bool:
-        return name not in self._places and super()._in_parts(name, estimator)
-
-    def _moments(self, name: str, estimator: Estimator, update: TensorUpdate) -> Moments:
-        if name not in self._places:
-            return super()._moments(name, estimator, update)
-        block = update.block(self._places[name][0])
-        # An estimator says of a matrix and of its transpose the same.
-        return Moments(ESTIMATORS[self._method](tuple(block.new.shape)), block)
-
-
 def collector_for(
     processes: Processes,
     estimators: Mapping[str, Estimator],
@@ -253,8 +230,6 @@ def collector_for(
     method: str,
 ) -> Collector:
     """What takes the gradients, over these processes."""
-    if any(is_sharded(update.new) for update in updates.values()):
-        return ShardCollector(processes, estimators, updates, method)
-    if processes.count == 1:
-        return Collector({name: Moments(estimators[name], update) for name, update in updates.items()})
-    return ReplicaCollector(processes, estimators, updates)
+    if processes.count > 1 or any(is_sharded(update.new) for update in updates.values()):
+        return SharedCollector(processes, estimators, updates, method)
+    return Collector({name: Moments(estimators[name], update) for name, update in updates.items()})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -90,9 +91,9 @@ class LeafRunner(nn.Module, Runner):
         return replace(self.run(leaves, batch, mask), leaves=leaves)
 
     def run(self, measured: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
-        """The outputs with these tensors as the parameters that are measured, and copies of the buffers."""
+        """The outputs with these tensors in the place of parameters, and copies of the buffers."""
         tensors: dict[str, Tensor] = {name: b.clone() for name, b in self.model.named_buffers()}
-        for name, tensor in {**self.others, **measured}.items():
+        for name, tensor in {**self.others, **self.points, **measured}.items():
             tensors[name] = tensor.clone() if name in self.written else tensor
             tensors[name].__dict__.update(self.own[name].__dict__)  # attributes that users put on their parameters
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -118,20 +119,17 @@ class LeafRunner(nn.Module, Runner):
         run_probes(outputs, outputs.leaves, probes, sink, probes_at_once(outputs, outputs.leaves, memory))
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
-        return adjoint(self._of_tensors(batch, mask), self.points, updates)
+        return adjoint(partial(self.run, batch=batch, mask=mask), self.points, updates)
 
     def derivative(
         self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
     ) -> Change:
-        return exact_change(self._of_tensors(batch, mask), self.points, updates, check)
-
-    def _of_tensors(self, batch: Any, mask: Tensor | None) -> Callable[[Mapping[str, Tensor]], Outputs]:
-        return lambda tensors: self.run({**self.points, **tensors}, batch, mask)
+        return exact_change(partial(self.run, batch=batch, mask=mask), self.points, updates, check)
 
     def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
         new = {name: update.applied(self.points[name]) for name, update in updates.items()}
         with torch.no_grad():
-            return self.run({**self.points, **new}, batch, mask)
+            return self.run(new, batch, mask)
 
 
 def renormalised(model: nn.Module) -> set[str]:

@@ -21,7 +21,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.common.checked import PositiveInt
 from layerwise.errors import LayerwiseError
@@ -213,8 +213,8 @@ def _independent(
         values = 4 * reference.values.numel() * reference.values.element_size() * len(rows) / max(1, len(company))
         forwards = _forwards(runner, batch, slices, room=int(run.settings.memory / max(1, weights + values)))
         outputs, several = next(forwards)
-        sizes = (outputs, len(several) * len(rows), len(rows)), (reference, len(company), len(company))
-        if not rows or same_last_example(*sizes, rounding_of(run.model, run.settings.autocast)):
+        sized = (outputs, len(several) * len(rows), len(rows)), (reference, len(company), len(company))
+        if not rows or same_last_example(run, *sized):
             found = [(outputs, several)]
     except Exception as error:  # a forward that takes whole batches only can fail in any way
         problem = error
@@ -258,23 +258,12 @@ def outputs_of(runner: Runner, batch: tuple[Any, Tensor | None], rows: range) ->
     return replace(found, mask=torch.zeros_like(found.values, dtype=torch.bool), rows=0)
 
 
-def rounding_of(model: nn.Module, autocast: torch.dtype | None) -> float:
-    """How far rounding alone may move outputs, relative to their norm: 1e-4 in float32, 5 % in half precision.
+def same_last_example(run: Run, one: _Sized, other: _Sized) -> bool:
+    """Whether the last example of the first slice has the same outputs in two forwards, up to rounding.
 
-    As little as can be: a faint coupling between examples (a small residual branch that mixes them) is all there is to
-    the rates of the weights in it.
+    Relative to their norm that is 1e-4 in float32, and 5 % in half precision. As little as can be: a faint coupling between
+    examples (a small residual branch that mixes them) is all there is to the rates of the weights in it.
     """
-    dtypes = {p.dtype for p in model.parameters()} | ({autocast} if autocast else set())
-    if not all(dtype.is_floating_point for dtype in dtypes):  # quantised weights
-        return 0.05
-    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-    # Convolutions on CUDA devices round to TF32 by default.
-    least = 5e-3 if any(p.is_cuda for p in model.parameters()) else 1e-6
-    return min(0.05, max(least, 1000 * eps))
-
-
-def same_last_example(one: _Sized, other: _Sized, tolerance: float) -> bool:
-    """Whether the last example of the first slice has the same outputs in two forwards, up to rounding."""
     values, counted = [], torch.ones((), dtype=torch.bool)
     for outputs, examples, last in (one, other):
         flat = outputs.values.detach().flatten()
@@ -287,5 +276,12 @@ def same_last_example(one: _Sized, other: _Sized, tolerance: float) -> bool:
             counted = counted.to(flat.device) & outputs.mask.flatten()[place]
     if values[0].shape != values[1].shape:
         return False
+    parameters, autocast = list(run.model.parameters()), run.settings.autocast
+    dtypes = {p.dtype for p in parameters} | ({autocast} if autocast else set())
+    tolerance = 0.05  # of quantised weights
+    if all(dtype.is_floating_point for dtype in dtypes):
+        # Convolutions on CUDA devices round to TF32 by default.
+        least = 5e-3 if any(p.is_cuda for p in parameters) else 1e-6
+        tolerance = min(0.05, max(least, 1000 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)))
     first, second = (torch.where(counted, x, 0.0) for x in values)
     return bool((first - second).norm() <= tolerance * first.norm())

@@ -75,7 +75,10 @@ def update_sums(
     gradients, earlier = gradients or {}, earlier or {}
     for names in _alike(updates, gradients, earlier):
         place = _place(updates[names[0]].new, together)
-        lot = _stacked([updates[name] for name in names], place)
+        several = [updates[name] for name in names]
+        old = [update.old for update in several if update.old is not None]
+        new = place.stack([update.new for update in several])
+        lot = TensorUpdate(new, place.stack(old) if old else None, several[0].decay)
         deltas = lot.whole()
         tensors = [lot.new if lot.old is None else lot.old, deltas]
         known = [found for found in (gradients, earlier) if names[0] in found and names[0] in gradients]
@@ -144,12 +147,11 @@ class _Place:
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """This process's parts, `[count, *part]`; one alone is not copied."""
-        own = [self._part(tensor) for tensor in tensors] if self.sharded else tensors
-        return own[0].detach()[None] if len(own) == 1 else torch.stack([tensor.detach() for tensor in own])
-
-    def _part(self, tensor: Tensor) -> Tensor:
-        own = _gathered(tensor.detach()) if self.gathered else local_part(tensor.detach())
-        return own.movedim(self.dim, 0) if own.ndim else own
+        own = [tensor.detach() for tensor in tensors]
+        if self.sharded:
+            parts = [_gathered(t) if self.gathered else local_part(t) for t in own]
+            own = [part.movedim(self.dim, 0) if part.ndim else part for part in parts]
+        return own[0][None] if len(own) == 1 else torch.stack(own)
 
     def matrices(self, stack: Tensor) -> Tensor:
         """`[count, *part]` as matrices, of which this process has some rows.
@@ -161,41 +163,27 @@ class _Place:
         return found if self.copies == 1 else found / math.sqrt(self.copies)
 
 
+def _gathered(tensor: Tensor) -> Tensor:
+    """A DTensor gathered, any other tensor as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
 def _place(tensor: Tensor, processes: Processes) -> _Place:
     shape = tuple(tensor.shape)
     if not is_sharded(tensor):
         return _Place(shape, copies=processes.count)
     if processes.count == 1:
         return _Place(shape, sharded=True)
-    cuts = _cuts(tensor)
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(tensor, DTensor)
+    pairs = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    cuts = [(place.dim % max(1, tensor.ndim), size) for place, size in pairs if isinstance(place, Shard)]
     if len(cuts) > 1 or bool(cuts and cuts[0][0] and tensor.ndim > 2):
         return _Place(shape, sharded=True, gathered=True, copies=processes.count)
     dim, pieces = cuts[0] if cuts else (0, 1)
     return _Place(shape, True, dim, copies=processes.count // pieces)
-
-
-def _stacked(updates: Sequence[TensorUpdate], place: _Place) -> TensorUpdate:
-    """Updates of one shape and decay as one, `[count, *part]`."""
-    old = [update.old for update in updates if update.old is not None]
-    return TensorUpdate(place.stack([update.new for update in updates]), place.stack(old) if old else None, updates[0].decay)
-
-
-def _cuts(tensor: Tensor) -> list[tuple[int, int]]:
-    """The dimensions along which a DTensor is cut, and into how many pieces."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    assert isinstance(tensor, DTensor)
-    sizes = tensor.device_mesh.shape
-    return [
-        (place.dim % max(1, tensor.ndim), sizes[index])
-        for index, place in enumerate(tensor.placements)
-        if isinstance(place, Shard)
-    ]
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()
 
 
 def _flat(stack: Tensor) -> Tensor:
@@ -298,25 +286,19 @@ def _together(sums: list[TensorSums]) -> ModuleUpdate:
     norms = [s.matrix_norm for s in sums if s.matrix_norm is not None]
     gradients = [(s.gradient_square, s.entries) for s in sums if s.gradient_square is not None]
     changes = [s.gradient_update for s in sums if s.gradient_update is not None]
+    noises = [s.difference_square for s in sums if s.difference_square is not None]
+    signal = sum(s.gradient_earlier for s in sums if s.gradient_earlier is not None)
+    gradient_rms = noise_to_signal = None
+    if gradients:
+        gradient_rms = math.sqrt(sum(square for square, _ in gradients) / max(1, sum(count for _, count in gradients)))
+    if noises:
+        noise_to_signal = math.sqrt(sum(noises) / 2 / signal) if signal > 0 else math.inf
     return ModuleUpdate(
         weight_rms=math.sqrt(weight / entries),
         update_rms=math.sqrt(update / entries),
         ratio=math.sqrt(update / weight) if weight else (math.inf if update else 0.0),
         spectral=max(norms) if norms else None,
-        gradient_rms=_rms(gradients) if gradients else None,
-        noise_to_signal=_noise_to_signal(sums),
+        gradient_rms=gradient_rms,
+        noise_to_signal=noise_to_signal,
         loss_change=sum(changes) if changes else None,
     )
-
-
-def _rms(squares: list[tuple[float, int]]) -> float:
-    """Of entries given as sums of squares and counts."""
-    return math.sqrt(sum(square for square, _ in squares) / max(1, sum(count for _, count in squares)))
-
-
-def _noise_to_signal(sums: list[TensorSums]) -> float | None:
-    noises = [s.difference_square for s in sums if s.difference_square is not None]
-    signal = sum(s.gradient_earlier for s in sums if s.gradient_earlier is not None)
-    if not noises:
-        return None
-    return math.sqrt(sum(noises) / 2 / signal) if signal > 0 else math.inf

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,13 +25,7 @@ from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
 from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.named_rates import (
-    Decay,
-    constant_decay,
-    learning_rates,
-    optimized,
-    unwrap_optimizer,
-)
+from layerwise.function_space.steps.named_rates import Decay, constant_decay, learning_rates, optimized, unwrap_optimizer
 
 #: Of each optimizer whose step is surrounded, what is to be done once that is over.
 _UNDER_WAY: WeakKeyDictionary[Optimizer, list[Callable[[], None]]] = WeakKeyDictionary()
@@ -283,14 +277,8 @@ class Record:
         return Record(data["step"], data["scheduled"], Rates.from_dict(data), dict(data["lrs"]), whole)
 
 
-class ToDict(Protocol):
-    """A record that has plain JSON data."""
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
 class JsonLines:
-    """A sink that appends each record to a file as one line of JSON."""
+    """A sink that appends each record (its `to_dict()`) to a file as one line of JSON."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -300,7 +288,7 @@ class JsonLines:
         except OSError as error:
             raise LayerwiseError(f"{path}: cannot be written to ({error.strerror}): name a file for the records") from None
 
-    def __call__(self, record: ToDict) -> None:
+    def __call__(self, record: Any) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record.to_dict()) + "\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,26 +165,15 @@ _TITLES = {
 Sink = Callable[[WatchRecord], object]
 
 
-class TensorBoardScalars:
-    """Writes a record's numbers with a `SummaryWriter`."""
-
-    def __init__(self, writer: Any) -> None:
-        self.writer = writer
-
-    def __call__(self, record: WatchRecord) -> None:
-        for key, value in record.scalars().items():
-            self.writer.add_scalar(key, value, record.step)
+def _to_tensorboard(writer: Any, record: WatchRecord) -> None:
+    for key, value in record.scalars().items():
+        writer.add_scalar(key, value, record.step)
 
 
-class WandbScalars:
-    """Logs a record's numbers to a wandb run, or to `wandb` itself once `wandb.init` was called."""
-
-    def __init__(self, run: Any) -> None:
-        self.run = run
-
-    def __call__(self, record: WatchRecord) -> None:
-        # wandb counts steps of its own, which the user's other calls move on: ours goes along as a number.
-        self.run.log({**record.scalars(), "watch/step": record.step}, commit=False)
+def _to_wandb(run: Any, record: WatchRecord) -> None:
+    """To a wandb run, or to `wandb` itself once `wandb.init` was called."""
+    # wandb counts steps of its own, which the user's other calls move on: ours goes along as a number.
+    run.log({**record.scalars(), "watch/step": record.step}, commit=False)
 
 
 def sinks_of(to: Any) -> list[Sink]:
@@ -199,11 +189,11 @@ def sinks_of(to: Any) -> list[Sink]:
     if isinstance(to, (str, Path)):
         return [JsonLines(to)]
     if hasattr(to, "add_scalar"):
-        return [TensorBoardScalars(to)]
+        return [partial(_to_tensorboard, to)]
     if callable(to):
         return [to]
     if hasattr(to, "log"):
-        return [WandbScalars(to)]
+        return [partial(_to_wandb, to)]
     raise LayerwiseError(
         f"to is {type(to).__name__}: give a path, a function, a SummaryWriter, a wandb run, or a list of these"
     )

@@ -180,7 +180,9 @@ class Watch:
             self._step = WatchedStep(self.model, self.optimizer, self.processes)
         if self._due(step) or self._due(step + 1):
             named = optimized(self.model, self.optimizer) if self._step is None else self._step.parameters
-            self._gradients.before(_has_closure(args, kwargs), named)
+            # The optimizer itself is the first of `args`.
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            self._gradients.before(closure is not None, named)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if not _is_outermost(optimizer):
@@ -247,12 +249,6 @@ def _effective(taken: WatchedStep, units: Mapping[str, LayerRate]) -> dict[str, 
         weighted = sum(size * lr for size, lr in zip(sizes, each, strict=True))
         found[module] = each[0] if same else weighted / max(1, sum(sizes))
     return found
-
-
-def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether `step(closure)` was called; the optimizer itself is the first of `args`."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    return closure is not None
 
 
 def _is_outermost(optimizer: Optimizer) -> bool:
