@@ -90,46 +90,52 @@ SECONDS_A_STEP: Final[Mapping[str, float]] = {
 #: What a contender's step takes of that, where it is much more: torch's Muon works in bfloat16, slow on that processor.
 TIMES: Final[Mapping[str, float]] = {"torch's Muon": 2.9}
 
+#: DualMuon as it was: its momentum at 0.95 from the first step on, and AdamW without a look-ahead.
+BEFORE: Final = {"name": "dual-muon", "momentum_warmup": 0, "adamw_nesterov": False}
 CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "D-Muon": {"name": "d-muon"},
     "DualMuon": {"name": "dual-muon"},
-    # its momentum at 0.95 from the first step on, as it was before; so in all others of its kind below
-    "DualMuon, no warm-up": {"name": "dual-muon", "momentum_warmup": 0},
-    # D-Muon with that warm-up
-    "warm-up on D-Muon": {
+    "DualMuon, plain AdamW": {"name": "dual-muon", "adamw_nesterov": False},
+    "DualMuon, no warm-up": BEFORE,
+    # D-Muon with that frame, and with the warm-up alone
+    "frame on D-Muon": {
         "name": "dual-muon",
         "radius": 1.0,
         "head": 1.0,
         "rates": {"rule": "static", "multipliers": {}},
     },
-    # other constants; the head's was 2 before
-    "DualMuon, head x 1.5": {"name": "dual-muon", "momentum_warmup": 0, "head": 1.5},
-    "DualMuon, head x 2": {"name": "dual-muon", "momentum_warmup": 0, "head": 2.0},
-    "DualMuon, head x 4.5": {"name": "dual-muon", "momentum_warmup": 0, "head": 4.5},
-    "DualMuon, head x 2, softening 0.03": {
+    "warm-up on D-Muon": {
         "name": "dual-muon",
-        "momentum_warmup": 0,
+        "adamw_nesterov": False,
+        "radius": 1.0,
+        "head": 1.0,
+        "rates": {"rule": "static", "multipliers": {}},
+    },
+    # other constants; the head's was 2 before
+    "DualMuon, head x 1.5": {**BEFORE, "head": 1.5},
+    "DualMuon, head x 2": {**BEFORE, "head": 2.0},
+    "DualMuon, head x 4.5": {**BEFORE, "head": 4.5},
+    "DualMuon, head x 2, softening 0.03": {
+        **BEFORE,
         "head": 2.0,
         "rates": {"rule": "dual_norm_adaptive", "softening": 0.03},
     },
     "DualMuon, head x 2, softening 0.3": {
-        "name": "dual-muon",
-        "momentum_warmup": 0,
+        **BEFORE,
         "head": 2.0,
         "rates": {"rule": "dual_norm_adaptive", "softening": 0.3},
     },
     "the common part alone, head x 2": {
-        "name": "dual-muon",
-        "momentum_warmup": 0,
+        **BEFORE,
         "head": 2.0,
         "rates": {"rule": "static", "multipliers": {}},
     },
-    "the common part alone": {"name": "dual-muon", "momentum_warmup": 0, "rates": {"rule": "static", "multipliers": {}}},
+    "the common part alone": {**BEFORE, "rates": {"rule": "static", "multipliers": {}}},
     # of the frame: weight of the old average, decay, and AdamW's second average
-    "DualMuon, momentum 0.9": {"name": "dual-muon", "momentum_warmup": 0, "momentum": 0.9},
-    "DualMuon, momentum 0.8": {"name": "dual-muon", "momentum_warmup": 0, "momentum": 0.8},
-    "DualMuon, no decay": {"name": "dual-muon", "momentum_warmup": 0, "weight_decay": 0.0},
-    "DualMuon, AdamW's beta 0.99": {"name": "dual-muon", "momentum_warmup": 0, "adamw_betas": [0.9, 0.99]},
+    "DualMuon, momentum 0.9": {**BEFORE, "momentum": 0.9},
+    "DualMuon, momentum 0.8": {**BEFORE, "momentum": 0.8},
+    "DualMuon, no decay": {**BEFORE, "weight_decay": 0.0},
+    "DualMuon, AdamW's beta 0.99": {**BEFORE, "adamw_betas": [0.9, 0.99]},
     "momentum 0.9 on D-Muon": {"name": "d-muon", "momentum": 0.9},
     "AdamW": {"name": "adamw"},
     "torch's Muon": {"name": "torch-muon"},
@@ -144,9 +150,10 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "the step's norm on Scion": {"name": "scion", "rates": {"rule": "dual_norm_adaptive"}},
     "UpdateFloor(0.35)": {"name": "d-muon", "weight_decay": 0.0, "rates": {"rule": "update_floor"}},
     "MuonMax-Momo": {"name": "muonmax-momo"},
-    "DualMuon, multipliers permuted": {"name": "dual-muon", "momentum_warmup": 0, "rates": {"rule": "permuted_dual_norm"}},
+    "DualMuon, multipliers permuted": {**BEFORE, "rates": {"rule": "permuted_dual_norm"}},
 }
-#: What DualMuon was before its momentum warmed up.
+#: What DualMuon was, first and last.
+PLAIN_ADAMW: Final = "DualMuon, plain AdamW"
 NO_WARM_UP: Final = "DualMuon, no warm-up"
 #: DualMuon with multipliers that stand still: what is made of their means over its run on the same model at the same rate,
 #: seed and length, which is trained first where no result holds it.
@@ -232,12 +239,32 @@ def no_warm_up() -> tuple[Trial, ...]:
     )
 
 
-def warm_up_for_all() -> tuple[Trial, ...]:
+def plain_adamw() -> tuple[Trial, ...]:
+    """`DualMuon` before its AdamW groups had a look-ahead. Adapters have none of them: their runs are `DualMuon`'s."""
+    tried: tuple[tuple[str, int, tuple[float, ...], Iterable[int]], ...] = (
+        ("llama-tiny", 300, (0.016,), range(5)),
+        ("llama-tiny", 300, (0.0113, 0.032), (1,)),
+        ("llama-tiny", 1000, (0.0113,), range(3)),
+        ("llama-tiny", 1000, (0.016,), (1,)),
+        ("gpt2-tiny", 300, (0.016,), range(5)),
+        ("gpt2-tiny", 1000, (0.016,), (1,)),
+        ("qwen3-tiny", 300, (0.016,), range(3)),
+        ("llama-small", 1000, (0.008,), (1,)),
+        ("llama-tiny, batch 8", 300, (0.008, 0.016), (1,)),
+        ("llama-tiny, batch 64", 200, (0.032,), (1,)),
+        ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
+        ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
+    )
+    return tuple(
+        Trial(model, PLAIN_ADAMW, lr, seed, steps) for model, steps, rates, seeds in tried for lr in rates for seed in seeds
+    )
+
+
+def warm_up_for_all(name: str = "warm-up on D-Muon") -> tuple[Trial, ...]:
     """D-Muon, tuned by role, with the warm-up of momentum that `DualMuon` has."""
     searched, longer, gpt2 = (
         tuple(factors.items()) for factors in (LLAMA_ROLES_SEARCHED, LLAMA_ROLES_LONGER, GPT2_ROLES_SEARCHED)
     )
-    name = "warm-up on D-Muon"
     return (
         *(Trial("llama-tiny", name, 0.008, seed, roles=searched) for seed in (1, 2, 0, 3, 4)),
         *(Trial("gpt2-tiny", name, 0.016, seed, roles=gpt2) for seed in (1, 2, 0, 3, 4)),
@@ -416,6 +443,11 @@ STUDIES: Final[Mapping[str, Study]] = {
         "the warm-up of momentum taken apart: D-Muon tuned by role with it",
         warm_up_for_all(),
     ),
+    "look-ahead": Study(
+        "the same with all of `DualMuon`'s frame: AdamW's groups step along a look-ahead too",
+        warm_up_for_all("frame on D-Muon"),
+    ),
+    "plain AdamW": Study("`DualMuon` as it was before that look-ahead", plain_adamw()),
     "no warm-up": Study("`DualMuon` as it was before its momentum warmed up", no_warm_up()),
     "head twice": Study("the constants of before: the head at twice the base rate, not three times", head_twice()),
     "searched": Study(

@@ -5,12 +5,13 @@ A parameter group names its kind with ``update``: ``"lmo"``, ``"adamw"``, or an 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import is_
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, sto
 from layerwise.optim.rules.rule import NormGroup, RateRule
 from layerwise.optim.scaling import step_factors
 from layerwise.optim.work.job import (
+    CHUNK_BYTES,
     Alike,
     Group,
     Job,
@@ -109,10 +111,12 @@ class PlannedStep:
 
 @dataclass(frozen=True, repr=False)
 class AdamW(Update):
-    """torch's AdamW, called as a function on our state.
+    """torch's AdamW, called as a function on our state; with Nesterov's look-ahead where the group has ``nesterov``.
 
     Of a float16 parameter in float32 throughout: ``eps`` and small second moments are 0 in float16, and the step NaN.
     """
+
+    unused = ("momentum", "scaling", "radius", "rates")
 
     def __repr__(self) -> str:
         return "adamw"
@@ -136,11 +140,11 @@ class AdamW(Update):
             if job.moves:
                 key = (id(job.group), job.local.dtype, job.local.device.type)
                 together.setdefault(key, []).append(job)
-        return [
-            _AdamWStep(self, chunk)
-            for (_, _, device), some in together.items()
-            for chunk in (chunks(some, ADAMW_BYTES) if device == "cpu" else [some])
-        ]
+        steps: list[PlannedStep] = []
+        for (_, _, device), some in together.items():
+            kind, limit = (_LookAheadStep, CHUNK_BYTES) if some[0].group["nesterov"] else (_AdamWStep, math.inf)
+            steps += [kind(self, chunk) for chunk in chunks(some, ADAMW_BYTES if device == "cpu" else limit)]
+        return steps
 
 
 class _AdamWStep(PlannedStep):
@@ -181,6 +185,47 @@ class _AdamWStep(PlannedStep):
                     job.state[key] = value
         for job, param in zip(jobs, params, strict=True) if wide else ():
             store(job, param)
+
+
+class _LookAheadStep(PlannedStep):
+    """AdamW along Nesterov's look-ahead (NAdam: Dozat, 2016) of parameters of one group and one dtype.
+
+    ``U = b1 M / (1 - b1^(t + 1)) + (1 - b1) G / (1 - b1^t)``, and a step ``-lr U / (sqrt(V / (1 - b2^t)) + eps)``, where t
+    are a parameter's steps; the first one's where reading them would wait for the device: latecomers' first steps are then
+    shorter.
+    """
+
+    def take(self, work: MatrixWork, keep: Tensor | None) -> None:
+        jobs, group = self.jobs, self.jobs[0].group
+        own = [[job.state[key] for job in jobs] for key in _MOMENTS]
+        averages, squares = ([held.float() if held.dtype in HALF else held for held in some] for some in own)
+        grads = in_dtypes_of(averages, [job.grad for job in jobs])
+        squared = list(torch._foreach_mul(grads, grads))
+        if keep is not None:  # a lerp from a number to itself changes nothing
+            grads, squared = select_all(keep, grads, averages), select_all(keep, squared, squares)
+        (beta1, beta2), steps = group["betas"], [job.state["step"] for job in jobs]
+        torch._foreach_lerp_(averages, grads, 1.0 - beta1)
+        torch._foreach_lerp_(squares, squared, 1.0 - beta2)
+        torch._foreach_add_(steps, 1.0 if keep is None else [keep.to(steps[0])] * len(steps))
+        at_hand = keep is None and steps[0].is_cpu and not torch.compiler.is_compiling()
+        taken = [float(step) for step in steps] if at_hand else steps[0]
+        ahead = torch._foreach_mul(averages, _corrected(beta1, beta1, taken, 1))
+        torch._foreach_add_(ahead, torch._foreach_mul(grads, _corrected(1.0 - beta1, beta1, taken)))
+        sizes = torch._foreach_mul(squares, _corrected(1.0, beta2, taken))
+        torch._foreach_sqrt_(sizes)
+        torch._foreach_add_(sizes, group["eps"])
+        torch._foreach_div_(ahead, sizes)
+        move(jobs, ahead, keep)
+        for held, values in zip(own, (averages, squares), strict=True):
+            if not all(map(is_, held, values)):
+                torch._foreach_copy_(held, values)
+
+
+def _corrected(weight: float, beta: float, taken: list[float] | Tensor, more: int = 0) -> Any:
+    """``weight / (1 - beta^(t + more))`` at the step, or the steps, taken."""
+    if isinstance(taken, Tensor):
+        return weight / (1.0 - beta ** (taken + more))
+    return [weight / (1.0 - beta ** (t + more)) for t in taken]
 
 
 @dataclass(frozen=True, repr=False)

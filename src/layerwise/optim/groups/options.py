@@ -24,7 +24,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "weight_decay": 0.0,  # decoupled: a step multiplies the weights by 1 - lr * weight_decay
     "update": "lmo",  # the kind: "lmo", the geometry's unit step of the momentum; "adamw"; or an Update
     "momentum": 0.95,  # lmo: weight of the old average, M <- momentum * M + (1 - momentum) * G
-    "nesterov": False,  # lmo: step along momentum * M + (1 - momentum) * G instead of M
+    "nesterov": False,  # step along momentum * M + (1 - momentum) * G instead of M; adamw: with the first of its betas
     "scaling": "unit",  # lmo: static factor by shape, see layerwise.optim.scaling
     "radius": 1.0,  # lmo: static factor by group (Scion's radius)
     "rates": None,  # lmo: the rule that sets each unit's rate; None keeps every multiplier at 1

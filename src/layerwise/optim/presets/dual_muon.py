@@ -26,10 +26,10 @@ DUAL_MUON_MOMENTUM_WARMUP: Final = 200
 class DualMuon(LayerwiseOptimizer):
     """D-Muon with a rate for each matrix: the larger its direction's dual norm, the smaller (:class:`DualNormAdaptive`).
 
-    D-Muon's frame, with two differences. Each matrix has the rate that its own dual norm, which the step computes anyway,
-    gives it among the others. And groups have rates of their own: a matrix in the middle has 0.55 ``lr``, embedding and
-    vectors ``lr``, the head, a tied one too, three times ``lr`` (its ``lr_scale``, so that a loop may write one rate into
-    all groups).
+    D-Muon's frame, with four differences. Each matrix has the rate that its own dual norm, which the step computes anyway,
+    gives it among the others. Groups have rates of their own: a matrix in the middle has 0.55 ``lr``, embedding and vectors
+    ``lr``, the head, a tied one too, three times ``lr`` (its ``lr_scale``, so that a loop may write one rate into all
+    groups). The momentum of matrices warms up. And AdamW's groups step along a look-ahead, as matrices do.
 
     Args:
         params: ``layerwise.param_groups(model)``.
@@ -42,6 +42,7 @@ class DualMuon(LayerwiseOptimizer):
         nesterov: step along Nesterov's look-ahead.
         weight_decay: decoupled, at the group's rate.
         adamw_betas: of the AdamW groups.
+        adamw_nesterov: they too step along a look-ahead (NAdam: Dozat, 2016).
         adamw_eps: theirs.
         nonfinite: ``"raise"`` or ``"skip"``.
         rounding: of bfloat16 weights, ``"nearest"`` or ``"stochastic"``.
@@ -64,6 +65,7 @@ class DualMuon(LayerwiseOptimizer):
         radius: float = DUAL_MUON_RADIUS,
         head: float = DUAL_MUON_HEAD,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_nesterov: bool = True,
         adamw_eps: float = 1e-8,
         rates: RateRule | None = DualNormAdaptive(),  # noqa: B008 (frozen)
         nonfinite: str = "raise",
@@ -74,7 +76,7 @@ class DualMuon(LayerwiseOptimizer):
         matrices = {"scaling": "rms_0.2", "radius": radius, "momentum": momentum, "nesterov": nesterov}
         if momentum_warmup:
             matrices["momentum_warmup"] = momentum_warmup
-        rest = {"betas": adamw_betas, "eps": adamw_eps}
+        rest = {"betas": adamw_betas, "eps": adamw_eps, "nesterov": adamw_nesterov}
         recipe = {
             **matrices_and_the_rest({**matrices, "rates": rates}, rest),
             "head": {"update": "adamw", **rest, "lr_scale": head},

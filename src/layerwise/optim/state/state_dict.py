@@ -151,6 +151,11 @@ def in_own_order(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
     return {**state_dict, "param_groups": ordered}
 
 
+def _kept(group: Mapping[str, Any]) -> list[str]:
+    """Of :data:`KEPT`, what has to be the same: AdamW's average is the same with a look-ahead and without."""
+    return [key for key in KEPT if key != "nesterov" or repr(group["update"]) != "adamw"]
+
+
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Of a group, in the form in which it is saved."""
     kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -168,7 +173,7 @@ def _check_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             counts = f"{len(saved['params'])} parameters in it and {len(group['params'])} here"
             raise _other(f"a group that starts with {first!r} has {counts}{_names_in_one(groups, saved_groups)}")
         _check_names(group["param_names"], saved.get("param_names"))
-        for key in KEPT:
+        for key in _kept(group):
             live = repr(group[key]) if key in DESCRIBED else group[key]
             if key not in saved or saved[key] != live:
                 first = next(iter(group["param_names"]), "an empty group")
@@ -245,7 +250,7 @@ def load(
         loaded.update(found)
         return {key: value for key, value in found.items() if key != SKIPPED}
 
-    live = [{key: group[key] for key in (*KEPT, "param_names")} for group in optimizer.param_groups]
+    live = [{key: group[key] for key in (*_kept(group), "param_names")} for group in optimizer.param_groups]
     before = [dict(group) for group in optimizer.param_groups]
     lrs = [group["lr"] for group in optimizer.param_groups]
     own = {param: dict(state) for param, state in optimizer.state.items()}

@@ -84,7 +84,7 @@ class Alike:
         return [self.jobs] if self.small else chunks(self.jobs, CHUNK_BYTES)
 
 
-def chunks(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
+def chunks(jobs: Sequence[Job], limit: float) -> list[list[Job]]:
     """In order, each of gradients of at most ``limit`` bytes; a larger one comes alone."""
     found: list[list[Job]] = []
     held = 0

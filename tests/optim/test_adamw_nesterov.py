@@ -1,0 +1,150 @@
+"""AdamW along Nesterov's look-ahead: the formula, torch's NAdam, precisions, checkpoints."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import assert_same_bits, net, set_gradients, tensors
+from torch import nn
+
+import layerwise as lw
+from layerwise.errors import LayerwiseError
+
+
+def groups(params, **options):
+    layout = lw.param_groups(nn.Linear(2, 3))[0]["layout"]
+    return [{"params": params, "layout": layout, "geometry": lw.Spectral(), "update": "adamw", **options}]
+
+
+def optimizer_of(*params, nesterov=True, **options):
+    named = [(f"w{i}", param) for i, param in enumerate(params)]
+    return lw.LayerwiseOptimizer(groups(named, nesterov=nesterov), **options)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.01, 0.99), st.floats(0.0, 0.999), st.floats(0.0, 0.5))
+def test_a_step_goes_along_the_look_ahead(beta1, beta2, decay):
+    params = [nn.Parameter(random(3, 2)), nn.Parameter(random(5, seed=1))]
+    twins = [param.detach().clone() for param in params]
+    optimizer = optimizer_of(*params, lr=0.1, betas=(beta1, beta2), weight_decay=decay, eps=1e-3)
+    averages, squares, taken = [[torch.zeros_like(twin) for twin in twins] for _ in range(2)] + [[0, 0]]
+    for step in range(4):
+        for i, param in enumerate(params):
+            if i == 1 and step == 2:  # the corrections are each parameter's own
+                param.grad = None
+                continue
+            param.grad = grad = random(*param.shape, seed=10 * step + i)
+            taken[i] += 1
+            averages[i] = beta1 * averages[i] + (1 - beta1) * grad
+            squares[i] = beta2 * squares[i] + (1 - beta2) * grad**2
+            ahead = beta1 * averages[i] / (1 - beta1 ** (taken[i] + 1)) + (1 - beta1) * grad / (1 - beta1 ** taken[i])
+            size = (squares[i] / (1 - beta2 ** taken[i])).sqrt() + 1e-3
+            twins[i] = (1 - 0.1 * decay) * twins[i] - 0.1 * ahead / size
+        optimizer.step()
+        for param, twin, average in zip(params, twins, averages, strict=True):
+            # 1 - beta^t loses two digits where beta is 0.99, three where it is 0.999.
+            torch.testing.assert_close(param.detach(), twin, rtol=0, atol=1e-12)
+            torch.testing.assert_close(optimizer.state[param]["exp_avg"], average, rtol=0, atol=1e-12)
+
+
+def test_it_is_torchs_nadam_whose_momentum_does_not_warm_up():
+    param, other = nn.Parameter(random(4, 3)), nn.Parameter(random(4, 3))
+    ours = optimizer_of(param, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    theirs = torch.optim.NAdam(
+        [other], lr=0.1, betas=(0.9, 0.95), weight_decay=0.1, decoupled_weight_decay=True, momentum_decay=1e6
+    )  # by so much its momentum is at 0.9 from the first step on
+    for step in range(5):
+        param.grad, other.grad = random(4, 3, seed=step), random(4, 3, seed=step)
+        ours.step()
+        theirs.step()
+    # torch keeps the product of momenta in float32: 1 - 0.9 then has ten times float32's error, five steps of 0.1 long
+    torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"nesterov": False}, {"betas": (0.0, 0.95)}])
+def test_without_it_and_without_an_average_a_step_is_torchs_adamw(options):
+    param, other = nn.Parameter(random(4, 3)), nn.Parameter(random(4, 3))
+    ours = optimizer_of(param, lr=0.1, weight_decay=0.1, **{"betas": (0.9, 0.95), **options})
+    theirs = torch.optim.AdamW([other], lr=0.1, weight_decay=0.1, betas=options.get("betas", (0.9, 0.95)))
+    for step in range(3):
+        param.grad, other.grad = random(4, 3, seed=step), random(4, 3, seed=step)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(param, other, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_on_a_device_it_is_taken_or_left_as_a_whole(keep, monkeypatch):
+    param = nn.Parameter(random(4, 3))
+    optimizer = optimizer_of(param, lr=0.1, nonfinite="skip")
+    for step in range(2):
+        param.grad = random(4, 3, seed=step)
+        optimizer.step()
+    told, other = copy.deepcopy(param), copy.deepcopy(optimizer.state_dict())
+    twin = optimizer_of(told, lr=0.1, nonfinite="skip")
+    twin.load_state_dict(other)
+    monkeypatch.setattr(twin.guard, "check", lambda *args: torch.tensor(keep))
+    param.grad, told.grad = random(4, 3, seed=5), random(4, 3, seed=5) if keep else torch.full((4, 3), torch.nan).double()
+    before, average = told.detach().clone(), twin.state[told]["exp_avg"].clone()
+    if keep:
+        optimizer.step()
+    twin.step()
+    # there the corrections are float32's: 1 - 0.95^3 has six times its error
+    torch.testing.assert_close(told.detach(), param.detach(), rtol=0, atol=1e-7) if keep else None
+    assert keep or torch.equal(told.detach(), before)
+    assert torch.equal(twin.state[told]["exp_avg"], optimizer.state[param]["exp_avg"] if keep else average)
+    assert twin.state[told]["step"] == 2 + keep
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_a_step_is_rounded_once(dtype):
+    half = nn.Parameter(random(64).to(dtype))
+    optimizer, eps = optimizer_of(half, lr=0.125, eps=1e-6), torch.finfo(dtype).eps
+    for step in range(3):
+        half.grad = random(64, seed=step).to(dtype)
+        state = {key: value.float() for key, value in optimizer.state[half].items()}
+        wide = nn.Parameter(half.detach().float())
+        twin = optimizer_of(wide, lr=0.125, eps=1e-6)
+        for key, value in state.items():
+            twin.state[wide][key].copy_(value)
+        wide.grad = half.grad.float()
+        optimizer.step()
+        twin.step()
+        # torch's kernels differ in float32's last digits, which may tip a rounding: a whole spacing, not a half
+        assert ((half.detach().float() - wide.detach()).abs() <= eps * wide.detach().abs() + 1e-7).all()
+        kept, made = optimizer.state[half]["exp_avg"].float(), twin.state[wide]["exp_avg"]
+        assert ((kept - made).abs() <= eps * made.abs() + 1e-7).all()
+
+
+def test_dual_muon_has_it_in_its_adamw_groups_unless_told():
+    for nesterov in (True, False):
+        optimizer = lw.DualMuon(lw.param_groups(net()), adamw_nesterov=nesterov)
+        found = {(repr(group["update"]), group["nesterov"]) for group in optimizer.param_groups}
+        assert found == {("lmo", True), ("adamw", nesterov)}
+    assert not any(g["nesterov"] for g in lw.DMuon(lw.param_groups(net())).param_groups if repr(g["update"]) == "adamw")
+
+
+def test_a_checkpoint_from_before_goes_on_without_it():
+    model = net()
+    old = lw.DualMuon(lw.param_groups(model), lr=0.01, adamw_nesterov=False)
+    set_gradients(model, 0)
+    old.step()
+    other = copy.deepcopy(model)
+    new = lw.DualMuon(lw.param_groups(other), lr=0.01)
+    new.load_state_dict(copy.deepcopy(old.state_dict()))
+    for some, optimizer in ((model, old), (other, new)):
+        set_gradients(some, 1)
+        optimizer.step()
+    assert_same_bits(tensors(model, old), tensors(other, new))
+
+
+def test_a_look_ahead_of_matrices_has_to_be_the_same():
+    saved = lw.DualMuon(lw.param_groups(net()), nesterov=False).state_dict()
+    with pytest.raises(LayerwiseError, match="nesterov of"):
+        lw.DualMuon(lw.param_groups(net())).load_state_dict(saved)
