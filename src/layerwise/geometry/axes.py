@@ -16,16 +16,12 @@ from layerwise.geometry.layout import (
     StackLayout,
     TransposedLayout,
     TransposedStackLayout,
+    arranged,
 )
 from layerwise.geometry.split import Split  # noqa: F401 (the type of a field that AxesLayout has from Layout)
 
 _WORD = re.compile(r"\(([^()]*)\)|([^\s()]+)")
-_KNOWN: dict[str, type[Layout]] = {
-    "o i": MatrixLayout,
-    "i o": TransposedLayout,
-    "k o i": StackLayout,
-    "k i o": TransposedStackLayout,
-}
+_KNOWN = {" ".join(kind.axes): kind for kind in (MatrixLayout, TransposedLayout, StackLayout, TransposedStackLayout)}
 
 
 @checked
@@ -62,16 +58,6 @@ class AxesLayout(Layout):
             )
 
     def arrange(self, shape: Shape) -> Arrangement:
-        factors = self._factors(shape)
-        k, d_out, d_in = (prod(size for name, size in factors if name == side) for side in "koi")
-        order = tuple(dim for side in "koi" for dim, (name, _) in enumerate(factors) if name == side)
-        return Arrangement(tuple(size for _, size in factors), order, (k, d_out, d_in))
-
-    def _words(self) -> list[list[str]]:
-        return [(inside or bare).split() for inside, bare in _WORD.findall(self.pattern)]
-
-    def _factors(self, shape: Shape) -> list[tuple[str, int]]:
-        """(what it does, size) of every factor. Raises LayerwiseError for a shape that it cannot hold."""
         words = self._words()
         self._expect(len(words) == len(shape), shape, f"({self.pattern})")
         factors = []
@@ -79,7 +65,10 @@ class AxesLayout(Layout):
             known = prod(int(name) for name in names if name.isdigit())
             self._expect(size % max(known, 1) == 0, shape, f"({self.pattern})")
             factors += [("k", int(name)) if name.isdigit() else (name, size // max(known, 1)) for name in names]
-        return factors
+        return arranged(factors)
+
+    def _words(self) -> list[list[str]]:
+        return [(inside or bare).split() for inside, bare in _WORD.findall(self.pattern)]
 
     def __str__(self) -> str:
         return f"{self.pattern}{self._suffix()}"

@@ -124,8 +124,11 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
     shape = tuple(found.parameter.shape)
     if isinstance(spec, str):
         return _patterned(found, spec)
-    if isinstance(spec, Mapping) and isinstance(spec.get("parts"), Mapping):
-        spec = _split_of_fields(found.name, spec)
+    if isinstance(spec, Mapping) and isinstance(spec.get("parts"), Mapping):  # a `Split` as YAML or JSON has it
+        try:
+            spec = Split(**{**spec, "parts": tuple(spec["parts"].items())})
+        except LayerwiseError as error:
+            raise LayerwiseError(f"splits: {found.name}: {error}") from None
     whole = replace(found.layout, split=None)
     d_out = whole.stack_shape(shape)[1]
     if isinstance(spec, Mapping):
@@ -154,14 +157,6 @@ def split_layout(found: Found, spec: SplitSpec) -> Layout:
         except LayerwiseError as error:
             raise LayerwiseError(f"splits: {found.name} of shape {shape}: {error}") from None
     return replace(whole, split=split)
-
-
-def _split_of_fields(name: str, fields: Mapping[str, Any]) -> Split:
-    """A `Split` in plain data, as a file of YAML or JSON has it: `{"parts": {"q": 1, "k": 1, "v": 1}, "blocks": 12}`."""
-    try:
-        return Split(**{**fields, "parts": tuple(fields["parts"].items())})
-    except LayerwiseError as error:
-        raise LayerwiseError(f"splits: {name}: {error}") from None
 
 
 def _patterned(found: Found, pattern: str) -> Layout:

@@ -121,14 +121,27 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
+def arranged(factors: Sequence[tuple[str, int]]) -> Arrangement:
+    """Of (what it does: "k", "o" or "i", size) of each factor of a tensor's dimensions, slowest first."""
+    k, d_out, d_in = (math.prod(size for name, size in factors if name == side) for side in "koi")
+    order = tuple(dim for side in "koi" for dim, (name, _) in enumerate(factors) if name == side)
+    return Arrangement(tuple(size for _, size in factors), order, (k, d_out, d_in))
+
+
 def _plain(k: int, d_out: int, d_in: int) -> Arrangement:
     """Of a tensor that need only be seen as a stack."""
     return Arrangement((k, d_out, d_in), (0, 1, 2), (k, d_out, d_in))
 
 
-def _turned(k: int, d_in: int, d_out: int) -> Arrangement:
-    """Of a tensor whose matrices stand the other way round."""
-    return Arrangement((k, d_in, d_out), (0, 2, 1), (k, d_out, d_in))
+@dataclass(frozen=True)
+class _ByDimension(Layout):
+    """Every dimension does one thing: `axes` has a letter for each, "k", "o" or "i"."""
+
+    axes: ClassVar[str]
+
+    def arrange(self, shape: Shape) -> Arrangement:
+        self._expect(len(shape) == len(self.axes), shape, f"[{self.stored.replace(',', ', ')}]")
+        return arranged(list(zip(self.axes, shape, strict=True)))
 
 
 @checked
@@ -149,7 +162,7 @@ class VectorLayout(Layout):
 
 @checked
 @dataclass(frozen=True)
-class VectorStackLayout(Layout):
+class VectorStackLayout(_ByDimension):
     """``[k, d]``: k vectors, such as the biases of k experts.
 
     Examples:
@@ -158,15 +171,12 @@ class VectorStackLayout(Layout):
     """
 
     stored: ClassVar[str] = "k,d"
-
-    def arrange(self, shape: Shape) -> Arrangement:
-        self._expect(len(shape) == 2, shape, "[k, d]")
-        return _plain(shape[0], shape[1], 1)
+    axes: ClassVar[str] = "ko"
 
 
 @checked
 @dataclass(frozen=True)
-class MatrixLayout(Layout):
+class MatrixLayout(_ByDimension):
     """``[out, in]``, as nn.Linear stores its weight.
 
     Examples:
@@ -175,15 +185,12 @@ class MatrixLayout(Layout):
     """
 
     stored: ClassVar[str] = "out,in"
-
-    def arrange(self, shape: Shape) -> Arrangement:
-        self._expect(len(shape) == 2, shape, "[out, in]")
-        return _plain(1, shape[0], shape[1])
+    axes: ClassVar[str] = "oi"
 
 
 @checked
 @dataclass(frozen=True)
-class TransposedLayout(Layout):
+class TransposedLayout(_ByDimension):
     """``[in, out]``: GPT-2's Conv1D, and nn.Embedding, whose ``[V, d]`` maps a one-hot of size V to d.
 
     Examples:
@@ -192,15 +199,12 @@ class TransposedLayout(Layout):
     """
 
     stored: ClassVar[str] = "in,out"
-
-    def arrange(self, shape: Shape) -> Arrangement:
-        self._expect(len(shape) == 2, shape, "[in, out]")
-        return _turned(1, shape[0], shape[1])
+    axes: ClassVar[str] = "io"
 
 
 @checked
 @dataclass(frozen=True)
-class StackLayout(Layout):
+class StackLayout(_ByDimension):
     """``[k, out, in]``: experts.
 
     Examples:
@@ -211,10 +215,7 @@ class StackLayout(Layout):
     """
 
     stored: ClassVar[str] = "k,out,in"
-
-    def arrange(self, shape: Shape) -> Arrangement:
-        self._expect(len(shape) == 3, shape, "[k, out, in]")
-        return _plain(shape[0], shape[1], shape[2])
+    axes: ClassVar[str] = "koi"
 
 
 @checked
@@ -228,10 +229,7 @@ class TransposedStackLayout(StackLayout):
     """
 
     stored: ClassVar[str] = "k,in,out"
-
-    def arrange(self, shape: Shape) -> Arrangement:
-        self._expect(len(shape) == 3, shape, "[k, in, out]")
-        return _turned(shape[0], shape[1], shape[2])
+    axes: ClassVar[str] = "kio"
 
 
 @checked

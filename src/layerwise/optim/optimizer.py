@@ -30,7 +30,7 @@ from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
 from layerwise.optim.state import state_dict as saving
 from layerwise.optim.state.following import Following, check_model
-from layerwise.optim.state.partial import LoadedState, take_what_fits
+from layerwise.optim.state.state_dict import LoadedState, take_what_fits
 from layerwise.optim.updates import Lmo
 from layerwise.optim.work.job import Lineup
 from layerwise.optim.work.local import MatrixWork, default_work

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.optim.work.job import Alike, Group, Job, State, current_momentum, join_state, select
-from layerwise.optim.work.local import DualNorm, MatrixJob
+from layerwise.optim.work.local import DualNorm
 
 
 @dataclass(slots=True)
@@ -46,8 +46,8 @@ class NormGroup:
         self.sets = [job.alike for job in members if job.alike is not None and job.row == 0]
         self.chunks = [chunk for some in self.sets for chunk in some.chunks()]
         wanted = () if rule.own_dual_norm else rule.norms()
-        #: of each set, the work on each norm that the rule wants, in pieces of parameters that are worked on together
-        self._pieces = [[norm.asked_of(some.jobs) for norm in wanted] for some in self.sets]
+        #: of each set, the work on each norm that ``update`` takes, in pieces of parameters that are worked on together
+        self.pieces = [[norm.asked_of(some.jobs) for norm in wanted] for some in self.sets]
         #: where the unit steps write the dual norms of their directions, if the rule wants those
         self.duals = [_dual_norms(some) for some in self.sets] if rule.own_dual_norm else []
         self._device = members[0].state["multiplier"].device  # parameters of one model may be on several
@@ -72,14 +72,9 @@ class NormGroup:
         counts = [(value, sum(sum(run.units) for _, run in same)) for value, same in pairs]
         return torch.cat([torch.full((n,), value, dtype=dtype, device=self._device) for value, n in counts])
 
-    @property
-    def asked(self) -> list[MatrixJob]:
-        """The norms that ``update`` takes, in order."""
-        return [piece for some in self._pieces for norm in some for piece in norm]
-
     def update(self, norms_asked: Iterator[Tensor], keep: Tensor | None) -> None:
         """Let the rule set the state of all units from the norms of this step, where ``keep`` allows it."""
-        for some, pieces in zip(self.sets, self._pieces, strict=True):
+        for some, pieces in zip(self.sets, self.pieces, strict=True):
             if pieces:
                 some.norms = torch.stack([torch.cat([next(norms_asked) for _ in norm]) for norm in pieces])
         found = [None if run.some is None else run.some.norms for run in self._runs]

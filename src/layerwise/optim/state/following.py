@@ -14,7 +14,7 @@ from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.found import Origin
 from layerwise.geometry.groups import groups_of
-from layerwise.optim.state.partial import WITH_ROWS, take
+from layerwise.optim.state.state_dict import WITH_ROWS, take
 from layerwise.optim.work.job import Group, Job, State
 
 _TAKE_OVER = "call optimizer.add_trainable(model), which takes over what has changed"
