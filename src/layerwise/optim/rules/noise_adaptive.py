@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rules.rule import Fraction, NormGroup, RateRule, as_floats, register_rule, weighted_median
-from layerwise.optim.work.job import Job, State, select_all, stack_of, stacked, state_and_gradients
+from layerwise.optim.work.job import Job, State, select_all, stack_of, stacked, stacked_by, state_and_gradients
 from layerwise.optim.work.local import DualNorm, Source, deviation_of
 
 
@@ -45,9 +45,7 @@ class PreviousGradient(Reference):
         dtype = torch.promote_types(jobs[0].grad.dtype, torch.float32)
         if len(jobs) == 1 or (jobs[0].alike is not None and jobs[0].alike.small):
             return stack_of(jobs).to(dtype) - stack_of(jobs, "previous_gradient")
-        found = torch.stack([job.grad for job in jobs]).to(dtype)  # the only copy: three took half of the whole difference
-        torch._foreach_sub_(found.unbind(), [job.state["previous_gradient"] for job in jobs])
-        return found
+        return stacked_by("sub", [job.grad.to(dtype) for job in jobs], [job.state["previous_gradient"] for job in jobs])
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,18 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
+def stacked_by(operation: str, some: Sequence[Tensor], others: Sequence[Tensor], *rest: float) -> Tensor:
+    """``[n, ...]``: ``operation(a, b, *rest)`` of each pair; a processor writes each once, others launch twice for all."""
+    if not some[0].is_cpu or torch.compiler.is_compiling():
+        found = torch.stack(list(some))
+        getattr(torch, f"_foreach_{operation}_")(found.unbind(), others, *rest)
+        return found
+    found = some[0].new_empty(len(some), *some[0].shape)
+    for part, a, b in zip(found.unbind(), some, others, strict=True):
+        getattr(torch, operation)(a, b, *rest, out=part)
+    return found
+
+
 def stack_of(jobs: Sequence[Job], key: str | None = None) -> Tensor:
     """``[jobs, *shape]`` of jobs that are alike, not to be written to: the state under a key; None: the gradients.
 

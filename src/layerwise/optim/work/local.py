@@ -20,7 +20,16 @@ from layerwise.common.tensors import remember
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 from layerwise.geometry.spectral.newton_schulz import matrices_at_once
-from layerwise.optim.work.job import Anywhere, Deviation, Job, current_momentum, stack_of, stacked, state_and_gradients
+from layerwise.optim.work.job import (
+    Anywhere,
+    Deviation,
+    Job,
+    current_momentum,
+    stack_of,
+    stacked,
+    stacked_by,
+    state_and_gradients,
+)
 
 #: On a GPU a batch fills the device where one small matrix cannot; above this size one matrix does. Not yet measured
 #: here: the Muon literature's number.
@@ -76,9 +85,7 @@ class Directions(Source):
         averages, grads = state_and_gradients(jobs, "momentum_buffer")
         if len(grads) == 1:
             return torch.lerp(grads[0], averages[0], current_momentum(group)).view(len(jobs), *jobs[0].grad.shape)
-        ahead = torch.stack(grads)
-        torch._foreach_lerp_(ahead.unbind(), averages, current_momentum(group))
-        return ahead
+        return stacked_by("lerp", grads, averages, current_momentum(group))
 
 
 @dataclass(frozen=True)
