@@ -20,7 +20,7 @@ import literal
 import machine
 from layerwise.geometry import polar
 from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, RESTART_AFTER, newton_schulz
-from layerwise.geometry.spectral.polar import normalised_in
+from layerwise.geometry.spectral.precision import normalised_in
 from noise_estimates import corpus, hidden_gradients
 from script import RESULTS, documented_parser, write_page
 
@@ -65,7 +65,7 @@ def matrices(width: int, steps: int) -> dict[str, list[Tensor]]:
 
 
 def by_path(method: str, path: str, dtype: torch.dtype) -> Compute:
-    """What `polar` computes on a path; bfloat16 as a processor or a GPU with units for it does."""
+    """What Newton-Schulz computes on a path; bfloat16 as a GPU with units for it does."""
 
     def compute(g: Tensor) -> Tensor:
         wide = g.size(0) <= g.size(1)
@@ -132,9 +132,10 @@ def ways(method: str) -> dict[str, Compute]:
     return (published if method == "quintic" else {}) | {
         "`standard`, float32": by_path(method, "standard", torch.float32),
         "`gram`, float32": by_path(method, "gram", torch.float32),
-        "`standard`, bfloat16": by_path(method, "standard", torch.bfloat16),
+        "`standard`, bfloat16 (a GPU)": by_path(method, "standard", torch.bfloat16),
         "`gram`, float16 (a GPU, by name)": by_path(method, "gram", torch.float16),
-        "`gram`, bfloat16, restart after every two steps": by_path(method, "gram", torch.bfloat16),
+        "shifted squares, bfloat16 (a processor)": lambda g: polar(g, method, path="standard", precision="bfloat16"),
+        "the same in pairs (a processor, m >= 1.5 n)": lambda g: polar(g, method, path="gram", precision="bfloat16"),
         "`standard`, factors in bfloat16, sums in float32 (not offered)": standard_by(method, rounded),
         "`gram`, factors in bfloat16, sums in float32 (not offered)": gram_by(method, rounded),
         "`gram`, factors split in two, sums in float32 (not offered)": gram_by(method, split),

@@ -26,8 +26,8 @@ from layerwise.geometry.spectral.lanczos import Seed
 from layerwise.geometry.spectral.nuclear import METHODS as NUCLEAR_METHODS
 from layerwise.geometry.spectral.nuclear import nuclear_norm
 from layerwise.geometry.spectral.polar import METHODS as POLAR_METHODS
-from layerwise.geometry.spectral.polar import check_stack, largest_entry, polar, working_dtype
-from layerwise.geometry.spectral.precision import PRECISIONS
+from layerwise.geometry.spectral.polar import check_stack, polar, working_dtype
+from layerwise.geometry.spectral.precision import PRECISIONS, largest_entry
 
 
 class Geometry(ABC):
@@ -139,7 +139,7 @@ class Spectral(Geometry):
         return nuclear_norm(g, self.nuclear, seed=seed) * _spectral_factor(self.taps, *g.shape[-2:])
 
     def lmo(self, g: Tensor) -> Tensor:
-        return polar(g, self.polar, precision=self.precision).mul_(_spectral_factor(self.taps, *g.shape[-2:]))
+        return polar(g, self.polar, precision=self.precision, scale=_spectral_factor(self.taps, *g.shape[-2:]))
 
     def unit_rms(self, d_out: int, d_in: int) -> float:
         return _spectral_factor(self.taps, d_out, d_in) / math.sqrt(max(d_out, d_in))

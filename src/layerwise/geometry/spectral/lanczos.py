@@ -22,8 +22,7 @@ from torch import Tensor
 
 from layerwise.common.tensors import or_one
 from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, newton_schulz
-from layerwise.geometry.spectral.polar import normalised_in
-from layerwise.geometry.spectral.precision import passes_count
+from layerwise.geometry.spectral.precision import normalised_in, passes_count
 
 Seed = int | Tensor
 

@@ -11,8 +11,7 @@ Costs count multiplications of two n x n matrices (2 n^3 FLOP), with r = m / n a
 | `triton`      | 10 r + 5   | 15     | 45      | by name only: `standard`, half of each symmetric saved       |
 | `triton_gram` | 4 r + 14   | 18     | 30      | by name only: `gram`, half of each symmetric saved           |
 
-In bfloat16 `gram` and `triton_gram` restart after every two steps: 6 r + 11, 35 where m = 4 n.
-`docs/polar.md` has the measured times and errors.
+What processors do in bfloat16 is in `shifted_squares`. `docs/polar.md` has the measured times and errors.
 """
 
 from __future__ import annotations
@@ -75,8 +74,6 @@ GRAM_FROM = 1.5
 #: The Gram path takes a fresh Gram matrix after so many steps, and then after every three. Without a restart real momentum
 #: matrices gave errors of 1.5e-2 in the spectral norm (float32 loses the squares of singular values below 3e-4, which five
 #: steps multiply by 485). After two and not three, as Polar Express begins with the steepest steps.
-#: In bfloat16 after every two: pairs are 0.07 off on white noise and 0.26 on real momentum, `standard` 0.04 and 0.27; three
-#: at once are up to 0.3 off where `standard` is 0.13, as each step multiplies the rounding of a Gram matrix by up to 12.
 RESTART_AFTER, RESTART_EVERY = 2, 3
 #: What is worked on at once on a CPU: a share of a last-level cache. A few matrices together give every thread whole
 #: products of its own (n = 384, four: 0.77 of one plain product where one alone takes 0.85); more fall out of the cache.
@@ -151,7 +148,7 @@ def _blocked(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor
     for triple in triples:
         product(x, x.mT, gram)
         _polynomial(gram, triple, product, out=p)
-        x, y = _apply(p, x, out=y), x
+        x, y = apply_symmetric(p, x, out=y), x
     return x
 
 
@@ -164,8 +161,7 @@ def _gram(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor:
     k, n, _ = x.shape
     y = torch.empty_like(x)
     gram, p, q, spare = x.new_empty(4, k, n, n).unbind()
-    every = RESTART_AFTER if x.dtype == torch.bfloat16 else RESTART_EVERY
-    cuts = [0, *range(RESTART_AFTER, len(triples), every), len(triples)]
+    cuts = [0, *range(RESTART_AFTER, len(triples), RESTART_EVERY), len(triples)]
     for start, end in pairwise(cuts):
         product(x, x.mT, gram)
         for step, triple in enumerate(triples[start:end], start):
@@ -175,7 +171,7 @@ def _gram(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor:
                 product(spare, new, gram)
             if step > start:
                 q, spare = product(q, p, spare), q
-        x, y = _apply(q, x, out=y), x
+        x, y = apply_symmetric(q, x, out=y), x
     return x
 
 
@@ -198,10 +194,11 @@ def plain_product(
 ) -> Tensor:
     """All of it, by torch."""
     multiply, add_to = (torch.mm, torch.addmm) if a.ndim == 2 else (torch.bmm, torch.baddbmm)
-    if add is not None:
-        return add_to(add, a, b, beta=beta, alpha=alpha, out=out)
-    found = multiply(a, b, out=out)
-    return found.mul_(alpha) if alpha != 1.0 else found
+    if add is None and alpha == 1.0:
+        return multiply(a, b, out=out)
+    if add is None:  # times zero it is not even read
+        add, beta = a.new_empty(*a.shape[:-1], b.size(-1)) if out is None else out, 0.0
+    return add_to(add, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def strip_product(
@@ -220,9 +217,9 @@ def strip_product(
     """
     n = a.size(-2)
     out = a.new_empty(*a.shape[:-1], n) if out is None else out
+    if a.dtype == torch.bfloat16 and (n * a.size(-1) < HALF_STRIPS_FROM or has_tiles()):
+        return plain_product(a, b, out, add=add, beta=beta, alpha=alpha)
     if a.dtype == torch.bfloat16 and a.ndim == 3:
-        if n * a.size(-1) < HALF_STRIPS_FROM or has_tiles():
-            return plain_product(a, b, out, add=add, beta=beta, alpha=alpha)
         for i in range(len(a)):  # oneDNN copies strips of a stack before it multiplies them
             strip_product(a[i], b[i], out[i], add=None if add is None else add[i], beta=beta, alpha=alpha)
         return out
@@ -241,7 +238,7 @@ def _strips(n: int) -> list[tuple[int, int]]:
     return list(pairwise(n * i // strips for i in range(strips + 1)))
 
 
-def _apply(q: Tensor, x: Tensor, out: Tensor) -> Tensor:
+def apply_symmetric(q: Tensor, x: Tensor, out: Tensor) -> Tensor:
     """`Q X` into `out`, q symmetric; for a transposed x from the other side, so that memory is walked in order."""
     if x.stride(-1) == 1:
         torch.bmm(q, x, out=out)

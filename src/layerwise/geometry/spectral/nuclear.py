@@ -15,8 +15,8 @@ from layerwise.geometry.spectral.lanczos import (
     square_norm,
     steps_for,
 )
-from layerwise.geometry.spectral.polar import check_stack, largest_entry, working_dtype
-from layerwise.geometry.spectral.precision import passes_count
+from layerwise.geometry.spectral.polar import check_stack, working_dtype
+from layerwise.geometry.spectral.precision import largest_entry, passes_count
 
 METHODS = ("auto", "svd", "gram", "polar", "lanczos")
 

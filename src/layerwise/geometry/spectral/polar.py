@@ -10,16 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.newton_schulz import PATHS, POLYNOMIALS, newton_schulz
-from layerwise.geometry.spectral.precision import PRECISIONS, iteration_dtype
+from layerwise.geometry.spectral.precision import PRECISIONS, iteration_dtype, normalised_in
+from layerwise.geometry.spectral.shifted_squares import polar_by_shifted_squares
 
 METHODS = ("auto", *POLYNOMIALS, "svd")
 
 
 @torch.no_grad()
-def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str = "auto") -> Tensor:
+def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str = "auto", scale: float = 1.0) -> Tensor:
     """The polar factor of each matrix of a stack. Not differentiable.
 
     Args:
@@ -30,6 +30,7 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str
             within 1e-5 of one, `"svd"` exact (null directions are left out).
         path: how Newton-Schulz computes them: `"standard"`, `"blocked"`, `"gram"` (see
             `layerwise.geometry.spectral.newton_schulz`), or `"auto"`, by shape and device; the same numbers to rounding.
+        scale: what the result is multiplied by; where a processor works in bfloat16 that costs no pass.
         precision: what Newton-Schulz works in: `"bfloat16"`, `"float32"`, or `"auto"`: bfloat16 on a GPU that has it in
             hardware, and on a processor that has for matrices from 128 rows and columns on; else float32. On a
             GPU the Gram paths take float16 where the others take bfloat16. float64 input stays in float64.
@@ -56,12 +57,17 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str
     if g.numel() == 0:
         return torch.zeros_like(g)
     if method == "svd":
-        return _svd_polar(g)
+        return _svd_polar(g).mul_(scale)
     dtype = iteration_dtype(g, precision, gram=path in ("gram", "triton_gram"))
-    x = normalised_in(g, dtype).reshape(-1, *g.shape[-2:])
-    wide = x.size(-2) <= x.size(-1)
-    x = newton_schulz(x if wide else x.mT, POLYNOMIALS["quintic" if method == "auto" else method], path)
-    return (x if wide else x.mT).reshape(g.shape).to(g.dtype)
+    stack = g.reshape(-1, *g.shape[-2:])
+    wide, triples = g.size(-2) <= g.size(-1), POLYNOMIALS["quintic" if method == "auto" else method]
+    if dtype == torch.bfloat16 and g.is_cpu and not path.startswith("triton") and not torch.compiler.is_compiling():
+        x = polar_by_shifted_squares(stack if wide else stack.mT, triples, path, scale)
+        return (x if wide else x.mT).reshape(g.shape)
+    x = normalised_in(stack, dtype)
+    x = newton_schulz(x if wide else x.mT, triples, path)
+    found = (x if wide else x.mT).reshape(g.shape).to(g.dtype)
+    return found if scale == 1.0 else found.mul_(scale)
 
 
 def check_stack(g: Tensor) -> None:
@@ -78,27 +84,6 @@ def check_stack(g: Tensor) -> None:
 def working_dtype(g: Tensor) -> torch.dtype:
     """float64 for float64 input, else float32: what norms, sums and decompositions are computed in."""
     return torch.float64 if g.dtype == torch.float64 else torch.float32
-
-
-def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """`max |g|` over dim, which is kept. A maximum and a minimum take a tenth of the time of a norm of order infinity."""
-    return torch.maximum(g.amax(dim, keepdim=True), -g.amin(dim, keepdim=True))
-
-
-def normalised_in(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each matrix divided by its Frobenius norm, so that no singular value exceeds one; zero stays zero.
-
-    Half precision only comes in the end: rounded once, and a processor's passes over it take twice those over float32.
-    """
-    g = g.to(torch.promote_types(dtype, torch.float32))
-    if dtype == torch.bfloat16 and g.is_cpu and not torch.compiler.is_compiling():
-        norm: Tensor = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
-        if ((norm > 1e-12) & (norm < 1e18)).all():
-            return (g / norm).to(dtype)  # half of the passes over g, which count beside products this fast
-    # squares of entries beyond 1e19 or below 1e-23 would leave float32's range: the largest is divided out first
-    x = g / or_one(largest_entry(g))
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return x.div_(norm.clamp_(min=1.0)).to(dtype)  # at least 1 (the largest entry), except for a zero matrix
 
 
 def _svd_polar(g: Tensor) -> Tensor:
