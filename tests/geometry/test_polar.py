@@ -278,6 +278,13 @@ def test_shifted_squares_are_the_polynomials(method: str, scale: float) -> None:
     torch.testing.assert_close(z, scale * x, rtol=1e-9, atol=1e-9)
 
 
+def test_steep_polynomials_go_one_by_one() -> None:
+    g = make("gaussian", (40, 90), 0).float()
+    found = {path: polar(g, "polar_express", path=path, precision="bfloat16") for path in ("auto", "standard", "gram")}
+    assert torch.equal(found["gram"], found["standard"])
+    assert torch.equal(found["auto"], found["standard"])
+
+
 @pytest.mark.parametrize("n", [48, 512])
 def test_no_scale_leaves_the_range_of_shifted_squares(n: int) -> None:
     """Whether a matrix is normalised first (48) or its norm taken from its Gram matrix; zero and nan keep to themselves."""
