@@ -146,7 +146,8 @@ def _trends(sizes: Sequence[float], steps: Sequence[int], found: Sequence[Sequen
     for quantity in QUANTITIES:
         for step in steps:
             readings = [[seed[step][quantity] for seed in size] for size in found]
-            readings = _comparable(readings, quantity)
+            if len({frozenset(values) for size in readings for values in size}) > 1:  # deeper models have other modules
+                readings = [[_stacked(values, quantity) for values in size] for size in readings]
             silent = _negligible(readings) if quantity == "rate" else set()
             for module in readings[0][0]:
                 if all(module in values for size in readings for values in size):
@@ -160,16 +161,8 @@ def _trends(sizes: Sequence[float], steps: Sequence[int], found: Sequence[Sequen
 Found = list[list[Mapping[str, Value]]]
 
 
-def _comparable(readings: Found, quantity: Quantity) -> Found:
-    """Where the sizes have other modules, as deeper models do: stacks of blocks as one, under a star for the number."""
-    names = {frozenset(values) for size in readings for values in size}
-    if len(names) == 1:
-        return readings
-    return [[_stacked(values, quantity) for values in size] for size in readings]
-
-
 def _stacked(values: Mapping[str, Value], quantity: Quantity) -> dict[str, Value]:
-    """The blocks of a stack together: rates are added, the rest is their root mean square."""
+    """The blocks of a stack as one, under a star for the number: rates are added, the rest is their root mean square."""
     stacks: dict[str, list[Value]] = {}
     for name, value in values.items():
         stacks.setdefault(siblings_of(name), []).append(value)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,10 +111,9 @@ class SizeRun:
         return FLeRM(self.model, self.optimizer, match, self.recipe.depth, at=self.recipe.match_step - 1, **options)
 
     def _read(self, watched: WatchedStep, activations: Activations, inputs: Any) -> Readings:
-        updates = watched.updates()
         rates = watched.rates(self.measurement, inputs)
         sizes, changes = activations.read()
-        modules = module_updates(update_sums(updates, steps=16))
+        modules = module_updates(update_sums(watched.updates, steps=16))
         return {
             "rate": _module_rates(rates),
             "activation": {name: Value(value) for name, value in sizes.items()},
@@ -161,36 +161,20 @@ class Activations:
 
     def _outputs(self) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {}
-        with untouched(self.model), _caught(self.model, found), torch.no_grad():
+        names = {module_of(name) for name, p in self.model.named_parameters() if p.requires_grad}
+        with untouched(self.model), torch.no_grad():  # which takes the hooks off again
+            for name, module in self.model.named_modules():
+                if (name or ROOT) in names:
+                    module.register_forward_hook(partial(_catch, found, name or ROOT))
             self.runner.outputs(self.inputs, None)
         return found
 
 
-@contextmanager
-def _caught(model: nn.Module, found: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Collects the outputs of modules with parameters, while this stands."""
-    names = {module_of(name) for name, p in model.named_parameters() if p.requires_grad}
-    modules = dict(model.named_modules())
-
-    def catch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = _first_tensor(output)
-            if tensor is not None:
-                # A copy: it may be changed in place.
-                found.setdefault(name, []).append(tensor.detach().float().clone())
-
-        return hook
-
-    handles = [
-        modules["" if name == ROOT else name].register_forward_hook(catch(name))
-        for name in sorted(names)
-        if name == ROOT or name in modules
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _catch(found: dict[str, list[Tensor]], name: str, module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook, which keeps a copy of the output: it may be changed in place."""
+    tensor = _first_tensor(output)
+    if tensor is not None:
+        found.setdefault(name, []).append(tensor.detach().float().clone())
 
 
 def _first_tensor(output: Any) -> Tensor | None:

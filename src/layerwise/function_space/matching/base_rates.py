@@ -332,12 +332,8 @@ def _mean_rate(rates: Sequence[BaseRate]) -> BaseRate:
 
 def _by_settings(by_name: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
     """Names listed under the settings that they share: a file for people to read."""
-    groups: list[dict[str, Any]] = []
+    groups: dict[str, dict[str, Any]] = {}
     for name, found in by_name.items():
-        for group in groups:
-            if group["settings"] == found:
-                group["names"].append(name)
-                break
-        else:
-            groups.append({"settings": dict(found), "names": [name]})
-    return groups
+        key = json.dumps(found, sort_keys=True)
+        groups.setdefault(key, {"settings": dict(found), "names": []})["names"].append(name)
+    return list(groups.values())

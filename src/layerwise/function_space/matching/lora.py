@@ -34,33 +34,26 @@ from layerwise.function_space.steps.watched_step import watch
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-class LoraMatch:
+class LoraMatch(NamedRates):
     """Matched rates of adapters, which apply whenever the optimizer steps.
 
     Attributes:
         report: what was measured and decided for each parameter.
-        named: the multipliers, by parameter name.
+        multipliers: of the groups' rates, by parameter name.
     """
 
-    def __init__(self, report: MatchReport, named: NamedRates) -> None:
-        self.report, self.named = report, named
+    def __init__(self, report: MatchReport, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__(optimizer, parameters)
+        self.report = report
         self.load_state_dict({"multipliers": {name: row.change for name, row in report.rows.items()}})
-
-    def learning_rates(self) -> dict[str, float]:
-        """Each parameter's learning rate in the next step: its group's, times its multiplier."""
-        return self.named.learning_rates()
 
     def state_dict(self) -> dict[str, Any]:
         """The multipliers, for a resumed run to take instead of matching again."""
-        return {"multipliers": dict(self.named.multipliers)}
+        return {"multipliers": dict(self.multipliers)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take multipliers by parameter name; those not named keep theirs."""
-        self.named.multipliers |= state["multipliers"]
-
-    def detach(self) -> None:
-        """Leave the optimizer as it was."""
-        self.named.detach()
+        self.multipliers |= state["multipliers"]
 
     def __str__(self) -> str:
         return str(self.report)
@@ -138,7 +131,7 @@ def match_lora(
     }
     report = MatchReport(at, rows)
     report.warn_of_kept("match_lora", "report")
-    return LoraMatch(report, NamedRates(optimizer, parameters))
+    return LoraMatch(report, optimizer, parameters)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def placement(name: str, param: Tensor, processes: Processes) -> tuple[int, int]
 
 
 class ShardedRunner(Runner):
-    """Runs the model itself, on its own parameters, inside of `untouched`. A context: FSDP's settings come back.
+    """Runs the model itself, on its own parameters, inside of `untouched` and `as_probes_need`.
 
     FSDP gathers the weights of one forward at a time, so no slices are run side by side; and forward mode is not held
     against the backward here (docs/limitations.md).
@@ -83,23 +83,8 @@ class ShardedRunner(Runner):
         self.function = forward
         self.parameters = parameters
         self.processes = processes
-        self._stack = ExitStack()
         self._renormalised = renormalised(model)  # the same whenever it is done again
         self._seen = False
-
-    def __enter__(self) -> ShardedRunner:
-        self._stack.enter_context(_as_probes_need(self.model, self.parameters))
-        for p in self.model.parameters():
-            p.grad = None
-            # The user's (clipping, logging, optimizers that step in the backward): a probe is not a gradient.
-            for name in GRADIENT_HOOKS:
-                hooks = getattr(p, name)
-                if hooks:
-                    hooks.clear()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         with nullcontext() if self._seen else Writes(self._refuse):
@@ -224,8 +209,11 @@ def _moving_along(model: nn.Module, param: nn.Parameter, direction: Tensor) -> I
 
 
 @contextmanager
-def _as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """FSDP with its parameters sharded, its gradients averaged over all processes, and none kept back."""
+def as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """FSDP with its parameters sharded, its gradients averaged over all processes, and none kept back or handed to hooks.
+
+    Its settings come back; gradients and hooks are left to `untouched`.
+    """
     modules = _modules(model)
     groups = [group for module in modules for group in _groups(module)]
     managed = {id(fsdp_param.sharded_param) for group in groups for fsdp_param in group.fsdp_params}
@@ -255,6 +243,13 @@ def _as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
                     setattr(group, key, value)
         for state in states:
             state.is_last_backward = True
+        for p in model.parameters():
+            p.grad = None
+            # The user's (clipping, logging, optimizers that step in the backward): a probe is not a gradient.
+            for name in GRADIENT_HOOKS:
+                hooks = getattr(p, name)
+                if hooks:
+                    hooks.clear()
         yield
     finally:
         for module in modules:

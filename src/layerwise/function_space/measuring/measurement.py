@@ -159,11 +159,11 @@ class Run:
         """What runs this model at the weights `at`; sharded parameters are measured where they are."""
         own = dict(self.model.named_parameters())
         if any(is_sharded(p) for p in own.values()):
-            from layerwise.function_space.measuring.fsdp import ShardedRunner
+            from layerwise.function_space.measuring.fsdp import ShardedRunner, as_probes_need
 
             parameters = {name: own[name] for name in self.updates}
-            with ShardedRunner(self.model, self.settings.function, parameters, self.processes) as sharded:
-                yield sharded
+            with as_probes_need(self.model, parameters):
+                yield ShardedRunner(self.model, self.settings.function, parameters, self.processes)
             return
         points = {name: (own if at is None else at)[name] for name in self.updates}
         kind = ProductRunner if self.processes.count == 1 else LeafRunner

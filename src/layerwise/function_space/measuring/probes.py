@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -106,22 +107,19 @@ def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor],
 
 def _stream(values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, sink: Collector) -> None:
     """One probe: each gradient is handed over when it is complete."""
-
-    def use(name: str) -> Callable[[Tensor], None]:
-        def hook(leaf: Tensor) -> None:
-            grad, leaf.grad = leaf.grad, None
-            if grad is not None:
-                with torch.no_grad():
-                    sink.add(name, grad[None])  # slices side by side have a dimension of their own as well
-
-        return hook
-
-    handles = [leaf.register_post_accumulate_grad_hook(use(name)) for name, leaf in leaves.items()]
+    handles = [leaf.register_post_accumulate_grad_hook(partial(_hand_over, sink, name)) for name, leaf in leaves.items()]
     try:
         torch.autograd.backward(values, probe, retain_graph=True, inputs=list(leaves.values()))
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def _hand_over(sink: Collector, name: str, leaf: Tensor) -> None:
+    grad, leaf.grad = leaf.grad, None
+    if grad is not None:
+        sink.add(name, grad[None])  # slices side by side have a dimension of their own as well
 
 
 def random_words(key: tuple[int, ...], rows: range, width: int, device: torch.device) -> Tensor:

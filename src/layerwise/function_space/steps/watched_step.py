@@ -40,6 +40,7 @@ class WatchedStep:
         parameters: the model's trainable parameters that the optimizer updates, by name.
         lrs: the learning rate that each has in its group, by name.
         old: the weights before the step, by name.
+        updates: what the step did to each parameter, by name; empty until it was taken.
         decay: `lr * weight_decay` of parameters whose decay is no part of the update, by name.
         processes: those that take the step together.
 
@@ -62,36 +63,28 @@ class WatchedStep:
         self.lrs = learning_rates(optimizer, self.parameters)
         self.decay = {} if decay == "scaled" else constant_decay(optimizer, self.parameters)
         self.processes = processes_of(processes)
-        self.happened = False
         self.old = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._updates: dict[str, TensorUpdate] = {}
+        self.updates: dict[str, TensorUpdate] = {}
 
     def note(self, *_: Any) -> None:
-        """Told by the optimizer that it took the step."""
-        self.happened = True
-
-    def updates(self) -> dict[str, TensorUpdate]:
-        """What the step did to each parameter, once it is over."""
-        if not self._updates:
-            self._updates = {
-                name: TensorUpdate(p.detach(), self.old[name], self.decay.get(name, 0.0))
-                for name, p in self.parameters.items()
-            }
-        return self._updates
+        """Told by the optimizer that it took the step: from now on `updates` says what that did."""
+        self.updates = {
+            name: TensorUpdate(p.detach(), self.old[name], self.decay.get(name, 0.0)) for name, p in self.parameters.items()
+        }
 
     def redo(self, factors: Mapping[str, float]) -> None:
         """Multiply what the step did to each of these parameters."""
         for name, factor in factors.items():
             if factor != 1.0:
-                update = self.updates()[name]
+                update = self.updates[name]
                 (update.block() if is_sharded(update.new) else update).redo(factor)
-        self._updates = {}
+        self.note()
 
     def why_not(self) -> str | None:
         """Why this step has nothing to measure, if so, on any of the processes. Waits for the device once."""
-        own = [update.block() if is_sharded(update.new) else update for update in self.updates().values()]
-        moved = torch.stack([update.largest.double().cpu() for update in own]).amax()
-        flags = [not self.happened, not torch.isfinite(moved), bool(moved > 0)]
+        own = [update.block() if is_sharded(update.new) else update for update in self.updates.values()]
+        moved = torch.stack([update.largest.double().cpu() for update in own]).amax() if own else torch.zeros(())
+        flags = [not own, not torch.isfinite(moved), bool(moved > 0)]
         stayed, infinite, changed = map(any, zip(*self.processes.gather(flags), strict=True))
         if stayed:
             return "optimizer.step() was not run (GradScaler skips steps with inf or nan gradients)"
@@ -105,7 +98,7 @@ class WatchedStep:
         Parameters that FSDP2 shards are measured in place: the old shards go back into them meanwhile.
         """
         if not any(is_sharded(p) for p in self.model.parameters()):
-            return measurement.rates(self.model, self.updates(), inputs, mask, self.old, self.processes, seed)
+            return measurement.rates(self.model, self.updates, inputs, mask, self.old, self.processes, seed)
         with self.undone():
             updates = {
                 name: TensorUpdate(self.old[name], p.detach(), self.decay.get(name, 0.0))

@@ -14,7 +14,7 @@ from layerwise.common.checked import PositiveInt, checked
 from layerwise.errors import warn
 from layerwise.function_space.measuring.measurement import Measurement, Run
 from layerwise.function_space.measuring.outputs import Forward, Outputs
-from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
+from layerwise.function_space.measuring.process_group import ProcessesOption
 from layerwise.function_space.measuring.runners import untouched
 from layerwise.function_space.measuring.slices import first_examples, share
 from layerwise.function_space.steps.by_module import by_module
@@ -74,7 +74,7 @@ class OutputChange:
         reason = step.why_not()
         try:
             if reason is None and self.batch is not None:
-                inputs = self._given()
+                inputs = self.batch() if is_supplier(self.batch) else share(self.batch, step.processes)
             if reason is None and inputs is not None:
                 return self._measured(step, number, first_examples(inputs, self.part))
         except Exception as error:  # a forward can fail in any way
@@ -97,12 +97,6 @@ class OutputChange:
         squares = math.fsum(rate.value**2 for rate in measured.values())
         moved = self._moved(step, inputs)
         return rates, Together(moved, sum(rates.values()), math.sqrt(squares))
-
-    def _given(self) -> Any:
-        """This process's part of the batch that the user gave."""
-        if is_supplier(self.batch):
-            return self.batch()
-        return share(self.batch, processes_of(self.measurement.processes))
 
     def _moved(self, step: WatchedStep, inputs: Any) -> float:
         """RMS difference of the outputs at the weights after the step and before it."""

@@ -223,7 +223,7 @@ class Watch:
         rates, together = None, None
         if self._function_space_due(step):
             rates, together = self.outputs.measure(taken, step)
-        updates = module_updates(update_sums(taken.updates(), now, earlier, processes=taken.processes))
+        updates = module_updates(update_sums(taken.updates, now, earlier, processes=taken.processes))
         units = unit_rates(self.optimizer, taken.lrs)
         lrs = _effective(taken, units)
         modules = {}
