@@ -209,6 +209,8 @@ class _LookAheadStep(PlannedStep):
         torch._foreach_add_(steps, 1.0 if keep is None else [keep.to(steps[0])] * len(steps))
         at_hand = keep is None and steps[0].is_cpu and not torch.compiler.is_compiling()
         taken = [float(step) for step in steps] if at_hand else steps[0]
+        if at_hand and len(set(taken)) == 1:
+            taken = taken[0]
         ahead = torch._foreach_mul(averages, _corrected(beta1, beta1, taken, 1))
         torch._foreach_add_(ahead, torch._foreach_mul(grads, _corrected(1.0 - beta1, beta1, taken)))
         sizes = torch._foreach_mul(squares, _corrected(1.0, beta2, taken))
@@ -221,11 +223,11 @@ class _LookAheadStep(PlannedStep):
                 torch._foreach_copy_(held, values)
 
 
-def _corrected(weight: float, beta: float, taken: list[float] | Tensor, more: int = 0) -> Any:
+def _corrected(weight: float, beta: float, taken: list[float] | float | Tensor, more: int = 0) -> Any:
     """``weight / (1 - beta^(t + more))`` at the step, or the steps, taken."""
-    if isinstance(taken, Tensor):
-        return weight / (1.0 - beta ** (taken + more))
-    return [weight / (1.0 - beta ** (t + more)) for t in taken]
+    if isinstance(taken, list):
+        return [weight / (1.0 - beta ** (t + more)) for t in taken]
+    return weight / (1.0 - beta ** (taken + more))
 
 
 @dataclass(frozen=True, repr=False)
