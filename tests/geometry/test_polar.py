@@ -316,3 +316,9 @@ def test_half_precision_of_a_gpu(path: str) -> None:
     found = newton_schulz(x[None].clone(), POLYNOMIALS["quintic"], path)[0]
     error = torch.linalg.matrix_norm(found.double() - polar(g), ord=2)
     assert error < (0.1 if path == "gram" else 0.5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_is_not_above_zero_is_named(scale):
+    with pytest.raises(LayerwiseError, match=f"scale={scale}"):
+        polar(torch.eye(3), scale=scale)

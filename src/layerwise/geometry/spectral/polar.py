@@ -7,9 +7,12 @@ Newton-Schulz iterations reach it with matrix products alone: each step applies 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from layerwise.common.checked import fits
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.newton_schulz import PATHS, POLYNOMIALS, newton_schulz
 from layerwise.geometry.spectral.precision import PRECISIONS, iteration_dtype, normalised_in
@@ -40,7 +43,8 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str
         from the smallest to the largest numbers of its dtype.
 
     Raises:
-        LayerwiseError: an unknown method, path or precision, or a tensor that is not a stack of real matrices.
+        LayerwiseError: an unknown method, path or precision, a scale that is not above 0, or a tensor that is not a stack
+            of real matrices.
 
     Examples:
         >>> lw.polar(torch.tensor([[3.0, 0.0], [0.0, -2.0]]), "svd").round(decimals=4)
@@ -54,6 +58,8 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str
         raise LayerwiseError(f"polar path {path!r} is unknown; choose one of {', '.join(PATHS)}")
     if precision not in PRECISIONS:
         raise LayerwiseError(f"polar precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    if not (torch.compiler.is_compiling() or (fits(scale, float) and 0.0 < scale < math.inf)):
+        raise LayerwiseError(f"polar scale={scale!r}: give a finite number above 0")
     if g.numel() == 0:
         return torch.zeros_like(g)
     if method == "svd":
