@@ -457,3 +457,20 @@ def test_exact_is_right_on_a_4_bit_base():
     for name, direction in update.items():
         # Central differences in float32: rounding over h, some 1e-4.
         assert rates[name].value == pytest.approx(quotient(model, name, direction, x, h=1e-3), rel=1e-2)
+
+
+class Masked(nn.Linear):
+    def forward(self, x, mask=None, *, scale=1.0):
+        return super().forward(x) * scale if mask is None else super().forward(x) * mask
+
+
+def test_of_a_tuple_the_model_gets_as_many_as_it_takes():
+    """What a DataLoader yields, of which `forward` takes the first or the first two."""
+    model, x, y, mask = nn.Linear(3, 2), torch.randn(4, 3), torch.zeros(4), torch.ones(4, 2)
+    update = {"weight": torch.ones(2, 3)}
+    assert function_space_rates(model, update, (x, y)) == function_space_rates(model, update, x)
+    model = Masked(3, 2)
+    assert function_space_rates(model, update, (x, 2 * mask, y)) == function_space_rates(model, update, (x, 2 * mask))
+    with pytest.raises(RuntimeError) as raised:
+        function_space_rates(model, update, [x, y])
+    assert "a list, which is several batches" in raised.value.__notes__[0]

@@ -320,3 +320,21 @@ def test_whatever_a_forward_pass_changes_is_put_back(change):
     text = str(describe(model, ids()))
     assert "did not run" not in text
     assert everything_of(model) == before
+
+
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_a_loaders_pair_shows_what_its_inputs_alone_do(pair):
+    """Targets were given to `forward` as well, which failed, and roles were those of the modules."""
+    model = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 3))
+    x, y = torch.randn(5, D), torch.randint(0, 3, (5,))
+    assert str(describe(model, pair((x, y)))) == str(describe(model, x))
+    assert {row.how for row in describe(model, pair((x, y))).rows} == {"forward"}
+
+
+def test_a_batch_of_dicts_in_one_argument_is_no_override():
+    class Nested(nn.Linear):
+        def forward(self, batch):
+            return super().forward(batch["x"])
+
+    [weight, _] = describe(Nested(D, 3), {"batch": {"x": torch.randn(2, D)}}).rows
+    assert (weight.role, weight.how) == ("head", "forward")

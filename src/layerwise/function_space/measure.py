@@ -42,7 +42,8 @@ def function_space_rates(
     Args:
         model: any module; wrappers of torch.compile and data parallelism are seen through.
         update: parameter name -> dW, in the parameter's shape. Frozen parameters are left out of the result.
-        inputs: a tensor, a tuple (positional arguments), a dict (keywords), or a list of such batches.
+        inputs: a tensor, a tuple (positional arguments, as many as `forward` takes), a dict (keywords), or a list of such
+            batches.
         forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; `"log_softmax"` by name.
         method: `"full_cov"`, `"kronecker"`, `"iid"`, `"exact"` or `"difference"`: see `Measurement`.
         probes: number of random probes, each one backward pass.

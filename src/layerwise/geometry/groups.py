@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from layerwise.common.checked import checked
 from layerwise.common.parameter_names import canonical_name, unwrap
@@ -57,10 +58,11 @@ def param_groups(
 
     Args:
         model: the model, on any device, the meta device too; wrapped, compiled or sharded or not.
-        batch: what the model takes (a tensor, a tuple of arguments, a dict of keywords). The model is run on it once, in
-            evaluation mode and without gradients, to see what each parameter does; nothing of it changes. A model of
-            transformers gets a small batch made for it. Without one, roles come from the modules, and one warning
-            counts what is not certain. (A dict without tensors in this place is taken for `overrides`.)
+        batch: what the model takes (a tensor, a tuple of arguments, a dict of keywords), or what a DataLoader yields: of
+            `(inputs, targets)` as many as `forward` takes. The model is run on it once, in evaluation mode and without
+            gradients, to see what each parameter does; nothing of it changes. A model of transformers gets a small batch
+            made for it. Without one, roles come from the modules, and one warning counts what is not certain. (A dict
+            without tensors in this place is taken for `overrides`.)
         overrides: glob pattern on the parameter's name (any of its names if tied) -> a geometry, or a dict of
             group options: `geometry`, `role`, `layout`, and those of the optimizer, such as `lr` or `weight_decay`.
             `"role:vector"` stands for all parameters of a role, and patterns on names add to it or win over it. Of a
@@ -134,7 +136,8 @@ def assign(
 
     `seen` is by name what an earlier forward pass found of parameters, where this one has nothing to say.
     """
-    if overrides is None and isinstance(batch, Mapping) and not any(isinstance(value, Tensor) for value in batch.values()):
+    options_alone = isinstance(batch, Mapping) and not any(isinstance(value, Tensor) for value in tree_leaves(batch))
+    if overrides is None and options_alone:
         batch, overrides = None, batch  # where overrides stood before there was a batch, which holds tensors
     everything, said = _everything(model, batch, forward)
     everything = [

@@ -118,10 +118,17 @@ class Measurement:
         choose = ESTIMATORS.get(self.method)
         estimators = {} if choose is None else {name: choose(tuple(u.new.shape)) for name, u in updates.items()}
         run = Run(self, model, updates, processes, self.seed if seed is None else seed, estimators)
-        with untouched(model, self.batch_norm, self.autocast), run.runner(at) as runner:
-            if choose is not None:
-                return run.probed(runner, batches, mask)
-            found = run.rates(per_tensor(run, runner, batches, mask))
+        try:
+            with untouched(model, self.batch_norm, self.autocast), run.runner(at) as runner:
+                if choose is not None:
+                    return run.probed(runner, batches, mask)
+                found = run.rates(per_tensor(run, runner, batches, mask))
+        except Exception as error:
+            if isinstance(inputs, list):
+                error.add_note(
+                    "inputs is a list, which is several batches: of a DataLoader's [inputs, targets] give a tuple"
+                )
+            raise
         if self.method == "exact" or self.linear is None:
             return found
         first_order = replace(self, method=self.linear)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.common.call import call
 from layerwise.errors import LayerwiseError
 
 #: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`.
@@ -56,17 +57,11 @@ def nothing_counts(masked: bool) -> LayerwiseError:
 
 
 def model_output(model: nn.Module, inputs: Any) -> Any:
-    """The default: call the model (a dict as keywords, a tuple as arguments); a tensor, or its `.logits`.
+    """The default: `call` the model; a tensor, or its `.logits`.
 
     The `attention_mask` of a dict leaves padding out of the count.
     """
-    if isinstance(inputs, Mapping):
-        result = model(**inputs)
-    elif isinstance(inputs, tuple):
-        result = model(*inputs)
-    else:
-        result = model(inputs)
-    values = _tensor_of(result)
+    values = _tensor_of(call(model, inputs))
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return (values, mask) if _is_mask(mask, values) else values
 

@@ -15,6 +15,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from layerwise.common.call import call
 from layerwise.common.parameter_names import unwrap
 from layerwise.common.undisturbed import Kept, undisturbed, written
 from layerwise.geometry.forward.addresses import AddressSpace
@@ -123,13 +124,6 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
     if given:
         evidence.of_unseen = "took no part in the forward pass"
     return Look(evidence)
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch: a dict as keywords, a tuple or list as arguments, anything else as one argument."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def watch(model: nn.Module, batch: Any, forward: Forward) -> Evidence:
