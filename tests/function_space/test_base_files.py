@@ -56,7 +56,7 @@ def test_seeds_are_averaged_and_their_spread_kept():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (torch.optim.SGD, {}, "optimizer is 'torch.SGD', the base has 'torch.Adam'"),
+        (torch.optim.SGD, {}, "differently: optimizer is 'torch.SGD', the base has 'torch.Adam'$"),
         (torch.optim.Adam, {"betas": (0.9, 0.95)}, r"betas is \(0.9, 0.95\), the base has \(0.9, 0.99\)"),
     ],
 )

@@ -220,6 +220,7 @@ def test_records_are_saved_and_resumed(tmp_path):
     lines = [Record.from_dict(json.loads(line)) for line in path.read_text().splitlines()]
     assert [line.step for line in lines] == [0, 2, 4]
     assert lines[2] == recorder.records[-1]
+    assert str(lines[2]) == f"step 4\n{lines[2].rates.table()}"
     assert lines[0].lrs["0.weight"] == 0.01
 
 

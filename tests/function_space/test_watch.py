@@ -452,6 +452,20 @@ def test_a_schedule_that_all_modules_follow_is_not_unusual():
         assert rule.judge(step, {"a": 1e-3 * 2**-step, "b": 2e-3 * 2**-step, "c": 9e-3 * 2**-step}) == []
 
 
+def test_the_layers_of_a_chain_are_not_siblings(caplog):
+    """The first and the last of an MLP move as far as their own shapes have them, the last one 3 times as far under SGD."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=0)
+    nn.functional.cross_entropy(model(torch.randn(64, 16)), torch.randint(0, 4, (64,))).backward()
+    optimizer.step()
+    moved = {name: reading.update.update_rms for name, reading in watch.records[0].modules.items()}
+    assert moved["4"] > 3 * moved["2"]
+    assert not watch.records[0].unusual
+    assert not caplog.records
+
+
 def test_siblings_are_modules_in_the_same_place_of_other_blocks():
     assert siblings_of("h.3.mlp.c_fc") == siblings_of("h.11.mlp.c_fc") == "h.*.mlp.c_fc"
     assert siblings_of("0") == "*"

@@ -77,8 +77,8 @@ class Fingerprint:
         """
         differences = []
         for key, value in found.items():
-            if key == "settings":
-                differences += self._settings_differences(names, value)
+            if key == "settings":  # of another optimizer all of them differ
+                differences += self._settings_differences(names, value) if found["optimizer"] == self.optimizer else []
             elif key == "entries":
                 if value != self.entries:
                     warn(

@@ -257,6 +257,9 @@ class Record:
     lrs: Mapping[str, float]
     whole: Rates | None = None
 
+    def __str__(self) -> str:
+        return f"step {self.step}\n{self.whole or self.rates}"
+
     def to_dict(self) -> dict[str, Any]:
         """One line of `function_space.jsonl`: `step`, `rates: {parameter: {value, stderr, share}}`, and how measured."""
         whole = {} if self.whole is None else {"whole": self.whole.to_dict()}

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
+from types import MappingProxyType
 from typing import Any, Literal
 
 from layerwise.common.checked import checked
@@ -46,8 +47,8 @@ class UnusualRule:
 
     History: the RMS of a module's update over the median of all modules', so that a schedule or a warm-up, which all
     follow, is none; against the median of its last `window` values, from `least` of them on. Siblings: against the median of
-    the modules in the same place of other blocks, from three of them on. A module is named when it gets there, and again
-    after it was back.
+    the modules of the same shape in the same place of other blocks, from three of them on. A module is named when it gets
+    there, and again after it was back.
 
     Attributes:
         factor: how far off is unusual.
@@ -70,13 +71,21 @@ class UnusualRule:
     _history: dict[str, deque[float]] = field(default_factory=dict)
     _named: set[tuple[str, str]] = field(default_factory=set)
 
-    def judge(self, step: int, updates: Mapping[str, float]) -> list[Unusual]:
-        """The modules that have become unusual at this step; `updates` is the RMS of each module's update."""
+    def judge(
+        self, step: int, updates: Mapping[str, float], shapes: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[Unusual]:
+        """The modules that have become unusual at this step.
+
+        Args:
+            step: its number.
+            updates: RMS of each module's update.
+            shapes: of each module's parameters, which siblings have in common: the layers of a chain are no blocks.
+        """
         moving = [value for value in updates.values() if value > 0 and math.isfinite(value)]
         if not moving:  # a rate of 0, or a step that was skipped
             return []
         common = median(moving)
-        found = [*self._off_history(step, updates, common), *self._off_siblings(step, updates)]
+        found = [*self._off_history(step, updates, common), *self._off_siblings(step, updates, shapes)]
         for name, value in updates.items():
             if value > 0 and math.isfinite(value):
                 self._history.setdefault(name, deque(maxlen=self.window)).append(math.log(value / common))
@@ -105,11 +114,11 @@ class UnusualRule:
                 if self._is_off(off):
                     yield Unusual(step, name, value, off, "history")
 
-    def _off_siblings(self, step: int, updates: Mapping[str, float]) -> Iterable[Unusual]:
-        places: dict[str, list[str]] = {}
+    def _off_siblings(self, step: int, updates: Mapping[str, float], shapes: Mapping[str, Any]) -> Iterable[Unusual]:
+        places: dict[tuple[str, Any], list[str]] = {}
         for name in updates:
-            places.setdefault(siblings_of(name), []).append(name)
-        for pattern, names in places.items():
+            places.setdefault((siblings_of(name), shapes.get(name)), []).append(name)
+        for (pattern, _), names in places.items():
             middle = median(updates[name] for name in names)
             if len(names) < 3 or not middle > 0:
                 continue

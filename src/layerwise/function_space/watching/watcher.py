@@ -232,7 +232,10 @@ class Watch:
             share = None if rates is None else rates[name] / (sum(rates.values()) or 1.0)
             modules[name] = ModuleReading(lrs[name], update, rate, share)
         changes = [u.loss_change for u in updates.values() if u.loss_change is not None]
-        unusual = self.rule.judge(step, {name: update.update_rms for name, update in updates.items()})
+        shapes = {
+            name: tuple(taken.parameters[own].shape for own in names) for name, names in by_module(taken.parameters).items()
+        }
+        unusual = self.rule.judge(step, {name: update.update_rms for name, update in updates.items()}, shapes)
         return WatchRecord(step, modules, sum(changes) if changes else None, together, units, unusual)
 
 
