@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -290,6 +291,28 @@ def test_a_recorder_and_a_watch_of_one_step_say_the_same():
     rates = recorder.records[0].rates
     for name, module in watch.records[0].modules.items():
         assert module.rate == sum(rates[f"{name}.{kind}"].value for kind in ("weight", "bias")), name
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_watch_measures_a_step_that_a_recorder_surrounds_as_it_does_alone(every):
+    """It tells of the step once the recorder is through, by when it has dropped the inputs or has the next step's."""
+
+    def watched(surrounded: bool) -> list[dict[str, float | None]]:
+        model = ResNet(16, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        watch = lw.watch(model, optimizer, 1, function_space_every=every)
+        recorder = lw.FunctionSpaceRecorder(model, optimizer, 1, probes=2)
+        for step in range(4):
+            optimizer.zero_grad()
+            backward(model, step)
+            with recorder.step(batch(0)[2]) if surrounded else nullcontext():
+                optimizer.step()
+        assert not watch.skipped
+        return [{name: module.rate for name, module in record.modules.items()} for record in watch.records]
+
+    alone = watched(False)
+    assert all(rate for record in alone[1::every] for rate in record.values())
+    assert watched(True) == alone
 
 
 def test_a_record_and_a_log_show_the_rates_that_the_optimizer_tells():

@@ -57,20 +57,21 @@ class OutputChange:
         self.measurement = Measurement(forward, method, probes, seed, processes=processes)
         self.skipped: dict[int, str] = {}
         self._seen = SeenInputs(model)
-        self._inputs: Any = None
+        #: Those to measure the next step on.
+        self.inputs: Any = None
 
     def expect(self, next_but_one: bool, next_one: bool = False) -> None:
         """Told after each step whether the one after the next, and whether the next one is to be measured."""
         if self.batch is None:
-            self._inputs = self._seen.take() if next_one else None
+            self.inputs = self._seen.take() if next_one else None
             self._seen.listen(next_but_one)
 
-    def measure(self, step: WatchedStep, number: int) -> tuple[dict[str, float] | None, Together | None]:
+    def measure(self, step: WatchedStep, number: int, inputs: Any) -> tuple[dict[str, float] | None, Together | None]:
         """The rate of each module, and the whole; `None, None` where there is nothing to measure, with a note.
 
-        A model that cannot be measured trains on, on one process: the first time a warning says why.
+        `inputs` is what `self.inputs` was before the step. A model that cannot be measured trains on, on one process: the
+        first time a warning says why.
         """
-        inputs, self._inputs = self._inputs, None
         reason = step.why_not()
         try:
             if reason is None and self.batch is not None:

@@ -193,14 +193,17 @@ class Watch:
         if self._step is not None:
             taken, self._step = self._step, None
             taken.note()
-            told = partial(self._tell, self.steps, taken, self._gradients.now, self._gradients.earlier)
+            # Around a step of FLeRM or a recorder the watch tells later, when it expects the next step already.
+            told = partial(self._tell, self.steps, taken, self.outputs.inputs, self._gradients.now, self._gradients.earlier)
             when_over(self.optimizer, told)
         self._gradients.next(self._due(self.steps + 1))
         self._expect()
 
-    def _tell(self, step: int, taken: WatchedStep, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]) -> None:
+    def _tell(
+        self, step: int, taken: WatchedStep, inputs: Any, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
+    ) -> None:
         """Record a step that is over, and hand the record on."""
-        record = self._record(step, taken, now, earlier)
+        record = self._record(step, taken, inputs, now, earlier)
         self.records.append(record)
         if taken.processes.rank:
             return
@@ -218,11 +221,11 @@ class Watch:
             self._before = self.optimizer.register_step_pre_hook(self._before_step)
 
     def _record(
-        self, step: int, taken: WatchedStep, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
+        self, step: int, taken: WatchedStep, inputs: Any, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
     ) -> WatchRecord:
         rates, together = None, None
         if self._function_space_due(step):
-            rates, together = self.outputs.measure(taken, step)
+            rates, together = self.outputs.measure(taken, step, inputs)
         updates = module_updates(update_sums(taken.updates, now, earlier, processes=taken.processes))
         units = unit_rates(self.optimizer, taken.lrs)
         lrs = _effective(taken, units)
