@@ -24,8 +24,7 @@ from layerwise.function_space.measuring.moments import (
     iid,
     kronecker,
 )
-from layerwise.function_space.measuring.outputs import resolve
-from layerwise.function_space.measuring.probes import draw_probes
+from layerwise.function_space.measuring.outputs import draw_probes, resolve
 from layerwise.function_space.measuring.process_group import Collector
 from layerwise.function_space.measuring.runners import LeafRunner, trainable, untouched
 from script import documented_parser

@@ -10,7 +10,6 @@ from torch import Tensor
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
     Estimator,
-    Moments,
     TensorUpdate,
     combine,
 )
@@ -26,7 +25,7 @@ def moments_of_call(model, old: Snapshot, new: Snapshot, method: str, call: int,
     runner = LeafRunner(model, model_output, old)
     outputs = runner.outputs(batch(100 + call), None)
     estimators: dict[str, Estimator] = {name: ESTIMATORS[method](tuple(w.shape)) for name, w in old.items()}
-    found = Collector({name: Moments(estimators[name], TensorUpdate(new[name], old[name])) for name in old})
+    found = Collector({name: TensorUpdate(new[name], old[name]) for name in old}, ESTIMATORS[method])
     probe = torch.tensor(eps, dtype=torch.float64).reshape(outputs.values.shape)
     runner.probe(outputs, iter([probe]), found, memory=0)
     entries = outputs.values.numel()

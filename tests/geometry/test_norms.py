@@ -77,16 +77,6 @@ def test_the_scale_of_a_gradient_changes_only_its_dual_norm(geometry: Geometry, 
 
 
 @geometries
-@pytest.mark.parametrize("shape", [(6, 6), (3, 11), (11, 3), (9, 1), (2, 4, 8)])
-def test_initial_weights_have_norm_one(geometry: Geometry, shape: tuple[int, ...]) -> None:
-    weights = geometry.init(shape, generator=torch.Generator().manual_seed(0))
-    assert weights.shape == shape
-    torch.testing.assert_close(geometry.norm(weights), torch.ones(shape[:-2]), rtol=1e-5, atol=0)
-    again = geometry.init(shape, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
-    assert torch.equal(again, weights.bfloat16())
-
-
-@geometries
 @pytest.mark.parametrize(("d_out", "d_in"), [(24, 24), (12, 40), (40, 12)])
 def test_unit_rms_and_white_noise(geometry: Geometry, d_out: int, d_in: int) -> None:
     noise = torch.randn(50, d_out, d_in, generator=torch.Generator().manual_seed(1))

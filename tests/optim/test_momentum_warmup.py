@@ -109,20 +109,6 @@ def test_a_run_resumed_in_the_warm_up_is_the_run():
     assert_same_bits(tensors(model, optimizer), tensors(other, resumed))
 
 
-def test_a_checkpoint_from_before_goes_on_at_its_momentum():
-    model = net()
-    old = lw.DualMuon(lw.param_groups(model), lr=0.01, momentum_warmup=0)
-    set_gradients(model, 0)
-    old.step()
-    other = copy.deepcopy(model)
-    new = lw.DualMuon(lw.param_groups(other), lr=0.01)
-    new.load_state_dict(copy.deepcopy(old.state_dict()))
-    for some, optimizer in ((model, old), (other, new)):
-        set_gradients(some, 1)
-        optimizer.step()
-    assert_same_bits(tensors(model, old), tensors(other, new))
-
-
 def test_a_group_that_comes_later_warms_up_by_itself():
     early, late = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     hidden = {"layout": lw.param_groups(nn.Linear(4, 4))[0]["layout"], "geometry": lw.Spectral(), "role": "hidden"}

@@ -81,7 +81,8 @@ class Writes(TorchDispatchMode):
     ) -> Any:
         """Run the operation."""
         kwargs = kwargs or {}
-        if _writes(func):
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
             self._before(written(func, args, kwargs))
         return func(*args, **kwargs)
 

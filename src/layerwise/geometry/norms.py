@@ -75,22 +75,6 @@ class Geometry(ABC):
         Dividing a measured dual norm by it removes what the shape alone contributes.
         """
 
-    def init(
-        self,
-        shape: Sequence[int],
-        *,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Random weights of norm one, `shape = [..., d_out, d_in]`: the unit step for a Gaussian matrix."""
-        noise = torch.randn(tuple(shape), generator=generator, device=device)
-        check_stack(noise)
-        return self._unit_init(noise).to(dtype or torch.get_default_dtype())
-
-    def _unit_init(self, noise: Tensor) -> Tensor:
-        return self.lmo(noise)
-
 
 PolarMethod = Annotated[str, f"one of {', '.join(POLAR_METHODS)}", POLAR_METHODS.__contains__]
 NuclearMethod = Annotated[str, f"one of {', '.join(NUCLEAR_METHODS)}", NUCLEAR_METHODS.__contains__]
@@ -147,14 +131,6 @@ class Spectral(Geometry):
     def white_noise_dual(self, d_out: int, d_in: int) -> float:
         """All `min(d_out, d_in)` singular values taken as `sqrt(max(d_out, d_in))` (0.85 of it for a square matrix)."""
         return _spectral_factor(self.taps, d_out, d_in) * min(d_out, d_in) * math.sqrt(max(d_out, d_in))
-
-    def _unit_init(self, noise: Tensor) -> Tensor:
-        """A random semi-orthogonal matrix by QR, signs fixed so that all are equally likely."""
-        tall = noise if noise.size(-2) >= noise.size(-1) else noise.mT
-        q, r = torch.linalg.qr(tall)
-        q = q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
-        q = q if noise.size(-2) >= noise.size(-1) else q.mT
-        return q.mul(_spectral_factor(self.taps, *noise.shape[-2:])).contiguous()
 
 
 @remember

@@ -335,7 +335,8 @@ class LayerwiseOptimizer(Optimizer):
 
         Raises:
             LayerwiseError: where it was made for other parameters or by another optimizer
-                (``layerwise.optim.state.state_dict.KEPT`` are the options that have to be the same).
+                (``layerwise.optim.state.state_dict.KEPT`` and its ``Update.fixed`` are the options that have to be the
+                same).
         """
         self._following.sync(self.param_groups, self.state)  # what was lost comes now
         saving.check_kind(state_dict)

@@ -73,6 +73,8 @@ class Update(ABC):
 
     #: group options that this kind does not read: giving one warns
     unused: ClassVar[tuple[str, ...]] = ("momentum", "nesterov", "scaling", "radius", "rates")
+    #: group options without which its state means something else: a checkpoint loads where they are the same
+    fixed: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def allocate(self, group: Group, name: str, param: Tensor) -> State:
@@ -238,6 +240,7 @@ class Lmo(Update):
     """
 
     unused = ()
+    fixed = ("nesterov", "scaling", "radius")
 
     def __repr__(self) -> str:
         return "lmo"

@@ -27,9 +27,8 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import FORWARD, Adjoint, Change
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
-from layerwise.function_space.measuring.probes import NO_GRAPH
 from layerwise.function_space.measuring.process_group import Collector, Processes
-from layerwise.function_space.measuring.runners import WRITES, Runner, renormalised
+from layerwise.function_space.measuring.runners import NO_GRAPH, WRITES, Runner, renormalised
 
 # What a backward has to be like for a probe, whatever the training loop has set.
 _SETTINGS = {

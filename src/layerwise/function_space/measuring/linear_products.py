@@ -30,14 +30,13 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from layerwise.common.tensors import or_one, wide_dtype
 from layerwise.function_space.measuring.moments import Moments
 from layerwise.function_space.measuring.outputs import Outputs, nodes_of
-from layerwise.function_space.measuring.probes import probes_at_once, run_probes
 from layerwise.function_space.measuring.process_group import Collector
-from layerwise.function_space.measuring.runners import LeafRunner
-from layerwise.function_space.measuring.slices import each_tensor
+from layerwise.function_space.measuring.runners import LeafRunner, probes_at_once, run_probes
 
 
 class ProductRunner(LeafRunner):
@@ -47,6 +46,8 @@ class ProductRunner(LeafRunner):
     quicker to square.
     """
 
+    collector = Collector
+
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
         with Products(leaves):
@@ -55,20 +56,20 @@ class ProductRunner(LeafRunner):
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
         if self.written:
             return None
-        tensors: list[Tensor] = []
-        each_tensor((batches, masks), tensors.append)
-        count = len(tensors[0])
+        parts, tree = tree_flatten((batches, masks))
+        dims = [0 if isinstance(part, Tensor) else None for part in parts]
+        count = next(len(part) for part in parts if isinstance(part, Tensor))
         leaves = {n: p.expand(count, *p.shape).detach().requires_grad_() for n, p in self.points.items()}
-
-        def one(leaves: Mapping[str, Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:
-            left = iter(tensors)
-            batch, mask = each_tensor((batches, masks), lambda _: next(left))
-            with Products(leaves, count):
-                found = self.run(leaves, batch, mask)
-            return (found.values,) if found.mask is None else (found.values, found.mask)
-
-        values, *mask = torch.func.vmap(one)(leaves, tensors)
+        of_slice = partial(self._of_slice, tree=tree, count=count)
+        values, *mask = torch.func.vmap(of_slice, in_dims=(0, dims))(leaves, parts)
         return Outputs(values, mask[0] if mask else None, values.shape[1], leaves)
+
+    def _of_slice(self, leaves: Mapping[str, Tensor], parts: list[Any], tree: TreeSpec, count: int) -> tuple[Tensor, ...]:
+        """What `vmap` maps over slices: the outputs of one of `count`, and their mask if they have one."""
+        batch, mask = tree_unflatten(parts, tree)
+        with Products(leaves, count):
+            found = self.run(leaves, batch, mask)
+        return (found.values,) if found.mask is None else (found.values, found.mask)
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
         found = only_products(outputs.values, outputs.leaves)
@@ -238,7 +239,7 @@ class Products(TorchFunctionMode):
         super().__init__()
         self.names = {id(leaf): name for name, leaf in leaves.items() if leaf.ndim == 2 and type(leaf) is Tensor}
         self.count = count
-        self.level = transforms()  # 0: the batch as it is
+        self.level: Any = _functorch.maybe_current_level()  # None: the batch as it is
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -268,7 +269,7 @@ class Products(TorchFunctionMode):
             return None
         hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
         device = weight.device
-        if hooks is not None or transforms() != self.level or torch.is_autocast_enabled(device.type):
+        if hooks is not None or _functorch.maybe_current_level() != self.level or torch.is_autocast_enabled(device.type):
             return None
         # No estimator of a matrix has more moments than three.
         moments_input = torch.zeros(self.count, 3, dtype=wide_dtype(device), device=device, requires_grad=True)
@@ -299,8 +300,8 @@ class Products(TorchFunctionMode):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         """`scaled_dot_product_attention`, where it has no mask with slices for further examples."""
         attention: Any = torch.nn.functional.scaled_dot_product_attention
-        inner = transforms() != self.level or args or options.get("attn_mask") is not None
-        if inner or any(t.ndim != 4 for t in (query, key, value)):
+        inner = _functorch.maybe_current_level() != self.level
+        if inner or args or options.get("attn_mask") is not None or any(t.ndim != 4 for t in (query, key, value)):
             return attention(query, key, value, *args, **options)
 
         def each(*whole: Tensor) -> Tensor:
@@ -320,9 +321,3 @@ def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Pro
             products[product.name] = product
         uses.update(places[following] for following, _ in node.next_functions if following in places)
     return {name: product for name, product in products.items() if uses[name] == 1}
-
-
-def transforms() -> int:
-    """How many of `torch.func`'s transforms are around this call."""
-    innermost: Any = _functorch.peek_interpreter_stack()
-    return 0 if innermost is None else int(innermost.level())

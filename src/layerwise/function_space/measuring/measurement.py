@@ -18,10 +18,17 @@ from layerwise.common.undisturbed import same_random_numbers
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.linear_products import ProductRunner
-from layerwise.function_space.measuring.moments import ESTIMATORS, Estimator, TensorUpdate, combine
-from layerwise.function_space.measuring.outputs import Forward, Outputs, nothing_counts, resolve, space_name
-from layerwise.function_space.measuring.probes import Distribution, draw_probes
-from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption, collector_for
+from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
+from layerwise.function_space.measuring.outputs import (
+    Distribution,
+    Forward,
+    Outputs,
+    draw_probes,
+    nothing_counts,
+    resolve,
+    space_name,
+)
+from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption
 from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, Runner, untouched
 from layerwise.function_space.measuring.slices import Slices, graphs
 from layerwise.function_space.rates import Rate, Rates
@@ -115,12 +122,10 @@ class Measurement:
             raise LayerwiseError("inputs is an empty list: pass at least one batch")
         if isinstance(inputs, list) and mask is not None:
             raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
-        choose = ESTIMATORS.get(self.method)
-        estimators = {} if choose is None else {name: choose(tuple(u.new.shape)) for name, u in updates.items()}
-        run = Run(self, model, updates, processes, self.seed if seed is None else seed, estimators)
+        run = Run(self, model, updates, processes, self.seed if seed is None else seed)
         try:
             with untouched(model, self.batch_norm, self.autocast), run.runner(at) as runner:
-                if choose is not None:
+                if self.method in ESTIMATORS:
                     return run.probed(runner, batches, mask)
                 found = run.rates(per_tensor(run, runner, batches, mask))
         except Exception as error:
@@ -145,7 +150,6 @@ class Run:
         updates: by parameter name.
         processes: those that measure together.
         seed: of the probes.
-        estimators: of each tensor, where probes are run.
         classes: size of the outputs' last dimension, once outputs were seen.
         dtype: theirs.
         entries: how many of them counted so far, over all processes.
@@ -156,7 +160,6 @@ class Run:
     updates: Mapping[str, TensorUpdate]
     processes: Processes
     seed: int
-    estimators: Mapping[str, Estimator] = field(default_factory=dict)
     classes: int = 1
     dtype: str = ""
     entries: int = 0
@@ -189,7 +192,7 @@ class Run:
             for graph in graphs(self, runner, batch, mask, max(1, count)):
                 slices, drawn = len(graph.entries), len(entries) + len(of_batch)
                 probes = draw_probes(graph.outputs, graph.probes, settings.probe, self.seed, drawn, graph.first_row, slices)
-                sink = collector_for(self.processes, self.estimators, self.updates, settings.method)
+                sink = runner.collector(self.updates, ESTIMATORS[settings.method], self.processes)
                 runner.probe(graph.outputs, probes, sink, settings.memory)
                 for name, moments in sink.moments.items():
                     logs[name].append(moments.logs(graph.probes * slices))
@@ -207,14 +210,14 @@ class Run:
         """Value, standard error and estimator of every tensor, from its log moments under each probe."""
         per_entry = torch.tensor(entries, dtype=torch.float64).log()[:, None]
         shares = torch.tensor(weights, dtype=torch.float64)
-        by_estimator: dict[str, dict[str, Tensor]] = {}
+        by_estimator: dict[tuple[str, tuple[int, ...]], dict[str, Tensor]] = defaultdict(dict)
         for name, rows in self.to_cpu(logs).items():
-            by_estimator.setdefault(self.estimators[name].name, {})[name] = rows - per_entry
+            estimator = ESTIMATORS[self.settings.method](tuple(self.updates[name].new.shape))
+            by_estimator[estimator.name, estimator.exponents][name] = rows - per_entry
         values = {}
-        for estimator, found in by_estimator.items():
-            exponents = self.estimators[next(iter(found))].exponents
+        for (used, exponents), found in by_estimator.items():
             rates = combine(exponents, torch.stack(list(found.values())), shares)
-            values.update({n: (*rate, estimator) for n, rate in zip(found, rates, strict=True)})
+            values.update({n: (*rate, used) for n, rate in zip(found, rates, strict=True)})
         return {name: values[name] for name in logs}
 
     def count(self, outputs: Outputs, slices: int = 1) -> tuple[int, list[int]]:

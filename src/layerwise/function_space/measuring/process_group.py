@@ -7,8 +7,7 @@ squares at the end, so mostly small sums are exchanged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from layerwise.common.tensors import is_sharded
-from layerwise.function_space.measuring.moments import ESTIMATORS, Estimator, Moments, TensorUpdate
+from layerwise.function_space.measuring.moments import Estimator, Moments, TensorUpdate
 
 #: `"auto"`: all processes of torch.distributed where it is initialised, else this one; `None`: this one alone.
 ProcessesOption = Literal["auto"] | dist.ProcessGroup | None
@@ -119,7 +118,10 @@ def processes_of(option: ProcessesOption) -> Processes:
     return ALONE
 
 
-@dataclass(eq=False)
+#: What a tensor of some shape is estimated with.
+Choose = Callable[[tuple[int, ...]], Estimator]
+
+
 class Collector:
     """Takes the gradients of probes on one process by itself, and makes them into moments.
 
@@ -128,8 +130,9 @@ class Collector:
         processes: those that run the same probes, and take as many at once.
     """
 
-    moments: dict[str, Moments]
-    processes: Processes = ALONE
+    def __init__(self, updates: Mapping[str, TensorUpdate], choose: Choose, processes: Processes = ALONE) -> None:
+        self.processes = processes
+        self.moments = {name: Moments(choose(tuple(update.new.shape)), update) for name, update in updates.items()}
 
     def add(self, name: str, grads: Tensor) -> None:
         """The gradients of one tensor under some probes (and slices), `[..., *shape]`."""
@@ -151,31 +154,25 @@ class SharedCollector(Collector):
     shard's own rows are complete; whatever else is made of several shards is added up like the rest.
     """
 
-    def __init__(
-        self,
-        processes: Processes,
-        estimators: Mapping[str, Estimator],
-        updates: Mapping[str, TensorUpdate],
-        method: str,
-    ) -> None:
+    def __init__(self, updates: Mapping[str, TensorUpdate], choose: Choose, processes: Processes = ALONE) -> None:
         self.processes = processes
         self.updates = updates
         self._places: dict[str, tuple[int, int]] = {}  # of shards: the dimension that is cut, and how many hold the same
+        self._order: list[str] = []  # in which the others' gradients are exchanged
         self.moments = {}
         for name, update in updates.items():
-            estimator = estimators[name]
+            estimator = choose(tuple(update.new.shape))
             if is_sharded(update.new):
                 from layerwise.function_space.measuring.fsdp import placement
 
                 self._places[name] = placement(name, update.new, processes)
                 update = update.block(self._places[name][0])
                 # An estimator says of a matrix and of its transpose the same.
-                estimator = ESTIMATORS[method](tuple(update.new.shape))
+                estimator = choose(tuple(update.new.shape))
             elif not estimator.total:
                 update = update.part(processes.rows(len(torch.atleast_1d(update.new))))
+                self._order.insert(0, name)  # gradients are complete in about the reverse order of the parameters
             self.moments[name] = Moments(estimator, update)
-        # Of those that are exchanged: gradients are complete in about the reverse order of the parameters.
-        self._order = [n for n in reversed(list(updates)) if n not in self._places and not estimators[n].total]
         self._turn = 0
         self._waiting: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
@@ -221,15 +218,3 @@ class SharedCollector(Collector):
         together = self.processes.sum_(torch.cat(parts, 1))
         for m, part in zip(self.moments.values(), together.split([p.shape[1] for p in parts], 1), strict=True):
             m.take(part, 0.0)
-
-
-def collector_for(
-    processes: Processes,
-    estimators: Mapping[str, Estimator],
-    updates: Mapping[str, TensorUpdate],
-    method: str,
-) -> Collector:
-    """What takes the gradients, over these processes."""
-    if processes.count > 1 or any(is_sharded(update.new) for update in updates.values()):
-        return SharedCollector(processes, estimators, updates, method)
-    return Collector({name: Moments(estimators[name], update) for name, update in updates.items()})

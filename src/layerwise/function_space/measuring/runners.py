@@ -1,14 +1,16 @@
-"""Running a model at weights of our choice, as it is measured."""
+"""Running a model at weights of our choice, as it is measured, and the gradients of every tensor under probes."""
 
 from __future__ import annotations
 
 import operator
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +20,24 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Adjoint, Change, adjoint, exact_change
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
-from layerwise.function_space.measuring.probes import probes_at_once, run_probes
-from layerwise.function_space.measuring.process_group import Collector
+from layerwise.function_space.measuring.process_group import Collector, SharedCollector
 
 BatchNormMode = Literal["running", "batch"]
 #: What is said of a forward that changes a parameter, as some do to normalise or to clip it.
 WRITES = "the forward writes parameter {!r}, and measuring may not: pass forward= that does not"
+#: What is said where no parameter that is measured reaches the outputs.
+NO_GRAPH = "the outputs do not depend on any trainable parameter: does forward detach them?"
 _RUNNING_STATISTICS = nn.modules.batchnorm._NormBase
 
 
 class Runner(ABC):
-    """How a model is run and differentiated."""
+    """How a model is run and differentiated.
+
+    Attributes:
+        collector: what takes the gradients of probes.
+    """
+
+    collector: ClassVar[type[Collector]] = SharedCollector
 
     @abstractmethod
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
@@ -130,6 +139,72 @@ class LeafRunner(nn.Module, Runner):
         new = {name: update.applied(self.points[name]) for name, update in updates.items()}
         with torch.no_grad():
             return self.run(new, batch, mask)
+
+
+def probes_at_once(outputs: Outputs, leaves: Mapping[str, Tensor], memory: int) -> int:
+    """How many probes' gradients fit into `memory` bytes, the outputs' gradients on the way included."""
+    parameters = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
+    return max(1, memory // max(1, parameters + 4 * outputs.values.numel() * outputs.values.element_size()))
+
+
+def run_probes(
+    outputs: Outputs, leaves: Mapping[str, Tensor], probes: Iterator[Tensor], sink: Collector, at_once: int
+) -> None:
+    """Differentiate the outputs along each probe and hand every tensor's gradients to `sink`.
+
+    Several probes go through one batched backward where they may. Otherwise each gradient is used and freed as soon as it
+    is complete, so that never more than the largest tensor's is held.
+
+    Args:
+        outputs: with their graph.
+        leaves: tensors of our own, whose `.grad` nobody else sees.
+        probes: in the outputs' shape.
+        sink: takes the gradients.
+        at_once: how many probes there is room for, see `probes_at_once`.
+    """
+    if not outputs.values.requires_grad:
+        raise LayerwiseError(NO_GRAPH)
+    at_once = sink.processes.least(at_once)
+    while several := list(islice(probes, at_once)):
+        if len(several) == 1 or not _batched(outputs.values, leaves, several, sink):
+            at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
+            for probe in several:
+                _stream(outputs.values, leaves, probe, sink)
+                sink.done(1)
+        several.clear()  # before the next are drawn
+
+
+def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor], sink: Collector) -> bool:
+    """All these probes in one backward; returns whether every process could."""
+    grads = None
+    with warnings.catch_warnings(), suppress(RuntimeError):
+        warnings.filterwarnings("ignore", message=".*performance drop.*")
+        along, tensors = torch.stack(probes), list(leaves.values())
+        grads = torch.autograd.grad(values, tensors, along, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    if not sink.processes.least(int(grads is not None)) or grads is None:
+        return False
+    for name, grad in zip(leaves, grads, strict=True):
+        if grad is not None:
+            sink.add(name, grad)
+    sink.done(len(probes))
+    return True
+
+
+def _stream(values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, sink: Collector) -> None:
+    """One probe: each gradient is handed over when it is complete."""
+    handles = [leaf.register_post_accumulate_grad_hook(partial(_hand_over, sink, name)) for name, leaf in leaves.items()]
+    try:
+        torch.autograd.backward(values, probe, retain_graph=True, inputs=list(leaves.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _hand_over(sink: Collector, name: str, leaf: Tensor) -> None:
+    grad, leaf.grad = leaf.grad, None
+    if grad is not None:
+        sink.add(name, grad[None])  # slices side by side have a dimension of their own as well
 
 
 def renormalised(model: nn.Module) -> set[str]:

@@ -129,7 +129,9 @@ class WatchedStep:
 def watch(
     model: nn.Module, optimizer: Optimizer, processes: ProcessesOption = "auto", decay: Decay = "scaled"
 ) -> Iterator[WatchedStep]:
-    """Surround one `optimizer.step()`; afterwards the watched step says what it did.
+    """Surround one `optimizer.step()`, and what is done to it (FLeRM redoes the steps that it matches).
+
+    Once that step was taken, the watched one says what it did.
 
     Args:
         model: without the wrappers that `unwrap` sees through.
@@ -138,25 +140,18 @@ def watch(
         decay: see `FLeRM`.
     """
     step = WatchedStep(model, optimizer, processes, decay)
+    waiting: list[Callable[[], None]] | None = None if optimizer in _UNDER_WAY else []
+    # a recorder around FLeRM, or the other way round
+    if waiting is not None:
+        _UNDER_WAY[optimizer] = waiting
     hook = optimizer.register_step_post_hook(step.note)
     try:
         yield step
     finally:
         hook.remove()
-
-
-@contextmanager
-def under_way(optimizer: Optimizer) -> Iterator[None]:
-    """Surrounds a step and what is done to it afterwards: FLeRM redoes the steps that it matches."""
-    if optimizer in _UNDER_WAY:  # a recorder around FLeRM, or the other way round
-        yield
-        return
-    waiting = _UNDER_WAY.setdefault(optimizer, [])
-    try:
-        yield
-    finally:
-        del _UNDER_WAY[optimizer]
-    for function in waiting:
+        if waiting is not None:
+            del _UNDER_WAY[optimizer]
+    for function in waiting or ():
         function()
 
 
@@ -220,9 +215,8 @@ class StepWatcher(ABC):
         if batch is None:
             raise LayerwiseError(f"step {self.steps} is to be measured, and batch is None: give it inputs")
         scheduled = self.steps if self.pending is None else self.pending
-        with under_way(self.optimizer):
-            with watch(self.model, self.optimizer, self.measurement.processes, self.decay) as step:
-                yield
+        with watch(self.model, self.optimizer, self.measurement.processes, self.decay) as step:
+            yield
             reason = step.why_not()
             if reason is None:
                 inputs = batch() if is_supplier(batch) else batch
