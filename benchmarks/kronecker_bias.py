@@ -167,7 +167,7 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
     with untouched(model):
         runner = LeafRunner(model, resolve(forward), trainable(model))
         outputs = runner.outputs(inputs, None)
-        drawn = draw_probes(outputs, probes, "rademacher", seed=0)
+        drawn = draw_probes(outputs, probes, seed=0)
         runner.probe(outputs, drawn, AllEstimators({}), memory=64 << 20)
     found: dict = defaultdict(dict)
     for (name, which), moments in rows.items():

@@ -71,8 +71,8 @@ def test_full_cov_is_within_its_error_on_ranks_0_to_5():
         assert 0 < found[name].stderr < 0.03 * found[name].value
 
 
-@pytest.mark.parametrize(("probe", "slices"), [("gaussian", 1), ("rademacher", 1), ("rademacher", 8)])
-def test_intervals_hold_the_truth_95_times_in_100(probe, slices):
+@pytest.mark.parametrize("slices", [1, 8])
+def test_intervals_hold_the_truth_95_times_in_100(slices):
     """200 seeds x 6 tensors, on the whole batch and on slices of three examples.
 
     A coverage of 0.937 (what 600 seeds find) has a standard deviation of 0.017 over 200.
@@ -85,7 +85,7 @@ def test_intervals_hold_the_truth_95_times_in_100(probe, slices):
     inside = dict.fromkeys(exact, 0)
     pulls = {name: [] for name in exact}
     for seed in range(200):
-        found = function_space_rates(model, update, x, method="full_cov", probes=32, seed=seed, probe=probe, slices=slices)
+        found = function_space_rates(model, update, x, method="full_cov", probes=32, seed=seed, slices=slices)
         for name in exact:
             low, high = found.interval(name)
             inside[name] += low <= exact[name].value <= high
@@ -332,7 +332,7 @@ def test_bad_input_is_one_clear_line():
         ({"update": {"rank2": torch.ones(1)}}, "has shape"),
         ({"method": "fast"}, "'fast'"),
         ({"probes": 0}, "probes=0): give a whole number from 1 on"),
-        ({"probe": "uniform"}, "'uniform'"),
+        ({"probe": 8}, "did you mean 'probes'"),
         ({"forward": "probs"}, "'probs'"),
         ({"batch_norm": "off"}, "'off'"),
         ({"inputs": []}, "at least one batch"),

@@ -18,7 +18,7 @@ def network():
     return model, {name: torch.randn_like(p) for name, p in model.named_parameters()}
 
 
-def all_signs(outputs, count, distribution, seed, first_probe, first_row, slices):
+def all_signs(outputs, count, seed, first_probe, first_row, slices):
     """Every sign vector on the entries that count, over and over: means over them are exact expectations."""
     counted = torch.ones_like(outputs.values) if outputs.mask is None else outputs.mask.to(outputs.values)
     counted = counted.bool().reshape(slices, *outputs.values.shape[slices > 1 :])

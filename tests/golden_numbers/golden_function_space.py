@@ -25,7 +25,6 @@ MEASURED: dict[str, dict[str, Any]] = {
     "iid": {"method": "iid", "probes": 32},
     "exact": {"method": "exact"},
     "log_softmax": {"method": "kronecker", "forward": "log_softmax", "probes": 8},
-    "gaussian": {"method": "kronecker", "probe": "gaussian", "probes": 8, "seed": 3},
     "one slice": {"method": "kronecker", "slices": 1, "probes": 5},
     "three slices": {"method": "kronecker", "slices": 3, "probes": 9},
 }

@@ -75,7 +75,7 @@ class SizeRun:
     @property
     def options(self) -> dict[str, Any]:
         """How a recorder or FLeRM measures: with other probes than the result's, which would hide their own noise."""
-        keys = ("forward", "method", "probes", "probe", "batch_norm", "autocast", "memory", "slices")
+        keys = ("forward", "method", "probes", "batch_norm", "autocast", "memory", "slices")
         found = {key: getattr(self.measurement, key) for key in keys}
         return {**found, "seed": self.measurement.seed + (1 << 20)}
 

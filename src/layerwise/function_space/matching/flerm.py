@@ -30,13 +30,13 @@ from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import NAMED, Forward
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.named_rates import (
+    UNSCHEDULED,
     Decay,
     NamedRates,
     class_name,
     learning_rates,
     require_linear,
     settings_by_name,
-    unscheduled_rate,
     unwrap_optimizer,
 )
 from layerwise.function_space.steps.watched_step import StepWatcher, WatchedStep
@@ -129,7 +129,7 @@ class FLeRM(StepWatcher):
         inferred = {} if base_names is None else infer_depth(self.model)
         self.depth = dict(inferred if depth is None else depth)
         self.sources = sources(list(self.parameters), base_names, self.depth)
-        self.nominal = learning_rates(self.optimizer, self.parameters, unscheduled_rate)
+        self.nominal = learning_rates(self.optimizer, self.parameters, UNSCHEDULED)
         self._check_base()
         self.named = NamedRates(self.optimizer, self.parameters, decay)
         self.reports: list[MatchReport] = []

@@ -22,11 +22,11 @@ from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.steps.named_rates import (
+    UNSCHEDULED,
     NamedRates,
     learning_rates,
     optimized,
     require_linear,
-    unscheduled_rate,
     unwrap_optimizer,
 )
 from layerwise.function_space.steps.watched_step import watch
@@ -124,7 +124,7 @@ def match_lora(
     measured, targets = ({**dict.fromkeys(kept, 0.0), **rates} for rates in (measured, targets))
     noise = rounding_noise({p.dtype for p in parameters.values()})
     decided = decide(measured, targets, negligible, noise, max_change)
-    lrs = learning_rates(optimizer, parameters, unscheduled_rate)
+    lrs = learning_rates(optimizer, parameters, UNSCHEDULED)
     rows = {
         name: Matched(measured[name], targets[name], change, lrs[name] * change, note)
         for name, (change, note) in decided.items()
@@ -257,7 +257,9 @@ def twin(optimizer: Optimizer, model: nn.Module, adapter: str) -> Optimizer:
             kept = {key: value for key, value in group.items() if key not in _OWN}
             if "param_names" in group:
                 kept["param_names"] = held
-            groups.append({**kept, "params": [named[name] for name in held], "lr": unscheduled_rate(group)})
+            groups.append(
+                {**kept, "params": [named[name] for name in held], "lr": float(group.get("initial_lr", group["lr"]))}
+            )
     if not groups:
         raise LayerwiseError(f"the optimizer holds no parameter of the adapter {adapter!r}: make it of this model's")
     kind: Any = type(optimizer)

@@ -36,7 +36,7 @@ from layerwise.common.tensors import or_one, wide_dtype
 from layerwise.function_space.measuring.moments import Moments
 from layerwise.function_space.measuring.outputs import Outputs, nodes_of
 from layerwise.function_space.measuring.process_group import Collector
-from layerwise.function_space.measuring.runners import LeafRunner, probes_at_once, run_probes
+from layerwise.function_space.measuring.runners import LeafRunner
 
 
 class ProductRunner(LeafRunner):
@@ -73,22 +73,22 @@ class ProductRunner(LeafRunner):
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
         found = only_products(outputs.values, outputs.leaves)
-        at_once = probes_at_once(outputs, outputs.leaves, memory)
+        at_once = outputs.probes_at_once(memory)
         products = {
             name: product
             for name, product in found.items()
             if sink.moments[name].estimator.total or (at_once == 1 and product.slices == 1)
         }
-        leaves = {**outputs.leaves, **{name: product.moments_input for name, product in products.items()}}
-        at_once = probes_at_once(outputs, leaves, memory)
-        first = list(islice(probes, at_once))
+        inputs = {name: product.moments_input for name, product in products.items()}
+        outputs = replace(outputs, leaves={**outputs.leaves, **inputs})
+        first = list(islice(probes, outputs.probes_at_once(memory)))
         for name, product in products.items():
             of = sink.moments[name]
             product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output, at_once=len(first))
             sink.moments[name] = product.moments
         probes = chain(first, probes)
         del first
-        run_probes(outputs, leaves, probes, sink, at_once)
+        super().probe(outputs, probes, sink, memory)
 
 
 @dataclass(eq=False)
@@ -303,11 +303,12 @@ class Products(TorchFunctionMode):
         inner = _functorch.maybe_current_level() != self.level
         if inner or args or options.get("attn_mask") is not None or any(t.ndim != 4 for t in (query, key, value)):
             return attention(query, key, value, *args, **options)
+        return self._together(partial(self._attend_in_all, **options), query, key, value)
 
-        def each(*whole: Tensor) -> Tensor:
-            return attention(*(t.flatten(0, 1) for t in whole), **options).unflatten(0, (self.count, -1))
-
-        return self._together(each, query, key, value)
+    def _attend_in_all(self, *whole: Tensor, **options: Any) -> Tensor:
+        """Attention in all slices at once, of `[slices, examples, ...]`."""
+        attention: Any = torch.nn.functional.scaled_dot_product_attention
+        return attention(*(t.flatten(0, 1) for t in whole), **options).unflatten(0, (self.count, -1))
 
 
 def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Product]:

@@ -20,7 +20,6 @@ from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
 from layerwise.function_space.measuring.outputs import (
-    Distribution,
     Forward,
     Outputs,
     draw_probes,
@@ -52,7 +51,6 @@ class Measurement:
             (one forward per tensor).
         probes: how many, over all batches together.
         seed: of the probes; they come from a generator of our own.
-        probe: their distribution, `"rademacher"` (signs) or `"gaussian"`.
         batch_norm: `"running"` (evaluation mode) or `"batch"`: the batch's statistics; the running ones do not move.
         autocast: a dtype to run the forward under; by default none, even inside the caller's autocast.
         memory: bytes that gradients of probes taken together may use.
@@ -73,7 +71,6 @@ class Measurement:
     method: str = "full_cov"
     probes: PositiveInt = 64
     seed: int = 0
-    probe: Distribution = "rademacher"
     batch_norm: BatchNormMode = "running"
     autocast: torch.dtype | None = None
     memory: int = 64 << 20
@@ -191,7 +188,7 @@ class Run:
             total = 0
             for graph in graphs(self, runner, batch, mask, max(1, count)):
                 slices, drawn = len(graph.entries), len(entries) + len(of_batch)
-                probes = draw_probes(graph.outputs, graph.probes, settings.probe, self.seed, drawn, graph.first_row, slices)
+                probes = draw_probes(graph.outputs, graph.probes, self.seed, drawn, graph.first_row, slices)
                 sink = runner.collector(self.updates, ESTIMATORS[settings.method], self.processes)
                 runner.probe(graph.outputs, probes, sink, settings.memory)
                 for name, moments in sink.moments.items():

@@ -14,18 +14,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerwise.common.call import call
-from layerwise.common.tensors import wide_dtype
 from layerwise.errors import LayerwiseError
 
 #: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`.
 Forward = Callable[[nn.Module, Any], Any]
-Distribution = Literal["rademacher", "gaussian"]
 
 _WEYL = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
 _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -46,6 +44,11 @@ class Outputs:
     mask: Tensor | None
     rows: int
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def probes_at_once(self, memory: int) -> int:
+        """How many probes' gradients fit into `memory` bytes, the outputs' gradients on the way included."""
+        parameters = sum(leaf.numel() * leaf.element_size() for leaf in self.leaves.values())
+        return max(1, memory // max(1, parameters + 4 * self.values.numel() * self.values.element_size()))
 
 
 def nodes_of(outputs: Tensor) -> Iterator[Any]:
@@ -170,26 +173,20 @@ def _tensor_of(result: Any) -> Tensor:
 
 
 def draw_probes(
-    outputs: Outputs,
-    count: int,
-    distribution: Distribution,
-    seed: int,
-    first_probe: int = 0,
-    first_row: int = 0,
-    slices: int = 1,
+    outputs: Outputs, count: int, seed: int, first_probe: int = 0, first_row: int = 0, slices: int = 1
 ) -> Iterator[Tensor]:
-    """Independent probes with `E eps eps^T = I` on the entries that count, 0 elsewhere, in the outputs' shape.
+    """Independent probes, random signs on the entries that count, 0 elsewhere, in the outputs' shape.
 
     The outputs' rows are those of the global batch from `first_row` on. Each slice that was run side by side has `count`
     probes of its own, numbered slice by slice. Probes are not divided by sqrt(N): half precision would lose them. `log N`
     is subtracted from the log moments.
     """
-    draw = random_normals if distribution == "gaussian" else random_signs
     parts = outputs.values.detach() if slices > 1 else outputs.values.detach()[None]
     like = parts[0] if parts.ndim > 1 else parts
     rows = range(first_row, first_row + len(like))
     for probe in range(first_probe, first_probe + count):
-        eps = torch.stack([draw((seed, probe + k * count), rows, like) for k in range(slices)]).reshape(outputs.values.shape)
+        signs = [random_signs((seed, probe + k * count), rows, like) for k in range(slices)]
+        eps = torch.stack(signs).reshape(outputs.values.shape)
         yield eps if outputs.mask is None else eps * outputs.mask
 
 
@@ -214,17 +211,6 @@ def random_signs(key: tuple[int, ...], rows: range, like: Tensor) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=like.device)
     bits = (bytes_[:, :, None] >> shifts & 1).flatten(1)[:, :width]
     return bits.to(like.dtype).mul_(2).sub_(1).reshape(like.shape)
-
-
-def random_normals(key: tuple[int, ...], rows: range, like: Tensor) -> Tensor:
-    """Independent standard normal numbers in the shape and dtype of `like`: two from each word (Box and Muller)."""
-    width = math.prod(like.shape[1:])
-    words = random_words(key, rows, -(-width // 2), like.device)
-    wide = wide_dtype(like.device)
-    radius = ((words >> 32 & 0xFFFFFFFF).to(wide) + 0.5).div_(2**32).log_().mul_(-2).sqrt_()
-    angle = (words & 0xFFFFFFFF).to(wide).mul_(2 * math.pi / 2**32)
-    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
-    return pairs.flatten(1)[:, :width].to(like.dtype).reshape(like.shape)
 
 
 def _mixed(z: Tensor) -> Tensor:

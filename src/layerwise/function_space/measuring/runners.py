@@ -125,7 +125,21 @@ class LeafRunner(nn.Module, Runner):
                 raise LayerwiseError(WRITES.format(name))
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
-        run_probes(outputs, outputs.leaves, probes, sink, probes_at_once(outputs, outputs.leaves, memory))
+        """Several probes go through one batched backward where they may, as many as `memory` has room for.
+
+        Otherwise each gradient is used and freed as soon as it is complete, so that never more than the largest tensor's is
+        held.
+        """
+        if not outputs.values.requires_grad:
+            raise LayerwiseError(NO_GRAPH)
+        at_once = sink.processes.least(outputs.probes_at_once(memory))
+        while several := list(islice(probes, at_once)):
+            if len(several) == 1 or not _batched(outputs, several, sink):
+                at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
+                for probe in several:
+                    _stream(outputs, probe, sink)
+                    sink.done(1)
+            several.clear()  # before the next are drawn
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
         return adjoint(partial(self.run, batch=batch, mask=mask), self.points, updates)
@@ -141,60 +155,29 @@ class LeafRunner(nn.Module, Runner):
             return self.run(new, batch, mask)
 
 
-def probes_at_once(outputs: Outputs, leaves: Mapping[str, Tensor], memory: int) -> int:
-    """How many probes' gradients fit into `memory` bytes, the outputs' gradients on the way included."""
-    parameters = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
-    return max(1, memory // max(1, parameters + 4 * outputs.values.numel() * outputs.values.element_size()))
-
-
-def run_probes(
-    outputs: Outputs, leaves: Mapping[str, Tensor], probes: Iterator[Tensor], sink: Collector, at_once: int
-) -> None:
-    """Differentiate the outputs along each probe and hand every tensor's gradients to `sink`.
-
-    Several probes go through one batched backward where they may. Otherwise each gradient is used and freed as soon as it
-    is complete, so that never more than the largest tensor's is held.
-
-    Args:
-        outputs: with their graph.
-        leaves: tensors of our own, whose `.grad` nobody else sees.
-        probes: in the outputs' shape.
-        sink: takes the gradients.
-        at_once: how many probes there is room for, see `probes_at_once`.
-    """
-    if not outputs.values.requires_grad:
-        raise LayerwiseError(NO_GRAPH)
-    at_once = sink.processes.least(at_once)
-    while several := list(islice(probes, at_once)):
-        if len(several) == 1 or not _batched(outputs.values, leaves, several, sink):
-            at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
-            for probe in several:
-                _stream(outputs.values, leaves, probe, sink)
-                sink.done(1)
-        several.clear()  # before the next are drawn
-
-
-def _batched(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor], sink: Collector) -> bool:
+def _batched(outputs: Outputs, probes: list[Tensor], sink: Collector) -> bool:
     """All these probes in one backward; returns whether every process could."""
-    grads = None
+    grads, leaves = None, list(outputs.leaves.values())
     with warnings.catch_warnings(), suppress(RuntimeError):
         warnings.filterwarnings("ignore", message=".*performance drop.*")
-        along, tensors = torch.stack(probes), list(leaves.values())
-        grads = torch.autograd.grad(values, tensors, along, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        grads = torch.autograd.grad(
+            outputs.values, leaves, torch.stack(probes), retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
     if not sink.processes.least(int(grads is not None)) or grads is None:
         return False
-    for name, grad in zip(leaves, grads, strict=True):
+    for name, grad in zip(outputs.leaves, grads, strict=True):
         if grad is not None:
             sink.add(name, grad)
     sink.done(len(probes))
     return True
 
 
-def _stream(values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, sink: Collector) -> None:
+def _stream(outputs: Outputs, probe: Tensor, sink: Collector) -> None:
     """One probe: each gradient is handed over when it is complete."""
+    leaves = outputs.leaves
     handles = [leaf.register_post_accumulate_grad_hook(partial(_hand_over, sink, name)) for name, leaf in leaves.items()]
     try:
-        torch.autograd.backward(values, probe, retain_graph=True, inputs=list(leaves.values()))
+        torch.autograd.backward(outputs.values, probe, retain_graph=True, inputs=list(leaves.values()))
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ measures and matches `lr * u` alone: `lr * wd * W` is taken out of the update, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -26,6 +26,8 @@ _NOT_SETTINGS = frozenset(
         *("layout", "foreach", "fused", "capturable", "differentiable", "step", "k", "momentum_steps", "rounding_seed"),
     }
 )
+#: Where the rate that a group's schedule multiplies stands, the first of these that there is.
+UNSCHEDULED = ("initial_lr", "lr")
 #: Optimizers whose weight decay is decoupled (`W <- W - lr * wd * W`) without a group key that says so.
 _DECOUPLED = frozenset(("AdamW", "Muon", "Lion", "SGDW", "LayerwiseOptimizer"))
 #: Optimizers whose rates are set by name: two that do so would multiply each other's split groups, more each step.
@@ -60,28 +62,19 @@ def group_of(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str
     return {name: by_id[id(p)] for name, p in parameters.items()}
 
 
-def learning_rate(group: Group) -> float:
-    """The group's rate now, as a float."""
-    lr = group["lr"]
-    if lr is None:
-        raise LayerwiseError("a parameter group has lr=None: give it a number (Adafactor: relative_step=False)")
-    return float(lr)
-
-
-def unscheduled_rate(group: Group) -> float:
-    """The rate that the group's schedule multiplies: `initial_lr` where a scheduler has put it, else `lr`."""
-    initial = group.get("initial_lr")
-    return learning_rate(group) if initial is None else float(initial)
-
-
 def learning_rates(
-    optimizer: Optimizer, parameters: Mapping[str, Tensor], rate_of: Callable[[Group], float] = learning_rate
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], keys: Sequence[str] = ("lr",)
 ) -> dict[str, float]:
-    """The rate that a step would take at each parameter now, by name, where its group's is what `rate_of` says."""
+    """The rate that a step would take at each parameter now, by name; under the keys `UNSCHEDULED` without its schedule."""
     # Our optimizers multiply it by `lr_scale` in a step. Before others' steps timm's schedulers have done it.
     ours = any(kind.__name__ == "LayerwiseOptimizer" for kind in type(optimizer).__mro__)
-    groups = group_of(optimizer, parameters)
-    return {name: rate_of(g) * (float(g.get("lr_scale", 1.0)) if ours else 1.0) for name, g in groups.items()}
+    rates = {}
+    for name, group in group_of(optimizer, parameters).items():
+        lr = next((group[key] for key in keys if group.get(key) is not None), None)
+        if lr is None:
+            raise LayerwiseError("a parameter group has lr=None: give it a number (Adafactor: relative_step=False)")
+        rates[name] = float(lr) * (float(group.get("lr_scale", 1.0)) if ours else 1.0)
+    return rates
 
 
 def settings_by_name(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
