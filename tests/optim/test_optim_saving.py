@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -292,3 +293,25 @@ def test_the_state_is_not_kept_where_a_parameter_has_lost_it():
     del state["state"][0]["noise"]
     with pytest.raises(lw.LayerwiseError, match=r"the state of 'embed.weight' holds \['gradients_seen'"):
         optimizer.load_state_dict(state)
+
+
+def test_a_kind_of_update_says_which_options_have_to_be_the_same():
+    @dataclass(frozen=True)
+    class Still(lw.Update):
+        fixed = ("eps",)
+
+        def allocate(self, group, name, param):
+            return {}
+
+        def step(self, jobs, work, keep):
+            pass
+
+    def optimizer(eps, lr):
+        return lw.LayerwiseOptimizer(lw.param_groups(net()), {"default": {"update": Still()}}, lr=lr, eps=eps)
+
+    saved = optimizer(eps=1e-8, lr=0.1).state_dict()
+    same = optimizer(eps=1e-8, lr=0.2)
+    same.load_state_dict(saved)
+    assert {group["lr"] for group in same.param_groups} == {0.1}
+    with pytest.raises(lw.LayerwiseError, match="eps of"):
+        optimizer(eps=1e-6, lr=0.1).load_state_dict(saved)
