@@ -10,7 +10,9 @@ import torch
 from tiny import OPTIMIZERS, assert_same_bits, make, net, take_step, tensors, twin
 
 import layerwise as lw
+from layerwise.geometry import Spectral
 from layerwise.optim.work.job import Lineup
+from layerwise.optim.work.local import GRADIENTS, MatrixJob
 
 
 def trained(steps=2):
@@ -261,3 +263,13 @@ def test_parameters_are_worked_on_together_while_their_momenta_are_the_same(time
             with_momenta(other, optimizer, [momentum])
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("count", "at_once", "sizes"), [(12, 5, [4, 4, 4]), (5, 5, [5]), (7, 3, [2, 2, 3]), (3, 1, [1, 1, 1])]
+)
+def test_batches_are_even_and_keep_the_order(count, at_once, sizes):
+    jobs = [object() for _ in range(count)]
+    pieces = MatrixJob(jobs, GRADIENTS, Spectral(), None).pieces(at_once)
+    assert [len(piece.jobs) for piece in pieces] == sizes
+    assert [job for piece in pieces for job in piece.jobs] == jobs

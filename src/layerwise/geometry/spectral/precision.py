@@ -68,8 +68,8 @@ def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
     return torch.maximum(g.amax(dim, keepdim=True), -g.amin(dim, keepdim=True))
 
 
-def normalised_in(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each matrix divided by its Frobenius norm, so that no singular value exceeds one; zero stays zero.
+def normalised_in(g: Tensor, dtype: torch.dtype, size: float = 1.0) -> Tensor:
+    """Each matrix scaled to a Frobenius norm of `size`, so that no singular value exceeds it; zero stays zero.
 
     Half precision only comes in the end, so that entries are rounded once.
     """
@@ -77,8 +77,8 @@ def normalised_in(g: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bfloat16 and passes_count(g):
         norm: Tensor = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
         if ((norm > 1e-12) & (norm < 1e18)).all():
-            return (g / norm).to(dtype)  # half of the passes over g
+            return (g / (norm / size)).to(dtype)  # half of the passes over g
     # squares of entries beyond 1e19 or below 1e-23 would leave float32's range: the largest is divided out first
     x = g / or_one(largest_entry(g))
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return x.div_(norm.clamp_(min=1.0)).to(dtype)  # at least 1 (the largest entry), except for a zero matrix
+    return x.div_(norm.clamp_(min=1.0) / size).to(dtype)  # at least 1 (the largest entry), except for a zero matrix

@@ -74,11 +74,12 @@ def _iterate(g: Tensor, shifts: tuple[Triple, ...], at_once: int) -> Tensor:
         for step in range(start, end):
             into = q if step == start else p
             s, at_zero, _ = shifts[step]
-            if step > 0:
-                _shifted_square(gram, s, at_zero, into)
+            if step > 0 or unit is None:
+                diagonal = _shifted_square(gram, s, at_zero, into)
             else:  # of `unit Z`, and the polynomial over unit: from here on all is of Z
-                _shifted_square(gram, s * unit**2, at_zero / unit, into, unit**-5)
+                diagonal = _shifted_square(gram, s * unit**2, at_zero / unit, into, unit**-5)
             if step < end - 1:
+                gram.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
                 strip_product(gram, into, spare)
                 strip_product(spare, into, gram)
             if step > start:
@@ -87,21 +88,21 @@ def _iterate(g: Tensor, shifts: tuple[Triple, ...], at_once: int) -> Tensor:
     return x
 
 
-def _rounded(g: Tensor, gram: Tensor, k: float) -> tuple[Tensor, Tensor]:
-    """X in bfloat16, its Gram matrix in `gram`, and how many times Z it is, `[k, 1]` in float32."""
+def _rounded(g: Tensor, gram: Tensor, k: float) -> tuple[Tensor, Tensor | None]:
+    """X in bfloat16, its Gram matrix in `gram`, and how many times Z it is, `[k, 1]` in float32; None where it is Z."""
     if g[0].numel() >= TRACE_FROM:
         x = g.to(torch.bfloat16)
         strip_product(x, x.mT, gram)
         square = gram.diagonal(dim1=-2, dim2=-1).float().sum(-1, keepdim=True)
         if ((square > LEAST) & (square < MOST)).all():
             return x, square.sqrt() * k
-    x = normalised_in(g, torch.bfloat16)
+    x = normalised_in(g, torch.bfloat16, 1 / k)
     strip_product(x, x.mT, gram)
-    return x, torch.full((len(g), 1), k)
+    return x, None
 
 
-def _shifted_square(gram: Tensor, s: Shift, at_zero: Shift, out: Tensor, factor: Tensor | None = None) -> None:
-    """`factor (G + s I)^2 + d I` into out, G left as it was. d is such that a G of zero gives `at_zero`.
+def _shifted_square(gram: Tensor, s: Shift, at_zero: Shift, out: Tensor, factor: Tensor | None = None) -> Tensor:
+    """`factor (G + s I)^2 + d I` into out, d such that a G of zero gives `at_zero`; G keeps s, its diagonal is returned.
 
     Entries of a diagonal are small beside s, so rounding their sums hides them; what it has added goes out again with d.
     """
@@ -109,12 +110,11 @@ def _shifted_square(gram: Tensor, s: Shift, at_zero: Shift, out: Tensor, factor:
     before = diagonal.float()
     diagonal.copy_(before + s)  # rounded once
     added = diagonal - before  # s, and the rounding of its sum with each entry
-    factors = [1.0] if factor is None else factor[:, 0].tolist()
-    if len(set(factors)) == 1:
-        strip_product(gram, gram, out, alpha=factors[0])
+    if factor is None:
+        strip_product(gram, gram, out)
     else:
-        for matrix, into, own in zip(gram, out, factors, strict=True):
+        for matrix, into, own in zip(gram, out, factor[:, 0].tolist(), strict=True):
             strip_product(matrix, matrix, into, alpha=own)
-    diagonal.copy_(before)
     slope = s if factor is None else s * factor
-    out.diagonal(dim1=-2, dim2=-1).add_(added.mul_(-2 * slope).add_(at_zero + s * slope))
+    out.diagonal(dim1=-2, dim2=-1).add_(at_zero + s * slope - added.mul_(2 * slope))
+    return before

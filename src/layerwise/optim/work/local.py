@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,7 @@ from layerwise.common.tensors import remember
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 from layerwise.geometry.spectral.newton_schulz import matrices_at_once
+from layerwise.geometry.spectral.precision import processor_units
 from layerwise.optim.work.job import (
     Anywhere,
     Deviation,
@@ -37,6 +39,9 @@ BATCH_BELOW = 1024
 #: What a batch whose norms are taken may hold: on a GPU little beside a model, on a CPU what stays in the cache (with
 #: 16 MiB the C library hands the memory back after every batch, and 8,000 to 20,000 page faults a step get it again).
 NORM_BYTES = {"cpu": 2**23, "gpu": 2**28}
+#: Beside products in bfloat16 the host's work counts, which is a batch's however large. So where a processor has units for
+#: them, norms (of d = 384; one thread, AMX: 0.90 of their time) have larger ones, and unit steps as many as fit in bfloat16.
+NORM_BYTES_WITH_UNITS = 2**25
 #: Inner products of so many entries are a processor's library's, one by one; smaller ones are a product and a sum of all.
 #: (Four of 384 x 128: 25 against 57 microseconds, of 128 x 128 13 against 10; a batched product of rows and columns: 400.)
 DOT_FROM = 2**14
@@ -183,11 +188,12 @@ class MatrixJob:
         return [replace(self, jobs=[job]) for job in self.jobs]
 
     def pieces(self, at_once: int) -> list[MatrixJob]:
-        """In order, each of at most so many parameters."""
-        if len(self.jobs) <= at_once:
+        """In order, each of at most so many parameters, as even as can be: threads share a batch."""
+        pieces = -(-len(self.jobs) // at_once)
+        if pieces == 1:
             return [self]
-        starts = range(0, len(self.jobs), at_once)
-        return [replace(self, jobs=self.jobs[start : start + at_once]) for start in starts]
+        cuts = pairwise(len(self.jobs) * i // pieces for i in range(pieces + 1))
+        return [replace(self, jobs=self.jobs[start:end]) for start, end in cuts]
 
 
 def deviation_of(job: Job) -> Deviation:
@@ -298,7 +304,8 @@ def directions_at_once(job: MatrixJob) -> int:
     """
     matrices, d_out, d_in = _size(job)
     if job.param.device.type == "cpu":
-        return max(1, matrices_at_once(d_out, d_in, job.param.element_size()) // matrices)
+        size = torch.bfloat16.itemsize if processor_units() else job.param.element_size()
+        return max(1, matrices_at_once(d_out, d_in, size) // matrices)
     return norms_at_once(job) if min(d_out, d_in) < BATCH_BELOW else 1
 
 
@@ -306,6 +313,8 @@ def norms_at_once(job: MatrixJob) -> int:
     """A norm is many small operations however large the matrix; what bounds a batch is that it is a copy."""
     matrices, d_out, d_in = _size(job)
     limit = NORM_BYTES["cpu" if job.param.device.type == "cpu" else "gpu"]
+    if job.param.device.type == "cpu" and processor_units():
+        limit = NORM_BYTES_WITH_UNITS
     return max(1, limit // max(1, d_out * d_in * job.param.element_size()) // matrices)
 
 
