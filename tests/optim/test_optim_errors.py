@@ -1,6 +1,7 @@
 """Bad input: one clear line that names the thing, its value and the mend, and nothing changed."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -145,6 +146,18 @@ def test_each_bad_value_is_named_with_its_mend(case):
 def test_an_option_that_adamw_does_not_have_says_so():
     with pytest.warns(UserWarning, match=r"momentum=0.5 of the group of 'embed.weight' has no effect.*\"lmo\""):
         lw.Muon(lw.param_groups(net(), {"embed.weight": {"momentum": 0.5}}))
+
+
+@pytest.mark.parametrize("preset", [lw.DualMuon, lw.Muon])
+def test_a_geometry_that_adamw_does_not_step_in_says_so(preset):
+    """A table given spectral steps went on with AdamW in silence; what no one asked for is not told of."""
+    with pytest.warns(UserWarning, match=r"geometry=Spectral\(.*of the group of 'embed.weight' has no effect.*\"lmo\""):
+        preset(lw.param_groups(net(), {"embed.weight": lw.Spectral()}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preset(lw.param_groups(net()))
+        preset(lw.param_groups(net(), {"embed.weight": {"geometry": lw.Spectral(), "update": "lmo"}}))
+        preset(lw.param_groups(net(), {"up.weight": {"update": "adamw"}}))
 
 
 @pytest.mark.filterwarnings("ignore:parameters are grouped by shape")

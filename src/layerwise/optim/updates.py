@@ -118,7 +118,7 @@ class AdamW(Update):
     Of a float16 parameter in float32 throughout: ``eps`` and small second moments are 0 in float16, and the step NaN.
     """
 
-    unused = ("momentum", "scaling", "radius", "rates")
+    unused = ("geometry", "momentum", "scaling", "radius", "rates")
 
     def __repr__(self) -> str:
         return "adamw"

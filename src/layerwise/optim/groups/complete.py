@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry import VectorLayout, VectorRMS, group_by_shape
+from layerwise.geometry.declared import default_geometry
 from layerwise.optim.groups.options import DEFAULTS, OPTIONAL, check_group, check_option, check_options, check_parameter
 from layerwise.optim.updates import UPDATES, Update
 from layerwise.optim.work.job import Group
@@ -18,6 +19,8 @@ from layerwise.optim.work.job import Group
 Recipe = Mapping[str, Mapping[str, Any]]
 #: Of matrices inside the network.
 MATRIX_ROLES: Final = ("hidden", "conv", "experts", "lora_A", "lora_B")
+#: Of all else, whose geometry goes by the role alone.
+_PLAIN_ROLES: Final = ("embedding", "head", "vector")
 _NO_OPTIONS = ("params", "param_names", "origin")
 
 
@@ -98,7 +101,9 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
     kind = full["update"]
     update: Update = UPDATES[kind] if isinstance(kind, str) else kind
     full["update"] = update
-    without = {**base, **preset}
+    role = group.get("role")  # a group always has a geometry: was it asked for?
+    plain = default_geometry(role, layout=full["layout"]) if role in _PLAIN_ROLES else full["geometry"]
+    without = {**base, **preset, "geometry": plain}
     for key in update.unused:
         if key in group and group[key] != without[key]:
             warn(
