@@ -3,7 +3,7 @@
     python benchmarks/rate_rule_norms.py                      # about ten minutes on one core
     python benchmarks/rate_rule_norms.py --models llama-tiny --batches 16 --steps 40
 
-Trains small models with `DualMuon(momentum_warmup=0, adamw_nesterov=False)`. Over the ten steps before each of some
+Trains small models with `DualMuon(momentum_warmup=0, adamw_nu=1.0)`. Over the ten steps before each of some
 moments it takes, of every matrix, the mean square of four dual norms, each over its white-noise value: of the direction
 as the step has it (`<u, NewtonSchulz(u)>`), of the direction exactly (singular values), of the gradient, and of the
 difference of two gradients in turn (LANTON's noise). Each gives multipliers by the rule's formula. Writes
@@ -90,7 +90,7 @@ def measure(name: str, batch: int, moments: list[int]) -> list[str]:
     config = Config.model_validate({"model": name, "training": {"seed": 1, "batch_size": batch}})
     data = TextData(config)
     model = build_model(config.model, Examples(data.vocab_size, config.data.seq_len), 1)
-    optimizer = lw.DualMuon(lw.param_groups(model), lr=BASE_RATES[name], momentum_warmup=0, adamw_nesterov=False)
+    optimizer = lw.DualMuon(lw.param_groups(model), lr=BASE_RATES[name], momentum_warmup=0, adamw_nu=1.0)
     watched, factor = Watched(model, optimizer), schedule_factor(config.schedule, config.training.steps)
     sizes = [float(m * n) for p, layout in watched.members for k, m, n in layout.shapes(p.shape) for _ in range(k)]
     rows = []

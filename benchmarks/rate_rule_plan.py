@@ -90,12 +90,12 @@ SECONDS_A_STEP: Final[Mapping[str, float]] = {
 #: What a contender's step takes of that, where it is much more: torch's Muon works in bfloat16, slow on that processor.
 TIMES: Final[Mapping[str, float]] = {"torch's Muon": 2.9}
 
-#: DualMuon as it was: its momentum at 0.95 from the first step on, and AdamW without a look-ahead.
-BEFORE: Final = {"name": "dual-muon", "momentum_warmup": 0, "adamw_nesterov": False}
+#: DualMuon as it was: its momentum at 0.95 from the first step on, and AdamW for the rest.
+BEFORE: Final = {"name": "dual-muon", "momentum_warmup": 0, "adamw_nu": 1.0}
 CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "D-Muon": {"name": "d-muon"},
     "DualMuon": {"name": "dual-muon"},
-    "DualMuon, plain AdamW": {"name": "dual-muon", "adamw_nesterov": False},
+    "DualMuon, plain AdamW": {"name": "dual-muon", "adamw_nu": 1.0},
     "DualMuon, no warm-up": BEFORE,
     # D-Muon with that frame, and with the warm-up alone
     "frame on D-Muon": {
@@ -106,7 +106,7 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "warm-up on D-Muon": {
         "name": "dual-muon",
-        "adamw_nesterov": False,
+        "adamw_nu": 1.0,
         "radius": 1.0,
         "head": 1.0,
         "rates": {"rule": "static", "multipliers": {}},
@@ -240,7 +240,7 @@ def no_warm_up() -> tuple[Trial, ...]:
 
 
 def plain_adamw() -> tuple[Trial, ...]:
-    """`DualMuon` before its AdamW groups had a look-ahead. Adapters have none of them: their runs are `DualMuon`'s."""
+    """`DualMuon` before its AdamW groups were quasi-hyperbolic. Adapters have none of them: their runs are `DualMuon`'s."""
     tried: tuple[tuple[str, int, tuple[float, ...], Iterable[int]], ...] = (
         ("llama-tiny", 300, (0.016,), range(5)),
         ("llama-tiny", 300, (0.0113, 0.032), (1,)),
@@ -443,11 +443,15 @@ STUDIES: Final[Mapping[str, Study]] = {
         "the warm-up of momentum taken apart: D-Muon tuned by role with it",
         warm_up_for_all(),
     ),
-    "look-ahead": Study(
-        "the same with all of `DualMuon`'s frame: AdamW's groups step along a look-ahead too",
-        warm_up_for_all("frame on D-Muon"),
+    "quasi-hyperbolic": Study(
+        "the same with all of `DualMuon`'s frame: AdamW's groups are quasi-hyperbolic too",
+        (
+            *warm_up_for_all("frame on D-Muon"),
+            *(Trial("llama-tiny", "frame on D-Muon", 0.00566, s, 1000, tuple(LLAMA_ROLES_LONGER.items())) for s in (3, 4)),
+            *(Trial("gpt2-tiny", "frame on D-Muon", 0.00566, s, 1000, tuple(GPT2_ROLES_SEARCHED.items())) for s in (0, 2)),
+        ),
     ),
-    "plain AdamW": Study("`DualMuon` as it was before that look-ahead", plain_adamw()),
+    "plain AdamW": Study("`DualMuon` with plain AdamW for the rest", plain_adamw()),
     "no warm-up": Study("`DualMuon` as it was before its momentum warmed up", no_warm_up()),
     "head twice": Study("the constants of before: the head at twice the base rate, not three times", head_twice()),
     "searched": Study(
@@ -503,12 +507,13 @@ STUDIES: Final[Mapping[str, Study]] = {
         ),
     ),
     "longer": Study(
-        "the Llama at 1,000 steps: whether the gain shrinks; rates and factors of roles on seed 1, the best on three seeds",
+        "the Llama at 1,000 steps: whether the gain shrinks; rates and factors of roles on seed 1, the best on five seeds",
         (
-            *(Trial("llama-tiny", "DualMuon", 0.0113, seed, 1000) for seed in (0, 2)),
+            *(Trial("llama-tiny", "DualMuon", 0.0113, seed, 1000) for seed in (0, 2, 3, 4)),
+            *(Trial("llama-tiny", "DualMuon", 0.008, seed, 1000) for seed in (1, 0)),
             *(Trial("llama-tiny", "DualMuon, head x 2", 0.016, seed, 1000) for seed in (0, 2)),
             *(by_role("llama-tiny", 0.00566, seed, LLAMA_ROLES, 1000) for seed in (0, 2)),
-            *(by_role("llama-tiny", 0.00566, seed, LLAMA_ROLES_LONGER, 1000) for seed in (0, 1, 2)),
+            *(by_role("llama-tiny", 0.00566, seed, LLAMA_ROLES_LONGER, 1000) for seed in range(5)),
             *(Trial("llama-tiny", "DualMuon", lr, 1, 1000) for lr in (0.016, 0.0113)),
             *(Trial("llama-tiny", "D-Muon", lr, 1, 1000) for lr in (0.008, 0.00566)),
             by_role("llama-tiny", 0.00566, 1, LLAMA_ROLES_HEAD_6, 1000),
@@ -519,9 +524,11 @@ STUDIES: Final[Mapping[str, Study]] = {
         ),
     ),
     "longer-gpt2": Study(
-        "the GPT-2 at 1,000 steps (seed 1)",
+        "the GPT-2 at 1,000 steps: rates on seed 1, the best on three seeds",
         (
-            *(Trial("gpt2-tiny", "DualMuon", lr, 1, 1000) for lr in (0.0113, 0.016)),
+            *(Trial("gpt2-tiny", "DualMuon", lr, 1, 1000) for lr in (0.0113, 0.008, 0.016)),
+            *(Trial("gpt2-tiny", "DualMuon", 0.0113, seed, 1000) for seed in (0, 2)),
+            *(by_role("gpt2-tiny", 0.00566, seed, GPT2_ROLES_SEARCHED, 1000) for seed in (0, 2)),
             *(by_role("gpt2-tiny", lr, 1, GPT2_ROLES_SEARCHED, 1000) for lr in (0.0113, 0.008, 0.016, 0.00566)),
         ),
     ),
@@ -549,8 +556,12 @@ STUDIES: Final[Mapping[str, Study]] = {
         ),
     ),
     "small": Study(
-        "a Llama of 5.5 M parameters at 1,000 steps (seed 1): whether the gain lasts with size",
+        "a Llama of 5.5 M parameters at 1,000 steps: whether the gain lasts with size; rates and factors of roles on seed 1,"
+        " the best on three seeds",
         (
+            *(Trial("llama-small", "DualMuon", 0.008, seed, 1000) for seed in (0, 2)),
+            Trial("llama-small", "DualMuon", 0.00566, 1, 1000),
+            *(by_role("llama-small", 0.00283, seed, LLAMA_ROLES_LONGER, 1000) for seed in (0, 2)),
             Trial("llama-small", "DualMuon", 0.0113, 1, 1000),
             by_role("llama-small", 0.00566, 1, LLAMA_ROLES, 1000),
             *(by_role("llama-small", lr, 1, LLAMA_ROLES_LONGER, 1000) for lr in (0.00566, 0.004, 0.00283)),

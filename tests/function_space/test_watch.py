@@ -107,7 +107,7 @@ def test_effective_rates_are_what_the_optimizer_makes_of_the_groups(kind):
 
 def test_rates_told_of_a_head_at_three_times_the_rate_are_those_of_its_steps():
     model = ResNet(16, 3)
-    optimizer = lw.DualMuon(lw.param_groups(model, batch(0)[0]), lr=1e-2, weight_decay=0.1, adamw_nesterov=False)
+    optimizer = lw.DualMuon(lw.param_groups(model, batch(0)[0]), lr=1e-2, weight_decay=0.1, adamw_nu=1.0)
     recorder, flerm = lw.FunctionSpaceRecorder(model, optimizer, probes=8), lw.FLeRM(model, optimizer, probes=8)
     backward(model, 0)
     old = model.out.weight.detach().clone()

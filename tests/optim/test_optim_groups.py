@@ -65,7 +65,7 @@ def moved_by(optimizer, model):
 def test_a_loop_that_writes_one_rate_into_all_groups_leaves_dual_muons_head_its_factor(given, factor):
     """As nanoGPT's loop does. A scale of one's own multiplies the factor, a rate of one's own stands in its place."""
     model = net()
-    optimizer = lw.DualMuon(lw.param_groups(model, {"role:head": given}), lr=1.0, weight_decay=0.0, adamw_nesterov=False)
+    optimizer = lw.DualMuon(lw.param_groups(model, {"role:head": given}), lr=1.0, weight_decay=0.0, adamw_nu=1.0)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     moved = moved_by(optimizer, model)

@@ -113,12 +113,12 @@ class PlannedStep:
 
 @dataclass(frozen=True, repr=False)
 class AdamW(Update):
-    """torch's AdamW, called as a function on our state; with Nesterov's look-ahead where the group has ``nesterov``.
+    """torch's AdamW, called as a function on our state; quasi-hyperbolic where the group has a ``nu`` below 1.
 
     Of a float16 parameter in float32 throughout: ``eps`` and small second moments are 0 in float16, and the step NaN.
     """
 
-    unused = ("geometry", "momentum", "scaling", "radius", "rates")
+    unused = ("geometry", "momentum", "nesterov", "scaling", "radius", "rates")
 
     def __repr__(self) -> str:
         return "adamw"
@@ -144,7 +144,8 @@ class AdamW(Update):
                 together.setdefault(key, []).append(job)
         steps: list[PlannedStep] = []
         for (_, _, device), some in together.items():
-            kind, limit = (_LookAheadStep, CHUNK_BYTES) if some[0].group["nesterov"] else (_AdamWStep, math.inf)
+            mixed = some[0].group.get("nu", 1.0) < 1.0
+            kind, limit = (_QuasiHyperbolicStep, CHUNK_BYTES) if mixed else (_AdamWStep, math.inf)
             steps += [kind(self, chunk) for chunk in chunks(some, ADAMW_BYTES if device == "cpu" else limit)]
         return steps
 
@@ -189,12 +190,11 @@ class _AdamWStep(PlannedStep):
             store(job, param)
 
 
-class _LookAheadStep(PlannedStep):
-    """AdamW along Nesterov's look-ahead (NAdam: Dozat, 2016) of parameters of one group and one dtype.
+class _QuasiHyperbolicStep(PlannedStep):
+    """QHAdam's step (Ma and Yarats, arXiv 1810.06801) with decoupled decay, of parameters of one group and one dtype.
 
-    ``U = b1 M / (1 - b1^(t + 1)) + (1 - b1) G / (1 - b1^t)``, and a step ``-lr U / (sqrt(V / (1 - b2^t)) + eps)``, where t
-    are a parameter's steps; the first one's where reading them would wait for the device: latecomers' first steps are then
-    shorter.
+    ``U = nu M / (1 - b1^t) + (1 - nu) G``, and a step ``-lr U / (sqrt(V / (1 - b2^t)) + eps)``, where t are a parameter's
+    steps; the first one's where reading them would wait for the device: latecomers' first steps are then shorter.
     """
 
     def take(self, work: MatrixWork, keep: Tensor | None) -> None:
@@ -205,7 +205,7 @@ class _LookAheadStep(PlannedStep):
         squared = list(torch._foreach_mul(grads, grads))
         if keep is not None:  # a lerp from a number to itself changes nothing
             grads, squared = select_all(keep, grads, averages), select_all(keep, squared, squares)
-        (beta1, beta2), steps = group["betas"], [job.state["step"] for job in jobs]
+        (beta1, beta2), nu, steps = group["betas"], group["nu"], [job.state["step"] for job in jobs]
         torch._foreach_lerp_(averages, grads, 1.0 - beta1)
         torch._foreach_lerp_(squares, squared, 1.0 - beta2)
         torch._foreach_add_(steps, 1.0 if keep is None else [keep.to(steps[0])] * len(steps))
@@ -213,23 +213,23 @@ class _LookAheadStep(PlannedStep):
         taken = [float(step) for step in steps] if at_hand else steps[0]
         if at_hand and len(set(taken)) == 1:
             taken = taken[0]
-        ahead = torch._foreach_mul(averages, _corrected(beta1, beta1, taken, 1))
-        torch._foreach_add_(ahead, torch._foreach_mul(grads, _corrected(1.0 - beta1, beta1, taken)))
+        direction = torch._foreach_mul(averages, _corrected(nu, beta1, taken))
+        torch._foreach_add_(direction, grads, alpha=1.0 - nu)
         sizes = torch._foreach_mul(squares, _corrected(1.0, beta2, taken))
         torch._foreach_sqrt_(sizes)
         torch._foreach_add_(sizes, group["eps"])
-        torch._foreach_div_(ahead, sizes)
-        move(jobs, ahead, keep)
+        torch._foreach_div_(direction, sizes)
+        move(jobs, direction, keep)
         for held, values in zip(own, (averages, squares), strict=True):
             if not all(map(is_, held, values)):
                 torch._foreach_copy_(held, values)
 
 
-def _corrected(weight: float, beta: float, taken: list[float] | float | Tensor, more: int = 0) -> Any:
-    """``weight / (1 - beta^(t + more))`` at the step, or the steps, taken."""
+def _corrected(weight: float, beta: float, taken: list[float] | float | Tensor) -> Any:
+    """``weight / (1 - beta^t)`` at the step, or the steps, taken."""
     if isinstance(taken, list):
-        return [weight / (1.0 - beta ** (t + more)) for t in taken]
-    return weight / (1.0 - beta ** (taken + more))
+        return [weight / (1.0 - beta**t) for t in taken]
+    return weight / (1.0 - beta**taken)
 
 
 @dataclass(frozen=True, repr=False)

@@ -24,7 +24,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "weight_decay": 0.0,  # decoupled: a step multiplies the weights by 1 - lr * weight_decay
     "update": "lmo",  # the kind: "lmo", the geometry's unit step of the momentum; "adamw"; or an Update
     "momentum": 0.95,  # lmo: weight of the old average, M <- momentum * M + (1 - momentum) * G
-    "nesterov": False,  # step along momentum * M + (1 - momentum) * G instead of M; adamw: with the first of its betas
+    "nesterov": False,  # lmo: step along momentum * M + (1 - momentum) * G instead of M
     "scaling": "unit",  # lmo: static factor by shape, see layerwise.optim.scaling
     "radius": 1.0,  # lmo: static factor by group (Scion's radius)
     "rates": None,  # lmo: the rule that sets each unit's rate; None keeps every multiplier at 1
@@ -52,9 +52,10 @@ TORCH_KEYS: Final = (
 )
 
 #: Options that a group has only where it was given them: "lr_scale" multiplies the rate of every step, and nobody else
-#: writes it; "momentum_warmup" is over how many steps the momentum grows, and "momentum_steps" counts them; "rounding" of
-#: bfloat16 weights, "rounding_seed" moves on with every step. Groups without are saved as always.
-OPTIONAL: Final = ("lr_scale", "momentum_warmup", "momentum_steps", "rounding", "rounding_seed")
+#: writes it; "momentum_warmup" is over how many steps the momentum grows, and "momentum_steps" counts them; "nu" is what
+#: AdamW's average counts in its step, the gradient the rest (1 without it); "rounding" of bfloat16 weights, "rounding_seed"
+#: moves on with every step. Groups without are saved as always.
+OPTIONAL: Final = ("lr_scale", "momentum_warmup", "momentum_steps", "nu", "rounding", "rounding_seed")
 _OPTIONS: Final = (*DEFAULTS, *OPTIONAL)
 
 #: Options of torch's optimizers that change a step and that ours do not have: a true one must not be lost in silence.
@@ -133,6 +134,9 @@ _TYPES: Final[dict[str, Any]] = {
     "momentum_warmup": _Whole,
     "momentum_steps": _Whole,
     "nesterov": bool,
+    "nu": Annotated[
+        float, "a number from 0 to 1: the weight of the average in the step", lambda number: 0.0 <= number <= 1.0
+    ],
     "update": Annotated[
         str | Update, f"{_one_of(UPDATES)}, or a layerwise.Update", lambda kind: isinstance(kind, Update) or kind in UPDATES
     ],

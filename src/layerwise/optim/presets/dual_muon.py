@@ -20,6 +20,8 @@ DUAL_MUON_RADIUS: Final = 0.55
 DUAL_MUON_HEAD: Final = 3.0
 #: Steps over which its momentum grows, likewise.
 DUAL_MUON_MOMENTUM_WARMUP: Final = 200
+#: Weight of the average in the step of its AdamW groups: QHAdam's own recommendation.
+DUAL_MUON_NU: Final = 0.7
 
 
 @register_optimizer("dual-muon", title="Dual Muon", rates=DualNormAdaptive)
@@ -29,7 +31,7 @@ class DualMuon(LayerwiseOptimizer):
     D-Muon's frame, with four differences. Each matrix has the rate that its own dual norm, which the step computes anyway,
     gives it among the others. Groups have rates of their own: a matrix in the middle has 0.55 ``lr``, embedding and vectors
     ``lr``, the head, a tied one too, three times ``lr`` (its ``lr_scale``, so that a loop may write one rate into all
-    groups). The momentum of matrices warms up. And AdamW's groups step along a look-ahead, as matrices do.
+    groups). The momentum of matrices warms up. And AdamW's groups step along a mixture of average and gradient (QHAdam).
 
     Args:
         params: ``layerwise.param_groups(model)``.
@@ -42,7 +44,7 @@ class DualMuon(LayerwiseOptimizer):
         nesterov: step along Nesterov's look-ahead.
         weight_decay: decoupled, at the group's rate.
         adamw_betas: of the AdamW groups.
-        adamw_nesterov: they too step along a look-ahead (NAdam: Dozat, 2016).
+        adamw_nu: weight of the average in their step, the rest is the gradient's (QHAdam, arXiv 1810.06801); 1: AdamW.
         adamw_eps: theirs.
         nonfinite: ``"raise"`` or ``"skip"``.
         rounding: of bfloat16 weights, ``"nearest"`` or ``"stochastic"``.
@@ -65,18 +67,19 @@ class DualMuon(LayerwiseOptimizer):
         radius: float = DUAL_MUON_RADIUS,
         head: float = DUAL_MUON_HEAD,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
-        adamw_nesterov: bool = True,
+        adamw_nu: float = DUAL_MUON_NU,
         adamw_eps: float = 1e-8,
         rates: RateRule | None = DualNormAdaptive(),  # noqa: B008 (frozen)
         nonfinite: str = "raise",
         rounding: str = "nearest",
     ) -> None:
         check_option("radius", head, called="head")
+        check_option("nu", adamw_nu, called="adamw_nu")
         check_option("momentum_warmup", momentum_warmup, called="momentum_warmup")
         matrices = {"scaling": "rms_0.2", "radius": radius, "momentum": momentum, "nesterov": nesterov}
         if momentum_warmup:
             matrices["momentum_warmup"] = momentum_warmup
-        rest = {"betas": adamw_betas, "eps": adamw_eps, "nesterov": adamw_nesterov}
+        rest = {"betas": adamw_betas, "eps": adamw_eps, "nu": adamw_nu}
         recipe = {
             **matrices_and_the_rest({**matrices, "rates": rates}, rest),
             "head": {"update": "adamw", **rest, "lr_scale": head},
