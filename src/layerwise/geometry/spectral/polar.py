@@ -8,7 +8,6 @@ Newton-Schulz iterations reach it with matrix products alone: each step applies 
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -58,9 +57,8 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str
         raise LayerwiseError(f"polar path {path!r} is unknown; choose one of {', '.join(PATHS)}")
     if precision not in PRECISIONS:
         raise LayerwiseError(f"polar precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
-    if not (
-        torch.compiler.is_compiling() or (isinstance(scale, Real) and not isinstance(scale, bool) and 0.0 < scale < math.inf)
-    ):
+    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if not (torch.compiler.is_compiling() or (is_number and 0.0 < scale < math.inf)):
         raise LayerwiseError(f"polar scale={scale!r}: give a finite number above 0")
     if g.numel() == 0:
         return torch.zeros_like(g)
