@@ -326,6 +326,13 @@ def test_table_keeps_apart_what_differs_and_leaves_numbers_inside_names():
     assert "x1.1.weight" in text
 
 
+def test_notebook_table_is_escaped_html():
+    html = describe(Model())._repr_html_()
+    assert html.startswith("<table>")
+    assert html.count("<tr>") == html.count("</tr>") == 7
+    assert "blocks.{0-1}.mlp.weight" in html
+
+
 def test_meta_parameters_and_sharded_parameters_need_no_data(tmp_path):
     with torch.device("meta"):
         model = Model()

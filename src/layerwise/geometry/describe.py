@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from layerwise.common.checked import checked
@@ -100,6 +101,17 @@ class Description:
         notes = [f"  {line}" for line in self.notes()]
         said = [f"  {self.said}"] if self.said else []
         return "\n".join([_text(_alike(self.rows)), "", self.summary(), *said, *notes])
+
+    def _repr_html_(self) -> str:
+        lines = [_cells(name, rows) for name, rows in _alike(self.rows)]
+        head = "".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in _HEADER)
+        body = "".join(
+            "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
+        )
+        notes = "".join(f"<li>{escape(line)}</li>" for line in self.notes())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{escape(self.summary())}</p>" + (
+            f"<ul>{notes}</ul>" if notes else ""
+        )
 
 
 @checked
