@@ -507,7 +507,8 @@ STUDIES: Final[Mapping[str, Study]] = {
         ),
     ),
     "longer": Study(
-        "the Llama at 1,000 steps: whether the gain shrinks; rates and factors of roles on seed 1, the best on five seeds",
+        "the Llama at 1,000 steps: whether the gain shrinks; rates and factors of roles on seed 1,"
+        " the best on up to five seeds",
         (
             *(Trial("llama-tiny", "DualMuon", 0.0113, seed, 1000) for seed in (0, 2, 3, 4)),
             *(Trial("llama-tiny", "DualMuon", 0.008, seed, 1000) for seed in (1, 0)),
@@ -524,7 +525,7 @@ STUDIES: Final[Mapping[str, Study]] = {
         ),
     ),
     "longer-gpt2": Study(
-        "the GPT-2 at 1,000 steps: rates on seed 1, the best on three seeds",
+        "the GPT-2 at 1,000 steps: rates on seed 1, the best on up to three seeds",
         (
             *(Trial("gpt2-tiny", "DualMuon", lr, 1, 1000) for lr in (0.0113, 0.008, 0.016)),
             *(Trial("gpt2-tiny", "DualMuon", 0.0113, seed, 1000) for seed in (0, 2)),
@@ -557,7 +558,7 @@ STUDIES: Final[Mapping[str, Study]] = {
     ),
     "small": Study(
         "a Llama of 5.5 M parameters at 1,000 steps: whether the gain lasts with size; rates and factors of roles on seed 1,"
-        " the best on three seeds",
+        " the best on up to three seeds",
         (
             *(Trial("llama-small", "DualMuon", 0.008, seed, 1000) for seed in (0, 2)),
             Trial("llama-small", "DualMuon", 0.00566, 1, 1000),

@@ -81,8 +81,7 @@ class Writes(TorchDispatchMode):
     ) -> Any:
         """Run the operation."""
         kwargs = kwargs or {}
-        schema = getattr(func, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if _writes(func):
             self._before(written(func, args, kwargs))
         return func(*args, **kwargs)
 

@@ -24,6 +24,7 @@ from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.steps.named_rates import (
     UNSCHEDULED,
     NamedRates,
+    group_rate,
     learning_rates,
     optimized,
     require_linear,
@@ -257,9 +258,7 @@ def twin(optimizer: Optimizer, model: nn.Module, adapter: str) -> Optimizer:
             kept = {key: value for key, value in group.items() if key not in _OWN}
             if "param_names" in group:
                 kept["param_names"] = held
-            groups.append(
-                {**kept, "params": [named[name] for name in held], "lr": float(group.get("initial_lr", group["lr"]))}
-            )
+            groups.append({**kept, "params": [named[name] for name in held], "lr": group_rate(group, UNSCHEDULED)})
     if not groups:
         raise LayerwiseError(f"the optimizer holds no parameter of the adapter {adapter!r}: make it of this model's")
     kind: Any = type(optimizer)

@@ -70,11 +70,16 @@ def learning_rates(
     ours = any(kind.__name__ == "LayerwiseOptimizer" for kind in type(optimizer).__mro__)
     rates = {}
     for name, group in group_of(optimizer, parameters).items():
-        lr = next((group[key] for key in keys if group.get(key) is not None), None)
-        if lr is None:
-            raise LayerwiseError("a parameter group has lr=None: give it a number (Adafactor: relative_step=False)")
-        rates[name] = float(lr) * (float(group.get("lr_scale", 1.0)) if ours else 1.0)
+        rates[name] = group_rate(group, keys) * (float(group.get("lr_scale", 1.0)) if ours else 1.0)
     return rates
+
+
+def group_rate(group: Group, keys: Sequence[str]) -> float:
+    """A group's rate: what stands under the first of these keys that there is."""
+    lr = next((group[key] for key in keys if group.get(key) is not None), None)
+    if lr is None:
+        raise LayerwiseError("a parameter group has lr=None: give it a number (Adafactor: relative_step=False)")
+    return float(lr)
 
 
 def settings_by_name(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:

@@ -153,6 +153,11 @@ def in_own_order(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
     return {**state_dict, "param_groups": ordered}
 
 
+def _kept(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options of a group that loading leaves as they are."""
+    return (*KEPT, *group["update"].fixed)
+
+
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Of a group, in the form in which it is saved."""
     kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -170,7 +175,7 @@ def _check_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             counts = f"{len(saved['params'])} parameters in it and {len(group['params'])} here"
             raise _other(f"a group that starts with {first!r} has {counts}{_names_in_one(groups, saved_groups)}")
         _check_names(group["param_names"], saved.get("param_names"))
-        for key in (*KEPT, *group["update"].fixed):
+        for key in _kept(group):
             live = repr(group[key]) if key in DESCRIBED else group[key]
             if key not in saved or saved[key] != live:
                 first = next(iter(group["param_names"]), "an empty group")
@@ -247,7 +252,7 @@ def load(
         loaded.update(found)
         return {key: value for key, value in found.items() if key != SKIPPED}
 
-    live = [{key: group[key] for key in (*KEPT, *group["update"].fixed, "param_names")} for group in optimizer.param_groups]
+    live = [{key: group[key] for key in (*_kept(group), "param_names")} for group in optimizer.param_groups]
     before = [dict(group) for group in optimizer.param_groups]
     lrs = [group["lr"] for group in optimizer.param_groups]
     own = {param: dict(state) for param, state in optimizer.state.items()}
@@ -364,7 +369,7 @@ def _fits(mine: Any, theirs: Any, rows_are_entries: bool) -> bool:
 def _set_options(group: dict[str, Any], saved: dict[str, Any]) -> None:
     """Rates, decay and what schedulers keep, as in a strict load."""
     for key, value in saved.items():
-        if key in ("params", "param_names", *KEPT, *group["update"].fixed):
+        if key in ("params", "param_names", *_kept(group)):
             continue
         lr = group.get(key)
         group[key] = lr.fill_(value) if isinstance(lr, Tensor) else value
