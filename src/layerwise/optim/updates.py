@@ -75,6 +75,8 @@ class Update(ABC):
     unused: ClassVar[tuple[str, ...]] = ("momentum", "nesterov", "scaling", "radius", "rates")
     #: group options without which its state means something else: a checkpoint loads where they are the same
     fixed: ClassVar[tuple[str, ...]] = ()
+    #: group options that do not begin in mid-run: a group loses them with a checkpoint that has no word of them
+    from_start: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def allocate(self, group: Group, name: str, param: Tensor) -> State:
@@ -119,6 +121,7 @@ class AdamW(Update):
     """
 
     unused = ("geometry", "momentum", "nesterov", "scaling", "radius", "rates")
+    from_start = ("nu",)
 
     def __repr__(self) -> str:
         return "adamw"
@@ -241,6 +244,7 @@ class Lmo(Update):
 
     unused = ()
     fixed = ("nesterov", "scaling", "radius")
+    from_start = ("momentum_warmup", "momentum_steps")
 
     def __repr__(self) -> str:
         return "lmo"

@@ -265,8 +265,8 @@ def load(
         group.update(kept)
         if "lr_scale" in recipe.get(group["role"], {}):  # in 0.1.0's checkpoints it is inside the rate
             group.setdefault("lr_scale", 1.0)
-        # The user's own keys, and options that are newer than it; but what it had no word of does not begin in mid-run.
-        for key in old.keys() - group.keys() - {*TORCH_KEYS, "momentum_warmup", "momentum_steps", "nu"}:
+        # The user's own keys, and options that are newer than it; but for those that would begin in mid-run.
+        for key in old.keys() - group.keys() - {*TORCH_KEYS, *group["update"].from_start}:
             group[key] = old[key]
         if isinstance(lr, Tensor):
             group["lr"] = lr.fill_(group["lr"])

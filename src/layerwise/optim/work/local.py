@@ -37,11 +37,10 @@ from layerwise.optim.work.job import (
 #: here: the Muon literature's number.
 BATCH_BELOW = 1024
 #: What a batch whose norms are taken may hold: on a GPU little beside a model, on a CPU what stays in the cache (with
-#: 16 MiB the C library hands the memory back after every batch, and 8,000 to 20,000 page faults a step get it again).
-NORM_BYTES = {"cpu": 2**23, "gpu": 2**28}
-#: Beside products in bfloat16 the host's work counts, which is a batch's however large. So where a processor has units for
-#: them, norms (of d = 384; one thread, AMX: 0.90 of their time) have larger ones, and unit steps as many as fit in bfloat16.
-NORM_BYTES_WITH_UNITS = 2**25
+#: 16 MiB the C library hands the memory back after every batch, and 8,000 to 20,000 page faults a step get it again). Where
+#: a processor has units for bfloat16, the host's work, which is a batch's however large, counts beside products: larger ones
+#: (norms of d = 384; one thread, AMX: 0.90 of their time). Unit steps have as many there as fit in bfloat16.
+NORM_BYTES = {"cpu": 2**23, "cpu with units": 2**25, "gpu": 2**28}
 #: Inner products of so many entries are a processor's library's, one by one; smaller ones are a product and a sum of all.
 #: (Four of 384 x 128: 25 against 57 microseconds, of 128 x 128 13 against 10; a batched product of rows and columns: 400.)
 DOT_FROM = 2**14
@@ -312,10 +311,8 @@ def directions_at_once(job: MatrixJob) -> int:
 def norms_at_once(job: MatrixJob) -> int:
     """A norm is many small operations however large the matrix; what bounds a batch is that it is a copy."""
     matrices, d_out, d_in = _size(job)
-    limit = NORM_BYTES["cpu" if job.param.device.type == "cpu" else "gpu"]
-    if job.param.device.type == "cpu" and processor_units():
-        limit = NORM_BYTES_WITH_UNITS
-    return max(1, limit // max(1, d_out * d_in * job.param.element_size()) // matrices)
+    on = "gpu" if job.param.device.type != "cpu" else "cpu with units" if processor_units() else "cpu"
+    return max(1, NORM_BYTES[on] // max(1, d_out * d_in * job.param.element_size()) // matrices)
 
 
 def _size(job: MatrixJob) -> tuple[int, int, int]:
