@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import layerwise as lw
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder, function_space_rates
 from layerwise.function_space.measuring.measurement import Measurement
@@ -474,3 +475,90 @@ def test_of_a_tuple_the_model_gets_as_many_as_it_takes():
     with pytest.raises(RuntimeError) as raised:
         function_space_rates(model, update, [x, y])
     assert "a list, which is several batches" in raised.value.__notes__[0]
+
+
+class SeveralResults(nn.Linear):
+    """Returns what `make` makes of its outputs, as nanoGPT does of logits and a loss."""
+
+    def __init__(self, make):
+        super().__init__(3, 2)
+        self.make = make
+
+    def forward(self, x, targets=None):
+        return self.make(super().forward(x).tanh())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda y: (y, y.square().mean()),
+        lambda y: (y, None),
+        lambda y: [y, None, y.sum(), 0.5],
+        lambda y: {"loss": y.sum(), "logits": y},
+    ],
+)
+@pytest.mark.parametrize("method", ["full_cov", "exact", "difference"])
+def test_the_one_output_among_a_loss_and_nothing_is_taken(make, method):
+    torch.manual_seed(0)
+    model, x = SeveralResults(make), torch.randn(8, 3)
+    update = {name: 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
+    found = function_space_rates(model, update, (x, x[:, 0]), method=method, probes=8)
+    model.make = lambda y: y
+    assert found == function_space_rates(model, update, x, method=method, probes=8)
+
+
+def test_recorders_matching_and_watches_take_the_output_of_a_tuple():
+    """The same losses and records as of the model without its tuple, in a loop that has the loss from the model."""
+
+    def run(make):
+        torch.manual_seed(0)
+        model = SeveralResults(make)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        flerm = FLeRM(model, optimizer, probes=4)
+        watch = lw.watch(model, optimizer, every=1, function_space_every=1)
+        recorder = FunctionSpaceRecorder(model, optimizer, every=1, probes=4)
+        for _ in range(3):
+            x = torch.randn(8, 3)
+            outputs = model(x)
+            (outputs[1] if isinstance(outputs, tuple) else outputs.square().mean()).backward()
+            with flerm.step(x), recorder.step(x):
+                optimizer.step()
+        assert not watch.skipped
+        rates = [record.rates for record in recorder.records]
+        return model.weight, rates, flerm.learning_rates(), [record.together for record in watch.records]
+
+    (weight, *found), (same_weight, *same) = run(lambda y: (y, y.square().mean())), run(lambda y: y)
+    assert torch.equal(weight, same_weight)
+    assert found == same
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda y: (y, y.sum(0)), r"\(Tensor\[4, 2\], Tensor\[2\]\), .*: model\(\*inputs\[:2\]\)\[0\]"),
+        (lambda y: (y.sum(), y), r"\(Tensor\[\], Tensor\[4, 2\]\), .*: model\(\*inputs\[:2\]\)\[1\]"),
+        (lambda y: (y.sum(), None), r"\(Tensor\[\], None\)"),
+        (lambda y: (y.long(), None), r"\(Tensor\[4, 2\], None\)"),
+        (lambda y: {"features": y}, r"dict with 'features', .*: model\(\*inputs\[:2\]\)\['features'\]"),
+        (lambda y: None, "None, "),
+    ],
+)
+def test_outputs_that_are_not_sure_are_refused_with_the_line_that_picks_them(make, said):
+    model, x = SeveralResults(make), torch.randn(4, 3)
+    update = {"weight": torch.ones(2, 3)}
+    with pytest.raises(LayerwiseError, match=f"the model returned {said}"):
+        function_space_rates(model, update, (x, x, x), probes=2)
+    with pytest.raises(LayerwiseError, match=r"forward returned .*: return the output tensor"):
+        function_space_rates(model, update, x, probes=2, forward=lambda model, x: model(x))
+
+
+def test_the_line_that_an_error_gives_picks_the_outputs():
+    torch.manual_seed(0)
+    model, x = SeveralResults(lambda y: (y, y.sum(0))), torch.randn(4, 3)
+    update = {"weight": torch.ones(2, 3)}
+    expected = function_space_rates(model, update, x, probes=2, forward=lambda model, x: model(x)[0])
+    for inputs in (x, (x,), (x, x, x), {"x": x}):
+        with pytest.raises(LayerwiseError) as raised:
+            function_space_rates(model, update, inputs, probes=2)
+        line = str(raised.value).partition("forward=")[2].rpartition(", or")[0]
+        assert function_space_rates(model, update, inputs, probes=2, forward=eval(line))["weight"] == expected["weight"]

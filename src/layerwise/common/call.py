@@ -20,7 +20,22 @@ def call(model: nn.Module, batch: Any) -> Any:
         return model(**batch)
     if not isinstance(batch, (tuple, list)):
         return model(batch)
+    return model(*batch[: _takes(model)])
+
+
+def call_in_words(model: nn.Module, batch: Any, name: str) -> str:
+    """`call` as a line of code, where the batch is called `name`: `model(*inputs)`."""
+    if isinstance(batch, Mapping):
+        return f"model(**{name})"
+    if not isinstance(batch, (tuple, list)):
+        return f"model({name})"
+    takes = _takes(model)
+    return f"model(*{name})" if takes is None or takes >= len(batch) else f"model(*{name}[:{takes}])"
+
+
+def _takes(model: nn.Module) -> int | None:
+    """How many arguments by position; None: any number."""
     takes = inspect.signature(unwrap(model).forward).parameters.values()
-    if not any(p.kind is p.VAR_POSITIONAL for p in takes):
-        batch = batch[: sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in takes)]
-    return model(*batch)
+    if any(p.kind is p.VAR_POSITIONAL for p in takes):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in takes)

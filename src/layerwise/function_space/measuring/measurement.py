@@ -45,7 +45,7 @@ class Measurement:
 
     Attributes:
         forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; or `"log_softmax"`; default the
-            model's output, a tensor or `.logits`.
+            model's output: a tensor, `.logits`, or the first of a tuple such as nanoGPT's `(logits, loss)`.
         method: `"full_cov"` (unbiased), `"kronecker"` or `"iid"`, which estimate by probes; `"exact"` (one forward-mode
             pass per tensor); or `"difference"`, not to first order: the outputs with the whole update less those without
             (one forward per tensor).

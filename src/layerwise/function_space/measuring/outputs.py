@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.common.call import call
+from layerwise.common.call import call, call_in_words
 from layerwise.errors import LayerwiseError
 
 #: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`.
@@ -72,11 +72,17 @@ def nothing_counts(masked: bool) -> LayerwiseError:
 
 
 def model_output(model: nn.Module, inputs: Any) -> Any:
-    """The default: `call` the model; a tensor, or its `.logits`.
+    """The default: `call` the model; a tensor, its `.logits`, or the first of a tuple whose others are no outputs.
 
     The `attention_mask` of a dict leaves padding out of the count.
     """
-    values = _tensor_of(call(model, inputs))
+    result = call(model, inputs)
+    values = _tensor_of(result)
+    if values is None:
+        raise LayerwiseError(
+            f"the model returned {_in_words(result)}, and it is not sure what of it are the outputs: pass "
+            f"forward=lambda model, inputs: {call_in_words(model, inputs, 'inputs')}{_first_part(result)}, or another part"
+        )
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return (values, mask) if _is_mask(mask, values) else values
 
@@ -140,6 +146,8 @@ def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
     if mask is None and isinstance(result, tuple) and len(result) == 2 and _is_mask(result[1], result[0]):
         result, mask = result
     values = _tensor_of(result)
+    if values is None:
+        raise LayerwiseError(f"forward returned {_in_words(result)}: return the output tensor, or (outputs, mask)")
     if not values.is_floating_point():
         raise LayerwiseError(f"the outputs are {values.dtype}: pass forward= that picks real floating-point outputs")
     rows = values.shape[0] if values.ndim else 1
@@ -156,20 +164,45 @@ def as_outputs(result: Any, mask: Tensor | None = None) -> Outputs:
 
 
 def _is_mask(mask: Any, values: Any) -> bool:
-    return isinstance(mask, Tensor) and isinstance(values, Tensor) and mask.shape == values.shape[: mask.ndim]
+    both = isinstance(mask, Tensor) and isinstance(values, Tensor)
+    return both and mask.ndim > 0 and mask.shape == values.shape[: mask.ndim]  # a loss has no dimension
 
 
-def _tensor_of(result: Any) -> Tensor:
+def _tensor_of(result: Any) -> Tensor | None:
+    """The outputs in what a model returned, where that is sure.
+
+    A tuple's first tensor is where nothing else in it could be: nanoGPT's `(logits, loss)` and `(logits, None)`, but no
+    `(loss, logits)` and no `(outputs, hidden)`.
+    """
     if isinstance(result, Tensor):
         return result
-    logits = getattr(result, "logits", None)
-    if logits is None and isinstance(result, Mapping):
-        logits = result.get("logits")
-    if isinstance(logits, Tensor):
-        return logits
-    raise LayerwiseError(
-        f"the model returned {type(result).__name__}: pass forward=lambda model, inputs: ... that returns the output tensor"
-    )
+    logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+    if logits is None and isinstance(result, (tuple, list)) and result:
+        first, *others = result
+        alone = all(each is None or isinstance(each, (int, float)) or _is_scalar(each) for each in others)
+        logits = first if alone and isinstance(first, Tensor) and first.is_floating_point() and first.ndim else None
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.ndim
+
+
+def _in_words(result: Any) -> str:
+    if isinstance(result, Tensor):
+        return f"Tensor{list(result.shape)}"
+    if isinstance(result, Mapping):
+        return f"{type(result).__name__} with {', '.join(map(repr, result))}"
+    if isinstance(result, (tuple, list)):
+        return f"({', '.join(map(_in_words, result))})"
+    return "None" if result is None else type(result).__name__
+
+
+def _first_part(result: Any) -> str:
+    """Code that picks the first tensor that may be the outputs."""
+    parts = result.items() if isinstance(result, Mapping) else enumerate(result) if isinstance(result, (tuple, list)) else ()
+    tensors = (key for key, each in parts if isinstance(each, Tensor) and each.is_floating_point() and each.ndim)
+    return next((f"[{key!r}]" for key in tensors), ".NAME")
 
 
 def draw_probes(
