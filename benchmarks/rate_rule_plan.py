@@ -412,6 +412,32 @@ def rivals(model: str, seed: int) -> tuple[Trial, ...]:
     return (*at_rates(model, RIVALS[model], seed), *adamw)
 
 
+def adamw() -> tuple[Trial, ...]:
+    """AdamW with one rate and tuned by role: rates and factors on seed 1, the best on the table's other seeds."""
+    tried: dict[str, tuple[tuple[float, ...], tuple[tuple[float, Mapping[str, float]], ...]]] = {
+        "llama-tiny": (
+            (0.001, 0.002, 0.004),
+            (
+                (0.001, LLAMA_ROLES),
+                (0.002, LLAMA_ROLES),
+                (0.001, LLAMA_ROLES_SEARCHED),
+                (0.001, {**LLAMA_ROLES_SEARCHED, "vector": 3.0}),
+                (0.002, LLAMA_ROLES_SEARCHED),
+            ),
+        ),
+        "gpt2-tiny": (
+            (0.001, 0.002, 0.004),
+            ((0.001, GPT2_ROLES), (0.002, GPT2_ROLES), (0.001, GPT2_ROLES_SEARCHED), (0.002, GPT2_ROLES_SEARCHED)),
+        ),
+        "qwen3-tiny": ((0.001, 0.002, 0.004), ((0.001, TIED_ROLES), (0.002, TIED_ROLES))),
+    }
+    return tuple(
+        Trial(model, "AdamW", lr, 1, roles=tuple(roles.items()))
+        for model, (rates, by_roles) in tried.items()
+        for lr, roles in (*((lr, {}) for lr in rates), *by_roles)
+    )
+
+
 def three(model: str, roles: Mapping[str, float], rates: Iterable[float], seed: int, steps: int) -> tuple[Trial, ...]:
     """D-Muon, D-Muon tuned by role and DualMuon: the first two at `rates`, the third at twice as much."""
     return tuple(
@@ -556,6 +582,7 @@ STUDIES: Final[Mapping[str, Study]] = {
             *rivals("gpt2-tiny", 1),
         ),
     ),
+    "AdamW": Study("AdamW with one rate and tuned by role, on the three language models", adamw()),
     "small": Study(
         "a Llama of 5.5 M parameters at 1,000 steps: whether the gain lasts with size; rates and factors of roles on seed 1,"
         " the best on up to three seeds",

@@ -77,6 +77,10 @@ def test_every_contender_has_a_look_of_its_own() -> None:
     assert chosen[4] == looks(["d-muon"])[0]
 
 
+def test_contenders_in_one_figure_have_markers_of_their_own() -> None:
+    assert len({look.marker for look in looks(["dual-muon", "d-muon", "lanton", "adamw", "unheard-of", "lanton"])}) == 6
+
+
 # ------------------------------------------------------------------ numbers behind the figures
 
 
@@ -127,6 +131,29 @@ def test_noise_is_relative_to_the_median_of_its_group(runs: dict[str, Run]) -> N
         assert np.nanmedian(relative[members]) == pytest.approx(1)
     rows = [i for i, g in enumerate(groups) if g == "spectral"]
     np.testing.assert_allclose(relative[rows] / relative[rows[0]], history.noise[rows] / history.noise[rows[0]])
+
+
+def test_units_that_no_rule_touches_are_not_drawn(runs: dict[str, Run], tmp_path: Path) -> None:
+    history = runs["lanton"].history
+    assert history is not None
+    assert history.ruled == list(history.units)
+    noise, multiplier = history.noise.copy(), history.multiplier.copy()
+    noise[1], multiplier[1] = np.nan, 1.0  # AdamW's, beside a rule
+    noise[2], multiplier[2] = np.nan, 0.5  # a static rate
+    assert replace(history, noise=noise, multiplier=multiplier).ruled == [history.units[0], *history.units[2:]]
+
+    fabricate(tmp_path / "run", "lanton", final=3.2, **SHORT)
+    path = tmp_path / "run" / "layers.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        for unit, row in line["layers"].items():
+            if "ln_" in unit or unit.endswith(".bias"):
+                row |= {"noise": None, "multiplier": 1.0}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(contenders(load_runs([tmp_path / "run"])), tmp_path / "page")
+    drawn = {figure.stem for figure in (page.parent / "figures").iterdir()}
+    assert "layers_lanton" in drawn
+    assert "vectors_lanton" not in drawn
 
 
 def test_a_curve_knows_its_best_rate_and_whether_it_is_at_the_end() -> None:

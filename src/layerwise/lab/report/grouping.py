@@ -21,7 +21,8 @@ from layerwise.lab.runs.recorded import Run
 _LOOKS = {
     "adamw": Look(style.GREY, "^"),
     "d-muon": Look(style.BLUE, "s"),
-    "scion": Look(style.GREEN, "D"),
+    "dual-muon": Look(style.GREEN, "D"),
+    "scion": Look(style.AMBER, "P"),
     "lanton": Look(style.VERMILLION, "o"),
     "muon": Look(style.SKY, "p"),
     "torch-muon": Look(style.PURPLE, "v"),
@@ -36,11 +37,12 @@ def optimizer_title(name: str) -> str:
 
 
 def looks(optimizers: Sequence[str]) -> list[Look]:
-    """A look for each contender, in order: an optimizer's own, and for its second entry a colour that none has.
+    """A look for each contender, in order: an optimizer's own, and for its second entry a colour and marker that none has.
 
     With more contenders than colours two share one, under another marker: 64 looks are told apart.
     """
     reserved = {_LOOKS[name].color for name in optimizers if name in _LOOKS}
+    taken = {_LOOKS[name].marker for name in optimizers if name in _LOOKS}
     free = [color for color in CYCLE if color not in reserved]
     chosen: list[Look] = []
     for i, name in enumerate(optimizers):
@@ -48,6 +50,7 @@ def looks(optimizers: Sequence[str]) -> list[Look]:
         if own is None or own in chosen:
             color = free.pop(0) if free else CYCLE[i % len(CYCLE)]
             markers = [MARKERS[(i + shift) % len(MARKERS)] for shift in range(len(MARKERS))]
+            markers.sort(key=taken.__contains__)
             own = next((look for marker in markers if (look := Look(color, marker)) not in chosen), Look(color))
         chosen.append(own)
     return chosen

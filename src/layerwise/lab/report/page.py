@@ -138,13 +138,13 @@ def _layer_plans(group: Contender) -> Iterator[Plan]:
     if history is None or not (history.has_noise or history.has_multiplier):
         return
     roles = {str(row["name"]): row.get("role") for row in run.parameters}
-    vectors = [u for u in history.units if roles.get(parameter_of(u)) == "vector"]
-    matrices = [u for u in history.units if roles.get(parameter_of(u)) != "vector"]
+    vectors = [unit for unit in history.ruled if roles.get(parameter_of(unit)) == "vector"]
+    matrices = [unit for unit in history.ruled if roles.get(parameter_of(unit)) != "vector"]
     slug, section = _slug(group.label), f"Layers: {group.label}"
     what = (
         f"{heatmap.measured(run)} of each unit, on a log scale, over the median of its norm group (it is measured in the "
         "dual norm of the group, so only the ratio can be compared between groups), and the multiplier on the base "
-        "learning rate; rows from the input of the network to its output."
+        "learning rate; rows from the input of the network to its output. Parameters whose rates no rule sets are left out."
     )
     if matrices:
         yield Plan(f"layers_{slug}", section, what, lambda on: heatmap.layer_heat_maps(run, matrices, on))

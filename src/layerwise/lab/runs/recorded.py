@@ -48,8 +48,13 @@ class LayerHistory:
     @property
     def has_multiplier(self) -> bool:
         """Whether any unit's rate was ever changed: multipliers of one everywhere are not worth a figure."""
-        finite = self.multiplier[np.isfinite(self.multiplier)]
-        return bool(finite.size and np.abs(finite - 1).max() > 1e-6)
+        return bool((np.abs(self.multiplier[np.isfinite(self.multiplier)] - 1) > 1e-6).any())
+
+    @property
+    def ruled(self) -> list[str]:
+        """Units that a rule measures or whose rate it sets: of the others, such as AdamW's, there is nothing to draw."""
+        touched = (self.noise > 0) | (np.abs(np.nan_to_num(self.multiplier, nan=1.0) - 1.0) > 1e-6)
+        return [self.units[row] for row in np.flatnonzero(touched.any(axis=1))]
 
 
 @dataclass(frozen=True)
