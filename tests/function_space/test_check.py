@@ -176,14 +176,29 @@ def test_batches_and_losses_are_what_users_have():
     x, y = batch(0)
     keywords = {"x": x, "labels": y}
     one = lw.check(MLP, (8, 16), plain, (x, y), (1,), probes=4)
-    with pytest.raises(lw.LayerwiseError, match="no loss is known for a batch of type dict: give loss="):
-        lw.check(Named, (8, 16), plain, keywords, (1,), probes=4)
-    other = lw.check(Named, (8, 16), plain, keywords, (1,), probes=4, loss=lambda model, given: model(**given)["loss"])
-    assert [t.slope for t in one.of("rate")] == [t.slope for t in other.of("rate")]
+    slopes = [trend.slope for trend in one.of("rate")]
+    for loss in (None, lambda model, given: model(**given)["loss"]):
+        other = lw.check(Named, (8, 16), plain, keywords, (1,), probes=4, loss=loss)
+        assert [trend.slope for trend in other.of("rate")] == slopes
     loader = torch.utils.data.DataLoader(list(zip(x, y, strict=True)), batch_size=32)
     assert lw.check(MLP, (8, 16), plain, loader, (1,), probes=4) == one
     regression = lw.check(MLP, (8, 16), plain, (x, x[:, :8]), (1,), probes=4)
     assert regression.verdicts
+
+
+def test_a_model_that_returns_its_logits_and_a_loss_is_checked_as_it_is():
+    """As nanoGPT does, which needed both `loss=` and `forward=`."""
+
+    class Both(MLP):
+        def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+            logits = super().forward(x)
+            return logits, None if targets is None else functional.cross_entropy(logits, targets)
+
+    x, y = batch(0)
+    expected = lw.check(MLP, (8, 16), plain, (x, y), (1,), probes=4)
+    for given_ in ((x, y), {"x": x, "targets": y}):
+        found = lw.check(Both, (8, 16), plain, given_, (1,), probes=4)
+        assert [trend.slope for trend in found.of("rate")] == [trend.slope for trend in expected.of("rate")]
 
 
 @pytest.mark.parametrize("sizes", [(8, 16), (16, 8)])
@@ -238,6 +253,18 @@ def test_what_cannot_be_checked_is_refused():
         ({"batch": []}, "batch yields nothing"),
         ({"batch": 3}, "batch is int"),
         ({"make_model": lambda size: size}, r"make_model\(8\) returned int"),
+        ({"make_optimizer": torch.optim.SGD}, r"make_optimizer=SGD failed .*called with the model, as lambda model: "),
+        ({"forward": lambda x: x}, "too many positional arguments.*called with the model and the inputs"),
+        ({"loss": functional.cross_entropy}, "loss=cross_entropy failed .*called with the model and a batch; .*loss=lambda"),
+        ({"loss": nn.CrossEntropyLoss()}, "loss=CrossEntropyLoss failed .*called with the model and a batch"),
+        ({"loss": functional.mse_loss}, "loss=mse_loss failed .*called with the model and a batch"),
+        ({"loss": lambda model, x, y: model(x)}, "failed .*missing 1 required.*called with the model and a batch"),
+        ({"loss": lambda model, given: model(given[0])}, r"loss= returned a tensor of shape \(32, 8\): return one number"),
+        ({"loss": lambda model, given: 1.0}, "loss= returned float: return one number"),
+        ({"batch": (torch.ones(4, 16), torch.ones(4, 3, dtype=torch.long))}, r"\(4, 8\), the targets \(4, 3\): give loss="),
+        ({"batch": (torch.ones(4, 16), torch.ones(4, 3))}, r"\(4, 8\), the targets \(4, 3\): give loss="),
+        ({"batch": {"x": torch.ones(4, 16)}}, "no loss for a batch of type dict: give loss="),
+        ({"batch": torch.ones(4, 16)}, "no loss for a batch of type Tensor: give loss="),
     ):
         given_ = {"make_model": MLP, "sizes": (8, 16), "make_optimizer": plain, "batch": batch, "steps": (1,)}
         with pytest.raises(lw.LayerwiseError, match=message):

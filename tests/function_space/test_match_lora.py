@@ -158,6 +158,7 @@ def test_fixed_parameters_keep_their_rates():
         ({"model": adapted(8, rank_pattern={"c_fc": 2})}, "rank_pattern"),
         ({"model": adapted(8, init_lora_weights="pissa")}, "frozen weights"),
         ({"seeds": ()}, "seeds is empty"),
+        ({"loss": torch.nn.functional.cross_entropy}, "loss=cross_entropy failed .*called with the model and a batch"),
     ],
 )
 def test_what_cannot_be_matched_is_said(change, message):

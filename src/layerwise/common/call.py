@@ -1,14 +1,15 @@
-"""A model run on a batch, in the one way that roles and function space share."""
+"""A model run on a batch, in the one way that roles and function space share; functions that users give."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from layerwise.common.parameter_names import unwrap
+from layerwise.errors import LayerwiseError
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -39,3 +40,18 @@ def _takes(model: nn.Module) -> int | None:
     if any(p.kind is p.VAR_POSITIONAL for p in takes):
         return None
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in takes)
+
+
+def call_given(name: str, function: Callable[..., Any], *args: Any, needed: str) -> Any:
+    """Call the function that a user gave as the argument `name`.
+
+    Raises:
+        LayerwiseError: it cannot take these arguments; with `needed`, which says what they are and how to take them.
+    """
+    try:
+        return function(*args)
+    except (TypeError, AttributeError) as error:
+        called = getattr(function, "__name__", type(function).__name__)
+        raise LayerwiseError(
+            f"{name}={called} failed ({type(error).__name__}: {error}): it is called with {needed}"
+        ) from error

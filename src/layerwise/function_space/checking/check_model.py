@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.checking.checked_batches import Loss, batches, default_loss, inputs_of
+from layerwise.function_space.checking.checked_batches import batches, default_loss, inputs_of
 from layerwise.function_space.checking.one_size import Readings, Recipe, SizeRun
 from layerwise.function_space.checking.size_check import QUANTITIES, Quantity, SizeCheck, Trend, Value, trend
 from layerwise.function_space.matching.base_rates import BaseRates, record_base
@@ -21,6 +22,7 @@ from layerwise.function_space.matching.depth_map import DepthMap
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.steps.by_module import siblings_of
+from layerwise.function_space.steps.step_loss import Loss, given_loss
 from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
 
 #: `match="first"`: match every size to the first one.
@@ -65,7 +67,8 @@ def check(
         batch: one batch, a function of the step (from 0 on), or anything that yields batches. A batch is a dict of keyword
             arguments, `(inputs, targets)`, or whatever `loss` and `forward` take.
         steps: the optimizer steps to measure, counted from 1.
-        loss: `loss(model, batch)`. Default: a dict's own `.loss`; cross-entropy or squared error of `(inputs, targets)`.
+        loss: `loss(model, batch)`. Default: what the model returns for a dict as `.loss`, or as the one number of a tuple;
+            cross-entropy or squared error of `(inputs, targets)`.
         match: FLeRM's base: `"uniform"`, `"first"` (the first size), a base file or `BaseRates`.
         depth: FLeRM's depth map.
         match_step: the step that is matched, from 1 on: LoRA's A does nothing at first, as B is 0.
@@ -79,7 +82,8 @@ def check(
         options: further ones of `function_space_rates`.
 
     Raises:
-        LayerwiseError: fewer than two sizes, a step below 1, a batch without a known loss.
+        LayerwiseError: fewer than two sizes, a step below 1, a batch without a known loss, a function that takes something
+            else than it is called with.
 
     Examples:
         >>> def make(width):
@@ -101,7 +105,7 @@ def check(
         make_model,
         make_optimizer,
         batches(batch, max(steps)),
-        default_loss if loss is None else loss,
+        default_loss if loss is None else partial(given_loss, loss),
         sorted(set(steps)),
         Measurement(forward, method, probes, **options),
         None if match == FIRST else match,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,9 +13,7 @@ from torch.nn import functional
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.outputs import model_output
 from layerwise.function_space.measuring.slices import each_tensor
-
-#: `loss(model, batch)`, the loss of a training step.
-Loss = Callable[[nn.Module, Any], Tensor]
+from layerwise.function_space.steps.step_loss import model_loss
 
 
 def batches(batch: Any, steps: int) -> list[Any]:
@@ -50,24 +48,24 @@ def inputs_of(batch: Any) -> Any:
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The model's own `.loss` on a dict; on `(inputs, targets)` cross-entropy for whole numbers, else the squared error.
+    """On `(inputs, targets)` cross-entropy for whole numbers, else the squared error; else what the model itself says.
 
     Raises:
-        LayerwiseError: for any other batch.
+        LayerwiseError: targets of another shape than the outputs, or a model that says nothing.
     """
-    if isinstance(batch, Mapping):
-        loss = getattr(model(**batch), "loss", None)
-        if isinstance(loss, Tensor):
-            return loss
-    elif _is_pair(batch):
-        result = model_output(model, batch[0])
-        outputs, targets = (result[0] if isinstance(result, tuple) else result), batch[1]
-        if targets.is_floating_point():
-            return functional.mse_loss(outputs, targets.reshape(outputs.shape))
+    if not _is_pair(batch):
+        return model_loss(model, batch)
+    result, targets = model_output(model, batch[0]), batch[1]
+    outputs = result[0] if isinstance(result, tuple) else result
+    whole = not targets.is_floating_point()
+    if targets.numel() != (outputs[..., 0] if whole else outputs).numel():
+        raise LayerwiseError(
+            f"the outputs have shape {tuple(outputs.shape)}, the targets {tuple(targets.shape)}: give "
+            "loss=lambda model, batch: ..., or as batch a dict of keywords for which the model returns a loss"
+        )
+    if whole:
         return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
-    raise LayerwiseError(
-        f"no loss is known for a batch of type {type(batch).__name__}: give loss=, a function of the model and the batch"
-    )
+    return functional.mse_loss(outputs, targets.reshape(outputs.shape))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

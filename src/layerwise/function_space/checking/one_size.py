@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layerwise.common.call import call_given
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.checking.checked_batches import Loss, inputs_of, to_device
+from layerwise.function_space.checking.checked_batches import inputs_of, to_device
 from layerwise.function_space.checking.size_check import Quantity, Value
 from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.depth_map import DepthMap
@@ -25,6 +26,7 @@ from layerwise.function_space.measuring.runners import LeafRunner, untouched
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.by_module import ROOT, by_module, module_of, module_updates, update_sums
 from layerwise.function_space.steps.named_rates import unwrap_optimizer
+from layerwise.function_space.steps.step_loss import Loss
 from layerwise.function_space.steps.watched_step import WatchedStep, watch
 
 #: What is measured at one step: quantity -> module -> value.
@@ -67,7 +69,9 @@ class SizeRun:
         if not isinstance(self.model, nn.Module):
             raise LayerwiseError(f"make_model({size!r}) returned {type(self.model).__name__}: return a torch.nn.Module")
         self.model.train()
-        self.optimizer = unwrap_optimizer(recipe.make_optimizer(self.model))
+        needed = "the model, as lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)"
+        made = call_given("make_optimizer", recipe.make_optimizer, self.model, needed=needed)
+        self.optimizer = unwrap_optimizer(made)
         device = next(self.model.parameters()).device
         self.batches = [to_device(batch, device) for batch in recipe.batches]
         self.measurement = replace(recipe.measurement, seed=recipe.measurement.seed + seed)

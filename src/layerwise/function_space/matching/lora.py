@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any, cast
 
@@ -30,9 +31,8 @@ from layerwise.function_space.steps.named_rates import (
     require_linear,
     unwrap_optimizer,
 )
+from layerwise.function_space.steps.step_loss import Loss, given_loss, model_loss
 from layerwise.function_space.steps.watched_step import watch
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class LoraMatch(NamedRates):
@@ -113,7 +113,8 @@ def match_lora(
     _check(optimizer, batches, at, seeds)
     parameters = optimized(model, optimizer)
     trials = _Trials(
-        model, optimizer, adapter, list(batches), at, loss or _own_loss, list(seeds),
+        model, optimizer, adapter, list(batches), at,
+        model_loss if loss is None else partial(given_loss, loss), list(seeds),
         Measurement(forward, method, probes, **{"linear": None, **options}),
     )  # fmt: skip
     base_config = copy.deepcopy(config)
@@ -169,13 +170,6 @@ class _Trials:
     def _backward(self, optimizer: Optimizer, batch: Any) -> None:
         optimizer.zero_grad()
         self.loss(self.model, batch).backward()
-
-
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    loss = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
-    if not isinstance(loss, Tensor):
-        raise LayerwiseError("the model gives no loss for these batches: put labels into them, or pass loss=")
-    return loss
 
 
 def _adapter_of(model: nn.Module) -> tuple[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -99,13 +100,21 @@ NAMED: dict[str, Forward] = {"output": model_output, "log_softmax": log_softmax}
 
 
 def resolve(forward: Forward | str | None) -> Forward:
-    """`None` is the model's output; a string is a key of `NAMED`; anything else is called as it is."""
+    """`None` is the model's output; a string is a key of `NAMED`; anything else is called with the model and inputs."""
     if forward is None:
         return model_output
     if isinstance(forward, str):
         if forward not in NAMED:
             raise LayerwiseError(f"forward is {forward!r}: use a function or one of {', '.join(NAMED)}")
         return NAMED[forward]
+    try:
+        inspect.signature(forward).bind(None, None)
+    except TypeError as error:
+        raise LayerwiseError(
+            f"forward={forward!r:.80} ({error}): it is called with the model and the inputs, as lambda model, inputs: ..."
+        ) from None
+    except ValueError:  # a function that does not say what it takes
+        pass
     return forward
 
 

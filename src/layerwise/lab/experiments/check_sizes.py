@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import SizeCheck, check
-from layerwise.function_space.checking.checked_batches import default_loss
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, loss, resized
@@ -102,8 +101,7 @@ def check_function(target: str, sizes: Sequence[float], **options: Any) -> SizeC
     """
     user = UserModel(target)
     _, _, batch, *given = user.made(sizes[0])
-    loss = given[0] if given else default_loss
-    return check(user.model, sizes, lambda _: user.optimizer, batch, loss=loss, **options)
+    return check(user.model, sizes, lambda _: user.optimizer, batch, loss=given[0] if given else None, **options)
 
 
 def _function(target: str) -> Callable[[Any], Any]:
