@@ -140,16 +140,16 @@ class AdamW(Update):
             planned.take(work, keep)
 
     def plan(self, jobs: Sequence[Job]) -> list[PlannedStep]:
-        together: dict[tuple[int, torch.dtype, str], list[Job]] = {}
+        together: dict[tuple[int, torch.dtype, torch.device], list[Job]] = {}
         for job in jobs:
             if job.moves:
-                key = (id(job.group), job.local.dtype, job.local.device.type)
+                key = (id(job.group), job.local.dtype, job.local.device)
                 together.setdefault(key, []).append(job)
         steps: list[PlannedStep] = []
         for (_, _, device), some in together.items():
             mixed = some[0].group.get("nu", 1.0) < 1.0
             kind, limit = (_QuasiHyperbolicStep, CHUNK_BYTES) if mixed else (_AdamWStep, math.inf)
-            steps += [kind(self, chunk) for chunk in chunks(some, ADAMW_BYTES if device == "cpu" else limit)]
+            steps += [kind(self, chunk) for chunk in chunks(some, ADAMW_BYTES if device.type == "cpu" else limit)]
         return steps
 
 
@@ -161,15 +161,14 @@ class _AdamWStep(PlannedStep):
         group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
         wide = first.dtype in HALF and (first.dtype == torch.float16 or is_stochastic(group, first))
         params = [job.local.float() if wide else job.local for job in jobs]
-        own = [[job.state[key] for job in jobs] for key in _MOMENTS]
-        moments = [in_dtypes_of(params, held) for held in own]
+        averages, squares = _moments(jobs, params[0].dtype)
         # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
         fused = keep is not None or isinstance(lr, Tensor) or first.dtype == torch.bfloat16
         adamw(
             params,
             in_dtypes_of(params, [job.grad for job in jobs]),
-            moments[0],
-            moments[1],
+            averages,
+            squares,
             [],
             [job.state["step"] for job in jobs],
             foreach=not fused and len(jobs) > 1,
@@ -183,12 +182,7 @@ class _AdamWStep(PlannedStep):
             eps=group["eps"],
             maximize=False,
         )
-        for key, held, values in zip(_MOMENTS, own, moments, strict=True):
-            if wide and first.dtype == torch.bfloat16:
-                torch._foreach_copy_(held, values)
-            elif not all(map(is_, held, values)):  # the model was cast after the optimizer was made
-                for job, value in zip(jobs, values, strict=True):
-                    job.state[key] = value
+        _keep_moments(jobs, averages, squares)
         for job, param in zip(jobs, params, strict=True) if wide else ():
             store(job, param)
 
@@ -197,13 +191,12 @@ class _QuasiHyperbolicStep(PlannedStep):
     """QHAdam's step (Ma and Yarats, arXiv 1810.06801) with decoupled decay, of parameters of one group and one dtype.
 
     ``U = nu M / (1 - b1^t) + (1 - nu) G``, and a step ``-lr U / (sqrt(V / (1 - b2^t)) + eps)``, where t are a parameter's
-    steps; the first one's where reading them would wait for the device: latecomers' first steps are then shorter.
+    steps.
     """
 
     def take(self, work: MatrixWork, keep: Tensor | None) -> None:
         jobs, group = self.jobs, self.jobs[0].group
-        own = [[job.state[key] for job in jobs] for key in _MOMENTS]
-        averages, squares = ([held.float() if held.dtype in HALF else held for held in some] for some in own)
+        averages, squares = _moments(jobs, torch.promote_types(jobs[0].state["exp_avg"].dtype, torch.float32))
         grads = in_dtypes_of(averages, [job.grad for job in jobs])
         squared = list(torch._foreach_mul(grads, grads))
         if keep is not None:  # a lerp from a number to itself changes nothing
@@ -213,9 +206,7 @@ class _QuasiHyperbolicStep(PlannedStep):
         torch._foreach_lerp_(squares, squared, 1.0 - beta2)
         torch._foreach_add_(steps, 1.0 if keep is None else [keep.to(steps[0])] * len(steps))
         at_hand = keep is None and steps[0].is_cpu and not torch.compiler.is_compiling()
-        taken = [float(step) for step in steps] if at_hand else steps[0]
-        if at_hand and len(set(taken)) == 1:
-            taken = taken[0]
+        taken = [float(step) for step in steps] if at_hand else torch.stack(steps)
         direction = torch._foreach_mul(averages, _corrected(nu, beta1, taken))
         torch._foreach_add_(direction, grads, alpha=1.0 - nu)
         sizes = torch._foreach_mul(squares, _corrected(1.0, beta2, taken))
@@ -223,16 +214,30 @@ class _QuasiHyperbolicStep(PlannedStep):
         torch._foreach_add_(sizes, group["eps"])
         torch._foreach_div_(direction, sizes)
         move(jobs, direction, keep)
-        for held, values in zip(own, (averages, squares), strict=True):
-            if not all(map(is_, held, values)):
-                torch._foreach_copy_(held, values)
+        _keep_moments(jobs, averages, squares)
 
 
-def _corrected(weight: float, beta: float, taken: list[float] | float | Tensor) -> Any:
-    """``weight / (1 - beta^t)`` at the step, or the steps, taken."""
-    if isinstance(taken, list):
-        return [weight / (1.0 - beta**t) for t in taken]
-    return weight / (1.0 - beta**taken)
+def _corrected(weight: float, beta: float, taken: list[float] | Tensor) -> Any:
+    """``weight / (1 - beta^t)`` for each parameter's steps, ``[n]`` where reading them would wait; one for all if equal."""
+    if isinstance(taken, Tensor):
+        return list((weight / (1.0 - beta**taken)).unbind())
+    if len(set(taken)) == 1:
+        return weight / (1.0 - beta ** taken[0])
+    return [weight / (1.0 - beta**t) for t in taken]
+
+
+def _moments(jobs: Sequence[Job], dtype: torch.dtype) -> list[list[Tensor]]:
+    """AdamW's averages of the gradients and of their squares, in the dtype that a step works in."""
+    held = ([job.state[key] for job in jobs] for key in _MOMENTS)
+    return [[value if value.dtype == dtype else value.to(dtype) for value in some] for some in held]
+
+
+def _keep_moments(jobs: Sequence[Job], *moments: list[Tensor]) -> None:
+    """Into the state, in its own dtype."""
+    for key, values in zip(_MOMENTS, moments, strict=True):
+        held = [job.state[key] for job in jobs]
+        if not all(map(is_, held, values)):
+            torch._foreach_copy_(held, values)
 
 
 @dataclass(frozen=True, repr=False)
