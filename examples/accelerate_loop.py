@@ -29,7 +29,6 @@ class Run:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=16)
         x = torch.randn(128, 8)
         data = DataLoader(TensorDataset(x, x[:, :1].sin()), batch_size=8)
-        self.layer_rates = optimizer.layer_rates
         self.model, self.optimizer, self.data, self.schedule = self.accelerator.prepare(model, optimizer, data, schedule)
         self.logs: list[dict[str, float]] = []
 
@@ -43,7 +42,7 @@ class Run:
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
-        rates = {f"lr/{unit}": rate.lr for unit, rate in self.layer_rates().items()}
+        rates = {f"lr/{unit}": rate.lr for unit, rate in lw.layer_rates(self.optimizer).items()}
         self.logs.append({"loss": loss.item(), **rates})
 
 

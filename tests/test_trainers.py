@@ -159,6 +159,43 @@ def test_hf_trainer_equals_a_loop_of_ones_own(tmp_path, preset):
     assert_same(trainer.model, own_loop(model, optimizer, schedule, cycle(TOKENS.split(4)), token_losses))
 
 
+def hf_optimizer(preset: Any, options: dict[str, Any], folder: Any, **arguments: Any) -> lw.LayerwiseOptimizer:
+    """What a Trainer of these arguments makes."""
+    arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, **arguments)
+    return Trainer(gpt2(), arguments, optimizer_cls_and_kwargs=trainer_optimizer(preset, **options)).create_optimizer()
+
+
+def test_hf_arguments_that_have_no_effect_are_told(tmp_path, recwarn):
+    """Their rate and decay are not the optimizer's: the rate that a user had set was left out in silence."""
+    for options, arguments in (
+        ({}, {}),
+        ({"lr": 0.02}, {}),
+        ({"lr": 3e-4, "weight_decay": 0.1}, {"learning_rate": 3e-4, "weight_decay": 0.1}),
+    ):
+        hf_optimizer(lw.DualMuon, options, tmp_path, **arguments)
+        assert not [w for w in recwarn if "TrainingArguments" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"learning_rate=0.0003\) has no effect: .* lr is 0.02; give") as told:
+        optimizer = hf_optimizer(lw.DualMuon, {"lr": 0.02}, tmp_path, learning_rate=3e-4, weight_decay=0.05)
+    assert [str(w.message).partition("=")[0] for w in told if "no effect" in str(w.message)] == [
+        "TrainingArguments(learning_rate",
+        "TrainingArguments(weight_decay",
+    ]
+    assert optimizer.defaults["lr"] == 0.02
+
+
+def test_rates_of_an_optimizer_that_a_trainer_has_wrapped(tmp_path):
+    trainer = hf_trainer(str(tmp_path), lw.Lanton)
+    with pytest.raises(lw.LayerwiseError, match=r"optimizer is None \(a Trainer makes it in train\(\)\)"):
+        lw.layer_rates(trainer.optimizer)
+    trainer.train()
+    assert not hasattr(trainer.optimizer, "layer_rates")  # accelerate's
+    rates = lw.layer_rates(trainer.optimizer)
+    assert rates == trainer.optimizer.optimizer.layer_rates()
+    assert len({rate.multiplier for rate in rates.values()}) > 1
+    with pytest.raises(lw.LayerwiseError, match="the optimizer is SGD: layer rates need one of layerwise's"):
+        lw.layer_rates(Accelerator(cpu=True).prepare_optimizer(torch.optim.SGD(gpt2().parameters())))
+
+
 # ------------------------------------------------------------------------------------------ lightning and accelerate
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise as lw
-from layerwise.integrations.logged import layerwise_optimizer
+from layerwise.optim.optimizer import layerwise_optimizer
 
 RULE = lw.NoiseAdaptive(reference="replicas")
 

@@ -1,11 +1,15 @@
-"""The one name of a parameter, whatever is wrapped around the model that holds it."""
+"""The one name of a parameter, and what is inside the wrappers around a model or an optimizer."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+
+from layerwise.errors import LayerwiseError
 
 #: Steps of a dotted name that wrappers put in: `torch.compile`, activation checkpointing, FSDP1.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -74,6 +78,17 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside wrappers that keep it as `.optimizer` (accelerate, Lightning, DeepSpeed)."""
+    seen = optimizer
+    while isinstance(getattr(seen, "optimizer", None), Optimizer):
+        seen = seen.optimizer
+    if not isinstance(seen, Optimizer):
+        kind = "None (a Trainer makes it in train())" if optimizer is None else type(optimizer).__name__
+        raise LayerwiseError(f"optimizer is {kind}: pass a torch.optim.Optimizer")
+    return seen
 
 
 def first_few(names: Iterable[str], most: int = 3) -> str:

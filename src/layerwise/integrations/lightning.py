@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.function_space import Watch, WatchRecord, watch
-from layerwise.integrations.logged import Level, RateLog, layerwise_optimizer
+from layerwise.integrations.logged import Level, RateLog
+from layerwise.optim.optimizer import layerwise_optimizer
 
 
 @checked

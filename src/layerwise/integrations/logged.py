@@ -12,24 +12,13 @@ from layerwise.common.checked import checked
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import canonical_name
 from layerwise.errors import LayerwiseError, warn
-from layerwise.function_space.steps.named_rates import unwrap_optimizer
 from layerwise.function_space.watching.unit_rates import unit_rates, unit_scalars
-from layerwise.optim import LayerwiseOptimizer
+from layerwise.optim.optimizer import layerwise_optimizer
 
 #: What the numbers are means over, the finest first.
 Level = Literal["unit", "role and block", "block", "role"]
 #: How many names one step logs at most, each with a rate and, where it is measured, a noise.
 MOST_NAMES: Final = 512
-
-
-def layerwise_optimizer(optimizer: Any) -> LayerwiseOptimizer:
-    """The optimizer inside a framework's wrapper. Raises LayerwiseError where it is not one of layerwise's."""
-    inner = unwrap_optimizer(optimizer)
-    if not isinstance(inner, LayerwiseOptimizer):
-        raise LayerwiseError(
-            f"the trainer's optimizer is {type(inner).__name__}: layer rates need one of layerwise's, such as lw.Lanton"
-        )
-    return inner
 
 
 @checked

@@ -6,14 +6,18 @@
 
 The Trainer's accumulation, clipping (of gradients, before the step), mixed precision, schedule and resuming work as
 with any optimizer. ``TrainingArguments(learning_rate, weight_decay)`` are not used: give ``lr`` and ``weight_decay`` here.
+``lw.layer_rates(trainer.optimizer)`` gives the rates of the optimizer that the Trainer has wrapped.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,8 +32,9 @@ from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.slices import share
 from layerwise.function_space.steps.watched_step import is_supplier
 from layerwise.geometry import param_groups
-from layerwise.integrations.logged import Level, RateLog, layerwise_optimizer
+from layerwise.integrations.logged import Level, RateLog
 from layerwise.optim import Lanton, LayerwiseOptimizer
+from layerwise.optim.optimizer import layerwise_optimizer
 
 Observer = FunctionSpaceRecorder | FLeRM
 
@@ -50,9 +55,32 @@ def trainer_optimizer(
     """
 
     def build(model: nn.Module, **options: Any) -> LayerwiseOptimizer:
-        return preset(param_groups(model, overrides=overrides, splits=splits), **options)
+        optimizer = preset(param_groups(model, overrides=overrides, splits=splits), **options)
+        _warn_of_unused(optimizer)
+        return optimizer
 
     return lambda: build, options  # the Trainer calls the first for a factory, and that with its model
+
+
+def _warn_of_unused(optimizer: LayerwiseOptimizer) -> None:
+    """Tell of arguments that were set and that say something else than the optimizer that is made now.
+
+    The Trainer hands a factory its model alone: its arguments are found among the callers.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    if frame is None:
+        return
+    arguments = frame.f_locals["self"].args
+    usual = {field.name: field.default for field in fields(arguments)}
+    for name, option in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
+        given, own = getattr(arguments, name), optimizer.defaults[option]
+        if given not in (usual[name], own):
+            warn(
+                f"TrainingArguments({name}={given:g}) has no effect: the optimizer's own {option} is {own:g}; give it to "
+                f"trainer_optimizer({type(optimizer).__name__}, {option}=...)"
+            )
 
 
 @checked

@@ -9,7 +9,7 @@ import layerwise.optim.rules
 from layerwise.common.discover import import_files
 from layerwise.common.layer_rate import LayerRate
 from layerwise.optim.named_optimizers import NamedOptimizer, optimizers, register_optimizer
-from layerwise.optim.optimizer import LayerwiseOptimizer
+from layerwise.optim.optimizer import LayerwiseOptimizer, layer_rates
 from layerwise.optim.presets.d_muon import DMuon
 from layerwise.optim.presets.dual_muon import DualMuon
 from layerwise.optim.presets.lanton import Lanton
@@ -46,6 +46,7 @@ __all__ = [
     "Signum",
     "StaticRates",
     "Update",
+    "layer_rates",
     "optimizers",
     "rate_rules",
     "register_optimizer",

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from layerwise.common.checked import checked
 from layerwise.common.layer_rate import LayerRate
-from layerwise.common.parameter_names import first_few
-from layerwise.errors import warn
+from layerwise.common.parameter_names import first_few, unwrap_optimizer
+from layerwise.errors import LayerwiseError, warn
 from layerwise.optim.groups.complete import (
     Recipe,
     as_groups,
@@ -24,7 +24,7 @@ from layerwise.optim.groups.complete import (
     with_layouts,
 )
 from layerwise.optim.groups.options import DEFAULTS, check_options
-from layerwise.optim.groups.overview import layer_rates, scaled_twice, table
+from layerwise.optim.groups.overview import rates_of_units, scaled_twice, table
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
@@ -281,7 +281,7 @@ class LayerwiseOptimizer(Optimizer):
         them by (its ``learning_rates()``).
         """
         self._follow_parameters()
-        return layer_rates(self.param_groups, self.state)
+        return rates_of_units(self.param_groups, self.state)
 
     def groups_table(self) -> str:
         """A line for each group: what its rate, decay, update and geometry became, and the keys that are the user's own.
@@ -351,3 +351,31 @@ class LayerwiseOptimizer(Optimizer):
         self.guard.skipped_steps = int(loaded.get(saving.SKIPPED, 0))
         self._second.restart()
         return found
+
+
+def layerwise_optimizer(optimizer: Any) -> LayerwiseOptimizer:
+    """The optimizer itself, where a trainer has wrapped it. Raises LayerwiseError where it is not one of layerwise's."""
+    inner = unwrap_optimizer(optimizer)
+    if not isinstance(inner, LayerwiseOptimizer):
+        raise LayerwiseError(
+            f"the optimizer is {type(inner).__name__}: layer rates need one of layerwise's, such as lw.Lanton"
+        )
+    return inner
+
+
+def layer_rates(optimizer: Any) -> dict[str, LayerRate]:
+    """``optimizer.layer_rates()``, also of an optimizer that a trainer has wrapped and that has no such method then.
+
+    Args:
+        optimizer: one of layerwise's, as it was made or as transformers' ``Trainer`` (``trainer.optimizer``), accelerate or
+            lightning hold it.
+
+    Raises:
+        LayerwiseError: it is another one.
+
+    Examples:
+        >>> optimizer = lw.DMuon(lw.param_groups(nn.Linear(4, 8)), lr=0.01)
+        >>> lw.layer_rates(optimizer)["weight"].lr
+        0.01
+    """
+    return layerwise_optimizer(optimizer).layer_rates()

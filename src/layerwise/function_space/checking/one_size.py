@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.call import call_given
+from layerwise.common.parameter_names import unwrap_optimizer
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.checked_batches import inputs_of, to_device
 from layerwise.function_space.checking.size_check import Quantity, Value
@@ -25,7 +26,6 @@ from layerwise.function_space.measuring.outputs import Forward, resolve
 from layerwise.function_space.measuring.runners import LeafRunner, untouched
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.by_module import ROOT, by_module, module_of, module_updates, update_sums
-from layerwise.function_space.steps.named_rates import unwrap_optimizer
 from layerwise.function_space.steps.step_loss import Loss
 from layerwise.function_space.steps.watched_step import WatchedStep, watch
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
+from layerwise.common.parameter_names import unwrap_optimizer
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.decide import (
@@ -37,7 +38,6 @@ from layerwise.function_space.steps.named_rates import (
     learning_rates,
     require_linear,
     settings_by_name,
-    unwrap_optimizer,
 )
 from layerwise.function_space.steps.watched_step import StepWatcher, WatchedStep
 

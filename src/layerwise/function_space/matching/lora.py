@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import PositiveInt, checked
-from layerwise.common.parameter_names import unwrap
+from layerwise.common.parameter_names import unwrap, unwrap_optimizer
 from layerwise.common.undisturbed import undisturbed
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.decide import Factor, Matched, MatchReport, decide, fixed_parameters, rounding_noise
@@ -29,7 +29,6 @@ from layerwise.function_space.steps.named_rates import (
     learning_rates,
     optimized,
     require_linear,
-    unwrap_optimizer,
 )
 from layerwise.function_space.steps.step_loss import Loss, given_loss, model_loss
 from layerwise.function_space.steps.watched_step import watch

@@ -35,16 +35,6 @@ _TAKEN: WeakSet[Optimizer] = WeakSet()
 _OURS = frozenset(("params", "param_names", "lr", "weight_decay"))
 
 
-def unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside wrappers that keep it as `.optimizer` (accelerate, Lightning, DeepSpeed)."""
-    seen = optimizer
-    while isinstance(getattr(seen, "optimizer", None), Optimizer):
-        seen = seen.optimizer
-    if not isinstance(seen, Optimizer):
-        raise LayerwiseError(f"optimizer is {type(optimizer).__name__}: pass a torch.optim.Optimizer")
-    return seen
-
-
 def optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """The model's trainable parameters that the optimizer updates, by name."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

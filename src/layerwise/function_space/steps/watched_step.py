@@ -17,7 +17,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
 from layerwise.common.checked import PositiveInt, checked
-from layerwise.common.parameter_names import unwrap
+from layerwise.common.parameter_names import unwrap, unwrap_optimizer
 from layerwise.common.tensors import is_sharded, local_part
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
@@ -25,7 +25,7 @@ from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
 from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.named_rates import Decay, constant_decay, learning_rates, optimized, unwrap_optimizer
+from layerwise.function_space.steps.named_rates import Decay, constant_decay, learning_rates, optimized
 
 #: Of each optimizer whose step is surrounded, what is to be done once that is over.
 _UNDER_WAY: WeakKeyDictionary[Optimizer, list[Callable[[], None]]] = WeakKeyDictionary()

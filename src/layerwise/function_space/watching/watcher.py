@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
 from layerwise.common.layer_rate import LayerRate, parameter_of
-from layerwise.common.parameter_names import unwrap
+from layerwise.common.parameter_names import unwrap, unwrap_optimizer
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ProcessesOption
 from layerwise.function_space.steps.by_module import by_module, module_updates, update_sums
-from layerwise.function_space.steps.named_rates import optimized, unwrap_optimizer
+from layerwise.function_space.steps.named_rates import optimized
 from layerwise.function_space.steps.watched_step import WatchedStep, when_over
 from layerwise.function_space.watching.output_change import OutputChange
 from layerwise.function_space.watching.unit_rates import unit_rates

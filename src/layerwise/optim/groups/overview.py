@@ -72,7 +72,7 @@ def scaled_twice(groups: Sequence[Group]) -> bool:
     return twice
 
 
-def layer_rates(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict[str, LayerRate]:
+def rates_of_units(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict[str, LayerRate]:
     """Unit name -> noise, multiplier and effective rate, with one copy from the device."""
     rows: list[tuple[str, float, bool]] = []  # name, the group's lr, whether a rule sets its multiplier
     values: list[Tensor] = []
