@@ -16,8 +16,9 @@ What processors do in bfloat16 is in `shifted_squares`. `docs/polar.md` has the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +26,43 @@ from torch import Tensor
 from layerwise.common.tensors import remember
 from layerwise.geometry.spectral.precision import has_tiles, rounds_factors
 
-Triple = tuple[float, float, float]
 
-_POLAR_EXPRESS: tuple[Triple, ...] = (
+class Product(Protocol):
+    """`alpha A B + beta add` into `out` (or a new tensor), where the result is known to be symmetric."""
+
+    def __call__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor | None = None,
+        *,
+        add: Tensor | None = None,
+        beta: float = 1.0,
+        alpha: float = 1.0,
+    ) -> Tensor: ...
+
+
+class Polynomial(Protocol):
+    """One step on Gram matrices `[k, n, n]`, symmetric as they are."""
+
+    def of(self, gram: Tensor, product: Product, out: Tensor) -> Tensor:
+        """`P(G)`, in `out`; in the end `gram` is as it was."""
+
+
+class Quintic(NamedTuple):
+    """`p(s) = a s + b s^3 + c s^5` of singular values, and so `X <- P(G) X` with `P(G) = a I + b G + c G^2`, `G = X X^T`."""
+
+    a: float
+    b: float
+    c: float
+
+    def of(self, gram: Tensor, product: Product, out: Tensor) -> Tensor:
+        product(gram, gram, out, add=gram, beta=self.b, alpha=self.c)
+        out.diagonal(dim1=-2, dim2=-1).add_(self.a)
+        return out
+
+
+_POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -38,26 +73,25 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
 )
 
 
-def _safe(triple: Triple, factor: float = 1.01) -> Triple:
+def _safe(a: float, b: float, c: float, factor: float = 1.01) -> Quintic:
     """`p(s / factor)`: room for singular values that rounding pushed above one (Polar Express, section 3.4)."""
-    a, b, c = triple
-    return a / factor, b / factor**3, c / factor**5
+    return Quintic(a / factor, b / factor**3, c / factor**5)
 
 
-POLYNOMIALS: dict[str, tuple[Triple, ...]] = {
+POLYNOMIALS: dict[str, tuple[Quintic, ...]] = {
     # Jordan 2024 (Muon): steep at zero, and content with singular values between 0.68 and 1.14.
-    "quintic": ((3.4445, -4.7750, 2.0315),) * 5,
+    "quintic": (Quintic(3.4445, -4.7750, 2.0315),) * 5,
     # You Jiacheng 2025, one triple a step (used by dion): the same cost, singular values nearer to one.
     "quintic_tuned": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
+        Quintic(4.0848, -6.8946, 2.9270),
+        Quintic(3.9505, -6.3029, 2.6377),
+        Quintic(3.7418, -5.5913, 2.3037),
+        Quintic(2.8769, -3.1427, 1.2046),
+        Quintic(2.8366, -3.0525, 1.2012),
     ),
     # Amsel et al. 2025 (arXiv 2505.16932): minimax-optimal for singular values in [1e-3, 1]; five steps, all eight.
-    "polar_express": tuple(_safe(triple) for triple in _POLAR_EXPRESS[:5]),
-    "polar_express8": (*(_safe(triple) for triple in _POLAR_EXPRESS), (1.875, -1.25, 0.375)),
+    "polar_express": tuple(_safe(*triple) for triple in _POLAR_EXPRESS[:5]),
+    "polar_express8": (*(_safe(*triple) for triple in _POLAR_EXPRESS), Quintic(1.875, -1.25, 0.375)),
 }
 PATHS = ("auto", "standard", "blocked", "gram", "triton", "triton_gram")
 
@@ -80,37 +114,22 @@ RESTART_AFTER, RESTART_EVERY = 2, 3
 CHUNK_BYTES = 2**24
 
 
-class Product(Protocol):
-    """`alpha A B + beta add` into `out` (or a new tensor), where the result is known to be symmetric."""
-
-    def __call__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        out: Tensor | None = None,
-        *,
-        add: Tensor | None = None,
-        beta: float = 1.0,
-        alpha: float = 1.0,
-    ) -> Tensor: ...
-
-
-def newton_schulz(x: Tensor, triples: tuple[Triple, ...], path: str = "auto") -> Tensor:
+def newton_schulz(x: Tensor, steps: tuple[Quintic, ...], path: str = "auto") -> Tensor:
     """All steps on `[k, n, m]`, `n <= m`, singular values in [0, 1]. `x` may be overwritten."""
     path = choose_path(x) if path == "auto" else path
-    if path == "standard":
-        return _standard(x, triples, plain_product)
+    product: Product = plain_product if path == "standard" or x.size(-2) < BLOCKS_FROM else strip_product
     if path.startswith("triton"):
         from layerwise.geometry.spectral.triton_kernels import symmetric_product as product
-
-        return (_gram if path == "triton_gram" else _standard)(x, triples, product)
-    steps = _gram if path == "gram" else _blocked
-    product = strip_product if x.size(-2) >= BLOCKS_FROM else plain_product
+    if path in ("standard", "triton"):
+        return _standard(x, steps, product)
+    cuts = [*range(len(steps) + 1)]
+    if path != "blocked":
+        cuts = [0, *cuts[RESTART_AFTER:-1:RESTART_EVERY], len(steps)]
     size = matrices_at_once(x.size(-2), x.size(-1), x.element_size())
-    if size >= x.size(0):
-        return steps(x, triples, product)
+    if size >= x.size(0) or x.device.type != "cpu":
+        return on_gram_matrices(x, product(x, x.mT), steps, cuts, product)
     for chunk in x.split(size):
-        chunk.copy_(steps(chunk, triples, product))
+        chunk.copy_(on_gram_matrices(chunk, product(chunk, chunk.mT), steps, cuts, product))
     return x
 
 
@@ -133,39 +152,33 @@ def choose_path(x: Tensor) -> str:
     return "blocked" if n >= BLOCKS_FROM else "standard"
 
 
-def _standard(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor:
+def _standard(x: Tensor, steps: tuple[Quintic, ...], product: Product) -> Tensor:
     """As published, sums folded into the products: three launches a step, nothing for a compiler to trip over."""
-    for a, b, c in triples:
+    for a, b, c in steps:
         gram = product(x, x.mT)
         x = torch.baddbmm(x, product(gram, gram, add=gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _blocked(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor:
-    """The standard iteration in buffers that stay in the cache; two of its three products are symmetric."""
-    k, n, _ = x.shape
-    y, gram, p = torch.empty_like(x), x.new_empty(k, n, n), x.new_empty(k, n, n)
-    for triple in triples:
-        product(x, x.mT, gram)
-        _polynomial(gram, triple, product, out=p)
-        x, y = apply_symmetric(p, x, out=y), x
-    return x
+def on_gram_matrices(x: Tensor, gram: Tensor, steps: Sequence[Polynomial], cuts: Sequence[int], product: Product) -> Tensor:
+    """Iterate on n x n Gram matrices and touch the n x m ones only at a cut (the idea of gram-newton-schulz).
 
+    A step takes X to `P X` and so `G = X X^T` to `P G P`; the Ps are multiplied up in Q, and all of these are polynomials of
+    one G, so they commute and every product is symmetric. With a cut after every step it is the standard iteration.
 
-def _gram(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor:
-    """Iterate on the n x n Gram matrix and touch the n x m matrix only at a restart (the idea of gram-newton-schulz).
-
-    With `P = a I + b G + c G^2`, a step takes X to `P X` and so `G = X X^T` to `P G P`; the Ps are multiplied up in
-    Q, and all of these are polynomials of one G, so they commute and every product is symmetric.
+    Args:
+        x: `[k, n, m]`; may be overwritten.
+        gram: `X X^T`; is overwritten.
+        steps: in order.
+        cuts: the steps that begin with a fresh Gram matrix, 0 the first, and in the end how many steps there are.
+        product: multiplies what makes a symmetric matrix.
     """
-    k, n, _ = x.shape
-    y = torch.empty_like(x)
-    gram, p, q, spare = x.new_empty(4, k, n, n).unbind()
-    cuts = [0, *range(RESTART_AFTER, len(triples), RESTART_EVERY), len(triples)]
+    y, (p, q, spare) = torch.empty_like(x), gram.new_empty(3, *gram.shape).unbind()
     for start, end in pairwise(cuts):
-        product(x, x.mT, gram)
-        for step, triple in enumerate(triples[start:end], start):
-            new = _polynomial(gram, triple, product, out=q if step == start else p)
+        if start > 0:
+            product(x, x.mT, gram)
+        for step in range(start, end):
+            new = steps[step].of(gram, product, q if step == start else p)
             if step < end - 1:
                 product(gram, new, spare)
                 product(spare, new, gram)
@@ -173,14 +186,6 @@ def _gram(x: Tensor, triples: tuple[Triple, ...], product: Product) -> Tensor:
                 q, spare = product(q, p, spare), q
         x, y = apply_symmetric(q, x, out=y), x
     return x
-
-
-def _polynomial(gram: Tensor, triple: Triple, product: Product, out: Tensor) -> Tensor:
-    """`a I + b G + c G^2`."""
-    a, b, c = triple
-    product(gram, gram, out, add=gram, beta=b, alpha=c)
-    out.diagonal(dim1=-2, dim2=-1).add_(a)
-    return out
 
 
 def plain_product(

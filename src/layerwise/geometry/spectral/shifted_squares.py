@@ -11,15 +11,18 @@ it comes, the trace of its Gram matrix is its squared norm, and the first square
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from layerwise.common.tensors import remember
 from layerwise.geometry.spectral.newton_schulz import (
     GRAM_FROM,
-    Triple,
-    apply_symmetric,
+    Product,
+    Quintic,
     matrices_at_once,
+    on_gram_matrices,
     strip_product,
 )
 from layerwise.geometry.spectral.precision import normalised_in
@@ -36,85 +39,71 @@ LEAST, MOST = 1e-14, 1e14
 #: are one product at a time: at 384 x 384 that costs as much, at 128 x 128 more.
 TRACE_FROM = 2**18
 
-#: The same for all matrices, or one for each, `[k, 1]`.
-Shift = float | Tensor
 
-
-def polar_by_shifted_squares(g: Tensor, triples: tuple[Triple, ...], path: str, scale: float) -> Tensor:
+def polar_by_shifted_squares(g: Tensor, steps: tuple[Quintic, ...], path: str, scale: float) -> Tensor:
     """All steps on `[k, n, m]`, `n <= m`: `scale` times the polar factors, in the dtype of g. "gram" asks for pairs."""
     n, m = g.shape[-2:]
     wide = path == "gram" or (path == "auto" and m >= GRAM_FROM * n)
-    at_once = PAIR if wide and triples[0][0] < STEEP else 1
-    shifts, found = shifts_of(triples, scale), torch.empty_like(g)
+    at_once = PAIR if wide and steps[0].a < STEEP else 1
+    shifts, found = shifts_of(steps, scale), torch.empty_like(g)
     size = matrices_at_once(n, m, torch.bfloat16.itemsize)
+    cuts = [*range(0, len(steps), at_once), len(steps)]
+    squares = [ShiftedSquare(s, at_zero) for s, at_zero, _ in shifts]
     for part, into in zip(g.split(size), found.split(size), strict=True):
-        into.copy_(_iterate(part, shifts, at_once))
+        x, gram, unit = _rounded(part, shifts[0][2])
+        first = squares[0] if unit is None else squares[0].of_multiple(unit)
+        into.copy_(on_gram_matrices(x, gram, [first, *squares[1:]], cuts, strip_product))
     return found
 
 
 @remember
-def shifts_of(triples: tuple[Triple, ...], scale: float) -> tuple[Triple, ...]:
+def shifts_of(steps: tuple[Quintic, ...], scale: float) -> tuple[tuple[float, float, float], ...]:
     """`(s, s^2 + d, k)` of each step, such that the last one ends at `k = 1 / scale`."""
     k, found = 1 / scale, []
-    for a, b, c in reversed(triples):
+    for a, b, c in reversed(steps):
         k = (k / c) ** 0.2
         found.append((b / (2 * c * k**2), a / (c * k**4), k))
     return tuple(reversed(found))
 
 
-def _iterate(g: Tensor, shifts: tuple[Triple, ...], at_once: int) -> Tensor:
-    k, n, _ = g.shape
-    gram, p, q, spare = g.new_empty(4, k, n, n, dtype=torch.bfloat16).unbind()
-    x, unit = _rounded(g, gram, shifts[0][2])
-    y = torch.empty_like(x)
-    for start in range(0, len(shifts), at_once):
-        if start > 0:
-            strip_product(x, x.mT, gram)
-        end = min(start + at_once, len(shifts))
-        for step in range(start, end):
-            into = q if step == start else p
-            s, at_zero, _ = shifts[step]
-            if step > 0 or unit is None:
-                diagonal = _shifted_square(gram, s, at_zero, into)
-            else:  # of `unit Z`, and the polynomial over unit: from here on all is of Z
-                diagonal = _shifted_square(gram, s * unit**2, at_zero / unit, into, unit**-5)
-            if step < end - 1:
-                gram.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-                strip_product(gram, into, spare)
-                strip_product(spare, into, gram)
-            if step > start:
-                q, spare = strip_product(q, p, spare), q
-        x, y = apply_symmetric(q, x, out=y), x
-    return x
-
-
-def _rounded(g: Tensor, gram: Tensor, k: float) -> tuple[Tensor, Tensor | None]:
-    """X in bfloat16, its Gram matrix in `gram`, and how many times Z it is, `[k, 1]` in float32; None where it is Z."""
+def _rounded(g: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """X in bfloat16, its Gram matrix, and how many times Z it is, `[k, 1]` in float32; None where it is Z."""
     if g[0].numel() >= TRACE_FROM:
         x = g.to(torch.bfloat16)
-        strip_product(x, x.mT, gram)
+        gram = strip_product(x, x.mT)
         square = gram.diagonal(dim1=-2, dim2=-1).float().sum(-1, keepdim=True)
         if ((square > LEAST) & (square < MOST)).all():
-            return x, square.sqrt() * k
+            return x, gram, square.sqrt() * k
     x = normalised_in(g, torch.bfloat16, 1 / k)
-    strip_product(x, x.mT, gram)
-    return x, None
+    return x, strip_product(x, x.mT), None
 
 
-def _shifted_square(gram: Tensor, s: Shift, at_zero: Shift, out: Tensor, factor: Tensor | None = None) -> Tensor:
-    """`factor (G + s I)^2 + d I` into out, d such that a G of zero gives `at_zero`; G keeps s, its diagonal is returned.
+class ShiftedSquare(NamedTuple):
+    """`factor (G + s I)^2 + d I`, d such that a G of zero gives `at_zero`; a factor for each matrix, `[k, 1]`, or none.
 
     Entries of a diagonal are small beside s, so rounding their sums hides them; what it has added goes out again with d.
     """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    before = diagonal.float()
-    diagonal.copy_(before + s)  # rounded once
-    added = diagonal - before  # s, and the rounding of its sum with each entry
-    if factor is None:
-        strip_product(gram, gram, out)
-    else:
-        for matrix, into, own in zip(gram, out, factor[:, 0].tolist(), strict=True):
-            strip_product(matrix, matrix, into, alpha=own)
-    slope = s if factor is None else s * factor
-    out.diagonal(dim1=-2, dim2=-1).add_(at_zero + s * slope - added.mul_(2 * slope))
-    return before
+
+    s: float | Tensor
+    at_zero: float | Tensor
+    factor: Tensor | None = None
+
+    def of_multiple(self, unit: Tensor) -> ShiftedSquare:
+        """For a Gram matrix of `unit Z`: over `unit`, so that from there on all is of Z."""
+        return ShiftedSquare(self.s * unit**2, self.at_zero / unit, unit**-5)
+
+    def of(self, gram: Tensor, product: Product, out: Tensor) -> Tensor:
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        before = diagonal.float()
+        diagonal.copy_(before + self.s)  # rounded once
+        added = diagonal - before  # s, and the rounding of its sum with each entry
+        slope = self.s
+        if self.factor is None:
+            product(gram, gram, out)
+        else:
+            slope = self.s * self.factor
+            for matrix, into, own in zip(gram, out, self.factor[:, 0].tolist(), strict=True):
+                product(matrix, matrix, into, alpha=own)
+        out.diagonal(dim1=-2, dim2=-1).add_(self.at_zero + self.s * slope - added.mul_(2 * slope))
+        diagonal.copy_(before)
+        return out
