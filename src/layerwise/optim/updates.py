@@ -191,7 +191,8 @@ class _QuasiHyperbolicStep(PlannedStep):
     """QHAdam's step (Ma and Yarats, arXiv 1810.06801) with decoupled decay, of parameters of one group and one dtype.
 
     ``U = nu M / (1 - b1^t) + (1 - nu) G``, and a step ``-lr U / (sqrt(V / (1 - b2^t)) + eps)``, where t are a parameter's
-    steps.
+    steps; the first one's where reading them would wait for the device, as a correction for each would be a launch for each
+    there: first steps of a parameter that joins late are then up to 1.7 times as long (betas of 0.9 and 0.95).
     """
 
     def take(self, work: MatrixWork, keep: Tensor | None) -> None:
@@ -206,7 +207,7 @@ class _QuasiHyperbolicStep(PlannedStep):
         torch._foreach_lerp_(squares, squared, 1.0 - beta2)
         torch._foreach_add_(steps, 1.0 if keep is None else [keep.to(steps[0])] * len(steps))
         at_hand = keep is None and steps[0].is_cpu and not torch.compiler.is_compiling()
-        taken = [float(step) for step in steps] if at_hand else torch.stack(steps)
+        taken = [float(step) for step in steps] if at_hand else steps[0]
         direction = torch._foreach_mul(averages, _corrected(nu, beta1, taken))
         torch._foreach_add_(direction, grads, alpha=1.0 - nu)
         sizes = torch._foreach_mul(squares, _corrected(1.0, beta2, taken))
@@ -218,9 +219,9 @@ class _QuasiHyperbolicStep(PlannedStep):
 
 
 def _corrected(weight: float, beta: float, taken: list[float] | Tensor) -> Any:
-    """``weight / (1 - beta^t)`` for each parameter's steps, ``[n]`` where reading them would wait; one for all if equal."""
+    """``weight / (1 - beta^t)`` at the step taken, or at each of the steps, where they differ."""
     if isinstance(taken, Tensor):
-        return list((weight / (1.0 - beta**taken)).unbind())
+        return weight / (1.0 - beta**taken)
     if len(set(taken)) == 1:
         return weight / (1.0 - beta ** taken[0])
     return [weight / (1.0 - beta**t) for t in taken]

@@ -77,7 +77,7 @@ class Arrangement:
 
 
 WIDE, PHONE = Arrangement(WIDTH, 2), Arrangement(4.0, 1)
-NORM_MAP = "magma"
+NOISE_MAP = "magma"
 RATE_MAP = "layerwise_rate"
 
 
