@@ -46,7 +46,7 @@ def test_by_default_they_are_means_over_the_units_of_one_role_in_one_block():
     }
     pair = [rates["layers.1.0.weight"], rates["layers.1.1.weight"]]
     assert logged["layer_lr/layers.1/hidden"] == pytest.approx(statistics.mean(r.lr for r in pair))
-    assert logged["layer_noise/layers.1/hidden"] == pytest.approx(statistics.mean(r.noise for r in pair))
+    assert logged["layer_squared_norm/layers.1/hidden"] == pytest.approx(statistics.mean(r.squared_norm for r in pair))
 
 
 @pytest.mark.parametrize("by", get_args(Level))
@@ -62,7 +62,7 @@ def test_every_level_has_the_mean_of_all_units_in_it(by):
 def test_a_filter_leaves_the_others_out_and_says_where_it_matches_nothing():
     optimizer = stepped()
     assert set(RateLog("unit", "layers.1.*.weight")(optimizer)) == {
-        f"layer_{kind}/layers.1.{i}.weight" for kind in ("lr", "noise") for i in (0, 1)
+        f"layer_{kind}/layers.1.{i}.weight" for kind in ("lr", "squared_norm") for i in (0, 1)
     }
     assert len(RateLog("role", ["head.*", "embed.*"])(optimizer)) == 6
     with pytest.raises(lw.LayerwiseError, match=r"matches no unit, such as 'embed.weight'"):

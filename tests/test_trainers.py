@@ -135,7 +135,7 @@ def test_hf_trainer_logs_what_a_watch_sees_and_goes_on_after_a_kill(tmp_path):
     last = watched.watch.records[-1].scalars()
     assert {key: rows[-1][key] for key in last} == last
     assert rows[-1]["step"] == 8
-    assert any(key.startswith("layer_noise/") for key in last)
+    assert any(key.startswith("layer_squared_norm/") for key in last)
 
 
 def token_losses(model: nn.Module, micro: list[Tensor]) -> Iterator[Tensor]:

@@ -190,7 +190,7 @@ def noise_of_noise(deviations: Sequence[float], rules: Sequence[tuple[str, str, 
         optimizer.zero_grad()
         model(torch.randn(len(rules), 64, 64, generator=generator) * deviations[rank]).backward()
         optimizer.step()
-    return [rate.noise for rate in optimizer.layer_rates().values()]
+    return [rate.squared_norm for rate in optimizer.layer_rates().values()]
 
 
 # ------------------------------------------------------------------------------------------------- saving and errors

@@ -174,4 +174,4 @@ def test_noise_between_replicas_is_taken_up_again(cluster, tmp_path):
     assert cluster.run(2, lab_run, folder, broken, 0, True) == ["finished"] * 2
     same_run(tmp_path, "whole", "broken")
     last = results(tmp_path, "whole")["layers"][-1]["layers"]
-    assert all(unit["noise"] > 0 for unit in last.values())
+    assert all(unit["squared_norm"] > 0 for unit in last.values())

@@ -95,7 +95,7 @@ def main(folder: str, which: str) -> None:
     model, optimizer = {"hf": hf, "lightning": lightning}[which](folder)
     assert dist.get_world_size() == 2
     rates = optimizer.layer_rates().values()
-    assert all(rate.noise > 0 for rate in rates), rates
+    assert all(rate.squared_norm > 0 for rate in rates), rates
     assert len({rate.multiplier for rate in rates}) > 1
     mine = torch.cat([p.detach().flatten() for p in model.parameters()])
     theirs = [torch.empty_like(mine) for _ in range(2)]

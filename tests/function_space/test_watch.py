@@ -97,8 +97,8 @@ def test_effective_rates_are_what_the_optimizer_makes_of_the_groups(kind):
         backward(model, step)
         optimizer.step()
     record, rates = watch.records[-1], optimizer.layer_rates()
-    assert {unit: (rate.noise, rate.multiplier, rate.lr) for unit, rate in record.units.items()} == {
-        unit: (rate.noise, rate.multiplier, pytest.approx(rate.lr)) for unit, rate in rates.items()
+    assert {unit: (rate.squared_norm, rate.multiplier, rate.lr) for unit, rate in record.units.items()} == {
+        unit: (rate.squared_norm, rate.multiplier, pytest.approx(rate.lr)) for unit, rate in rates.items()
     }
     # A module's rate is the mean of its parameters', weighted by entries.
     weight, bias = rates["blocks.1.weight"].lr, rates["blocks.1.bias"].lr

@@ -116,7 +116,7 @@ def fabricate(
                 noise = base * math.exp(rng.gauss(0, 0.05)) * SCALE_OF[row["norm_group"]]
                 multiplier = min(1.0, (0.6 / NOISE_OF.get(key, 1.0) / (1 + 0.25 * _block(unit))) ** 0.5)
                 multiplier = 1 - (1 - multiplier) * min(1.0, step / (0.2 * steps))
-                entry[unit] = {"noise": noise, "multiplier": multiplier, "lr": lr * factor * multiplier}
+                entry[unit] = {"squared_norm": noise, "multiplier": multiplier, "lr": lr * factor * multiplier}
             share = NOISE_OF.get(row["name"].split(f"h.{_block(row['name'])}.")[-1], 0.4) * (1 + 0.1 * _block(row["name"]))
             shares[row["name"]] = share * factor
         layers.append({"step": step, "layers": entry})

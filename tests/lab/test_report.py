@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import RateCurve, Story, contenders, load_runs, write_report
 from layerwise.lab.report.figures.effective_rates import effective_rates
-from layerwise.lab.report.figures.heatmap import layer_heat_maps, measured, relative_noise
+from layerwise.lab.report.figures.heatmap import layer_heat_maps, measured, relative_norms
 from layerwise.lab.report.figures.loss import loss_limits, smooth
 from layerwise.lab.report.figures.units import network_order, unit_name
 from layerwise.lab.report.grouping import looks
@@ -125,22 +125,24 @@ def test_noise_is_relative_to_the_median_of_its_group(runs: dict[str, Run]) -> N
     history = run.history
     assert history is not None
     groups = [run.norm_groups[u.split("[")[0]] for u in history.units]
-    relative = relative_noise(history, range(len(history.units)), groups)
+    relative = relative_norms(history, range(len(history.units)), groups)
     for group in set(groups):
         members = [i for i, g in enumerate(groups) if g == group]
         assert np.nanmedian(relative[members]) == pytest.approx(1)
     rows = [i for i, g in enumerate(groups) if g == "spectral"]
-    np.testing.assert_allclose(relative[rows] / relative[rows[0]], history.noise[rows] / history.noise[rows[0]])
+    np.testing.assert_allclose(
+        relative[rows] / relative[rows[0]], history.squared_norm[rows] / history.squared_norm[rows[0]]
+    )
 
 
 def test_units_that_no_rule_touches_are_not_drawn(runs: dict[str, Run], tmp_path: Path) -> None:
     history = runs["lanton"].history
     assert history is not None
     assert history.ruled == list(history.units)
-    noise, multiplier = history.noise.copy(), history.multiplier.copy()
-    noise[1], multiplier[1] = np.nan, 1.0  # AdamW's, beside a rule
-    noise[2], multiplier[2] = np.nan, 0.5  # a static rate
-    assert replace(history, noise=noise, multiplier=multiplier).ruled == [history.units[0], *history.units[2:]]
+    norms, multiplier = history.squared_norm.copy(), history.multiplier.copy()
+    norms[1], multiplier[1] = np.nan, 1.0  # AdamW's, beside a rule
+    norms[2], multiplier[2] = np.nan, 0.5  # a static rate
+    assert replace(history, squared_norm=norms, multiplier=multiplier).ruled == [history.units[0], *history.units[2:]]
 
     fabricate(tmp_path / "run", "lanton", final=3.2, **SHORT)
     path = tmp_path / "run" / "layers.jsonl"
@@ -148,7 +150,7 @@ def test_units_that_no_rule_touches_are_not_drawn(runs: dict[str, Run], tmp_path
     for line in lines:
         for unit, row in line["layers"].items():
             if "ln_" in unit or unit.endswith(".bias"):
-                row |= {"noise": None, "multiplier": 1.0}
+                row |= {"squared_norm": None, "multiplier": 1.0}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = write_report(contenders(load_runs([tmp_path / "run"])), tmp_path / "page")
     drawn = {figure.stem for figure in (page.parent / "figures").iterdir()}
@@ -189,7 +191,7 @@ def test_half_written_lines_are_left_out(tmp_path: Path) -> None:
     assert len(cut.train_loss) == len(whole.train_loss) - 1
     assert cut.history is not None
     assert whole.history is not None
-    assert cut.history.noise.shape[1] == whole.history.noise.shape[1] - 1
+    assert cut.history.squared_norm.shape[1] == whole.history.squared_norm.shape[1] - 1
 
 
 def test_results_rank_by_loss_with_the_spread_over_seeds(runs: dict[str, Run]) -> None:
@@ -330,7 +332,7 @@ def test_steps_of_short_runs_are_whole_numbers(runs: dict[str, Run]) -> None:
     first = LayerHistory(
         history.units,
         np.arange(1.0, 4.0),
-        history.noise[:, :3],
+        history.squared_norm[:, :3],
         history.multiplier[:, :3] * 0.9,
         history.lr[:, :3],
     )

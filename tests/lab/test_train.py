@@ -88,7 +88,7 @@ def test_the_record_is_complete(tmp_path: Path) -> None:
     assert [row["step"] for row in run.layers] == [3, 6, 9, 12]
     units = {unit for row in info["parameters"] for unit in row["units"]}
     assert run.layers[-1]["layers"].keys() == units
-    assert run.layers[-1]["layers"]["transformer.h.0.mlp.c_fc.weight"].keys() == {"noise", "multiplier", "lr"}
+    assert run.layers[-1]["layers"]["transformer.h.0.mlp.c_fc.weight"].keys() == {"squared_norm", "multiplier", "lr"}
     last = run.metrics[-1]
     assert last["tokens"] == run.result["tokens"] == 12 * 4 * 16
     assert last["val_loss"] == run.result["val_loss"]
@@ -157,7 +157,7 @@ def test_independent_noise_takes_the_two_halves_of_the_batch(tmp_path: Path) -> 
         train(tiny_config(tmp_path, run__name="odd", **changes), progress="quiet")
     run = train(tiny_config(tmp_path, training__accumulation=2, **changes), progress="quiet")
     assert run.status == "finished"
-    assert min(rate["noise"] for rate in run.layers[0]["layers"].values()) > 0
+    assert min(rate["squared_norm"] for rate in run.layers[0]["layers"].values()) > 0
 
 
 def test_noise_between_replicas_wants_several_processes(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_rates_and_weights_follow_the_twin_in_every_geometry(geometry, nesterov)
         optimizer.step()
         twin.step({name: g.numpy() for name, g in given_now.items()})
         for name, rate in optimizer.layer_rates().items():
-            assert rate.noise == pytest.approx(twin.h[name], rel=RELATIVE), (step, name)
+            assert rate.squared_norm == pytest.approx(twin.h[name], rel=RELATIVE), (step, name)
             assert rate.multiplier == pytest.approx(twin.multiplier[name], rel=RELATIVE), (step, name)
             # No entry of a unit step is larger than sqrt(42), the largest matrix's column or vector length.
             tolerance = STEPS * LR * math.sqrt(42) * RELATIVE
@@ -169,7 +169,7 @@ def test_a_unit_without_a_signal_neither_counts_nor_is_slowed():
         rates.append(optimizer.layer_rates())
     assert rates[1]["dense.weight"].multiplier == pytest.approx(rates[0]["dense.weight"].multiplier, rel=0.05)
     assert rates[1]["experts[0]"].multiplier == 1.0
-    assert math.isnan(rates[1]["experts[0]"].noise)
+    assert math.isnan(rates[1]["experts[0]"].squared_norm)
 
 
 def test_options_out_of_range_are_refused():

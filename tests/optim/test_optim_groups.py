@@ -193,3 +193,23 @@ def test_groups_that_are_all_empty_are_taken_as_torch_takes_them_and_no_group_is
     for nothing in ([], iter(())):
         with pytest.raises(lw.LayerwiseError, match="got no parameters"):
             lw.Lanton(nothing)
+
+
+def test_rates_are_in_the_order_of_the_model_whatever_the_groups_are():
+    """They came group by group: a block's matrices, and its gains and biases behind the last block's."""
+    model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)) for _ in range(3)])
+    model.append(torch.nn.Linear(4, 4))
+    model[3].weight = model[1][0].weight  # tied: in its first place
+    names = [name for name, _ in model.named_parameters()]
+    splits = {"2.0.weight": {"q": 1, "k": 3}}
+    optimizer = lw.DualMuon(lw.param_groups(torch.nn.DataParallel(model), splits=splits))
+    assert [name for group in optimizer.param_groups for name in group["param_names"]] != names
+    units = [unit for name in names for unit in ([f"{name}[q]", f"{name}[k]"] if name in splits else [name])]
+    assert list(optimizer.layer_rates()) == units
+    frozen = model[0][0].weight.requires_grad_(False)
+    late = lw.DualMuon(lw.param_groups(model, splits=splits))
+    frozen.requires_grad_(True)
+    assert late.add_trainable(model) == ["0.0.weight"]
+    assert list(late.layer_rates()) == units
+    del model, late, frozen
+    assert optimizer.layer_rates().keys() == set(units)  # the order is gone with the model

@@ -187,6 +187,6 @@ def test_differences_that_leave_float16(alpha):
     rates = optimizer.layer_rates()
     # All entries of the last difference are 8e4, and the nuclear norm of a rank-one matrix is its Frobenius norm. The dual
     # of the RMS to RMS norm of a 10 x 6 matrix is sqrt(10 / 6) of it.
-    assert rates["up.weight"].noise == pytest.approx((8e4) ** 2 * 60 * 10 / 6, rel=0.01)
+    assert rates["up.weight"].squared_norm == pytest.approx((8e4) ** 2 * 60 * 10 / 6, rel=0.01)
     assert all(math.isfinite(rate.multiplier) for rate in rates.values())
     assert all(p.isfinite().all() for p in model.parameters())

@@ -159,7 +159,7 @@ def run(start, noise, options, missing=False):
         assert rates.keys() == twin.w.keys()
         for unit, weight in units(named).items():
             noise_here = twin.h.get(unit, math.nan)
-            assert rates[unit].noise == pytest.approx(noise_here, rel=RELATIVE, nan_ok=True), (step, unit)
+            assert rates[unit].squared_norm == pytest.approx(noise_here, rel=RELATIVE, nan_ok=True), (step, unit)
             assert rates[unit].multiplier == pytest.approx(twin.multiplier[unit], rel=RELATIVE), (step, unit)
             assert rates[unit].lr == pytest.approx(LR * rates[unit].multiplier)
             np.testing.assert_allclose(weight, twin.w[unit], rtol=0, atol=tolerance, err_msg=f"{step} {unit}")
@@ -170,7 +170,7 @@ def run(start, noise, options, missing=False):
 def test_every_option_of_the_noise_follows_the_twin(start, case):
     rates = run(start, CASES[case], {})
     parts = [rates[f"{FUSED}[{part}]"] for part in "qkv"]
-    assert len({rate.noise for rate in parts}) == 3  # the parts of a fused projection are units of their own
+    assert len({rate.squared_norm for rate in parts}) == 3  # the parts of a fused projection are units of their own
     assert min(rate.multiplier for rate in rates.values()) < 0.99  # there was something to follow
 
 
@@ -188,19 +188,19 @@ def test_the_multiplier_is_one_and_the_noise_unknown_before_the_first_difference
     model = copy_of(start)
     optimizer = lw.Lanton(lw.param_groups(model))
     for rate in optimizer.layer_rates().values():
-        assert math.isnan(rate.noise)
+        assert math.isnan(rate.squared_norm)
         assert rate.multiplier == 1.0
     generator = torch.Generator().manual_seed(3)
     backward(model, generator).backward()
     optimizer.step()
     for rate in optimizer.layer_rates().values():
-        assert math.isnan(rate.noise)
+        assert math.isnan(rate.squared_norm)
         assert rate.multiplier == 1.0
         assert rate.lr == optimizer.param_groups[0]["lr"]
     optimizer.zero_grad()
     backward(model, generator).backward()
     optimizer.step()
-    assert all(rate.noise > 0 for rate in optimizer.layer_rates().values())
+    assert all(rate.squared_norm > 0 for rate in optimizer.layer_rates().values())
     assert min(rate.multiplier for rate in optimizer.layer_rates().values()) < 1
 
 
@@ -215,4 +215,4 @@ def test_the_rate_of_the_noisiest_of_two_layers_is_the_fourth_root():
     rates = optimizer.layer_rates()
     assert rates["quiet"].multiplier == 1.0
     assert rates["loud"].multiplier == pytest.approx(0.5, rel=1e-3)  # 1e-3: `nuclear="auto"` is an estimate
-    assert rates["loud"].noise == pytest.approx((4 * 2 * 3) ** 2, rel=2e-3)
+    assert rates["loud"].squared_norm == pytest.approx((4 * 2 * 3) ** 2, rel=2e-3)

@@ -226,7 +226,7 @@ def test_muon_keeps_adamw_out_of_the_rates_of_a_rule():
         set_gradients(model, step)
         optimizer.step()
     rates = optimizer.layer_rates()
-    assert {name for name, rate in rates.items() if not math.isnan(rate.noise)} == {
+    assert {name for name, rate in rates.items() if not math.isnan(rate.squared_norm)} == {
         "up.weight",
         "down.weight",
     }

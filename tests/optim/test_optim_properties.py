@@ -120,7 +120,7 @@ def test_noisier_is_slower_and_the_anchor_is_where_it_says(seed, anchor, alpha):
     train(optimizer, model, seed)
     rates = optimizer.layer_rates()
     for group in (["up.weight", "down.weight"], ["up.bias", "norm.weight", "norm.bias"]):
-        ranked = sorted((rates[n].noise, rates[n].multiplier) for n in group)
+        ranked = sorted((rates[n].squared_norm, rates[n].multiplier) for n in group)
         multipliers = [m for _, m in ranked]
         assert multipliers == sorted(multipliers, reverse=True)
         if anchor == "max":

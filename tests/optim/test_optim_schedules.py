@@ -118,7 +118,7 @@ def test_gradient_clipping_comes_before_the_step():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     # the dual norm of what is left of gradients of norm one, for a vector: sqrt(d) ||g||, twice, squared
-    assert optimizer.layer_rates()["norm.weight"].noise <= 10 * (1 + 1) ** 2
+    assert optimizer.layer_rates()["norm.weight"].squared_norm <= 10 * (1 + 1) ** 2
 
 
 @pytest.mark.parametrize("name", ["lanton", "muon", "lanton-independent"])

@@ -70,7 +70,7 @@ def test_groups_in_another_order_keep_the_numbers_of_their_units():
         take_step(other["optimizer"], other["model"], seed)
     found = optimizer.layer_rates()
     for name, rate in other["optimizer"].layer_rates().items():
-        assert abs(found[name].noise - rate.noise) <= 1e-5 * rate.noise  # sums come in another order
+        assert abs(found[name].squared_norm - rate.squared_norm) <= 1e-5 * rate.squared_norm  # sums come in another order
 
 
 def test_a_group_that_grows_keeps_the_numbers_of_its_units():
@@ -82,14 +82,14 @@ def test_a_group_that_grows_keeps_the_numbers_of_its_units():
         for p in model.parameters():
             p.grad = torch.randn_like(p) if p.requires_grad else None
         optimizer.step()
-    before = {name: rate.noise for name, rate in optimizer.layer_rates().items()}
+    before = {name: rate.squared_norm for name, rate in optimizer.layer_rates().items()}
     model[1].weight.requires_grad_(True)
     assert optimizer.add_trainable(model) == ["1.weight"]
     model[1].weight.grad = torch.randn(4, 4)
     for name in (0, 2):
         model[name].weight.grad = None
     optimizer.step()
-    after = {name: rate.noise for name, rate in optimizer.layer_rates().items()}
+    after = {name: rate.squared_norm for name, rate in optimizer.layer_rates().items()}
     assert {name: after[name] for name in before} == before
 
 

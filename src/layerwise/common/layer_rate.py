@@ -9,17 +9,19 @@ class LayerRate(NamedTuple):
     """What the learning rate of one unit is made of: a matrix of a fused or stacked parameter, or all of it.
 
     Attributes:
-        noise: what the rate was made of: H of `NoiseAdaptive`, the averaged squared dual norm; nan where none is measured.
+        squared_norm: the running average of squared dual norms that the multiplier is made of: with `NoiseAdaptive` of
+            differences of gradients, which is their noise, in the gradients' unit squared; with `DualNormAdaptive` of the
+            step's direction, relative to white noise of its shape. nan where the rule takes none, or none yet.
         multiplier: of the group's rate.
         lr: the group's learning rate, times its `lr_scale`, times the multiplier.
 
     Examples:
-        >>> rate = lw.LayerRate(noise=4.0, multiplier=0.5, lr=1e-3)
+        >>> rate = lw.LayerRate(squared_norm=4.0, multiplier=0.5, lr=1e-3)
         >>> rate.lr
         0.001
     """
 
-    noise: float
+    squared_norm: float
     multiplier: float
     lr: float
 

@@ -21,7 +21,7 @@ from layerwise.optim.optimizer import layerwise_optimizer
 
 @checked
 class LayerRates(Callback):  # type: ignore[misc]
-    """Logs ``layer_lr/NAME`` and ``layer_noise/NAME``: at most 512 names a step.
+    """Logs ``layer_lr/NAME`` and ``layer_squared_norm/NAME``: at most 512 names a step.
 
     lightning moves the schedule on before callbacks see a step, so these are the rates of the step to come.
 

@@ -17,7 +17,7 @@ from layerwise.optim.optimizer import layerwise_optimizer
 
 #: What the numbers are means over, the finest first.
 Level = Literal["unit", "role and block", "block", "role"]
-#: How many names one step logs at most, each with a rate and, where it is measured, a noise.
+#: How many names one step logs at most, each with a rate and, where it is measured, a squared norm.
 MOST_NAMES: Final = 512
 
 
@@ -42,7 +42,7 @@ class RateLog:
     _said: bool = field(default=False, repr=False)  # that there are too many
 
     def __call__(self, optimizer: Any) -> dict[str, float]:
-        """``{"layer_lr/NAME": rate, "layer_noise/NAME": noise}``; no noise where none is measured."""
+        """``{"layer_lr/NAME": rate, "layer_squared_norm/NAME": ...}``; no norm where none is measured."""
         inner = layerwise_optimizer(optimizer)
         patterns = [self.only] if isinstance(self.only, str) else self.only
         units = {unit: rate for unit, rate in unit_rates(inner).items() if _wanted(unit, patterns)}
@@ -94,10 +94,10 @@ def block_of(parameter: str) -> str:
 
 
 def _mean(rates: Sequence[LayerRate]) -> LayerRate:
-    """The mean of each number; of the noise over the units that have one."""
-    noise = [rate.noise for rate in rates if not math.isnan(rate.noise)]
+    """The mean of each number; of the squared norm over the units that have one."""
+    norms = [rate.squared_norm for rate in rates if not math.isnan(rate.squared_norm)]
     return LayerRate(
-        math.fsum(noise) / len(noise) if noise else math.nan,
+        math.fsum(norms) / len(norms) if norms else math.nan,
         math.fsum(rate.multiplier for rate in rates) / len(rates),
         math.fsum(rate.lr for rate in rates) / len(rates),
     )

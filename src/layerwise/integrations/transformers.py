@@ -109,7 +109,7 @@ class LayerRatesCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def log_layer_rates(trainer: Trainer, by: Level = "role and block", only: str | Sequence[str] = "*") -> None:
-    """Have ``trainer`` log ``layer_lr/NAME`` and ``layer_noise/NAME``: at most 512 names a step.
+    """Have ``trainer`` log ``layer_lr/NAME`` and ``layer_squared_norm/NAME``: at most 512 names a step.
 
     Args:
         trainer: whose run.

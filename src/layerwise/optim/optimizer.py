@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import checked
-from layerwise.common.layer_rate import LayerRate
+from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import first_few, unwrap_optimizer
 from layerwise.errors import LayerwiseError, warn
 from layerwise.optim.groups.complete import (
@@ -275,13 +275,15 @@ class LayerwiseOptimizer(Optimizer):
     # ------------------------------------------------------------------------------------- what users ask about
 
     def layer_rates(self) -> dict[str, LayerRate]:
-        """Unit name -> noise, multiplier and effective learning rate (reading them waits for the device once).
+        """Unit name -> squared norm, multiplier and effective learning rate (reading them waits for the device once).
 
-        The rates of the groups as they are: read before the scheduler moves on, and without what a ``FLeRM`` multiplies
-        them by (its ``learning_rates()``).
+        In the order of the model that ``lw.param_groups`` was given, as long as it is there, and else of the groups. The
+        rates of the groups as they are: read before the scheduler moves on, and without what a ``FLeRM`` multiplies them by
+        (its ``learning_rates()``).
         """
         self._follow_parameters()
-        return rates_of_units(self.param_groups, self.state)
+        rates, places = rates_of_units(self.param_groups, self.state), self._following.places()
+        return dict(sorted(rates.items(), key=lambda item: places.get(parameter_of(item[0]), len(places))))
 
     def groups_table(self) -> str:
         """A line for each group: what its rate, decay, update and geometry became, and the keys that are the user's own.

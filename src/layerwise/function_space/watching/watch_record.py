@@ -134,7 +134,7 @@ class WatchRecord:
         return plain_json(data)
 
     def scalars(self) -> dict[str, float]:
-        """Flat and finite numbers, for loggers: `update_rms/MODULE`, ..., `layer_lr/UNIT`, `layer_noise/UNIT`."""
+        """Flat and finite numbers, for loggers: `update_rms/MODULE`, ..., `layer_lr/UNIT`, `layer_squared_norm/UNIT`."""
         found: dict[str, float] = {}
         for name, reading in self.modules.items():
             found |= {f"{key}/{name}": value for key, value in reading.numbers().items()}

@@ -135,7 +135,7 @@ def plans(groups: Sequence[Contender], story: Story) -> Iterator[Plan]:
 def _layer_plans(group: Contender) -> Iterator[Plan]:
     run = group.runs[0]
     history = run.history
-    if history is None or not (history.has_noise or history.has_multiplier):
+    if history is None or not (history.has_norms or history.has_multiplier):
         return
     roles = {str(row["name"]): row.get("role") for row in run.parameters}
     vectors = [unit for unit in history.ruled if roles.get(parameter_of(unit)) == "vector"]

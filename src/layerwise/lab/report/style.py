@@ -77,7 +77,7 @@ class Arrangement:
 
 
 WIDE, PHONE = Arrangement(WIDTH, 2), Arrangement(4.0, 1)
-NOISE_MAP = "magma"
+NORM_MAP = "magma"
 RATE_MAP = "layerwise_rate"
 
 

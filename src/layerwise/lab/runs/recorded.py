@@ -37,13 +37,13 @@ class LayerHistory:
 
     units: tuple[str, ...]
     steps: Array
-    noise: Array
+    squared_norm: Array
     multiplier: Array
     lr: Array
 
     @property
-    def has_noise(self) -> bool:
-        return bool(np.isfinite(self.noise).any() and np.nanmax(self.noise) > 0)
+    def has_norms(self) -> bool:
+        return bool(np.isfinite(self.squared_norm).any() and np.nanmax(self.squared_norm) > 0)
 
     @property
     def has_multiplier(self) -> bool:
@@ -53,7 +53,7 @@ class LayerHistory:
     @property
     def ruled(self) -> list[str]:
         """Units that a rule measures or whose rate it sets: of the others, such as AdamW's, there is nothing to draw."""
-        touched = (self.noise > 0) | (np.abs(np.nan_to_num(self.multiplier, nan=1.0) - 1.0) > 1e-6)
+        touched = (self.squared_norm > 0) | (np.abs(np.nan_to_num(self.multiplier, nan=1.0) - 1.0) > 1e-6)
         return [self.units[row] for row in np.flatnonzero(touched.any(axis=1))]
 
 
@@ -149,7 +149,8 @@ class Run(RunInfo):
         values = np.full((3, len(units), len(self.layers)), np.nan)
         for t, line in enumerate(self.layers):
             for unit, entry in (line.get("layers") or {}).items():
-                values[:, row_of[unit], t] = [number(entry.get(key)) for key in ("noise", "multiplier", "lr")]
+                norm = entry.get("squared_norm", entry.get("noise"))  # as runs of 0.1.0 call it
+                values[:, row_of[unit], t] = [number(norm), number(entry.get("multiplier")), number(entry.get("lr"))]
         steps = np.array([number(line.get("step")) for line in self.layers])
         return LayerHistory(tuple(units), steps, *values)
 

@@ -73,7 +73,7 @@ def scaled_twice(groups: Sequence[Group]) -> bool:
 
 
 def rates_of_units(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict[str, LayerRate]:
-    """Unit name -> noise, multiplier and effective rate, with one copy from the device."""
+    """Unit name -> squared norm, multiplier and effective rate, group by group, with one copy from the device."""
     rows: list[tuple[str, float, bool]] = []  # name, the group's lr, whether a rule sets its multiplier
     values: list[Tensor] = []
     for group in groups:
@@ -83,10 +83,10 @@ def rates_of_units(groups: Sequence[Group], states: Mapping[Tensor, State]) -> d
             rows.extend((unit, lr, rule is not None) for unit in update.unit_names(group, name, param))
             if rule is not None:
                 state = local_state(param, states[param])
-                values.append(torch.stack([rule.noise(state), state["multiplier"]]))
+                values.append(torch.stack([rule.squared_norm(state), state["multiplier"]]))
     known = iter(torch.cat([v.to(values[0].device) for v in values], dim=1).T.tolist() if values else [])
     rates = {}
     for name, lr, ruled in rows:
-        noise, multiplier = next(known) if ruled else (math.nan, 1.0)
-        rates[name] = LayerRate(noise, multiplier, lr * multiplier)
+        squared_norm, multiplier = next(known) if ruled else (math.nan, 1.0)
+        rates[name] = LayerRate(squared_norm, multiplier, lr * multiplier)
     return rates

@@ -56,7 +56,7 @@ class DualNormAdaptive(RateRule):
     def __post_init__(self) -> None:
         as_floats(self, "softening", "beta")
 
-    def noise(self, state: State) -> Tensor:
+    def squared_norm(self, state: State) -> Tensor:
         return torch.where(state["squared_norm"] > 0, state["squared_norm"], float("nan"))
 
     def update(self, units: NormGroup) -> Mapping[str, Tensor]:

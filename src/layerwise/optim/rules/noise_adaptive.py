@@ -229,7 +229,7 @@ class NoiseAdaptive(RateRule):
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
         return super().allocate(param, units, sizes) | self._reference.allocate(param)
 
-    def noise(self, state: State) -> Tensor:
+    def squared_norm(self, state: State) -> Tensor:
         known: Tensor = state["gradients_seen"] > self._reference.warmup
         return torch.where(known, state["noise"], float("nan"))
 

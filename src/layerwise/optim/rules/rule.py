@@ -218,8 +218,8 @@ class RateRule(ABC):
     def remember(self, jobs: Sequence[Job], keep: Tensor | None) -> None:
         """Keep what the next step's norms of these alike jobs need, unless ``keep`` (a 0-dim bool; None: true) is false."""
 
-    def noise(self, state: State) -> Tensor:
-        """The noise measured so far, ``[units]``; nan where there is none."""
+    def squared_norm(self, state: State) -> Tensor:
+        """The average of squared norms that multipliers are made of, ``[units]``; nan where there is none."""
         return torch.full_like(state["multiplier"], float("nan"))
 
     def fits(self, group: Mapping[str, Any]) -> None:

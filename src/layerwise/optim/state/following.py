@@ -76,6 +76,11 @@ class Following:
         origins = {id(held.origin): held.origin for held in self._held.values()}
         return [origin for origin in origins.values() if origin is not None and origin.model is not None]
 
+    def places(self) -> dict[str, int]:
+        """Name -> its number in the order of the models that are still there."""
+        names = dict.fromkeys(name for origin in self._origins() for name in origin.parameters())
+        return {name: number for number, name in enumerate(names)}
+
     def _note_frozen(self, origin: Origin) -> None:
         named = origin.parameters().items()
         self.frozen += [(origin, name, weakref.ref(p)) for name, p in named if not p.requires_grad]

@@ -24,7 +24,7 @@ COLUMNS = 400  # steps drawn: more than a page has pixels for are thinned
 
 
 def measured(run: Run) -> str:
-    """What the run's rate rule measures of a unit, and records as its noise."""
+    """What the run's rate rule measures of a unit, and records as its squared norm."""
     section = run.config.get("optimizer")
     rates = section.get("rates") if isinstance(section, dict) else None
     return "Squared dual norm" if rule_of(run.optimizer, rates) == "dual_norm_adaptive" else "Gradient noise"
@@ -42,9 +42,9 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
     groups = [run.norm_groups.get(parameter_of(name.unit), "") for name in names]
     steps = len(history.steps)
     pick = np.unique(np.linspace(0, steps - 1, min(steps, COLUMNS)).round().astype(int))
-    noise = relative_noise(history, rows, groups)[:, pick]
+    noise = relative_norms(history, rows, groups)[:, pick]
     shown: list[tuple[Array, str, str]] = []
-    if history.has_noise:
+    if history.has_norms:
         shown.append((noise, measured(run), "relative to the norm group's median"))
     if history.has_multiplier:
         shown.append((history.multiplier[rows][:, pick], "Rate multiplier", "factor on the base rate"))
@@ -53,7 +53,7 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
     figure = style.new_figure(width, arrangement.height(len(shown), body + 1.3))
     columns = arrangement.panels(figure, len(shown), sharey=True)
     for axes, (values, title, subtitle) in zip(columns, shown, strict=True):
-        image = _image(axes, values, history.steps[pick], is_noise=values is noise)
+        image = _image(axes, values, history.steps[pick], is_norm=values is noise)
         _scale_bar(figure, axes, image, values, title, subtitle)
         style.step_axis(axes, history.steps[pick])
         _separators(axes, names)
@@ -75,9 +75,9 @@ def _scale_bar(figure: Figure, axes: Axes, image: Any, values: Array, title: str
     )  # fmt: skip
 
 
-def relative_noise(history: LayerHistory, rows: Sequence[int], groups: Sequence[str]) -> Array:
-    """Noise of the chosen rows over the median of its norm group (all its units, all steps); NaN where it is zero."""
-    noise = history.noise[list(rows)].copy()
+def relative_norms(history: LayerHistory, rows: Sequence[int], groups: Sequence[str]) -> Array:
+    """What was measured of the chosen rows over the median of its norm group (all its units, all steps); NaN for zero."""
+    noise = history.squared_norm[list(rows)].copy()
     noise[~(noise > 0)] = np.nan
     for group in set(groups):
         members = [i for i, name in enumerate(groups) if name == group]
@@ -96,12 +96,12 @@ def _clipped(image: Any, values: Array) -> str:
     return "both" if low and high else "min" if low else "max" if high else "neither"
 
 
-def _image(axes: Axes, values: Array, steps: Array, *, is_noise: bool) -> Any:
+def _image(axes: Axes, values: Array, steps: Array, *, is_norm: bool) -> Any:
     finite = values[np.isfinite(values)]
     norm: Any
-    if is_noise:
+    if is_norm:
         low, high = np.percentile(finite, [1, 99]) if finite.size else (0.1, 10.0)
-        norm, colors = LogNorm(min(low, 0.8), max(high, 1.25)), style.NOISE_MAP
+        norm, colors = LogNorm(min(low, 0.8), max(high, 1.25)), style.NORM_MAP
     elif finite.size and finite.max() > 1 + 1e-6:
         # Rules that also raise rates: blue below one, red above it.
         reach = max(finite.max(), 1.01)
