@@ -213,3 +213,20 @@ def test_rates_are_in_the_order_of_the_model_whatever_the_groups_are():
     assert list(late.layer_rates()) == units
     del model, late, frozen
     assert optimizer.layer_rates().keys() == set(units)  # the order is gone with the model
+
+
+def test_what_an_optimizer_prints_is_what_its_groups_read():
+    """AdamW's groups had a geometry, a radius and a momentum, and those of unit steps Adam's betas."""
+    said = repr(lw.DualMuon(lw.param_groups(torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(5)])), lr=0.01))
+    assert said.startswith("DualMuon (\nParameter Group 0\n    geometry: Spectral(")
+    matrices, vectors, head = (set(part.split("\n    ")[1:]) for part in said.removesuffix("\n)").split("\n\n"))
+    of_both = {"layout", "lr", "param_names", "role", "update", "weight_decay"}
+    of_steps = {"geometry", "momentum", "momentum_steps", "momentum_warmup", "nesterov", "norm_group", "radius", "rates"}
+    keys = [{line.partition(":")[0] for line in lines} for lines in (matrices, vectors, head)]
+    assert keys == [
+        of_both | of_steps | {"scaling"}, of_both | {"betas", "eps", "nu"}, of_both | {"betas", "eps", "nu", "lr_scale"},
+    ]  # fmt: skip
+    assert "param_names: 0.bias, 1.bias, 2.bias and 2 more" in vectors
+    groups = lw.param_groups(torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(2)]), {"*": {"betas": (0.8, 0.9)}})
+    with pytest.warns(UserWarning, match=r"betas=\(0.8, 0.9\) of the group of '0.weight' has no effect: lmo updates it$"):
+        lw.DualMuon(groups)

@@ -24,7 +24,7 @@ from layerwise.optim.groups.complete import (
     with_layouts,
 )
 from layerwise.optim.groups.options import DEFAULTS, check_options
-from layerwise.optim.groups.overview import rates_of_units, scaled_twice, table
+from layerwise.optim.groups.overview import described, rates_of_units, scaled_twice, table
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
@@ -284,6 +284,9 @@ class LayerwiseOptimizer(Optimizer):
         self._follow_parameters()
         rates, places = rates_of_units(self.param_groups, self.state), self._following.places()
         return dict(sorted(rates.items(), key=lambda item: places.get(parameter_of(item[0]), len(places))))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} (\n{described(self.param_groups)}\n)"
 
     def groups_table(self) -> str:
         """A line for each group: what its rate, decay, update and geometry became, and the keys that are the user's own.

@@ -71,7 +71,7 @@ class Update(ABC):
         tensor([[-0.1000, -0.2000]])
     """
 
-    #: group options that this kind does not read: giving one warns
+    #: group options that this kind does not read: giving one warns, and the optimizer's repr leaves them out
     unused: ClassVar[tuple[str, ...]] = ("momentum", "nesterov", "scaling", "radius", "rates")
     #: group options without which its state means something else: a checkpoint loads where they are the same
     fixed: ClassVar[tuple[str, ...]] = ()
@@ -120,7 +120,7 @@ class AdamW(Update):
     Of a float16 parameter in float32 throughout: ``eps`` and small second moments are 0 in float16, and the step NaN.
     """
 
-    unused = ("geometry", "momentum", "nesterov", "scaling", "radius", "rates")
+    unused = ("geometry", *Update.unused)
     from_start = ("nu",)
 
     def __repr__(self) -> str:
@@ -248,7 +248,7 @@ class Lmo(Update):
     LMO: the linear minimisation oracle of the norm's unit ball, as Scion (arXiv 2502.07529) calls the unit step.
     """
 
-    unused = ()
+    unused = ("betas", "eps", "nu")
     fixed = ("nesterov", "scaling", "radius")
     from_start = ("momentum_warmup", "momentum_steps")
 

@@ -12,7 +12,7 @@ from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry import VectorLayout, VectorRMS, group_by_shape
 from layerwise.geometry.declared import default_geometry
 from layerwise.optim.groups.options import DEFAULTS, OPTIONAL, check_group, check_option, check_options, check_parameter
-from layerwise.optim.updates import UPDATES, Update
+from layerwise.optim.updates import UPDATES, Lmo, Update
 from layerwise.optim.work.job import Group
 
 #: Options by role; "default" is for every role that is not named.
@@ -106,10 +106,8 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
     without = {**base, **preset, "geometry": plain}
     for key in update.unused:
         if key in group and group[key] != without[key]:
-            warn(
-                f"{key}={group[key]!r} of {_first_name(group)} has no effect: {update!r} updates it; "
-                'give "update": "lmo" as well for steps in its geometry'
-            )
+            hint = "" if key in Lmo.unused else '; give "update": "lmo" as well for steps in its geometry'
+            warn(f"{key}={group[key]!r} of {_first_name(group)} has no effect: {update!r} updates it{hint}")
     if (rule := update.rule(full)) is not None:
         rule.fits(full)
     if full.get("momentum_warmup"):

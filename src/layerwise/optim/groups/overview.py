@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.layer_rate import LayerRate
+from layerwise.common.parameter_names import first_few
 from layerwise.common.text_table import text_table
 from layerwise.errors import warn
 from layerwise.optim.groups.options import own_keys
@@ -48,6 +49,18 @@ def _cells(group: Group) -> tuple[str, ...]:
         "-" if isinstance(update, AdamW) else repr(group["geometry"]),
         " ".join(f"{key}={value!r:.30}" for key, value in own_keys(group).items()),
     )
+
+
+def described(groups: Sequence[Group]) -> str:
+    """The options of each group that its update reads, in torch's form, and the first of its parameters."""
+    lines = []
+    for number, group in enumerate(groups):
+        update = group["update"]
+        unread = ("params", *update.unused, *(() if update.rule(group) else ("rates", "norm_group")))
+        shown = {key: value for key, value in sorted(group.items()) if key not in unread}
+        shown["param_names"] = first_few(group["param_names"])
+        lines += [f"Parameter Group {number}", *(f"    {key}: {value}" for key, value in shown.items()), ""]
+    return "\n".join(lines[:-1])
 
 
 def scaled_twice(groups: Sequence[Group]) -> bool:
