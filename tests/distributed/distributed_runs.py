@@ -131,7 +131,7 @@ def mine(rows: Tensor) -> Tensor:
 
 def backward(model: nn.Module, optimizer: lw.LayerwiseOptimizer, step: int) -> None:
     """Gradients of the global batch, in two halves where the noise rule wants them."""
-    halves = any(getattr(group["rates"], "needs_halves", False) for group in optimizer.param_groups)
+    halves = any(group["rates"] and group["rates"].needs_halves for group in optimizer.param_groups)
     parts = [half.chunk(2) if halves else (half,) for half in batch(step)]
     for i, (tokens, features, targets) in enumerate(zip(*parts, strict=True)):
         loss = nn.functional.cross_entropy(model(mine(tokens), mine(features)), mine(targets))

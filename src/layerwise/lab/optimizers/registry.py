@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -258,14 +258,19 @@ def mean_multipliers(run: str) -> dict[str, float]:
     return {name: sum(multipliers) / len(multipliers) for name, multipliers in seen.items()}
 
 
-def needs(optimizer: Optimizer, what: Literal["halves", "replicas"]) -> bool:
-    """Whether noise is measured between the halves of an accumulated batch, or the gradients of data-parallel processes."""
-    return any(getattr(group.get("rates"), f"needs_{what}", False) for group in optimizer.param_groups)
+def needs_halves(optimizer: Optimizer) -> bool:
+    """Whether noise is measured between the halves of an accumulated batch."""
+    return any(rule.needs_halves for rule in _rules(optimizer))
+
+
+def _rules(optimizer: Optimizer) -> list[lw.RateRule]:
+    """Those of its groups: torch's optimizers have none."""
+    return [group["rates"] for group in optimizer.param_groups if group.get("rates") is not None]
 
 
 def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> None:
     """Raises LayerwiseError where a batch cannot be shared out over `world` processes, or not as the noise rule needs."""
-    if needs(optimizer, "halves") and training.accumulation % 2:
+    if needs_halves(optimizer) and training.accumulation % 2:
         raise LayerwiseError(
             "optimizer.rates.reference=independent compares the two halves of the accumulated batch:"
             f" training.accumulation={training.accumulation} must be even"
@@ -277,7 +282,7 @@ def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> N
             f" leaves {sequences} a part, fewer than {world} processes: raise the batch size, or lower the"
             " accumulation or the number of processes"
         )
-    if needs(optimizer, "replicas") and sequences % world:
+    if any(rule.needs_replicas for rule in _rules(optimizer)) and sequences % world:
         raise LayerwiseError(
             "optimizer.rates.reference=replicas compares equal shares of a batch: training.batch_size /"
             f" training.accumulation = {sequences} sequences are not a multiple of {world} processes"
@@ -286,7 +291,7 @@ def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> N
 
 def watch_replicas(optimizer: Optimizer, model: nn.Module) -> None:
     """Where the noise is measured between replicas, have `model` (as it runs, wrapped) show their gradients."""
-    if not needs(optimizer, "replicas"):
+    if not any(rule.needs_replicas for rule in _rules(optimizer)):
         return
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         raise LayerwiseError(

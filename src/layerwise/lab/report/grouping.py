@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from layerwise.errors import LayerwiseError, warn
-from layerwise.lab.config.identity import identity
+from layerwise.lab.config.identity import hashed, identity
 from layerwise.lab.optimizers.registry import OPTIMIZERS
 from layerwise.lab.report import style
 from layerwise.lab.report.style import CYCLE, MARKERS, Look
@@ -111,7 +111,7 @@ def contenders(runs: Sequence[Run]) -> list[Contender]:
     """Group runs over seeds, and name each group by its optimizer and by what else differs between the groups."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(_identity(run), sort_keys=True, default=str), []).append(run)
+        groups.setdefault(hashed(_identity(run)), []).append(run)
     flat = [_identity(group[0]) for group in groups.values()]
     titles = [optimizer_title(group[0].optimizer) for group in groups.values()]
     labels = [

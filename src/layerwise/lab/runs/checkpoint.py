@@ -1,7 +1,8 @@
 """Checkpoints: a folder per step, complete or absent, checked against its own hashes when it is read.
 
     checkpoints/step-00000100/
-      state.pt        model, optimizer, schedule, scaler, random states, observers, position: what `Trainer._save` gives
+      state.pt        what `Trainer._save` gives: model, optimizer, schedule, random states, observers, step, losses so far,
+                      lengths of the run's records
       manifest.json   step, size and sha256 of state.pt, and what the state belongs to
 
 A checkpoint is written into a folder of another name, flushed to the disk, and moved into place; only then is an

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from layerwise.common.tensors import placed_as
 from layerwise.lab.config.schema import ParallelConfig
 from layerwise.lab.training import processes
 
@@ -105,7 +106,5 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 def _like(value: Any, holder: Any) -> Any:
     """A whole tensor sharded as `holder` is; anything else as it is."""
-    if not (isinstance(holder, DTensor) and isinstance(value, Tensor)) or value.shape != holder.shape:
-        return value
-    device = holder.device
-    return distribute_tensor(value.to(device), holder.device_mesh, holder.placements)
+    fits = isinstance(holder, DTensor) and isinstance(value, Tensor) and value.shape == holder.shape
+    return placed_as(value, holder) if fits else value

@@ -20,7 +20,7 @@ from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
-from layerwise.lab.optimizers.registry import build_optimizer, check_batch, needs, watch_replicas
+from layerwise.lab.optimizers.registry import build_optimizer, check_batch, needs_halves, watch_replicas
 from layerwise.lab.runs import environment
 from layerwise.lab.runs.checkpoint import random_state, save_checkpoint, set_random_state
 from layerwise.lab.runs.directory import RunWriter
@@ -65,7 +65,7 @@ class Trainer:
         self.model = parallel.place(model, self.device, config.parallel)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = LambdaLR(self.optimizer, schedule_factor(config.schedule, training.steps))
-        self._halves = needs(self.optimizer, "halves")
+        self._halves = needs_halves(self.optimizer)
         check_batch(training, self.optimizer, self.world)
         autocast(self.model, training.precision, self.device)
         self._wrapped = parallel.wrap(self.model, self.device, config.parallel)

@@ -199,8 +199,7 @@ class NoiseAdaptive(RateRule):
             )
 
     @property
-    def needs_halves(self) -> bool:
-        """Whether ``LayerwiseOptimizer.hold_half`` has to be called before each step."""
+    def needs_halves(self) -> bool:  # type: ignore[override]
         return isinstance(self._reference, IndependentHalf)
 
     @property

@@ -185,6 +185,8 @@ class RateRule(ABC):
     #: whether ``update`` gets the dual norm of the direction itself, over its value on white noise, as its one norm. The
     #: unit step gives it on the way (``<u, lmo(u)>``), so ``update`` runs after the step, for the next one.
     own_dual_norm: ClassVar[bool] = False
+    #: whether ``LayerwiseOptimizer.hold_half`` has to be called before each step
+    needs_halves: bool = False
     #: whether ``LayerwiseOptimizer.watch_replicas`` has to be called before training
     needs_replicas: bool = False
 
