@@ -184,7 +184,11 @@ def on_gram_matrices(x: Tensor, gram: Tensor, steps: Sequence[Polynomial], cuts:
                 product(spare, new, gram)
             if step > start:
                 q, spare = product(q, p, spare), q
-        x, y = apply_symmetric(q, x, out=y), x
+        if x.stride(-1) == 1:
+            torch.bmm(q, x, out=y)
+        else:  # a transposed one from the other side, so that memory is walked in order
+            torch.bmm(x.mT, q, out=y.mT)
+        x, y = y, x
     return x
 
 
@@ -241,12 +245,3 @@ def _strips(n: int) -> list[tuple[int, int]]:
     """First row of each strip, and where it ends."""
     strips = max(1, min(n // STRIP_ROWS, MOST_STRIPS)) if n >= BLOCKS_FROM else 1
     return list(pairwise(n * i // strips for i in range(strips + 1)))
-
-
-def apply_symmetric(q: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """`Q X` into `out`, q symmetric; for a transposed x from the other side, so that memory is walked in order."""
-    if x.stride(-1) == 1:
-        torch.bmm(q, x, out=out)
-    else:
-        torch.bmm(x.mT, q, out=out.mT)
-    return out
