@@ -130,6 +130,14 @@ def test_a_stack_is_its_matrices_and_the_input_is_left_alone() -> None:
             torch.testing.assert_close(polar(g[i, j]), together[i, j], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(8, 2**15), (2**15, 8), (2, 16, 16)])
+def test_the_input_is_left_alone_in_the_precision_of_the_steps(shape: tuple[int, ...]) -> None:
+    g = make("gaussian", shape, 0).bfloat16()
+    before = g.clone()
+    polar(g, precision="bfloat16")
+    assert torch.equal(g, before)
+
+
 def test_half_precision_on_a_cpu_is_computed_in_float32() -> None:
     g = make("gaussian", (30, 30), 0).bfloat16()
     assert torch.equal(polar(g), polar(g.float()).bfloat16())

@@ -69,7 +69,7 @@ def shifts_of(steps: tuple[Quintic, ...], scale: float) -> tuple[tuple[float, fl
 def _rounded(g: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """X in bfloat16, its Gram matrix, and how many times Z it is, `[k, 1]` in float32; None where it is Z."""
     if g[0].numel() >= TRACE_FROM:
-        x = g.to(torch.bfloat16)
+        x = g.to(torch.bfloat16, copy=True)  # which the steps overwrite
         gram = strip_product(x, x.mT)
         square = gram.diagonal(dim1=-2, dim2=-1).float().sum(-1, keepdim=True)
         if ((square > LEAST) & (square < MOST)).all():
