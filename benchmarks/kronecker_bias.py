@@ -168,7 +168,7 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
         runner = LeafRunner(model, resolve(forward), trainable(model))
         outputs = runner.outputs(inputs, None)
         drawn = draw_probes(outputs, probes, seed=0)
-        runner.probe(outputs, drawn, AllEstimators({}, kronecker), memory=64 << 20)
+        runner.probe(outputs, drawn, AllEstimators({}, kronecker), outputs.probes_at_once(64 << 20))
     found: dict = defaultdict(dict)
     for (name, which), moments in rows.items():
         logs = moments.logs(probes) - math.log(outputs.values.numel())

@@ -27,7 +27,7 @@ def moments_of_call(model, old: Snapshot, new: Snapshot, method: str, call: int,
     estimators: dict[str, Estimator] = {name: ESTIMATORS[method](tuple(w.shape)) for name, w in old.items()}
     found = Collector({name: TensorUpdate(new[name], old[name]) for name in old}, ESTIMATORS[method])
     probe = torch.tensor(eps, dtype=torch.float64).reshape(outputs.values.shape)
-    runner.probe(outputs, iter([probe]), found, memory=0)
+    runner.probe(outputs, iter([probe]), found, at_once=1)
     entries = outputs.values.numel()
     return estimators, {name: moments.logs(1) - math.log(entries) for name, moments in found.moments.items()}
 

@@ -98,7 +98,7 @@ class ShardedRunner(Runner):
             if not is_sharded(p) and storage(p) in places and name not in self._renormalised:
                 raise LayerwiseError(WRITES.format(name))
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
         """One by one: a batched backward would not go through FSDP's hooks."""
         if not outputs.values.requires_grad:
             raise LayerwiseError(NO_GRAPH)

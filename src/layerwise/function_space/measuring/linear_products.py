@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -71,24 +70,19 @@ class ProductRunner(LeafRunner):
             found = self.run(leaves, batch, mask)
         return (found.values,) if found.mask is None else (found.values, found.mask)
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
         found = only_products(outputs.values, outputs.leaves)
-        at_once = outputs.probes_at_once(memory)
         products = {
             name: product
             for name, product in found.items()
-            if sink.moments[name].estimator.total or (at_once == 1 and product.slices == 1)
+            if sink.moments[name].estimator.total or (at_once <= 1 and product.slices == 1)
         }
         inputs = {name: product.moments_input for name, product in products.items()}
-        outputs = replace(outputs, leaves={**outputs.leaves, **inputs})
-        first = list(islice(probes, outputs.probes_at_once(memory)))
         for name, product in products.items():
             of = sink.moments[name]
-            product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output, at_once=len(first))
+            product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output)
             sink.moments[name] = product.moments
-        probes = chain(first, probes)
-        del first
-        super().probe(outputs, probes, sink, memory)
+        super().probe(replace(outputs, leaves={**outputs.leaves, **inputs}), probes, sink, at_once)
 
 
 @dataclass(eq=False)
@@ -116,12 +110,10 @@ class ProductMoments(Moments):
 
     Attributes:
         by_output: see `Product`.
-        at_once: how many probes at most are run together.
         moved: for `full_cov`, what the update over its scale makes of the inputs over theirs, the same for all probes.
     """
 
     by_output: bool
-    at_once: int
     moved: Tensor | None = None
 
     def of_factors(self, grads: Tensor, inputs: Tensor) -> Tensor:
@@ -150,7 +142,8 @@ class ProductMoments(Moments):
         """The product of the inputs and the update over `scale`, `[slices, positions, out]`."""
         update = self.update
         if self.by_output:
-            return torch.cat([inputs @ (update.rows(rows) / scale).T for rows in update.pieces()], dim=-1)
+            parts = [inputs @ (update.rows(rows) / scale).T for rows in update.pieces()]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # `cat` of one copies it
         moved = inputs.new_zeros(*inputs.shape[:-1], update.new.shape[1])
         for rows in update.pieces():
             moved += inputs[..., rows] @ (update.rows(rows) / scale)
@@ -160,7 +153,7 @@ class ProductMoments(Moments):
         """Square sums of `Z = dW * left^T right` and of its sums over either dimension, in the estimator's order."""
         update, per_dim = self.update, self.estimator.per_dim
         square = by_row = columns = left.new_zeros((), dtype=update.dtype)
-        for rows in update.pieces(self.at_once):
+        for rows in update.pieces():
             delta = update.rows(rows) / largest
             z = (left[:, rows].T @ right).to(delta.dtype) * delta
             square = square + _square(z)
@@ -198,8 +191,9 @@ class _Multiply(torch.autograd.Function):
         ctx.product = product
         ctx.save_for_backward(x, weight)
         one = weight[0] if product.by_output else weight[0].T
-        if bias is None or product.slices == 1:
-            return torch.nn.functional.linear(x, one, None if bias is None else bias[0])
+        if bias is None or product.slices == 1 or bias.stride(0) == 0:  # the same for all slices
+            found = torch.nn.functional.linear(x.flatten(0, -2), one, None if bias is None else bias[0])
+            return found.unflatten(0, x.shape[:-1])
         return torch.nn.functional.linear(x, one).add_(bias.reshape(len(bias), *[1] * (x.ndim - 2), -1))
 
     @staticmethod

@@ -190,7 +190,7 @@ class Run:
                 slices, drawn = len(graph.entries), len(entries) + len(of_batch)
                 probes = draw_probes(graph.outputs, graph.probes, self.seed, drawn, graph.first_row, slices)
                 sink = runner.collector(self.updates, ESTIMATORS[settings.method], self.processes)
-                runner.probe(graph.outputs, probes, sink, settings.memory)
+                runner.probe(graph.outputs, probes, sink, graph.outputs.probes_at_once(settings.memory))
                 for name, moments in sink.moments.items():
                     logs[name].append(moments.logs(graph.probes * slices))
                 # Of each slice the first probe, then of each the second, ...

@@ -47,9 +47,9 @@ class Outputs:
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
 
     def probes_at_once(self, memory: int) -> int:
-        """How many probes' gradients fit into `memory` bytes, the outputs' gradients on the way included."""
+        """How many probes' gradients fit into `memory` bytes, 0 too, the outputs' gradients on the way included."""
         parameters = sum(leaf.numel() * leaf.element_size() for leaf in self.leaves.values())
-        return max(1, memory // max(1, parameters + 4 * self.values.numel() * self.values.element_size()))
+        return memory // max(1, parameters + 4 * self.values.numel() * self.values.element_size())
 
 
 def nodes_of(outputs: Tensor) -> Iterator[Any]:
@@ -227,32 +227,39 @@ def draw_probes(
     like = parts[0] if parts.ndim > 1 else parts
     rows = range(first_row, first_row + len(like))
     for probe in range(first_probe, first_probe + count):
-        signs = [random_signs((seed, probe + k * count), rows, like) for k in range(slices)]
-        eps = torch.stack(signs).reshape(outputs.values.shape)
+        eps = random_signs(seed, range(probe, probe + slices * count, count), rows, like).reshape(outputs.values.shape)
         yield eps if outputs.mask is None else eps * outputs.mask
 
 
-def random_words(key: tuple[int, ...], rows: range, width: int, device: torch.device) -> Tensor:
-    """`[rows, width]` independent 64-bit words (int64), given by `key`, the number of the row and the place in it."""
+def random_signs(seed: int, probes: range, rows: range, like: Tensor) -> Tensor:
+    """Independent +1 and -1, `[probes, *like.shape]` in the dtype of `like`, whose first dimension are these rows.
+
+    One is made of each bit.
+    """
+    width = math.prod(like.shape[1:])
+    bytes_ = random_words(seed, probes, rows, -(-width // 64), like.device).view(torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=like.device)
+    bits = (bytes_[..., None] >> shifts & 1).flatten(2)[..., :width]
+    return bits.to(like.dtype).mul_(2).sub_(1).reshape(len(probes), *like.shape)
+
+
+def random_words(seed: int, probes: range, rows: range, width: int, device: torch.device) -> Tensor:
+    """`[probes, rows, width]` independent 64-bit words (int64), given by seed, number of probe and row, and place."""
+    numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
+    states = torch.tensor([_state(seed, probe) for probe in probes], dtype=torch.int64, device=device)
+    starts = _mixed(states[:, None] + numbers * _WEYL)
+    return _mixed(starts[..., None] + torch.arange(1, width + 1, dtype=torch.int64, device=device) * _WEYL)
+
+
+def _state(*key: int) -> int:
+    """As `_mixed`, whose operations on one number would take as long as all the rest of a small batch."""
     state = 0
     for part in key:
-        # As `_mixed`, whose operations on one number would take as long as all the rest of a small batch.
         z = (state + part) % 2**64
         z = (z ^ (z >> 30)) * _FIRST % 2**64
         z = (z ^ (z >> 27)) * _SECOND % 2**64
         state = ((z ^ (z >> 31)) + _WEYL + 2**63) % 2**64 - 2**63  # the int64 of the same 64 bits
-    numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
-    starts = _mixed(state + numbers * _WEYL)
-    return _mixed(starts[:, None] + torch.arange(1, width + 1, dtype=torch.int64, device=device) * _WEYL)
-
-
-def random_signs(key: tuple[int, ...], rows: range, like: Tensor) -> Tensor:
-    """Independent +1 and -1 in the shape and dtype of `like`, whose first dimension are these rows: one from each bit."""
-    width = math.prod(like.shape[1:])
-    bytes_ = random_words(key, rows, -(-width // 64), like.device).view(torch.uint8)
-    shifts = torch.arange(8, dtype=torch.uint8, device=like.device)
-    bits = (bytes_[:, :, None] >> shifts & 1).flatten(1)[:, :width]
-    return bits.to(like.dtype).mul_(2).sub_(1).reshape(like.shape)
+    return state
 
 
 def _mixed(z: Tensor) -> Tensor:

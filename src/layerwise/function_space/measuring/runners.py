@@ -51,8 +51,8 @@ class Runner(ABC):
         return None
 
     @abstractmethod
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
-        """Hand the gradients of every measured tensor under each probe to `sink`."""
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
+        """Hand the gradients of every measured tensor under each probe to `sink`, of `at_once` probes together at most."""
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
         """What to hold derivatives along any of these updates against, where it takes that."""
@@ -124,18 +124,18 @@ class LeafRunner(nn.Module, Runner):
             if name is not None:
                 raise LayerwiseError(WRITES.format(name))
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, memory: int) -> None:
-        """Several probes go through one batched backward where they may, as many as `memory` has room for.
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
+        """Several probes go through one batched backward where they may.
 
-        Otherwise each gradient is used and freed as soon as it is complete, so that never more than the largest tensor's is
-        held.
+        Where there is room for none (0) each gradient is used and freed as soon as it is complete, so that never more than
+        the largest tensor's is held.
         """
         if not outputs.values.requires_grad:
             raise LayerwiseError(NO_GRAPH)
-        at_once = sink.processes.least(outputs.probes_at_once(memory))
-        while several := list(islice(probes, at_once)):
-            if len(several) == 1 or not _batched(outputs, several, sink):
-                at_once = 1  # some backward formula has no batching rule: one by one gives the same numbers
+        at_once = sink.processes.least(at_once)
+        while several := list(islice(probes, max(1, at_once))):
+            if not at_once or not _together(outputs, several, sink):
+                at_once = 0  # some backward formula has no batching rule: one by one gives the same numbers
                 for probe in several:
                     _stream(outputs, probe, sink)
                     sink.done(1)
@@ -155,19 +155,24 @@ class LeafRunner(nn.Module, Runner):
             return self.run(new, batch, mask)
 
 
-def _batched(outputs: Outputs, probes: list[Tensor], sink: Collector) -> bool:
+def _together(outputs: Outputs, probes: list[Tensor], sink: Collector) -> bool:
     """All these probes in one backward; returns whether every process could."""
-    grads, leaves = None, list(outputs.leaves.values())
+    grads, leaves, batched = None, list(outputs.leaves.values()), len(probes) > 1
     with warnings.catch_warnings(), suppress(RuntimeError):
         warnings.filterwarnings("ignore", message=".*performance drop.*")
         grads = torch.autograd.grad(
-            outputs.values, leaves, torch.stack(probes), retain_graph=True, allow_unused=True, is_grads_batched=True
+            outputs.values,
+            leaves,
+            torch.stack(probes) if batched else probes[0],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
         )
     if not sink.processes.least(int(grads is not None)) or grads is None:
         return False
     for name, grad in zip(outputs.leaves, grads, strict=True):
         if grad is not None:
-            sink.add(name, grad)
+            sink.add(name, grad if batched else grad[None])
     sink.done(len(probes))
     return True
 
