@@ -148,11 +148,8 @@ def select(keep: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
 
 def select_all(keep: Tensor, new: list[Tensor], old: Sequence[Tensor | float]) -> list[Tensor]:
     """:func:`select` for many tensors, in the dtype of ``old``: one choice for all of a shape, so few launches."""
-    by_shape: dict[object, list[int]] = {}
-    for i, tensor in enumerate(new):
-        by_shape.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
     chosen = list(new)
-    for alike in by_shape.values():
+    for alike in _by_shape(new):
         before = [old[i] for i in alike]
         values, tensors = stacked([new[i] for i in alike]), [b for b in before if isinstance(b, Tensor)]
         if tensors:
@@ -161,6 +158,25 @@ def select_all(keep: Tensor, new: list[Tensor], old: Sequence[Tensor | float]) -
         for i, tensor in zip(alike, together.unbind(), strict=True):
             chosen[i] = tensor
     return chosen
+
+
+def scaled_all(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """Each times a number of its own on its device: one product for all of a shape, so few launches."""
+    scaled = list(tensors)
+    for alike in _by_shape(tensors):
+        together, own = stacked([tensors[i] for i in alike]), torch.stack([factors[i] for i in alike])
+        products = together * own.view(-1, *[1] * (together.ndim - 1))
+        for i, product in zip(alike, products.unbind(), strict=True):
+            scaled[i] = product
+    return scaled
+
+
+def _by_shape(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
+    """Which are of one shape, dtype and device."""
+    found: dict[object, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        found.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
+    return found.values()
 
 
 def local_state(param: Tensor, state: State) -> State:
