@@ -19,7 +19,7 @@ from layerwise.geometry.spectral.newton_schulz import (
     newton_schulz,
     strip_product,
 )
-from layerwise.geometry.spectral.precision import iteration_dtype, normalised_in, processor_units
+from layerwise.geometry.spectral.precision import iteration_dtype, normalised_in
 from layerwise.geometry.spectral.shifted_squares import TRACE_FROM, shifts_of
 
 examples = settings(max_examples=40, deadline=None)
@@ -170,16 +170,16 @@ def test_the_processor_is_asked_for_units_that_multiply_bfloat16(
     monkeypatch: pytest.MonkeyPatch, reported: dict[str, bool], found: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: reported, raising=False)
-    assert processor_units.__wrapped__() == found
+    assert precisions._units() == found
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert processor_units.__wrapped__() == ()
+    assert precisions._units() == ()
 
 
 @pytest.mark.parametrize("has", [True, False])
 def test_a_torch_that_lists_no_capabilities_is_asked_for_one(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
-    assert processor_units.__wrapped__() == (("avx512_bf16",) if has else ())
+    assert precisions._units() == (("avx512_bf16",) if has else ())
 
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64

@@ -123,7 +123,7 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
 
 def arranged(factors: Sequence[tuple[str, int]]) -> Arrangement:
     """Of (what it does: "k", "o" or "i", size) of each factor of a tensor's dimensions, slowest first."""
-    k, d_out, d_in = (math.prod(size for name, size in factors if name == side) for side in "koi")
+    k, d_out, d_in = [math.prod([size for name, size in factors if name == side]) for side in "koi"]
     order = tuple(dim for side in "koi" for dim, (name, _) in enumerate(factors) if name == side)
     return Arrangement(tuple(size for _, size in factors), order, (k, d_out, d_in))
 

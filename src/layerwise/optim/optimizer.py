@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from typing import Any, overload
 
 import torch
@@ -89,8 +88,7 @@ class LayerwiseOptimizer(Optimizer):
         self.recipe: Recipe = recipe or {}
         self.guard = NonFiniteGuard(nonfinite)
         self._second = SecondGradients()
-        if work is not None:
-            self.work = work
+        self._work = work
         self._following = Following()
         self._vanishing = Vanishing()
         self._lineup = Lineup()
@@ -267,10 +265,16 @@ class LayerwiseOptimizer(Optimizer):
     def _steps_tried(self) -> int:
         return self.skipped_steps + gradients_seen(between_replicas(self.param_groups), self.state)
 
-    @cached_property
+    @property
     def work(self) -> MatrixWork:
         """Where the work on whole matrices happens; set it to choose otherwise."""
-        return default_work()
+        if self._work is None:
+            self._work = default_work()
+        return self._work
+
+    @work.setter
+    def work(self, work: MatrixWork) -> None:
+        self._work = work
 
     # ------------------------------------------------------------------------------------- what users ask about
 
@@ -306,7 +310,7 @@ class LayerwiseOptimizer(Optimizer):
     # ---------------------------------------------------------------------------------------- saving and loading
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: value for key, value in vars(self).items() if key in ("recipe", "guard", "work")}
+        own = {key: value for key, value in vars(self).items() if key in ("recipe", "guard", "_work")}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:

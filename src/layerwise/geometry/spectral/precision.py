@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layerwise.common.tensors import or_one, remember
+from layerwise.common.tensors import or_one
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -52,15 +52,21 @@ def has_tiles() -> bool:
     return "amx_bf16" in processor_units()
 
 
-@remember
 def processor_units() -> tuple[str, ...]:
     """Those of `BFLOAT16_UNITS` that this processor has and torch's products use: none where torch has no oneDNN."""
+    return _UNITS  # found at import: torch.compile cannot ask for them
+
+
+def _units() -> tuple[str, ...]:
     if not torch.backends.mkldnn.is_available():
         return ()
     if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
         has = torch.cpu.get_capabilities()
         return tuple(unit for unit in BFLOAT16_UNITS if has.get(unit))
     return ("avx512_bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
+
+
+_UNITS = _units()
 
 
 def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:

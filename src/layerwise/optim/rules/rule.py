@@ -10,8 +10,6 @@ import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
@@ -68,8 +66,10 @@ class NormGroup:
 
     def _repeated(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """The value of each run for all its units; neighbours that are equal in one launch."""
-        pairs = groupby(zip(values, self._runs, strict=True), itemgetter(0))
-        counts = [(value, sum(sum(run.units) for _, run in same)) for value, same in pairs]
+        counts: list[tuple[float, int]] = []
+        for value, run in zip(values, self._runs, strict=True):
+            before = counts.pop()[1] if counts and counts[-1][0] == value else 0
+            counts.append((value, before + sum(run.units)))
         return torch.cat([torch.full((n,), value, dtype=dtype, device=self._device) for value, n in counts])
 
     def update(self, norms_asked: Iterator[Tensor], keep: Tensor | None) -> None:

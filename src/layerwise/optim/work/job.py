@@ -198,6 +198,12 @@ def current_momentum(group: Group) -> float:
     return full if taken >= warmup else 1.0 - 1.0 / (1.0 + taken / warmup * full / (1.0 - full))
 
 
+def _momentum_key(group: Group) -> float | tuple[int]:
+    """Equal for groups whose ``current_momentum`` is; a momentum that warms up would compile every step anew."""
+    compiled = torch.compiler.is_compiling() and "momentum_steps" in group
+    return (id(group),) if compiled else current_momentum(group)
+
+
 def rate(group: Group) -> float | Tensor:
     """The learning rate of a group's steps: its ``lr``, times its ``lr_scale`` where it has one."""
     lr: float | Tensor = group["lr"]
@@ -235,8 +241,8 @@ class Lineup:
         same = all(len(now) == len(then) and all(map(is_, now, then)) for now, then in kept)
         joined = all(joined.holds() for step in self.steps for joined in step.joined)
         options = [[*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups]
-        first: dict[float, int] = {}
-        momenta = [first.setdefault(current_momentum(group), number) for number, group in enumerate(groups)]
+        first: dict[object, int] = {}
+        momenta = [first.setdefault(_momentum_key(group), number) for number, group in enumerate(groups)]
         before = self._form
         self._form = options, momenta, [(param.shape, param.dtype, param.device) for param in params]
         return same and joined and self._form == before
@@ -323,7 +329,7 @@ def alike(jobs: Iterable[Job]) -> list[Alike]:
     together: dict[object, Alike] = {}
     for (_, *form), members in by_group.items():
         group = members[0].group
-        key = (*(group[key] for key in _ALIKE), current_momentum(group), id(group["rates"]), *form)
+        key = (*(group[key] for key in _ALIKE), _momentum_key(group), id(group["rates"]), *form)
         together.setdefault(key, Alike([])).jobs.extend(members)
     left = _COPIED_BYTES
     for some in together.values():
