@@ -48,8 +48,8 @@ class Outputs:
 
     def probes_at_once(self, memory: int) -> int:
         """How many probes' gradients fit into `memory` bytes, 0 too, the outputs' gradients on the way included."""
-        parameters = sum(leaf.numel() * leaf.element_size() for leaf in self.leaves.values())
-        return memory // max(1, parameters + 4 * self.values.numel() * self.values.element_size())
+        parameters = sum(leaf.nbytes for leaf in self.leaves.values())
+        return memory // max(1, parameters + 4 * self.values.nbytes)
 
 
 def nodes_of(outputs: Tensor) -> Iterator[Any]:

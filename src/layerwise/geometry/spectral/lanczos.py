@@ -51,7 +51,7 @@ def nuclear_estimate(x: Tensor, square: Tensor, seed: Seed, probes: int, steps: 
     """
     k, n, _ = x.shape
     z = _random_signs(probes, n, seed, x).expand(k, probes, n)
-    chunk = k if x.device.type != "cpu" else max(1, CHUNK_BYTES // (x[0].numel() * x.element_size()))
+    chunk = k if x.device.type != "cpu" else max(1, CHUNK_BYTES // x[0].nbytes)
     pairs = zip(x.split(chunk), z.split(chunk), strict=True)
     b = torch.cat([_bidiagonalise(matrices, rows, steps) for matrices, rows in pairs])
     roots = _roots if x.device.type == "cpu" else _roots_by_products
