@@ -263,3 +263,28 @@ def test_a_forward_that_asks_whether_something_is_trained_is_told_so_side_by_sid
     assert alone["words.weight"].value > 0
     for name in alone:
         assert found[name].value == pytest.approx(alone[name].value, rel=1e-10), name
+
+
+class WithLoss(nn.Module):
+    """Of every token by itself; the loss is nanoGPT's, which asks for views of the targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5))
+
+    def forward(self, x, targets):
+        logits = self.net(x)
+        return logits, nn.functional.cross_entropy(logits.view(-1, 5), targets.view(-1))
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 26])
+def test_slices_are_whole_tensors_to_a_forward_that_asks_for_views(memory):
+    """Every fourth example of a batch has no view in other shapes: the batch was left whole, or slices refused."""
+    torch.manual_seed(0)
+    model, x = WithLoss(), torch.randn(8, 3, 4)
+    targets = torch.randint(5, (8, 3))
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    found = function_space_rates(model, update, (x, targets), probes=8, slices=4, memory=memory)
+    plain = function_space_rates(model.net, {n.removeprefix("net."): u for n, u in update.items()}, x, probes=8, slices=4)
+    for name, rate in plain.items():
+        assert found[f"net.{name}"].value == pytest.approx(rate.value, rel=1e-5)  # float32, in other batches

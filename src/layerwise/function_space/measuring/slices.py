@@ -121,8 +121,9 @@ def share(inputs: Any, processes: Processes) -> Any:
 
 
 def rows_of(inputs: Any, rows: range) -> Any:
-    """These examples of a batch."""
-    return each_tensor(inputs, itemgetter(slice(rows.start, rows.stop, rows.step)))
+    """These examples of a batch; every other one as a copy, as a forward may ask for a `view` of them."""
+    chosen = each_tensor(inputs, itemgetter(slice(rows.start, rows.stop, rows.step)))
+    return chosen if rows.step == 1 else each_tensor(chosen, torch.clone)
 
 
 def leaves_of(inputs: Any) -> Iterator[Any]:
