@@ -10,6 +10,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space import function_space_rates
 from layerwise.function_space.measuring import linear_products, measurement
 from layerwise.function_space.measuring.linear_products import ProductRunner
+from layerwise.function_space.measuring.slices import cut
 
 
 def network():
@@ -95,12 +96,12 @@ def test_tensors_tuples_and_mappings_are_cut(inputs, function):
     exact = function_space_rates(model, update, inputs(x), function, "exact")
     for name in exact:  # four intervals of 4 standard errors
         assert abs(found[name].value - exact[name].value) < 4 * found[name].stderr
-    forward = Sizes(function)
-    function_space_rates(model, update, inputs(x), forward, probes=13)
-    assert forward.seen == [2, 2, 3]  # four probes for each
-    forward = Sizes(function)
-    function_space_rates(model, update, inputs(x), forward, probes=7)
-    assert forward.seen == [7]
+
+
+def test_as_many_slices_as_leave_four_probes_for_each_and_eight_of_fewer_probes():
+    x = torch.randn(20, 3)
+    counts = [len(cut(x, None, probes, "auto") or [x]) for probes in (1, 2, 8, 31, 36, 64, 200)]
+    assert counts == [1, 2, 8, 8, 9, 16, 20]
 
 
 class TimeFirst(nn.Module):

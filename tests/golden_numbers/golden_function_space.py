@@ -24,7 +24,7 @@ MEASURED: dict[str, dict[str, Any]] = {
     "full_cov": {"method": "full_cov", "probes": 32},
     "iid": {"method": "iid", "probes": 32},
     "exact": {"method": "exact"},
-    "log_softmax": {"method": "kronecker", "forward": "log_softmax", "probes": 8},
+    "log_softmax": {"method": "kronecker", "forward": "log_softmax", "probes": 8, "slices": 2},
     "one slice": {"method": "kronecker", "slices": 1, "probes": 5},
     "three slices": {"method": "kronecker", "slices": 3, "probes": 9},
 }
@@ -60,16 +60,18 @@ def measured(dtype: str) -> dict[str, Any]:
         name: numbers(lw.function_space_rates(model, update, tokens(1), **options)) for name, options in MEASURED.items()
     }
     mask = tokens(2) > 4
-    found["mask"] = numbers(lw.function_space_rates(model, update, tokens(1), mask=mask, method="kronecker", probes=8))
+    found["mask"] = numbers(
+        lw.function_space_rates(model, update, tokens(1), mask=mask, method="kronecker", probes=8, slices=2)
+    )
     found["batches"] = numbers(
-        lw.function_space_rates(model, update, [tokens(1), tokens(2)[:4]], method="kronecker", probes=8)
+        lw.function_space_rates(model, update, [tokens(1), tokens(2)[:4]], method="kronecker", probes=8, slices=1)
     )
     return found
 
 
 def recorded(dtype: str, optimizer: str, method: str = "kronecker") -> lw.FunctionSpaceRecorder:
     model = residual(8, 2, DTYPES[dtype])
-    recorder = lw.FunctionSpaceRecorder(model, OPTIMIZERS[optimizer](model), every=2, method=method, probes=8)
+    recorder = lw.FunctionSpaceRecorder(model, OPTIMIZERS[optimizer](model), every=2, method=method, probes=8, slices=2)
     for step in range(5):
         recorder.optimizer.zero_grad()
         residual_backward(model, step)
@@ -96,7 +98,7 @@ def matched(dtype: str, optimizer: str, method: str, mode: str, *, resume: bool 
     def make() -> tuple[nn.Module, torch.optim.Optimizer, lw.FLeRM]:
         model = residual(16, 4, DTYPES[dtype], seed=1)
         own = OPTIMIZERS[optimizer](model)
-        return model, own, lw.FLeRM(model, own, method=method, probes=8, **options)
+        return model, own, lw.FLeRM(model, own, method=method, probes=8, slices=2, **options)
 
     model, own, flerm = make()
     for step in range(6):

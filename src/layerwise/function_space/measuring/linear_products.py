@@ -53,7 +53,8 @@ class ProductRunner(LeafRunner):
             return replace(self.run(leaves, batch, mask), leaves=leaves)
 
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
-        if self.written:
+        device = next(iter(self.points.values())).device
+        if self.written or torch.is_autocast_enabled(device.type):  # which biases with a dimension of slices escape
             return None
         parts, tree = tree_flatten((batches, masks))
         dims = [0 if isinstance(part, Tensor) else None for part in parts]

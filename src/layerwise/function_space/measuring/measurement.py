@@ -58,7 +58,8 @@ class Measurement:
             torch.distributed where it is initialised; a process group; or `None`: this process by itself.
         slices: how many slices of whole examples to cut a batch into; each probe differentiates one of them, so that 64
             probes on 16 slices cost four backwards of the batch. The estimators' means stay the same. `"auto"`: four
-            probes a slice where examples do not depend on one another, one slice where they do.
+            probes a slice, of fewer than 32 eight slices, where examples do not depend on one another, and one slice where
+            they do.
         linear: of `"difference"`, the method that measures the first order beside it, or `None`: nothing does.
         together: of `"exact"` and `"difference"`, a function that gives each parameter's name the name of those whose
             updates are applied at once: its block, its role.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from layerwise.function_space.measuring.measurement import Run
     from layerwise.function_space.measuring.runners import Runner
 
-#: How many slices; `"auto"`: what leaves four probes for each.
+#: How many slices; `"auto"`: what leaves four probes for each, and eight at least.
 Slices = PositiveInt | Literal["auto"]
 
 # Values that say how to run the model and belong to no example.
@@ -56,8 +56,8 @@ def cut(inputs: Any, mask: Tensor | None, probes: int, slices: Slices, processes
     """The slices of the global batch, the last first; `None` where it is to be left whole.
 
     Example i of the global batch is in slice i modulo their number: so all processes have examples of a slice, and
-    slices do not depend on how the batch is spread. `"auto"` makes as many as leave four probes for each, and leaves
-    whole what has no common leading dimension.
+    slices do not depend on how the batch is spread. `"auto"` makes as many as leave four probes for each, eight of
+    fewer probes, and leaves whole what has no common leading dimension.
 
     Raises:
         LayerwiseError: that many slices are asked for and cannot be had.
@@ -68,7 +68,7 @@ def cut(inputs: Any, mask: Tensor | None, probes: int, slices: Slices, processes
     sizes = [size for (size,) in processes.gather([-1 if mine is None else mine])]
     examples = None if -1 in sizes else sum(sizes)
     if slices == "auto":
-        count = 1 if examples is None else min(examples, probes // 4)
+        count = 1 if examples is None else min(examples, probes, max(8, probes // 4))
     elif examples is None:
         raise LayerwiseError(
             f"slices is {slices}, and the batch cannot be cut: its tensors (and the mask) must share their leading "
