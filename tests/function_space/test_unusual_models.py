@@ -562,3 +562,11 @@ def test_the_line_that_an_error_gives_picks_the_outputs():
             function_space_rates(model, update, inputs, probes=2)
         line = str(raised.value).partition("forward=")[2].rpartition(", or")[0]
         assert function_space_rates(model, update, inputs, probes=2, forward=eval(line))["weight"] == expected["weight"]
+
+
+def test_a_loader_in_place_of_a_batch_is_told():
+    model, loader = nn.Linear(3, 2), torch.utils.data.DataLoader(torch.randn(8, 3), batch_size=4)
+    with pytest.raises(LayerwiseError, match=r"the batch is a DataLoader: give one of its batches, next\(iter\(loader\)\)"):
+        function_space_rates(model, {"weight": torch.ones(2, 3)}, loader)
+    with pytest.warns(UserWarning, match="the batch is a DataLoader: give one"):
+        lw.param_groups(model, loader)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError
@@ -16,7 +17,12 @@ def call(model: nn.Module, batch: Any) -> Any:
     """The model on a batch: a dict as keywords, a tuple or list as arguments, anything else as one argument.
 
     Of a tuple as many as `forward` takes, so that the `(inputs, targets)` of a DataLoader do for a model of inputs alone.
+
+    Raises:
+        LayerwiseError: a DataLoader, in place of what it yields.
     """
+    if isinstance(batch, DataLoader):
+        raise LayerwiseError("the batch is a DataLoader: give one of its batches, next(iter(loader))")
     if isinstance(batch, Mapping):
         return model(**batch)
     if not isinstance(batch, (tuple, list)):

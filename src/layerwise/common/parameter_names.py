@@ -86,8 +86,8 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
     while isinstance(getattr(seen, "optimizer", None), Optimizer):
         seen = seen.optimizer
     if not isinstance(seen, Optimizer):
-        kind = "None (a Trainer makes it in train())" if optimizer is None else type(optimizer).__name__
-        raise LayerwiseError(f"optimizer is {kind}: pass a torch.optim.Optimizer")
+        hint = " (a Trainer has one from train() on)" if optimizer is None else ""
+        raise LayerwiseError(f"optimizer is {type(optimizer).__name__}: pass a torch.optim.Optimizer{hint}")
     return seen
 
 
