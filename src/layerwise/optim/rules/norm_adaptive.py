@@ -16,6 +16,8 @@ from layerwise.optim.work.local import DIRECTIONS, GRADIENTS, DualNorm
 
 #: Its square is still a float32: an average that held an infinity once would be NaN ever after.
 LARGEST_NORM = 1e19
+# Made here: torch.compile cannot follow a class that checks its arguments.
+_NORMS = [DualNorm(GRADIENTS, Frobenius()), DualNorm(DIRECTIONS, Frobenius())]
 
 
 @register_rule("norm_adaptive")
@@ -45,7 +47,7 @@ class NormAdaptive(RateRule):
         return state
 
     def norms(self) -> Sequence[DualNorm]:
-        return [DualNorm(GRADIENTS, Frobenius()), DualNorm(DIRECTIONS, Frobenius())]
+        return _NORMS
 
     def update(self, units: NormGroup) -> Mapping[str, Tensor]:
         gradient, direction = units.norms.clamp(max=LARGEST_NORM)
