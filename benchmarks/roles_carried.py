@@ -1,6 +1,6 @@
 """Tuned small, carried large: do rates tuned role by role on a small model help a larger one, and who carries them best?
 
-    python benchmarks/roles_carried.py run                          # width x 4 and depth x 4; again after an interruption
+    python benchmarks/roles_carried.py run                          # width x 4 and depth x 4; goes on after an interruption
     python benchmarks/roles_carried.py run --axes width --seeds 0   # less of it
     python benchmarks/roles_carried.py plan                         # how many runs there are at most, and their seconds
     python benchmarks/roles_carried.py table                        # benchmarks/results/roles_carried.md from what there is
@@ -8,7 +8,8 @@
 A Llama of 2 blocks and 64 features under D-Muon is tuned with one rate, and role by role: coordinate by coordinate, a factor
 of 2 or 4 on the rates of embedding, head and vectors, then the base rate again. At the larger size every method of `METHODS`
 is run at the small model's best base rate, half and twice of it, and again with `DualNormAdaptive` on top (then tuned so
-on the small model too). The same search at the larger size says what there is to be gained. A result is a line of
+on the small model too). The same search at the larger size says what there is to be gained. The axis `started` is that of
+width with the small model's weights started twice as large, as matching wants it (docs/transfer.md). A result is a line of
 `benchmarks/results/roles_carried.jsonl`; finished runs are not repeated.
 """
 
@@ -45,7 +46,11 @@ MODEL: Final = {
     "num_key_value_heads": 2,
 }
 #: By axis: the small model's size, and the large one's; and seconds of a step of a large one on one core.
-AXES: Final = {"width": (64, 256), "depth": (2, 8)}
+AXES: Final = {"width": (64, 256), "started": (64, 256), "depth": (2, 8)}
+#: What the model is changed along, where that is not the axis; and there the deviation of the small model's weights: that
+#: of the large one's, 0.02, times the root of the ratio of their widths.
+CHANGED: Final = {"started": "width"}
+STARTED: Final = 0.04
 SECONDS_A_STEP: Final = {("width", 64): 0.07, ("width", 256): 0.35, ("depth", 2): 0.07, ("depth", 8): 0.14}
 STEPS: Final = 150
 RATES: Final = (0.004, 0.008, 0.016, 0.032)
@@ -134,12 +139,10 @@ class Study:
     def run(self, axes: Iterable[str]) -> None:
         for axis in axes:
             small, large = AXES[axis]
-            self.search(axis, large, None)
+            self.search(CHANGED.get(axis, axis), large, None)
             for rule in RULES:
                 tuned = self.search(axis, small, rule)
-                for method in METHODS:
-                    if (axis == "depth" and "width" in method) or (rule and "multipliers" in method):
-                        continue
+                for method in methods(axis, rule):
                     point = tuned.one_rate if "one rate" in method else tuned.by_role
                     for around in AROUND:
                         self.mean(axis, large, method, rule, replace(point, lr=point.lr * around))
@@ -191,7 +194,10 @@ class Study:
                 "eval_batches": 16, "checkpoint_every": 0, "record_every": 10},
             "run": {"tensorboard": False},
         })  # fmt: skip
-        return config.replace({**resized(model, trial.axis, trial.size), **self.changes})
+        small = trial.size == AXES[trial.axis][0]
+        started = {"model.initializer_range": STARTED} if small and trial.axis == "started" else {}
+        size = resized(model, CHANGED.get(trial.axis, trial.axis), trial.size)
+        return config.replace({**size, **started, **self.changes})
 
     def base(self, trial: Trial) -> Path:
         """The base file that a trial is matched to, recorded where there is none: of the small model at its own settings.
@@ -232,15 +238,24 @@ def multiplied(base: lw.BaseRates, multipliers: Mapping[str, float]) -> lw.BaseR
     return replace(base, records=records)
 
 
+def methods(axis: str, rule: str | None) -> list[str]:
+    """Those that are run: matching alone sees how weights start."""
+    if axis == "started":
+        some = [method for method in METHODS if "function space" in method]
+    else:
+        some = [method for method in METHODS if axis == "width" or "width" not in method]
+    return [method for method in some if not (rule and "multipliers" in method)]
+
+
 def plan(axes: Iterable[str], seeds: int) -> str:
     """Runs at most, and the seconds of processor time of their training."""
     points = len(RATES) + len(ROLES) * len(ROLE_FACTORS) + 2
     lines = []
     for axis in axes:
         small, large = AXES[axis]
-        methods = len(RULES) * len(METHODS) - 1 - (len(RULES) if axis == "depth" else 0)
-        at = {small: points * len(RULES) * seeds, large: (points + methods * len(AROUND)) * seeds}
-        seconds = sum(runs * STEPS * SECONDS_A_STEP[axis, size] for size, runs in at.items())
+        count = sum(len(methods(axis, rule)) for rule in RULES)
+        at = {small: points * len(RULES) * seeds, large: (points + count * len(AROUND)) * seeds}
+        seconds = sum(runs * STEPS * SECONDS_A_STEP[CHANGED.get(axis, axis), size] for size, runs in at.items())
         lines.append(f"{axis}: {at[small]} runs of {small} and {at[large]} of {large}, {seconds:,.0f} seconds")
     return "\n".join(lines)
 
@@ -264,7 +279,7 @@ def main() -> None:
         quiet_matching()
         with tempfile.TemporaryDirectory() as bases:
             Study(store, Path(bases), given.seeds, given.steps).run(given.axes)
-    text = page(store.results(), METHODS, AXES)
+    text = page(store.results(), METHODS, AXES, CHANGED)
     (given.out / "roles_carried.md").write_text(f"{text}\n{machine.line()}\n", encoding="utf-8")
 
 

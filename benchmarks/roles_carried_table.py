@@ -40,17 +40,19 @@ def searched(of: Losses) -> list[str]:
     ]
 
 
-def section(axis: str, sizes: tuple[int, int], methods: Mapping[str, str], found: Mapping[Key, Losses]) -> list[str]:
-    """One axis."""
+def section(
+    axis: str, changed: str, sizes: tuple[int, int], methods: Mapping[str, str], found: Mapping[Key, Losses]
+) -> list[str]:
+    """One axis, along which the model is ``changed``."""
     small, large = sizes
-    there = found[axis, large, "tuned", None]
+    there = found[changed, large, "tuned", None]
     one = best({point: values for point, values in there.items() if not point[1]})[0]
     gain = one - best(there)[0]
     lines = [f"## {axis}, {small} to {large}", ""]
-    for size, rule in ((small, None), (small, "dual_norm_adaptive"), (large, None)):
-        if (axis, size, "tuned", rule) in found:
+    for along, size, rule in ((axis, small, None), (axis, small, "dual_norm_adaptive"), (changed, large, None)):
+        if (along, size, "tuned", rule) in found:
             on_top = ", the rule on top" if rule else ""
-            lines.append(f"- Tuned at {size}{on_top}: {'; '.join(searched(found[axis, size, 'tuned', rule]))}.")
+            lines.append(f"- Tuned at {size}{on_top}: {'; '.join(searched(found[along, size, 'tuned', rule]))}.")
     lines += [
         f"- So there are {gain:.3f} nats to gain at {large} by tuning role by role there. `gain` is what a method has of it"
         f" at the carried base rate, over one rate tuned at {large}.",
@@ -75,8 +77,10 @@ def carried(of: Losses) -> float:
     return fmean(of[points[len(points) // 2]])
 
 
-def page(rows: Sequence[Row], methods: Mapping[str, str], axes: Mapping[str, tuple[int, int]]) -> str:
-    """Markdown, of the axes that have been searched at both sizes."""
+def page(
+    rows: Sequence[Row], methods: Mapping[str, str], axes: Mapping[str, tuple[int, int]], changed: Mapping[str, str]
+) -> str:
+    """Markdown, of the axes that have been searched at both sizes. ``changed``: what the model is, where not the axis."""
     found = losses(rows)
     seeds = sorted({row["trial"]["seed"] for row in rows})
     lines = [
@@ -88,7 +92,8 @@ def page(rows: Sequence[Row], methods: Mapping[str, str], axes: Mapping[str, tup
         *(f"- **{method}**: {says}" for method, says in methods.items()),
         "",
     ]
-    for axis, sizes in axes.items():
-        if all((axis, size, "tuned", None) in found for size in sizes):
-            lines += section(axis, sizes, methods, found)
+    for axis, (small, large) in axes.items():
+        along = changed.get(axis, axis)
+        if (axis, small, "tuned", None) in found and (along, large, "tuned", None) in found:
+            lines += section(axis, along, (small, large), methods, found)
     return "\n".join(lines)

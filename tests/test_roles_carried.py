@@ -24,7 +24,7 @@ def study(monkeypatch, tmp_path):
     monkeypatch.setattr(roles_carried, "ROLES", ("head",))
     monkeypatch.setattr(roles_carried, "ROLE_FACTORS", (2.0,))
     monkeypatch.setattr(roles_carried, "AROUND", (1.0,))
-    monkeypatch.setattr(roles_carried, "AXES", {"width": (16, 32), "depth": (1, 2)})
+    monkeypatch.setattr(roles_carried, "AXES", {"width": (16, 32), "started": (16, 32), "depth": (1, 2)})
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setattr(roles_carried, "MODEL", {**roles_carried.MODEL, "num_hidden_layers": 1, **small})
     changes = {
@@ -37,7 +37,11 @@ def study(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore:FLeRM left")
 @pytest.mark.parametrize(
     ("axis", "title"),
-    [("width", "## width, 16 to 32"), pytest.param("depth", "## depth, 1 to 2", marks=pytest.mark.slow)],
+    [
+        ("width", "## width, 16 to 32"),
+        pytest.param("started", "## started, 16 to 32", marks=pytest.mark.slow),
+        pytest.param("depth", "## depth, 1 to 2", marks=pytest.mark.slow),
+    ],
 )
 def test_the_study_runs_from_end_to_end_makes_nothing_twice_and_is_tabled(study, monkeypatch, axis, title):
     import roles_carried
@@ -46,14 +50,24 @@ def test_the_study_runs_from_end_to_end_makes_nothing_twice_and_is_tabled(study,
     study.run([axis])
     rows = study.store.results()
     assert all(row["loss"] is not None for row in rows)
-    unfit = {"copied, times 1/width"} if axis == "depth" else set()
-    assert {row["trial"]["method"] for row in rows} == {*roles_carried.METHODS, "tuned"} - unfit
+    unfit = {"width": set(), "depth": {"copied, times 1/width"}, "started": {*list(roles_carried.METHODS)[:3]}}
+    assert {row["trial"]["method"] for row in rows} == {*roles_carried.METHODS, "tuned"} - unfit[axis]
     monkeypatch.setattr(roles_carried, "train", lambda *_, **__: pytest.fail("a run was made again"))
     study.run([axis])
     assert study.store.results() == rows
-    made = page(rows, roles_carried.METHODS, roles_carried.AXES)
+    made = page(rows, roles_carried.METHODS, roles_carried.AXES, roles_carried.CHANGED)
     assert title in made
     assert "| function space, factors |" in made
+
+
+def test_weights_are_started_larger_on_the_small_model_alone(study):
+    import roles_carried
+
+    trial = roles_carried.Trial("started", 16, "tuned", None, 0.01, (), 0)
+    small, large, plain = (study.plain(each) for each in (trial, replace(trial, size=32), replace(trial, axis="width")))
+    ranges = [config.model.settings.get("initializer_range", 0.02) for config in (small, large, plain)]
+    assert ranges == [0.04, 0.02, 0.02]
+    assert large == study.plain(replace(trial, axis="width", size=32))
 
 
 def test_factors_are_copied_and_matrices_and_head_get_one_over_the_width(study):
