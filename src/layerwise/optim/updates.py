@@ -363,8 +363,10 @@ def move(jobs: Sequence[Job], directions: Sequence[Tensor], keep: Tensor | None)
     """``W <- W - lr * weight_decay * W``, then ``W <- W - lr * direction``, in place; in half precision both at once."""
     if keep is not None:
         directions = select_all(keep, list(directions), [0.0] * len(directions))
-    for _, rows in groupby(range(len(jobs)), key=lambda i: id(jobs[i].group)):
-        some = [*rows]
+    by_group: dict[int, list[int]] = {}
+    for i, job in enumerate(jobs):
+        by_group.setdefault(id(job.group), []).append(i)
+    for some in by_group.values():
         params, steps = [jobs[i].local for i in some], [directions[i] for i in some]
         group, lr, decay = jobs[some[0]].group, jobs[some[0]].lr, jobs[some[0]].group["weight_decay"]
         if params[0].dtype in HALF and (decay != 0.0 or is_stochastic(group, params[0])):
