@@ -372,6 +372,7 @@ def layerwise_optimizer(optimizer: Any) -> LayerwiseOptimizer:
     return inner
 
 
+@checked
 def layer_rates(optimizer: Any) -> dict[str, LayerRate]:
     """``optimizer.layer_rates()``, also of an optimizer that a trainer has wrapped and that has no such method then.
 
