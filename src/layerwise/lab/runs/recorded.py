@@ -43,18 +43,23 @@ class LayerHistory:
 
     @property
     def has_norms(self) -> bool:
-        return bool(np.isfinite(self.squared_norm).any() and np.nanmax(self.squared_norm) > 0)
+        return bool((self.squared_norm > 0).any())
 
     @property
     def has_multiplier(self) -> bool:
         """Whether any unit's rate was ever changed: multipliers of one everywhere are not worth a figure."""
-        return bool((np.abs(self.multiplier[np.isfinite(self.multiplier)] - 1) > 1e-6).any())
+        return bool(self._changed.any())
 
     @property
     def ruled(self) -> list[str]:
         """Units that a rule measures or whose rate it sets: of the others, such as AdamW's, there is nothing to draw."""
-        touched = (self.squared_norm > 0) | (np.abs(np.nan_to_num(self.multiplier, nan=1.0) - 1.0) > 1e-6)
-        return [self.units[row] for row in np.flatnonzero(touched.any(axis=1))]
+        touched = ((self.squared_norm > 0) | self._changed).any(axis=1)
+        return [self.units[row] for row in np.flatnonzero(touched)]
+
+    @property
+    def _changed(self) -> NDArray[np.bool_]:
+        """Where a multiplier is not one; false where there is none."""
+        return np.abs(self.multiplier - 1.0) > 1e-6
 
 
 @dataclass(frozen=True)

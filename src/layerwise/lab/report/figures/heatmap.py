@@ -1,4 +1,4 @@
-"""Layer by step: noise, and the multiplier that it makes of it, for every unit of a network in network order."""
+"""Layer by step: what a rule measures, and the multiplier it makes of that, for all units in network order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def measured(run: Run) -> str:
 def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangement = style.WIDE) -> Figure:
     """What was measured (log scale, relative to the median of its norm group) and rate multiplier, where there are any.
 
-    Norm groups measure noise in different norms, so only their relative noise can share a colour scale.
+    Norm groups measure in different norms, so only relative values can share a colour scale.
     """
     history = run.history
     assert history is not None
@@ -42,10 +42,10 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
     groups = [run.norm_groups.get(parameter_of(name.unit), "") for name in names]
     steps = len(history.steps)
     pick = np.unique(np.linspace(0, steps - 1, min(steps, COLUMNS)).round().astype(int))
-    noise = relative_norms(history, rows, groups)[:, pick]
+    norms = relative_norms(history, rows, groups)[:, pick]
     shown: list[tuple[Array, str, str]] = []
     if history.has_norms:
-        shown.append((noise, measured(run), "relative to the norm group's median"))
+        shown.append((norms, measured(run), "relative to the norm group's median"))
     if history.has_multiplier:
         shown.append((history.multiplier[rows][:, pick], "Rate multiplier", "factor on the base rate"))
     body = min(max(len(rows) * ROW, 1.0), TALLEST)
@@ -53,7 +53,7 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
     figure = style.new_figure(width, arrangement.height(len(shown), body + 1.3))
     columns = arrangement.panels(figure, len(shown), sharey=True)
     for axes, (values, title, subtitle) in zip(columns, shown, strict=True):
-        image = _image(axes, values, history.steps[pick], is_norm=values is noise)
+        image = _image(axes, values, history.steps[pick], is_norm=values is norms)
         _scale_bar(figure, axes, image, values, title, subtitle)
         style.step_axis(axes, history.steps[pick])
         _separators(axes, names)
@@ -77,19 +77,19 @@ def _scale_bar(figure: Figure, axes: Axes, image: Any, values: Array, title: str
 
 def relative_norms(history: LayerHistory, rows: Sequence[int], groups: Sequence[str]) -> Array:
     """What was measured of the chosen rows over the median of its norm group (all its units, all steps); NaN for zero."""
-    noise = history.squared_norm[list(rows)].copy()
-    noise[~(noise > 0)] = np.nan
+    norms = history.squared_norm[list(rows)].copy()
+    norms[~(norms > 0)] = np.nan
     for group in set(groups):
         members = [i for i, name in enumerate(groups) if name == group]
-        values = noise[members]
+        values = norms[members]
         if np.isfinite(values).any():
-            noise[members] = values / np.nanmedian(values)
-    return noise
+            norms[members] = values / np.nanmedian(values)
+    return norms
 
 
 def _clipped(image: Any, values: Array) -> str:
     """Which ends of the colour scale stand for more than their value."""
-    if not np.isfinite(values).any():  # multipliers without noise: static ones
+    if not np.isfinite(values).any():  # multipliers without norms: static ones
         return "neither"
     low = np.nanmin(values) < image.norm.vmin * (1 - 1e-9)
     high = np.nanmax(values) > image.norm.vmax * (1 + 1e-9)
