@@ -1,6 +1,6 @@
 """Tuned small, carried large: do rates tuned role by role on a small model help a larger one, and who carries them best?
 
-    python benchmarks/roles_carried.py run                          # width x 4 and depth x 4; goes on after an interruption
+    python benchmarks/roles_carried.py run                          # width x 4, x 8, depth x 4; goes on after a stop
     python benchmarks/roles_carried.py run --axes width --seeds 0   # less of it
     python benchmarks/roles_carried.py plan                         # how many runs there are at most, and their seconds
     python benchmarks/roles_carried.py table                        # benchmarks/results/roles_carried.md from what there is
@@ -9,8 +9,9 @@ A Llama of 2 blocks and 64 features under D-Muon is tuned with one rate, and rol
 of 2 or 4 on the rates of embedding, head and vectors, then the base rate again. At the larger size every method of `METHODS`
 is run at the small model's best base rate, half and twice of it, and again with `DualNormAdaptive` on top (then tuned so
 on the small model too). The same search at the larger size says what there is to be gained. The axis `started` is that of
-width with the small model's weights started twice as large, as matching wants it (docs/transfer.md). A result is a line of
-`benchmarks/results/roles_carried.jsonl`; finished runs are not repeated.
+width with the small model's weights started twice as large, as matching wants it (docs/transfer.md); `wider` is width x 8,
+with all methods carried from a small model that starts so. A result is a line of `benchmarks/results/roles_carried.jsonl`;
+finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -46,14 +47,22 @@ MODEL: Final = {
     "num_key_value_heads": 2,
 }
 #: By axis: the small model's size, and the large one's; and seconds of a step of a large one on one core.
-AXES: Final = {"width": (64, 256), "started": (64, 256), "depth": (2, 8)}
+AXES: Final = {"width": (64, 256), "started": (64, 256), "depth": (2, 8), "wider": (32, 256)}
 #: What the model is changed along, where that is not the axis; and there the deviation of the small model's weights: that
 #: of the large one's, 0.02, times the root of the ratio of their widths.
-CHANGED: Final = {"started": "width"}
-STARTED: Final = 0.04
-SECONDS_A_STEP: Final = {("width", 64): 0.07, ("width", 256): 0.35, ("depth", 2): 0.07, ("depth", 8): 0.14}
+CHANGED: Final = {"started": "width", "wider": "width"}
+STARTED: Final = {"started": 0.02 * 4**0.5, "wider": 0.02 * 8**0.5}
+SECONDS_A_STEP: Final = {
+    ("width", 32): 0.05,
+    ("width", 64): 0.07,
+    ("width", 256): 0.35,
+    ("depth", 2): 0.07,
+    ("depth", 8): 0.14,
+}
 STEPS: Final = 150
 RATES: Final = (0.004, 0.008, 0.016, 0.032)
+#: Of an axis whose small model wants other ones: the narrower it is, the larger.
+OTHER_RATES: Final = {"wider": (0.008, 0.016, 0.032, 0.064)}
 ROLES: Final = ("embedding", "head", "vector")
 ROLE_FACTORS: Final = (2.0, 4.0)
 AROUND: Final = (0.5, 1.0, 2.0)
@@ -86,7 +95,7 @@ class Trial:
     @property
     def width_factor(self) -> float:
         """The small model's width over this one's."""
-        return AXES["width"][0] / self.size if self.axis == "width" else 1.0
+        return AXES[self.axis][0] / self.size if CHANGED.get(self.axis, self.axis) == "width" else 1.0
 
     @property
     def factors(self) -> dict[str, float]:
@@ -153,7 +162,7 @@ class Study:
         def loss(point: Point) -> float:
             return self.mean(axis, size, "tuned", rule, point)
 
-        one = best = min((Point(lr) for lr in RATES), key=loss)
+        one = best = min((Point(lr) for lr in OTHER_RATES.get(axis, RATES)), key=loss)
         for role in ROLES:
             tried = [replace(best, roles=(*best.roles, (role, factor))) for factor in ROLE_FACTORS]
             best = min([best, *tried], key=loss)
@@ -195,7 +204,7 @@ class Study:
             "run": {"tensorboard": False},
         })  # fmt: skip
         small = trial.size == AXES[trial.axis][0]
-        started = {"model.initializer_range": STARTED} if small and trial.axis == "started" else {}
+        started = {"model.initializer_range": STARTED[trial.axis]} if small and trial.axis in STARTED else {}
         size = resized(model, CHANGED.get(trial.axis, trial.axis), trial.size)
         return config.replace({**size, **started, **self.changes})
 
@@ -243,7 +252,8 @@ def methods(axis: str, rule: str | None) -> list[str]:
     if axis == "started":
         some = [method for method in METHODS if "function space" in method]
     else:
-        some = [method for method in METHODS if axis == "width" or "width" not in method]
+        wide = CHANGED.get(axis, axis) == "width"
+        some = [method for method in METHODS if wide or "width" not in method]
     return [method for method in some if not (rule and "multipliers" in method)]
 
 

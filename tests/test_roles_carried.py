@@ -24,7 +24,9 @@ def study(monkeypatch, tmp_path):
     monkeypatch.setattr(roles_carried, "ROLES", ("head",))
     monkeypatch.setattr(roles_carried, "ROLE_FACTORS", (2.0,))
     monkeypatch.setattr(roles_carried, "AROUND", (1.0,))
-    monkeypatch.setattr(roles_carried, "AXES", {"width": (16, 32), "started": (16, 32), "depth": (1, 2)})
+    monkeypatch.setattr(roles_carried, "OTHER_RATES", {})
+    sizes = {"width": (16, 32), "started": (16, 32), "depth": (1, 2), "wider": (16, 32)}
+    monkeypatch.setattr(roles_carried, "AXES", sizes)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setattr(roles_carried, "MODEL", {**roles_carried.MODEL, "num_hidden_layers": 1, **small})
     changes = {
@@ -41,6 +43,7 @@ def study(monkeypatch, tmp_path):
         ("width", "## width, 16 to 32"),
         pytest.param("started", "## started, 16 to 32", marks=pytest.mark.slow),
         pytest.param("depth", "## depth, 1 to 2", marks=pytest.mark.slow),
+        pytest.param("wider", "## wider, 16 to 32", marks=pytest.mark.slow),
     ],
 )
 def test_the_study_runs_from_end_to_end_makes_nothing_twice_and_is_tabled(study, monkeypatch, axis, title):
@@ -50,7 +53,7 @@ def test_the_study_runs_from_end_to_end_makes_nothing_twice_and_is_tabled(study,
     study.run([axis])
     rows = study.store.results()
     assert all(row["loss"] is not None for row in rows)
-    unfit = {"width": set(), "depth": {"copied, times 1/width"}, "started": {*list(roles_carried.METHODS)[:3]}}
+    unfit = {"width": set(), "wider": set(), "depth": {"copied, times 1/width"}, "started": {*list(roles_carried.METHODS)[:3]}}
     assert {row["trial"]["method"] for row in rows} == {*roles_carried.METHODS, "tuned"} - unfit[axis]
     monkeypatch.setattr(roles_carried, "train", lambda *_, **__: pytest.fail("a run was made again"))
     study.run([axis])
@@ -68,6 +71,8 @@ def test_weights_are_started_larger_on_the_small_model_alone(study):
     ranges = [config.model.settings.get("initializer_range", 0.02) for config in (small, large, plain)]
     assert ranges == [0.04, 0.02, 0.02]
     assert large == study.plain(replace(trial, axis="width", size=32))
+    wider = study.plain(replace(trial, axis="wider"))
+    assert wider.model.settings["initializer_range"] == pytest.approx(0.02 * 8**0.5)
 
 
 def test_factors_are_copied_and_matrices_and_head_get_one_over_the_width(study):
@@ -78,6 +83,7 @@ def test_factors_are_copied_and_matrices_and_head_get_one_over_the_width(study):
     scaled = replace(trial, method="copied, times 1/width")
     assert scaled.factors == {"hidden": 0.5, "head": 2.0, "vector": 2.0}
     assert replace(scaled, size=16).factors == {"hidden": 1.0, "head": 4.0, "vector": 2.0}
+    assert replace(scaled, axis="wider").factors == scaled.factors
 
 
 def test_a_base_with_factors_or_multipliers_asks_as_much_more_of_a_tensor(study):
