@@ -35,7 +35,8 @@ class DualMuon(LayerwiseOptimizer):
 
     Args:
         params: ``layerwise.param_groups(model)``.
-        lr: of all groups: try 4 to 8 times AdamW's, or one to two times D-Muon's.
+        lr: of all groups: try 4 to 8 times AdamW's, or one to two times D-Muon's. The default suits models of a few million
+            parameters; larger ones and longer runs want less.
         radius: what matrix steps are multiplied by.
         head: what the head's rate is multiplied by.
         rates: the rule; None: the same optimizer with every multiplier at 1.
@@ -52,13 +53,13 @@ class DualMuon(LayerwiseOptimizer):
     Examples:
         >>> import torch, layerwise as lw
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
-        >>> optimizer = lw.DualMuon(lw.param_groups(model), lr=2e-3)
+        >>> optimizer = lw.DualMuon(lw.param_groups(model), lr=8e-3)
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 2e-3,
+        lr: float | Tensor = 8e-3,
         *,
         momentum: float = 0.95,
         momentum_warmup: int = DUAL_MUON_MOMENTUM_WARMUP,
