@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -201,6 +202,20 @@ def test_steps_that_did_not_happen_are_not_measured():
     assert "not run" in recorder.skipped[0]
     assert "no weight moved" in recorder.skipped[1]
     assert fetched == [2, 3]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_step_whose_update_is_not_finite_is_not_measured_wherever_the_entry_lies(value):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = FunctionSpaceRecorder(model, optimizer, every=1, probes=2)
+    x, y, other = data(0, torch.float32)
+    nn.functional.cross_entropy(model(x), y).backward()
+    list(model.parameters())[-1].grad[-1] = value
+    with recorder.step(other):
+        optimizer.step()
+    assert recorder.records == []
+    assert recorder.skipped == {0: "the update is not finite"}
 
 
 def test_records_are_saved_and_resumed(tmp_path):

@@ -83,8 +83,9 @@ class WatchedStep:
     def why_not(self) -> str | None:
         """Why this step has nothing to measure, if so, on any of the processes. Waits for the device once."""
         own = [update.block() if is_sharded(update.new) else update for update in self.updates.values()]
-        moved = torch.stack([update.largest.double().cpu() for update in own]).amax() if own else torch.zeros(())
-        flags = [not own, not torch.isfinite(moved), bool(moved > 0)]
+        largest = [update.largest for update in own]
+        facts = [torch.stack([~torch.isfinite(x), x > 0]).to(largest[0].device) for x in largest]
+        flags = [not own, *(torch.stack(facts).any(dim=0).tolist() if own else (False, False))]
         stayed, infinite, changed = map(any, zip(*self.processes.gather(flags), strict=True))
         if stayed:
             return "optimizer.step() was not run (GradScaler skips steps with inf or nan gradients)"
