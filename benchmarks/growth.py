@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import layerwise as lw
 import machine
-from layerwise.geometry.spectral.precision import processor_units
+from layerwise.geometry.spectral.newton_schulz import processor_units
 from optimizer_step import torch_muon
 from script import RESULTS, documented_parser, write_page
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from layerwise.geometry.spectral.precision import processor_units
+from layerwise.geometry.spectral.newton_schulz import processor_units
 
 #: What decides how fast a product is, as Linux names it on x86 and on ARM.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16", "svebf16")

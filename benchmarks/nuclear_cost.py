@@ -28,7 +28,7 @@ from layerwise.geometry.spectral.lanczos import (
     _random_signs,
     exact_polar,
 )
-from layerwise.geometry.spectral.precision import largest_entry
+from layerwise.geometry.spectral.newton_schulz import largest_entry
 from script import RESULTS, documented_parser, write_page
 
 PROBES = 8

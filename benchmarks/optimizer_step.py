@@ -37,7 +37,7 @@ import literal
 import machine
 from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
-from layerwise.geometry.spectral.precision import has_tiles, processor_units
+from layerwise.geometry.spectral.newton_schulz import has_tiles, processor_units
 from layerwise.optim.groups.options import DEFAULTS
 from layerwise.optim.rules.noise_adaptive import PreviousGradient
 from layerwise.optim.work.job import Job, alike

@@ -19,8 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import literal
 import machine
 from layerwise.geometry import polar
-from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, RESTART_AFTER, newton_schulz
-from layerwise.geometry.spectral.precision import normalised_in
+from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, RESTART_AFTER, newton_schulz, normalised_in
 from noise_estimates import corpus, hidden_gradients
 from script import RESULTS, documented_parser, write_page
 

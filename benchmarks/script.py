@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from layerwise.geometry.spectral import precision
+from layerwise.geometry.spectral import newton_schulz
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -18,7 +18,7 @@ def documented_parser(text: str | None) -> argparse.ArgumentParser:
 
 def iterate_in_float32() -> None:
     """Newton-Schulz, from here on, whatever this processor multiplies fastest: losses differ by float32's rounding alone."""
-    precision.processor_units = tuple  # type: ignore[assignment]
+    newton_schulz.processor_units = tuple  # type: ignore[assignment]
 
 
 def write_page(path: Path, lines: Iterable[str]) -> None:

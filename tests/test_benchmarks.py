@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.geometry.spectral.precision import has_tiles, processor_units
+from layerwise.geometry.spectral.newton_schulz import has_tiles, processor_units
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

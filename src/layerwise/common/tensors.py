@@ -1,10 +1,8 @@
-"""What rooms share about tensors: scales to divide by, precisions, parts of sharded ones, what is the same at every step."""
+"""What rooms share about tensors: scales to divide by, precisions, parts of sharded ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -67,23 +65,3 @@ def dense(name: str, grad: Tensor) -> Tensor:
             "build the embedding with sparse=False"
         )
     return grad
-
-
-_Args = ParamSpec("_Args")
-_Result = TypeVar("_Result")
-
-
-def remember(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """Keep the results of a pure function of shapes and options.
-
-    `functools.lru_cache`, which torch.compile would warn of: there the function is computed while it compiles, once.
-    """
-    known = lru_cache(maxsize=4096)(function)
-
-    @wraps(function)
-    def remembered(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        return known(*args, **kwargs)  # type: ignore[arg-type]  # of hashable arguments
-
-    return remembered

@@ -21,12 +21,9 @@ from layerwise.geometry.norms import (
     Geometry,
     RowNorm,
     Sign,
-    Spectral,
     VectorRMS,
-    spectral_conv,
 )
-from layerwise.geometry.spectral.nuclear import nuclear_norm
-from layerwise.geometry.spectral.polar import polar
+from layerwise.geometry.spectral.spectral import Spectral, nuclear_norm, polar, spectral_conv
 from layerwise.geometry.split import Split
 
 __all__ = [

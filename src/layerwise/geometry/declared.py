@@ -13,7 +13,8 @@ from layerwise.errors import LayerwiseError
 from layerwise.geometry.axes import layout_of
 from layerwise.geometry.found import ROLES, Found
 from layerwise.geometry.layout import DepthwiseLayout, Layout, MatrixLayout, TransposedLayout, VectorLayout
-from layerwise.geometry.norms import Geometry, RowNorm, Sign, Spectral, VectorRMS, spectral_conv
+from layerwise.geometry.norms import Geometry, RowNorm, Sign, VectorRMS
+from layerwise.geometry.spectral.spectral import Spectral, spectral_conv
 from layerwise.geometry.split import Split
 
 Override = Geometry | Mapping[str, Any]

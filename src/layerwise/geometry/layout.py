@@ -8,18 +8,37 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import lru_cache, wraps
+from typing import ClassVar, NamedTuple, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.common.tensors import remember
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.split import Split, Stack
 
 Shape = Sequence[int]
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def remember(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Keep the results of a pure function of layouts, shapes and options: they are the same at every step.
+
+    `functools.lru_cache`, which torch.compile would warn of: there the function is computed while it compiles, once.
+    """
+    known = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def remembered(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return known(*args, **kwargs)  # type: ignore[arg-type]  # of hashable arguments
+
+    return remembered
 
 
 class Arrangement(NamedTuple):

@@ -12,22 +12,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.common.tensors import or_one, remember
-from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.lanczos import Seed
-from layerwise.geometry.spectral.nuclear import METHODS as NUCLEAR_METHODS
-from layerwise.geometry.spectral.nuclear import nuclear_norm
-from layerwise.geometry.spectral.polar import METHODS as POLAR_METHODS
-from layerwise.geometry.spectral.polar import check_stack, polar, working_dtype
-from layerwise.geometry.spectral.precision import PRECISIONS, largest_entry
+from layerwise.geometry.spectral.newton_schulz import check_stack, largest_entry, working_dtype
 
 
 class Geometry(ABC):
@@ -74,87 +67,6 @@ class Geometry(ABC):
 
         Dividing a measured dual norm by it removes what the shape alone contributes.
         """
-
-
-PolarMethod = Annotated[str, f"one of {', '.join(POLAR_METHODS)}", POLAR_METHODS.__contains__]
-NuclearMethod = Annotated[str, f"one of {', '.join(NUCLEAR_METHODS)}", NUCLEAR_METHODS.__contains__]
-Precision = Annotated[str, f"one of {', '.join(PRECISIONS)}", PRECISIONS.__contains__]
-Taps = Annotated[int, "the product of the kernel size, at least 1", lambda taps: taps >= 1]
-
-
-@checked
-@dataclass(frozen=True)
-class Spectral(Geometry):
-    """RMS to RMS operator norm, `sqrt(d_in / d_out) sigma_max`; dual `sqrt(d_out / d_in)` nuclear.
-
-    The unit step is `sqrt(d_out / d_in) U V^T`.
-
-    A convolution seen as a `[out, in * taps]` matrix (`taps` = the product of its kernel size) takes Scion's
-    SpectralConv: with `in = d_in / taps` channels the unit step is `sqrt(out / in) / taps * U V^T`, so the norm is
-    `taps sqrt(in / out) sigma_max` and the dual `sqrt(out / in) / taps` nuclear.
-
-    `polar` and `nuclear` name the methods of `layerwise.geometry.spectral.polar` and `nuclear_norm`. Exact ones give the
-    identities of a geometry to rounding; with `polar="quintic"` the norm of a unit step lies between 0.67 and 1.21.
-    `precision` is that of the polar factor: `"auto"` (what the device multiplies fastest), `"float32"` or `"bfloat16"`. It
-    is not part of the `repr`: a run may go on in another.
-
-    Examples:
-        >>> weight = torch.tensor([[3.0, 0.0], [0.0, -2.0]])
-        >>> geometry = lw.Spectral(polar="svd", nuclear="svd")
-        >>> geometry.lmo(weight).round(decimals=4)
-        tensor([[ 1.,  0.],
-                [ 0., -1.]])
-        >>> float(geometry.norm(weight)), float(geometry.dual_norm(weight))
-        (3.0, 5.0)
-    """
-
-    polar: PolarMethod = "auto"
-    nuclear: NuclearMethod = "auto"
-    taps: Taps = 1
-    precision: Precision = field(default="auto", repr=False)
-    family: ClassVar[str] = "spectral"
-
-    def norm(self, x: Tensor) -> Tensor:
-        check_stack(x)
-        top = torch.linalg.matrix_norm(x.to(working_dtype(x)), ord=2)
-        return top / _spectral_factor(self.taps, *x.shape[-2:])
-
-    def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
-        return nuclear_norm(g, self.nuclear, seed=seed) * _spectral_factor(self.taps, *g.shape[-2:])
-
-    def lmo(self, g: Tensor) -> Tensor:
-        return polar(g, self.polar, precision=self.precision, scale=_spectral_factor(self.taps, *g.shape[-2:]))
-
-    def unit_rms(self, d_out: int, d_in: int) -> float:
-        return _spectral_factor(self.taps, d_out, d_in) / math.sqrt(max(d_out, d_in))
-
-    def white_noise_dual(self, d_out: int, d_in: int) -> float:
-        """All `min(d_out, d_in)` singular values taken as `sqrt(max(d_out, d_in))` (0.85 of it for a square matrix)."""
-        return _spectral_factor(self.taps, d_out, d_in) * min(d_out, d_in) * math.sqrt(max(d_out, d_in))
-
-
-@remember
-def _spectral_factor(taps: int, d_out: int, d_in: int) -> float:
-    """`sqrt(out / in) / taps`, with `in = d_in / taps` channels."""
-    if d_in % taps:
-        raise LayerwiseError(f"Spectral(taps={taps}) does not divide d_in = {d_in} of a {d_out} x {d_in} matrix")
-    return math.sqrt(d_out / (d_in // taps)) / taps
-
-
-@checked
-def spectral_conv(kernel_size: int | Sequence[int]) -> Spectral:
-    """Scion's SpectralConv for a convolution seen as `[out, in * taps]`.
-
-    `kernel_size` as in the module (`(3, 1)`; one entry for a 1-d convolution); an int k means a square k x k kernel.
-
-    Examples:
-        >>> lw.spectral_conv(3)
-        Spectral(polar='auto', nuclear='auto', taps=9)
-        >>> lw.spectral_conv((5,))
-        Spectral(polar='auto', nuclear='auto', taps=5)
-    """
-    sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-    return Spectral(taps=math.prod(sizes))
 
 
 @checked
@@ -221,14 +133,14 @@ class _SumOfLengths(Geometry):
 
     def lmo(self, g: Tensor) -> Tensor:
         _, lengths, scaled = self._lengths(g)
-        return scaled.mul_(self._length(*g.shape[-2:]) / or_one(lengths)).to(g.dtype)
+        return scaled.mul_(self._length(*g.shape[-2:]) / torch.where(lengths > 0, lengths, 1.0)).to(g.dtype)
 
     def _lengths(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Largest entry of each part, length of the part over it, and the part over it (so that squares stay in range)."""
         check_stack(x)
         x = x.to(working_dtype(x))
         largest = largest_entry(x, self._dims)
-        scaled = x / or_one(largest)
+        scaled = x / torch.where(largest > 0, largest, 1.0)
         return largest, torch.linalg.vector_norm(scaled, dim=self._dims, keepdim=True), scaled
 
 

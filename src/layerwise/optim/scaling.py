@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from layerwise.common.tensors import remember
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 
@@ -49,7 +48,6 @@ def step_factor(scaling: str, geometry: Geometry, d_out: int, d_in: int) -> floa
     raise LayerwiseError(f"scaling={scaling!r}: give one of {', '.join(map(repr, SCALINGS))}")
 
 
-@remember
 def step_factors(
     layout: Layout, geometry: Geometry, scaling: str, radius: float, shape: tuple[int, ...]
 ) -> tuple[float, ...]:

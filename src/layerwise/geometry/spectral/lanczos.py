@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.tensors import or_one
-from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, newton_schulz
-from layerwise.geometry.spectral.precision import normalised_in, passes_count
+from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, newton_schulz, normalised_in, passes_count
 
 Seed = int | Tensor
 

@@ -1,4 +1,5 @@
-"""Newton-Schulz iterations `X <- (a I + b X X^T + c (X X^T)^2) X`: several ways to compute the same numbers.
+"""Newton-Schulz iterations `X <- (a I + b X X^T + c (X X^T)^2) X`: several ways to compute the same numbers, in a precision
+that the device multiplies fast.
 
 All work on stacks `[k, n, m]` with `n <= m` and singular values in [0, 1], and on the polynomials below.
 Costs count multiplications of two n x n matrices (2 n^3 FLOP), with r = m / n and five steps:
@@ -23,8 +24,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from layerwise.common.tensors import remember
-from layerwise.geometry.spectral.precision import has_tiles, rounds_factors
+from layerwise.errors import LayerwiseError
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+#: Units that multiply bfloat16, under the names that torch has for them: Intel's and AMD's, and ARM's.
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+#: On a processor smaller matrices stay in float32: a product of theirs is over before oneDNN has set one up.
+BFLOAT16_FROM = 128
 
 
 class Product(Protocol):
@@ -125,15 +132,15 @@ def newton_schulz(x: Tensor, steps: tuple[Quintic, ...], path: str = "auto") -> 
     cuts = [*range(len(steps) + 1)]
     if path != "blocked":
         cuts = [0, *cuts[RESTART_AFTER:-1:RESTART_EVERY], len(steps)]
-    size = matrices_at_once(x.size(-2), x.size(-1), x.element_size())
-    if size >= x.size(0) or x.device.type != "cpu":
+    alone = x.size(0) == 1 or x.device.type != "cpu"
+    size = x.size(0) if alone else matrices_at_once(x.size(-2), x.size(-1), x.element_size())
+    if size >= x.size(0):
         return on_gram_matrices(x, product(x, x.mT), steps, cuts, product)
     for chunk in x.split(size):
         chunk.copy_(on_gram_matrices(chunk, product(chunk, chunk.mT), steps, cuts, product))
     return x
 
 
-@remember
 def matrices_at_once(d_out: int, d_in: int, element_size: int) -> int:
     """How many matrices a CPU should work on together: as many as stay in the cache with their buffers."""
     n, m = min(d_out, d_in), max(d_out, d_in)
@@ -145,7 +152,8 @@ def choose_path(x: Tensor) -> str:
     n, m = x.shape[-2:]
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return "standard"
-    if rounds_factors(x):
+    medium = torch.get_float32_matmul_precision() == "medium" and bool(processor_units())
+    if x.dtype == torch.float32 and medium:  # factors are rounded to bfloat16, as the user asked torch for
         return "standard"  # the Gram form with float32's restarts would lose small singular values
     if m >= GRAM_FROM * n:
         return "gram"
@@ -245,3 +253,91 @@ def _strips(n: int) -> list[tuple[int, int]]:
     """First row of each strip, and where it ends."""
     strips = max(1, min(n // STRIP_ROWS, MOST_STRIPS)) if n >= BLOCKS_FROM else 1
     return list(pairwise(n * i // strips for i in range(strips + 1)))
+
+
+# ----------------------------------------------------------------------- precision, and matrices brought into its range
+
+
+def check_stack(g: Tensor) -> None:
+    """Refuse what is not `[..., d_out, d_in]` of real floating-point numbers."""
+    if not isinstance(g, Tensor):
+        raise LayerwiseError(f"g={g!r}: expected a stack of real matrices [..., d_out, d_in], a tensor")
+    if g.ndim < 2 or not g.is_floating_point():
+        raise LayerwiseError(
+            f"expected a stack of real matrices [..., d_out, d_in], got shape {tuple(g.shape)} of {g.dtype}; "
+            "give a vector of d entries as a [d, 1] matrix"
+        )
+
+
+def working_dtype(g: Tensor) -> torch.dtype:
+    """float64 for float64 input, else float32: what norms, sums and decompositions are computed in."""
+    return torch.float64 if g.dtype == torch.float64 else torch.float32
+
+
+def iteration_dtype(g: Tensor, precision: str = "auto", gram: bool = False) -> torch.dtype:
+    """The dtype that Newton-Schulz works in.
+
+    Args:
+        g: the matrices, `[..., d_out, d_in]`. Those in float64 stay in it.
+        precision: one of `PRECISIONS`.
+        gram: whether on a Gram path: where others have bfloat16, it has float16 on a GPU, and on a processor bfloat16 too,
+            with a restart after every two steps (with float32's restarts real momentum was up to 2 off).
+    """
+    if g.dtype == torch.float64:
+        return torch.float64
+    # "auto": only where hardware multiplies it (a processor without: 28 to 49 times slower)
+    pays = g.device.type == "cpu" and min(g.shape[-2:]) >= BFLOAT16_FROM and bool(processor_units())
+    if g.is_cuda:
+        pays = torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "float32" or (precision == "auto" and not pays):
+        return torch.float32
+    return torch.float16 if gram and g.device.type != "cpu" else torch.bfloat16
+
+
+def passes_count(x: Tensor) -> bool:
+    """Whether passes over a matrix count beside its products: on processors that multiply bfloat16, eagerly."""
+    return x.device.type == "cpu" and bool(processor_units()) and not torch.compiler.is_compiling()
+
+
+def has_tiles() -> bool:
+    """Whether a processor's bfloat16 products run on AMX, where strips of a symmetric one never pay."""
+    return "amx_bf16" in processor_units()
+
+
+def processor_units() -> tuple[str, ...]:
+    """Those of `BFLOAT16_UNITS` that this processor has and torch's products use: none where torch has no oneDNN."""
+    return _UNITS  # found at import: torch.compile cannot ask for them
+
+
+def _units() -> tuple[str, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
+        has = torch.cpu.get_capabilities()
+        return tuple(unit for unit in BFLOAT16_UNITS if has.get(unit))
+    return ("avx512_bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
+
+
+_UNITS = _units()
+
+
+def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
+    """`max |g|` over dim, which is kept. A maximum and a minimum take a tenth of the time of a norm of order infinity."""
+    return torch.maximum(g.amax(dim, keepdim=True), -g.amin(dim, keepdim=True))
+
+
+def normalised_in(g: Tensor, dtype: torch.dtype, size: float = 1.0) -> Tensor:
+    """Each matrix scaled to a Frobenius norm of `size`, so that no singular value exceeds it; zero stays zero.
+
+    Half precision only comes in the end, so that entries are rounded once.
+    """
+    g = g.to(torch.promote_types(dtype, torch.float32))
+    if dtype == torch.bfloat16 and passes_count(g):
+        norm: Tensor = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
+        if ((norm > 1e-12) & (norm < 1e18)).all():
+            return (g / (norm / size)).to(dtype)  # half of the passes over g
+    # squares of entries beyond 1e19 or below 1e-23 would leave float32's range: the largest is divided out first
+    largest = largest_entry(g)
+    x = g / torch.where(largest > 0, largest, 1.0)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return x.div_(norm.clamp_(min=1.0) / size).to(dtype)  # at least 1 (the largest entry), except for a zero matrix

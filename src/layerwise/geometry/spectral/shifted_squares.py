@@ -16,16 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.common.tensors import remember
 from layerwise.geometry.spectral.newton_schulz import (
     GRAM_FROM,
     Product,
     Quintic,
     matrices_at_once,
+    normalised_in,
     on_gram_matrices,
     strip_product,
 )
-from layerwise.geometry.spectral.precision import normalised_in
 
 #: Steps on one Gram matrix from `GRAM_FROM` on (6 r + 11 products for five steps instead of 10 r + 5; 35 and 45 where
 #: m = 4 n). With three at once falling spectra were 0.3 off where single steps and pairs are 0.13 to 0.15: each step
@@ -56,7 +55,6 @@ def polar_by_shifted_squares(g: Tensor, steps: tuple[Quintic, ...], path: str, s
     return found
 
 
-@remember
 def shifts_of(steps: tuple[Quintic, ...], scale: float) -> tuple[tuple[float, float, float], ...]:
     """`(s, s^2 + d, k)` of each step, such that the last one ends at `k = 1 / scale`."""
     k, found = 1 / scale, []

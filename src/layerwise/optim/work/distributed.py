@@ -20,7 +20,7 @@ from torch import Tensor
 from layerwise.common.checked import checked
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
-from layerwise.geometry.spectral.polar import working_dtype
+from layerwise.geometry.spectral.newton_schulz import working_dtype
 from layerwise.optim.work import unsent
 from layerwise.optim.work.job import Job
 from layerwise.optim.work.local import LocalWork, MatrixJob

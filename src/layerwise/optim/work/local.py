@@ -17,11 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.common.tensors import remember
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
-from layerwise.geometry.spectral.newton_schulz import matrices_at_once
-from layerwise.geometry.spectral.precision import processor_units
+from layerwise.geometry.layout import remember
+from layerwise.geometry.spectral.newton_schulz import matrices_at_once, processor_units
 from layerwise.optim.work.job import (
     Anywhere,
     Deviation,

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Spectral
-from layerwise.geometry.spectral.nuclear import ON_CPU, ON_GPU
+from layerwise.geometry.spectral.spectral import ON_CPU, ON_GPU
 from layerwise.optim.work.local import MatrixJob
 
 Shape = tuple[int, ...]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from layerwise.common.tensors import local_part
 from layerwise.geometry.layout import StackLayout, VectorStackLayout
-from layerwise.geometry.spectral.polar import working_dtype
+from layerwise.geometry.spectral.newton_schulz import working_dtype
 from layerwise.optim.work.local import MatrixJob, white_noise_factors
 from layerwise.optim.work.placement import Domain
 from layerwise.optim.work.routes import Task, all_gather
