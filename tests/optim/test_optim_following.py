@@ -99,6 +99,46 @@ def test_roles_come_from_the_forward_pass_that_the_groups_were_made_with():
     assert group_of(optimizer, "out.weight")["role"] == "head"
 
 
+class FusedHead(nn.Module):
+    """A weight in three parts, which only a forward pass shows, beside a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = nn.Linear(4, 12)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        q, k, v = self.fused(x).split(4, dim=-1)
+        return self.head((q @ k.T).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("again", [None, torch.ones(2, 4)])
+def test_a_new_head_and_what_comes_with_it_take_the_rates_of_now_without_a_second_look_at_the_rest(again):
+    model = FusedHead()
+    optimizer = lw.DualMuon(lw.param_groups(model, torch.ones(2, 4)), lr=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.125
+    model.head = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    silent(optimizer.add_trainable, model, again)
+    assert [group["lr"] for group in optimizer.param_groups if group["params"]] == [0.125] * 3 + [1.0]
+    assert group_of(optimizer, "head.3.weight")["lr_scale"] == 3  # the group of the head before
+    assert str(group_of(optimizer, "fused.weight")["layout"]) == "out,in q|k|v"
+    assert group_of(optimizer, "head.1.weight")["params"] == [model.head[1].weight]  # the first matrix in one part
+
+
+def test_matrices_that_are_new_join_the_group_of_those_like_them_beside_a_weight_in_parts():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), FusedHead())
+    optimizer = lw.Muon(lw.param_groups(model, torch.ones(2, 4)), lr=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.125
+    model[0].append(nn.Linear(4, 4))
+    assert sorted(silent(optimizer.add_trainable, model)) == ["0.1.bias", "0.1.weight"]
+    assert group_of(optimizer, "0.1.weight") is group_of(optimizer, "0.0.weight")
+    model[0].append(FusedHead().fused)
+    with pytest.warns(UserWarning, match=r"roles of 1 parameters are not certain.*add_trainable\(model, batch\)"):
+        optimizer.add_trainable(model)
+
+
 @every_optimizer
 def test_what_is_unfrozen_is_trained_from_the_next_step_on_which_says_so_once(name):
     model, asked = freeze(net()), freeze(net())

@@ -32,15 +32,13 @@ from layerwise.geometry.modules.roles import find_roles
 #: What a model is where parameters may come in its place.
 Model = Annotated[nn.Module, "the model (an nn.Module); for plain parameters use group_by_shape(parameters)"]
 
-_NOTHING = nn.Parameter(torch.empty(0), requires_grad=False)
-
 
 @dataclass(frozen=True)
 class Assignment:
     """What became of the parameters of a model."""
 
     parameters: list[Assigned]  # those that are trained
-    frozen: Mapping[str, Found]  # what a forward pass showed of the others (no tensors), should they be trained later
+    seen: Mapping[str, Found]  # what a forward pass showed of these and of frozen ones, with a tensor of the shape alone
     overrides: Overrides | None  # of the user
     looked: bool  # whether a batch or a way to run the model was given
     said: str  # why a batch that was given could not be used, "" if it was or none was given
@@ -94,13 +92,14 @@ def param_groups(
         >>> optimizer = lw.Lanton(groups, lr=2e-3)
     """
     everything = assign(model, batch, overrides, splits, forward)
-    return grouped(everything, Origin(model, everything.overrides, splits, everything.frozen))
+    return grouped(everything, Origin(model, everything.overrides, splits, everything.seen))
 
 
 def groups_of(origin: Origin, batch: Any = None) -> list[dict[str, Any]]:
     """Groups as of `param_groups` of what a model is now, with what the user said of it and what was seen then."""
     assert origin.model is not None
     everything = assign(origin.model, batch, origin.overrides, origin.splits, seen=origin.seen)
+    origin.seen = everything.seen
     return grouped(everything, origin)
 
 
@@ -113,7 +112,7 @@ def grouped(everything: Assignment, origin: Origin) -> list[dict[str, Any]]:
     elif doubts and not everything.looked:
         warn(
             f"the roles of {doubts} parameters are not certain: print(layerwise.describe(model)) says which and why; "
-            "param_groups(model, batch) finds them by running the model once"
+            "given a batch as well, param_groups(model, batch) and add_trainable(model, batch) find them by running it once"
         )
     for assigned in everything.parameters:
         found, geometry, options = assigned.found, assigned.geometry, assigned.options
@@ -140,11 +139,8 @@ def assign(
     if overrides is None and options_alone:
         batch, overrides = None, batch  # where overrides stood before there was a batch, which holds tensors
     everything, said = _everything(model, batch, forward)
-    everything = [
-        replace(seen[found.name], parameter=found.parameter) if found.how != "forward" and found.name in seen else found
-        for found in everything
-    ]
-    trainable, left_out = _trainable(model, everything)
+    everything = [_as_seen(found, seen.get(found.name)) for found in everything]
+    trainable = _trainable(model, everything)
     names = [(*found.names, *map(canonical_name, found.names)) for found in trainable]
     frozen = frozen_names(model)
     split_of = matched("splits", splits or {}, names, frozen)
@@ -157,9 +153,20 @@ def assign(
             found = replace(found, layout=split_layout(found, split_of[found.name]), note="")
         found = replace(found, undecayed=found.undecayed or not undecayed.isdisjoint(found.names))
         result.append(overridden(found, options_of.get(found.name, {})))
-    kept = {found.name: replace(found, parameter=_NOTHING) for found in left_out if found.how == "forward"}
+    kept = {found.name: replace(found, parameter=_shape_of(found)) for found in everything if found.how == "forward"}
     looked = batch is not None or forward is not None
     return Assignment(result, kept, overrides, looked, said if looked else "")
+
+
+def _as_seen(found: Found, seen: Found | None) -> Found:
+    """What an earlier forward pass found of a parameter of that name and shape, where this one did not see it."""
+    if seen is None or found.how == "forward" or seen.parameter.shape != found.parameter.shape:
+        return found
+    return replace(seen, parameter=found.parameter)
+
+
+def _shape_of(found: Found) -> nn.Parameter:
+    return nn.Parameter(torch.empty(found.parameter.shape, device="meta"), requires_grad=False)
 
 
 def frozen_names(model: nn.Module) -> list[str]:
@@ -179,8 +186,7 @@ def _everything(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[
     return find_roles(unwrap(model), seen.evidence), seen.said
 
 
-def _trainable(model: nn.Module, everything: list[Found]) -> tuple[list[Found], list[Found]]:
-    """Those that are trained, and the others."""
+def _trainable(model: nn.Module, everything: list[Found]) -> list[Found]:
     if not everything:
         raise LayerwiseError(f"{type(model).__name__} has no parameters: there is nothing to train")
     trainable = [found for found in everything if found.parameter.requires_grad and found.parameter.numel()]
@@ -189,7 +195,7 @@ def _trainable(model: nn.Module, everything: list[Found]) -> tuple[list[Found], 
             f"all {len(everything)} parameters of {type(model).__name__} are frozen or empty: "
             "set requires_grad=True on those to train"
         )
-    return trainable, [found for found in everything if not found.parameter.requires_grad]
+    return trainable
 
 
 @checked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from layerwise.optim.state.state_dict import WITH_ROWS, take
 from layerwise.optim.work.job import Group, Job, State
 
 _TAKE_OVER = "call optimizer.add_trainable(model), which takes over what has changed"
+_OWN = {"params", "origin", "lr"}  # what says nothing of whether a group fits: schedules move its rate
 
 
 class Held(NamedTuple):
@@ -187,8 +188,10 @@ class Following:
         joined, to_add = [], []
         for found in groups_of(origin, batch):
             new = [(name, p) for name, p in found["params"] if id(p) not in live]
-            home = next((live[id(p)] for _, p in found["params"] if id(p) in live), None)
-            if new and home is not None and all(home[key] == found[key] for key in ("role", "layout")):
+            beside = [live[id(p)] for _, p in found["params"] if id(p) in live]
+            emptied = [group for group in groups if not group["params"]]
+            home = _home(beside, found, ("role", "layout")) or _home(emptied, found, found.keys() - _OWN)
+            if new and home is not None:
                 for name, p in new:
                     home["params"].append(p)
                     home["param_names"].append(name)
@@ -207,6 +210,11 @@ class Following:
             unknown = held.origin is None or held.origin.model is None
             if unknown and name in now:
                 self._held[name] = held._replace(origin=origin)
+
+
+def _home(groups: Sequence[Group], found: Group, keys: Collection[str]) -> Group | None:
+    """The first group that agrees with what was found in the keys."""
+    return next((group for group in groups if all(group.get(key) == found[key] for key in keys)), None)
 
 
 def _replace(groups: Sequence[Group], new: Mapping[str, Tensor | None]) -> None:
