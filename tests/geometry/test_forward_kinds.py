@@ -376,6 +376,20 @@ def test_an_adapter_of_a_fused_projection_has_its_parts():
     assert (found.role, str(found.layout)) == ("lora_B", "out,in q|k|v")
 
 
+def test_factors_of_a_kronecker_product_are_matrices_and_factors_of_an_outer_one_are_gains():
+    """As peft's LoKr makes an update: each factor maps its part of d_in to its part of d_out."""
+    kron = Net(lambda m, x: F.linear(x, torch.kron(m.one, m.two)), one=entries(2, 3), two=entries(4, 4))
+    for name in ("one", "two"):
+        found = row(kron, X, name)
+        assert (found.role, str(found.layout), found.how) == ("hidden", "out,in", "assumed")
+    outer = Net(lambda m, x: F.linear(x, m.base * (m.one * m.two)), base=entries(5, D), one=entries(5, 1), two=entries(1, D))
+    assert [row(outer, X, name).role for name in ("one", "two")] == ["vector", "vector"]
+
+
+def entries(*shape):
+    return nn.Parameter(torch.randn(shape))
+
+
 def test_matrices_along_d_in_by_a_pattern():
     model = Net(lambda m, x: m.last(m.o(x)), o=linear(), last=linear(3))
     found = row(model, X, "o.weight", splits={"o.weight": "o (4 i)"})

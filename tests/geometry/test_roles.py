@@ -530,6 +530,15 @@ def test_peft_with_a_trained_head_and_known_splits_under_the_wrapper():
     assert len(base.units) == 3
 
 
+@pytest.mark.parametrize("batch", [None, torch.arange(6).view(1, 6)])
+def test_rows_that_peft_puts_in_the_place_of_a_tables_are_a_table(batch):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query_key_value"], trainable_token_indices=[1, 2])
+    table = rows(peft.get_peft_model(FUSED_ATTENTION["gpt-neox"](), config), batch=batch)
+    (name,) = (name for name in table if "trainable_tokens_delta" in name)
+    assert (table[name].role, str(table[name].layout), table[name].note) == ("embedding", "in,out", "")
+
+
 def test_group_order_and_contents():
     model = on_meta(FUSED_ATTENTION["gpt2"])
     groups = param_groups(model)

@@ -73,7 +73,9 @@ def pointwise(flow: Flow, op: Operation) -> None:
     shape = op.results[0].shape
     given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.tensors]
     if all(origin.constant for _, origin in given):
-        kept = [weight for tensor, origin in given for weight in origin.weights if _fits(flow, tensor, weight, shape)]
+        learned = [tensor for tensor, origin in given if origin.weights or origin.results_of]
+        outer = len(learned) > 1 and all(tensor.shape != shape for tensor in learned)
+        kept = [w for tensor, origin in given for w in origin.weights if _fits(flow, tensor, w, shape, outer)]
         flow.made(op, Origin(tuple(kept), constant=True, results_of=results_in(origin for _, origin in given)))
         return
     activations = [origin for _, origin in given if not origin.constant]
@@ -120,10 +122,14 @@ def _repeats(activation: Tensor, dims: Sequence[int]) -> bool:
         return False
 
 
-def _fits(flow: Flow, tensor: Tensor, weight: Tensor, shape: torch.Size) -> bool:
-    """Whether a weight lives on in a larger expression of weights; a smaller one is a gain of the others."""
+def _fits(flow: Flow, tensor: Tensor, weight: Tensor, shape: torch.Size, outer: bool) -> bool:
+    """Whether a weight lives on in a larger expression of weights; a smaller one is a gain of the others.
+
+    Not a matrix in an `outer` product with another weight, as `torch.kron` makes one: it maps.
+    """
     if tensor.shape != shape:
-        flow.evidence.used(weight, "gain")
+        maps = outer and sum(size > 1 for size in small(weight).shape) > 1
+        flow.evidence.used(weight, "other" if maps else "gain")
     return tensor.shape == shape
 
 

@@ -183,6 +183,8 @@ def _classify_unknown(place: _Place, owner: nn.Module, attribute: str) -> Found:
         return place.found("experts", _expert_layout(owner, attribute, shape))
     if len(shape) == 2 and "bias" in attribute and _holds_experts(owner, shape[0]):
         return place.found("vector", VectorStackLayout())
+    if len(shape) == 2 and place.path[-1][0] == "trainable_tokens_delta":  # peft's: rows in the place of a table's
+        return place.found("embedding", TransposedLayout())
     if len(shape) == 2 and ("router" in kind or "gate" in kind):  # transformers' routers: linear(x, weight)
         return place.found("hidden", MatrixLayout())
     return _assume(place, attribute)
