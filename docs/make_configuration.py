@@ -103,7 +103,7 @@ AFTER = {
     "parallel": "`torchrun --nproc-per-node 2 -m layerwise train CONFIG parallel=fsdp2`; what several processes change, and"
     " what not, is in [distributed](distributed.md#the-lab).",
     "sweep": "For `layerwise sweep` alone, which varies the run that the other sections describe"
-    " ([transfer](transfer.md#sizes-of-your-own-model)):\n\n"
+    " ([sweeps](sweeps.md#sweep)):\n\n"
     "    sweep: {axis: width, sizes: [64, 256], lr: {low: 1e-4, high: 1e-1, count: 10}, methods: [standard, flerm]}\n\n"
     "`layerwise sweep CONFIG --dry-run` says how many trials that is.",
     "compare": "For `layerwise compare` alone, in which each contender takes the place of the optimizer. Equal budgets, with"
