@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import layerwise as lw
 from layerwise.errors import LayerwiseError
@@ -204,6 +205,46 @@ def test_forwards_that_write_weights_are_refused_and_all_else_is_put_back(change
     with refused if change in WRITERS else nullcontext():
         assert function_space_rates(model, update, x, method=method)["mix.weight"].value > 0
     assert all_of(model) == before
+
+
+class AdaptedInside(nn.Module):
+    """Adds an adapter to a frozen weight by a parametrization made in the forward, as peft does for `target_parameters`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3).requires_grad_(False)
+        self.low, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)
+
+    def forward(self, x):
+        added = self.up.weight @ self.low.weight
+        parametrize.register_parametrization(self.layer, "weight", Added(added))
+        y = self.layer(x)
+        parametrize.remove_parametrizations(self.layer, "weight", leave_parametrized=False)
+        return y
+
+
+class Added(nn.Module):
+    def __init__(self, added):
+        super().__init__()
+        self.added = added
+
+    def forward(self, weight):
+        return weight + self.added
+
+
+def test_a_parametrization_made_in_the_forward_writes_nothing():
+    model, x = AdaptedInside(), torch.randn(6, 4)
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    frozen = model.layer.weight
+    found = function_space_rates(model, update, x, method="full_cov", probes=2048)
+    by_hand = {
+        "low.weight": x @ update["low.weight"].T @ model.up.weight.T,
+        "up.weight": model.low(x) @ update["up.weight"].T,
+    }
+    for name, change in by_hand.items():
+        rate = found[name]
+        assert abs(rate.value - change.square().mean().sqrt().item()) < 5 * rate.stderr
+    assert model.layer.weight is frozen
 
 
 class Marked(nn.Module):

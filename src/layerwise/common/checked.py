@@ -158,7 +158,7 @@ def wanted(hint: Any) -> str:
     if origin is not None and issubclass(origin, Mapping):
         return f"a dict, each key {wanted(inner[0])} and each value {wanted(inner[1])}"
     if origin is not None:
-        return f"a list, each of it {wanted(inner[0])}"
+        return "a list" if inner[0] is Any else f"a list, each of it {wanted(inner[0])}"
     if hint in _WORDS:
         return _WORDS[hint]
     example = ""

@@ -88,6 +88,8 @@ class Writes(TorchDispatchMode):
 
 def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that an operation writes into: its first argument in place, those for `out`."""
+    if func is torch.ops.aten.set_.source_Tensor and args[0].is_set_to(args[1]):
+        return []  # a parametrization that is registered or removed sets its weight to what it is
     targets = [args[at] if at < len(args) else kwargs.get(name) for at, name in _writes(func)]
     several = [target if isinstance(target, (tuple, list)) else (target,) for target in targets]
     return [tensor for tensors in several for tensor in tensors if isinstance(tensor, Tensor)]
