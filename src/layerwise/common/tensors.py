@@ -1,8 +1,6 @@
-"""What rooms share about tensors: scales to divide by, precisions, parts of sharded ones."""
+"""What rooms share about tensors: scales to divide by, parts of sharded ones."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,12 +16,6 @@ def or_one(scale: Tensor) -> Tensor:
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device: float64, and float32 on Apple's, which has nothing wider."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def in_dtypes_of(others: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Each in the dtype of its counterpart, itself where it is in it: asking torch for no change takes ten times as long."""
-    pairs = zip(tensors, others, strict=True)
-    return [tensor if tensor.dtype == other.dtype else tensor.to(other.dtype) for tensor, other in pairs]
 
 
 def is_sharded(tensor: Tensor) -> bool:

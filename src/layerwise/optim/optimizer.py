@@ -161,7 +161,7 @@ class LayerwiseOptimizer(Optimizer):
         """Take over what was unfrozen since, and give state to tensors that were put in a parameter's place."""
         for model in self._following.unfrozen() if self._following.frozen else ():
             self.add_trainable(model)
-        if not self._lineup.fits(self.param_groups, self.state):
+        if torch.compiler.is_compiling() or not self._lineup.fits(self.param_groups, self.state):
             self._lineup.forget()
             if lost := self._following.sync(self.param_groups, self.state):
                 warn(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from layerwise.common.tensors import in_dtypes_of
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, store
 from layerwise.optim.rules.rule import NormGroup, RateRule
@@ -162,12 +161,12 @@ class _AdamWStep(PlannedStep):
         group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
         wide = first.dtype in HALF and (first.dtype == torch.float16 or is_stochastic(group, first))
         params = [job.local.float() if wide else job.local for job in jobs]
-        averages, squares = _moments(jobs, params[0].dtype)
+        grads, averages, squares = _in_dtype(jobs, params[0].dtype)
         # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
         fused = keep is not None or isinstance(lr, Tensor) or first.dtype == torch.bfloat16
         adamw(
             params,
-            in_dtypes_of(params, [job.grad for job in jobs]),
+            grads,
             averages,
             squares,
             [],
@@ -183,7 +182,8 @@ class _AdamWStep(PlannedStep):
             eps=group["eps"],
             maximize=False,
         )
-        _keep_moments(jobs, averages, squares)
+        if any(average is not job.state["exp_avg"] for job, average in zip(jobs, averages, strict=True)):
+            _keep_moments(jobs, averages, squares)
         for job, param in zip(jobs, params, strict=True) if wide else ():
             store(job, param)
 
@@ -197,8 +197,8 @@ class _QuasiHyperbolicStep(PlannedStep):
 
     def take(self, work: MatrixWork, keep: Tensor | None) -> None:
         jobs, group = self.jobs, self.jobs[0].group
-        averages, squares = _moments(jobs, torch.promote_types(jobs[0].state["exp_avg"].dtype, torch.float32))
-        grads = in_dtypes_of(averages, [job.grad for job in jobs])
+        dtype = torch.promote_types(jobs[0].state["exp_avg"].dtype, torch.float32)
+        grads, averages, squares = _in_dtype(jobs, dtype)
         squared = list(torch._foreach_mul(grads, grads))
         if keep is not None:  # a lerp from a number to itself changes nothing
             grads, squared = select_all(keep, grads, averages), select_all(keep, squared, squares)
@@ -226,9 +226,9 @@ def _corrected(averages: list[Tensor], weight: float, beta: float, taken: list[f
     return list(torch._foreach_mul(averages, factors[0] if len(set(taken)) == 1 else factors))
 
 
-def _moments(jobs: Sequence[Job], dtype: torch.dtype) -> list[list[Tensor]]:
-    """AdamW's averages of the gradients and of their squares, in the dtype that a step works in."""
-    held = ([job.state[key] for job in jobs] for key in _MOMENTS)
+def _in_dtype(jobs: Sequence[Job], dtype: torch.dtype) -> list[list[Tensor]]:
+    """The gradients, and AdamW's averages of them and of their squares, in the dtype that a step works in."""
+    held = [[job.grad for job in jobs], *([job.state[key] for job in jobs] for key in _MOMENTS)]
     return [[value if value.dtype == dtype else value.to(dtype) for value in some] for some in held]
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.common.tensors import or_one
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.layout import remember
 from layerwise.geometry.norms import Geometry
@@ -238,7 +237,8 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
         square = square_norm(x)  # of a usual matrix nothing leaves the range, so it is read once instead of three times
         if ((square > 1e-12) & (square < 1e36)).all():
             return _estimate(x, square, seed, probes)
-    largest = or_one(largest_entry(x))
+    largest = largest_entry(x)
+    largest = torch.where(largest > 0, largest, 1.0)
     x = x / largest  # squares of the entries stay in range
     return _norm_by(method, x, seed, probes) * largest[..., 0, 0]
 

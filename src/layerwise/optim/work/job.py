@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from layerwise.common.tensors import dense, in_dtypes_of, is_sharded, local_part
+from layerwise.common.tensors import dense, is_sharded, local_part
 from layerwise.errors import LayerwiseError
 
 State = dict[str, Any]
@@ -136,9 +136,12 @@ def state_and_gradients(jobs: Sequence[Job], key: str) -> tuple[list[Tensor], li
     Of each job; of those whose state lies side by side all in one tensor.
     """
     some = jobs[0].alike
-    together = some is not None and key in some.state
-    own = [stack_of(jobs, key)] if together else [job.state[key] for job in jobs]
-    return own, in_dtypes_of(own, [stack_of(jobs)] if together else [job.grad for job in jobs])
+    if some is not None and key in some.state:
+        own, grads = [stack_of(jobs, key)], [stack_of(jobs)]
+    else:
+        own, grads = [job.state[key] for job in jobs], [job.grad for job in jobs]
+    pairs = zip(own, grads, strict=True)  # asking torch for no change takes ten times as long as to see that there is none
+    return own, [grad if grad.dtype == value.dtype else grad.to(value.dtype) for value, grad in pairs]
 
 
 def select(keep: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
@@ -241,8 +244,8 @@ class Lineup:
         same = all(len(now) == len(then) and all(map(is_, now, then)) for now, then in kept)
         joined = all(joined.holds() for step in self.steps for joined in step.joined)
         options = [[*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups]
-        first: dict[object, int] = {}
-        momenta = [first.setdefault(_momentum_key(group), number) for number, group in enumerate(groups)]
+        first: dict[float, int] = {}
+        momenta = [first.setdefault(current_momentum(group), number) for number, group in enumerate(groups)]
         before = self._form
         self._form = options, momenta, [(param.shape, param.dtype, param.device) for param in params]
         return same and joined and self._form == before
