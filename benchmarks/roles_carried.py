@@ -180,7 +180,7 @@ class Study:
         if known:
             return known[0]
         with tempfile.TemporaryDirectory() as folder:
-            run = train(self.config(trial, Path(folder)), progress="quiet")
+            run = train(self.config(trial, Path(folder)))
             loss = run.final_val_loss if run.status == "finished" else None
         self.store.add(trial, {"loss": loss})
         print(trial, loss, flush=True)
@@ -219,7 +219,7 @@ class Study:
         path = self.bases / f"{'-'.join(named)}{'-multipliers' if 'multipliers' in trial.method else ''}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            rates = record(self.plain(small), self.seeds, "quiet")
+            rates = record(self.plain(small), self.seeds)
             if "multipliers" in trial.method:
                 rates = multiplied(rates, self.multipliers(small))
             rates.save(path)
@@ -229,7 +229,7 @@ class Study:
         """Time means of the rule's multipliers on the small model."""
         with tempfile.TemporaryDirectory() as folder:
             config = self.plain(replace(small, rule=RULES[1])).replace({"run.dir": folder, "run.name": "run"})
-            train(config, progress="quiet")
+            train(config)
             return mean_multipliers(str(config.run_path))
 
 

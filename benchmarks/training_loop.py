@@ -82,7 +82,7 @@ def measure(overrides: dict[str, Any], window: int, windows: int) -> tuple[float
         changes = {"run.dir": folder, "training.steps": steps, "training.eval_every": 0, **overrides}
         config = complete(Config().replace({**changes, "training.checkpoint_every": 0}))
         turns = TakeTurns(BareLoop(config), window)
-        train(config, progress="quiet", observers=[turns])
+        train(config, observers=[turns])
     lab, bare = turns.lab_seconds[1:], turns.bare_seconds[1:]
     ratio = statistics.median(a / b for a, b in zip(lab, bare, strict=True))
     return statistics.median(lab) / window, statistics.median(bare) / window, ratio

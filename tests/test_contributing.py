@@ -90,7 +90,7 @@ def page():
 
 
 def trained(*words, model=TINY):
-    return train(load_config(None, [*model, *COMMON, *words]), progress="quiet")
+    return train(load_config(None, [*model, *COMMON, *words]))
 
 
 def compared(name, title, *words):

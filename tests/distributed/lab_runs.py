@@ -80,7 +80,7 @@ def lab_run(folder: str, changes: dict[str, Any], crash_after: int = 0, resume: 
     torch.set_default_dtype(torch.float64)
     try:
         with stopping_after(crash_after):
-            run = train(config(Path(folder), changes), resume=resume, or_start=resume, progress="quiet")
+            run = train(config(Path(folder), changes), resume=resume, or_start=resume)
     except CrashError:
         return "crashed"
     except LayerwiseError as error:

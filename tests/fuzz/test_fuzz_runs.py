@@ -56,7 +56,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAYERWISE_CACHE", str(folder / "cache"))
         with pytest.raises(KeyboardInterrupt):
-            train(config(folder), progress="quiet", observers=[Stop()])
+            train(config(folder), observers=[Stop()])
     return folder
 
 
@@ -128,7 +128,7 @@ def resume(pristine: Path, folder: Path, file: str, how: tuple[str, float, Any])
     path = folder / "runs" / "a"
     spoil(path / file, how)
     try:
-        ended = train(config(folder), progress="quiet", resume=True)
+        ended = train(config(folder), resume=True)
     except LayerwiseError as error:
         one_line(error)
         return

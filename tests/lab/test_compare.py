@@ -106,7 +106,7 @@ def test_contenders_share_weights_and_text_and_nothing_runs_twice(
 
     before = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
     said: list[str] = []
-    compare(configured(words, "compare.optimizers=[adamw, lanton]"), progress="quiet", say=said.append)
+    compare(configured(words, "compare.optimizers=[adamw, lanton]"), say=said.append)
     assert sum("done before" in line for line in said) == 2
     assert {path: path.read_bytes() for path in folder.rglob("*.jsonl")} == before
     adamw = next(path for path in folder.glob("adamw-*"))
@@ -131,10 +131,10 @@ def test_an_interrupted_run_goes_on(words: list[str], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            compare(config, progress="quiet")
+            compare(config)
     folder = tmp_path / "runs" / "compare"
     assert read_run(folder / "lanton-1").status == "running"
-    result = compare(config, progress="quiet")
+    result = compare(config)
     assert [path.name for path in folder.glob("lanton-*")] == ["lanton-1"]
     run = result.contenders[0].runs[0]
     assert run.status == "finished"
@@ -150,7 +150,7 @@ def test_an_automatic_grid_grows_until_the_best_lies_inside(words: list[str], mo
     fake = FakeTraining(best=start * 8)
     monkeypatch.setattr(module, "train", fake)
     config = configured(words, "compare.optimizers=[lanton]", "compare.lr_grid=auto", "compare.seeds=2")
-    result = compare(config, progress="quiet")
+    result = compare(config)
     curve = result.curves[0]
     assert curve.rates == pytest.approx([start * 2.0**k for k in range(-2, 5)])
     assert curve.best == pytest.approx(start * 8)
@@ -158,9 +158,9 @@ def test_an_automatic_grid_grows_until_the_best_lies_inside(words: list[str], mo
     assert len(result.contenders[0].runs) == 2
     assert result.contenders[0].final_losses == pytest.approx([3.0, 3.01])
     ran = len(fake.rates)
-    compare(config, progress="quiet")
+    compare(config)
     assert len(fake.rates) == ran  # everything was there
-    compare(configured(words, "compare.optimizers=[lanton]", "compare.seeds=3"), progress="quiet")
+    compare(configured(words, "compare.optimizers=[lanton]", "compare.seeds=3"))
     assert fake.rates[ran:] == [start]  # of three seeds at the default rate, two were there from the grid
 
 
@@ -172,7 +172,7 @@ def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(words: list[str]
         "compare.lr_grid.lanton=[4e-3, 2e-3]",
         "compare.lr_grid.adamw=[0.2, 0.4]",
     )
-    result = compare(config, progress="quiet")
+    result = compare(config)
     lanton, adamw = result.curves
     assert lanton.rates == [2e-3, 4e-3]
     assert lanton.edge == "lowest"
@@ -191,7 +191,7 @@ def test_what_is_configured_and_not_compared_is_said(words: list[str], monkeypat
     ]  # which is compared, though not by itself
     said: list[str] = []
     config = configured(words, "compare.optimizers=[adamw]", f"compare.contenders={contenders}", *by_role)
-    compare(config, progress="quiet", say=said.append)
+    compare(config, say=said.append)
     assert [line for line in said if "leaves out" in line] == [
         "compare.contenders has slow, which this comparison leaves out (compare.optimizers)"
     ]
@@ -247,19 +247,16 @@ def test_a_contender_tuned_by_role_starts_from_the_plain_one_and_finds_the_facto
         words, "compare.optimizers=[d-muon]", "compare.lr_grid.d-muon=[1e-3, 2e-3, 4e-3]", "compare.by_role=[d-muon]",
         "compare.roles={head: [0.5, 2, 4, 8], vector: [2]}",
     )  # fmt: skip
-    result = compare(config, progress="quiet")
+    result = compare(config)
     plain, tuned = result.standings
-    assert str(plain.point) == "rate 0.002"
-    assert str(tuned.point) == "rate 0.002, head x 4"
-    assert (plain.trials, tuned.trials) == (
-        3,
-        3 + 4 + 1 + 2,
-    )  # the grid, heads, vectors, the rates beside the best
+    assert plain["at its best"] == "rate 0.002"
+    assert tuned["at its best"] == "rate 0.002, head x 4"
+    assert (plain["trials"], tuned["trials"]) == ("3", "10")  # the grid; 4 heads, a vector, the 2 rates beside the best
     assert len(fake.rates) == 3 + 4 + 1 + 2  # what both have was made once
     assert [contender.label for contender in result.contenders] == ["D-Muon", "D-Muon by role"]
     assert result.contenders[1].final_losses == pytest.approx([3.0])
-    assert tuned.difference is None  # the baseline: the best of them
-    assert str(plain.difference) == "+0.4000 (1 seed)"
+    assert tuned["minus baseline, 95 %"] == ""  # the baseline: the best of them
+    assert plain["minus baseline, 95 %"] == "+0.4000 (1 seed)"
 
 
 def test_every_contender_has_the_same_number_of_trials(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +266,8 @@ def test_every_contender_has_the_same_number_of_trials(words: list[str], monkeyp
         words, "compare.optimizers=[d-muon, lanton]", "compare.by_role=[d-muon]", "compare.roles={head: [0.5, 2]}",
         "compare.trials=7", "compare.lr_grid.d-muon=[1e-3, 2e-3]", "compare.lr_grid.lanton=[2e-3, 4e-3]",
     )  # fmt: skip
-    result = compare(config, progress="quiet")
-    assert [standing.trials for standing in result.standings] == [7, 7, 7]
+    result = compare(config)
+    assert [standing["trials"] for standing in result.standings] == ["7", "7", "7"]
     for curve in result.curves[:2]:
         best = curve.best
         assert best is not None
@@ -287,11 +284,11 @@ def test_how_contenders_stand_is_said_with_intervals_and_in_tokens(
         words, "compare.optimizers=[d-muon, lanton]", "compare.seeds=3", "compare.baseline=d-muon",
         "compare.lr_grid={d-muon: [2e-3], lanton: [1e-3, 2e-3, 4e-3]}", "compare.lengths=[0.5, 2]",
     )  # fmt: skip
-    base, other = compare(config, progress="quiet").standings
-    assert (base.difference, base.tokens, base.octaves) == (None, "", "")
-    assert str(other.difference) == "+0.0000 \u00b1 0.0000"
-    assert other.tokens == "1.00"
-    assert other.octaves == "0.1"  # 0.05 of the nat to either neighbour
+    base, other = compare(config).standings
+    assert [*base.values()][3:] == ["", "", ""]
+    assert other["minus baseline, 95 %"] == "+0.0000 \u00b1 0.0000"
+    assert other["tokens"] == "1.00"
+    assert other["octaves"] == "0.1"  # 0.05 of the nat to either neighbour
 
 
 def test_lengths_that_cannot_be_are_refused_before_anything_is_trained(
@@ -300,7 +297,7 @@ def test_lengths_that_cannot_be_are_refused_before_anything_is_trained(
     monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("trained"))
     config = configured(words, "compare.optimizers=[d-muon]", "compare.baseline=d-muon", "compare.lengths=[0.25]")
     with pytest.raises(LayerwiseError, match="warmup_steps=1 in a run of 1 steps"):
-        compare(config, progress="quiet")
+        compare(config)
 
 
 def test_intervals_are_students() -> None:
@@ -388,18 +385,16 @@ def test_the_committed_comparison_gives_all_contenders_the_same_budget(
 ) -> None:
     training = FakeTraining(best=0.01, head=0.1)
     monkeypatch.setattr(module, "train", training)
-    made = compare(equal_budgets(words), progress="quiet")
-    stood = {s.label: s for s in made.standings}
-    assert [(label, s.trials) for label, s in stood.items()] == [
-        ("Dual Muon", 10), ("D-Muon", 10), ("D-Muon by role", 10),
-    ]  # fmt: skip
-    assert dict(stood["D-Muon by role"].point.factors) == {"head": 4.0}  # where the stand-in has its optimum
-    assert [bool(s.tokens) for s in made.standings] == [True, True, False]  # the baseline is tuned by role
+    made = compare(equal_budgets(words))
+    trials = {row["contender"]: row["trials"] for row in made.standings}
+    assert trials == {"Dual Muon": "10", "D-Muon": "10", "D-Muon by role": "10"}
+    assert made.standings[-1]["at its best"].endswith(", head x 4")  # where the stand-in has its optimum
+    assert [bool(row["tokens"]) for row in made.standings] == [True, True, False]  # the baseline is tuned by role
 
 
 def test_the_committed_comparison_runs_from_end_to_end(words: list[str]) -> None:
     cut = ["compare.lr_grid={d-muon: [0.01], dual-muon: [0.01]}", "compare.roles={head: [2]}",
         "compare.trials=2", "compare.lengths=[1.3]"]  # fmt: skip
-    made = compare(equal_budgets(words, *cut), progress="quiet")
+    made = compare(equal_budgets(words, *cut))
     assert all(run.status == "finished" for contender in made.contenders for run in contender.runs)
     assert all(math.isfinite(loss) for curve in made.curves for at in curve.losses.values() for loss in at)

@@ -71,7 +71,7 @@ def test_recorded_rates_are_those_that_the_steps_took(tmp_path: Path) -> None:
     tree["optimizer"] = {"name": "d-muon", "lr": 0.01}
     tree["schedule"] = {"name": "cosine", "warmup_steps": 3}
     tree["function_space"] = {"match": "uniform", "match_step": 2, "record_every": 1, "probes": 4}
-    run = train(validate(Config, tree), progress="quiet")
+    run = train(validate(Config, tree))
     scheduled = {row["step"]: row["lr"] for row in run.metrics if "lr" in row}
     measured = {row["step"]: row["lrs"] for row in run.function_space}
     assert [row["step"] for row in run.layers] == [1, 2, 3, 4, 5, 6]
@@ -200,10 +200,10 @@ def test_a_matched_and_recorded_run_resumes_exactly(tmp_path: Path) -> None:
     straight, stopped = (
         validate(Config, {**tree, "run": {**tree["run"], "name": name}}) for name in ("straight", "stopped")
     )
-    train(straight, progress="quiet", observers=[Bystander()])
+    train(straight, observers=[Bystander()])
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, progress="quiet", observers=[StopAfter(6)])
-    train(stopped, progress="quiet", observers=[Bystander()], resume=True)
+        train(stopped, observers=[StopAfter(6)])
+    train(stopped, observers=[Bystander()], resume=True)
     one, other = (read_run(config.run_path) for config in (straight, stopped))
     assert one.function_space == other.function_space
     assert [row["step"] for row in one.function_space] == [1, 4, 7, 10]
@@ -218,7 +218,7 @@ def test_recording_does_not_change_a_run(tmp_path: Path) -> None:
     for name, every in (("plain", 0), ("recorded", 1)):
         run = {**tree["run"], "name": name}
         settings = {"record_every": every, "probes": 2, "batches": 1}
-        losses.append(train(validate(Config, {**tree, "run": run, "function_space": settings}), progress="quiet").metrics)
+        losses.append(train(validate(Config, {**tree, "run": run, "function_space": settings})).metrics)
     assert [row.get("val_loss") for row in losses[0]] == [row.get("val_loss") for row in losses[1]]
 
 

@@ -53,7 +53,7 @@ def test_a_folder_that_is_no_run_of_ours_is_left_as_it_is(tmp_path: Path, foreig
     file.parent.mkdir(parents=True)
     file.write_text("years of work")
     with pytest.raises(LayerwiseError, match=rf"holds {foreign.split('/')[0]}.*--overwrite, which deletes") as said:
-        train(config, progress="quiet", resume=resume)
+        train(config, resume=resume)
     deleted = str(said.value).rpartition("deletes ")[2]
     assert (foreign.split("/")[0] in deleted) == (foreign != "notes.txt")
     assert file.read_text() == "years of work"
@@ -131,7 +131,7 @@ def stopped(tmp_path: Path, step: int, **changes: Any) -> Path:
     """A run that was interrupted after a step."""
     config = tiny_config(tmp_path, **changes)
     with pytest.raises(KeyboardInterrupt):
-        train(config, progress="quiet", observers=[StopAt(step)])
+        train(config, observers=[StopAt(step)])
     return config.run_path
 
 
@@ -139,15 +139,15 @@ def test_a_run_whose_record_was_lost_goes_on_and_does_not_begin_again(tmp_path: 
     path = stopped(tmp_path, 6)
     (path / "run.json").unlink()
     with pytest.raises(LayerwiseError, match="checkpoints/, metrics"):
-        train(tiny_config(tmp_path), progress="quiet")
-    run = train(tiny_config(tmp_path), progress="quiet", resume=True, observers=[StopAt(0)])
+        train(tiny_config(tmp_path))
+    run = train(tiny_config(tmp_path), resume=True, observers=[StopAt(0)])
     assert [row["step"] for row in run.metrics] == [0, 2, 4, 5, 6, 8, 10, 12]
 
 
 def test_deleted_checkpoints_are_not_taken_for_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = stopped(tmp_path, 3)  # before the first one was due
     with pytest.raises(LayerwiseError, match=r"came to step 2 and has no checkpoint yet.*--resume --or-start"):
-        train(tiny_config(tmp_path), progress="quiet", resume=True)
+        train(tiny_config(tmp_path), resume=True)
     train(tiny_config(tmp_path), progress="plain", resume=True, or_start=True)
     assert "has no checkpoint: starting at step 0" in capsys.readouterr().err
     for checkpoint in list_checkpoints(path / "checkpoints"):
@@ -155,7 +155,7 @@ def test_deleted_checkpoints_are_not_taken_for_none(tmp_path: Path, capsys: pyte
     info = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps({**info, "status": "running"}))
     with pytest.raises(LayerwiseError, match=r"came to step 12 and has no checkpoint.*--overwrite"):
-        train(tiny_config(tmp_path), progress="quiet", resume=True, or_start=True)
+        train(tiny_config(tmp_path), resume=True, or_start=True)
 
 
 def test_records_that_were_cut_are_said_to_be_and_hold_no_nul(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +173,7 @@ def test_a_manifest_that_was_made_up_is_one_line(tmp_path: Path) -> None:
     for checkpoint in list_checkpoints(path / "checkpoints"):
         (checkpoint / "manifest.json").write_text('{"format": 1, "identity": {"config": []}}')
     with pytest.raises(LayerwiseError, match=r"does not say what it belongs to.*--overwrite"):
-        train(tiny_config(tmp_path), progress="quiet", resume=True, observers=[StopAt(0)])
+        train(tiny_config(tmp_path), resume=True, observers=[StopAt(0)])
 
 
 @pytest.mark.parametrize("key", ["name", "status", "config", "versions", "machine", "corpus", "result", "parameters"])
@@ -193,7 +193,7 @@ def test_a_run_of_no_known_status_does_not_pass_for_one_that_has_ended(tmp_path:
     info = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps({**info, "status": odd}))
     with pytest.raises(LayerwiseError, match=r"run.json is damaged \(status is .*--overwrite"):
-        train(tiny_config(tmp_path), progress="quiet", resume=True)
+        train(tiny_config(tmp_path), resume=True)
 
 
 @pytest.mark.parametrize("row", [None, 3, [], {}, {"name": 3}, {"name": "a", "shape": 3}])
@@ -238,15 +238,15 @@ def test_ctrl_c_waits_for_whole_records_and_is_written_down(tmp_path: Path) -> N
     assert run.status == "running"
     assert run.info["stopped"] == {"step": 6, "reason": "interrupted"}
     assert [row["step"] for row in run.metrics] == [0, 2, 4, 5, 6]  # that of the step it came in too
-    whole = train(tiny_config(tmp_path, run__name="whole"), progress="quiet", observers=[StopAt(0)])
-    resumed = train(tiny_config(tmp_path, run__tensorboard=True), progress="quiet", resume=True, observers=[StopAt(0)])
+    whole = train(tiny_config(tmp_path, run__name="whole"), observers=[StopAt(0)])
+    resumed = train(tiny_config(tmp_path, run__tensorboard=True), resume=True, observers=[StopAt(0)])
     assert [row.get("loss") for row in resumed.metrics] == [row.get("loss") for row in whole.metrics]
     assert "stopped" not in resumed.info
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_config(tmp_path), progress="quiet", observers=[StopAt(6, times=2)])
+        train(tiny_config(tmp_path), observers=[StopAt(6, times=2)])
     assert read_run(tmp_path / "runs" / "gpt2-tiny-adamw").info["stopped"]["step"] == 5
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -339,7 +339,7 @@ def test_a_finished_run_that_lost_its_result_is_one_line(
 ) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tiny_tree(tmp_path)))
-    path = train(load_config(file), progress="quiet").path
+    path = train(load_config(file)).path
     info = json.loads((path / "run.json").read_text())
     del info["result"][lost]
     (path / "run.json").write_text(json.dumps(info))

@@ -130,10 +130,10 @@ def test_a_model_that_cannot_compute_is_found_before_an_older_run_is_replaced(tm
     tree["run"]["name"] = "a"
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
-    path = train(load_config(file), progress="quiet").path
+    path = train(load_config(file)).path
     before = sorted(path.rglob("*"))
     with pytest.raises(LayerwiseError, match=override.partition(".")[2].partition("=")[0]):
-        train(load_config(file, [override]), progress="quiet", overwrite=True)
+        train(load_config(file, [override]), overwrite=True)
     assert sorted(path.rglob("*")) == before
 
 
@@ -154,7 +154,7 @@ def test_a_contender_that_cannot_be_built_ends_a_comparison_before_it_begins(tmp
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump(tree))
     with pytest.raises(LayerwiseError):
-        compare(load_config(file, schema=CompareConfig), progress="quiet")
+        compare(load_config(file, schema=CompareConfig))
     assert not list((tmp_path / "runs").rglob("run.json"))
 
 
@@ -164,4 +164,4 @@ def test_a_contender_cannot_write_outside(tmp_path: Path) -> None:
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump(tree))
     with pytest.raises(LayerwiseError, match="without slashes"):
-        compare(load_config(file, schema=CompareConfig), progress="quiet")
+        compare(load_config(file, schema=CompareConfig))

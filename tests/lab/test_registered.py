@@ -46,7 +46,7 @@ def test_a_registered_optimizer_is_known_everywhere(registered: str, tmp_path: P
     assert optimizer_title(registered) == "Sign descent"
     assert len({look.color for look in looks([*[*OPTIMIZERS][:6], registered])}) == 7
     assert "| `sign-descent` |" in runpy.run_path(str(PAGE))["page"]()
-    assert train(tiny_config(tmp_path, optimizer__name=registered), progress="quiet").status == "finished"
+    assert train(tiny_config(tmp_path, optimizer__name=registered)).status == "finished"
     assert registered in OPTIMIZERS
 
 

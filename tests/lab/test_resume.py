@@ -83,18 +83,18 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def crash(config: Config, step: int) -> None:
     with pytest.raises(CrashError):
-        train(config, progress="quiet", observers=[CrashAfter(step)], resume=True, or_start=True)
+        train(config, observers=[CrashAfter(step)], resume=True, or_start=True)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_resumes_exactly(tmp_path: Path, name: str) -> None:
     dropout = {"model__resid_pdrop": 0.2, "optimizer__name": name}
-    whole = train(tiny_config(tmp_path, run__name="whole", **dropout), progress="quiet", observers=[CrashAfter(0)])
+    whole = train(tiny_config(tmp_path, run__name="whole", **dropout), observers=[CrashAfter(0)])
     config = tiny_config(tmp_path, run__name="broken", **dropout)
     crash(config, 3)  # before the first checkpoint
     crash(config, 7)
     crash(config, 11)
-    resumed = train(config, progress="quiet", observers=[CrashAfter(0)], resume=True)
+    resumed = train(config, observers=[CrashAfter(0)], resume=True)
     assert_same_run(whole.path, resumed.path)
 
 
@@ -111,11 +111,10 @@ def test_every_optimizer_resumes_exactly(tmp_path: Path, name: str) -> None:
 )
 def test_options_resume_exactly(tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {"optimizer__name": "lanton", **changes}
-    whole = train(tiny_config(tmp_path, run__name="whole", **changes), progress="quiet", observers=[CrashAfter(0)])
+    whole = train(tiny_config(tmp_path, run__name="whole", **changes), observers=[CrashAfter(0)])
     crash(tiny_config(tmp_path, run__name="broken", **changes), 6)
     resumed = train(
         tiny_config(tmp_path, run__name="broken", **changes),
-        progress="quiet",
         observers=[CrashAfter(0)],
         resume=True,
     )
@@ -125,11 +124,11 @@ def test_options_resume_exactly(tmp_path: Path, changes: dict[str, Any]) -> None
 def test_resuming_what_has_ended_or_not_begun(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     with pytest.raises(LayerwiseError, match=r"gpt2-tiny-adamw does not exist.*--resume --or-start starts it"):
-        train(config, resume=True, progress="quiet")
+        train(config, resume=True)
     assert not config.run_path.exists()
-    run = train(config, resume=True, or_start=True, progress="quiet")
+    run = train(config, resume=True, or_start=True)
     before = (run.path / "metrics.jsonl").stat().st_mtime_ns
-    again = train(config, resume=True, progress="quiet")
+    again = train(config, resume=True)
     assert again.metrics == run.metrics
     assert (run.path / "metrics.jsonl").stat().st_mtime_ns == before
 
@@ -137,7 +136,7 @@ def test_resuming_what_has_ended_or_not_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [{"resume": True, "overwrite": True}, {"or_start": True}])
 def test_words_that_contradict_each_other(tmp_path: Path, words: dict[str, bool]) -> None:
     with pytest.raises(LayerwiseError, match="--resume"):
-        train(tiny_config(tmp_path), progress="quiet", **words)
+        train(tiny_config(tmp_path), **words)
 
 
 @pytest.fixture
@@ -159,7 +158,7 @@ def resume(folder: Path, observers: int = 1, **changes: Any) -> Run:
 def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, broken_run: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = train(tiny_config(tmp_path, run__name="whole"), progress="quiet", observers=[CrashAfter(0)])
+    whole = train(tiny_config(tmp_path, run__name="whole"), observers=[CrashAfter(0)])
     newest = list_checkpoints(broken_run / "checkpoints")[0]
     spoil(newest, damage)
     resumed = resume(tmp_path)

@@ -129,7 +129,7 @@ def test_half_a_last_line_is_cut_and_one_process_writes(tmp_path: Path) -> None:
 
 def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sweep_config(tmp_path, sweep__methods=["standard", "flerm"])
-    path = run_sweep.run_sweep(config, LocalEngine(0), progress="quiet").folder / "results.jsonl"
+    path = run_sweep.run_sweep(config, LocalEngine(0)).folder / "results.jsonl"
     lines = path.read_text().splitlines()
     assert len(lines) == 2 + 2 * 2
     rows = [json.loads(line) for line in lines]
@@ -141,11 +141,11 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
     ran = []
     run_trial = run_sweep.run_trial
     monkeypatch.setattr(run_sweep, "run_trial", lambda trial, base: ran.append(trial.id) or run_trial(trial, base))
-    run_sweep.run_sweep(config, LocalEngine(0), progress="quiet")
+    run_sweep.run_sweep(config, LocalEngine(0))
     assert ran == []
     # Killed in the middle of the last line: that trial alone is run again, and ends as it did.
     path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
-    run_sweep.run_sweep(config, LocalEngine(0), progress="quiet")
+    run_sweep.run_sweep(config, LocalEngine(0))
     assert ran == [rows[-1]["id"]]
     again = json.loads(path.read_text().splitlines()[-1])
     assert {**again, "seconds": 0} == {**rows[-1], "seconds": 0}
@@ -165,8 +165,8 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
 
 def test_worker_processes_give_the_same_results(tmp_path: Path) -> None:
     config = sweep_config(tmp_path, sweep__methods=["flerm"], sweep__lr=[0.01, 0.02])
-    alone = run_sweep.run_sweep(config, LocalEngine(0), progress="quiet").folder
-    side_by_side = run_sweep.run_sweep(config.replace({"run.name": "workers"}), LocalEngine(1), progress="quiet").folder
+    alone = run_sweep.run_sweep(config, LocalEngine(0)).folder
+    side_by_side = run_sweep.run_sweep(config.replace({"run.name": "workers"}), LocalEngine(1)).folder
     one, other = (read_results(folder / "results.jsonl") for folder in (alone, side_by_side))
     assert {id: row["loss"] for id, row in one.items()} == {id: row["loss"] for id, row in other.items()}
 
@@ -246,13 +246,13 @@ def test_every_axis_changes_the_model_and_matches_it_to_the_base(tmp_path: Path,
         config = config.replace(changes)
     plan = make_plan(config)
     file = tmp_path / "base.json"
-    base = record(plan.base, [0], "quiet")
+    base = record(plan.base, [0])
     base.save(file)
     targets = {}
     for method, match in (("flerm", str(file)), ("uniform", "uniform")):
         trial = plan.points[Point(method, 4, 0.1, 0)]  # type: ignore[arg-type]
         trained = validate(Config, {**trial.config, "run": {"dir": str(tmp_path), "name": method}})
-        run_info = train(trained.replace({"function_space.match": match}), progress="quiet").info
+        run_info = train(trained.replace({"function_space.match": match})).info
         shapes = {row["name"]: row["shape"] for row in run_info["parameters"]}
         [matching] = run_info["matching"]
         targets[method] = {name: row["target"] for name, row in matching["rates"].items()}
@@ -278,7 +278,7 @@ def test_every_axis_changes_the_model_and_matches_it_to_the_base(tmp_path: Path,
 def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
     config = sweep_config(tmp_path)
     pretrained = validate(Config, {**config.model_dump(exclude={"sweep"}), "run": {"dir": str(tmp_path), "name": "start"}})
-    train(pretrained.replace({"optimizer.lr": 0.01, "run.tensorboard": False}), progress="quiet")
+    train(pretrained.replace({"optimizer.lr": 0.01, "run.tensorboard": False}))
     config = config.replace(
         {
             "model.start": str(tmp_path / "start"),
@@ -289,7 +289,7 @@ def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
             "sweep.methods": ["flerm"],
         }
     )
-    folder = run_sweep.run_sweep(config, LocalEngine(0), progress="quiet").folder
+    folder = run_sweep.run_sweep(config, LocalEngine(0)).folder
     rows = list(read_results(folder / run_sweep.RESULTS).values())
     matched = [row["matched"] for row in rows if "matched" in row]
     assert len(rows) == 4

@@ -74,16 +74,16 @@ class NoEngine:
 
 def test_ray_gives_the_results_of_this_process(ray_here: None, tmp_path: Path) -> None:
     config = sweep_config(tmp_path, sweep__methods=["flerm"])
-    here = run_sweep(config, LocalEngine(0), progress="quiet")
-    there = run_sweep(config.replace({"run.name": "ray"}), RayEngine(), progress="quiet")
+    here = run_sweep(config, LocalEngine(0))
+    there = run_sweep(config.replace({"run.name": "ray"}), RayEngine())
     assert rows(there) == rows(here)
     assert len(rows(there)) == 2 * 2
-    run_sweep(config.replace({"run.name": "ray"}), NoEngine(), progress="quiet")  # all of it has results
+    run_sweep(config.replace({"run.name": "ray"}), NoEngine())  # all of it has results
 
     # Interrupted after two results, under one engine; finished under the other.
     lines = (there.folder / RESULTS).read_text().splitlines(keepends=True)
     (there.folder / RESULTS).write_text("".join(lines[:2]))
-    again = run_sweep(config.replace({"run.name": "ray"}), LocalEngine(0), progress="quiet")
+    again = run_sweep(config.replace({"run.name": "ray"}), LocalEngine(0))
     assert rows(again) == rows(here)
     assert (again.folder / RESULTS).read_text().splitlines(keepends=True)[:2] == lines[:2]
 

@@ -22,7 +22,7 @@ from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
 from layerwise.lab.runs.directory import RunWriter, find_runs, read_run
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.observers import Observer
-from layerwise.lab.training.progress import QuietProgress, make_progress
+from layerwise.lab.training.progress import QuietProgress
 from layerwise.lab.training.run import complete, train
 from layerwise.lab.training.schedules import schedule_factor
 
@@ -55,7 +55,7 @@ def literal_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_is_the_literal_loop(tmp_path: Path, name: str) -> None:
     config = tiny_config(tmp_path, optimizer__name=name, training__log_every=1, training__clip_norm=0.5)
-    run = train(config, progress="quiet")
+    run = train(config)
     losses, final = literal_loop(config)
     assert run.status == "finished"
     assert run.series("loss").values.tolist() == losses
@@ -63,10 +63,9 @@ def test_a_run_is_the_literal_loop(tmp_path: Path, name: str) -> None:
 
 
 def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tmp_path: Path) -> None:
-    whole = train(tiny_config(tmp_path, run__name="whole", optimizer__eps=1e-3), progress="quiet")
+    whole = train(tiny_config(tmp_path, run__name="whole", optimizer__eps=1e-3))
     parts = train(
         tiny_config(tmp_path, run__name="parts", optimizer__eps=1e-3, training__accumulation=4),
-        progress="quiet",
     )
     # Sums in another order: float32 rounding, over 12 steps of AdamW with an eps that does not amplify it.
     for key, value in weights(whole).items():
@@ -76,7 +75,7 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tmp_path: Pa
 
 def test_the_record_is_complete(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, optimizer__name="lanton", run__tensorboard=True)
-    run = train(config, progress="quiet")
+    run = train(config)
     assert run.path == tmp_path / "runs" / "gpt2-tiny-lanton"
     info = run.info
     assert info["config"]["optimizer"]["lr"] is not None
@@ -106,7 +105,6 @@ def test_all_contenders_start_from_the_same_weights_and_validation_loss(tmp_path
     starts = {
         train(
             tiny_config(tmp_path, optimizer__name=name, training__steps=1, schedule__warmup_steps=0),
-            progress="quiet",
         ).metrics[0]["val_loss"]
         for name in ("adamw", "muon", "lanton")
     }
@@ -116,14 +114,14 @@ def test_all_contenders_start_from_the_same_weights_and_validation_loss(tmp_path
 @pytest.mark.parametrize(("every", "recorded"), [(10, [4]), (3, [3, 4]), (2, [2, 4]), (0, [])])
 def test_layer_rates_are_recorded_at_the_last_step_too(tmp_path: Path, every: int, recorded: list[int]) -> None:
     config = tiny_config(tmp_path, optimizer__name="lanton", training__steps=4, training__record_every=every)
-    assert [row["step"] for row in train(config, progress="quiet").layers] == recorded
+    assert [row["step"] for row in train(config).layers] == recorded
 
 
 def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
-    first = train(tiny_config(tmp_path), progress="quiet")
+    first = train(tiny_config(tmp_path))
     with pytest.raises(LayerwiseError, match=r"exists \(finished\): --resume"):
-        train(tiny_config(tmp_path), progress="quiet")
-    shorter = train(tiny_config(tmp_path, training__steps=3), overwrite=True, progress="quiet")
+        train(tiny_config(tmp_path))
+    shorter = train(tiny_config(tmp_path, training__steps=3), overwrite=True)
     assert shorter.metrics[-1]["step"] == 3
     assert len(shorter.metrics) < len(first.metrics)
     assert [path.name for path in list_checkpoints(shorter.path / "checkpoints")] == ["step-00000003"]
@@ -132,17 +130,17 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon", "lanton"])
 def test_too_large_a_rate_ends_as_diverged(tmp_path: Path, name: str) -> None:
     config = tiny_config(tmp_path, optimizer__name=name, optimizer__lr=1e30, training__clip_norm=None)
-    run = train(config, progress="quiet")
+    run = train(config)
     assert run.status == "diverged"
     assert "step" in run.result["reason"]
     assert run.result["steps"] < 12
     assert json.loads((run.path / "run.json").read_text())["status"] == "diverged"
-    assert train(config, resume=True, progress="quiet").status == "diverged"  # not repeated
+    assert train(config, resume=True).status == "diverged"  # not repeated
 
 
 def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
-    exact = train(tiny_config(tmp_path, run__name="a"), progress="quiet")
-    mixed = train(tiny_config(tmp_path, run__name="b", training__precision="bf16"), progress="quiet")
+    exact = train(tiny_config(tmp_path, run__name="a"))
+    mixed = train(tiny_config(tmp_path, run__name="b", training__precision="bf16"))
     assert mixed.status == "finished"
     assert mixed.result["loss"] != exact.result["loss"]
     # bfloat16 keeps 8 bits: a relative 2**-8 in each product, and losses here are near 5.
@@ -154,8 +152,8 @@ def test_independent_noise_takes_the_two_halves_of_the_batch(tmp_path: Path) -> 
     noise = {"rule": "noise_adaptive", "reference": "independent"}
     changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__rates": noise}
     with pytest.raises(LayerwiseError, match=r"training.accumulation=1 must be even"):
-        train(tiny_config(tmp_path, run__name="odd", **changes), progress="quiet")
-    run = train(tiny_config(tmp_path, training__accumulation=2, **changes), progress="quiet")
+        train(tiny_config(tmp_path, run__name="odd", **changes))
+    run = train(tiny_config(tmp_path, training__accumulation=2, **changes))
     assert run.status == "finished"
     assert min(rate["squared_norm"] for rate in run.layers[0]["layers"].values()) > 0
 
@@ -164,7 +162,7 @@ def test_noise_between_replicas_wants_several_processes(tmp_path: Path) -> None:
     noise = {"rule": "noise_adaptive", "reference": "replicas"}
     changes: dict[str, Any] = {"optimizer__name": "lanton", "optimizer__rates": noise}
     with pytest.raises(LayerwiseError, match=r"optimizer\.rates\.reference=replicas .* this run has one"):
-        train(tiny_config(tmp_path, **changes), progress="quiet")
+        train(tiny_config(tmp_path, **changes))
 
 
 class Watcher(Observer):
@@ -188,8 +186,8 @@ class Watcher(Observer):
 
 def test_observers_stand_around_the_step(tmp_path: Path) -> None:
     watcher = Watcher()
-    watched = train(tiny_config(tmp_path, run__name="a"), progress="quiet", observers=[watcher])
-    plain = train(tiny_config(tmp_path, run__name="b"), progress="quiet")
+    watched = train(tiny_config(tmp_path, run__name="a"), observers=[watcher])
+    plain = train(tiny_config(tmp_path, run__name="b"))
     assert watcher.steps == list(range(1, 13))
     assert all(watcher.moved)
     assert all(torch.equal(value, weights(plain)[key]) for key, value in weights(watched).items())
@@ -209,13 +207,12 @@ def test_schedules(name: Any) -> None:
 
 
 def test_progress_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    train(tiny_config(tmp_path), progress="plain")
+    train(tiny_config(tmp_path))
     lines = capsys.readouterr().err.splitlines()
     assert "step 12/12" in lines[-1]
     assert "tokens/s" in lines[-1]
-    assert isinstance(make_progress("quiet"), QuietProgress)
-    with pytest.raises(LayerwiseError, match="progress='loud'"):
-        make_progress("loud")  # type: ignore[arg-type]
+    train(tiny_config(tmp_path), overwrite=True, progress=QuietProgress())
+    assert capsys.readouterr().err == ""
 
 
 def test_reading_a_run_that_was_cut_short(tmp_path: Path) -> None:

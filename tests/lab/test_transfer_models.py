@@ -250,7 +250,7 @@ class KeepModel(Observer):
 @pytest.mark.parametrize("fixed", ["A", "B"])
 def test_adapters_on_a_pretrained_model_match_after_b_has_moved(tmp_path: Path, fixed: str) -> None:
     pretrained = tiny_config(tmp_path, run__name="pretrained")
-    before = train(pretrained, progress="quiet")
+    before = train(pretrained)
     tuned = pretrained.replace(
         {
             "run.name": "tuned",
@@ -260,7 +260,7 @@ def test_adapters_on_a_pretrained_model_match_after_b_has_moved(tmp_path: Path, 
         }
     )
     kept = KeepModel()
-    run = train(tuned, progress="quiet", observers=[kept])
+    run = train(tuned, observers=[kept])
     trainable = "lora_B" if fixed == "A" else "lora_A"
     for name, p in kept.model.named_parameters():
         assert torch.equal(p, kept.start[name]) == (trainable not in name), name

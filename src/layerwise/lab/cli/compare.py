@@ -65,7 +65,7 @@ def compare(
     made = run_comparison(config, say=partial(print, flush=True))
     story = Story(
         "Comparison of optimizers", made.notes, command_line(), grid=made.curves if made.tuned else [],
-        standings=[standing.cells for standing in made.standings],
+        standings=made.standings,
     )  # fmt: skip
     page = write_report(made.contenders, folder, story)
     _print_results(made)
@@ -73,20 +73,9 @@ def compare(
 
 
 def _print_results(comparison: Comparison) -> None:
-    from layerwise.lab.report.page import STANDING_TITLES
     from layerwise.lab.report.tables import result_rows
 
-    rows = result_rows(comparison.contenders)
-    several = any(row.seeds > 1 for row in rows)
-    seeds = ("spread", "seeds") if several else ()
-    titles = ("optimizer", "base rate", "val. loss", *seeds, "tokens", "time", "tokens/s", "status")
-    cells = [
-        (row.label, row.lr, row.final, *((row.spread, str(row.seeds)) if several else ()), row.tokens,
-         row.seconds, row.speed, row.status)
-        for row in rows
-    ]  # fmt: skip
-    lines = aligned([titles, *cells], right=range(1, len(titles)))
-    if comparison.standings:
-        table = [STANDING_TITLES, *(standing.cells for standing in comparison.standings)]
-        lines += aligned(table, right=range(1, len(STANDING_TITLES)))
-    print(*lines, *comparison.notes, sep="\n")
+    for rows in ([row.cells for row in result_rows(comparison.contenders)], comparison.standings):
+        if rows:
+            print(*aligned([[*rows[0]], *([*row.values()] for row in rows)], right=range(1, len(rows[0]))), sep="\n")
+    print(*comparison.notes, sep="\n")

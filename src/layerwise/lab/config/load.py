@@ -14,7 +14,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.config.keys import SECTIONS, section_at, set_key
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import ConfigT, validate
-from layerwise.lab.runs.directory import read_info
+from layerwise.lab.runs.directory import read_run
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,7 +70,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         is_run = False
     if not is_run:
         return read_yaml(path)
-    tree = read_info(folder).config
+    tree = read_run(folder).config
     tree.setdefault("run", {}).update(dir=str(folder.parent), name=folder.name)
     return tree
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ from torch import Tensor
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.tokens import Ids, load_tokens
+
+if TYPE_CHECKING:
+    from layerwise.lab.data.images import ImageData
 
 Starts = npt.NDArray[np.int64]
 
@@ -40,28 +43,6 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
-
-
-class Batches(Protocol):
-    """The data of a run.
-
-    Attributes:
-        vocab_size: kinds of token ids, or classes.
-        features: of an example that is not a row of tokens.
-        info: what the record of a run says of the data; `sha256` tells it from other data.
-    """
-
-    vocab_size: int
-    features: int | None
-    info: dict[str, Any]
-
-    def batch(self, step: int) -> Batch:
-        """The whole batch of an optimizer step, counted from 0."""
-        ...
-
-    def validation(self, sequences: int) -> Iterator[Batch]:
-        """The held-out examples, `sequences` at a time; the last batch can be smaller."""
-        ...
 
 
 class Sampler:
@@ -95,7 +76,13 @@ def gather(ids: Ids, starts: Starts, seq_len: int) -> Batch:
 
 
 class TextData:
-    """The batches of a run. Steps count from 0: `batch(0)` is the first optimizer step's."""
+    """Batches of text. Steps count from 0: `batch(0)` is the first optimizer step's.
+
+    Attributes:
+        vocab_size: kinds of token ids; of images, classes.
+        features: of an example that is not a row of tokens.
+        info: what the record of a run says of the data; `sha256` tells it from other data.
+    """
 
     features: int | None = None  # an example is a row of tokens
 
@@ -129,12 +116,12 @@ class TextData:
         return gather(self.sampler.ids, starts, self.seq_len)
 
     def validation(self, sequences: int) -> Iterator[Batch]:
-        """The validation sequences, `sequences` at a time; the last batch can be smaller."""
+        """The held-out sequences, `sequences` at a time; the last batch can be smaller."""
         for first in range(0, len(self.validation_starts), sequences):
             yield gather(self._validation, self.validation_starts[first : first + sequences], self.seq_len)
 
 
-def open_data(config: Config) -> Batches:
+def open_data(config: Config) -> TextData | ImageData:
     """The data that a config names. Raises LayerwiseError where there is none, or too little for one batch."""
     if config.data.holds_images:
         from layerwise.lab.data.images import ImageData

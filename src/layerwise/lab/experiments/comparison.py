@@ -18,14 +18,14 @@ from layerwise.lab.config.identity import hashed, identity
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.contenders import CompareConfig, Entry, entries
-from layerwise.lab.experiments.standings import Standing, baseline, standings, standings_note
+from layerwise.lab.experiments.standings import baseline, standings, standings_note
 from layerwise.lab.experiments.tuning import Point, Search
 from layerwise.lab.optimizers.registry import base_rates, plain_preset
 from layerwise.lab.report import Contender, RateCurve
 from layerwise.lab.report.grouping import looks
-from layerwise.lab.runs.directory import find_runs, has_ended, read_info
+from layerwise.lab.runs.directory import find_runs, has_ended, read_run
 from layerwise.lab.runs.recorded import Run
-from layerwise.lab.training.progress import ProgressKind, make_progress
+from layerwise.lab.training.progress import PlainProgress
 from layerwise.lab.training.run import check_buildable, complete, train
 
 
@@ -36,7 +36,7 @@ class Comparison:
     contenders: list[Contender]
     curves: list[RateCurve]
     notes: list[str]
-    standings: list[Standing]
+    standings: list[dict[str, str]]
 
     @property
     def tuned(self) -> bool:
@@ -47,12 +47,12 @@ class Comparison:
 class Runner:
     """Trains the runs of a comparison that are missing; `say` is told in a line what was there."""
 
-    def __init__(self, config: CompareConfig, progress: ProgressKind, say: Callable[[str], None]) -> None:
-        self.config, self.progress, self.say = config, progress, say
+    def __init__(self, config: CompareConfig, say: Callable[[str], None]) -> None:
+        self.config, self.say = config, say
         self._paths: dict[str, Path] = {}
         for path in find_runs(config.run_path) if config.run_path.is_dir() else ():
             with suppress(LayerwiseError):  # not a run we could use; its folder's name stays taken
-                self._paths[hashed(identity(read_info(path).config))] = path
+                self._paths[hashed(identity(read_run(path).config))] = path
 
     def runs(self, entry: Entry, point: Point, length: float = 1.0) -> list[Run]:
         """A run per seed of the contender at a point; `length`: a fraction of the comparison's steps."""
@@ -68,7 +68,7 @@ class Runner:
             title += f", seed {seed}"
         ended, begun = has_ended(placed.run_path), placed.run_path.exists()
         # One that was stopped before its first checkpoint loses nothing by starting again.
-        run = train(placed, resume=begun, or_start=begun, progress=make_progress(self.progress, title))
+        run = train(placed, resume=begun, or_start=begun, progress=PlainProgress(title))
         if ended:
             loss = run.final_val_loss
             known = f", validation loss {loss:.4f}" if math.isfinite(loss) else ""
@@ -103,9 +103,7 @@ class Runner:
             yield self.config_of(entry, Point(entry.rates[0], ((role, 2.0),)))
 
 
-def compare(
-    config: CompareConfig, *, progress: ProgressKind = "plain", say: Callable[[str], None] = lambda _: None
-) -> Comparison:
+def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) -> Comparison:
     """Runs what is missing of a comparison, and returns all of it. `say` is told in a line what happens.
 
     Raises:
@@ -119,7 +117,7 @@ def compare(
     for key, given in (("lr_grid", section.lr_grid), ("contenders", section.contenders)):
         if isinstance(given, dict) and (unused := sorted(given.keys() - compared)):
             say(f"compare.{key} has {', '.join(unused)}, which this comparison leaves out (compare.optimizers)")
-    runner = Runner(config, progress, say)
+    runner = Runner(config, say)
     check_buildable(example for entry in listed for example in runner.examples(entry))
     chosen = looks([entry.optimizer.name for entry in listed])
     searches = [Search(entry, look, runner.runs, section.trials, say) for entry, look in zip(listed, chosen, strict=True)]

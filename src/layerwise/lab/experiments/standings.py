@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 
 from layerwise.lab.experiments.contenders import CompareSection
-from layerwise.lab.experiments.tuning import Point, Search
+from layerwise.lab.experiments.tuning import Search
 from layerwise.lab.runs.recorded import Run
 
 TOLERANCE = 0.05  # nats: how much worse than its best a base rate may be and still count as a good one
@@ -27,23 +27,6 @@ class Interval:
         if self.seeds < 2:
             return f"{self.mean:+.4f} (1 seed)"
         return f"{self.mean:+.4f} \u00b1 {self.half:.4f}"
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A contender at its best point, measured against the baseline."""
-
-    label: str
-    point: Point
-    trials: int
-    difference: Interval | None  # to the baseline, seeds paired; None for itself, and where a run diverged
-    tokens: str  # that the baseline needs for the same loss, over the comparison's; "" where not asked for
-    octaves: str  # of base rate within the tolerance of the best; "" of one rate
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """Of a table: contender, trials, best point, difference, tokens, octaves."""
-        return self.label, str(self.trials), str(self.point), str(self.difference or ""), self.tokens, self.octaves
 
 
 def paired(losses: Sequence[float], baseline: Sequence[float]) -> Interval | None:
@@ -94,25 +77,27 @@ def baseline(section: CompareSection, searches: Sequence[Search]) -> Search:
     return next((search for search in searches if search.entry.name == section.baseline), best)
 
 
-def standings(searches: Sequence[Search], base: Search, lengths: Mapping[float, Sequence[Run]]) -> list[Standing]:
-    """Every contender against the baseline, in the order of the searches; `lengths`: its runs of other lengths."""
+def standings(searches: Sequence[Search], base: Search, lengths: Mapping[float, Sequence[Run]]) -> list[dict[str, str]]:
+    """Every contender at its best against the baseline, in the order of the searches: title of a column -> cell.
+
+    `lengths`: the baseline's runs of other lengths. A cell is empty for the baseline itself, and where nothing is known.
+    """
     expected = base.at_best.final_losses
     curve = {length: fmean(run.final_val_loss for run in runs) for length, runs in lengths.items()}
     curve |= {1.0: fmean(expected)} if curve else {}
-    found = []
+    rows = []
     for search in searches:
         losses, other = search.at_best.final_losses, search is not base
-        found.append(
-            Standing(
-                search.entry.label,
-                search.best,
-                trials=len(search.runs),
-                difference=paired(losses, expected) if other else None,
-                tokens=tokens_for(fmean(losses), curve) if other and curve else "",
-                octaves=str(search.curve.octaves(TOLERANCE)) if len(search.curve.rates) > 1 else "",
-            )
-        )
-    return found
+        row = {
+            "contender": search.entry.label,
+            "trials": str(len(search.runs)),
+            "at its best": str(search.best),
+            "minus baseline, 95 %": str(paired(losses, expected) or "") if other else "",
+            "tokens": tokens_for(fmean(losses), curve) if other and curve else "",
+            "octaves": str(search.curve.octaves(TOLERANCE)) if len(search.curve.rates) > 1 else "",
+        }
+        rows.append(row)
+    return rows
 
 
 def standings_note(base: Search, trials: int | None) -> str:

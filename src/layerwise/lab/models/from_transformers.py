@@ -28,17 +28,20 @@ class TransformersFamily(Family):
     """A decoder of transformers.
 
     Attributes:
+        classes: names of its config's and its model's class.
         positions: what it calls its longest sequence.
     """
 
+    classes: ClassVar[tuple[str, str]]
     positions: ClassVar[str]
 
-    @abstractmethod
-    def classes(self) -> tuple[Any, Any]:
-        """Its config's and its model's class, imported when they are asked for."""
-
     def setting_defaults(self) -> dict[str, Any]:
-        return keywords_of(self.classes()[0], _OURS)
+        return keywords_of(self._classes()[0], _OURS)
+
+    def _classes(self) -> list[Any]:
+        import transformers  # when they are asked for: it takes seconds
+
+        return [getattr(transformers, name) for name in self.classes]
 
     def build(self, settings: Settings, examples: Examples, attention: str) -> nn.Module:
         """Its longest sequence is the data's unless the settings have one."""
@@ -51,7 +54,7 @@ class TransformersFamily(Family):
             )
         from huggingface_hub.errors import StrictDataclassError  # how transformers refuses a setting's type
 
-        config_class, model_class = self.classes()
+        config_class, model_class = self._classes()
         ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
         try:
             made = config_class(vocab_size=examples.vocab_size, **settings, **ends)
@@ -59,6 +62,18 @@ class TransformersFamily(Family):
             raise TypeError(str(error)) from None
         made._attn_implementation = attention
         return model_class(made)
+
+    def resize(self, settings: Settings, axis: Axis, value: float) -> Settings:
+        """Heads keep their size and grow in number."""
+        if axis == "width":
+            return self.widened(settings, value)
+        if axis == "depth":
+            return {self.layers[0]: whole("depth", value)}
+        return {"initializer_range": settings["initializer_range"] * value}
+
+    @abstractmethod
+    def widened(self, settings: Settings, value: float) -> Settings:
+        """The settings that change for a hidden size."""
 
 
 # Pretraining on more text than is seen twice needs no dropout.
@@ -70,25 +85,16 @@ class GPT2(TransformersFamily):
     """transformers' GPT2LMHeadModel."""
 
     name, blocks, layers, positions = "gpt2", "transformer.h.*", ("n_layer",), "n_positions"
+    classes = "GPT2Config", "GPT2LMHeadModel"
     presets = {  # noqa: RUF012 - declared in the base class
         "gpt2-tiny": {"n_layer": 4, "n_embd": 128, "n_head": 4, **_NO_DROPOUT},
         "gpt2-small": {"n_layer": 12, "n_embd": 768, "n_head": 12, **_NO_DROPOUT},
         "gpt2-medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16, **_NO_DROPOUT},
     }
 
-    def classes(self) -> tuple[Any, Any]:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        return GPT2Config, GPT2LMHeadModel
-
-    def resize(self, settings: Settings, axis: Axis, value: float) -> Settings:
-        """Heads keep their size and grow in number."""
-        if axis == "width":
-            head = size_of_heads(settings["n_embd"], settings["n_head"])
-            return {"n_embd": whole("width", value), "n_head": whole("width", value, head)}
-        if axis == "depth":
-            return {"n_layer": whole("depth", value)}
-        return {"initializer_range": settings["initializer_range"] * value}
+    def widened(self, settings: Settings, value: float) -> Settings:
+        head = size_of_heads(settings["n_embd"], settings["n_head"])
+        return {"n_embd": whole("width", value), "n_head": whole("width", value, head)}
 
 
 def _shape(layers: int, hidden: int, intermediate: int, heads: int, groups: int) -> Settings:
@@ -106,24 +112,15 @@ class Llama(TransformersFamily):
     """transformers' LlamaForCausalLM."""
 
     name, blocks, layers = "llama", "model.layers.*", ("num_hidden_layers",)
-    positions = "max_position_embeddings"
+    positions, classes = "max_position_embeddings", ("LlamaConfig", "LlamaForCausalLM")
     presets = {  # noqa: RUF012 - declared in the base class
         "llama-tiny": _shape(4, 128, 352, 4, 2),
         "llama-0.5b": _shape(24, 1280, 3456, 20, 20),
         "llama-1.1b": _shape(22, 2048, 5632, 32, 4),
     }
 
-    def classes(self) -> tuple[Any, Any]:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        return LlamaConfig, LlamaForCausalLM
-
-    def resize(self, settings: Settings, axis: Axis, value: float) -> Settings:
-        """Heads keep their size and grow in number, with them the groups that share keys and values."""
-        if axis == "depth":
-            return {"num_hidden_layers": whole("depth", value)}
-        if axis == "init_scale":
-            return {"initializer_range": settings["initializer_range"] * value}
+    def widened(self, settings: Settings, value: float) -> Settings:
+        """With the heads, the groups grow that share keys and values."""
         old, heads = settings["hidden_size"], settings["num_attention_heads"]
         groups = size_of_heads(heads, settings["num_key_value_heads"] or heads)
         new_heads = whole("width", value, size_of_heads(old, heads))

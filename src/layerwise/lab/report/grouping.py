@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,23 +38,16 @@ def optimizer_title(name: str) -> str:
 
 
 def looks(optimizers: Sequence[str]) -> list[Look]:
-    """A look for each contender, in order: an optimizer's own, and for its second entry a colour and marker that none has.
+    """A look for each contender, in order: an optimizer's own, else the colour and the marker that fewest have.
 
     With more contenders than colours two share one, under another marker: 64 looks are told apart.
     """
-    reserved = {_LOOKS[name].color for name in optimizers if name in _LOOKS}
-    taken = {_LOOKS[name].marker for name in optimizers if name in _LOOKS}
-    free = [color for color in CYCLE if color not in reserved]
-    chosen: list[Look] = []
-    for i, name in enumerate(optimizers):
-        own = _LOOKS.get(name)
-        if own is None or own in chosen:
-            color = free.pop(0) if free else CYCLE[i % len(CYCLE)]
-            markers = [MARKERS[(i + shift) % len(MARKERS)] for shift in range(len(MARKERS))]
-            markers.sort(key=taken.__contains__)
-            own = next((look for marker in markers if (look := Look(color, marker)) not in chosen), Look(color))
-        chosen.append(own)
-    return chosen
+    chosen = {optimizers.index(name): look for name, look in _LOOKS.items() if name in optimizers}
+    for i in sorted(set(range(len(optimizers))) - chosen.keys()):
+        colors, markers = Counter(look.color for look in chosen.values()), Counter(look.marker for look in chosen.values())
+        free = (look for color in CYCLE for marker in MARKERS if (look := Look(color, marker)) not in chosen.values())
+        chosen[i] = min(free, key=lambda look: (colors[look.color], markers[look.marker]), default=Look(CYCLE[0]))
+    return [chosen[i] for i in range(len(optimizers))]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +25,6 @@ from layerwise.lab.runs.directory import check_output
 from layerwise.lab.runs.recorded import Run
 
 PAGE = "report.html"
-FILE_TYPES = ("png", "pdf", "svg")
-STANDING_TITLES = ("contender", "trials", "at its best", "minus baseline, 95 %", "tokens", "octaves")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Story:
     notes: Sequence[str] = ()  # shown at the top: what a reader has to know before the numbers
     command: str = ""
     grid: Sequence[RateCurve] = ()  # losses on the grid of base rates, where one was run
-    standings: Sequence[Sequence[str]] = ()  # a row of STANDING_TITLES for each contender
+    standings: Sequence[Mapping[str, str]] = ()  # a row for each contender, title -> cell
 
 
 def check_report(folder: Path) -> None:
@@ -79,21 +77,11 @@ def write_report(groups: Sequence[Contender], folder: Path, story: Story | None 
         page = templates.get_template("template.html").render(
             theme=theme_css(),
             story=story,
-            standing_titles=STANDING_TITLES,
             notes=[*story.notes, *warnings(runs)],
-            headline=tables.headline(runs),
-            results=tables.result_rows(groups),
-            grid_rows=tables.grid_rows(story.grid),
-            groups=groups,
-            several_seeds=any(len(c.runs) > 1 for c in groups),
             figures=figures,
             sections=list(dict.fromkeys(plan.section for plan, _, _ in figures)),
-            file_types=FILE_TYPES,
-            parameters=tables.parameter_rows(runs),
-            settings=tables.settings(groups),
-            versions=tables.facts(runs, "versions"),
-            machine=tables.facts(runs, "machine"),
-            corpus=tables.facts(runs, "corpus"),
+            tables=tables,
+            groups=groups,
             runs=runs,
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )

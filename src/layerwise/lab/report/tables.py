@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,50 +15,40 @@ from layerwise.lab.report.rate_curve import RateCurve
 from layerwise.lab.runs.recorded import Run, count, duration, number
 
 
-@dataclass(frozen=True)
-class ResultRow:
-    """One contender's line in the summary, as text."""
+class ResultRow(NamedTuple):
+    """One contender's line in the summary: its colour, whether it is the best of several, and title -> text."""
 
-    label: str
     color: str
-    lr: str
-    seeds: int
-    final: str
-    spread: str
-    best: str
-    tokens: str
-    seconds: str
-    speed: str
-    status: str
     leads: bool
+    cells: dict[str, str]
 
 
 def result_rows(contenders: Sequence[Contender]) -> list[ResultRow]:
     """Contenders from the lowest final validation loss to the highest; those that diverged last."""
     ranked = sorted(contenders, key=lambda c: c.mean_loss)
     contest = len(ranked) > 1 and all(run.status != "running" for c in ranked for run in c.runs)
-    return [_result_row(c, leads=contest and c is ranked[0]) for c in ranked]
+    several = any(len(c.runs) > 1 for c in ranked)
+    return [ResultRow(c.look.color, contest and c is ranked[0], _result_cells(c, several)) for c in ranked]
 
 
-def _result_row(contender: Contender, leads: bool) -> ResultRow:
+def _result_cells(contender: Contender, several: bool) -> dict[str, str]:
+    """The cells of a contender; `several`: seeds, with what lies between them."""
     runs = contender.runs
     finite = [v for v in contender.final_losses if math.isfinite(v)]
+    spread = f"{max(finite) - min(finite):.4f}" if len(finite) > 1 else ""
     states = [run.status if run.status != "running" else "unfinished" for run in runs]
     status = states[0] if len(set(states)) == 1 else ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    return ResultRow(
-        label=contender.label,
-        color=contender.look.color,
-        lr=show(_mean([run.base_lr for run in runs]), ".3g"),
-        seeds=len(runs),
-        final=show(contender.mean_loss, ".4f"),
-        spread=f"{max(finite) - min(finite):.4f}" if len(finite) > 1 else "",
-        best=show(_mean([run.best_val_loss for run in runs]), ".4f"),
-        tokens=_count(_mean([run.last("tokens") for run in runs])),
-        seconds=duration(_mean([run.last("seconds") for run in runs])),
-        speed=_count(_mean([run.tokens_per_second for run in runs])),
-        status=status,
-        leads=leads,
-    )
+    return {
+        "optimizer": contender.label,
+        "base rate": show(_mean([run.base_lr for run in runs]), ".3g"),
+        "val. loss": show(contender.mean_loss, ".4f"),
+        **({"spread": spread, "seeds": str(len(runs))} if several else {}),
+        "best loss": show(_mean([run.best_val_loss for run in runs]), ".4f"),
+        "tokens": _count(_mean([run.last("tokens") for run in runs])),
+        "time": duration(_mean([run.last("seconds") for run in runs])),
+        "tokens/s": _count(_mean([run.tokens_per_second for run in runs])),
+        "status": status,
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

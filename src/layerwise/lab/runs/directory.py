@@ -23,13 +23,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 from pydantic import BaseModel, ValidationError
 
 from layerwise.common.files import plain_json, write_whole
 from layerwise.errors import LayerwiseError
-from layerwise.lab.runs.recorded import Run, RunInfo, number
+from layerwise.lab.runs.recorded import Run, number
 
 RUN_FILE = "run.json"
 STREAMS = ("metrics", "layers", "function_space")
@@ -91,7 +91,7 @@ def _is_record(row: dict[str, Any]) -> bool:
 
 def has_ended(path: Path) -> bool:
     """Whether there is a run in `path` with nothing left to do: finished or diverged."""
-    return (path / RUN_FILE).is_file() and read_info(path).status != "running"
+    return (path / RUN_FILE).is_file() and read_run(path).status != "running"
 
 
 def in_the_way(path: Path) -> list[str]:
@@ -137,8 +137,8 @@ def check_output(path: Path, ours: str) -> None:
         )
 
 
-def read_info(path: str | Path) -> RunInfo:
-    """What the run.json of a directory says. Raises LayerwiseError where there is none or it is damaged."""
+def read_run(path: str | Path) -> Run:
+    """The run in a directory, with all its records. Raises LayerwiseError where there is none, or run.json is damaged."""
     folder = Path(path)
     try:
         info = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
@@ -158,13 +158,16 @@ def read_info(path: str | Path) -> RunInfo:
             f"run {folder}: {RUN_FILE} is damaged ({key} is {info[key]!r:.60}); move the folder away, or train again"
             " with --overwrite"
         ) from None
-    return RunInfo(folder, info)
+    return Run(folder, info, *(read_lines(folder / f"{stream}.jsonl") for stream in STREAMS))
 
 
-def read_run(path: str | Path) -> Run:
-    """The run in a directory, with all its records. Raises LayerwiseError as `read_info`."""
-    known = read_info(path)
-    return Run(known.path, known.info, *(read_lines(known.path / f"{stream}.jsonl") for stream in STREAMS))
+def lock(file: IO[Any], taken: str) -> None:
+    """Locks an open file until it is closed. Raises LayerwiseError in the words of `taken` where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise LayerwiseError(taken) from None
 
 
 def find_runs(folder: str | Path) -> Iterator[Path]:
@@ -182,11 +185,7 @@ class RunWriter:
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until close()
         except OSError as error:
             raise LayerwiseError(f"run.dir, run.name: cannot make or write in {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise LayerwiseError(f"run {self.path}: another process is writing it; wait, or set run.name") from None
+        lock(self._lock, f"run {self.path}: another process is writing it; wait, or set run.name")
         self._info: dict[str, Any] = {}
         self._events: Any = None
 

@@ -63,10 +63,10 @@ class LayerHistory:
 
 
 @dataclass(frozen=True)
-class RunInfo:
-    """What run.json says of a run.
+class Run:
+    """A run read back from its directory: what run.json says, and all its records.
 
-    `info` is its contents: `name`, `status` ("running", "finished", "diverged"), `config` (sections as in the
+    `info` is what run.json holds: `name`, `status` ("running", "finished", "diverged"), `config` (sections as in the
     YAML file, every default written out), `versions`, `machine`, `corpus` (source, sha256, tokenizer, sizes),
     `parameters` (rows of `describe`), `parameter_count`, `started`, `result` (empty until the end: `steps`,
     `tokens`, `seconds`, `loss`, `val_loss`, `best_val_loss`, `tokens_per_second`, and `reason` where it
@@ -75,6 +75,9 @@ class RunInfo:
 
     path: Path
     info: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(repr=False)
+    layers: list[dict[str, Any]] = field(repr=False)
+    function_space: list[dict[str, Any]] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -91,15 +94,6 @@ class RunInfo:
     @property
     def result(self) -> dict[str, Any]:
         return dict(self.info.get("result") or {})
-
-
-@dataclass(frozen=True)
-class Run(RunInfo):
-    """A run read back from its directory: what run.json says, and all its records."""
-
-    metrics: list[dict[str, Any]] = field(repr=False)
-    layers: list[dict[str, Any]] = field(repr=False)
-    function_space: list[dict[str, Any]] = field(repr=False)
 
     @property
     def optimizer(self) -> str:

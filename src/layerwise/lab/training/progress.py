@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import Literal
 
-from layerwise.errors import LayerwiseError
 from layerwise.lab.runs.recorded import duration
-
-ProgressKind = Literal["plain", "quiet"]
 
 
 class QuietProgress:
@@ -46,12 +42,3 @@ class PlainProgress(QuietProgress):
 
     def note(self, text: str) -> None:
         print(f"{self.title}: {text}" if self.title else text, file=sys.stderr, flush=True)
-
-
-def make_progress(kind: ProgressKind | QuietProgress, title: str = "", unit: str = "step") -> QuietProgress:
-    """A display of a kind, for `PlainProgress`'s arguments; one of a caller's own is returned as it is."""
-    if isinstance(kind, QuietProgress):
-        return kind
-    if kind not in ("plain", "quiet"):
-        raise LayerwiseError(f"progress={kind!r}: one of plain, quiet")
-    return PlainProgress(title, unit) if kind == "plain" else QuietProgress()

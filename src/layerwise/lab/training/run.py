@@ -11,7 +11,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space import BaseRates, FunctionSpaceRecorder, record_base
 from layerwise.lab.config.identity import differences, hashed, identity
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.batches import Batches, open_data
+from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, model_settings
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer, check_batch, default_rate, find_preset, with_defaults
@@ -28,7 +28,6 @@ from layerwise.lab.runs.directory import (
     SilentWriter,
     cleared_away,
     in_the_way,
-    read_info,
     read_lines,
     read_run,
 )  # fmt: skip
@@ -36,7 +35,7 @@ from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training import processes
 from layerwise.lab.training.device import check_precision, own_device
 from layerwise.lab.training.observers import Observer, RecordRates, observers_of, steps_to_record
-from layerwise.lab.training.progress import ProgressKind, QuietProgress, make_progress
+from layerwise.lab.training.progress import PlainProgress, QuietProgress
 from layerwise.lab.training.trainer import Trainer
 
 
@@ -72,13 +71,13 @@ def check_buildable(configs: Iterable[Config]) -> None:
     Raises:
         LayerwiseError: naming what one of them lacks.
     """
-    data: dict[str, Batches] = {}
+    known: dict[str, Examples] = {}
     for config in map(complete, configs):
         key = hashed([config.data.model_dump(), config.training.model_dump()])
-        if key not in data:
-            data[key] = open_data(config)
-        examples = Examples(data[key].vocab_size, config.data.seq_len, data[key].features)
-        optimizer = build_optimizer(build_model(config.model, examples, 0), config.optimizer)
+        if key not in known:
+            data = open_data(config)
+            known[key] = Examples(data.vocab_size, config.data.seq_len, data.features)
+        optimizer = build_optimizer(build_model(config.model, known[key], 0), config.optimizer)
         check_batch(config.training, optimizer, processes.world())
         check_precision(config.training, own_device())
         observers_of(config)
@@ -90,7 +89,7 @@ def train(
     resume: bool = False,
     or_start: bool = False,
     overwrite: bool = False,
-    progress: ProgressKind | QuietProgress = "plain",
+    progress: QuietProgress | None = None,
     observers: Sequence[Observer] = (),
 ) -> Run:
     """Trains what `config` says and returns the run, read back from its directory.
@@ -117,7 +116,7 @@ def train(
         return read_run(path)
     if resume:
         processes.on_first(lambda: check_resumable(path, config.training.checkpoint_every, or_start))
-    shown = make_progress(progress if processes.rank() == 0 else "quiet")
+    shown = QuietProgress() if processes.rank() > 0 else progress or PlainProgress()
     with processes.on_first(lambda: RunWriter(path)) or SilentWriter(path) as writer:
         trainer = Trainer(config, writer, shown, [*observers_of(config), *observers])
         found = processes.first_says(processes.on_first(lambda: latest_checkpoint(trainer))) if resume else None
@@ -127,14 +126,13 @@ def train(
     return read_run(path)
 
 
-def record(config: Config, seeds: Sequence[int], progress: ProgressKind = "plain") -> BaseRates:
+def record(config: Config, seeds: Sequence[int]) -> BaseRates:
     """Base rates of the config's model, averaged over `seeds` (of weights, data order and probes).
 
     Each seed trains only as far as the last step to be measured: one step, unless `function_space.match_step` or
-    `match_every` say otherwise. Nothing is evaluated, and nothing left on the disk. Raises LayerwiseError.
+    `match_every` say otherwise. Nothing is evaluated or shown, and nothing left on the disk. Raises LayerwiseError.
     """
     every, steps = steps_to_record(config.function_space, config.training.steps)
-    shown = make_progress(progress)
 
     def run(seed: int) -> FunctionSpaceRecorder:
         changed = config.replace(
@@ -148,7 +146,7 @@ def record(config: Config, seeds: Sequence[int], progress: ProgressKind = "plain
         )
         observer = RecordRates(config.function_space, every)
         with tempfile.TemporaryDirectory() as folder, RunWriter(folder) as writer:
-            trainer = Trainer(complete(changed), writer, shown, [observer])
+            trainer = Trainer(complete(changed), writer, QuietProgress(), [observer])
             trainer.start(None)
             trainer.take_steps(steps)
         return observer.recorder
@@ -169,7 +167,7 @@ def _has_ended(config: Config, resume: bool, overwrite: bool) -> bool:
                 f" set another run.name, or --overwrite, which deletes {deleted} there"
             )
         return False
-    found = read_info(path)
+    found = read_run(path)
     if not resume:
         raise LayerwiseError(
             f"run {path} exists ({found.status}): --resume continues it, --overwrite replaces it,"

@@ -328,26 +328,23 @@ class Trainer:
                 f" this run has {len(self.observers)}: resume with the same ones"
             )
         try:
-            self._take_up(state)
+            parallel.load_model(self.model, state["model"])
+            parallel.load_optimizer(self.optimizer, state["optimizer"])
+            lambdas = [None] * len(self.scheduler.lr_lambdas)  # functions are not saved
+            self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
+            self.step, self.seconds, self.result = state["step"], state["seconds"], dict(state["result"])
+            self._loss_sum = state["loss_sum"].to(self.device)
+            self._loss_steps = state["loss_steps"]
+            for stream in self.writer.truncate(state["lengths"]):
+                self.progress.note(f"{stream}.jsonl is shorter than it was at step {self.step}: lines are lost")
+            random = [state["random"], *state["random_of_others"]]
+            if self.rank < len(random):
+                set_random_state(random[self.rank])
+            else:
+                set_seed(processes.own_seed(self.config.training.seed, self.step))
         except LayerwiseError:
             raise
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:300]
             where = f"checkpoint in {self.writer.path}"
             raise LayerwiseError(f"{where} is of another model or optimizer: {reason}") from None
-
-    def _take_up(self, state: dict[str, Any]) -> None:
-        parallel.load_model(self.model, state["model"])
-        parallel.load_optimizer(self.optimizer, state["optimizer"])
-        lambdas = [None] * len(self.scheduler.lr_lambdas)  # functions are not saved
-        self.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": lambdas})
-        self.step, self.seconds, self.result = state["step"], state["seconds"], dict(state["result"])
-        self._loss_sum = state["loss_sum"].to(self.device)
-        self._loss_steps = state["loss_steps"]
-        for stream in self.writer.truncate(state["lengths"]):
-            self.progress.note(f"{stream}.jsonl is shorter than it was at step {self.step}: lines are lost")
-        random = [state["random"], *state["random_of_others"]]
-        if self.rank < len(random):
-            set_random_state(random[self.rank])
-        else:
-            set_seed(processes.own_seed(self.config.training.seed, self.step))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.runs.directory import in_the_way
+from layerwise.lab.runs.directory import in_the_way, lock
 from layerwise.lab.runs.recorded import number
 
 RESULTS = "results.jsonl"
@@ -54,11 +53,7 @@ class ResultsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = open(path, "ab+")  # noqa: SIM115 - held until close()
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise LayerwiseError(f"sweep {path.parent}: another process is running it") from None
+        lock(self._file, f"sweep {path.parent}: another process is running it")
         self._file.seek(0)
         text = self._file.read()
         self._file.truncate(text.rfind(b"\n") + 1)

@@ -13,7 +13,7 @@ from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.trials import BASE_FILE, Point, make_plan, run_trial, start_worker
 from layerwise.lab.runs.directory import write_json
 from layerwise.lab.runs.environment import versions
-from layerwise.lab.training.progress import ProgressKind, make_progress
+from layerwise.lab.training.progress import PlainProgress
 from layerwise.lab.training.run import check_buildable, record
 
 
@@ -25,7 +25,7 @@ class Sweep:
     failures: Mapping[Point, str]
 
 
-def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: ProgressKind = "plain") -> Sweep:
+def run_sweep(config: SweepConfig, engine: Engine | None = None) -> Sweep:
     """Runs what is missing: `results.jsonl`, `base.json` and `sweep.json` in the sweep's folder.
 
     A trial that has a result is never repeated, under whichever engine (default `LocalEngine()`): its identity is the
@@ -47,11 +47,11 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None, progress: Progr
         write_json(folder / "sweep.json", {"config": config.model_dump(), "versions": versions()})
         base = None
         if any(trial.needs_base for trial in todo):  # made anew each time: of a plan it is always the same
-            record(plan.base, config.sweep.base_seeds, "quiet").save(folder / BASE_FILE)
+            record(plan.base, config.sweep.base_seeds).save(folder / BASE_FILE)
             base = (folder / BASE_FILE).read_text(encoding="utf-8")
         work = partial(run_trial, base=base)
         start = partial(start_worker, wanted=versions())
-        shown = make_progress(progress, unit="trial")
+        shown = PlainProgress(unit="trial")
         shown.start(config.run_name, len(plan.trials), len(plan.trials) - len(todo))
         results = (engine or LocalEngine()).results(work, todo, start) if todo else ()
         for number, row in enumerate(results, start=1 + len(plan.trials) - len(todo)):

@@ -21,6 +21,7 @@ from layerwise.lab.models.families import block_pattern, resized
 from layerwise.lab.runs.environment import versions
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.observers import quiet_matching
+from layerwise.lab.training.progress import QuietProgress
 from layerwise.lab.training.run import complete, train
 
 BASE_FILE = "base.json"
@@ -139,7 +140,7 @@ def run_trial(trial: Trial, base: str | None) -> dict[str, Any]:
             base_file = Path(folder) / BASE_FILE
             base_file.write_text(base, encoding="utf-8")
             changes["function_space.match"] = str(base_file)
-        run = train(trial.alone(changes), progress="quiet")
+        run = train(trial.alone(changes), progress=QuietProgress())
         return {"id": trial.id, **summary(run)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -126,13 +127,8 @@ def _image(axes: Axes, values: Array, steps: Array, *, is_norm: bool) -> Any:
 
 def _blocks(names: Sequence[UnitName]) -> list[tuple[str, int, int]]:
     """(block, first row, row after the last) of each run of rows of the same block."""
-    spans: list[tuple[str, int, int]] = []
-    for row, name in enumerate(names):
-        if spans and spans[-1][0] == name.block:
-            spans[-1] = (name.block, spans[-1][1], row + 1)
-        else:
-            spans.append((name.block, row, row + 1))
-    return spans
+    spans = [(block, [*rows]) for block, rows in groupby(range(len(names)), key=lambda row: names[row].block)]
+    return [(block, rows[0], rows[-1] + 1) for block, rows in spans]
 
 
 def _separators(axes: Axes, names: Sequence[UnitName]) -> None:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from scipy.ndimage import gaussian_filter1d
 
 from layerwise.lab.report import style
 from layerwise.lab.report.grouping import Contender
@@ -18,6 +19,7 @@ from layerwise.lab.runs.recorded import Array, Series, count
 MOST_NAMED = 12  # contenders that a figure can name; of more, the best stand out
 BEST = 8
 HEIGHT = 3.1  # inches of a panel
+SPAN = 0.03
 
 
 def loss_curves(contenders: Sequence[Contender], arrangement: style.Arrangement = style.WIDE) -> Figure:
@@ -76,26 +78,23 @@ def loss_limits(contenders: Sequence[Contender]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def smooth(values: Array, span: float = 0.03) -> Array:
-    """A straight line fitted around each point with Gaussian weights, of deviation `span` of the run's points.
+def smooth(values: Array) -> Array:
+    """A straight line fitted around each point with Gaussian weights, of deviation `SPAN` of the run's points.
 
     A fitted line neither lags behind a falling loss nor bends at the ends, as averages do. What is not finite is left
     out, and stays NaN where it stands.
     """
-    n = len(values)
-    at = np.arange(n, dtype=np.float64)
-    finite = np.isfinite(values)
-    known = np.where(finite, values, 0.0)
-    deviation = max(span * n, 1.0)
-    result = np.full(n, np.nan)
-    for i in np.flatnonzero(finite):
-        weights = np.exp(-0.5 * ((at - i) / deviation) ** 2) * finite
-        x = at - i
-        s0, s1, s2 = weights.sum(), weights @ x, weights @ (x * x)
-        y0, y1 = weights @ known, weights @ (x * known)
-        det = s0 * s2 - s1 * s1
-        result[i] = (s2 * y0 - s1 * y1) / det if det > 1e-9 * s0 * s0 else y0 / s0
-    return result
+    at, finite = np.arange(len(values), dtype=np.float64), np.isfinite(values)
+    known, deviation = np.where(finite, values, 0.0), max(SPAN * len(values), 1.0)
+    weighted = [
+        gaussian_filter1d(sums, deviation, mode="constant", truncate=8.0)
+        for sums in (finite.astype(np.float64), finite * at, finite * at**2, known, known * at)
+    ]
+    weight = np.where(finite, weighted[0], np.nan)
+    x, xx, y, xy = (sums / weight for sums in weighted[1:])
+    variance = xx - x * x
+    slope = np.where(variance > 1e-9, (xy - x * y) / np.maximum(variance, 1e-9), 0.0)
+    return y + slope * (at - x)
 
 
 def _draw_contender(axes: Axes, contender: Contender, x_of: Callable[[Series], Array], named: bool) -> float:
