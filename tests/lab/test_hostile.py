@@ -148,7 +148,7 @@ def test_deleted_checkpoints_are_not_taken_for_none(tmp_path: Path, capsys: pyte
     path = stopped(tmp_path, 3)  # before the first one was due
     with pytest.raises(LayerwiseError, match=r"came to step 2 and has no checkpoint yet.*--resume --or-start"):
         train(tiny_config(tmp_path), resume=True)
-    train(tiny_config(tmp_path), progress="plain", resume=True, or_start=True)
+    train(tiny_config(tmp_path), resume=True, or_start=True)
     assert "has no checkpoint: starting at step 0" in capsys.readouterr().err
     for checkpoint in list_checkpoints(path / "checkpoints"):
         (checkpoint / "manifest.json").unlink()
@@ -162,7 +162,7 @@ def test_records_that_were_cut_are_said_to_be_and_hold_no_nul(tmp_path: Path, ca
     path = stopped(tmp_path, 6)
     metrics = path / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[:100])
-    run = train(tiny_config(tmp_path), progress="plain", resume=True, observers=[StopAt(0)])
+    run = train(tiny_config(tmp_path), resume=True, observers=[StopAt(0)])
     assert "metrics.jsonl is shorter than it was at step 4" in capsys.readouterr().err
     assert b"\0" not in metrics.read_bytes()
     assert run.metrics[-1]["step"] == 12

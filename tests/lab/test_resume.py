@@ -151,7 +151,7 @@ def broken_run(tmp_path: Path) -> Path:
 
 def resume(folder: Path, observers: int = 1, **changes: Any) -> Run:
     watching = [CrashAfter(0) for _ in range(observers)]
-    return train(tiny_config(folder, **changes), resume=True, progress="plain", observers=watching)
+    return train(tiny_config(folder, **changes), resume=True, observers=watching)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "manifest", "missing"])
