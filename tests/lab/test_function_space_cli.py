@@ -294,8 +294,8 @@ def test_check_of_a_users_function_tells_by_its_exit_code(
     capsys.readouterr()
     for words, message in (
         (["nowhere:make", "--sizes", "8,16"], "give package.module:function"),
-        (["users_plain:made", "--sizes", "8,16"], "has no function 'made'"),
-        (["users_plain:nn", "--sizes", "8,16"], "has no function 'nn'"),
+        (["users_plain:made", "--sizes", "8,16"], "has no attribute 'made'"),
+        (["users_plain:nn", "--sizes", "8,16"], "is no function"),
         (["users_plain:make", "--sizes", "8,16", "--steps", "1.5"], "--steps '1.5': write whole numbers"),
         (["users_plain:make", "x=1", "--sizes", "8,16"], "set it there"),
     ):

@@ -161,6 +161,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     whole = train(tiny_config(tmp_path, run__name="whole"), observers=[CrashAfter(0)])
     newest = list_checkpoints(broken_run / "checkpoints")[0]
     spoil(newest, damage)
+    capsys.readouterr()
     resumed = resume(tmp_path)
     notice = capsys.readouterr().err.splitlines()[0]
     assert "step-00000008" in notice

@@ -92,31 +92,22 @@ def _text_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def _decoded(content: bytes) -> str:
-    """UTF-8, with or without a byte-order mark. Raises UnicodeError for anything else, NUL characters among it."""
-    text = content.decode("utf-8-sig")
-    if "\0" in text:
-        raise UnicodeError("it holds NUL characters")
-    return text
-
-
 def _is_text(path: Path) -> bool:
-    """Whether its first 64 KiB are text."""
-    with open(path, "rb") as file:
-        start = file.read(1 << 16)
+    """Whether its first 65,536 characters are UTF-8, with or without a byte-order mark, and no NUL."""
     try:
-        _decoded(start)
-    except UnicodeDecodeError as error:
-        return error.end == len(start) == 1 << 16  # a character that is cut off at the end of the piece is no fault
+        with open(path, encoding="utf-8-sig") as file:
+            return "\0" not in file.read(1 << 16)
     except UnicodeError:
         return False
-    return True
 
 
 def _read_text(path: Path) -> str:
     """Raises LayerwiseError for a file that is not UTF-8, whose text would be garbage."""
     try:
-        return _decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError("it holds NUL characters")
+        return text
     except OSError as error:
         raise LayerwiseError(f"data.paths: {path}: {error.strerror}") from None
     except UnicodeError as error:

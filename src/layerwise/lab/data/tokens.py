@@ -47,18 +47,15 @@ class ByteTokenizer:
 class BPETokenizer:
     """Documents to ids: byte-level BPE of the tokenizers library, each document closed by id 0."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.vocab_size = int(tokenizer.get_vocab_size())
-
-    @classmethod
-    def train(cls, documents: Iterator[str], vocab_size: int) -> BPETokenizer:
-        """The same text and size always give the same tokenizer."""
+    def __init__(self, documents: Iterator[str], vocab_size: int) -> None:
+        """Trains it: the same text and size always give the same tokenizer."""
         from tokenizers import ByteLevelBPETokenizer
 
-        backend = ByteLevelBPETokenizer()
-        backend.train_from_iterator(documents, vocab_size, min_frequency=0, show_progress=False, special_tokens=[_END])
-        return cls(backend)
+        self.tokenizer: Any = ByteLevelBPETokenizer()
+        self.tokenizer.train_from_iterator(
+            documents, vocab_size, min_frequency=0, show_progress=False, special_tokens=[_END]
+        )
+        self.vocab_size = int(self.tokenizer.get_vocab_size())
 
     def encode(self, documents: list[str]) -> list[Ids]:
         encodings = self.tokenizer.encode_batch(documents, add_special_tokens=False)
@@ -156,7 +153,7 @@ def _tokenise(config: DataConfig, corpus: Corpus, vocab_size: int, folder: Path)
     tokenizer: ByteTokenizer | BPETokenizer = ByteTokenizer()
     if config.tokenizer == "bpe":
         training = (text for text, held_out in split(corpus, config.validation_fraction) if not held_out)
-        tokenizer = BPETokenizer.train(_head(training, _BPE_SAMPLE), vocab_size)
+        tokenizer = BPETokenizer(_head(training, _BPE_SAMPLE), vocab_size)
         tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     counts, text_bytes = [0, 0], 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -105,14 +105,13 @@ def check_function(target: str, sizes: Sequence[float], **options: Any) -> SizeC
 
 
 def _function(target: str) -> Callable[[Any], Any]:
-    name, _, attribute = target.partition(":")
     sys.path.insert(0, "")
     try:
-        module = importlib.import_module(name)
-    except ImportError as error:
+        function = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
         raise LayerwiseError(f"{target}: {error}; give package.module:function") from None
     finally:
         sys.path.remove("")
-    if not callable(function := getattr(module, attribute, None)):
-        raise LayerwiseError(f"{target}: {name} has no function {attribute!r}")
+    if not callable(function):
+        raise LayerwiseError(f"{target} is no function, and one of the size is needed")
     return cast("Callable[[Any], Any]", function)

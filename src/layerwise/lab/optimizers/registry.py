@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -258,45 +257,33 @@ def mean_multipliers(run: str) -> dict[str, float]:
     return {name: sum(multipliers) / len(multipliers) for name, multipliers in seen.items()}
 
 
-def needs_halves(optimizer: Optimizer) -> bool:
-    """Whether noise is measured between the halves of an accumulated batch."""
-    return any(rule.needs_halves for rule in _rules(optimizer))
-
-
-def _rules(optimizer: Optimizer) -> list[lw.RateRule]:
-    """Those of its groups: torch's optimizers have none."""
+def rules_of(optimizer: Optimizer) -> list[lw.RateRule]:
+    """The rate rules of its groups: torch's optimizers have none."""
     return [group["rates"] for group in optimizer.param_groups if group.get("rates") is not None]
 
 
 def check_batch(training: TrainingConfig, optimizer: Optimizer, world: int) -> None:
     """Raises LayerwiseError where a batch cannot be shared out over `world` processes, or not as the noise rule needs."""
-    if needs_halves(optimizer) and training.accumulation % 2:
+    rules, sequences = rules_of(optimizer), training.batch_size // training.accumulation
+    if any(rule.needs_halves for rule in rules) and training.accumulation % 2:
         raise LayerwiseError(
             "optimizer.rates.reference=independent compares the two halves of the accumulated batch:"
             f" training.accumulation={training.accumulation} must be even"
         )
-    sequences = training.batch_size // training.accumulation
     if sequences < world:
         raise LayerwiseError(
             f"training.batch_size={training.batch_size} in training.accumulation={training.accumulation} parts"
             f" leaves {sequences} a part, fewer than {world} processes: raise the batch size, or lower the"
             " accumulation or the number of processes"
         )
-    if any(rule.needs_replicas for rule in _rules(optimizer)) and sequences % world:
-        raise LayerwiseError(
-            "optimizer.rates.reference=replicas compares equal shares of a batch: training.batch_size /"
-            f" training.accumulation = {sequences} sequences are not a multiple of {world} processes"
-        )
-
-
-def watch_replicas(optimizer: Optimizer, model: nn.Module) -> None:
-    """Where the noise is measured between replicas, have `model` (as it runs, wrapped) show their gradients."""
-    if not any(rule.needs_replicas for rule in _rules(optimizer)):
-        return
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    replicas = any(rule.needs_replicas for rule in rules)
+    if replicas and world == 1:
         raise LayerwiseError(
             "optimizer.rates.reference=replicas compares the gradients of data-parallel processes, and this run has one:"
             " give independent (two halves of the accumulated batch) or previous, or launch several processes"
         )
-    assert isinstance(optimizer, lw.LayerwiseOptimizer)
-    optimizer.watch_replicas(model)
+    if replicas and sequences % world:
+        raise LayerwiseError(
+            "optimizer.rates.reference=replicas compares equal shares of a batch: training.batch_size /"
+            f" training.accumulation = {sequences} sequences are not a multiple of {world} processes"
+        )

@@ -162,8 +162,7 @@ class Run:
 
     @property
     def best_val_loss(self) -> float:
-        finite = self.val_loss.values[np.isfinite(self.val_loss.values)]
-        return float(finite.min()) if finite.size else math.nan
+        return min(self._finite("val_loss"), default=math.nan)
 
     def last(self, key: str) -> float:
         """The last finite value of a metric; NaN where there is none."""

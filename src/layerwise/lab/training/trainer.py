@@ -20,7 +20,7 @@ from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
-from layerwise.lab.optimizers.registry import build_optimizer, check_batch, needs_halves, watch_replicas
+from layerwise.lab.optimizers.registry import build_optimizer, check_batch, rules_of
 from layerwise.lab.runs import environment
 from layerwise.lab.runs.checkpoint import random_state, save_checkpoint, set_random_state
 from layerwise.lab.runs.directory import RunWriter
@@ -65,11 +65,13 @@ class Trainer:
         self.model = parallel.place(model, self.device, config.parallel)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.scheduler = LambdaLR(self.optimizer, schedule_factor(config.schedule, training.steps))
-        self._halves = needs_halves(self.optimizer)
         check_batch(training, self.optimizer, self.world)
         autocast(self.model, training.precision, self.device)
         self._wrapped = parallel.wrap(self.model, self.device, config.parallel)
-        watch_replicas(self.optimizer, self._wrapped)
+        rules = rules_of(self.optimizer)
+        self._halves = any(rule.needs_halves for rule in rules)
+        if any(rule.needs_replicas for rule in rules):
+            self.optimizer.watch_replicas(self._wrapped)  # type: ignore[attr-defined]
 
         self.step = 0
         self.seconds = 0.0  # of training alone: no set-up, evaluation or checkpoints
@@ -149,7 +151,6 @@ class Trainer:
         try:
             for _ in range(count):
                 self._train_step()
-                self.step += 1
             self._check_finite()
         except DivergedError as reason:
             raise LayerwiseError(
@@ -166,13 +167,8 @@ class Trainer:
         started, logged_at, logged_step = self._now(), self.seconds, self.step
         while self.step < steps:
             self._train_step()
-            self.step += 1
-            last = self.step == steps
-            log = last or self._due(training.log_every)
-            evaluate = last or self._due(training.eval_every)
-            record_rates = self._records(self.step)
-            checkpoint = last or self._due(training.checkpoint_every)
-            if not (log or evaluate or record_rates or checkpoint):
+            log, evaluate, checkpoint = map(self._due, (training.log_every, training.eval_every, training.checkpoint_every))
+            if not (log or evaluate or checkpoint or self._layers):
                 interrupts.take()
                 continue
             self.seconds += self._now() - started
@@ -187,7 +183,7 @@ class Trainer:
                 row["val_loss"] = self._evaluate()
             if log or evaluate:
                 self.writer.append("metrics", row)
-            if record_rates and self._layers:
+            if self._layers:
                 layers = {unit: rate._asdict() for unit, rate in self._layers.items()}
                 self.writer.append("layers", {"step": self.step, "layers": layers})
             if checkpoint:
@@ -217,13 +213,14 @@ class Trainer:
             for observer in self.observers:
                 around.enter_context(observer.around_step(self.step + 1))
             self._optimizer_step()
+        self.step += 1
         self.optimizer.zero_grad()
-        if self._records(self.step + 1):
-            self._layers = self._layer_rates()  # now: the next step's rate is another
+        recorded = training.record_every and self._due(training.record_every)
+        self._layers = self._layer_rates() if recorded else {}  # now: the next step's rate is another
         self.scheduler.step()
         self._loss_steps += 1
         for observer in self.observers:
-            observer.after_step(self.step + 1)
+            observer.after_step(self.step)
 
     def _optimizer_step(self) -> None:
         try:
@@ -279,7 +276,8 @@ class Trainer:
             raise DivergedError("the gradient norm is not finite")
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+        """Whether what is done at every so many steps, and at the last one, is done now."""
+        return self.step == self.config.training.steps or (every > 0 and self.step % every == 0)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -287,10 +285,6 @@ class Trainer:
         return time.perf_counter()
 
     # ------------------------------------------------------------------ records and checkpoints
-
-    def _records(self, step: int) -> bool:
-        every = self.config.training.record_every
-        return every > 0 and (step % every == 0 or step == self.config.training.steps)
 
     def _layer_rates(self) -> dict[str, LayerRate]:
         """The rates of the step just taken, with what observers (FLeRM) multiply them by."""
