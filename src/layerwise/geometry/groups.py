@@ -105,7 +105,6 @@ def groups_of(origin: Origin, batch: Any = None) -> list[dict[str, Any]]:
 
 def grouped(everything: Assignment, origin: Origin) -> list[dict[str, Any]]:
     """Parameters that share everything, in one group; a warning where something is not certain."""
-    groups: dict[tuple[str, ...], dict[str, Any]] = {}
     doubts = sum(bool(assigned.found.note) for assigned in everything.parameters)
     if everything.said:
         warn(everything.said)
@@ -114,12 +113,17 @@ def grouped(everything: Assignment, origin: Origin) -> list[dict[str, Any]]:
             f"the roles of {doubts} parameters are not certain: print(layerwise.describe(model)) says which and why; "
             "given a batch as well, param_groups(model, batch) and add_trainable(model, batch) find them by running it once"
         )
-    for assigned in everything.parameters:
+    return _in_groups(everything.parameters, origin=origin)
+
+
+def _in_groups(parameters: Iterable[Assigned], **shared: Any) -> list[dict[str, Any]]:
+    """A group for all parameters of one role, layout, geometry and options; `shared`: keys of every group."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for assigned in parameters:
         found, geometry, options = assigned.found, assigned.geometry, assigned.options
         key = (found.role, repr(found.layout), repr(geometry), repr(sorted(options.items())))
-        kind = {"role": found.role, "layout": found.layout, "geometry": geometry, **options}
-        group = groups.setdefault(key, {"params": [], **kind, "origin": origin})
-        group["params"].append((found.name, found.parameter))
+        kind = {"role": found.role, "layout": found.layout, "geometry": geometry, **options, **shared}
+        groups.setdefault(key, {"params": [], **kind})["params"].append((found.name, found.parameter))
     return list(groups.values())
 
 
@@ -224,14 +228,9 @@ def group_by_shape(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> l
         "experts from a convolution; give layerwise.param_groups(model) instead (to transformers' Trainer: "
         "optimizer_cls_and_kwargs=layerwise.integrations.transformers.trainer_optimizer(...))"
     )
-    groups: dict[str, dict[str, Any]] = {}
     for name, p in named:
         check_dtype(name, p)
-        assigned = overridden(Found(name, p, *_by_shape(tuple(p.shape))), {})
-        found, geometry = assigned.found, assigned.geometry
-        kind = {"role": found.role, "layout": found.layout, "geometry": geometry, **assigned.options}
-        groups.setdefault(repr((found.role, geometry)), {"params": [], **kind})["params"].append((name, p))
-    return list(groups.values())
+    return _in_groups(overridden(Found(name, p, *_by_shape(tuple(p.shape))), {}) for name, p in named)
 
 
 def _by_shape(shape: tuple[int, ...]) -> tuple[str, Layout, tuple[int, ...]]:

@@ -141,6 +141,7 @@ def _entry_by_entry(found: Found, uses: Sequence[Use]) -> Found:
     return replace(found, role="vector", layout=layout, note="", how="forward")
 
 
+@lru_cache(maxsize=64)
 def alike(one: Layout, other: Layout, shape: Size) -> bool:
     """Whether two layouts make the same units of a tensor, whatever they call them."""
     if one == other:
@@ -152,18 +153,17 @@ def alike(one: Layout, other: Layout, shape: Size) -> bool:
     sizes = [sorted((d_out, d_in) for k, d_out, d_in in stacks for _ in range(k)) for stacks in shapes]
     if sizes[0] != sizes[1]:
         return False
-    return shape.numel() > _COMPARED or torch.equal(_units(one, shape), _units(other, shape))
+    if shape.numel() > _COMPARED:
+        return True
+    pairs = _units(one, shape) * len(sizes[0]) + _units(other, shape)
+    return len(torch.unique(pairs)) == len(sizes[0])
 
 
-@lru_cache(maxsize=64)
 def _units(layout: Layout, shape: Size) -> Tensor:
-    """For every entry the number of its unit, counted in the order in which the entries come."""
+    """For every entry the number of its unit."""
     number = count()
     stacks = [
         torch.stack([torch.full((d_out, d_in), next(number)) for _ in range(k)])
         for k, d_out, d_in in layout.shapes(tuple(shape))
     ]
-    units = layout.from_matrices(stacks, tuple(shape)).flatten()
-    names, inverse = torch.unique(units, return_inverse=True)
-    first = torch.full((len(names),), units.numel()).scatter_reduce(0, inverse, torch.arange(units.numel()), "amin")
-    return first.argsort().argsort()[inverse].to(torch.int32)
+    return layout.from_matrices(stacks, tuple(shape))

@@ -40,8 +40,6 @@ class Section(BaseModel):
         found = value if isinstance(value, list) else [value]
         if any(isinstance(item, bool) for item in found) and _takes(field.annotation, int, float):
             raise PydanticCustomError("number_type", "a number is needed, not true or false")
-        if field.annotation is bool and not isinstance(value, bool):
-            raise PydanticCustomError("truth_type", "true or false is needed")
         return value
 
 
@@ -279,7 +277,7 @@ class RunConfig(Section):
     """name of the run; null: model and optimizer"""
     dir: str = Field(default="runs", min_length=1)
     """folder of runs"""
-    tensorboard: bool = True
+    tensorboard: bool = Field(default=True, strict=True)
     """also write TensorBoard events, in the run's `tensorboard` folder"""
 
     @field_validator("name")

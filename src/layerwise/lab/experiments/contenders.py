@@ -54,7 +54,9 @@ class CompareSection(Section):
         return grid
 
     @model_validator(mode="after")
-    def _nothing_without_effect(self) -> Self:
+    def _consistent(self) -> Self:
+        for name in self.contenders:
+            one_folder(name, "compare.contenders")  # its runs are named after it
         if bool(self.roles) != bool(self.by_role):
             raise ValueError(
                 "compare.roles are the factors that the contenders of compare.by_role try: give both, such as"
@@ -96,11 +98,6 @@ def entries(config: CompareConfig) -> list[Entry]:
             "optimizer: `compare` sets it for each contender; write compare.contenders.NAME instead,"
             " for example compare.contenders.adamw.lr=1e-3"
         )
-    for name in section.contenders:
-        try:
-            one_folder(name, "compare.contenders")  # its runs are named after it
-        except ValueError as error:
-            raise LayerwiseError(str(error)) from None
     names = list(section.optimizers)
     if "optimizers" not in section.model_fields_set:  # a list of one's own is meant as it stands
         names += [name for name in section.contenders if name not in OPTIMIZERS]

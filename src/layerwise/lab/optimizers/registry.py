@@ -131,12 +131,6 @@ def find_preset(config: OptimizerConfig, section: str = "optimizer") -> Preset:
     return preset
 
 
-def rule_of(optimizer: str, rates: Any) -> str | None:
-    """The rule behind the layer rates of a recorded run; None where none is known."""
-    named = rates.get("rule") if isinstance(rates, Mapping) else None
-    return str(named) if named else getattr(OPTIMIZERS.get(optimizer), "rule", None)
-
-
 def _check_rule(preset: Preset, rates: dict[str, Any], section: str) -> None:
     name = preset.rule_in(rates)
     if name not in RULES:

@@ -91,17 +91,16 @@ class Look:
 
 _FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 
+_TICKS = {"color": MUTED, "labelcolor": INK, "labelsize": 8, "major.size": 3, "major.width": 0.7}
 _RC: dict[str, Any] = {
     "figure.constrained_layout.w_pad": 0.05,
     "figure.constrained_layout.h_pad": 0.05,
-    "figure.dpi": 100,
     "savefig.dpi": 220,
     "font.size": 8.5,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlecolor": INK,
-    "axes.titlepad": 6,
     "axes.titley": 1.0,  # no search for what a title might lie over, which takes a tenth of the time
     "axes.labelsize": 8.5,
     "axes.labelcolor": INK,
@@ -115,18 +114,7 @@ _RC: dict[str, Any] = {
     "axes.facecolor": "none",
     "grid.color": GRID,
     "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "xtick.minor.size": 1.8,
-    "ytick.minor.size": 1.8,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
+    **{f"{axis}tick.{key}": value for axis in "xy" for key, value in _TICKS.items()},
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "lines.markersize": 4,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from layerwise.common.layer_rate import parameter_of
 from layerwise.lab.report import style
-from layerwise.lab.report.figures.units import draw_kinds, kind_styles, name_kinds, network_order
+from layerwise.lab.report.figures.units import draw_kinds, name_kinds, network_order
 from layerwise.lab.runs.recorded import Array, Run
 
 FAR_APART = 4.0  # spread from which a linear axis would hide the smaller rates
@@ -59,7 +59,7 @@ _NOTE: dict[str, Any] = {"loc": "right", "fontsize": 7.5, "color": style.MUTED, 
 
 
 def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> None:
-    draw_kinds(axes, steps, values, kinds, kind_styles(kinds))
+    draw_kinds(axes, steps, values, kinds)
     top = float(np.nanmax(values)) * 1.06 or 1.0
     axes.set_ylim(0, top)
     exponent = math.floor(math.log10(top))
@@ -71,15 +71,14 @@ def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> None:
 
 
 def _multipliers(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> None:
-    styles = kind_styles(kinds)
-    draw_kinds(axes, steps, values, kinds, styles)
+    draw_kinds(axes, steps, values, kinds)
     if _largest_ratio(values) > FAR_APART:
         style.log_scale(axes.yaxis, values[np.isfinite(values) & (values > 0)], 1.2)
     else:
         axes.set_ylim(0, float(np.nanmax(values)) * 1.06 or 1.0)
     axes.set_ylabel("Rate multiplier")
     style.step_axis(axes, steps)
-    name_kinds(axes, steps, values, kinds, styles, height=HEIGHT * 0.72)
+    name_kinds(axes, steps, values, kinds, HEIGHT * 0.72)
 
 
 def _largest_ratio(rates: Array) -> float:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from layerwise.lab.report import style
-from layerwise.lab.report.figures.units import UnitName, draw_kinds, kind_styles, name_kinds, network_order
+from layerwise.lab.report.figures.units import UnitName, draw_kinds, name_kinds, network_order
 from layerwise.lab.runs.recorded import Array, Run, number
 
 MOST_KINDS = 8
@@ -21,13 +21,12 @@ def rate_per_layer(run: Run, arrangement: style.Arrangement = style.WIDE) -> Fig
     figure = style.new_figure(arrangement.width, 3.3)
     axes = figure.subplots()
     axes.set_yscale("log")
-    styles = kind_styles(kinds, MOST_KINDS)
-    draw_kinds(axes, steps, values, kinds, styles)
+    draw_kinds(axes, steps, values, kinds, MOST_KINDS)
     if np.isfinite(values).any():
         style.log_scale(axes.yaxis, values[np.isfinite(values)], 1.3)
     style.step_axis(axes, steps)
     axes.set_ylabel("Function-space learning rate")
-    name_kinds(axes, steps, values, kinds, styles, height=2.5)
+    name_kinds(axes, steps, values, kinds, 2.5, MOST_KINDS)
     return figure
 
 

@@ -12,7 +12,8 @@ from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from layerwise.common.layer_rate import parameter_of
-from layerwise.lab.optimizers.registry import rule_of
+from layerwise.lab.config.keys import flatten
+from layerwise.lab.optimizers.registry import OPTIMIZERS
 from layerwise.lab.report import style
 from layerwise.lab.report.figures.units import UnitName, network_order
 from layerwise.lab.runs.recorded import Array, LayerHistory, Run
@@ -26,9 +27,8 @@ COLUMNS = 400  # steps drawn: more than a page has pixels for are thinned
 
 def measured(run: Run) -> str:
     """What the run's rate rule measures of a unit, and records as its squared norm."""
-    section = run.config.get("optimizer")
-    rates = section.get("rates") if isinstance(section, dict) else None
-    return "Squared dual norm" if rule_of(run.optimizer, rates) == "dual_norm_adaptive" else "Gradient noise"
+    rule = flatten(run.config).get("optimizer.rates.rule") or getattr(OPTIMIZERS.get(run.optimizer), "rule", None)
+    return "Squared dual norm" if rule == "dual_norm_adaptive" else "Gradient noise"
 
 
 def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangement = style.WIDE) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ from layerwise.lab.runs.recorded import Array
 MOST_KINDS = 13  # names that fit beside a panel
 FEW = 8  # lines that need no median to be told apart
 LineStyle = str | tuple[int, tuple[float, float]]
-Styles = Mapping[str, tuple[str, LineStyle]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def network_order(units: Iterable[str], parameters: Sequence[str]) -> list[UnitN
     return [unit_name(unit) for unit in sorted(units, key=lambda unit: rank.get(parameter_of(unit), len(rank)))]
 
 
-def kind_styles(kinds: Sequence[str], most: int = MOST_KINDS) -> Styles:
+def kind_styles(kinds: Sequence[str], most: int) -> dict[str, tuple[str, LineStyle]]:
     """Colour and line style of each kind: dashed where the colours come round again, grey beyond the commonest."""
     distinct = list(dict.fromkeys(kinds))
     named = sorted(distinct, key=lambda kind: -kinds.count(kind))[:most]
@@ -63,7 +62,7 @@ def kind_styles(kinds: Sequence[str], most: int = MOST_KINDS) -> Styles:
     return styles
 
 
-def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], styles: Styles) -> None:
+def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], most: int = MOST_KINDS) -> None:
     """Draws `values [lines, steps]`, of which `kinds` says the kind of each line; NaN is left out.
 
     Of a kind of many lines the median, its range shaded, and the lines thin.
@@ -71,7 +70,7 @@ def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], st
     present = np.isfinite(values).any(axis=0)
     x, values = steps[present], values[:, present]
     thin = len(values) > FEW
-    for kind, (color, dash) in styles.items():
+    for kind, (color, dash) in kind_styles(kinds, most).items():
         lines = values[[k == kind for k in kinds]]
         lines = lines[np.isfinite(lines).any(axis=1)]
         if not len(lines) or not len(x):
@@ -90,10 +89,10 @@ def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], st
         axes.plot(x[known], middle, color=color, ls=dash, lw=1.5)
 
 
-def name_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], styles: Styles, height: float) -> None:
+def name_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], height: float, most: int = MOST_KINDS) -> None:
     """Each kind that has a colour named at the right edge, where the median of its lines ends."""
     ends = []
-    for kind, (color, _) in styles.items():
+    for kind, (color, _) in kind_styles(kinds, most).items():
         lines = values[[k == kind for k in kinds]]
         last = [line[np.isfinite(line)][-1] for line in lines if np.isfinite(line).any()]
         if last and color != style.MUTED:
