@@ -294,7 +294,7 @@ class _LmoStep(PlannedStep):
         self._before = [group for group in groups if not group.rule.own_dual_norm]
         self._after = [group for group in groups if group.rule.own_dual_norm]
         self._norms = [piece for group in groups for some in group.pieces for norm in some for piece in norm]
-        self._duals = [dual for group in groups for dual in group.duals]
+        self._duals = [group.duals for group in self._after if group.duals is not None]
         self._chunks = [chunk for some in sets for chunk in some.chunks()]
         self._unit_steps = [piece for some in sets for piece in _unit_steps(some.jobs)]
         joined = [joined for group in groups for joined in group.joined.values()]

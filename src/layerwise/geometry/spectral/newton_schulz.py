@@ -52,8 +52,8 @@ class Product(Protocol):
 class Polynomial(Protocol):
     """One step on Gram matrices `[k, n, n]`, symmetric as they are."""
 
-    def of(self, gram: Tensor, product: Product, out: Tensor) -> Tensor:
-        """`P(G)`, in `out`; in the end `gram` is as it was."""
+    def of(self, gram: Tensor, product: Product, out: Tensor, last: bool) -> Tensor:
+        """`P(G)`, in `out`; in the end `gram` is as it was, unless it is the last use of it."""
 
 
 class Quintic(NamedTuple):
@@ -63,7 +63,7 @@ class Quintic(NamedTuple):
     b: float
     c: float
 
-    def of(self, gram: Tensor, product: Product, out: Tensor) -> Tensor:
+    def of(self, gram: Tensor, product: Product, out: Tensor, last: bool) -> Tensor:
         product(gram, gram, out, add=gram, beta=self.b, alpha=self.c)
         out.diagonal(dim1=-2, dim2=-1).add_(self.a)
         return out
@@ -186,8 +186,9 @@ def on_gram_matrices(x: Tensor, gram: Tensor, steps: Sequence[Polynomial], cuts:
         if start > 0:
             product(x, x.mT, gram)
         for step in range(start, end):
-            new = steps[step].of(gram, product, q if step == start else p)
-            if step < end - 1:
+            last = step == end - 1
+            new = steps[step].of(gram, product, q if step == start else p, last)
+            if not last:
                 product(gram, new, spare)
                 product(spare, new, gram)
             if step > start:

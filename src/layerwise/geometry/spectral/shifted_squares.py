@@ -90,11 +90,11 @@ class ShiftedSquare(NamedTuple):
         """For a Gram matrix of `unit Z`: over `unit`, so that from there on all is of Z."""
         return ShiftedSquare(self.s * unit**2, self.at_zero / unit, unit**-5)
 
-    def of(self, gram: Tensor, product: Product, out: Tensor) -> Tensor:
+    def of(self, gram: Tensor, product: Product, out: Tensor, last: bool) -> Tensor:
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         before = diagonal.float()
-        diagonal.copy_(before + self.s)  # rounded once
-        added = diagonal - before  # s, and the rounding of its sum with each entry
+        shifted = (before + self.s).to(gram.dtype)  # rounded once; diagonals are read and written as little as can be
+        diagonal.copy_(shifted)
         slope = self.s
         if self.factor is None:
             product(gram, gram, out)
@@ -102,6 +102,8 @@ class ShiftedSquare(NamedTuple):
             slope = self.s * self.factor
             for matrix, into, own in zip(gram, out, self.factor[:, 0].tolist(), strict=True):
                 product(matrix, matrix, into, alpha=own)
-        out.diagonal(dim1=-2, dim2=-1).add_(self.at_zero + self.s * slope - added.mul_(2 * slope))
-        diagonal.copy_(before)
+        taken = torch.sub(before, shifted)  # -s, and the rounding of its sum with each entry
+        out.diagonal(dim1=-2, dim2=-1).add_(taken.mul_(2 * slope).add_(self.at_zero + self.s * slope))
+        if not last:
+            diagonal.copy_(before)
         return out

@@ -61,14 +61,15 @@ class DualNormAdaptive(RateRule):
 
     def update(self, units: NormGroup) -> Mapping[str, Tensor]:
         square = units.norms[0].nan_to_num(nan=LARGEST_NORM).clamp(max=LARGEST_NORM).square()
-        old, size = units.state["squared_norm"], units.state["size"]
+        old = units.state["squared_norm"]
         average = torch.where(old > 0, torch.lerp(square, old, self.beta), square)
         new = torch.where(units.present, average, old)
-        return {"squared_norm": new, "size": size, "multiplier": self.multipliers(new, size)}
+        return {"squared_norm": new, "multiplier": self.multipliers(new, units.state["size"])}
 
     def multipliers(self, squared_norm: Tensor, size: Tensor) -> Tensor:
         """The multipliers of a group, ``[units]``, from H and the number of entries of each unit."""
         signal = squared_norm > 0
-        median = weighted_median(squared_norm, torch.where(signal, size, 0.0))
-        relative = squared_norm / torch.where(median > 0, median, 1.0)
-        return torch.where(signal, ((1 + self.softening) / (self.softening + relative)) ** 0.25, 1.0)
+        median = weighted_median(squared_norm, size * signal)
+        relative = squared_norm / median  # nan where all are 0
+        slower = (relative + self.softening).div_(1 + self.softening).pow_(-0.25)
+        return torch.where(signal, slower, 1.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.optim.work.job import Alike, Group, Job, State, current_momentum, join_state, select
-from layerwise.optim.work.local import DualNorm
+from layerwise.optim.work.local import DualNorm, white_noise_factors
 
 
 @dataclass(slots=True)
@@ -46,11 +46,18 @@ class NormGroup:
         wanted = () if rule.own_dual_norm else rule.norms()
         #: of each set, the work on each norm that ``update`` takes, in pieces of parameters that are worked on together
         self.pieces = [[norm.asked_of(some.jobs) for norm in wanted] for some in self.sets]
-        #: where the unit steps write the dual norms of their directions, if the rule wants those
-        self.duals = [_dual_norms(some) for some in self.sets] if rule.own_dual_norm else []
         self._device = members[0].state["multiplier"].device  # parameters of one model may be on several
         self._runs = _runs(members)
         self.present = self._repeated([run.some is not None for run in self._runs], torch.bool)
+        #: [units], where the unit steps write the dual norms of their directions, if the rule wants those
+        self.duals: Tensor | None = None
+        if rule.own_dual_norm:
+            factors = [factor for job in members for factor in _over_white_noise(job)]
+            self._over_white_noise = torch.tensor(factors, dtype=torch.float32, device=self._device)
+            self.duals = torch.zeros_like(self._over_white_noise)
+            sizes = [job.state["multiplier"].numel() for job in members]
+            for job, own in zip(members, self.duals.split(sizes), strict=True):
+                job.dual = own
         #: by its name the state that could be joined, and None where it is apart
         self.joined = {key: join_state(members, key) for key in rule.unit_keys}
         counts = [sum(run.units) for run in self._runs]
@@ -74,19 +81,10 @@ class NormGroup:
 
     def update(self, norms_asked: Iterator[Tensor], keep: Tensor | None) -> None:
         """Let the rule set the state of all units from the norms of this step, where ``keep`` allows it."""
-        for some, pieces in zip(self.sets, self.pieces, strict=True):
-            if pieces:
-                some.norms = torch.stack([torch.cat([next(norms_asked) for _ in norm]) for norm in pieces])
-        found = [None if run.some is None else run.some.norms for run in self._runs]
-        like = next(norms for norms in found if norms is not None)
-        zeros = like.new_zeros(len(like), 1)
-        parts = [
-            zeros.expand(-1, sum(run.units))
-            if norms is None
-            else norms[:, run.start : run.start + len(run.units)].flatten(1)
-            for run, norms in zip(self._runs, found, strict=True)
-        ]
-        self.norms = torch.cat([part.to(self._device) for part in parts], dim=1).float()
+        if self.duals is None:
+            self.norms = self._side_by_side(norms_asked)
+        else:
+            self.norms = (self.duals * self._over_white_noise)[None]
         self.state = {
             key: torch.cat([job.state[key].to(self._device) for job in self.members])
             if joined is None
@@ -101,14 +99,27 @@ class NormGroup:
                 targets = [job.state[key] for job in self.members]
                 torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
 
+    def _side_by_side(self, norms_asked: Iterator[Tensor]) -> Tensor:
+        """``[norms, units]``: of the sets, in the order of their units."""
+        for some, pieces in zip(self.sets, self.pieces, strict=True):
+            some.norms = torch.stack([torch.cat([next(norms_asked) for _ in norm]) for norm in pieces])
+        found = [None if run.some is None else run.some.norms for run in self._runs]
+        like = next(norms for norms in found if norms is not None)
+        parts = [
+            like.new_zeros(len(like), sum(run.units))
+            if norms is None
+            else norms[:, run.start : run.start + len(run.units)].flatten(1)
+            for run, norms in zip(self._runs, found, strict=True)
+        ]
+        return torch.cat([part.to(self._device) for part in parts], dim=1).float()
 
-def _dual_norms(some: Alike) -> Tensor:
-    """``[1, jobs, units]``: where the unit steps write them, and the rule finds them."""
-    like = some.jobs[0].state["multiplier"]
-    some.norms = like.new_zeros(1, len(some.jobs), like.numel())
-    for job, own in zip(some.jobs, some.norms[0].unbind(), strict=True):
-        job.dual = own
-    return some.norms
+
+def _over_white_noise(job: Job) -> Iterator[float]:
+    """Of each unit, one over the dual norm of white noise in its shape."""
+    layout, shape = job.group["layout"], tuple(job.param.shape)
+    factors = white_noise_factors(layout, job.group["geometry"], shape)
+    for factor, (units, _, _) in zip(factors, layout.shapes(shape), strict=True):
+        yield from [factor] * units
 
 
 def _runs(members: Sequence[Job]) -> list[_Run]:
@@ -134,17 +145,17 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
         weights: ``[units]``, at least 0; a unit of weight 0 is left out.
 
     Returns:
-        0-dim, one of ``values``; 0 where all weights are 0.
+        0-dim, one of ``values``; the least where all weights are 0.
 
     Examples:
         >>> weighted_median(torch.tensor([1.0, 5.0, 9.0]), torch.tensor([1.0, 1.0, 3.0]))
         tensor(9.)
     """
-    ordered, order = torch.where(weights > 0, values, torch.inf).sort()
-    total = weights[order].cumsum(0)
-    middle = torch.searchsorted(total, total[-1:] / 2).clamp(max=len(ordered) - 1)
+    ordered, order = values.sort()
+    total = weights.gather(0, order).cumsum(0)
+    middle = torch.searchsorted(total, total[-1:] / 2)  # the first that reaches it: one that has weight
     # gathered: an index of no dimension would wait for the device
-    return torch.where(total[-1] > 0, ordered.gather(0, middle)[0], 0.0)
+    return ordered.gather(0, middle)[0]
 
 
 #: The weight of an old average.

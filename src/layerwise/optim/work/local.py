@@ -274,7 +274,7 @@ class LocalWork:
             stacks = layout.matrices_of(job.source.stacked(jobs))
             steps = [job.geometry.lmo(stack) for stack in stacks]
             if jobs[0].dual is not None:
-                _fill_dual_norms(job, stacks, steps)
+                _fill_dual_norms(jobs, stacks, steps)
             scales: Sequence[Tensor | float] = job.factors or (1.0,) * len(stacks)
             if "multiplier" in jobs[0].state:
                 multipliers = stack_of(jobs, "multiplier")
@@ -321,24 +321,22 @@ def _size(job: MatrixJob) -> tuple[int, int, int]:
     return max(1, sum(k for k, _, _ in shapes)), d_out, d_in
 
 
-def _fill_dual_norms(asked: MatrixJob, stacks: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-    """Over those of white noise, from the matrices and their unit steps before those are scaled."""
-    factors = white_noise_factors(asked.layout, asked.geometry, tuple(asked.param.shape))
-    products = [
-        (_inner_products(u, step) * factor).reshape(len(asked.jobs), -1)
-        for u, step, factor in zip(stacks, steps, factors, strict=True)
-    ]
-    wanted = [job.dual for job in asked.jobs if job.dual is not None]
-    torch._foreach_copy_(wanted, torch.cat(products, dim=1).unbind())
+def _fill_dual_norms(jobs: Sequence[Job], stacks: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+    """From the matrices and their unit steps before those are scaled."""
+    products = [inner_products(u, step) for u, step in zip(stacks, steps, strict=True)]
+    found = products[0] if len(products) == 1 else torch.cat([some.view(len(jobs), -1) for some in products], dim=1)
+    wanted = [job.dual for job in jobs if job.dual is not None]
+    torch._foreach_copy_(wanted, found.view(len(jobs), -1).unbind())
 
 
-def _inner_products(a: Tensor, b: Tensor) -> Tensor:
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """``[k, m, n], [k, m, n] -> [k]``, in float32 at least."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    a, b = a.to(wide), b.to(wide)
-    if not a.is_cpu or a[0].numel() < DOT_FROM:
+    if a.dtype.itemsize < 4:
+        a, b = a.float(), b.float()
+    k, rows, columns = a.shape
+    if not a.is_cpu or rows * columns < DOT_FROM:
         return (a * b).sum((-2, -1))
     if a.stride(-1) != 1:
         a, b = a.mT, b.mT  # a unit step lies as its matrix does: neither is copied
-    rows = zip(a.reshape(len(a), -1).unbind(), b.reshape(len(b), -1).unbind(), strict=True)
-    return torch.stack([torch.dot(x, y) for x, y in rows])
+    pairs = zip(a.reshape(k, -1).unbind(), b.reshape(k, -1).unbind(), strict=True)
+    return torch.stack([torch.dot(x, y) for x, y in pairs])

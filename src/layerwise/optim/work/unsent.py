@@ -23,7 +23,7 @@ from torch import Tensor
 from layerwise.common.tensors import local_part
 from layerwise.geometry.layout import StackLayout, VectorStackLayout
 from layerwise.geometry.spectral.newton_schulz import working_dtype
-from layerwise.optim.work.local import MatrixJob, white_noise_factors
+from layerwise.optim.work.local import MatrixJob
 from layerwise.optim.work.placement import Domain
 from layerwise.optim.work.routes import Task, all_gather
 
@@ -50,8 +50,8 @@ def dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
 
 
 def fill_dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> None:
-    """The dual norms, over those of white noise, that these jobs want beside their unit steps."""
-    wanted = [replace(job, factors=white_noise_factors(job.layout, job.geometry, tuple(job.param.shape))) for job in jobs]
+    """The dual norms that these jobs want beside their unit steps."""
+    wanted = [replace(job, factors=None) for job in jobs]
     for job, norm in zip(wanted, dual_norms(domain, wanted)(), strict=True):
         if (dual := job.jobs[0].dual) is not None:
             dual.copy_(norm)
