@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layerwise.common.call import call_given
 from layerwise.common.parameter_names import unwrap_optimizer
+from layerwise.common.running import call_given
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.checked_batches import inputs_of, to_device
 from layerwise.function_space.checking.size_check import Quantity, Value

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.parameter_names import unwrap, unwrap_optimizer
-from layerwise.common.undisturbed import undisturbed
+from layerwise.common.running import undisturbed
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.decide import Factor, Matched, MatchReport, decide, fixed_parameters, rounding_noise
 from layerwise.function_space.measuring.measurement import Measurement

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layerwise.common.running import GRADIENT_HOOKS, Writes, storage
 from layerwise.common.tensors import is_sharded, local_part, or_one
-from layerwise.common.undisturbed import GRADIENT_HOOKS, Writes, storage
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import FORWARD, Adjoint, Change
 from layerwise.function_space.measuring.moments import TensorUpdate

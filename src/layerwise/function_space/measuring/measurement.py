@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.checked import PositiveInt, checked
+from layerwise.common.running import same_random_numbers
 from layerwise.common.tensors import is_sharded, wide_dtype
-from layerwise.common.undisturbed import same_random_numbers
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.linear_products import ProductRunner

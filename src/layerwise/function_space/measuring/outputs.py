@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.common.call import call, call_in_words
+from layerwise.common.running import call, call_in_words
 from layerwise.errors import LayerwiseError
 
 #: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`.
@@ -236,19 +236,15 @@ def random_signs(seed: int, probes: range, rows: range, like: Tensor) -> Tensor:
 
     One is made of each bit.
     """
-    width = math.prod(like.shape[1:])
-    bytes_ = random_words(seed, probes, rows, -(-width // 64), like.device).view(torch.uint8)
-    shifts = torch.arange(8, dtype=torch.uint8, device=like.device)
-    bits = (bytes_[..., None] >> shifts & 1).flatten(2)[..., :width]
-    return bits.to(like.dtype).mul_(2).sub_(1).reshape(len(probes), *like.shape)
-
-
-def random_words(seed: int, probes: range, rows: range, width: int, device: torch.device) -> Tensor:
-    """`[probes, rows, width]` independent 64-bit words (int64), given by seed, number of probe and row, and place."""
+    width, device = math.prod(like.shape[1:]), like.device
     numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
     states = torch.tensor([_state(seed, probe) for probe in probes], dtype=torch.int64, device=device)
     starts = _mixed(states[:, None] + numbers * _WEYL)
-    return _mixed(starts[..., None] + torch.arange(1, width + 1, dtype=torch.int64, device=device) * _WEYL)
+    places = torch.arange(1, 1 - (-width // 64), dtype=torch.int64, device=device)
+    words = _mixed(starts[..., None] + places * _WEYL)  # [probes, rows, places], of 64 bits each
+    shifts = torch.arange(8, dtype=torch.uint8, device=device)
+    bits = (words.view(torch.uint8)[..., None] >> shifts & 1).flatten(2)[..., :width]
+    return bits.to(like.dtype).mul_(2).sub_(1).reshape(len(probes), *like.shape)
 
 
 def _state(*key: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from layerwise.common.undisturbed import Writes, storage, undisturbed
+from layerwise.common.running import Writes, storage, undisturbed
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Adjoint, Change, adjoint, exact_change
 from layerwise.function_space.measuring.moments import TensorUpdate

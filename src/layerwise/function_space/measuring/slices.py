@@ -92,11 +92,14 @@ def cut(inputs: Any, mask: Tensor | None, probes: int, slices: Slices, processes
 
 def examples_of(inputs: Any) -> int | None:
     """The leading size that all tensors of a batch share, or `None`."""
-    sizes = set()
-    for leaf in leaves_of(inputs):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            sizes.add(leaf.shape[0])
-        elif not isinstance(leaf, _SETTINGS):
+    sizes, waiting = set(), [inputs]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, (Mapping, tuple, list)):
+            waiting += part.values() if isinstance(part, Mapping) else part
+        elif isinstance(part, Tensor) and part.ndim:
+            sizes.add(part.shape[0])
+        elif not isinstance(part, _SETTINGS):
             return None
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -124,15 +127,6 @@ def rows_of(inputs: Any, rows: range) -> Any:
     """These examples of a batch; every other one as a copy, as a forward may ask for a `view` of them."""
     chosen = each_tensor(inputs, itemgetter(slice(rows.start, rows.stop, rows.step)))
     return chosen if rows.step == 1 else each_tensor(chosen, torch.clone)
-
-
-def leaves_of(inputs: Any) -> Iterator[Any]:
-    """The tensors of a batch, and what else is in it, in the order of `each_tensor`."""
-    if isinstance(inputs, (Mapping, tuple, list)):
-        for part in inputs.values() if isinstance(inputs, Mapping) else inputs:
-            yield from leaves_of(part)
-    else:
-        yield inputs
 
 
 def each_tensor(inputs: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.common.call import call_given
+from layerwise.common.running import call_given
 from layerwise.errors import LayerwiseError
 
 #: `loss(model, batch)`, the loss of a training step.

@@ -15,9 +15,8 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from layerwise.common.call import call
 from layerwise.common.parameter_names import unwrap
-from layerwise.common.undisturbed import Kept, undisturbed, written
+from layerwise.common.running import Kept, call, undisturbed, written
 from layerwise.geometry.forward.addresses import AddressSpace
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.flow import Flow, Operation, name_of, tensors_in
