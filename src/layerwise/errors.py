@@ -3,6 +3,8 @@
 import sys
 import warnings
 
+__all__ = ["LayerwiseError", "NonFiniteError"]
+
 
 class LayerwiseError(ValueError):
     """Bad input. The command line prints its message as one line and exits with code 2.

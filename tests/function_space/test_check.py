@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import layerwise as lw
-from layerwise.function_space.checking.size_check import Value, trend
+from layerwise.function_space.checking.size_check import Trend, Value, trend
 from layerwise.lab.report import style
 from layerwise.lab.report.figures.size_slopes import size_slopes
 
@@ -304,7 +304,7 @@ def test_slopes_know_their_error():
 
 def test_verdicts():
     def of(slope: float | None, stderr: float = 0.0) -> str:
-        return lw.function_space.Trend("m", "rate", 1, (1, 2), (1, 1), slope, stderr).verdict(0.2)
+        return Trend("m", "rate", 1, (1, 2), (1, 1), slope, stderr).verdict(0.2)
 
     assert of(0.1) == of(-0.2) == "flat"
     assert of(0.3) == "grows"

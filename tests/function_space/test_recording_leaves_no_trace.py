@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space import FunctionSpaceRecorder, JsonLines, Record, function_space_rates
+from layerwise.function_space import FunctionSpaceRecorder, function_space_rates
+from layerwise.function_space.steps.watched_step import JsonLines, Record
 
 DTYPES = [torch.float32, torch.bfloat16]
 

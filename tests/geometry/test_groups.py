@@ -353,7 +353,7 @@ def test_meta_parameters_and_sharded_parameters_need_no_data(tmp_path):
 
 
 def test_exports():
-    for name in ("Description", "Layout", "Split", "describe", "group_by_shape", "param_groups"):
+    for name in ("Layout", "Split", "describe", "group_by_shape", "param_groups"):
         assert name in geometry.__all__
 
 

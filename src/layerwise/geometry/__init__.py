@@ -1,7 +1,7 @@
 """The geometry of layers: norms, polar factors and nuclear norms, and which parameter of a model is what."""
 
 from layerwise.geometry.axes import AxesLayout
-from layerwise.geometry.describe import Description, describe
+from layerwise.geometry.describe import describe
 from layerwise.geometry.groups import group_by_shape, param_groups
 from layerwise.geometry.layout import (
     ConvLayout,
@@ -32,7 +32,6 @@ __all__ = [
     "ConvLayout",
     "ConvTransposeLayout",
     "DepthwiseLayout",
-    "Description",
     "Frobenius",
     "Geometry",
     "Layout",

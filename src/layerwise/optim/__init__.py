@@ -8,7 +8,7 @@ import layerwise.optim.presets
 import layerwise.optim.rules
 from layerwise.common.discover import import_files
 from layerwise.common.layer_rate import LayerRate
-from layerwise.optim.named_optimizers import NamedOptimizer, optimizers, register_optimizer
+from layerwise.optim.named_optimizers import optimizers, register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer, layer_rates
 from layerwise.optim.presets.d_muon import DMuon
 from layerwise.optim.presets.dual_muon import DualMuon
@@ -38,7 +38,6 @@ __all__ = [
     "LayerwiseOptimizer",
     "LocalWork",
     "Muon",
-    "NamedOptimizer",
     "NoiseAdaptive",
     "NormAdaptive",
     "RateRule",

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from layerwise.geometry.forward.addresses import AddressSpace, constant_along, first_address, small
-from layerwise.geometry.forward.evidence import Evidence
+from layerwise.geometry.forward.evidence import Evidence, Kind
 from layerwise.geometry.module_kinds import is_linear, lora_factors
 
 
@@ -172,6 +172,16 @@ class Flow:
         if known is not None and known.rows:
             return replace(known, results_of=known.results_of | results_of)
         return Origin(rows=(_as(tensor, written.rows).clone(),), results_of=results_of)
+
+    def origins(self, tensors: Iterable[Tensor]) -> list[Origin]:
+        """The origin of each, an empty one where there is none."""
+        return [self.origin(tensor) or Origin() for tensor in tensors]
+
+    def used(self, origins: Iterable[Origin], kind: Kind, **seen: Any) -> None:
+        """One use of every weight that tensors of these origins hold; `seen`: fields of `Use`."""
+        for origin in origins:
+            for weight in origin.weights:
+                self.evidence.used(weight, kind, **seen)
 
     def numbers(self, origin: Origin) -> frozenset[int]:
         """The numbers of the parameters whose entries a tensor holds."""

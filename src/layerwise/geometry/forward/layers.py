@@ -18,10 +18,7 @@ from layerwise.geometry.forward.flow import CONSTANT, Flow, Operation, Origin, e
 def norm(flow: Flow, op: Operation) -> None:
     """Normalisations: gains and biases are used; what goes through was transformed, unless there is no gain."""
     gain = op.argument("weight")
-    for parameter in (gain, op.argument("bias")):
-        if isinstance(parameter, Tensor):
-            for weight in (flow.origin(parameter) or Origin()).weights:
-                flow.evidence.used(weight, "norm")
+    flow.used(flow.origins(p for p in (gain, op.argument("bias")) if isinstance(p, Tensor)), "norm")
     origin = flow.origin(op.tensors[0])
     if origin is None:
         return
@@ -34,13 +31,13 @@ def norm(flow: Flow, op: Operation) -> None:
 def convolution(flow: Flow, op: Operation) -> None:
     """A convolution. A depthwise one keeps its inputs' rows, channel by channel."""
     x, weight = op.tensors[:2]
-    source, kernel = flow.origin(x) or Origin(), flow.origin(weight) or Origin()
+    source, kernel = flow.origins((x, weight))
     groups, transposed = op.argument("groups"), bool(op.argument("transposed"))
-    _biases(flow, op.tensors[2:])
+    flow.used(flow.origins(op.tensors[2:]), "bias")
     result = op.results[0]
     channels = result.ndim - (weight.ndim - 2) - 1
     rows = []
-    for view in kernel.weights if kernel.constant else ():
+    for view in kernel.weights:
         kernel_size = tuple(view.shape[2:])
         flow.evidence.used(view, "convolution", groups=groups, transposed=transposed, kernel=kernel_size)
         taps = written_out(view.flatten(2)[..., 0] if view.ndim > 2 else view)
@@ -73,10 +70,10 @@ def _through_filters(source: Origin, channels: int, result: Tensor) -> list[Tens
 
 def attention(flow: Flow, op: Operation) -> None:
     """Attention in one operation: queries, keys and values come first, and the rows of the values come out."""
-    origins = [flow.origin(tensor) or Origin() for tensor in op.tensors]
+    origins = flow.origins(op.tensors)
     for operand, (origin, part) in enumerate(zip(origins, "qkv", strict=False)):
         flow.evidence.went(origin.rows, Site(op.number, operand, part))
-    _biases(flow, op.tensors[3:])
+    flow.used(origins[3:], "bias")
     out = op.results[0]
     rows = []
     for addresses in origins[2].rows:
@@ -104,16 +101,9 @@ def glu(flow: Flow, op: Operation) -> None:
 
 def weight_norm(flow: Flow, op: Operation) -> None:
     """torch's own `g v / |v|`: the weight is `v`, and `g` its gain."""
-    direction, gain = (flow.origin(tensor) or Origin() for tensor in op.tensors[:2])
-    for weight in gain.weights:
-        flow.evidence.used(weight, "gain")
+    direction, gain = flow.origins(op.tensors[:2])
+    flow.used([gain], "gain")
     flow.came_from(op.results[0], direction)
-
-
-def _biases(flow: Flow, tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        for weight in (flow.origin(tensor) or Origin()).weights:
-            flow.evidence.used(weight, "bias")
 
 
 _NORMS = (
@@ -157,7 +147,7 @@ class Operand:
 def multiply(flow: Flow, op: Operation, left: Operand, right: Operand, added: Iterable[Tensor] = ()) -> None:
     """A product of two tensors, to which others were added."""
     result = op.results[0]
-    origins = [flow.origin(operand.tensor) or Origin() for operand in (left, right)]
+    origins = flow.origins((left.tensor, right.tensor))
     if (
         None in (left.free, right.free)
         and all(origin.constant for origin in origins)
@@ -165,7 +155,7 @@ def multiply(flow: Flow, op: Operation, left: Operand, right: Operand, added: It
     ):  # a weight and the vectors by which spectral_norm finds its norm
         flow.came_from(result, CONSTANT)
         return
-    held = [bool(origin.constant and origin.weights) for origin in origins]
+    held = [bool(origin.weights) for origin in origins]
     if all(held) and any(flow.numbers(origin) & flow.factors for origin in origins):  # they make a weight of an adapter
         for view in origins[0].weights:
             flow.evidence.product(view, left.sides("out", "in"))
@@ -190,8 +180,7 @@ def _by_weight(flow: Flow, op: Operation, weight: Operand, made_of: Origin, othe
     """A weight maps an activation: the result has the weight's rows."""
     flow.evidence.went(source.rows, Site(op.number, other.side))
     flow.evidence.transformed |= source.results_of
-    for table in source.weights:
-        flow.evidence.used(table, "table")
+    flow.used([source], "table")
     rows = []
     for view in made_of.weights:
         if other.tensor.ndim == view.ndim == 3 and view.stride(0):
@@ -219,9 +208,9 @@ def _of_activations(flow: Flow, op: Operation, operands: tuple[Operand, Operand]
 
 def _added(flow: Flow, tensors: Iterable[Tensor], product: Origin) -> list[Origin]:
     """The origins of what is added to a product; biases among them are noted."""
-    origins = [flow.origin(tensor) or Origin() for tensor in tensors]
+    origins = flow.origins(tensors)
     for origin in origins:
-        for view in origin.weights if origin.constant else ():
+        for view in origin.weights:
             flow.evidence.used(view, "norm" if is_of_features(view, [product]) else "bias")
     return [origin for origin in origins if not origin.constant]
 

@@ -44,9 +44,7 @@ def join(flow: Flow, op: Operation) -> None:
     """`cat` and `stack`: rows side by side, -1 where a tensor has none."""
     given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.args[0] if tensor.shape != (0,)]
     mixed = not all(origin.constant for _, origin in given)
-    for _, origin in given:
-        for weight in origin.weights:
-            flow.evidence.used(weight, "table" if mixed else "other")
+    flow.used((origin for _, origin in given), "table" if mixed else "other")
     if not mixed:
         numbers = [origin.results_of | flow.matrices(origin) for _, origin in given]
         flow.made(op, Origin(constant=True, results_of=frozenset[int]().union(*numbers)))
@@ -84,8 +82,7 @@ def copy(flow: Flow, op: Operation) -> None:
     origin = flow.origin(source)
     if origin is None or (origin.constant and not origin.weights):
         return
-    for weight in origin.weights:
-        flow.evidence.used(weight, "table")
+    flow.used([origin], "table")
     rows = [r for r in (expanded(addresses, target.shape) for addresses in origin.rows) if r is not None]
     flow.came_from(target, replace(origin, rows=tuple(rows), weights=(), constant=False))
 
@@ -94,8 +91,7 @@ def complex_pairs(flow: Flow, op: Operation) -> None:
     """Two rows make a complex number, and each of its parts comes from both."""
     origin = flow.origin(op.tensors[0])
     if origin is not None:
-        for weight in origin.weights:
-            flow.evidence.used(weight, "other")
+        flow.used([origin], "other")
         apart = op.name == "view_as_complex"
         rows = [
             addresses.select(-1, part) if apart else addresses.unsqueeze(-1).expand(op.results[0].shape)

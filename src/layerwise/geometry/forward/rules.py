@@ -80,7 +80,7 @@ def pointwise(flow: Flow, op: Operation) -> None:
         return
     activations = [origin for _, origin in given if not origin.constant]
     kind: Kind = "gain" if op.name in _SCALES else "bias"
-    weights = [weight for _, origin in given if origin.constant for weight in origin.weights]
+    weights = [weight for _, origin in given for weight in origin.weights]
     for weight in weights:
         by_hand = any(not origin.constant and _is_outer(tensor, small(weight).shape) for tensor, origin in given)
         of_features = kind == "bias" and is_of_features(weight, activations)
@@ -202,14 +202,14 @@ def pad(flow: Flow, op: Operation) -> None:
 def lookup(flow: Flow, op: Operation) -> None:
     """An embedding: rows of a table by number. Of a stack of matrices, some of them."""
     origin = flow.origin(op.tensors[0]) or Origin()
-    if not (origin.constant and origin.weights):
+    if not origin.weights:
         _gathered(flow, op, origin)
         return
     if op.name == "index" and len(op.args[1]) == 1 and op.tensors[0].ndim > 2:
         some = [expanded(weight.select(0, 0), op.results[0].shape) for weight in origin.weights]
         flow.made(op, Origin(tuple(weight for weight in some if weight is not None), constant=True))
         return
-    numbers = [flow.origin(tensor) or Origin() for tensor in op.tensors[1:]]
+    numbers = flow.origins(op.tensors[1:])
     if op.name.startswith("_embedding"):  # whose other tensors say where its bags begin
         numbers = numbers[:1]
     constant = all(each.constant for each in numbers)
@@ -220,8 +220,7 @@ def lookup(flow: Flow, op: Operation) -> None:
     if layer and not chosen and (constant or reordered):
         other(flow, op)
         return
-    for weight in origin.weights:
-        flow.evidence.used(weight, "lookup", counted=counted)
+    flow.used([origin], "lookup", counted=counted)
     flow.made(op, Origin(tuple(chosen), constant=constant or bool(chosen)))
 
 
@@ -240,7 +239,7 @@ def _gathered(flow: Flow, op: Operation, origin: Origin) -> None:
     A router picks the scores of the experts that it chose: that one is chosen and another is not makes them no parts.
     """
     results_of = origin.results_of - flow.evidence.transformed
-    if not all((flow.origin(tensor) or Origin()).constant for tensor in op.tensors[1:]):
+    if not all(each.constant for each in flow.origins(op.tensors[1:])):
         origin = replace(origin, constant=False, counts=False)
     if any(not (flow.origin(tensor) or CONSTANT).constant for tensor in op.tensors[1:]):
         dims = _chosen(op)
@@ -276,13 +275,12 @@ def _chosen(op: Operation) -> list[int]:
 
 def other(flow: Flow, op: Operation) -> None:
     """Anything else: every operand is a place of its own where rows end, and weights may be those of a layer."""
-    origins = [flow.origin(tensor) or Origin() for tensor in op.tensors]
+    origins = flow.origins(op.tensors)
     results_of = results_in(origins)
-    weights = frozenset[int]().union(*(flow.matrices(origin) for origin in origins if origin.constant))
+    weights = frozenset[int]().union(*map(flow.matrices, origins))
     for operand, origin in enumerate(origins):
         flow.evidence.went(origin.rows, Site(op.number, operand, known=False))
-        for weight in origin.weights if origin.constant else ():
-            flow.evidence.used(weight, "other")
+    flow.used(origins, "other")
     if weights:
         flow.evidence.transformed |= results_of
     constant = all(origin.constant for origin in origins)

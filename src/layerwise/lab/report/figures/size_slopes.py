@@ -5,8 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from layerwise.function_space import SizeCheck, Trend
-from layerwise.function_space.checking.size_check import QUANTITIES
+from layerwise.function_space.checking.size_check import QUANTITIES, SizeCheck, Trend
 from layerwise.lab.report import style
 
 #: More modules than this have no colour of their own unless they are not flat.
