@@ -211,7 +211,7 @@ def flat_model():
         ),
         (
             lambda: param_groups(Model(), splits={"*.0.qkv_proj.weight": {"q": 8, "k": 4}}),
-            "blocks.0.qkv_proj.weight, {'q': 8, 'k': 4}, add up to 12, but its d_out is 16",
+            "blocks.0.qkv_proj.weight: the sizes {'q': 8, 'k': 4} add up to 12, but its d_out is 16",
         ),
         (lambda: param_groups(Model(), splits={"*.qkv_proj.weight": 3}), "d_out = 16 cannot be divided"),
         (

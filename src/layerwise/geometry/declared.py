@@ -12,7 +12,7 @@ from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.axes import layout_of
 from layerwise.geometry.found import ROLES, Found
-from layerwise.geometry.layout import DepthwiseLayout, Layout, MatrixLayout, TransposedLayout, VectorLayout
+from layerwise.geometry.layout import DepthwiseLayout, Layout, MatrixLayout, Shape, TransposedLayout, VectorLayout
 from layerwise.geometry.norms import Geometry, RowNorm, Sign, VectorRMS
 from layerwise.geometry.spectral.spectral import Spectral, spectral_conv
 from layerwise.geometry.split import Split
@@ -122,53 +122,39 @@ def _nearest(pattern: str, names: list[tuple[str, ...]]) -> str:
 
 
 def split_layout(found: Found, spec: SplitSpec) -> Layout:
+    """The layout of a parameter that divides as the user says. Raises LayerwiseError where it cannot."""
     shape = tuple(found.parameter.shape)
-    if isinstance(spec, str):
-        return _patterned(found, spec)
-    if isinstance(spec, Mapping) and isinstance(spec.get("parts"), Mapping):  # a `Split` as YAML or JSON has it
-        try:
-            spec = Split(**{**spec, "parts": tuple(spec["parts"].items())})
-        except LayerwiseError as error:
-            raise LayerwiseError(f"splits: {found.name}: {error}") from None
     whole = replace(found.layout, split=None)
-    d_out = whole.stack_shape(shape)[1]
-    if isinstance(spec, Mapping):
-        if not spec or not all(isinstance(size, int) and size > 0 for size in spec.values()):
-            raise LayerwiseError(
-                f"splits: {found.name} has sizes {dict(spec)}; give a positive number of rows for each part"
-            )
-        if sum(spec.values()) != d_out:
-            inputs = f"({spec.get('heads', len(spec))} i)"  # so many equal parts, "heads" of them where that is said
-            pattern = f"{inputs} o" if isinstance(whole, TransposedLayout) else f"o {inputs}"
-            raise LayerwiseError(
-                f"splits: the sizes of {found.name}, {dict(spec)}, add up to {sum(spec.values())}, "
-                f"but its d_out is {d_out} (shape {shape}, stored {whole}); give sizes that add up to {d_out}, "
-                f"or for parts of d_in a pattern such as {pattern!r}"
-            )
-        split = Split.of_sizes(spec) if len(spec) > 1 else None
-    elif isinstance(spec, Split):
-        split = spec
-    elif isinstance(spec, int) and not isinstance(spec, bool) and spec >= 1:
-        split = Split.equal(*map(str, range(spec))) if spec > 1 else None
-    else:
-        raise LayerwiseError(f"splits: {found.name} has {spec!r}; give {_SPLITS}")
-    if split is not None:
-        try:
-            split.rows(d_out)
-        except LayerwiseError as error:
-            raise LayerwiseError(f"splits: {found.name} of shape {shape}: {error}") from None
-    return replace(whole, split=split)
-
-
-def _patterned(found: Found, pattern: str) -> Layout:
     try:
-        layout = layout_of(pattern)
-        layout.shapes(tuple(found.parameter.shape))
+        layout = layout_of(spec) if isinstance(spec, str) else replace(whole, split=_split_of(spec, whole, shape))
+        layout.shapes(shape)
     except LayerwiseError as error:
-        raise LayerwiseError(
-            f"splits: {found.name} of shape {tuple(found.parameter.shape)} has {pattern!r}; give {_SPLITS} ({error})"
-        ) from None
+        hint = f"; give {_SPLITS}" if isinstance(spec, str) else ""
+        raise LayerwiseError(f"splits: {found.name}: {error}{hint}") from None
     return layout
+
+
+def _split_of(spec: SplitSpec, whole: Layout, shape: Shape) -> Split | None:
+    """None where all is one part."""
+    if isinstance(spec, Split):
+        return spec
+    if isinstance(spec, int) and not isinstance(spec, bool) and spec >= 1:
+        return Split.equal(*map(str, range(spec))) if spec > 1 else None
+    if not isinstance(spec, Mapping):
+        raise LayerwiseError(f"it has {spec!r}; give {_SPLITS}")
+    if isinstance(spec.get("parts"), Mapping):  # a `Split` as YAML or JSON has it
+        return Split(**{**spec, "parts": tuple(spec["parts"].items())})
+    if not spec or not all(isinstance(size, int) and size > 0 for size in spec.values()):
+        raise LayerwiseError(f"it has sizes {dict(spec)}; give a positive number of rows for each part")
+    total, d_out = sum(spec.values()), whole.stack_shape(shape)[1]
+    if total != d_out:
+        inputs = f"({spec.get('heads', len(spec))} i)"  # so many equal parts, "heads" of them where that is said
+        pattern = f"{inputs} o" if isinstance(whole, TransposedLayout) else f"o {inputs}"
+        raise LayerwiseError(
+            f"the sizes {dict(spec)} add up to {total}, but its d_out is {d_out} (shape {tuple(shape)}, stored {whole}); "
+            f"give sizes that add up to {d_out}, or for parts of d_in a pattern such as {pattern!r}"
+        )
+    return Split.of_sizes(spec) if len(spec) > 1 else None
 
 
 def overridden(found: Found, given: Mapping[str, Any]) -> Assigned:

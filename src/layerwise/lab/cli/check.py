@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from layerwise.common.parameter_names import first_few
 from layerwise.errors import LayerwiseError
-from layerwise.lab.cli.words import Words, is_there, numbers, seeds_of, split_words, whole_numbers
+from layerwise.lab.cli.words import Words, numbers, seeds_of, split_words, whole_numbers
 from layerwise.lab.config.load import load_config
 from layerwise.lab.models.family import AXIS_NAMES
 
@@ -70,7 +71,7 @@ def _measured(words: list[str], sizes: list[float], **options: Any) -> SizeCheck
     """The check of a config, or of the function that `module:function` names."""
     from layerwise.lab.experiments.check_sizes import check_function, check_sizes
 
-    if not words or ":" not in words[0] or is_there(words[0]):
+    if not words or ":" not in words[0] or os.path.exists(words[0]):
         path, overrides = split_words(words)
         return check_sizes(load_config(path, overrides), sizes, **options)
     if len(words) > 1:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,19 +18,11 @@ Words = Annotated[list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", h
 def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
     """`[CONFIG] [key=value...]` told apart: a word with `=` is an override, the one without is the config."""
     words = words or []
-    overrides = [word for word in words if "=" in word and not is_there(word)]
+    overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     configs = [word for word in words if word not in overrides]
     if len(configs) > 1:
         raise LayerwiseError(f"one config at most, got {', '.join(configs)}; overrides are written key=value")
     return (configs[0] if configs else None), overrides
-
-
-def is_there(word: str) -> bool:
-    """Whether a word names a file or folder; one too long for a name does not."""
-    try:
-        return Path(word).exists()
-    except OSError:
-        return False
 
 
 def numbers(text: str, option: str) -> list[float]:

@@ -6,15 +6,17 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.keys import SECTIONS, section_at, set_key
 from layerwise.lab.config.schema import Config
-from layerwise.lab.config.validate import ConfigT, validate
+from layerwise.lab.config.validate import validate
 from layerwise.lab.runs.directory import read_run
+
+RunConfigT = TypeVar("RunConfigT", bound=Config)
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,11 +66,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def read_tree(path: str | Path) -> dict[str, Any]:
     """The sections in a YAML file or, for the folder of a run, the config it was started with."""
     folder = Path(path)
-    try:
-        is_run = folder.is_dir()
-    except OSError:  # too long for a name
-        is_run = False
-    if not is_run:
+    if not os.path.isdir(folder):  # false of what is too long for a name, too
         return read_yaml(path)
     tree = read_run(folder).config
     tree.setdefault("run", {}).update(dir=str(folder.parent), name=folder.name)
@@ -98,8 +96,8 @@ def _merge(tree: dict[str, Any], key: str, value: Any) -> None:
 def load_config(
     path: str | Path | None = None,
     overrides: Iterable[str] = (),
-    schema: type[ConfigT] = Config,  # type: ignore[assignment]
-) -> ConfigT:
+    schema: type[RunConfigT] = Config,  # type: ignore[assignment]
+) -> RunConfigT:
     """A validated config from a YAML file or a run's folder (none: the defaults) and `key=value` overrides.
 
     `schema` may be a subclass of `Config` with further sections. Raises LayerwiseError.
@@ -109,13 +107,11 @@ def load_config(
     return _cut_short(validate(schema, tree))
 
 
-def _cut_short(config: ConfigT) -> ConfigT:
+def _cut_short(config: RunConfigT) -> RunConfigT:
     """With the environment's LAYERWISE_MOST_STEPS no run takes more steps: to see whether commands work."""
     most = os.environ.get("LAYERWISE_MOST_STEPS")
-    if not most or not isinstance(config, Config):
+    if not most:
         return config
     if not most.isdecimal() or int(most) < 1:
         raise LayerwiseError(f"LAYERWISE_MOST_STEPS={most!r}: a number of steps is needed, from 1")
-    if config.training.steps <= int(most):
-        return config
-    return config.replace({"training.steps": int(most)})
+    return config.replace({"training.steps": min(int(most), config.training.steps)})
