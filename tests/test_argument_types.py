@@ -17,7 +17,7 @@ import layerwise as lw
 from layerwise.common.parameter_names import first_few
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.watching.output_change import OutputChange
-from layerwise.integrations.transformers import FunctionSpaceCallback, LayerRatesCallback, WatchCallback
+from layerwise.integrations.transformers import FunctionSpaceCallback, LayerRatesCallback, WatchCallback, trainer_optimizer
 
 #: Made by us and read by users, abstract, or without arguments.
 NOT_CALLED = {
@@ -152,6 +152,27 @@ def test_options_that_are_passed_on_are_refused_too(call: Callable[..., Any], op
         call(options)
     assert name in str(said.value)
     assert repr(value) in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda o: lw.watch(MODEL, o, function_space=2),
+            r"watch\(function_space=2\).*did you mean 'function_space_every'\?",
+        ),
+        (lambda o: lw.watch(MODEL, o, porbes=2), r"watch\(porbes=2\).*did you mean 'probes'\?"),
+        (lambda o: lw.FLeRM(MODEL, o, xyz=2), r"FLeRM\(xyz=2\).*it takes model, optimizer, base, .*probes"),
+        (lambda o: lw.FunctionSpaceRecorder(MODEL, o, evry=2), r"FunctionSpaceRecorder\(evry=2\).*did you mean 'every'\?"),
+        (
+            lambda o: trainer_optimizer(lw.DualMuon, overides={})[0]()(MODEL, overides={}),
+            r"trainer_optimizer\(overides={}\).*did you mean 'overrides'\?",
+        ),
+    ],
+)
+def test_a_name_that_nobody_takes_is_told_by_what_was_called_with_all_that_it_takes(call: Any, said: str) -> None:
+    with pytest.raises(lw.LayerwiseError, match=said):
+        call(torch.optim.SGD(MODEL.parameters(), lr=0.1))
 
 
 def test_numbers_of_numpy_and_of_torch_are_numbers() -> None:

@@ -46,20 +46,39 @@ def checked(target: _Target) -> _Target:
     return target
 
 
+class UnknownArgumentError(LayerwiseError):
+    """A keyword that a function does not take, nor what it hands its options on to."""
+
+    def __init__(self, called: str, name: str, value: Any, known: Iterable[str]) -> None:
+        self.name, self.value = name, value
+        self.known = [each for each in dict.fromkeys(known) if each not in ("self", "cls")]
+        near = nearest(name, self.known, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(self.known)}"
+        super().__init__(f"{called}({name}={_short(value)}): there is no {name!r}; {hint}")
+
+
 def _checking(function: Any, called: str) -> Any:
     signature = inspect.signature(function)
+    own = [name for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD]
+    hands_on = len(own) < len(signature.parameters)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             given = signature.bind_partial(*args, **kwargs).arguments
         except TypeError:
-            _refuse_unknown(called, signature, kwargs)
+            for name in kwargs.keys() - signature.parameters.keys():
+                raise UnknownArgumentError(called, name, kwargs[name], own) from None
             given = {}  # too many, or one twice: Python's own words say it
         for name, value in given.items():
             if (needed := needed_instead(function, name, value)) is not None:
                 raise LayerwiseError(f"{called}({name}={_short(value)}): give {needed}")
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except UnknownArgumentError as error:
+            if not (hands_on and error.name in kwargs):
+                raise
+            raise UnknownArgumentError(called, error.name, error.value, [*own, *error.known]) from None
 
     call.checks = function  # type: ignore[attr-defined]
     return call
@@ -69,15 +88,6 @@ def needed_instead(function: Callable[..., Any], name: str, value: Any) -> str |
     """In words what an argument takes, where this value is none of it."""
     hints = _hints(function)
     return wanted(hints[name]) if name in hints and not fits(value, hints[name]) else None
-
-
-def _refuse_unknown(called: str, signature: inspect.Signature, kwargs: Mapping[str, Any]) -> None:
-    known = [name for name in signature.parameters if name not in ("self", "cls")]
-    for name, value in kwargs.items():
-        if name not in known:
-            near = nearest(name, known, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
-            raise LayerwiseError(f"{called}({name}={_short(value)}): there is no {name!r}; {hint}")
 
 
 @functools.cache

@@ -54,12 +54,13 @@ def trainer_optimizer(
         options: of the preset.
     """
 
-    def build(model: nn.Module, **options: Any) -> LayerwiseOptimizer:
+    def build(model: nn.Module, overrides: Any = overrides, splits: Any = splits, **options: Any) -> LayerwiseOptimizer:
         optimizer = preset(param_groups(model, overrides=overrides, splits=splits), **options)
         _warn_of_unused(optimizer)
         return optimizer
 
-    return lambda: build, options  # the Trainer calls the first for a factory, and that with its model
+    build.__name__ = "trainer_optimizer"  # as errors call it
+    return lambda: checked(build), options  # the Trainer calls the first for a factory, and that with its model
 
 
 def _warn_of_unused(optimizer: LayerwiseOptimizer) -> None:

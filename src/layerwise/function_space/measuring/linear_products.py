@@ -185,16 +185,19 @@ def _scale(largest: Tensor) -> Tensor:
 
 
 class _Multiply(torch.autograd.Function):
-    """The product, all arguments with a dimension of slices first, whose backward gives log moments where it is measured."""
+    """The product, whose backward gives log moments where it is measured.
+
+    Of slices side by side all arguments have their dimension first. What comes out is no view, as models write into it.
+    """
 
     @staticmethod
     def forward(ctx: Any, moments_input: Tensor, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.product = product
         ctx.save_for_backward(x, weight)
-        one = weight[0] if product.by_output else weight[0].T
-        if bias is None or product.slices == 1 or bias.stride(0) == 0:  # the same for all slices
-            found = torch.nn.functional.linear(x.flatten(0, -2), one, None if bias is None else bias[0])
-            return found.unflatten(0, x.shape[:-1])
+        one, rows = _of_one(product, weight), x.reshape(-1, x.shape[-1])
+        if bias is None or bias.ndim == 1 or bias.stride(0) == 0:  # the same for all slices
+            found = torch.nn.functional.linear(rows, one, bias if bias is None or bias.ndim == 1 else bias[0])
+            return torch.ops.aten._unsafe_view(found, [*x.shape[:-1], len(one)])
         return torch.nn.functional.linear(x, one).add_(bias.reshape(len(bias), *[1] * (x.ndim - 2), -1))
 
     @staticmethod
@@ -202,13 +205,21 @@ class _Multiply(torch.autograd.Function):
         (grad,) = gradients
         x, weight = ctx.saved_tensors
         product: Product = ctx.product
-        to_x = (grad @ (weight[0] if product.by_output else weight[0].T)) if ctx.needs_input_grad[2] else None
+        to_x = grad @ _of_one(product, weight) if ctx.needs_input_grad[2] else None
         grads, inputs = (t.reshape(product.slices, -1, t.shape[-1]) for t in (grad, x))
         to_bias = grads.sum(1) if ctx.needs_input_grad[4] else None
+        if to_bias is not None and weight.ndim == 2:
+            to_bias = to_bias[0]
         if product.moments is not None:
             return product.moments.of_factors(grads, inputs), None, to_x, None, to_bias
         left, right = (grads, inputs) if product.by_output else (inputs, grads)
-        return None, None, to_x, left.mT @ right, to_bias
+        return None, None, to_x, (left.mT @ right).view(weight.shape), to_bias
+
+
+def _of_one(product: Product, weight: Tensor) -> Tensor:
+    """The weight as (out, in); slices have the same one each."""
+    one = weight if weight.ndim == 2 else weight[0]
+    return one if product.by_output else one.T
 
 
 # The functions that make products, with the names of their arguments, and those of input, weight and bias among them.
@@ -274,7 +285,7 @@ class Products(TorchFunctionMode):
     def _together(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
         """One slice's part of a function of the `[slices, ...]` that these are one slice's parts of."""
         if not self.level:
-            return function(*(None if t is None else t[None] for t in tensors))[0]
+            return function(*tensors)
         whole = [None if t is None else _functorch._remove_batch_dim(t, self.level, self.count, 0) for t in tensors]
         with temporarily_pop_interpreter_stack():
             found = function(*whole)
