@@ -7,7 +7,7 @@ __all__ = ["LayerwiseError", "NonFiniteError"]
 
 
 class LayerwiseError(ValueError):
-    """Bad input. The command line prints its message as one line and exits with code 2.
+    """Bad input, in one line, also of what others said in several. The command line prints it and exits with code 2.
 
     Examples:
         >>> lw.NoiseAdaptive(beta=2.0)
@@ -15,6 +15,9 @@ class LayerwiseError(ValueError):
             ...
         layerwise.errors.LayerwiseError: NoiseAdaptive(beta=2.0): give a number in [0, 1)
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 class NonFiniteError(LayerwiseError):

@@ -26,12 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(help=train.HELP)(train.train)
-app.command(help=compare.HELP)(compare.compare)
+app.command(epilog=train.NAMES)(train.train)
+app.command()(compare.compare)
 app.command()(report.report)
-app.command(help=record.HELP)(record.record)
-app.command(help=sweep.HELP)(sweep.sweep)
-app.command(help=check.HELP)(check.check)
+app.command()(record.record)
+app.command()(sweep.sweep)
+app.command()(check.check)
 
 
 def _version(wanted: bool) -> None:
@@ -77,7 +77,7 @@ def _line(error: Exception) -> str:
         return f"{what}{error.strerror or error}; what was written before is kept"
     if isinstance(error, MemoryError):
         return f"out of memory ({error}): a smaller model or batch needs less"
-    return " ".join(str(error).split())
+    return str(error)
 
 
 def _way_on(given: list[str]) -> str:

@@ -17,17 +17,6 @@ from layerwise.lab.models.family import AXIS_NAMES
 if TYPE_CHECKING:
     from layerwise.function_space import SizeCheck
 
-HELP = """Check in seconds whether every layer's step does the same at every size of a model.
-
-Of a config (sizes of its width, or of another --axis), or of your own model:
-
-    layerwise check package.module:make --sizes 64,128,256
-
-where `make(size)` returns `(model, optimizer, batch)`, and a `loss(model, batch)` if it has to. Each size trains for a few
-steps; the slope of each module's function-space rate against the size says whether one learning rate fits all. Exit code
-0: no slope is beyond the tolerance, as far as its error can tell; 1: some are; 2: what was asked for cannot be done.
-"""
-
 
 def check(
     words: Words = None,
@@ -42,6 +31,16 @@ def check(
         Path | None, typer.Option("-o", "--output", help="Write OUTPUT.png (slopes) and OUTPUT.csv (numbers).")
     ] = None,
 ) -> None:
+    """Check in seconds whether every layer's step does the same at every size of a model.
+
+    Of a config (sizes of its width, or of another --axis), or of your own model:
+
+        layerwise check package.module:make --sizes 64,128,256
+
+    where `make(size)` returns `(model, optimizer, batch)`, and a `loss(model, batch)` if it has to. Each size trains for a
+    few steps; the slope of each module's function-space rate against the size says whether one learning rate fits all. Exit
+    code 0: no slope is beyond the tolerance, as far as its error can tell; 1: some are; 2: it cannot be done.
+    """
     files = None if output is None else _files(output)
     if sizes is None:
         raise LayerwiseError("check needs --sizes, such as --sizes 64,128")

@@ -16,21 +16,6 @@ from layerwise.lab.config.load import load_config
 if TYPE_CHECKING:
     from layerwise.lab.experiments.comparison import Comparison
 
-HELP = """Train the same model with several optimizers, and compare them.
-
-Every contender starts from the same weights and sees the same batches. Ends with a table and a page,
-`runs/compare/report.html`. Runs that have ended are not repeated, interrupted ones go on.
-
-    layerwise compare
-    layerwise compare --optimizers adamw,lanton training.steps=1000
-    layerwise compare --lr-grid auto --seeds 3
-
-CONFIG is a YAML file as for `layerwise train`, without an optimizer; a section `compare` may hold `optimizers`, `seeds`,
-`lr_grid: {lanton: [2e-3, 4e-3, 8e-3]}`, and `contenders: {mine: {name: lanton, momentum: 0.9}}`.
-Equal budgets, and tuning by role: `trials: 9`,
-`roles: {head: [2, 4], vector: [0.5, 2]}`, `by_role: [d-muon]`. All keys: docs/configuration.md.
-"""
-
 
 def compare(
     words: Words = None,
@@ -45,6 +30,20 @@ def compare(
         Path | None, typer.Option("--output", "-o", help="Folder of the report; the comparison's own by default.")
     ] = None,
 ) -> None:
+    """Train the same model with several optimizers, and compare them.
+
+    Every contender starts from the same weights and sees the same batches. Ends with a table and a page,
+    `runs/compare/report.html`. Runs that have ended are not repeated, interrupted ones go on.
+
+        layerwise compare
+        layerwise compare --optimizers adamw,lanton training.steps=1000
+        layerwise compare --lr-grid auto --seeds 3
+
+    CONFIG is a YAML file as for `layerwise train`, without an optimizer; a section `compare` may hold `optimizers`, `seeds`,
+    `lr_grid: {lanton: [2e-3, 4e-3, 8e-3]}`, and `contenders: {mine: {name: lanton, momentum: 0.9}}`.
+    Equal budgets, and tuning by role: `trials: 9`,
+    `roles: {head: [2, 4], vector: [0.5, 2]}`, `by_role: [d-muon]`. All keys: docs/configuration.md.
+    """
     from layerwise.lab.experiments.comparison import compare as run_comparison
     from layerwise.lab.experiments.contenders import CompareConfig
     from layerwise.lab.report.page import Story, check_report, write_report

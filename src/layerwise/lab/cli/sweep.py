@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from layerwise.lab.experiments.sweep.run_sweep import Sweep
     from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 
-HELP = """Sweep learning rates over sizes of a model, and show whether the best one carries over.
-
-CONFIG is a training config with a section `sweep`: what the sizes are, the grid of rates, the methods (standard, flerm,
-uniform, mup) and the seeds. Finished trials are never repeated: run the same command again to go on, or with more rates
-or sizes to add them, under either engine. The folder `run.dir/run.name` holds results.jsonl, the transfer figure and the
-table. Exit code 1: some trials died and gave no result.
-"""
-
 
 def sweep(
     words: Words = None,
@@ -41,6 +33,13 @@ def sweep(
     gpus: Annotated[float | None, typer.Option(help="ray: GPUs of a trial, such as 0.25 (default 0: it sees none).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many trials there are, and stop.")] = False,
 ) -> None:
+    """Sweep learning rates over sizes of a model, and show whether the best one carries over.
+
+    CONFIG is a training config with a section `sweep`: what the sizes are, the grid of rates, the methods (standard, flerm,
+    uniform, mup) and the seeds. Finished trials are never repeated: run the same command again to go on, or with more rates
+    or sizes to add them, under either engine. The folder `run.dir/run.name` holds results.jsonl, the transfer figure and the
+    table. Exit code 1: some trials died and gave no result.
+    """
     from layerwise.lab.experiments.sweep.run_sweep import run_sweep
     from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 

@@ -17,19 +17,8 @@ from layerwise.lab.runs.directory import has_ended
 from layerwise.lab.runs.recorded import Run, number
 from layerwise.lab.training import processes
 
-HELP = f"""Train one model.
-
-CONFIG is a YAML file, or the folder of an earlier run, whose config is taken; without it the built-in run is
-trained: a small GPT-2 on the Python standard library's source. Any key can be set on the command line:
-
-    layerwise train optimizer=lanton optimizer.lr=4e-3 model.n_layer=2 training.steps=100
-
-Models: {", ".join(PRESETS)}.
-
-Optimizers: {", ".join(OPTIMIZERS)}.
-
-All keys are in docs/configuration.md.
-"""
+#: At the end of its help.
+NAMES = f"Models: {', '.join(PRESETS)}.\n\nOptimizers: {', '.join(OPTIMIZERS)}."
 
 
 def train(
@@ -45,6 +34,15 @@ def train(
         str | None, typer.Option(help="Match rates to a file of `layerwise record`, or `uniform` (function_space.match).")
     ] = None,
 ) -> None:
+    """Train one model.
+
+    CONFIG is a YAML file, or the folder of an earlier run, whose config is taken; without it the built-in run is
+    trained: a small GPT-2 on the Python standard library's source. Any key can be set on the command line:
+
+        layerwise train optimizer=lanton optimizer.lr=4e-3 model.n_layer=2 training.steps=100
+
+    All keys are in docs/configuration.md.
+    """
     from layerwise.lab.training.run import train as run_training
 
     path, overrides = split_words(words)

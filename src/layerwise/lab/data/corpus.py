@@ -122,8 +122,7 @@ def _dataset(config: DataConfig) -> Callable[[], Iterator[str]]:
     try:
         loaded: Any = datasets.load_dataset(config.dataset, config.dataset_config, split=config.dataset_split)
     except Exception as error:  # the library raises many kinds, network errors among them
-        reason = " ".join(str(error).split())[:300]
-        raise LayerwiseError(f"data.dataset={config.dataset!r} cannot be loaded: {reason}") from None
+        raise LayerwiseError(f"data.dataset={config.dataset!r} cannot be loaded: {error!s:.300}") from None
     if config.text_column not in loaded.column_names:
         columns = ", ".join(loaded.column_names)
         raise LayerwiseError(f"data.text_column={config.text_column!r}: the dataset has columns {columns}")

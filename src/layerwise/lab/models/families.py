@@ -84,7 +84,7 @@ def build_model(config: ModelConfig, examples: Examples, seed: int) -> nn.Module
         except LayerwiseError:
             raise
         except (ValueError, TypeError, LookupError, ZeroDivisionError, RuntimeError) as error:
-            reason = f"it knows no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            reason = f"it knows no {error}" if isinstance(error, KeyError) else error
             given = config.settings | ({} if config.lora is None else {"lora.rank": config.lora.rank})
             shown = "".join(f" {key}={value!r}" for key, value in given.items())
             what = f"{name} cannot be built with{shown or ' its defaults'}"
@@ -100,8 +100,7 @@ def load_weights(model: nn.Module, run: str) -> None:
     try:
         model.load_state_dict(load_checkpoint(checkpoints[0])["model"])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise LayerwiseError(f"model.start={run} is a run of another model: {reason}") from None
+        raise LayerwiseError(f"model.start={run} is a run of another model: {error!s:.300}") from None
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> nn.Module:
@@ -120,9 +119,8 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> nn.Module:
             warnings.filterwarnings("ignore", "fan_in_fan_out|`is_gradient_checkpointing`")
             adapted = peft.get_peft_model(model, settings)
     except (ValueError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise LayerwiseError(
-            f"model.lora.targets={config.targets}: {reason}; name modules of the model, such as [query, value]"
+            f"model.lora.targets={config.targets}: {error!s:.200}; name modules of the model, such as [query, value]"
         ) from None
     for name, parameter in adapted.named_parameters():
         if config.fixed is not None and f"lora_{config.fixed}" in name:

@@ -46,10 +46,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], identity: di
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's own, where it could not write to the end
         shutil.rmtree(work, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200]
         free = shutil.disk_usage(folder).free // 1024
         raise LayerwiseError(
-            f"checkpoint {final} cannot be written ({reason}; {free:,} KiB are free there); those before it stand, and"
+            f"checkpoint {final} cannot be written ({error!s:.200}; {free:,} KiB are free there); those before it stand, and"
             " --resume goes on from them"
         ) from None
     manifest = {"format": _FORMAT, "step": step, "identity": identity, **_fingerprint(work / _STATE)}
@@ -116,8 +115,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(file: Path, error: Exception) -> DamagedCheckpointError:
-    reason = " ".join(str(error).split())[:200]
-    return DamagedCheckpointError(f"checkpoint {file} cannot be read: {reason}")
+    return DamagedCheckpointError(f"checkpoint {file} cannot be read: {error!s:.200}")
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

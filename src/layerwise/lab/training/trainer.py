@@ -339,6 +339,5 @@ class Trainer:
         except LayerwiseError:
             raise
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:300]
             where = f"checkpoint in {self.writer.path}"
-            raise LayerwiseError(f"{where} is of another model or optimizer: {reason}") from None
+            raise LayerwiseError(f"{where} is of another model or optimizer: {error!s:.300}") from None
