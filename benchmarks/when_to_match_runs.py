@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import layerwise as lw
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.batches import Batches, open_data
+from layerwise.lab.data.batches import TextData
 from layerwise.lab.experiments.sweep.analysis import Curve
 from layerwise.lab.models.families import build_model, resized
 from layerwise.lab.models.family import Examples
@@ -145,10 +145,10 @@ def config_of(name: str, width: int) -> Config:
     return plain.replace(resized(plain.model, "width", width))
 
 
-def start(name: str, width: int, exponent: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Batches]:
+def start(name: str, width: int, exponent: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, TextData]:
     """A fresh model, its optimizer, and the batches of a seed."""
     config = config_of(name, width).replace({"training.seed": seed})
-    data = open_data(config)
+    data = TextData(config)
     model = build_model(config.model, Examples(data.vocab_size, LENGTH), seed)
     return model, torch.optim.AdamW(model.parameters(), lr=2.0**exponent, weight_decay=0.0), data
 
@@ -159,7 +159,7 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def take_gradient(model: nn.Module, data: Batches, step: int, batches: int) -> None:
+def take_gradient(model: nn.Module, data: TextData, step: int, batches: int) -> None:
     """The gradient of a step: of its batch, or at the first step of several, which no other step sees."""
     steps = [step, *(10 * STEPS + k for k in range(1, batches))] if step == 0 else [step]
     for number in steps:
@@ -167,7 +167,7 @@ def take_gradient(model: nn.Module, data: Batches, step: int, batches: int) -> N
         (loss_of(model, batch.inputs, batch.targets) / len(steps)).backward()
 
 
-def measured_on(data: Batches) -> list[Tensor]:
+def measured_on(data: TextData) -> list[Tensor]:
     """Inputs that no step sees."""
     return [data.batch(STEPS + k).inputs for k in range(4)]
 

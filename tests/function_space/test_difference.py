@@ -15,9 +15,9 @@ from layerwise.function_space import (
     FLeRM,
     FunctionSpaceRecorder,
     Rates,
-    Record,
     function_space_rates,
 )
+from layerwise.function_space.steps.watched_step import Record
 
 
 class Experts(nn.Module):
