@@ -240,21 +240,18 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
     largest = largest_entry(x)
     largest = torch.where(largest > 0, largest, 1.0)
     x = x / largest  # squares of the entries stay in range
-    return _norm_by(method, x, seed, probes) * largest[..., 0, 0]
-
-
-def _norm_by(method: str, x: Tensor, seed: Seed, probes: int) -> Tensor:
-    """Of wide matrices with entries up to one."""
     if method == "svd":
-        return torch.linalg.svdvals(x).sum(-1)
-    if method == "gram":
+        norm = torch.linalg.svdvals(x).sum(-1)
+    elif method == "gram":
         gram = x @ x.mT
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         gram = torch.where(trace.isfinite()[..., None, None], gram, 0.0)  # of any other LAPACK would raise an error
-        return torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt().sum(-1) + 0 * trace  # nan where an entry of x is no number
-    if method == "polar":
-        return (x * exact_polar(x)).sum((-2, -1))
-    return _estimate(x, square_norm(x), seed, probes)
+        norm = torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt().sum(-1) + 0 * trace  # nan where an entry of x is no number
+    elif method == "polar":
+        norm = (x * exact_polar(x)).sum((-2, -1))
+    else:
+        norm = _estimate(x, square_norm(x), seed, probes)
+    return norm * largest[..., 0, 0]
 
 
 def _estimate(x: Tensor, square: Tensor, seed: Seed, probes: int) -> Tensor:
