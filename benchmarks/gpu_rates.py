@@ -28,7 +28,7 @@ import torch
 import machine
 import rate_rule_table
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.tokens import BPETokenizer
+from layerwise.lab.data.tokens import bpe_ids, trained_bpe
 from rate_rule import Store, as_row, fit
 from rate_rule_plan import CONTENDERS, LLAMA_ROLES, Trial
 from script import RESULTS, documented_parser, write_page
@@ -156,9 +156,9 @@ def prepare(folder: Path, sources: Sequence[Path], characters: int, vocabulary: 
         characters -= len(texts[-1])
         if characters <= 0:
             break
-    tokenizer = BPETokenizer.train(iter(texts), vocabulary)
+    tokenizer = trained_bpe(iter(texts), vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
-    ids = np.concatenate(tokenizer.encode(texts)).astype(np.uint16)
+    ids = np.concatenate(bpe_ids(tokenizer, texts)).astype(np.uint16)
     np.save(folder / "tokens.npy", ids)
     print(f"{len(ids):,} tokens of {len(texts):,} files.", PACKING.format(megabytes=ids.nbytes / 1e6))
 

@@ -18,7 +18,7 @@ from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.sweep import run_sweep
 from layerwise.lab.experiments.sweep.analysis import Curve, best_rates, shift_interval, transfers
 from layerwise.lab.experiments.sweep.engines import LocalEngine
-from layerwise.lab.experiments.sweep.results import ResultsFile, loss_of, read_results
+from layerwise.lab.experiments.sweep.results import append_result, loss_of, open_results, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.sweep_report import (
     Panels,
@@ -114,15 +114,15 @@ def test_the_identity_of_a_trial_is_all_that_its_result_depends_on(tmp_path: Pat
 
 def test_half_a_last_line_is_cut_and_one_process_writes(tmp_path: Path) -> None:
     path = tmp_path / "sweep" / "results.jsonl"
-    with ResultsFile(path) as file:
-        file.append({"id": "a", "status": "finished", "loss": 1.5})
-        with pytest.raises(LayerwiseError, match="another process is running it"):
-            ResultsFile(path)
+    with open_results(path) as file:
+        append_result(file, {"id": "a", "status": "finished", "loss": 1.5})
+        with pytest.raises(LayerwiseError, match="another process is running it"), open_results(path):
+            pass
     with open(path, "a") as handle:
         handle.write('{"id":"b","sta')
     assert list(read_results(path)) == ["a"]
-    with ResultsFile(path) as file:
-        file.append({"id": "c", "status": "diverged", "loss": 0.1})
+    with open_results(path) as file:
+        append_result(file, {"id": "c", "status": "diverged", "loss": 0.1})
     results = read_results(path)
     assert [loss_of(row, "loss") for row in results.values()] == [1.5, math.inf]
 
@@ -224,8 +224,8 @@ def test_a_diverged_rate_fails_where_the_initial_loss_is_unknown() -> None:
 def test_unfinished_sweeps_can_be_looked_at(tmp_path: Path) -> None:
     config = sweep_config(tmp_path)
     trial = make_plan(config).points[Point("standard", 4, 0.1, 0)]
-    with ResultsFile(config.run_path / run_sweep.RESULTS) as file:
-        file.append({"id": trial.id, "status": "finished", "val_loss": 2.5, "first_val_loss": 5.0})
+    with open_results(config.run_path / run_sweep.RESULTS) as file:
+        append_result(file, {"id": trial.id, "status": "finished", "val_loss": 2.5, "first_val_loss": 5.0})
     curves, rows = analyse(config, config.run_path)
     assert {(c.method, c.size) for c in curves} == {("standard", 4), ("flerm", 4), ("mup", 4)}
     assert all(row.own_loss == 2.5 for row in rows)

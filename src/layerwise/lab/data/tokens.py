@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,38 +29,32 @@ from layerwise.lab.data.corpus import Corpus, read_corpus
 Ids = npt.NDArray[Any]  # one dimension, uint16 or uint32, usually a memory map
 
 DEFAULT_BPE_VOCABULARY = 2048
+BYTES = 257  # ids: 256 bytes and the end of a document
 _BPE_SAMPLE = 100_000_000  # characters of training text a BPE is trained on
 _END = "<|end|>"
 _VERSION = 2  # of the cache's contents
 PARTS = ("train.bin", "validation.bin")
 
 
-class ByteTokenizer:
-    """Documents to ids: UTF-8 bytes, each document closed by 256."""
-
-    vocab_size = 257
-
-    def encode(self, documents: list[str]) -> list[Ids]:
-        texts = (document.encode("utf-8", errors="replace") for document in documents)
-        return [np.append(np.frombuffer(text, np.uint8), np.uint16(256)) for text in texts]
+def byte_ids(documents: list[str]) -> list[Ids]:
+    """Documents as UTF-8 bytes, each closed by 256."""
+    texts = (document.encode("utf-8", errors="replace") for document in documents)
+    return [np.append(np.frombuffer(text, np.uint8), np.uint16(256)) for text in texts]
 
 
-class BPETokenizer:
-    """Documents to ids: byte-level BPE of the tokenizers library, each document closed by id 0."""
+def trained_bpe(documents: Iterator[str], vocab_size: int) -> Any:
+    """A byte-level BPE of the tokenizers library: the same text and size always give the same one."""
+    from tokenizers import ByteLevelBPETokenizer
 
-    def __init__(self, documents: Iterator[str], vocab_size: int) -> None:
-        """Trains it: the same text and size always give the same tokenizer."""
-        from tokenizers import ByteLevelBPETokenizer
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(documents, vocab_size, min_frequency=0, show_progress=False, special_tokens=[_END])
+    return tokenizer
 
-        self.tokenizer: Any = ByteLevelBPETokenizer()
-        self.tokenizer.train_from_iterator(
-            documents, vocab_size, min_frequency=0, show_progress=False, special_tokens=[_END]
-        )
-        self.vocab_size = int(self.tokenizer.get_vocab_size())
 
-    def encode(self, documents: list[str]) -> list[Ids]:
-        encodings = self.tokenizer.encode_batch(documents, add_special_tokens=False)
-        return [np.array([*encoding.ids, 0], np.uint32) for encoding in encodings]
+def bpe_ids(tokenizer: Any, documents: list[str]) -> list[Ids]:
+    """Documents as ids of a BPE, each closed by 0."""
+    encodings = tokenizer.encode_batch(documents, add_special_tokens=False)
+    return [np.array([*encoding.ids, 0], np.uint32) for encoding in encodings]
 
 
 @dataclass(frozen=True)
@@ -140,27 +135,28 @@ def _written(file: Path) -> list[Any]:
 
 def _vocabulary(config: DataConfig) -> int:
     if config.tokenizer == "byte":
-        if config.vocab_size not in (None, ByteTokenizer.vocab_size):
+        if config.vocab_size not in (None, BYTES):
             raise LayerwiseError(f"data.vocab_size={config.vocab_size}: bytes have 257 ids; leave it out")
-        return ByteTokenizer.vocab_size
+        return BYTES
     vocab_size = config.vocab_size or DEFAULT_BPE_VOCABULARY
-    if vocab_size < 257:
+    if vocab_size < BYTES:
         raise LayerwiseError(f"data.vocab_size={vocab_size}: BPE needs at least 257 (256 bytes and the end)")
     return vocab_size
 
 
 def _tokenise(config: DataConfig, corpus: Corpus, vocab_size: int, folder: Path) -> dict[str, Any]:
-    tokenizer: ByteTokenizer | BPETokenizer = ByteTokenizer()
+    encode: Callable[[list[str]], list[Ids]] = byte_ids
     if config.tokenizer == "bpe":
         training = (text for text, held_out in split(corpus, config.validation_fraction) if not held_out)
-        tokenizer = BPETokenizer(_head(training, _BPE_SAMPLE), vocab_size)
-        tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        tokenizer = trained_bpe(_head(training, _BPE_SAMPLE), vocab_size)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        encode, vocab_size = partial(bpe_ids, tokenizer), tokenizer.get_vocab_size()
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     counts, text_bytes = [0, 0], 0
     with open(folder / PARTS[0], "wb") as train, open(folder / PARTS[1], "wb") as validation:
         pieces = split(corpus, config.validation_fraction)
         while chunk := list(islice(pieces, 64)):
-            encoded = tokenizer.encode([text for text, _ in chunk])
+            encoded = encode([text for text, _ in chunk])
             for (text, held_out), ids in zip(chunk, encoded, strict=True):
                 (validation if held_out else train).write(ids.astype(dtype).tobytes())
                 counts[held_out] += len(ids)
@@ -170,7 +166,7 @@ def _tokenise(config: DataConfig, corpus: Corpus, vocab_size: int, folder: Path)
         "documents": corpus.count,
         "bytes": text_bytes,
         "tokenizer": config.tokenizer,
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": vocab_size,
         "dtype": dtype,
         "train_tokens": counts[0],
         "validation_tokens": counts[1],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.runs.directory import in_the_way, lock
@@ -45,27 +45,22 @@ def loss_of(row: Mapping[str, Any], key: str) -> float:
     return value if row.get("status") == "finished" and math.isfinite(value) else math.inf
 
 
-class ResultsFile:
-    """The file, locked while it is written to."""
+@contextmanager
+def open_results(path: Path) -> Iterator[BinaryIO]:
+    """The file, locked while it is written to, half a last line cut off.
 
-    def __init__(self, path: Path) -> None:
-        """Cuts off half a last line. Raises LayerwiseError where another process writes this sweep."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._file = open(path, "ab+")  # noqa: SIM115 - held until close()
-        lock(self._file, f"sweep {path.parent}: another process is running it")
-        self._file.seek(0)
-        text = self._file.read()
-        self._file.truncate(text.rfind(b"\n") + 1)
+    Raises LayerwiseError where another process writes this sweep.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        lock(file, f"sweep {path.parent}: another process is running it")
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        yield file
 
-    def append(self, row: dict[str, Any]) -> None:
-        """One line in one write, on the disk when this returns."""
-        self._file.write(json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+def append_result(file: BinaryIO, row: dict[str, Any]) -> None:
+    """One line in one write, on the disk when this returns."""
+    file.write(json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())

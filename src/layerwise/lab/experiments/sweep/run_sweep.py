@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from layerwise.lab.experiments.sweep.engines import Engine, Failure, LocalEngine
-from layerwise.lab.experiments.sweep.results import RESULTS, ResultsFile, check_folder, read_results
+from layerwise.lab.experiments.sweep.results import RESULTS, append_result, check_folder, open_results, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.trials import BASE_FILE, Point, make_plan, run_trial, start_worker
 from layerwise.lab.runs.directory import write_json
@@ -37,8 +37,8 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None) -> Sweep:
     plan, folder = make_plan(config), config.run_path
     check_folder(folder)
     failures: dict[Point, str] = {}
-    with ResultsFile(folder / RESULTS) as file:
-        done = read_results(file.path)
+    with open_results(folder / RESULTS) as file:
+        done = read_results(folder / RESULTS)
         todo = [trial for id, trial in plan.trials.items() if id not in done]
         if todo:
             first = {(point.method, point.size): trial for point, trial in reversed(plan.points.items())}
@@ -61,7 +61,7 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None) -> Sweep:
                 shown.note(f"failed: {point}: {row.reason}")
                 said = "failed"
             else:
-                file.append(row)
+                append_result(file, row)
                 said = str(row["status"]) if row["val_loss"] is None else f"last loss {row['val_loss']:.3f}"
             shown.numbers(number, said)
     return Sweep(folder, failures)
