@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from statistics import fmean
 from typing import Any, Final, Literal, get_args
 
 from layerwise.common.checked import checked
@@ -96,8 +97,5 @@ def block_of(parameter: str) -> str:
 def _mean(rates: Sequence[LayerRate]) -> LayerRate:
     """The mean of each number; of the squared norm over the units that have one."""
     norms = [rate.squared_norm for rate in rates if not math.isnan(rate.squared_norm)]
-    return LayerRate(
-        math.fsum(norms) / len(norms) if norms else math.nan,
-        math.fsum(rate.multiplier for rate in rates) / len(rates),
-        math.fsum(rate.lr for rate in rates) / len(rates),
-    )
+    squared_norm = fmean(norms) if norms else math.nan
+    return LayerRate(squared_norm, fmean(rate.multiplier for rate in rates), fmean(rate.lr for rate in rates))
