@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,11 +17,14 @@ from layerwise.common.layer_rate import parameter_of
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.identity import hashed
 from layerwise.lab.report import tables
-from layerwise.lab.report.figures import effective_rates, function_space, heatmap, loss
+from layerwise.lab.report.figures.effective_rates import effective_rates
+from layerwise.lab.report.figures.function_space import rate_per_layer, stacked_shares
+from layerwise.lab.report.figures.heatmap import layer_heat_maps
+from layerwise.lab.report.figures.loss import loss_curves
 from layerwise.lab.report.figures.rate_grid import loss_against_rate
 from layerwise.lab.report.grouping import Contender
 from layerwise.lab.report.rate_curve import RateCurve
-from layerwise.lab.report.style import PHONE, WIDE, Arrangement, page_figure, save_figure, theme_css
+from layerwise.lab.report.style import PHONE, WIDE, page_figure, save_figure, theme_css
 from layerwise.lab.runs.directory import check_output
 from layerwise.lab.runs.recorded import Run
 
@@ -29,13 +33,16 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Plan:
-    """A figure to be drawn: the name of its files, its section of the page, its caption, and how to draw it."""
+    """A figure to be drawn: the name of its files, its section of the page, and how to draw it in an `Arrangement`."""
 
     name: str
     section: str
-    caption: str
-    draw: Callable[[Arrangement], Figure]
+    draw: partial[Figure]  # of a function whose docstring is the caption
     folded: str = ""  # a title under which the page folds it away
+
+    @property
+    def caption(self) -> str:
+        return " ".join((self.draw.func.__doc__ or "").split())
 
     def made(self, folder: Path) -> tuple[str, str]:
         """As SVG for a wide page, in files of that folder too, and for a phone, where panels stand below one another."""
@@ -102,19 +109,9 @@ def code_spans(text: str) -> Markup:
 def plans(groups: Sequence[Contender], story: Story) -> Iterator[Plan]:
     """The figures that these runs have data for, in the order of the page."""
     if any(len(run.train_loss) or len(run.val_loss) for group in groups for run in group.runs):
-        yield Plan(
-            "loss", "Loss", "Training loss (line, smoothed; the raw values behind it) and validation loss (markers), "
-            "against training tokens and against training time. Losses of the first fifth may lie above the axis."
-            + (" Lighter lines are further seeds." if any(len(g.runs) > 1 for g in groups) else ""),
-            lambda on: loss.loss_curves(groups, on),
-        )  # fmt: skip
+        yield Plan("loss", "Loss", partial(loss_curves, groups))
     if story.grid:
-        yield Plan(
-            "loss_against_rate", "Learning rate", "Final validation loss on each optimizer's own grid of base rates, all "
-            "with the same schedule length: dots are seeds, the line their mean, the large dot the best rate. An open "
-            "ring marks an optimum at the end of its grid, which is then no optimum; a cross a rate that diverged.",
-            lambda on: loss_against_rate(story.grid, on),
-        )  # fmt: skip
+        yield Plan("loss_against_rate", "Learning rate", partial(loss_against_rate, story.grid))
     for group in groups:
         yield from _layer_plans(group)
         yield from _function_space_plans(group)
@@ -129,23 +126,13 @@ def _layer_plans(group: Contender) -> Iterator[Plan]:
     vectors = [unit for unit in history.ruled if roles.get(parameter_of(unit)) == "vector"]
     matrices = [unit for unit in history.ruled if roles.get(parameter_of(unit)) != "vector"]
     slug, section = _slug(group.label), f"Layers: {group.label}"
-    what = (
-        f"{heatmap.measured(run)} of each unit, on a log scale, over the median of its norm group (it is measured in the "
-        "dual norm of the group, so only the ratio can be compared between groups), and the multiplier on the base "
-        "learning rate; rows from the input of the network to its output. Parameters whose rates no rule sets are left out."
-    )
     if matrices:
-        yield Plan(f"layers_{slug}", section, what, lambda on: heatmap.layer_heat_maps(run, matrices, on))
+        yield Plan(f"layers_{slug}", section, partial(layer_heat_maps, run, matrices))
     if vectors:
         folded = "Gains and biases" if matrices else ""
-        yield Plan(f"vectors_{slug}", section, what, lambda on: heatmap.layer_heat_maps(run, vectors, on), folded)
+        yield Plan(f"vectors_{slug}", section, partial(layer_heat_maps, run, vectors), folded)
     if history.has_multiplier:
-        yield Plan(
-            f"rates_{slug}", section, "Effective learning rate and rate multiplier, coloured by kind of tensor: of each "
-            "kind the median, the range shaded, and a thin line per unit. Norm groups without a spread are left out. A name "
-            "stands where the median of its units ends.",
-            lambda on: effective_rates.effective_rates(run, on),
-        )  # fmt: skip
+        yield Plan(f"rates_{slug}", section, partial(effective_rates, run))
 
 
 def _function_space_plans(group: Contender) -> Iterator[Plan]:
@@ -153,16 +140,8 @@ def _function_space_plans(group: Contender) -> Iterator[Plan]:
     if not any(line.get("rates") for line in run.function_space):
         return
     slug, section = _slug(group.label), f"Function space: {group.label}"
-    yield Plan(
-        f"function_space_{slug}", section, "Function-space learning rate of each parameter: how much one update of it "
-        "alone changes the outputs of the network. Log scale; of each kind of tensor the median, the range shaded, and a "
-        "thin line per parameter.",
-        lambda on: function_space.rate_per_layer(run, on),
-    )  # fmt: skip
-    yield Plan(
-        f"shares_{slug}", section, "Share of each block, and of each kind of tensor, in the sum of these rates.",
-        lambda on: function_space.stacked_shares(run, on),
-    )  # fmt: skip
+    yield Plan(f"function_space_{slug}", section, partial(rate_per_layer, run))
+    yield Plan(f"shares_{slug}", section, partial(stacked_shares, run))
 
 
 def _slug(label: str) -> str:

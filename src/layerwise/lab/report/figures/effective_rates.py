@@ -28,9 +28,9 @@ HEIGHT = 2.25  # inches of a panel
 
 
 def effective_rates(run: Run, arrangement: style.Arrangement = style.WIDE) -> Figure:
-    """Two panels per norm group: the rate of each unit, and what it is of the base rate (the multiplier).
-
-    Groups in which no unit's rate differs from another's are left out, unless that leaves none.
+    """Effective learning rate and rate multiplier, coloured by kind of tensor: of each kind the median, the range shaded,
+    and a thin line per unit. Norm groups in which no unit's rate differs from another's are left out, unless that leaves
+    none. A name stands where the median of its units ends.
     """
     history = run.history
     assert history is not None

@@ -14,7 +14,9 @@ MOST_KINDS = 8
 
 
 def rate_per_layer(run: Run, arrangement: style.Arrangement = style.WIDE) -> Figure:
-    """Function-space rate of each parameter over steps (log scale), coloured by kind of tensor."""
+    """Function-space learning rate of each parameter: how much one update of it alone changes the outputs of the network.
+    Log scale; of each kind of tensor the median, the range shaded, and a thin line per parameter.
+    """
     steps, names, values = _records(run, "value")
     kinds = [name.part for name in names]
     values = np.where(values > 0, values, np.nan)
@@ -31,7 +33,7 @@ def rate_per_layer(run: Run, arrangement: style.Arrangement = style.WIDE) -> Fig
 
 
 def stacked_shares(run: Run, arrangement: style.Arrangement = style.WIDE) -> Figure:
-    """Shares of the total function-space rate over steps, stacked: by block, and by kind of tensor."""
+    """Share of each block, and of each kind of tensor, in the sum of these rates."""
     steps, names, values = _records(run, "share")
     figure = style.new_figure(arrangement.width, arrangement.height(2, 2.9))
     for axes, title, keys in zip(

@@ -32,9 +32,9 @@ def measured(run: Run) -> str:
 
 
 def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangement = style.WIDE) -> Figure:
-    """What was measured (log scale, relative to the median of its norm group) and rate multiplier, where there are any.
-
-    Norm groups measure in different norms, so only relative values can share a colour scale.
+    """What the rate rule measures of each unit, on a log scale, over the median of its norm group (it is measured in the
+    dual norm of the group, so only the ratio can be compared between groups), and the multiplier on the base learning rate;
+    rows from the input of the network to its output. Parameters whose rates no rule sets are left out.
     """
     history = run.history
     assert history is not None

@@ -23,9 +23,9 @@ SPAN = 0.03
 
 
 def loss_curves(contenders: Sequence[Contender], arrangement: style.Arrangement = style.WIDE) -> Figure:
-    """Two panels: smoothed training loss (line) and validation loss (markers), against tokens and against seconds.
-
-    Of more than a dozen contenders the best are named, the others grey.
+    """Training loss (line, smoothed; the raw values behind it) and validation loss (markers), against training tokens and
+    against training time. Losses of the first fifth may lie above the axis. Lighter lines are further seeds; of more than a
+    dozen contenders the best are named, the others grey.
     """
     figure = style.new_figure(arrangement.width, arrangement.height(2, HEIGHT) + 0.25)
     by_tokens, by_time = arrangement.panels(figure, 2, sharey=True)

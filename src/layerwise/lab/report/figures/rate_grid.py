@@ -15,7 +15,10 @@ from layerwise.lab.report.rate_curve import LossesByRate, RateCurve
 
 
 def loss_against_rate(curves: Sequence[RateCurve], arrangement: style.Arrangement = style.WIDE) -> Figure:
-    """One curve each, as `draw_losses` draws it, on axes that show the rates near the best ones."""
+    """Final validation loss on each optimizer's own grid of base rates, all with the same schedule length: dots are seeds,
+    the line their mean, the large dot the best rate. An open ring marks an optimum at the end of its grid, which is then no
+    optimum; a cross a rate that diverged.
+    """
     beside = arrangement.columns > 1
     named = 0.36 * len(curves) + 0.3  # inches: each curve has two lines
     figure = style.new_figure(arrangement.width, max(3.3, named) if beside else 3.3 + named)
