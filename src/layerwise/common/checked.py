@@ -52,7 +52,7 @@ class UnknownArgumentError(LayerwiseError):
     def __init__(self, called: str, name: str, value: Any, known: Iterable[str]) -> None:
         self.name, self.value = name, value
         self.known = [each for each in dict.fromkeys(known) if each not in ("self", "cls")]
-        near = nearest(name, self.known, cutoff=0.6)
+        near = nearest(name, self.known)
         hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(self.known)}"
         super().__init__(f"{called}({name}={_short(value)}): there is no {name!r}; {hint}")
 

@@ -75,7 +75,7 @@ def function_space_rates(
 def _check_update(update: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     for name, delta in update.items():
         if name not in parameters:
-            near = nearest(name, parameters, cutoff=0.6)
+            near = nearest(name, parameters)
             hint = f"; did you mean {near[0]!r}?" if near else ": use names of model.named_parameters()"
             raise LayerwiseError(f"update holds {name!r}, which is no parameter of the model{hint}")
         if delta.shape != parameters[name].shape:

@@ -100,7 +100,7 @@ def _as_options(name: str, value: Override) -> dict[str, Any]:
 
 def _check_role(role: str, of: str) -> None:
     if role not in ROLES:
-        near = nearest(str(role), ROLES, cutoff=0.6)
+        near = nearest(str(role), ROLES)
         raise LayerwiseError(
             f"overrides: role {role!r} of {of} is unknown; "
             + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(ROLES)}")

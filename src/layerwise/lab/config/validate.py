@@ -80,8 +80,8 @@ def _explain(schema: type[BaseModel], error: Any, within: str) -> str:
             return f"section `{key}` is for `{SECTIONS_OF[key]}`: give it this config, or leave it out"
         *location, word = error["loc"]
         fields = _section_at(schema, location).model_fields
-        inside = [f"`{name}.{word}`" for name in fields if word in _section_at(schema, [name]).model_fields]
-        known = f"did you mean {' or '.join(inside)}?" if inside and not location else nearest(str(word), fields)
+        inside = [f"`{name}.{word}`" for name in schema.model_fields if word in _section_at(schema, [name]).model_fields]
+        known = f"did you mean {' or '.join(inside)}?" if inside else nearest(str(word), fields)
         return f"unknown key `{key}`: {known}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and message.startswith(key):  # it names the key itself

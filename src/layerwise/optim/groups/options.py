@@ -66,7 +66,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raise :class:`LayerwiseError` for an unknown option or a value outside its range."""
     for key, value in options.items():
         if key not in _OPTIONS and key not in TORCH_KEYS:
-            raise _unknown(key, value, nearest(key, _OPTIONS, cutoff=0.6))
+            raise _unknown(key, value, nearest(key, _OPTIONS))
     _check_values(options)
 
 
