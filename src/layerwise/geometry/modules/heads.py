@@ -25,18 +25,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import transformer
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from layerwise.geometry.module_kinds import is_base_model, is_linear, lora_factors
 
-_TORCH_BLOCKS = (
-    nn.MultiheadAttention,
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
+_TORCH_BLOCKS = (nn.MultiheadAttention, *(getattr(nn, name) for name in transformer.__all__))
 _CONV = nn.modules.conv._ConvNd
 _MAY_BE_HEAD = "may be an output head: nothing in the model takes as many inputs as it has outputs"
 _LAST_BUT_READ = "taken for the head as it comes last, but other layers take as many inputs as it has outputs"
@@ -137,8 +131,8 @@ def _in_a_list(model: nn.Module, name: str) -> bool:
     The module itself may be an element (of a list of heads, of a flat Sequential): what counts is where it lies.
     """
     around = _around(model, name)
-    blocks = [m for m in around if isinstance(m, _TORCH_BLOCKS)]  # but no model that was derived from one, with a head
-    of_torch = any(type(m).__module__.startswith("torch.") for m in blocks)
+    # But in no model that was derived from one of torch's, with a head.
+    of_torch = any(isinstance(m, _TORCH_BLOCKS) and type(m).__module__.startswith("torch.") for m in around)
     return of_torch or any(isinstance(m, nn.ModuleList) for m in around[:-1])
 
 
