@@ -1,6 +1,6 @@
-"""What the rate rule adds to a step of D-Muon, in processor time, the two taking turns.
+"""What rate rules add to a step of D-Muon, in processor time, all taking turns.
 
-    python benchmarks/rate_rule_cost.py            # about a minute on one core
+    python benchmarks/rate_rule_cost.py            # two minutes on one core
 
 Processor time instead of the clock's, in one thread: neighbours on the machine then matter little. The ratio is the median
 over rounds of the ratio within a round. Writes `benchmarks/results/rate_rule_cost.md`.
@@ -29,11 +29,14 @@ CASES = {
 }
 
 
-def ratio(layout: Layout, shapes: list[tuple[int, int]], rounds: int) -> tuple[float, float, float]:
-    """Seconds of D-Muon's step, and the median and spread (quartiles' distance) of the ratio with the rule."""
+RULES = (lw.DualNormAdaptive(), lw.NormAdaptive())
+
+
+def ratios(layout: Layout, shapes: list[tuple[int, int]], rounds: int) -> tuple[float, list[tuple[float, float]]]:
+    """Seconds of D-Muon's step, and the median and spread (quartiles' distance) of the ratio with each rule."""
     generator = torch.Generator().manual_seed(0)
     steps = []
-    for rule in (None, lw.DualNormAdaptive()):
+    for rule in (None, *RULES):
         params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator)
@@ -41,16 +44,18 @@ def ratio(layout: Layout, shapes: list[tuple[int, int]], rounds: int) -> tuple[f
         steps.append(lw.DMuon(groups, lr=1e-3, rates=rule).step)
     times: list[list[float]] = []
     for number in range(-2, rounds):
-        taken = [0.0, 0.0]
-        for which in (0, 1) if number % 2 else (1, 0):
+        taken = [0.0] * len(steps)
+        for which in range(len(steps))[:: 1 if number % 2 else -1]:
             started = time.process_time()
             steps[which]()
             taken[which] = time.process_time() - started
         if number >= 0:
             times.append(taken)
-    ratios = [ruled / plain for plain, ruled in times]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return statistics.median(plain for plain, _ in times), middle, high - low
+    found = []
+    for which in range(1, len(steps)):
+        low, middle, high = statistics.quantiles([taken[which] / taken[0] for taken in times], n=4)
+        found.append((middle, high - low))
+    return statistics.median(taken[0] for taken in times), found
 
 
 def main() -> None:
@@ -60,16 +65,18 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     lines = [
-        "# What the rate rule costs",
+        "# What a rate rule costs",
         "",
-        "`python benchmarks/rate_rule_cost.py`: processor time of a step of `DMuon`, and with `DualNormAdaptive` over it.",
+        "`python benchmarks/rate_rule_cost.py`: processor time of a step of `DMuon`, and with a rule over it (in brackets",
+        "the distance of its quartiles).",
         "",
-        "| matrices | D-Muon, seconds | with the rule, over it | between its quartiles |",
+        f"| matrices | D-Muon, seconds | {' | '.join(f'`{type(rule).__name__}`' for rule in RULES)} |",
         "|---|---|---|---|",
     ]
     for name, case in CASES.items():
-        seconds, middle, spread = ratio(*case, given.rounds)
-        lines.append(f"| {name} | {seconds:.4f} | {middle:.3f} | {spread:.3f} |")
+        seconds, found = ratios(*case, given.rounds)
+        ruled = " | ".join(f"{middle:.3f} ({spread:.3f})" for middle, spread in found)
+        lines.append(f"| {name} | {seconds:.4f} | {ruled} |")
         print(lines[-1], flush=True)
     write_page(given.out / "rate_rule_cost.md", [*lines, "", machine.line()])
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layerwise.common.checked import checked
 from layerwise.geometry.spectral.lanczos import Seed
-from layerwise.geometry.spectral.newton_schulz import check_stack, largest_entry, working_dtype
+from layerwise.geometry.spectral.newton_schulz import check_stack, largest_entry, passes_count, working_dtype
 
 
 class Geometry(ABC):
@@ -128,6 +128,11 @@ class _SumOfLengths(Geometry):
         return (largest * lengths).amax((-2, -1)) / self._length(*x.shape[-2:])
 
     def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
+        check_stack(g)
+        if passes_count(g):  # squares of usual numbers stay in range: one pass for four
+            plain = torch.linalg.vector_norm(g, dim=self._dims, keepdim=True, dtype=working_dtype(g))
+            if ((plain > 1e-12) & (plain < 1e18)).all():
+                return plain.sum((-2, -1)) * self._length(*g.shape[-2:])
         largest, lengths, _ = self._lengths(g)
         return (largest * lengths).sum((-2, -1)) * self._length(*g.shape[-2:])
 

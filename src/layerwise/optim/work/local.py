@@ -40,6 +40,8 @@ BATCH_BELOW = 1024
 #: a processor has units for bfloat16, the host's work, which is a batch's however large, counts beside products: larger ones
 #: (norms of d = 384; one thread, AMX: 0.90 of their time). Unit steps have as many there as fit in bfloat16.
 NORM_BYTES = {"cpu": 2**23, "cpu with units": 2**25, "gpu": 2**28}
+#: Matrices of so many entries have norms that are a pass over them taken one by one on a CPU, without a copy.
+ALONE_FROM = 2**17
 #: Inner products of so many entries are a processor's library's, one by one; smaller ones are a product and a sum of all.
 #: (Four of 384 x 128: 25 against 57 microseconds, of 128 x 128 13 against 10; a batched product of rows and columns: 400.)
 DOT_FROM = 2**14
@@ -308,8 +310,13 @@ def directions_at_once(job: MatrixJob) -> int:
 
 
 def norms_at_once(job: MatrixJob) -> int:
-    """A norm is many small operations however large the matrix; what bounds a batch is that it is a copy."""
+    """A spectral norm is many small operations however large the matrix; what bounds a batch is that it is a copy.
+
+    The others are few: on a CPU no large matrix is copied for them.
+    """
     matrices, d_out, d_in = _size(job)
+    if job.geometry.family != "spectral" and job.param.is_cpu and d_out * d_in >= ALONE_FROM:
+        return 1
     on = "gpu" if job.param.device.type != "cpu" else "cpu with units" if processor_units() else "cpu"
     return max(1, NORM_BYTES[on] // max(1, d_out * d_in * job.param.element_size()) // matrices)
 
