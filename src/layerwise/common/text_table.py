@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns of equal width under a header and a rule.
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Columns of equal width under their titles, which are the keys of every row, and a rule.
 
     Example:
-        >>> print(text_table(("role", "lr"), [("hidden", "0.1")]))
+        >>> print(text_table([{"role": "hidden", "lr": "0.1"}]))
         role    lr
         ------  ---
         hidden  0.1
     """
-    table = [tuple(header), *map(tuple, rows)]
-    rule = tuple("-" * max(map(len, column)) for column in zip(*table, strict=True))
-    return "\n".join(aligned([table[0], rule, *table[1:]]))
+    titles, *cells = titled(rows)
+    rule = ["-" * max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    return "\n".join(aligned([titles, rule, *cells]))
+
+
+def titled(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """The titles of the rows, which are the keys of each, and their cells."""
+    return [[*rows[0]], *([*row.values()] for row in rows)]
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from layerwise.common.checked import checked
-from layerwise.common.text_table import text_table
+from layerwise.common.text_table import text_table, titled
 from layerwise.geometry.declared import Overrides, Splits
 from layerwise.geometry.forward import Forward
 from layerwise.geometry.found import ROLES, How
@@ -18,7 +18,6 @@ from layerwise.geometry.groups import Model, assign, frozen_names
 from layerwise.geometry.layout import Layout
 from layerwise.geometry.norms import Geometry
 
-_HEADER = ("parameter", "role", "shape", "stored", "units", "geometry", "norm group", "by")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted name: the index of a layer
 
 
@@ -103,8 +102,8 @@ class Description:
         return "\n".join([_text(_alike(self.rows)), "", self.summary(), *said, *notes])
 
     def _repr_html_(self) -> str:
-        lines = [_cells(name, rows) for name, rows in _alike(self.rows)]
-        head = "".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in _HEADER)
+        titles, *lines = titled([_cells(name, rows) for name, rows in _alike(self.rows)])
+        head = "".join(f"<th style='text-align:left'>{escape(cell)}</th>" for cell in titles)
         body = "".join(
             "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines
         )
@@ -175,24 +174,24 @@ def _span(values: Sequence[str]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}"
 
 
-def _cells(name: str, rows: list[Row]) -> tuple[str, ...]:
+def _cells(name: str, rows: list[Row]) -> dict[str, str]:
     row = rows[0]
     each, own, usual = len(row.units), vars(row.geometry).items(), type(row.geometry)
     changed = ", ".join(f"{key}={value!r}" for key, value in own if value != getattr(usual, key, None))
-    return (
-        name + (" *" if row.note else ""),
-        row.role,
-        " x ".join(map(str, row.shape)) or "scalar",
-        str(row.layout),
-        f"{len(rows)} x {each}" if len(rows) > 1 else str(each),
-        f"{usual.__name__}({changed})",
-        row.norm_group,
-        row.how,
-    )
+    return {
+        "parameter": name + (" *" if row.note else ""),
+        "role": row.role,
+        "shape": " x ".join(map(str, row.shape)) or "scalar",
+        "stored": str(row.layout),
+        "units": f"{len(rows)} x {each}" if len(rows) > 1 else str(each),
+        "geometry": f"{usual.__name__}({changed})",
+        "norm group": row.norm_group,
+        "by": row.how,
+    }
 
 
 def _text(lines: list[tuple[str, list[Row]]]) -> str:
-    return text_table(_HEADER, [_cells(name, rows) for name, rows in lines])
+    return text_table([_cells(name, rows) for name, rows in lines])
 
 
 def _short(count: int) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerwise.common.text_table import aligned
+from layerwise.common.text_table import aligned, titled
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli.words import Words, command_line, split_words
 from layerwise.lab.config.load import load_config
@@ -76,5 +76,5 @@ def _print_results(comparison: Comparison) -> None:
 
     for rows in ([row.cells for row in result_rows(comparison.contenders)], comparison.standings):
         if rows:
-            print(*aligned([[*rows[0]], *([*row.values()] for row in rows)], right=range(1, len(rows[0]))), sep="\n")
+            print(*aligned(titled(rows), right=range(1, len(rows[0]))), sep="\n")
     print(*comparison.notes, sep="\n")

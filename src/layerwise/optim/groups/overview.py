@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,38 +16,26 @@ from layerwise.optim.groups.options import own_keys
 from layerwise.optim.updates import AdamW
 from layerwise.optim.work.job import Group, State, local_state, rate
 
-_HEADER: Final = (
-    "role",
-    "parameters",
-    "entries",
-    "lr",
-    "weight decay",
-    "update",
-    "rates",
-    "geometry",
-    "kept",
-)
-
 
 def table(groups: Sequence[Group]) -> str:
     """A line for each group, in order."""
-    return text_table(_HEADER, [_cells(group) for group in groups])
+    return text_table([_cells(group) for group in groups])
 
 
-def _cells(group: Group) -> tuple[str, ...]:
+def _cells(group: Group) -> dict[str, str]:
     update, effective, scale = group["update"], f"{float(rate(group)):g}", group.get("lr_scale", 1.0)
     rule = update.rule(group)
-    return (
-        str(group["role"]),
-        str(len(group["params"])),
-        str(sum(param.numel() for param in group["params"])),
-        effective if scale == 1.0 else f"{effective} = {float(group['lr']):g} * {scale:g}",
-        f"{float(group['weight_decay']):g}",
-        repr(update),
-        "-" if rule is None else type(rule).__name__,
-        "-" if isinstance(update, AdamW) else repr(group["geometry"]),
-        " ".join(f"{key}={value!r:.30}" for key, value in own_keys(group).items()),
-    )
+    return {
+        "role": str(group["role"]),
+        "parameters": str(len(group["params"])),
+        "entries": str(sum(param.numel() for param in group["params"])),
+        "lr": effective if scale == 1.0 else f"{effective} = {float(group['lr']):g} * {scale:g}",
+        "weight decay": f"{float(group['weight_decay']):g}",
+        "update": repr(update),
+        "rates": "-" if rule is None else type(rule).__name__,
+        "geometry": "-" if isinstance(update, AdamW) else repr(group["geometry"]),
+        "kept": " ".join(f"{key}={value!r:.30}" for key, value in own_keys(group).items()),
+    }
 
 
 def described(groups: Sequence[Group]) -> str:
