@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -105,10 +105,8 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
     inner = unwrap(model)
     given = batch is not None or forward is not None
     if not given:
-        try:
+        with suppress(Exception):  # a config without the numbers that a batch is made of
             batch = made_batch(inner)
-        except Exception:  # a config without the numbers that a batch is made of
-            return Look(None)
         if batch is None:
             return Look(None)
     try:

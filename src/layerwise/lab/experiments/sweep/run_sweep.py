@@ -43,10 +43,10 @@ def run_sweep(config: SweepConfig, engine: Engine | None = None) -> Sweep:
         if todo:
             first = {(point.method, point.size): trial for point, trial in reversed(plan.points.items())}
             without_base = {"function_space.match": None}  # which is not recorded yet
-            check_buildable(trial.alone(without_base if trial.needs_base else {}) for trial in first.values())
+            check_buildable(trial.alone({} if trial.base is None else without_base) for trial in first.values())
         write_json(folder / "sweep.json", {"config": config.model_dump(), "versions": versions()})
         base = None
-        if any(trial.needs_base for trial in todo):  # made anew each time: of a plan it is always the same
+        if any(trial.base is not None for trial in todo):  # made anew each time: of a plan it is always the same
             record(plan.base, config.sweep.base_seeds).save(folder / BASE_FILE)
             base = (folder / BASE_FILE).read_text(encoding="utf-8")
         work = partial(run_trial, base=base)

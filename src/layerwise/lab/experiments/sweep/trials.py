@@ -52,10 +52,6 @@ class Trial:
         """Hash of everything that the result depends on."""
         return hashed([self.config, self.base])[:16]
 
-    @property
-    def needs_base(self) -> bool:
-        return self.base is not None
-
     def alone(self, changes: dict[str, Any]) -> Config:
         """Its run by itself, with these keys changed."""
         return Config.model_validate({**self.config, "run": {"name": "trial", "tensorboard": False}}).replace(changes)
@@ -135,7 +131,7 @@ def run_trial(trial: Trial, base: str | None) -> dict[str, Any]:
     """Trains it in a folder that is removed afterwards and returns its line of the results. `base`: a base file's text."""
     with tempfile.TemporaryDirectory() as folder:
         changes: dict[str, Any] = {"training.checkpoint_every": 0, "run.dir": folder}
-        if trial.needs_base:
+        if trial.base is not None:
             assert base is not None
             base_file = Path(folder) / BASE_FILE
             base_file.write_text(base, encoding="utf-8")
