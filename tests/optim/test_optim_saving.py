@@ -315,3 +315,20 @@ def test_a_kind_of_update_says_which_options_have_to_be_the_same():
     assert {group["lr"] for group in same.param_groups} == {0.1}
     with pytest.raises(lw.LayerwiseError, match="eps of"):
         optimizer(eps=1e-6, lr=0.1).load_state_dict(saved)
+
+
+def test_another_optimizers_checkpoint_of_our_groups_is_read_as_weights_alone():
+    """`torch.load` reads known classes only, and torch's AdamW saves all that is in a group."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 2, 3, groups=2), torch.nn.Flatten(), torch.nn.Linear(2, 6), torch.nn.GELU()
+    )
+    overrides = {"0.weight": lw.Frobenius()}
+    groups = lw.param_groups(model, overrides=overrides, splits={"2.weight": {"q": 2, "k": 4}})
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    model(torch.ones(1, 2, 3, 3)).sum().backward()
+    optimizer.step()
+    state = through_a_file(optimizer.state_dict())
+    again = torch.optim.AdamW(lw.param_groups(model, overrides=overrides, splits={"2.weight": {"q": 2, "k": 4}}), lr=0.2)
+    again.load_state_dict(state)
+    for saved, group in zip(optimizer.param_groups, again.param_groups, strict=True):
+        assert (group["lr"], group["layout"], group["geometry"]) == (0.1, saved["layout"], saved["geometry"])

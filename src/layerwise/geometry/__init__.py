@@ -1,7 +1,10 @@
 """The geometry of layers: norms, polar factors and nuclear norms, and which parameter of a model is what."""
 
+from torch.serialization import add_safe_globals
+
 from layerwise.geometry.axes import AxesLayout
 from layerwise.geometry.describe import describe
+from layerwise.geometry.found import Origin
 from layerwise.geometry.groups import group_by_shape, param_groups
 from layerwise.geometry.layout import (
     ConvLayout,
@@ -53,3 +56,6 @@ __all__ = [
     "polar",
     "spectral_conv",
 ]
+
+# Other optimizers take the groups of `param_groups` as they are, and save what is in them: let `torch.load` read that.
+add_safe_globals([Origin, *(kind for name in __all__ if isinstance(kind := globals()[name], type))])
