@@ -89,8 +89,8 @@ def test_equal_trials_are_one(tmp_path: Path) -> None:
     assert len(plan.trials) == 2 * (2 + 4)
     large = {method: plan.points[Point(method, 8, 0.1, 0)] for method in ("standard", "flerm", "uniform", "mup")}
     assert large["mup"].config["optimizer"]["role_factors"] == {"hidden": 0.5, "head": 0.5}
-    assert large["flerm"].needs_base
-    assert not large["uniform"].needs_base
+    assert large["flerm"].base is not None
+    assert large["uniform"].base is None
     assert large["standard"].config["model"]["width"] == 2
 
 
