@@ -259,6 +259,20 @@ def test_a_contender_tuned_by_role_starts_from_the_plain_one_and_finds_the_facto
     assert plain["minus baseline, 95 %"] == "+0.4000 (1 seed)"
 
 
+def test_what_was_tuned_by_role_with_no_trial_left_for_its_base_rate_says_so(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "train", FakeTraining(best=2e-3, head=0.1))
+    config = configured(
+        words, "compare.optimizers=[d-muon]", "compare.lr_grid.d-muon=[1e-3, 2e-3, 4e-3]", "compare.by_role=[d-muon]",
+        "compare.roles={head: [4]}", "compare.trials=4",
+    )  # fmt: skip
+    result = compare(config)
+    assert result.standings[1]["at its best"] == "rate 0.002, head x 4"
+    assert "D-Muon by role: only one base rate was tried with its best factors" in "".join(result.notes)
+    assert "not tuned" not in "".join(result.notes)
+
+
 def test_every_contender_has_the_same_number_of_trials(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTraining(best=3e-3)
     monkeypatch.setattr(module, "train", fake)
@@ -387,7 +401,7 @@ def test_the_committed_comparison_gives_all_contenders_the_same_budget(
     monkeypatch.setattr(module, "train", training)
     made = compare(equal_budgets(words))
     trials = {row["contender"]: row["trials"] for row in made.standings}
-    assert trials == {"Dual Muon": "10", "D-Muon": "10", "D-Muon by role": "10"}
+    assert trials == {"Dual Muon": "12", "D-Muon": "12", "D-Muon by role": "12"}
     assert made.standings[-1]["at its best"].endswith(", head x 4")  # where the stand-in has its optimum
     assert [bool(row["tokens"]) for row in made.standings] == [True, True, False]  # the baseline is tuned by role
 

@@ -124,7 +124,7 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     for search in searches:
         search.finish()
     curves = [search.curve for search in searches]
-    made = Comparison([search.at_best for search in searches], curves, list(notes(config, curves)), [])
+    made = Comparison([search.at_best for search in searches], curves, list(notes(config, searches)), [])
     if not made.tuned and section.seeds == 1 and section.baseline is None:
         return made
     base = baseline(section, searches)
@@ -133,9 +133,9 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     return replace(made, standings=stood, notes=[*made.notes, standings_note(base, section.trials)])
 
 
-def notes(config: CompareConfig, curves: Sequence[RateCurve]) -> Iterator[str]:
+def notes(config: CompareConfig, searches: Sequence[Search]) -> Iterator[str]:
     """What a reader has to know before the numbers: how the rates were chosen."""
-    if not any(len(curve.rates) > 1 for curve in curves):
+    if all(len(search.runs) == 1 for search in searches):
         yield _of_defaults(base_rates().get(plain_preset(config.model) or "", {}).get("command"))
         return
     seeds = config.compare.seeds
@@ -143,14 +143,17 @@ def notes(config: CompareConfig, curves: Sequence[RateCurve]) -> Iterator[str]:
         f"Each optimizer is shown at the best base rate of its grid, over {seeds} seed{'s' if seeds > 1 else ''}, all "
         "runs with the same schedule length. The rate was chosen by the same validation loss that is reported."
     )
-    for curve in curves:
+    for search in searches:
+        curve = search.curve
         if curve.edge is not None:
             yield (
                 f"{curve.label}: the best rate, {curve.best:g}, is the {curve.edge} of its grid; its optimum may lie "
                 "beyond it, so its result is not its best."
             )
-        elif len(curve.rates) == 1:
+        elif len(search.runs) == 1:
             yield f"{curve.label}: only one rate was tried; it was not tuned."
+        elif len(curve.rates) == 1:
+            yield f"{curve.label}: only one base rate was tried with its best factors; more `compare.trials` try others."
         if curve.best is None:
             yield f"{curve.label}: diverged at every rate; it is shown at the lowest."
 
