@@ -6,6 +6,7 @@ from layerwise.function_space.matching.base_rates import BaseRates, record_base
 from layerwise.function_space.matching.flerm import FLeRM
 from layerwise.function_space.matching.lora import match_lora
 from layerwise.function_space.measure import function_space_rates
+from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
 from layerwise.function_space.watching.unusual import UnusualRule
@@ -16,6 +17,7 @@ __all__ = [
     "BaseRates",
     "FLeRM",
     "FunctionSpaceRecorder",
+    "Measurement",
     "Rates",
     "SizeCheck",
     "UnusualRule",

@@ -66,6 +66,14 @@ class Measurement:
         space: the output space's name, by which a base and a large model are told to have the same one. Default: the name
             of `forward`, and of a lambda a hash of its code.
         function: what `forward` means.
+
+    Examples:
+        `function_space_rates`, recorder and FLeRM take its fields as keywords.
+
+        >>> model = torch.nn.Linear(3, 2)
+        >>> recorder = lw.FunctionSpaceRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1), probes=8, slices=4)
+        >>> recorder.measurement.probes, recorder.measurement.method
+        (8, 'full_cov')
     """
 
     forward: Forward | str | None = None
