@@ -20,8 +20,8 @@ from layerwise.lab.cli import main
 from layerwise.lab.config.schema import Config
 from layerwise.lab.optimizers.registry import OPTIMIZERS
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from layerwise.lab.runs.directory import read_lines, read_run
-from layerwise.lab.runs.recorded import Run
+from layerwise.lab.runs.directory import read_run
+from layerwise.lab.runs.recorded import Run, read_lines
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.run import train
 

@@ -18,8 +18,9 @@ from layerwise.lab.data.batches import TextData
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import OPTIMIZERS, build_optimizer
+from layerwise.lab.runs import recorded
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
-from layerwise.lab.runs.directory import RunWriter, find_runs, read_run
+from layerwise.lab.runs.directory import RunWriter, find_runs, has_ended, read_run
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import QuietProgress
@@ -118,12 +119,12 @@ def test_layer_rates_are_recorded_at_the_last_step_too(tmp_path: Path, every: in
 
 
 def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
-    first = train(tiny_config(tmp_path))
+    longer = len(train(tiny_config(tmp_path)).metrics)
     with pytest.raises(LayerwiseError, match=r"exists \(finished\): --resume"):
         train(tiny_config(tmp_path))
     shorter = train(tiny_config(tmp_path, training__steps=3), overwrite=True)
     assert shorter.metrics[-1]["step"] == 3
-    assert len(shorter.metrics) < len(first.metrics)
+    assert len(shorter.metrics) < longer
     assert [path.name for path in list_checkpoints(shorter.path / "checkpoints")] == ["step-00000003"]
 
 
@@ -213,6 +214,16 @@ def test_progress_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert "tokens/s" in lines[-1]
     train(tiny_config(tmp_path), overwrite=True, progress=QuietProgress())
     assert capsys.readouterr().err == ""
+
+
+def test_a_runs_records_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison asks of a hundred runs whether they have ended, and their layers are most of what they wrote."""
+    with RunWriter(tmp_path / "run") as writer:
+        writer.update(status="finished", name="x")
+        writer.append("layers", {"step": 1, "layers": {}})
+    monkeypatch.setattr(recorded, "read_lines", lambda _: pytest.fail("records were read"))
+    assert has_ended(tmp_path / "run")
+    assert read_run(tmp_path / "run").name == "x"
 
 
 def test_reading_a_run_that_was_cut_short(tmp_path: Path) -> None:

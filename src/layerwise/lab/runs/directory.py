@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 
 from layerwise.common.files import plain_json, write_whole
 from layerwise.errors import LayerwiseError
-from layerwise.lab.runs.recorded import Run, number
+from layerwise.lab.runs.recorded import Run
 
 RUN_FILE = "run.json"
 STREAMS = ("metrics", "layers", "function_space")
@@ -59,34 +58,6 @@ class _RunFile(BaseModel, strict=True):
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file as a whole: a reader sees the old text or the new one."""
     write_whole(path, json.dumps(plain_json(value), indent=1, allow_nan=False) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, up to the first line that is not one. A missing file has none."""
-    rows: list[dict[str, Any]] = []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return rows
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(row, dict) or not _is_record(row):
-            break
-        rows.append(row)
-    return rows
-
-
-def _is_record(row: dict[str, Any]) -> bool:
-    """Whether a line has layers or parameters by name, at a step, where it has any."""
-    for held in (row.get("layers"), row.get("rates")):
-        if held is not None and not math.isfinite(number(row.get("step"))):
-            return False
-        if not isinstance(held, dict | None) or not all(isinstance(e, dict) for e in (held or {}).values()):
-            return False
-    return True
 
 
 def has_ended(path: Path) -> bool:
@@ -138,7 +109,7 @@ def check_output(path: Path, ours: str) -> None:
 
 
 def read_run(path: str | Path) -> Run:
-    """The run in a directory, with all its records. Raises LayerwiseError where there is none, or run.json is damaged."""
+    """The run in a directory. Raises LayerwiseError where there is none, or run.json is damaged."""
     folder = Path(path)
     try:
         info = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
@@ -158,7 +129,7 @@ def read_run(path: str | Path) -> Run:
             f"run {folder}: {RUN_FILE} is damaged ({key} is {info[key]!r:.60}); move the folder away, or train again"
             " with --overwrite"
         ) from None
-    return Run(folder, info, *(read_lines(folder / f"{stream}.jsonl") for stream in STREAMS))
+    return Run(folder, info)
 
 
 def lock(file: IO[Any], taken: str) -> None:

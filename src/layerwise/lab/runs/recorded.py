@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -64,7 +65,7 @@ class LayerHistory:
 
 @dataclass(frozen=True)
 class Run:
-    """A run read back from its directory: what run.json says, and all its records.
+    """A run read back from its directory: what run.json says, and its records, which are read when they are asked for.
 
     `info` is what run.json holds: `name`, `status` ("running", "finished", "diverged"), `config` (sections as in the
     YAML file, every default written out), `versions`, `machine`, `corpus` (source, sha256, tokenizer, sizes),
@@ -75,9 +76,18 @@ class Run:
 
     path: Path
     info: dict[str, Any]
-    metrics: list[dict[str, Any]] = field(repr=False)
-    layers: list[dict[str, Any]] = field(repr=False)
-    function_space: list[dict[str, Any]] = field(repr=False)
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.path / "metrics.jsonl")
+
+    @cached_property
+    def layers(self) -> list[dict[str, Any]]:
+        return read_lines(self.path / "layers.jsonl")
+
+    @cached_property
+    def function_space(self) -> list[dict[str, Any]]:
+        return read_lines(self.path / "function_space.jsonl")
 
     @property
     def name(self) -> str:
@@ -174,6 +184,34 @@ class Run:
         """The median over the logged steps, so that a pause does not count."""
         values = self._finite("tokens_per_second")
         return float(np.median(values)) if values else math.nan
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, up to the first line that is not one. A missing file has none."""
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return rows
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(row, dict) or not _is_record(row):
+            break
+        rows.append(row)
+    return rows
+
+
+def _is_record(row: dict[str, Any]) -> bool:
+    """Whether a line has layers or parameters by name, at a step, where it has any."""
+    for held in (row.get("layers"), row.get("rates")):
+        if held is not None and not math.isfinite(number(row.get("step"))):
+            return False
+        if not isinstance(held, dict | None) or not all(isinstance(e, dict) for e in (held or {}).values()):
+            return False
+    return True
 
 
 def number(value: Any) -> float:

@@ -28,10 +28,9 @@ from layerwise.lab.runs.directory import (
     SilentWriter,
     cleared_away,
     in_the_way,
-    read_lines,
     read_run,
 )  # fmt: skip
-from layerwise.lab.runs.recorded import Run
+from layerwise.lab.runs.recorded import Run, read_lines
 from layerwise.lab.training import processes
 from layerwise.lab.training.device import check_precision, own_device
 from layerwise.lab.training.observers import Observer, RecordRates, observers_of, steps_to_record
