@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 from abc import ABC
 from collections.abc import Callable
@@ -215,3 +216,13 @@ def test_a_message_names_the_first_few_and_counts_the_others() -> None:
     assert first_few(["a", "b", "c"]) == "a, b, c"
     assert first_few(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
     assert first_few(["a", "b"], most=1) == "a and 1 more"
+
+
+def test_an_unknown_argument_is_told_to_another_process_too() -> None:
+    """What cannot be unpickled would stop a pool of processes in place of the trial that it ends."""
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(lw.LayerwiseError, match="there is no 'probs'; did you mean 'probes'") as raised:
+        lw.FunctionSpaceRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1), probs=2)
+    sent = pickle.loads(pickle.dumps(raised.value))
+    assert isinstance(sent, lw.LayerwiseError)
+    assert str(sent) == str(raised.value)

@@ -56,6 +56,9 @@ class UnknownArgumentError(LayerwiseError):
         hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(self.known)}"
         super().__init__(f"{called}({name}={_short(value)}): there is no {name!r}; {hint}")
 
+    def __reduce__(self) -> tuple[type[LayerwiseError], tuple[str]]:
+        return LayerwiseError, (str(self),)  # to another process the message goes
+
 
 def _checking(function: Any, called: str) -> Any:
     signature = inspect.signature(function)
