@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
-
-import layerwise
 
 ROOT = Path(__file__).parent.parent
 #: At the root of the repository, linking into docs/ as `docs/...`.
@@ -45,10 +44,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def reference(room: str) -> str:
-    """The page of one room: every name in `layerwise.__all__` that it defines."""
-    names = [name for name in layerwise.__all__ if name != "__version__"]
-    ours = [name for name in names if getattr(layerwise, name).__module__.split(".")[1] == room]
-    return "\n\n".join([f"# {ROOMS[room]}", *(f"::: layerwise.{name}" for name in ours)]) + "\n"
+    """The page of one room: every name that it makes public."""
+    names = import_module(f"layerwise.{room}").__all__
+    return "\n\n".join([f"# {ROOMS[room]}", *(f"::: layerwise.{name}" for name in names)]) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

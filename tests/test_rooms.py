@@ -120,6 +120,22 @@ def test_every_public_name_has_a_docstring() -> None:
             assert getattr(layerwise, name).__doc__, f"layerwise.{name} has no docstring"
 
 
+def test_what_a_room_imports_for_type_checkers_alone_is_named_beside_its_star() -> None:
+    """A star does not hand it on to those who read without running, such as the API reference."""
+    named = {name for _, name in type_checking_imports(ROOT / "__init__.py")}
+    for room in (module.rpartition(".")[2] for module, name in type_checking_imports(ROOT / "__init__.py") if name == "*"):
+        path = ROOT / room / "__init__.py"
+        if path.exists():
+            assert {name for _, name in type_checking_imports(path)} <= named
+
+
+def type_checking_imports(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of what a file imports under `if TYPE_CHECKING`."""
+    guarded = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+    found = [inner for node in guarded for inner in node.body if isinstance(inner, ast.ImportFrom)]
+    return [(node.module or "", alias.name) for node in found for alias in node.names]
+
+
 def inside(room: str) -> dict[str, set[str]]:
     """The files and folders of a room, each with those of the others that it imports, at once or later."""
     found: dict[str, set[str]] = {}

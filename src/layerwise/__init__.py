@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from layerwise.function_space import *  # noqa: F403
     from layerwise.geometry import *  # noqa: F403
     from layerwise.optim import *  # noqa: F403
+    from layerwise.optim import DistributedWork  # noqa: F401 - lazy there, which griffe's star leaves out
 
 __version__ = "0.1.0"
 
