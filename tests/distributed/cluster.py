@@ -30,36 +30,55 @@ class Cluster:
         self.context = multiprocessing.get_context("forkserver")  # imports torch once, not once a process
         self.context.set_forkserver_preload(PRELOADED)
         self.members: list[Any] = []
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self.runs = 0
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 100) -> list[Any]:
-        """The results by rank. Any error on any rank is raised here; a rank that does not answer ends the cluster."""
+    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+        """The results by rank. Any error on any rank is raised here; a rank that does not answer or ends stops the cluster."""
         if not self.members:
-            self.members = [self._start() for _ in range(self.size)]
-        with tempfile.TemporaryDirectory() as folder:
+            self._start()
+        self.runs += 1
+        file = str(Path(self.folder.name, f"rendezvous_{self.runs}"))
+        try:
             for rank, (_, pipe) in enumerate(self.members[:world]):
-                pipe.send((rank, world, str(Path(folder, "rendezvous")), function, args))
-            answers = []
-            for rank, (_, pipe) in enumerate(self.members[:world]):
-                if not pipe.poll(timeout):
-                    self.stop()
-                    raise TimeoutError(f"rank {rank} of {world} did not answer within {timeout} s")
-                answers.append(pipe.recv())
+                pipe.send((rank, world, file, function, args))
+            answers = [self._answer(rank, world, timeout) for rank in range(world)]
+        except BaseException:
+            self.stop()  # answers of this run must not be taken for those of the next
+            raise
         for rank, (failed, value) in enumerate(answers):
             if failed:
                 raise RuntimeError(f"rank {rank} of {world}:\n{value}")
         return [value for _, value in answers]
+
+    def _answer(self, rank: int, world: int, timeout: float) -> tuple[bool, Any]:
+        process, pipe = self.members[rank]
+        if not pipe.poll(timeout):
+            raise TimeoutError(f"rank {rank} of {world} did not answer within {timeout} s")
+        try:
+            return pipe.recv()
+        except (EOFError, ConnectionResetError) as error:
+            process.join(10)
+            raise RuntimeError(f"rank {rank} of {world} ended with exit code {process.exitcode}") from error
 
     def stop(self) -> None:
         for process, _ in self.members:
             process.kill()
             process.join()
         self.members = []
+        if self.folder is not None:
+            self.folder.cleanup()
 
-    def _start(self) -> tuple[Any, Any]:
-        here, there = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(there,), daemon=True)
-        process.start()
-        return process, here
+    def _start(self) -> None:
+        # A process group that is collected late opens its rendezvous file again and ends the process where it is gone:
+        # the files stay as long as the processes do.
+        self.folder = tempfile.TemporaryDirectory()
+        for _ in range(self.size):
+            here, there = self.context.Pipe()
+            process = self.context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            there.close()  # so that the end of the process is the end of the pipe
+            self.members.append((process, here))
 
 
 def _serve(pipe: Any) -> None:
@@ -75,10 +94,10 @@ def _serve(pipe: Any) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         try:
             if world > 1:
-                dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-            pipe.send((False, function(*args)))
+                dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=240))
+            answer = False, function(*args)
         except BaseException:
-            pipe.send((True, traceback.format_exc()))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            answer = True, traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pipe.send(answer)
