@@ -34,7 +34,7 @@ class Cluster:
         self.runs = 0
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-        """The results by rank. Any error on any rank is raised here; a rank that does not answer or ends stops the cluster."""
+        """The results by rank; an error on any rank is raised here. A rank that ends or does not answer stops them all."""
         if not self.members:
             self._start()
         self.runs += 1
@@ -86,6 +86,7 @@ def _serve(pipe: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    longest = timedelta(seconds=240)
     while True:
         try:
             rank, world, file, function, args = pipe.recv()
@@ -94,7 +95,8 @@ def _serve(pipe: Any) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         try:
             if world > 1:
-                dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=240))
+                dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world, timeout=longest)
+                dist.barrier()  # a rank that is done at once must not close connections that another is still making
             answer = False, function(*args)
         except BaseException:
             answer = True, traceback.format_exc()
