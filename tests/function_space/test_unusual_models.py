@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import layerwise as lw
 from layerwise.errors import LayerwiseError
@@ -30,6 +31,86 @@ def quotient(model, name, direction, x, h=1e-6):
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
     return ((above - below) / (2 * h)).square().mean().sqrt().item()
+
+
+class Remembering(nn.Module):
+    """Its outputs grow with the number of calls, which a list of its own remembers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 3, bias=False), []
+
+    def forward(self, x):
+        self.calls.append(self.linear(x))
+        return len(self.calls) * self.calls[-1]
+
+
+@pytest.mark.parametrize("method", ["full_cov", "exact", "difference"])
+def test_every_forward_of_a_measurement_starts_from_the_state_that_training_left(method):
+    torch.manual_seed(0)
+    model, x, update = Remembering().double(), torch.randn(8, 4).double(), torch.randn(3, 4).double()
+    model(x)
+    rate = function_space_rates(model, {"linear.weight": update}, x, method=method, probes=512)["linear.weight"]
+    truth = 2 * (x @ update.T).square().mean().sqrt().item()  # the second call
+    assert rate.value == pytest.approx(truth, rel=1e-12, abs=4 * rate.stderr)
+    assert len(model.calls) == 1
+
+
+class Checkpointing(nn.Module):
+    def __init__(self, checkpoints):
+        super().__init__()
+        self.first, self.second, self.checkpoints = nn.Linear(4, 8), nn.Linear(8, 3), checkpoints
+
+    def forward(self, x):
+        run = functools.partial(checkpoint, use_reentrant=False) if self.checkpoints else (lambda f, h: f(h))
+        return self.second(run(lambda h: self.first(h).relu(), x))
+
+
+def test_a_forward_that_checkpoints_is_measured_as_without():
+    torch.manual_seed(0)
+    plain, other, x = Checkpointing(False), Checkpointing(True), torch.randn(16, 4)
+    other.load_state_dict(plain.state_dict())
+    update = {name: torch.randn_like(p) for name, p in plain.named_parameters()}
+    expected = function_space_rates(plain, update, x, probes=16)
+    found = function_space_rates(other, update, x, probes=16)
+    for name in update:  # the same probes: rounding alone differs
+        assert found[name].value == pytest.approx(expected[name].value, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_of_sparse_gradients_are_measured_and_watched_as_dense_ones(kind):
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(kind(11, 6, sparse=sparse), nn.Linear(6, 3)), torch.randint(0, 11, (8, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watch = lw.watch(model, optimizer, every=1)
+        recorder = FunctionSpaceRecorder(model, optimizer)
+        model(x).square().mean().backward()
+        with recorder.step(x):
+            optimizer.step()
+        assert model[0].sparse is sparse
+        assert model[0].weight.grad.is_sparse is sparse
+        found.append((recorder.records[0].rates["0.weight"].value, watch.records[0].modules["0"].update.gradient_rms))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [(nn.Linear(4, 3, device="meta"), "is on the meta device"), (nn.Linear(4, 3, dtype=torch.cfloat), "is complex")],
+)
+def test_parameters_of_which_nothing_can_be_measured_are_named(model, said):
+    x = torch.zeros(2, 4, dtype=model.weight.dtype, device=model.weight.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(LayerwiseError, match=f"'weight' {said}"):
+        function_space_rates(model, {"weight": torch.zeros_like(model.weight)}, x)
+    with pytest.raises(LayerwiseError, match=f"'weight' {said}"), FunctionSpaceRecorder(model, optimizer).step(x):
+        pass
+
+
+def test_an_empty_update_is_told():
+    with pytest.raises(LayerwiseError, match="update is empty"):
+        function_space_rates(nn.Linear(4, 3), {}, torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])

@@ -364,6 +364,37 @@ def test_inputs_are_found_however_the_model_is_called():
         assert watch.outputs._seen.take() is None
 
 
+def test_a_model_that_is_trained_in_evaluation_mode_is_measured_on_its_training_inputs():
+    """As `from_pretrained` leaves it. What a recorder runs it on is none of them."""
+    model = nn.Linear(4, 4).eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=2)
+    recorder = lw.FunctionSpaceRecorder(model, optimizer, every=1)
+    for _ in range(4):
+        x = torch.randn(8, 4)
+        model(x).square().mean().backward()
+        assert watch.outputs._seen._seen is None or watch.outputs._seen._seen[0][0] is x
+        with recorder.step(torch.randn(8, 4)):
+            optimizer.step()
+        assert watch.outputs._seen._seen is None or watch.outputs._seen._seen[0][0] is x
+    assert not watch.skipped
+    assert [record.together is None for record in watch.records] == [True, False, True, False]
+
+
+def test_a_record_made_under_autocast_is_that_of_without():
+    records = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        model, x = nn.Linear(64, 64), torch.randn(8, 64)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        watch = lw.watch(model, optimizer, every=1)
+        model(x).square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            optimizer.step()
+        records.append(watch.records[0].to_dict())
+    assert records[0] == records[1]
+
+
 def test_inputs_that_were_not_seen_are_a_reason():
     model = ResNet(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

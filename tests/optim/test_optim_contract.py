@@ -103,6 +103,20 @@ def test_closure(name):
     assert_same_bits(tensors(model, optimizer), tensors(other, plain))
 
 
+@pytest.mark.parametrize("name", ["dual-muon", "lanton"])
+def test_a_step_under_autocast_is_the_step_without_and_the_closure_has_it(name):
+    weights = []
+    for autocast in (False, True):
+        model = net()
+        optimizer = make(name, model)
+        for step in range(3):
+            set_gradients(model, step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                assert optimizer.step(lambda: torch.is_autocast_enabled("cpu")) is autocast
+        weights.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
 def test_a_closure_can_hold_halves():
     model = net()
     optimizer = make("lanton-independent", model)

@@ -98,6 +98,16 @@ def undisturbed(model: nn.Module) -> Iterator[Kept]:
 
 
 @contextmanager
+def under_autocast(tensors: Iterable[Tensor], dtype: torch.dtype | None) -> Iterator[None]:
+    """Compute with these tensors under autocast to `dtype`; with None as they are, inside the caller's autocast too."""
+    with ExitStack() as stack:
+        for kind in sorted({tensor.device.type for tensor in tensors} | {"cpu"}):
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None))
+        yield
+
+
+@contextmanager
 def same_random_numbers(model: nn.Module) -> Iterator[None]:
     """Random numbers drawn inside come from the state before it, which comes back: torch's, numpy's, Python's, and those
     of generators that modules hold.
@@ -176,11 +186,7 @@ class Kept:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = []
-        for module in model.modules():
-            held = module.__dict__
-            contents = {key: value.copy() for key, value in held.items() if type(value) in _CONTAINERS}
-            self._modules.append(KeptModule(module, dict(held), contents))
+        self._modules = kept_modules(model)
         self._parameters = []
         for p in model.parameters():
             hooks = {name: dict(getattr(p, name) or {}) for name in GRADIENT_HOOKS}
@@ -236,6 +242,16 @@ class KeptParameter:
     grad: Tensor | None
     requires_grad: bool
     hooks: dict[str, dict[int, Any]]
+
+
+def kept_modules(model: nn.Module) -> list[KeptModule]:
+    """What all modules hold now."""
+    found = []
+    for module in model.modules():
+        held = module.__dict__
+        contents = {key: value.copy() for key, value in held.items() if type(value) in _CONTAINERS}
+        found.append(KeptModule(module, dict(held), contents))
+    return found
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import processes_of
-from layerwise.function_space.measuring.runners import trainable
+from layerwise.function_space.measuring.runners import check_numbers, trainable
 from layerwise.function_space.rates import Rates
 
 
@@ -67,12 +67,16 @@ def function_space_rates(
     """
     inner = unwrap(model)
     _check_update(update, dict(inner.named_parameters()))
-    updates = {n: TensorUpdate(placed_as(update[n], p)) for n, p in trainable(inner).items() if n in update}
+    parameters = {name: p for name, p in trainable(inner).items() if name in update}
+    check_numbers(parameters)
+    updates = {name: TensorUpdate(placed_as(update[name], p)) for name, p in parameters.items()}
     measurement = Measurement(forward, method, probes, seed, **options)
     return measurement.rates(inner, updates, inputs, mask, processes=processes_of(measurement.processes))
 
 
 def _check_update(update: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    if not update:
+        raise LayerwiseError("update is empty: give each parameter's name and what is added to it")
     for name, delta in update.items():
         if name not in parameters:
             near = nearest(name, parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from layerwise.common.checked import checked
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import first_few, unwrap_optimizer
+from layerwise.common.running import under_autocast
 from layerwise.errors import LayerwiseError, warn
 from layerwise.optim.groups.complete import (
     Recipe,
@@ -178,11 +180,17 @@ class LayerwiseOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; ``closure`` re-evaluates the model and returns the loss."""
+        """Take one step, outside the caller's autocast; ``closure`` re-evaluates the model and returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        some = [param for group in self.param_groups for param in group["params"][:1]]
+        with nullcontext() if torch.compiler.is_compiling() else under_autocast(some, None):
+            self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         groups, lineup = self.param_groups, Lineup() if torch.compiler.is_compiling() else self._lineup
         for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
             if "base_momentum" in group and isinstance(group["update"], Lmo):
@@ -209,7 +217,6 @@ class LayerwiseOptimizer(Optimizer):
         lineup.release()
         if self._second.needed:
             self._second.after_step()
-        return loss
 
     def _look_at_jobs(self, lineup: Lineup) -> None:
         """Other parameters than before have a gradient, or options have changed: what else that means for the step."""

@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from layerwise.common.tensors import or_one, wide_dtype
+from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.moments import Moments
 from layerwise.function_space.measuring.outputs import Outputs, nodes_of
 from layerwise.function_space.measuring.process_group import Collector
@@ -233,6 +234,11 @@ _PRODUCTS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
 OF_GRAPHS = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 
 
+def _saves_by_hooks() -> bool:
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None
+
+
 class Products(TorchFunctionMode):
     """While a forward runs under it, products with these leaves can be measured.
 
@@ -249,6 +255,8 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.level and _saves_by_hooks():
+            raise LayerwiseError("checkpointing would run the forward again outside of the vmap: slices are run one by one")
         if func in _PRODUCTS and torch.is_grad_enabled():
             found = self._product(func, args, kwargs)
             if found is not None:
@@ -273,9 +281,8 @@ class Products(TorchFunctionMode):
         # be a bias.
         if scaled or id(weight) not in self.names or not x.numel() or (bias is not None and bias.ndim != 1):
             return None
-        hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
         device = weight.device
-        if hooks is not None or _functorch.maybe_current_level() != self.level or torch.is_autocast_enabled(device.type):
+        if _saves_by_hooks() or _functorch.maybe_current_level() != self.level or torch.is_autocast_enabled(device.type):
             return None
         # No estimator of a matrix has more moments than three.
         moments_input = torch.zeros(self.count, 3, dtype=wide_dtype(device), device=device, requires_grad=True)

@@ -6,7 +6,7 @@ import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from layerwise.common.running import Writes, storage, undisturbed
+from layerwise.common.running import Writes, kept_modules, storage, under_autocast, undisturbed
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Adjoint, Change, adjoint, exact_change
 from layerwise.function_space.measuring.moments import TensorUpdate
@@ -27,6 +27,8 @@ BatchNormMode = Literal["running", "batch"]
 WRITES = "the forward writes parameter {!r}, and measuring may not: pass forward= that does not"
 #: What is said where no parameter that is measured reaches the outputs.
 NO_GRAPH = "the outputs do not depend on any trainable parameter: does forward detach them?"
+#: An attribute of a model while it is measured, for hooks that are about training alone.
+MEASURED = "_layerwise_measured"
 _RUNNING_STATISTICS = nn.modules.batchnorm._NormBase
 
 
@@ -80,6 +82,8 @@ class LeafRunner(nn.Module, Runner):
         super().__init__()
         self.model = model
         self.function = forward
+        #: What a forward may leave behind (hidden states, caches): the next one starts without it.
+        self.kept = kept_modules(model)
         self.own = dict(model.named_parameters())
         #: Parameters that the forward writes: it gets copies of them.
         self.written = renormalised(model)
@@ -93,7 +97,11 @@ class LeafRunner(nn.Module, Runner):
         self._protected = {storage(tensor): name for name, tensor in held if storage(tensor) is not None}
 
     def forward(self, inputs: Any) -> Any:
-        return self.function(self.model, inputs)
+        try:
+            return self.function(self.model, inputs)
+        finally:
+            for module in self.kept:
+                module.put_back()
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
@@ -201,6 +209,18 @@ def renormalised(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) in written}
 
 
+def check_numbers(parameters: Mapping[str, Tensor]) -> None:
+    """Raises LayerwiseError for parameters that nothing can be measured of."""
+    for name, p in parameters.items():
+        if p.is_meta:
+            raise LayerwiseError(
+                f"parameter {name!r} is on the meta device and has no numbers: materialise the model "
+                "(model.to_empty(device=...), then its weights) before measuring"
+            )
+        if p.is_complex():
+            raise LayerwiseError(f"parameter {name!r} is complex ({p.dtype}): train its view_as_real, or freeze it")
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable parameters by name; a tied one once, under its first name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -218,18 +238,16 @@ def untouched(
     row, whose update counts like any. Wrappers that checkpoint activations do not: they would run the forward again at the
     weights of that time, the model's own.
     """
-    kinds = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} | {"cpu"}
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        stack.enter_context(torch.enable_grad())
-        for kind in sorted(kinds):
-            if torch.amp.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
+    tensors = (*model.parameters(), *model.buffers())
+    with undisturbed(model), torch.enable_grad(), under_autocast(tensors, autocast):
+        model.__dict__[MEASURED] = True  # goes as it came, with all that is set here
         for module in model.modules():
             if isinstance(module, _RUNNING_STATISTICS):
                 module.training = batch_norm == "batch"
             elif not (isinstance(module, nn.RNNBase) and not module.dropout):
                 module.training = False
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.sparse = False  # gradients of which there are no moments
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None
             if hasattr(module, "_checkpoint_wrapped_module"):

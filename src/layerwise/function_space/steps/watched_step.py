@@ -24,6 +24,7 @@ from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
+from layerwise.function_space.measuring.runners import check_numbers
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.named_rates import Decay, constant_decay, learning_rates, optimized
 
@@ -60,6 +61,7 @@ class WatchedStep:
     ) -> None:
         self.model = model
         self.parameters = optimized(model, optimizer)
+        check_numbers(self.parameters)
         self.lrs = learning_rates(optimizer, self.parameters)
         self.decay = {} if decay == "scaled" else constant_decay(optimizer, self.parameters)
         self.processes = processes_of(processes)

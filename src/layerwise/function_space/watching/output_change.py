@@ -15,7 +15,7 @@ from layerwise.errors import warn
 from layerwise.function_space.measuring.measurement import Measurement, Run
 from layerwise.function_space.measuring.outputs import Forward, Outputs
 from layerwise.function_space.measuring.process_group import ProcessesOption
-from layerwise.function_space.measuring.runners import untouched
+from layerwise.function_space.measuring.runners import MEASURED, untouched
 from layerwise.function_space.measuring.slices import first_examples, share
 from layerwise.function_space.steps.by_module import by_module
 from layerwise.function_space.steps.watched_step import WatchedStep, is_supplier
@@ -149,7 +149,8 @@ class SeenInputs:
             return None
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and torch.is_grad_enabled():
+        # Not `module.training`: `from_pretrained` leaves models in evaluation mode, and many are trained in it.
+        if torch.is_grad_enabled() and MEASURED not in module.__dict__:
             self._seen = (args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SeenInputs:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import unwrap, unwrap_optimizer
+from layerwise.common.running import under_autocast
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ProcessesOption
 from layerwise.function_space.steps.by_module import by_module, module_updates, update_sums
@@ -226,7 +227,8 @@ class Watch:
         rates, together = None, None
         if self._function_space_due(step):
             rates, together = self.outputs.measure(taken, step, inputs)
-        updates = module_updates(update_sums(taken.updates, now, earlier, processes=taken.processes))
+        with under_autocast(taken.parameters.values(), None):
+            updates = module_updates(update_sums(taken.updates, now, earlier, processes=taken.processes))
         units = unit_rates(self.optimizer, taken.lrs)
         lrs = _effective(taken, units)
         modules = {}
@@ -313,6 +315,7 @@ class Gradients:
 
     def _read(self) -> dict[str, Tensor]:
         found = {name: p.grad.detach() for name, p in self._parameters.items() if p.grad is not None}
+        found = {name: g if g.layout is torch.strided else g.to_dense() for name, g in found.items()}
         scale = getattr(self.optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):  # of a GradScaler, where a fused optimizer divides by it in its step
             found = {name: g / scale.to(g.device, torch.float32) for name, g in found.items()}
