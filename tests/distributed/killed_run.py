@@ -17,7 +17,7 @@ KILLED_AT = 3  # steps 0, 1, 2 are done, and a checkpoint stands after each of t
 
 def main(folder: Path, moment: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     model, optimizer = make("fsdp")
     for step in range(100):
         train(model, optimizer, range(step, step + 1))

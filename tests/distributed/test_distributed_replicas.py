@@ -143,7 +143,7 @@ def test_inside_a_trainer(trainer, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.count("the same weights") == 2

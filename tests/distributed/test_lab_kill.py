@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import killed_lab
@@ -16,12 +15,14 @@ from layerwise.lab.runs.checkpoint import list_checkpoints
 from layerwise.lab.runs.directory import read_run
 
 HERE = Path(__file__).parent
-TIMEOUT = 15  # seconds that a process waits for another
-LONGEST = TIMEOUT + 130  # what is more than the timeout is starting and ending on a busy machine; torch would wait 30 min
+TIMEOUT = 60  # seconds that a process waits for another: on a busy machine a healthy one can be as late as 15
+LONGEST = TIMEOUT + 240  # what is more than the timeout is starting and ending on a busy machine; torch would wait 30 min
+
+pytestmark = pytest.mark.timeout(900)
 
 
-def launched(folder: Path, moment: str, rank: int, strategy: str, processes: int = 2) -> tuple[int, str, float]:
-    """Exit code, error output and seconds of a run under torchrun in which one process stops at the moment."""
+def launched(folder: Path, moment: str, rank: int, strategy: str, processes: int = 2) -> tuple[int, str]:
+    """Exit code and error output of a run under torchrun in which one process stops at the moment; it ends in time."""
     settings = {**tree(folder), "parallel": {"strategy": strategy, "timeout": TIMEOUT}}
     settings["run"]["name"] = "killed"
     file = folder / "run.yaml"
@@ -29,9 +30,8 @@ def launched(folder: Path, moment: str, rank: int, strategy: str, processes: int
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = [str(HERE / "killed_lab.py"), moment, str(rank), "train", str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERWISE_CACHE": str(folder / "cache")}
-    began = time.monotonic()
-    ended = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=150)
-    return ended.returncode, ended.stderr, time.monotonic() - began
+    ended = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=LONGEST)
+    return ended.returncode, ended.stderr
 
 
 def goes_on(cluster, folder: Path, strategy: str) -> None:
@@ -58,9 +58,8 @@ CASES = [
 
 @pytest.mark.parametrize(("moment", "rank", "strategy"), CASES)
 def test_one_process_killed(cluster, tmp_path, moment, rank, strategy):
-    code, _, seconds = launched(tmp_path, moment, rank, strategy)
+    code, _ = launched(tmp_path, moment, rank, strategy)
     assert code != 0
-    assert seconds < LONGEST
     assert read_run(tmp_path / "runs" / "killed").status == "running"
     good = list_checkpoints(tmp_path / "runs" / "killed" / "checkpoints")
     assert [path.name for path in good] == ["step-00000003"]
@@ -69,10 +68,9 @@ def test_one_process_killed(cluster, tmp_path, moment, rank, strategy):
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run_in_time(cluster, tmp_path):
-    code, errors, seconds = launched(tmp_path, "hang", 1, "ddp")
+    code, errors = launched(tmp_path, "hang", 1, "ddp")
     assert code != 0
     assert "imed out" in errors
-    assert seconds < LONGEST
     goes_on(cluster, tmp_path, "ddp")
 
 
@@ -87,7 +85,7 @@ def _doomed(folder: str, moment: str) -> None:
 def test_a_single_process_killed_while_it_writes_a_checkpoint(cluster, tmp_path, moment):
     process = cluster.context.Process(target=_doomed, args=(str(tmp_path), moment))
     process.start()
-    process.join(100)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
     good = [path.name for path in list_checkpoints(tmp_path / "runs" / "killed" / "checkpoints")]
     assert good == (["step-00000006"] if moment == "renamed" else []) + ["step-00000003"]

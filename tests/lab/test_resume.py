@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from layerwise.lab.runs.directory import read_run
 from layerwise.lab.runs.recorded import Run, read_lines
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.run import train
+from layerwise.lab.training.trainer import Trainer
 
 TIMINGS = ("seconds", "tokens_per_second")
 
@@ -239,6 +241,25 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path: Path) -> None:
     assert torch.equal(load_checkpoint(folder / "step-00000007")["x"], torch.zeros(2))
 
 
+def mortal(words: list[str], steps: int, part: float) -> None:
+    """`main(words)`, which the system ends without warning: after some steps, and then a part of the time they took.
+
+    In this process and its own processor time: on a busy machine one that watched from outside could wake when all is over.
+    """
+    take, clock = Trainer._train_step, []
+
+    def counted(trainer: Trainer) -> None:
+        take(trainer)
+        clock.append(time.process_time())
+        if len(clock) == steps:
+            signal.setitimer(signal.ITIMER_PROF, part * (clock[-1] - clock[0]))
+
+    Trainer._train_step = counted  # type: ignore[method-assign]
+    if steps == 0:
+        signal.setitimer(signal.ITIMER_PROF, part * 0.1)  # while it starts
+    main(words)
+
+
 def kill_and_resume(tmp_path: Path, kills: int, steps: int) -> None:
     """`layerwise train --resume` in processes of its own, killed without warning, against one that is left alone."""
     tree = tiny_tree(tmp_path)
@@ -251,31 +272,20 @@ def kill_and_resume(tmp_path: Path, kills: int, steps: int) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["layerwise.lab.training.run", "transformers.models.gpt2.modeling_gpt2"])
 
-    def start(name: str) -> Any:
+    def ended(name: str, function: Any, *arguments: Any) -> int | None:
         words = ["train", str(file), f"run.name={name}", "--resume", "--or-start"]
-        process = context.Process(target=main, args=(words,))
+        process = context.Process(target=function, args=(words, *arguments))
         process.start()
-        return process
-
-    whole = start("whole")
-    whole.join()
-    assert whole.exitcode == 0
-    moments = random.Random(0)
-    metrics = tmp_path / "runs" / "broken" / "metrics.jsonl"
-    for number in range(kills):
-        # Some steps on, and then any moment within the next steps: in a step, a record, a checkpoint, the set-up.
-        target = len(read_lines(metrics)) + (0 if number == 0 else steps // (2 * kills))
-        process = start("broken")
-        deadline = time.monotonic() + 60
-        while process.is_alive() and len(read_lines(metrics)) < target and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.1))
-        assert process.is_alive(), "the run ended before it could be killed"
-        process.kill()
         process.join()
-    last = start("broken")
-    last.join()
-    assert last.exitcode == 0
+        return process.exitcode
+
+    assert ended("whole", main) == 0
+    moments = random.Random(0)
+    for number in range(kills):
+        # Some steps on, and then any moment within as many again: in a step, a record, a checkpoint, the set-up.
+        taken = 0 if number == 0 else steps // (2 * kills)
+        assert ended("broken", mortal, taken, moments.uniform(0.01, 1)) == -signal.SIGPROF
+    assert ended("broken", main) == 0
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "broken")
     started = [json.loads((tmp_path / "runs" / name / "run.json").read_text())["status"] for name in ("whole", "broken")]
     assert started == ["finished", "finished"]

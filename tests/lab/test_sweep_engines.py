@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,18 @@ def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAYERWISE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("RAY_ADDRESS", raising=False)
+        for limit in ("RAY_gcs_server_port_wait_time_s", "RAY_worker_register_timeout_seconds"):
+            patch.setenv(limit, "300")  # its own are 30 and 60 s, too few on a busy machine
         ray.cloudpickle.register_pickle_by_value(mortal)  # which Ray's processes cannot import
-        with RayEngine(workers=2)._connected(ray):
+        with ExitStack() as stack:
+            for attempt in (1, 2, 3):  # the last limit, of 30 s for its own node, cannot be set
+                try:
+                    stack.enter_context(RayEngine(workers=2)._connected(ray))
+                    break
+                except LayerwiseError:
+                    ray.shutdown()
+                    if attempt == 3:
+                        raise
             yield
 
 

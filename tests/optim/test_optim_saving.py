@@ -162,7 +162,6 @@ def test_a_new_process_continues_bit_for_bit(tmp_path):
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=240,
     )
     assert run.returncode == 0, run.stderr
     for name, end in ends.items():

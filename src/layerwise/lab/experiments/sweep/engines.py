@@ -192,7 +192,7 @@ class RayEngine:
                 options["num_cpus"] = math.ceil(self.workers * self.cpus)
         try:
             ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
+        except Exception as error:  # of no class of its own where its start takes longer than 30 s
             raise LayerwiseError(f"Ray at {address}: {reason(error)[:300]}") from None
         try:
             yield
