@@ -229,10 +229,11 @@ def _timed(step: Step) -> float:
 def by_processes(counts: Sequence[int], shapes: list[tuple[int, ...]]) -> list[str]:
     """Processor time of the busiest process, the matrices shared out under data parallelism."""
     busiest: dict[str, list[float]] = {}
+    torch.multiprocessing.set_forkserver_preload(["layerwise.optim", "layerwise.geometry", "torch.distributed"])
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             arguments = (count, folder, shapes)
-            torch.multiprocessing.spawn(one_process, arguments, nprocs=count, start_method="spawn")
+            torch.multiprocessing.start_processes(one_process, arguments, nprocs=count, start_method="forkserver")
             found = [torch.load(f"{folder}/{rank}.pt") for rank in range(count)]
         for name in found[0]:
             busiest.setdefault(name, []).append(max(times[name] for times in found))

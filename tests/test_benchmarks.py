@@ -1,47 +1,60 @@
 """The benchmark scripts run from end to end, on sizes that say nothing."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from layerwise.geometry.spectral.newton_schulz import has_tiles, processor_units
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(script: str, *arguments: str) -> None:
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+Run = Callable[..., None]
 
 
-def test_the_optimizer_step_is_measured_and_earlier_sets_are_kept(tmp_path: Path) -> None:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Calls a script's `main` with arguments: a process for each would import torch anew."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+
+    def call(script: str, *arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        import_module(script).main()
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_the_optimizer_step_is_measured_and_earlier_sets_are_kept(run: Run, tmp_path: Path) -> None:
     stem = "optimizer_step_cpu" + ("_amx" if has_tiles() else "_bfloat16" if processor_units() else "")
     common = ["--repeats", "1", "--only", "torch.optim,layerwise", "--out", str(tmp_path)]
-    run("optimizer_step.py", "--sets", "tiny", *common)
+    run("optimizer_step", "--sets", "tiny", *common)
     first = (tmp_path / f"{stem}.md").read_text()
     assert "| Muon (layerwise) |" in first
     assert "| noise alone (layerwise) |" in first
-    run("optimizer_step.py", "--sets", "tiny-split", *common)
+    run("optimizer_step", "--sets", "tiny-split", *common)
     both = (tmp_path / f"{stem}.md").read_text()
     assert "## tiny:" in both
     assert "## tiny-split:" in both
     assert (tmp_path / f"{stem}.png").stat().st_size > 0
 
 
-def test_what_is_asked_of_a_gpu_runs_dry_on_a_cpu(tmp_path: Path) -> None:
-    run("gpu_checks.py", "--device", "cpu", "--small", "--out", str(tmp_path))
+def test_what_is_asked_of_a_gpu_runs_dry_on_a_cpu(run: Run, tmp_path: Path) -> None:
+    run("gpu_checks", "--device", "cpu", "--small", "--out", str(tmp_path))
     page = (tmp_path / "gpu_checks_cpu.md").read_text()
     for words in ("graphs compiled after each", "| 64 |", "| triton_gram |", "noise is", "calls that wait"):
         assert words in page
 
 
-def test_the_cost_of_nuclear_norms_is_measured(tmp_path: Path) -> None:
-    run("nuclear_cost.py", "--small", "--out", str(tmp_path))
+def test_the_cost_of_nuclear_norms_is_measured(run: Run, tmp_path: Path) -> None:
+    run("nuclear_cost", "--small", "--out", str(tmp_path))
     assert "| 3 of 80 x 80 |" in (tmp_path / "nuclear_cost.md").read_text()
 
 
@@ -88,13 +101,13 @@ def test_the_page_of_when_to_match_is_made_from_its_rows(monkeypatch: pytest.Mon
     assert made == (results / "when_to_match.md").read_text(encoding="utf-8").splitlines()
 
 
-def test_the_host_cost_is_measured(tmp_path: Path) -> None:
-    run("host_cost.py", "--small", "--out", str(tmp_path))
+def test_the_host_cost_is_measured(run: Run, tmp_path: Path) -> None:
+    run("host_cost", "--small", "--out", str(tmp_path))
     assert "| Lanton (layerwise) |" in (tmp_path / "host_cost.md").read_text()
 
 
-def test_growth_is_measured_within_the_stated_memory(tmp_path: Path) -> None:
-    run("growth.py", "--small", "--out", str(tmp_path))
+def test_growth_is_measured_within_the_stated_memory(run: Run, tmp_path: Path) -> None:
+    run("growth", "--small", "--out", str(tmp_path))
     page = (tmp_path / "growth.md").read_text()
     for words in (
         "With the width",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import layerwise
+from layerwise.optim.rules import rule
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -64,7 +65,7 @@ assert run.status == "finished"
 """,
 }
 
-#: What each use is run after, in a process of its own: a registry is not to remember a test.
+#: What each use is run after, in a process beside this: a registry is not to remember a test.
 BEFORE = """
 import runpy, sys
 from importlib import import_module
@@ -111,11 +112,31 @@ def test_every_recipe_is_used_here() -> None:
     assert RECIPES.keys() == USES.keys()
 
 
-def run(code: str, *words: str, source: Path | None = None) -> None:
-    """In a process of its own, with the package in `source` before all others."""
-    path = os.pathsep.join(filter(None, [str(source or ""), os.environ.get("PYTHONPATH", "")]))
+#: Each use has names of its own; one process for all, as each would import torch and the lab anew.
+ONE_AFTER_THE_OTHER = """
+import json, sys
+for name, code, words in json.load(sys.stdin):
+    sys.argv[1:] = words
+    exec(compile(code, name, "exec"), {"__name__": "use"})
+"""
+
+
+def test_recipes_work_as_they_are_written(tmp_path: Path) -> None:
+    """In a copy of the package, at the path that each names, before all others; a script's, by itself."""
+    source, uses = tmp_path / "src", []
+    shutil.copytree(Path(layerwise.__file__).parent, source / "layerwise", ignore=shutil.ignore_patterns("__pycache__"))
+    for number, (name, use) in enumerate(USES.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = re.match(r"# src/(layerwise/.+)\.py\n", RECIPES[name])
+        file = folder / "recipe.py" if path is None else source / f"{path[1]}.py"
+        file.write_text(RECIPES[name], encoding="utf-8")
+        words = [str(folder), str(ROOT / "docs" / "make_configuration.py")]
+        uses.append((name, BEFORE + use, words if path is None else [*words, path[1].replace("/", ".")]))
+    path = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER],
+        input=json.dumps(uses),
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
@@ -123,23 +144,10 @@ def run(code: str, *words: str, source: Path | None = None) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", USES)
-def test_a_recipe_works_as_it_is_written(name: str, tmp_path: Path) -> None:
-    """In a copy of the package, at the path that it names; a script's, by itself."""
-    page = str(ROOT / "docs" / "make_configuration.py")
-    path = re.match(r"# src/(layerwise/.+\.py)\n", RECIPES[name])
-    if path is None:
-        (tmp_path / "recipe.py").write_text(RECIPES[name], encoding="utf-8")
-        run(BEFORE + USES[name], str(tmp_path), page)
-        return
-    source = tmp_path / "src"
-    shutil.copytree(Path(layerwise.__file__).parent, source / "layerwise", ignore=shutil.ignore_patterns("__pycache__"))
-    (source / path[1]).write_text(RECIPES[name], encoding="utf-8")
-    module = path[1].removesuffix(".py").replace("/", ".")
-    run(BEFORE + USES[name], str(tmp_path), page, module, source=source)
-
-
 def test_a_rule_in_a_script_has_its_name_too(tmp_path: Path) -> None:
     (tmp_path / "recipe.py").write_text(RECIPES["A rate rule"], encoding="utf-8")
-    check = "import runpy, sys\nimport layerwise as lw\nrunpy.run_path(sys.argv[1])\nassert 'gentle' in lw.rate_rules()"
-    run(check, str(tmp_path / "recipe.py"))
+    runpy.run_path(str(tmp_path / "recipe.py"))
+    try:
+        assert "gentle" in layerwise.rate_rules()
+    finally:
+        rule._RULES.pop("gentle", None)

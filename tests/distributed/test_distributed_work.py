@@ -1,5 +1,7 @@
 """How the work is shared out, and what happens when the processes do not see the same."""
 
+import functools
+
 import pytest
 from distributed_runs import (
     counted,
@@ -49,36 +51,40 @@ def test_parts_are_those_of_torch_chunk(size, count):
     assert lengths == expected + [0] * (count - len(expected))
 
 
+@pytest.fixture(scope="module")
+def counts(cluster):
+    return functools.cache(lambda world, *how: cluster.run(world, counted, *how))
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "hsdp"])
-def test_the_work_is_split(cluster, how):
-    (alone,) = cluster.run(1, counted, "single")
-    flops = [result["flops"] for result in cluster.run(4, counted, how)]
+def test_the_work_is_split(counts, how):
+    (alone,) = counts(1, "single")
+    flops = [result["flops"] for result in counts(4, how)]
     assert sum(flops) == alone["flops"]  # nothing is done twice
     assert max(flops) < 0.26 * alone["flops"]
 
 
-def test_bytes_sent_are_those_the_docs_give(cluster):
+def test_bytes_sent_are_those_the_docs_give(counts):
     """docs/distributed.md, with n the bytes of all matrices, over all processes together."""
     n = 4 * 2 * (4 * 16 * 16 + 2 * 16 * 64)
 
-    def total(how, collective):
-        return sum(result["sent"].get(collective, 0) for result in cluster.run(4, counted, how))
+    def total(collective, *how):
+        return sum(result["sent"].get(collective, 0) for result in counts(4, *how))
 
-    ddp = total("ddp", "all_gather")
+    ddp = total("all_gather", "ddp")
     assert 3 * n <= ddp <= 1.2 * 3 * n  # every process gets what it did not do; equal lengths cost some padding
-    assert total("ddp", "all_to_all") == 0
+    assert total("all_to_all", "ddp") == 0
     # Differences to their owners, momenta to their owners, unit steps back: of each, 3 of 4 parts travel.
-    assert total("fsdp", "all_to_all") == 3 * 3 / 4 * n
-    assert total("fsdp", "all_gather") == 0
+    assert total("all_to_all", "fsdp") == 3 * 3 / 4 * n
+    assert total("all_gather", "fsdp") == 0
     # The same within two halves of each replica, each matrix once, and then every shard over to its replica.
-    assert total("hsdp", "all_to_all") == 3 * 1 / 2 * n
-    assert n <= total("hsdp", "all_gather") <= 1.2 * n
+    assert total("all_to_all", "hsdp") == 3 * 1 / 2 * n
+    assert n <= total("all_gather", "hsdp") <= 1.2 * n
     # Between replicas it is the means that go to their owners, instead of differences; and within one replica of HSDP.
     for how in ("fsdp", "hsdp"):
-        results = cluster.run(4, counted, how, "replicas")
-        assert sum(result["sent"].get("all_to_all", 0) for result in results) == total(how, "all_to_all")
+        assert total("all_to_all", how, "replicas") == total("all_to_all", how)
     # What is reduced is flags and norms: a few bytes a matrix.
-    assert total("fsdp", "all_reduce") <= 4 * 12 * 16
+    assert total("all_reduce", "fsdp") <= 4 * 12 * 16
 
 
 def _work_of(how):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -139,8 +140,8 @@ def test_a_sweep_shows_its_first_result_when_it_is_there(
     assert "4 trials, 0 of them to run" in capsys.readouterr().out
 
 
-def test_the_module_is_the_command() -> None:
-    command = [sys.executable, "-m", "layerwise", "--version"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == (
-        f"layerwise {layerwise.__version__}\n"
-    )
+def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["layerwise", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("layerwise", run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"layerwise {layerwise.__version__}\n")

@@ -236,7 +236,7 @@ def test_check_tells_a_plain_model_from_a_matched_one(tmp_path: Path) -> None:
 
 
 def test_every_size_is_checked_at_one_rate_and_matched_as_the_config_says(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, ...]] = []
 
@@ -247,8 +247,9 @@ def test_every_size_is_checked_at_one_rate_and_matched_as_the_config_says(
             seen.append((model.config.n_embd, lr, options["match"]))
 
     monkeypatch.setattr("layerwise.lab.experiments.check_sizes.check", note)
-    check_sizes(Config(), [64, 128])  # at 128 it is the preset itself, which has a default rate of its own
-    config = Config().replace({"function_space.match": "uniform"})
+    config = validate(Config, {"data": tiny_tree(tmp_path)["data"]})
+    check_sizes(config, [64, 128])  # at 128 it is the preset itself, which has a default rate of its own
+    config = config.replace({"function_space.match": "uniform"})
     check_sizes(config, [64])
     check_sizes(config, [64], match="base.json")
     lr = 0.002
