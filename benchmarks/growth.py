@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 import layerwise as lw
 import machine
-from layerwise.geometry.spectral.newton_schulz import processor_units
+from layerwise.geometry.spectral.newton_schulz import PROCESSOR_UNITS
 from optimizer_step import torch_muon
 from script import RESULTS, documented_parser, write_page
 
 Step = Callable[[], Any]
 MIB = 2**20
 #: docs/growth.md: what a step may hold beside weights, gradients and state.
-LEAST_BYTES, LARGEST_PARAMETERS = (96 if processor_units() else 48) * MIB, 8
+LEAST_BYTES, LARGEST_PARAMETERS = (96 if PROCESSOR_UNITS else 48) * MIB, 8
 
 
 LAYERS_MEMORY = "1, and 0 once batches are full"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from layerwise.geometry.spectral.newton_schulz import processor_units
+from layerwise.geometry.spectral.newton_schulz import PROCESSOR_UNITS
 
 #: What decides how fast a product is, as Linux names it on x86 and on ARM.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16", "svebf16")
@@ -17,7 +17,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "b
 def describe() -> dict[str, str]:
     info = {
         "cpu": _cpu_model(),
-        "bfloat16 units": ", ".join(processor_units()) or "none",
+        "bfloat16 units": ", ".join(PROCESSOR_UNITS) or "none",
         "cores": str(os.cpu_count()),
         "torch threads": str(torch.get_num_threads()),
         "python": platform.python_version(),

@@ -37,7 +37,7 @@ import literal
 import machine
 from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
-from layerwise.geometry.spectral.newton_schulz import has_tiles, processor_units
+from layerwise.geometry.spectral.newton_schulz import PROCESSOR_UNITS
 from layerwise.optim.groups.options import DEFAULTS
 from layerwise.optim.rules.noise_adaptive import PreviousGradient
 from layerwise.optim.work.job import Job, alike
@@ -227,11 +227,11 @@ def contenders(device: str, shipped: bool) -> dict[str, Build]:
     found: dict[str, Build] = {"AdamW (torch, fused)": lambda ps: torch.optim.AdamW(ps, fused=True).step}
     if device == "cpu":
         found |= peers(cast=False, kind="float32")
-    if device != "cpu" or shipped or processor_units():
+    if device != "cpu" or shipped or PROCESSOR_UNITS:
         found |= peers(cast=True, kind="as shipped")
     if device != "cpu":
         found |= kernels()
-    elif processor_units():
+    elif PROCESSOR_UNITS:
         found["Muon (layerwise, float32)"] = lambda ps: lw.Muon(layerwise_groups(ps, precision="float32"), lr=0.02).step
     return found | {
         "Muon (layerwise)": lambda ps: lw.Muon(layerwise_groups(ps), lr=0.02).step,
@@ -248,9 +248,9 @@ def synchronise(device: str) -> None:
 
 def kind_of(device: str) -> str:
     """The device, and what a processor multiplies bfloat16 with: results of each kind have files of their own."""
-    if device != "cpu" or not processor_units():
+    if device != "cpu" or not PROCESSOR_UNITS:
         return device
-    return "cpu_amx" if has_tiles() else "cpu_bfloat16"
+    return "cpu_amx" if "amx_bf16" in PROCESSOR_UNITS else "cpu_bfloat16"
 
 
 def measure(shapes: Shapes, device: str, repeats: int, warm_up: int, only: str, shipped: bool = False) -> list[Row]:

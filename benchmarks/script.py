@@ -18,7 +18,7 @@ def documented_parser(text: str | None) -> argparse.ArgumentParser:
 
 def iterate_in_float32() -> None:
     """Newton-Schulz, from here on, whatever this processor multiplies fastest: losses differ by float32's rounding alone."""
-    newton_schulz.processor_units = tuple  # type: ignore[assignment]
+    newton_schulz.PROCESSOR_UNITS = ()
 
 
 def write_page(path: Path, lines: Iterable[str]) -> None:

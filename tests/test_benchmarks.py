@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.geometry.spectral.newton_schulz import has_tiles, processor_units
+from layerwise.geometry.spectral.newton_schulz import PROCESSOR_UNITS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -33,7 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 
 def test_the_optimizer_step_is_measured_and_earlier_sets_are_kept(run: Run, tmp_path: Path) -> None:
-    stem = "optimizer_step_cpu" + ("_amx" if has_tiles() else "_bfloat16" if processor_units() else "")
+    stem = "optimizer_step_cpu" + ("_amx" if "amx_bf16" in PROCESSOR_UNITS else "_bfloat16" if PROCESSOR_UNITS else "")
     common = ["--repeats", "1", "--only", "torch.optim,layerwise", "--out", str(tmp_path)]
     run("optimizer_step", "--sets", "tiny", *common)
     first = (tmp_path / f"{stem}.md").read_text()

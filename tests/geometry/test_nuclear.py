@@ -156,10 +156,10 @@ def test_a_processor_with_bfloat16_reads_a_usual_matrix_as_it_is_and_gets_the_sa
     """Nothing is divided by the largest entry first, and X^T is read from the other side: another rounding of float32."""
     usual = make("gaussian", shape, 0).float()
     unusual = usual * torch.tensor([1e-9, 1e20, 0.0])[:, None, None]
-    monkeypatch.setattr(newton_schulz, "processor_units", lambda: ("avx512_bf16",))
+    monkeypatch.setattr(newton_schulz, "PROCESSOR_UNITS", ("avx512_bf16",))
     monkeypatch.setattr(lanczos, "LEFT_FROM", 0)
     found, beyond = nuclear_norm(usual, "lanczos"), nuclear_norm(unusual, "lanczos")
-    monkeypatch.setattr(newton_schulz, "processor_units", lambda: ())
+    monkeypatch.setattr(newton_schulz, "PROCESSOR_UNITS", ())
     scaled = nuclear_norm(usual, "lanczos")
     assert not torch.equal(found, scaled)
     torch.testing.assert_close(found, scaled, rtol=1e-5, atol=0)  # 7 products of rounding 2^-24, times n / p = 9

@@ -176,13 +176,6 @@ def test_the_processor_is_asked_for_units_that_multiply_bfloat16(
     assert iteration._units() == ()
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_a_torch_that_lists_no_capabilities_is_asked_for_one(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
-    assert iteration._units() == (("avx512_bf16",) if has else ())
-
-
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
 
@@ -209,7 +202,7 @@ def test_the_precision_follows_the_processor_the_size_and_the_caller(
     gram: bool,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(iteration, "processor_units", lambda: units)
+    monkeypatch.setattr(iteration, "PROCESSOR_UNITS", units)
     assert iteration_dtype(torch.zeros(shape, dtype=given), precision, gram) == dtype
 
 
@@ -221,7 +214,7 @@ def test_a_processor_with_units_works_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], path: str
 ) -> None:
     """On each path that it takes, and by strips (the last). Error by rounding to 8 bits, as on a GPU."""
-    monkeypatch.setattr(iteration, "processor_units", lambda: ("avx512_bf16",))
+    monkeypatch.setattr(iteration, "PROCESSOR_UNITS", ("avx512_bf16",))
     g = make("gaussian", shape, 0).float()
     found = polar(g)
     assert found.dtype == F32
@@ -231,7 +224,7 @@ def test_a_processor_with_units_works_in_bfloat16(
     assert 1e-4 < error < 0.1
     step = Spectral().lmo(g) / (shape[0] / shape[1]) ** 0.5  # its factor is in the iteration, so other digits are rounded
     assert torch.linalg.matrix_norm(step.double() - polar(g.double()), ord=2) < 0.1
-    monkeypatch.setattr(iteration, "processor_units", lambda: ())
+    monkeypatch.setattr(iteration, "PROCESSOR_UNITS", ())
     assert torch.linalg.matrix_norm(polar(g).double() - polar(g.double()), ord=2) < 1e-4
 
 
@@ -240,7 +233,7 @@ def test_where_torch_was_asked_for_medium_precision_the_gram_form_is_left(
     monkeypatch: pytest.MonkeyPatch, units: tuple[str, ...], path: str
 ) -> None:
     """On a processor with units, torch then rounds the factors of float32 products to bfloat16."""
-    monkeypatch.setattr(iteration, "processor_units", lambda: units)
+    monkeypatch.setattr(iteration, "PROCESSOR_UNITS", units)
     wide = torch.zeros(1, 64, 256)
     assert choose_path(wide) == "gram"
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")

@@ -76,7 +76,7 @@ def test_where_the_device_runs_ahead_a_step_launches_as_much_for_many_parameters
     """Every update is then selected on the device; the tensors are fake, as in `test_optim_no_sync.py`."""
     monkeypatch.setattr("layerwise.optim.guard.WITH_EVENTS", ("cpu",))
     # nothing else may be asked of a processor either
-    monkeypatch.setattr("layerwise.geometry.spectral.newton_schulz.processor_units", tuple)
+    monkeypatch.setattr("layerwise.geometry.spectral.newton_schulz.PROCESSOR_UNITS", ())
     counts = []
     for count in (5, 50):
         with FakeTensorMode():

@@ -38,7 +38,7 @@ class Event:
 def a_device_that_runs_ahead(monkeypatch):
     monkeypatch.setattr("layerwise.optim.guard.WITH_EVENTS", ("cpu",))
     # a processor that iterates in bfloat16 looks at norms, which costs it nothing: a device goes the other way
-    monkeypatch.setattr("layerwise.geometry.spectral.newton_schulz.processor_units", tuple)
+    monkeypatch.setattr("layerwise.geometry.spectral.newton_schulz.PROCESSOR_UNITS", ())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t, **kw: empty_like(t, **{**kw, "pin_memory": False}))

@@ -17,7 +17,7 @@ What processors do in bfloat16 is in `shifted_squares`. `docs/polar.md` has the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -32,21 +32,8 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 #: On a processor smaller matrices stay in float32: a product of theirs is over before oneDNN has set one up.
 BFLOAT16_FROM = 128
-
-
-class Product(Protocol):
-    """`alpha A B + beta add` into `out` (or a new tensor), where the result is known to be symmetric."""
-
-    def __call__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        out: Tensor | None = None,
-        *,
-        add: Tensor | None = None,
-        beta: float = 1.0,
-        alpha: float = 1.0,
-    ) -> Tensor: ...
+#: As `plain_product`: `alpha A B + beta add` into `out` (or a new tensor), where the result is known to be symmetric.
+Product = Callable[..., Tensor]
 
 
 class Polynomial(Protocol):
@@ -152,7 +139,7 @@ def choose_path(x: Tensor) -> str:
     n, m = x.shape[-2:]
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return "standard"
-    medium = torch.get_float32_matmul_precision() == "medium" and bool(processor_units())
+    medium = torch.get_float32_matmul_precision() == "medium" and bool(PROCESSOR_UNITS)
     if x.dtype == torch.float32 and medium:  # factors are rounded to bfloat16, as the user asked torch for
         return "standard"  # the Gram form with float32's restarts would lose small singular values
     if m >= GRAM_FROM * n:
@@ -235,7 +222,7 @@ def strip_product(
     """
     n = a.size(-2)
     out = a.new_empty(*a.shape[:-1], n) if out is None else out
-    if a.dtype == torch.bfloat16 and (n * a.size(-1) < HALF_STRIPS_FROM or has_tiles()):
+    if a.dtype == torch.bfloat16 and (n * a.size(-1) < HALF_STRIPS_FROM or "amx_bf16" in PROCESSOR_UNITS):
         return plain_product(a, b, out, add=add, beta=beta, alpha=alpha)
     if a.dtype == torch.bfloat16 and a.ndim == 3:
         for i in range(len(a)):  # oneDNN copies strips of a stack before it multiplies them
@@ -287,7 +274,7 @@ def iteration_dtype(g: Tensor, precision: str = "auto", gram: bool = False) -> t
     if g.dtype == torch.float64:
         return torch.float64
     # "auto": only where hardware multiplies it (a processor without: 28 to 49 times slower)
-    pays = g.device.type == "cpu" and min(g.shape[-2:]) >= BFLOAT16_FROM and bool(processor_units())
+    pays = g.device.type == "cpu" and min(g.shape[-2:]) >= BFLOAT16_FROM and bool(PROCESSOR_UNITS)
     if g.is_cuda:
         pays = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "float32" or (precision == "auto" and not pays):
@@ -297,29 +284,17 @@ def iteration_dtype(g: Tensor, precision: str = "auto", gram: bool = False) -> t
 
 def passes_count(x: Tensor) -> bool:
     """Whether passes over a matrix count beside its products: on processors that multiply bfloat16, eagerly."""
-    return x.device.type == "cpu" and bool(processor_units()) and not torch.compiler.is_compiling()
-
-
-def has_tiles() -> bool:
-    """Whether a processor's bfloat16 products run on AMX, where strips of a symmetric one never pay."""
-    return "amx_bf16" in processor_units()
-
-
-def processor_units() -> tuple[str, ...]:
-    """Those of `BFLOAT16_UNITS` that this processor has and torch's products use: none where torch has no oneDNN."""
-    return _UNITS  # found at import: torch.compile cannot ask for them
+    return x.device.type == "cpu" and bool(PROCESSOR_UNITS) and not torch.compiler.is_compiling()
 
 
 def _units() -> tuple[str, ...]:
-    if not torch.backends.mkldnn.is_available():
-        return ()
-    if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
-        has = torch.cpu.get_capabilities()
-        return tuple(unit for unit in BFLOAT16_UNITS if has.get(unit))
-    return ("avx512_bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
+    has = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
+    return tuple(unit for unit in BFLOAT16_UNITS if has.get(unit))
 
 
-_UNITS = _units()
+#: Those of `BFLOAT16_UNITS` that this processor has and torch's products use: none where torch has no oneDNN. Found at
+#: import: torch.compile cannot ask for them.
+PROCESSOR_UNITS = _units()
 
 
 def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:

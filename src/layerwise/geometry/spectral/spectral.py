@@ -19,7 +19,7 @@ from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.layout import remember
 from layerwise.geometry.norms import Geometry
-from layerwise.geometry.spectral.lanczos import Seed, exact_polar, nuclear_estimate, square_norm, steps_for
+from layerwise.geometry.spectral.lanczos import Seed, exact_polar, finite_or_zero, nuclear_estimate, square_norm, steps_for
 from layerwise.geometry.spectral.newton_schulz import (
     PATHS,
     POLYNOMIALS,
@@ -152,12 +152,10 @@ def polar(g: Tensor, method: str = "auto", *, path: str = "auto", precision: str
                 [ 0., -1.]])
     """
     check_stack(g)
-    if method not in POLAR_METHODS:
-        raise LayerwiseError(f"polar method {method!r} is unknown; choose one of {', '.join(POLAR_METHODS)}")
-    if path not in PATHS:
-        raise LayerwiseError(f"polar path {path!r} is unknown; choose one of {', '.join(PATHS)}")
-    if precision not in PRECISIONS:
-        raise LayerwiseError(f"polar precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
+    given = (("method", method, POLAR_METHODS), ("path", path, PATHS), ("precision", precision, PRECISIONS))
+    for what, word, known in given:
+        if word not in known:
+            raise LayerwiseError(f"polar {what} {word!r} is unknown; choose one of {', '.join(known)}")
     is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not (torch.compiler.is_compiling() or (is_number and 0.0 < scale < math.inf)):
         raise LayerwiseError(f"polar scale={scale!r}: give a finite number above 0")
@@ -244,9 +242,8 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
         norm = torch.linalg.svdvals(x).sum(-1)
     elif method == "gram":
         gram = x @ x.mT
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        gram = torch.where(trace.isfinite()[..., None, None], gram, 0.0)  # of any other LAPACK would raise an error
-        norm = torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt().sum(-1) + 0 * trace  # nan where an entry of x is no number
+        norm = torch.linalg.eigvalsh(finite_or_zero(gram)).clamp_(min=0).sqrt().sum(-1)
+        norm = norm + 0 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # nan where an entry of x is no number
     elif method == "polar":
         norm = (x * exact_polar(x)).sum((-2, -1))
     else:

@@ -20,7 +20,7 @@ from layerwise.common.checked import checked
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
 from layerwise.geometry.layout import remember
-from layerwise.geometry.spectral.newton_schulz import matrices_at_once, processor_units
+from layerwise.geometry.spectral.newton_schulz import PROCESSOR_UNITS, matrices_at_once
 from layerwise.optim.work.job import (
     Anywhere,
     Deviation,
@@ -304,7 +304,7 @@ def directions_at_once(job: MatrixJob) -> int:
     """
     matrices, d_out, d_in = _size(job)
     if job.param.device.type == "cpu":
-        size = torch.bfloat16.itemsize if processor_units() else job.param.element_size()
+        size = torch.bfloat16.itemsize if PROCESSOR_UNITS else job.param.element_size()
         return max(1, matrices_at_once(d_out, d_in, size) // matrices)
     return norms_at_once(job) if min(d_out, d_in) < BATCH_BELOW else 1
 
@@ -317,7 +317,7 @@ def norms_at_once(job: MatrixJob) -> int:
     matrices, d_out, d_in = _size(job)
     if job.geometry.family != "spectral" and job.param.is_cpu and d_out * d_in >= ALONE_FROM:
         return 1
-    on = "gpu" if job.param.device.type != "cpu" else "cpu with units" if processor_units() else "cpu"
+    on = "gpu" if job.param.device.type != "cpu" else "cpu with units" if PROCESSOR_UNITS else "cpu"
     return max(1, NORM_BYTES[on] // max(1, d_out * d_in * job.param.element_size()) // matrices)
 
 
