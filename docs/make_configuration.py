@@ -15,7 +15,7 @@ from layerwise.lab.config.schema import LoraConfig
 from layerwise.lab.experiments.contenders import CompareSection
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.models.families import FAMILIES, PRESETS
-from layerwise.lab.optimizers.registry import OPTIMIZERS, RULES, Preset, base_rates
+from layerwise.lab.optimizers.registry import RULES, Preset, base_rates, optimizers
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -60,7 +60,7 @@ def _rates(optimizer: str) -> str:
     """The default rate of an optimizer: its signature's, and beside it those of the data file."""
     found = {model: entry["rates"].get(optimizer) for model, entry in base_rates().items()}
     others = "".join(f", `{model}` {rate:g}" for model, rate in found.items() if rate is not None)
-    return f"{OPTIMIZERS[optimizer].default('lr'):g}{others}"
+    return f"{optimizers()[optimizer].default('lr'):g}{others}"
 
 
 AFTER = {
@@ -89,7 +89,7 @@ AFTER = {
         f" | {_rates(name)} | {preset.decay:g}"
         f" | {preset.rule or ('none, unless `rates` is given' if preset.takes_rates else 'none')}"
         f" | {', '.join(f'`{key}`' for key in sorted(preset.keywords()))} |"
-        for name, preset in OPTIMIZERS.items()
+        for name, preset in optimizers().items()
     )
     + "\n\nThe default `lr` is that of the optimizer's signature; for the model presets named beside it, the other one."
     + "\n\nThe rules of `optimizer.rates`, whose keys are their arguments:\n\n"

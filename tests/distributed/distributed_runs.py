@@ -298,9 +298,7 @@ def counted(how: str, reference: str = "previous") -> dict[str, Any]:
 @contextmanager
 def counting_bytes(sent: dict[str, int]) -> Iterator[None]:
     """Counts what this process puts into each collective. Of an all-to-all, what leaves the process."""
-    import layerwise.optim.work.routes as exchange
-
-    to_all, gather, reduce = dist.all_to_all_single, exchange._all_gather_flat, dist.all_reduce
+    to_all, gather, reduce = dist.all_to_all_single, dist.all_gather_single, dist.all_reduce
 
     def count(name: str, number: int) -> None:
         sent[name] = sent.get(name, 0) + number
@@ -310,7 +308,7 @@ def counting_bytes(sent: dict[str, int]) -> Iterator[None]:
         count("all_to_all", others * given.element_size())
         return to_all(received, given, lengths, sizes, group=group, async_op=async_op)
 
-    def all_gather_flat(received, given, group, async_op):
+    def all_gather_single(received, given, group, async_op):
         count("all_gather", given.numel() * given.element_size() * (dist.get_world_size(group) - 1))
         return gather(received, given, group=group, async_op=async_op)
 
@@ -318,15 +316,15 @@ def counting_bytes(sent: dict[str, int]) -> Iterator[None]:
         count("all_reduce", tensor.numel() * tensor.element_size())
         return reduce(tensor, *args, **kwargs)
 
-    dist.all_to_all_single, exchange._all_gather_flat, dist.all_reduce = (
+    dist.all_to_all_single, dist.all_gather_single, dist.all_reduce = (
         all_to_all_single,
-        all_gather_flat,
+        all_gather_single,
         all_reduce,
     )
     try:
         yield
     finally:
-        dist.all_to_all_single, exchange._all_gather_flat, dist.all_reduce = to_all, gather, reduce
+        dist.all_to_all_single, dist.all_gather_single, dist.all_reduce = to_all, gather, reduce
 
 
 def poisoned(how: str, policy: str) -> str | dict[str, Any]:

@@ -20,7 +20,7 @@ from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.trials import make_plan
 from layerwise.lab.models.families import PRESETS, build_model, logits
 from layerwise.lab.models.family import FAMILIES, Examples
-from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.optimizers.registry import optimizers
 from layerwise.lab.training.run import complete
 
 KEYS = [
@@ -29,7 +29,7 @@ KEYS = [
 FURTHER = ["n_layer", "n_head", "n_embd", "hidden_size", "width", "norm", "resid_pdrop", "n_inner"]
 SETTINGS = [
     *(f"model.{key}" for key in FURTHER),
-    *(f"optimizer.{key}" for key in sorted({k for preset in OPTIMIZERS.values() for k in preset.keywords()})),
+    *(f"optimizer.{key}" for key in sorted({k for preset in optimizers().values() for k in preset.keywords()})),
     *(f"optimizer.rates.{key}" for key in ("rule", "alpha", "beta2", "floor", "reference", "size_normalised")),
     "optimizer.rates.multipliers",
 ]  # fmt: skip
@@ -53,7 +53,7 @@ WORDS = [
     "1",
 ]
 values = st.one_of(
-    st.sampled_from([*WORDS, *PRESETS, *OPTIMIZERS]),
+    st.sampled_from([*WORDS, *PRESETS, *optimizers()]),
     st.integers(-(10**6), 10**6).map(str),
     st.floats().map(str),
     st.text(max_size=12),

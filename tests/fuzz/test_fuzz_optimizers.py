@@ -15,7 +15,7 @@ from torch import nn
 import layerwise as lw
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import OptimizerConfig
-from layerwise.lab.optimizers.registry import OPTIMIZERS, build_optimizer
+from layerwise.lab.optimizers.registry import build_optimizer, optimizers
 
 DTYPES = {
     "float32": torch.float32,
@@ -53,7 +53,7 @@ def step(model: nn.Module, optimizer: Any, number: int, width: int, dtype: str, 
 
 def check(layers: list[str], width: int, dtype: str, name: str, rule: str | None, spoil: str) -> None:
     assume(dtype != "float16" or name not in TORCHS)
-    rates = None if rule is None or not OPTIMIZERS[name].takes_rates else {"rule": rule}
+    rates = None if rule is None or not optimizers()[name].takes_rates else {"rule": rule}
     settings = OptimizerConfig(name=name, rates=rates, lr=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,6 +81,6 @@ def check(layers: list[str], width: int, dtype: str, name: str, rule: str | None
 def test_any_model(share: Share) -> None:
     run(
         share, check, layers=st.lists(st.sampled_from(sorted(LAYERS)), max_size=3), width=st.integers(1, 6),
-        dtype=st.sampled_from(sorted(DTYPES)), name=st.sampled_from(sorted(OPTIMIZERS)),
+        dtype=st.sampled_from(sorted(DTYPES)), name=st.sampled_from(sorted(optimizers())),
         rule=st.sampled_from(RULES), spoil=st.sampled_from(["", "", "zero", "none"]),
     )  # fmt: skip

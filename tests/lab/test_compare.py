@@ -18,7 +18,7 @@ from layerwise.lab.experiments import comparison as module
 from layerwise.lab.experiments.comparison import compare
 from layerwise.lab.experiments.contenders import DEFAULT, CompareConfig, entries
 from layerwise.lab.experiments.standings import paired
-from layerwise.lab.optimizers.registry import OPTIMIZERS, base_rates
+from layerwise.lab.optimizers.registry import base_rates, optimizers
 from layerwise.lab.report.rate_curve import RateCurve
 from layerwise.lab.report.style import Look
 from layerwise.lab.runs.directory import read_run, write_json
@@ -229,7 +229,7 @@ def test_a_list_of_optimizers_is_meant_as_it_stands(words: list[str]) -> None:
 def test_the_default_contenders_have_tuned_rates_in_the_one_file() -> None:
     for preset, entry in base_rates().items():
         assert set(entry) == {"command", "rates"}, preset
-        assert set(entry["rates"]) <= set(OPTIMIZERS), nearest(preset, OPTIMIZERS)
+        assert set(entry["rates"]) <= set(optimizers()), nearest(preset, optimizers())
         assert all(rate > 0 for rate in entry["rates"].values())
     assert set(DEFAULT) <= set(base_rates()["gpt2-tiny"]["rates"])
     assert base_rates()["gpt2-tiny"]["command"]

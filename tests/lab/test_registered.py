@@ -12,7 +12,7 @@ from tiny_run import tiny_config
 import layerwise as lw
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.load import load_config
-from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.optimizers.registry import optimizers
 from layerwise.lab.report.grouping import looks, optimizer_title
 from layerwise.lab.training.run import complete, train
 from layerwise.optim import named_optimizers
@@ -44,10 +44,10 @@ def test_a_registered_optimizer_is_known_everywhere(registered: str, tmp_path: P
     with pytest.raises(LayerwiseError, match=r"optimizer\.patience='no'"):
         complete(load_config(None, [f"optimizer={registered}", "optimizer.patience=no"]))
     assert optimizer_title(registered) == "Sign descent"
-    assert len({look.color for look in looks([*[*OPTIMIZERS][:6], registered])}) == 7
+    assert len({look.color for look in looks([*[*optimizers()][:6], registered])}) == 7
     assert "| `sign-descent` |" in runpy.run_path(str(PAGE))["page"]()
     assert train(tiny_config(tmp_path, optimizer__name=registered)).status == "finished"
-    assert registered in OPTIMIZERS
+    assert registered in optimizers()
 
 
 @pytest.mark.parametrize("names", [["adamw"] * 40, ["adamw", "lanton", "d-muon", "scion"] * 10])

@@ -19,7 +19,7 @@ from tiny_run import tiny_config, tiny_tree
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli import main
 from layerwise.lab.config.schema import Config
-from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.optimizers.registry import optimizers
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from layerwise.lab.runs.directory import read_run
 from layerwise.lab.runs.recorded import Run, read_lines
@@ -88,7 +88,7 @@ def crash(config: Config, step: int) -> None:
         train(config, observers=[CrashAfter(step)], resume=True, or_start=True)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers())
 def test_every_optimizer_resumes_exactly(tmp_path: Path, name: str) -> None:
     dropout = {"model__resid_pdrop": 0.2, "optimizer__name": name}
     whole = train(tiny_config(tmp_path, run__name="whole", **dropout), observers=[CrashAfter(0)])

@@ -17,7 +17,7 @@ from layerwise.lab.config.schema import Config, ScheduleConfig
 from layerwise.lab.data.batches import TextData
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
-from layerwise.lab.optimizers.registry import OPTIMIZERS, build_optimizer
+from layerwise.lab.optimizers.registry import build_optimizer, optimizers
 from layerwise.lab.runs import recorded
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
 from layerwise.lab.runs.directory import RunWriter, find_runs, has_ended, read_run
@@ -53,7 +53,7 @@ def literal_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, model.state_dict()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers())
 def test_a_run_is_the_literal_loop(tmp_path: Path, name: str) -> None:
     config = tiny_config(tmp_path, optimizer__name=name, training__log_every=1, training__clip_norm=0.5)
     run = train(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from layerwise.common.group_by import group_by
 from layerwise.common.parameter_names import unwrap
 from layerwise.errors import LayerwiseError
 
@@ -193,11 +194,9 @@ class Kept:
             data = p.data if type(p) is nn.Parameter else None
             self._parameters.append(KeptParameter(p, data, p.grad, p.requires_grad, hooks))
         self._values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-        self._stored: dict[int | None, list[Tensor]] = defaultdict(list)
         plain = [each for each in self._parameters if each.data is not None]
         gradients = [each.grad for each in plain if each.grad is not None]
-        for tensor in (*(each.data for each in plain if each.data is not None), *gradients):
-            self._stored[storage(tensor)].append(tensor)
+        self._stored = group_by((*(each.data for each in plain if each.data is not None), *gradients), storage)
         self._stored.pop(None, None)
         counted = (*(buffer for buffer, _ in self._values), *(each.parameter for each in plain), *gradients)
         self.counted = tuple(t for t in counted if not t.is_inference() and t.layout is torch.strided)

@@ -1,4 +1,4 @@
-"""Tables of plain text."""
+"""Tables of plain text, and large numbers in them."""
 
 from __future__ import annotations
 
@@ -42,3 +42,16 @@ def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[s
         cells = [text.rjust(width) if n in right else text.ljust(width) for n, (text, width) in columns]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def count(x: float) -> str:
+    """A number of many things, in three digits.
+
+    Example:
+        >>> count(1_234_567), count(300_000), count(17)
+        ('1.23M', '300k', '17')
+    """
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:.3g}{suffix}"
+    return f"{x:g}"

@@ -10,7 +10,8 @@ from html import escape
 from typing import Any
 
 from layerwise.common.checked import checked
-from layerwise.common.text_table import text_table, titled
+from layerwise.common.group_by import group_by
+from layerwise.common.text_table import count, text_table, titled
 from layerwise.geometry.declared import Overrides, Splits
 from layerwise.geometry.forward import Forward
 from layerwise.geometry.found import ROLES, How
@@ -68,19 +69,19 @@ class Description:
 
     def summary(self) -> str:
         """One line: how many entries, of how many parameters, in which roles, and what was left out."""
-        count = Counter(row.role for row in self.rows)
+        tensors = Counter(row.role for row in self.rows)
         units = Counter[str]()
         for row in self.rows:
             units[row.role] += len(row.units)
         roles = [
-            f"{count[role]} {role}" + (f" ({units[role]} units)" if units[role] != count[role] else "")
+            f"{tensors[role]} {role}" + (f" ({units[role]} units)" if units[role] != tensors[role] else "")
             for role in ROLES
-            if count[role]
+            if tensors[role]
         ]
         left_out = f"; {len(self.frozen)} frozen left out" if self.frozen else ""
         assumed = sum(bool(row.note) for row in self.rows)
         unsure = f"; {assumed} not certain" if assumed else ""
-        return f"{_short(self.entries)} entries in {len(self.rows)} parameters: {', '.join(roles)}{left_out}{unsure}"
+        return f"{count(self.entries)} entries in {len(self.rows)} parameters: {', '.join(roles)}{left_out}{unsure}"
 
     def notes(self) -> tuple[str, ...]:
         """One line for every tie and every assumption; layers that are alike share a line."""
@@ -156,11 +157,13 @@ def describe(
 
 def _alike(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """Rows that differ in the numbers of their names alone, under one name: `h.{0-11}.mlp.c_fc.weight`."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        same = (row.role, repr(row.geometry), row.norm_group, row.shape, repr(row.layout), row.note, row.how)
-        groups.setdefault((_NUMBER.sub("#", row.name), *same), []).append(row)
-    columns = [(zip(*(row.name.split(".") for row in group), strict=True), group) for group in groups.values()]
+
+    def same(row: Row) -> tuple[object, ...]:
+        numbered, seen = _NUMBER.sub("#", row.name), (row.note, row.how)
+        return numbered, row.role, repr(row.geometry), row.norm_group, row.shape, repr(row.layout), seen
+
+    groups = group_by(rows, same).values()
+    columns = [(zip(*(row.name.split(".") for row in group), strict=True), group) for group in groups]
     return [(".".join(map(_span, steps)), group) for steps, group in columns]
 
 
@@ -192,10 +195,3 @@ def _cells(name: str, rows: list[Row]) -> dict[str, str]:
 
 def _text(lines: list[tuple[str, list[Row]]]) -> str:
     return text_table([_cells(name, rows) for name, rows in lines])
-
-
-def _short(count: int) -> str:
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
-            return f"{count / size:.1f}{unit}"
-    return str(count)

@@ -242,8 +242,9 @@ def _by_shape(shape: tuple[int, ...]) -> tuple[str, Layout, tuple[int, ...]]:
 
 
 def check_dtype(name: str, p: Any) -> None:
+    """Raise LayerwiseError for what is no tensor of real floating-point numbers."""
     if not isinstance(p, Tensor):
-        raise LayerwiseError(f"{name} is {type(p).__name__}; parameters are tensors or (name, tensor) pairs")
+        raise LayerwiseError(f"{name} is {type(p).__name__} ({p!r:.40}): parameters are tensors or (name, tensor) pairs")
     if p.is_complex():
         raise LayerwiseError(f"{name} is complex ({p.dtype}): train its view_as_real, or freeze it")
     if not p.is_floating_point():

@@ -262,6 +262,7 @@ class ConvLayout(Layout):
     """
 
     groups: int = 1
+    stored: ClassVar[str] = "out,in,*k"
 
     def arrange(self, shape: Shape) -> Arrangement:
         fits = len(shape) >= 2 and shape[0] % self.groups == 0
@@ -270,12 +271,12 @@ class ConvLayout(Layout):
 
     def __str__(self) -> str:
         grouped = "" if self.groups == 1 else f" groups={self.groups}"
-        return f"out,in,*k{grouped}{self._suffix()}"
+        return f"{self.stored}{grouped}{self._suffix()}"
 
 
 @checked
 @dataclass(frozen=True)
-class ConvTransposeLayout(Layout):
+class ConvTransposeLayout(ConvLayout):
     """``[in, out/groups, *kernel]`` of nn.ConvTranspose, as ``[groups, out/groups, in/groups * taps]``.
 
     Examples:
@@ -283,17 +284,13 @@ class ConvTransposeLayout(Layout):
         ((1, 16, 72),)
     """
 
-    groups: int = 1
+    stored: ClassVar[str] = "in,out,*k"
 
     def arrange(self, shape: Shape) -> Arrangement:
         fits = len(shape) >= 2 and shape[0] % self.groups == 0
         self._expect(fits, shape, f"[in, out/groups, *kernel] with groups={self.groups} dividing in")
         d_in, d_out, taps = shape[0] // self.groups, shape[1], math.prod(shape[2:])
         return Arrangement((self.groups, d_in, d_out, taps), (0, 2, 1, 3), (self.groups, d_out, d_in * taps))
-
-    def __str__(self) -> str:
-        grouped = "" if self.groups == 1 else f" groups={self.groups}"
-        return f"in,out,*k{grouped}{self._suffix()}"
 
 
 @checked

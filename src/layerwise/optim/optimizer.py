@@ -14,6 +14,7 @@ from layerwise.common.checked import checked
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import first_few, unwrap_optimizer
 from layerwise.common.running import under_autocast
+from layerwise.common.text_table import text_table
 from layerwise.errors import LayerwiseError, warn
 from layerwise.optim.groups.complete import (
     Recipe,
@@ -25,7 +26,7 @@ from layerwise.optim.groups.complete import (
     with_layouts,
 )
 from layerwise.optim.groups.options import DEFAULTS, check_options
-from layerwise.optim.groups.overview import described, rates_of_units, scaled_twice, table
+from layerwise.optim.groups.overview import cells, described, rates_of_units, scaled_twice
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
@@ -307,7 +308,7 @@ class LayerwiseOptimizer(Optimizer):
             >>> print(lw.Scion(groups, lr=0.25).groups_table().splitlines()[-1])
             vector  1           8        0.125 = 0.25 * 0.5  0             lmo     -      VectorRMS()           name='biases'
         """
-        return table(self.param_groups)
+        return text_table([cells(group) for group in self.param_groups])
 
     @property
     def skipped_steps(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from layerwise.common.group_by import group_by
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, store
 from layerwise.optim.rules.rule import NormGroup, RateRule
@@ -140,11 +141,8 @@ class AdamW(Update):
             planned.take(work, keep)
 
     def plan(self, jobs: Sequence[Job]) -> list[PlannedStep]:
-        together: dict[tuple[int, torch.dtype, torch.device], list[Job]] = {}
-        for job in jobs:
-            if job.moves:
-                key = (id(job.group), job.local.dtype, job.local.device)
-                together.setdefault(key, []).append(job)
+        moving = [job for job in jobs if job.moves]
+        together = group_by(moving, lambda job: (id(job.group), job.local.dtype, job.local.device))
         steps: list[PlannedStep] = []
         for (_, _, device), some in together.items():
             mixed = some[0].group.get("nu", 1.0) < 1.0
@@ -376,19 +374,14 @@ def move(jobs: Sequence[Job], directions: Sequence[Tensor], keep: Tensor | None)
         if isinstance(lr, Tensor):
             lr = lr.reshape(())
         if decay != 0.0:
-            torch._foreach_mul_(params, _left(params[0], lr * decay, keep))
+            decayed = lr * decay
+            if keep is not None:  # in float64 what is on the device comes out as the host's arithmetic does
+                decayed = keep.to(params[0].device).double() * decayed
+            left = 1.0 - decayed  # of the weights; torch multiplies a list by a tensor in a third of a number's time
+            torch._foreach_mul_(params, left.to(params[0]) if isinstance(left, Tensor) else params[0].new_full((), left))
         if isinstance(lr, Tensor):
             same = lr.device == steps[0].device  # to send a rate there would wait for the device
             scaled = torch._foreach_mul(steps, lr) if same else [step * lr for step in steps]
             torch._foreach_sub_(params, scaled)
         else:
             torch._foreach_sub_(params, steps, alpha=lr)
-
-
-def _left(like: Tensor, decayed: float | Tensor, keep: Tensor | None) -> Tensor:
-    """What decay leaves of the weights: a tensor, by which torch multiplies a list in a third of a number's time."""
-    if keep is not None:  # in float64 what is on the device comes out as the host's arithmetic does
-        return (1.0 - keep.to(like.device).double() * decayed).to(like)
-    if isinstance(decayed, Tensor):
-        return (1.0 - decayed).to(like)
-    return torch.full((), 1.0 - decayed, dtype=like.dtype, device=like.device)

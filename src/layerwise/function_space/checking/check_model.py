@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import PositiveInt, checked
+from layerwise.common.group_by import group_by
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.checked_batches import batches, default_loss, inputs_of
 from layerwise.function_space.checking.one_size import Readings, Recipe, SizeRun
@@ -167,9 +168,7 @@ Found = list[list[Mapping[str, Value]]]
 
 def _stacked(values: Mapping[str, Value], quantity: Quantity) -> dict[str, Value]:
     """The blocks of a stack as one, under a star for the number: rates are added, the rest is their root mean square."""
-    stacks: dict[str, list[Value]] = {}
-    for name, value in values.items():
-        stacks.setdefault(siblings_of(name), []).append(value)
+    stacks = {place: [values[name] for name in names] for place, names in group_by(values, siblings_of).items()}
     if quantity == "rate":
         return {
             name: Value(sum(v.value for v in blocks), sum(v.stderr**2 for v in blocks) ** 0.5)

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.outputs import model_output
-from layerwise.function_space.measuring.slices import each_tensor
 from layerwise.function_space.steps.step_loss import model_loss
 
 
@@ -66,11 +64,6 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     if whole:
         return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
     return functional.mse_loss(outputs, targets.reshape(outputs.shape))
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device."""
-    return each_tensor(batch, lambda tensor: tensor.to(device))
 
 
 def _is_pair(batch: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from layerwise.common.parameter_names import unwrap_optimizer
 from layerwise.common.running import call_given
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.checking.checked_batches import inputs_of, to_device
+from layerwise.function_space.checking.checked_batches import inputs_of
 from layerwise.function_space.checking.size_check import Quantity, Value
 from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.depth_map import DepthMap
@@ -24,6 +24,7 @@ from layerwise.function_space.matching.flerm import FLeRM
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward, resolve
 from layerwise.function_space.measuring.runners import LeafRunner, untouched
+from layerwise.function_space.measuring.slices import each_tensor
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.by_module import ROOT, by_module, module_of, module_updates, update_sums
 from layerwise.function_space.steps.step_loss import Loss
@@ -73,7 +74,7 @@ class SizeRun:
         made = call_given("make_optimizer", recipe.make_optimizer, self.model, needed=needed)
         self.optimizer = unwrap_optimizer(made)
         device = next(self.model.parameters()).device
-        self.batches = [to_device(batch, device) for batch in recipe.batches]
+        self.batches = [each_tensor(batch, lambda tensor: tensor.to(device)) for batch in recipe.batches]
         self.measurement = replace(recipe.measurement, seed=recipe.measurement.seed + seed)
 
     @property

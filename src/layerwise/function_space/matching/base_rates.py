@@ -16,6 +16,7 @@ import torch
 import layerwise
 from layerwise.common.checked import checked
 from layerwise.common.files import write_whole
+from layerwise.common.group_by import group_by
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.steps.named_rates import class_name, optimized, settings_by_name
 from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
@@ -332,8 +333,5 @@ def _mean_rate(rates: Sequence[BaseRate]) -> BaseRate:
 
 def _by_settings(by_name: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
     """Names listed under the settings that they share: a file for people to read."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name, found in by_name.items():
-        key = json.dumps(found, sort_keys=True)
-        groups.setdefault(key, {"settings": dict(found), "names": []})["names"].append(name)
-    return list(groups.values())
+    alike = group_by(by_name, lambda name: json.dumps(by_name[name], sort_keys=True))
+    return [{"settings": dict(by_name[names[0]]), "names": names} for names in alike.values()]

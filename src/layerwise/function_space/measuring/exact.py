@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from layerwise.common.tensors import or_one, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.moments import TensorUpdate
-from layerwise.function_space.measuring.outputs import Outputs, nodes_of
+from layerwise.function_space.measuring.outputs import Outputs, draw_probes, nodes_of
 
 Tensors = Mapping[str, Tensor]
 #: What a rate says it was measured with.
@@ -88,19 +88,23 @@ def derivatives(function: Callable[[Any], Tensor], points: Tensors, along: Tenso
     (which is linear in `u`), along the direction.
     """
     # The fused attention kernels have neither formula; the plain one has both.
-    with sdpa_kernel(SDPBackend.MATH), _PlainOperations():
-        try:
-            with torch.no_grad():
-                tangent: Tensor | None = torch.func.jvp(function, (dict(points),), (dict(along),))[1]
-        except (NotImplementedError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            tangent = None
-    if tangent is not None:
-        yield tangent, FORWARD
-    with sdpa_kernel(SDPBackend.MATH), _PlainOperations():
-        tangent = _twice_reverse(function, points, along)
-    yield tangent, REVERSE
+    for derivative, formula in ((_forward, FORWARD), (_twice_reverse, REVERSE)):
+        with sdpa_kernel(SDPBackend.MATH), _PlainOperations():
+            tangent = derivative(function, points, along)
+        if tangent is not None:
+            yield tangent, formula
+
+
+def _forward(function: Callable[[Any], Tensor], points: Tensors, along: Tensors) -> Tensor | None:
+    """None where an operation has no formula."""
+    try:
+        with torch.no_grad():
+            tangent: Tensor = torch.func.jvp(function, (dict(points),), (dict(along),))[1]
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return None
+    return tangent
 
 
 def _twice_reverse(function: Callable[[Any], Tensor], points: Tensors, along: Tensors) -> Tensor:
@@ -212,19 +216,17 @@ def adjoint(
     # A backward of a custom function, in Python or C++.
     if not any(isinstance(node, BackwardCFunction) or "CppNode" in node.name() for node in nodes_of(values)):
         return None
-    generator = torch.Generator(values.device).manual_seed(0)
     wide = wide_dtype(values.device)
+    sizes = [u.whole().to(wide_dtype(u.new.device)).square().mean().sqrt() for u in updates.values()]
     all_signs, slopes, floors = [], [], []
-    for _ in range(_PROBES):
-        signs = torch.randint(0, 2, values.shape, generator=generator, device=values.device) * 2 - 1
-        signs = (signs if outputs.mask is None else signs * outputs.mask).to(values.dtype)
+    for signs in draw_probes(outputs, _PROBES, seed=0):
         found = torch.autograd.grad(values, list(leaves.values()), signs, retain_graph=True, allow_unused=True)
         grads = {name: g.to(wide) for name, g in zip(leaves, found, strict=True) if g is not None}
         norms = [torch.linalg.vector_norm(g).to(values.device) for g in grads.values()]
         largest = torch.stack(norms).amax() if norms else values.new_zeros((), dtype=wide)
         all_signs.append(signs)
         slopes.append([_slope(grads.get(name), update).to(largest) for name, update in updates.items()])
-        floors.append([largest * _rms(update).to(largest) * _ROUNDING for update in updates.values()])
+        floors.append([largest * size.to(largest) * _ROUNDING for size in sizes])
     by_name = [torch.tensor(rows, dtype=wide, device=values.device).T for rows in (slopes, floors)]
     return Adjoint(all_signs, *(dict(zip(updates, rows, strict=True)) for rows in by_name))
 
@@ -234,8 +236,3 @@ def _slope(grad: Tensor | None, update: TensorUpdate) -> Tensor:
     if grad is None:
         return torch.zeros((), device=direction.device)
     return (grad * direction.to(grad.device, grad.dtype)).sum()
-
-
-def _rms(update: TensorUpdate) -> Tensor:
-    direction = update.whole().to(wide_dtype(update.new.device))
-    return direction.square().mean().sqrt()

@@ -139,11 +139,7 @@ def space_name(forward: Forward) -> str:
 def _identity(value: Any) -> Any:
     """What a function does, as far as its code and its constants say; other values by their text."""
     if isinstance(value, functools.partial):
-        return (
-            _identity(value.func),
-            [_identity(v) for v in value.args],
-            sorted(value.keywords.items(), key=str),
-        )
+        return _identity(value.func), [_identity(v) for v in value.args], sorted(value.keywords.items(), key=str)
     code = getattr(value, "__code__", value)
     if isinstance(code, CodeType):
         return code.co_code, code.co_names, [_identity(constant) for constant in code.co_consts]
@@ -188,13 +184,9 @@ def _tensor_of(result: Any) -> Tensor | None:
     logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
     if logits is None and isinstance(result, (tuple, list)) and result:
         first, *others = result
-        alone = all(each is None or isinstance(each, (int, float)) or _is_scalar(each) for each in others)
+        alone = all(each is None or isinstance(each, (int, float)) or getattr(each, "ndim", 1) == 0 for each in others)
         logits = first if alone and isinstance(first, Tensor) and first.is_floating_point() and first.ndim else None
     return logits if isinstance(logits, Tensor) else None
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.ndim
 
 
 def _in_words(result: Any) -> str:

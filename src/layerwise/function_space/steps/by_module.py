@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerwise.common.group_by import group_by
 from layerwise.common.tensors import is_sharded, local_part
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ALONE, Processes
@@ -83,7 +84,7 @@ def update_sums(
         tensors = [lot.new if lot.old is None else lot.old, deltas]
         known = [found for found in (gradients, earlier) if names[0] in found and names[0] in gradients]
         tensors += [place.stack([found[name] for name in names]).to(lot.dtype) for found in known]
-        sums = _sums(*map(_flat, tensors))
+        sums = _sums(*(tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None] for tensor in tensors))
         rows |= dict(zip(names, sums if place.copies == 1 else sums / place.copies, strict=True))
         if len(place.shape) > 1:
             norms.add(names, place.matrices(deltas))
@@ -123,14 +124,12 @@ def _alike(
     updates: Mapping[str, TensorUpdate], gradients: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
 ) -> Iterator[list[str]]:
     """Names of tensors that can be stacked, in lots of bounded size; in the same order on every process."""
-    kinds: dict[tuple[object, ...], list[str]] = {}
-    for name, update in updates.items():
-        new = update.new
-        places = str(getattr(new, "placements", None))
-        known = name in gradients, name in gradients and name in earlier
-        kind = (new.shape, new.dtype, new.device, places, update.decay, known)
-        kinds.setdefault(kind, []).append(name)
-    for names in kinds.values():
+
+    def kind(name: str) -> tuple[object, ...]:
+        new, known = updates[name].new, (name in gradients, name in gradients and name in earlier)
+        return new.shape, new.dtype, new.device, str(getattr(new, "placements", None)), updates[name].decay, known
+
+    for names in group_by(updates, kind).values():
         count = max(1, _TOGETHER // max(1, updates[names[0]].new.numel()))
         yield from (names[start : start + count] for start in range(0, len(names), count))
 
@@ -186,11 +185,6 @@ def _place(tensor: Tensor, processes: Processes) -> _Place:
     return _Place(shape, True, dim, copies=processes.count // pieces)
 
 
-def _flat(stack: Tensor) -> Tensor:
-    """`[count, entries]`."""
-    return stack.flatten(1) if stack.ndim > 1 else stack[:, None]
-
-
 def _sums(weights: Tensor, deltas: Tensor, gradients: Tensor | None = None, earlier: Tensor | None = None) -> Tensor:
     """`[count, sums]` of tensors `[count, entries]`, in the order of `TensorSums`."""
     found = [_squares(weights), _squares(deltas)]
@@ -244,10 +238,7 @@ def siblings_of(module: str) -> str:
 
 def by_module(parameters: Iterable[str]) -> dict[str, list[str]]:
     """The parameters of each module, in order."""
-    found: dict[str, list[str]] = {}
-    for name in parameters:
-        found.setdefault(module_of(name), []).append(name)
-    return found
+    return group_by(parameters, module_of)
 
 
 @dataclass(frozen=True)

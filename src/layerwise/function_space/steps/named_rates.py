@@ -14,6 +14,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from layerwise.common.group_by import group_by
 from layerwise.errors import LayerwiseError
 
 Group = dict[str, Any]
@@ -161,10 +162,7 @@ class NamedRates:
         self.decay = decay
         self._given: list[Group] | None = None
         self._parts: list[tuple[Group, Group]] = []
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self.restore),
-        ]
+        self._hooks = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self.restore)
 
     def learning_rates(self) -> dict[str, float]:
         """Each parameter's learning rate in the next step: its group's, times its multiplier."""
@@ -193,10 +191,8 @@ class NamedRates:
         self.optimizer.param_groups = split
 
     def _split(self, group: Group) -> list[Group]:
-        places: dict[float, list[int]] = {}
-        for index, p in enumerate(group["params"]):
-            places.setdefault(self.multipliers.get(self.ids.get(id(p), ""), 1.0), []).append(index)
-        parts = []
+        multipliers = [self.multipliers.get(self.ids.get(id(p), ""), 1.0) for p in group["params"]]
+        places, parts = group_by(range(len(multipliers)), multipliers.__getitem__), []
         for number, (multiplier, indices) in enumerate(places.items()):
             # A counter held in the group as a tensor must not be advanced once per part.
             part = {k: v.clone() if number and isinstance(v, Tensor) else v for k, v in group.items()}

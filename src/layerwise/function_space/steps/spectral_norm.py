@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from layerwise.common.group_by import group_by
 from layerwise.common.tensors import or_one
 
 #: What adds a tensor over the processes that hold parts of one matrix, in place.
@@ -88,13 +89,14 @@ def spectral_norms(stacks: Sequence[Tensor], steps: int = 6, sum_: Sum | None = 
         `spectral_norms([torch.stack([layer.weight for layer in layers])])[0]`
     """
     # Small singular values matter to nobody here: scaled to order one, squares neither under- nor overflow.
-    peaks = [_peak(stack) for stack in stacks]
+    peaks = [stack.abs().amax((1, 2)) if stack.numel() else stack.new_zeros(len(stack)) for stack in stacks]
     if sum_ is not None:
         peaks = _summed(peaks, sum_)
     scales = [or_one(peak) for peak in peaks]
     scaled = [stack / scale[:, None, None] for stack, scale in zip(stacks, scales, strict=True)]
-    alike = _alike(scaled)
-    parts = [_Lanczos(several, _start(several)) for several in ([scaled[k] for k in places] for places in alike)]
+    alike = group_by(range(len(scaled)), lambda k: (max(scaled[k].shape[2], _SHORT), scaled[k].dtype, scaled[k].device))
+    lots = [[scaled[k] for k in places] for places in alike.values()]
+    parts = [_Lanczos(several, _start(several)) for several in lots]
     for _ in range(steps):
         products = [part.products() for part in parts]
         if sum_ is not None:
@@ -102,18 +104,9 @@ def spectral_norms(stacks: Sequence[Tensor], steps: int = 6, sum_: Sum | None = 
         for part, summed in zip(parts, products, strict=True):
             part.extend(summed)
     found: dict[int, Tensor] = {}
-    for places, part in zip(alike, parts, strict=True):
-        found |= zip(places, part.norms().split([len(scaled[k]) for k in places]), strict=True)
+    for places, part in zip(alike.values(), parts, strict=True):
+        found |= zip(places, part.norms().split([len(stack) for stack in part.stacks]), strict=True)
     return [found[k] * scale.cpu() for k, scale in enumerate(scales)]
-
-
-def _alike(stacks: Sequence[Tensor]) -> list[list[int]]:
-    """Places of the stacks whose vectors are worked on together."""
-    kinds: dict[tuple[object, ...], list[int]] = {}
-    for place, stack in enumerate(stacks):
-        columns = stack.shape[2]
-        kinds.setdefault((max(columns, _SHORT), stack.dtype, stack.device), []).append(place)
-    return list(kinds.values())
 
 
 def _padded(parts: Sequence[Tensor]) -> Tensor:
@@ -136,11 +129,6 @@ def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
         pairs = zip(matrices, vectors[..., 0], strict=True)
         return torch.stack([torch.mv(matrix, vector) for matrix, vector in pairs])[..., None]
     return torch.bmm(vectors.mT, matrices.mT).mT
-
-
-def _peak(stack: Tensor) -> Tensor:
-    """The largest absolute entry of each matrix, `[count]`."""
-    return stack.abs().amax((1, 2)) if stack.numel() else stack.new_zeros(stack.shape[0])
 
 
 def _start(stacks: Sequence[Tensor]) -> Tensor:

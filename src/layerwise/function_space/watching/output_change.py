@@ -153,9 +153,6 @@ class SeenInputs:
         if torch.is_grad_enabled() and MEASURED not in module.__dict__:
             self._seen = (args, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SeenInputs:
-        """A copy of the model that took a hook along listens to nobody."""
-        return SeenInputs(nn.Identity())
-
     def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model that took a hook along listens to nobody."""
         return SeenInputs, (nn.Identity(),)

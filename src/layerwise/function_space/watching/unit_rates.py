@@ -29,11 +29,11 @@ def unit_rates(optimizer: Optimizer, lrs: Mapping[str, float] | None = None) -> 
     }
 
 
-def unit_scalars(units: Mapping[str, LayerRate], prefix: str = "layer") -> dict[str, float]:
+def unit_scalars(units: Mapping[str, LayerRate]) -> dict[str, float]:
     """`{"layer_lr/UNIT": rate, "layer_squared_norm/UNIT": ...}`, for loggers; no norm where none is measured."""
     found: dict[str, float] = {}
     for name, unit in units.items():
-        found[f"{prefix}_lr/{name}"] = unit.lr
+        found[f"layer_lr/{name}"] = unit.lr
         if not math.isnan(unit.squared_norm):
-            found[f"{prefix}_squared_norm/{name}"] = unit.squared_norm
+            found[f"layer_squared_norm/{name}"] = unit.squared_norm
     return found

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from layerwise.common.checked import checked
+from layerwise.common.group_by import group_by
 from layerwise.function_space.steps.by_module import siblings_of
 
 
@@ -115,10 +116,7 @@ class UnusualRule:
                     yield Unusual(step, name, value, off, "history")
 
     def _off_siblings(self, step: int, updates: Mapping[str, float], shapes: Mapping[str, Any]) -> Iterable[Unusual]:
-        places: dict[tuple[str, Any], list[str]] = {}
-        for name in updates:
-            places.setdefault((siblings_of(name), shapes.get(name)), []).append(name)
-        for (pattern, _), names in places.items():
+        for (pattern, _), names in group_by(updates, lambda name: (siblings_of(name), shapes.get(name))).items():
             middle = median(updates[name] for name in names)
             if len(names) < 3 or not middle > 0:
                 continue

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
+from layerwise.common.group_by import group_by
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import unwrap, unwrap_optimizer
 from layerwise.common.running import under_autocast
@@ -204,29 +205,7 @@ class Watch:
         self, step: int, taken: WatchedStep, inputs: Any, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
     ) -> None:
         """Record a step that is over, and hand the record on."""
-        record = self._record(step, taken, inputs, now, earlier)
-        self.records.append(record)
-        if taken.processes.rank:
-            return
-        for line in record.unusual:
-            _LOG.warning("%s", line)
-        for sink in self.sinks:
-            sink(record)
-
-    def _expect(self) -> None:
-        """Prepare for the steps to come."""
-        self.outputs.expect(self._function_space_due(self.steps + 2), self._function_space_due(self.steps + 1))
-        if self._due(self.steps + 1):
-            # What sets rates within the step (FLeRM) does so in a hook of its own: ours has to come after it.
-            self._before.remove()
-            self._before = self.optimizer.register_step_pre_hook(self._before_step)
-
-    def _record(
-        self, step: int, taken: WatchedStep, inputs: Any, now: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
-    ) -> WatchRecord:
-        rates, together = None, None
-        if self._function_space_due(step):
-            rates, together = self.outputs.measure(taken, step, inputs)
+        rates, together = self.outputs.measure(taken, step, inputs) if self._function_space_due(step) else (None, None)
         with under_autocast(taken.parameters.values(), None):
             updates = module_updates(update_sums(taken.updates, now, earlier, processes=taken.processes))
         units = unit_rates(self.optimizer, taken.lrs)
@@ -241,18 +220,30 @@ class Watch:
             name: tuple(taken.parameters[own].shape for own in names) for name, names in by_module(taken.parameters).items()
         }
         unusual = self.rule.judge(step, {name: update.update_rms for name, update in updates.items()}, shapes)
-        return WatchRecord(step, modules, sum(changes) if changes else None, together, units, unusual)
+        record = WatchRecord(step, modules, sum(changes) if changes else None, together, units, unusual)
+        self.records.append(record)
+        if taken.processes.rank:
+            return
+        for line in unusual:
+            _LOG.warning("%s", line)
+        for sink in self.sinks:
+            sink(record)
+
+    def _expect(self) -> None:
+        """Prepare for the steps to come."""
+        self.outputs.expect(self._function_space_due(self.steps + 2), self._function_space_due(self.steps + 1))
+        if self._due(self.steps + 1):
+            # What sets rates within the step (FLeRM) does so in a hook of its own: ours has to come after it.
+            self._before.remove()
+            self._before = self.optimizer.register_step_pre_hook(self._before_step)
 
 
 def _effective(taken: WatchedStep, units: Mapping[str, LayerRate]) -> dict[str, float]:
     """Each module's learning rate: of its parameters' (of the mean of their units') the mean, weighted by entries."""
-    of_units: dict[str, list[float]] = {}
-    for unit, rate in units.items():
-        of_units.setdefault(parameter_of(unit), []).append(rate.lr)
-    found = {}
+    found, of_units = {}, group_by(units, parameter_of)
     for module, names in by_module(taken.parameters).items():
         sizes = [taken.parameters[name].numel() for name in names]
-        each = [math.fsum(of_units[n]) / len(of_units[n]) if n in of_units else taken.lrs[n] for n in names]
+        each = [fmean(units[u].lr for u in of_units[n]) if n in of_units else taken.lrs[n] for n in names]
         same = all(lr == each[0] for lr in each)
         weighted = sum(size * lr for size, lr in zip(sizes, each, strict=True))
         found[module] = each[0] if same else weighted / max(1, sum(sizes))

@@ -96,11 +96,6 @@ class Operation:
         """`add` for `aten.add.Tensor` and for `aten.add_.Tensor`."""
         return name_of(self.func)
 
-    @property
-    def writes_into_a_part(self) -> bool:
-        """Whether it writes in place, into a view of another tensor."""
-        return bool(self.args) and self.results[0] is self.args[0] and self.results[0]._is_view()
-
     def argument(self, name: str) -> Any:
         """An argument by its name in the operation's schema, None where it was not given."""
         if name in self.kwargs:

@@ -50,7 +50,7 @@ def follow(flow: Flow, op: Operation) -> None:
         flow.made(op, replace(constant, results_of=results_in(filter(None, origins))))
     else:
         _rule(op.func)(flow, op)
-        if op.writes_into_a_part:
+        if op.args and op.results[0] is op.args[0] and op.results[0]._is_view():
             flow.wrote(op.results[0])
 
 

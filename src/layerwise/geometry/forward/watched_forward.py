@@ -114,10 +114,8 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
     except Exception as error:  # whatever a user's model raises
         first = (str(error).splitlines() or [""])[0][:200]
         tried = "the batch" if given else "a batch made for it"
-        return Look(
-            None,
-            f"the model did not run on {tried} ({type(error).__name__}: {first}): roles are those of the modules",
-        )
+        told = f"{type(error).__name__}: {first}"
+        return Look(None, f"the model did not run on {tried} ({told}): roles are those of the modules")
     if given:
         evidence.of_unseen = "took no part in the forward pass"
     return Look(evidence)
@@ -175,11 +173,5 @@ def output_tensors(outputs: Any, inner: Sequence[str]) -> Iterator[Tensor]:
             waiting += found
         elif id(found) not in seen and not isinstance(found, (nn.Module, type)):
             seen.add(id(found))
-            waiting.append(_attributes_of(found))
-
-
-def _attributes_of(found: Any) -> dict[str, Any]:
-    """Of a dataclass, a distribution, a namespace."""
-    if is_dataclass(found):
-        return {field.name: getattr(found, field.name) for field in fields(found)}
-    return getattr(found, "__dict__", {})
+            own = {f.name: getattr(found, f.name) for f in fields(found)} if is_dataclass(found) else None
+            waiting.append(getattr(found, "__dict__", {}) if own is None else own)  # of a distribution, a namespace

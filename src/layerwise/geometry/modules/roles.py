@@ -257,8 +257,5 @@ def _projection_split(place: _Place, d_out: int) -> tuple[Split | None, str]:
         return split, ""
     split = grouped_split(parent, attribute, d_out)
     if split is not None:
-        return (
-            split,
-            f"assumed {split}, as {type(parent).__name__} has fewer heads for keys; if not, declare its split",
-        )
+        return split, f"assumed {split}, as {type(parent).__name__} has fewer heads for keys; if not, declare its split"
     return None, fused_note(parent, attribute, d_out)

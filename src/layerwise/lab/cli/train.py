@@ -12,13 +12,13 @@ from layerwise.lab.cli.words import Words, split_words
 from layerwise.lab.config.load import load_config
 from layerwise.lab.config.schema import Config
 from layerwise.lab.models.families import PRESETS
-from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.optimizers.registry import optimizers
 from layerwise.lab.runs.directory import has_ended
 from layerwise.lab.runs.recorded import Run, number
 from layerwise.lab.training import processes
 
 #: At the end of its help.
-NAMES = f"Models: {', '.join(PRESETS)}.\n\nOptimizers: {', '.join(OPTIMIZERS)}."
+NAMES = f"Models: {', '.join(PRESETS)}.\n\nOptimizers: {', '.join(optimizers())}."
 
 
 def train(

@@ -12,19 +12,16 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from layerwise.lab.config.keys import flatten, set_key
+from layerwise.lab.config.keys import flatten
 from layerwise.lab.config.schema import Config
 
 #: What may differ between a run and its continuation: sections, and keys of one.
-FREE = ("run", "parallel", "training.keep", "training.checkpoint_every")
+FREE: dict[str, Any] = {"run": True, "parallel": True, "training": {"keep", "checkpoint_every"}}
 
 
 def decisive(config: Config) -> dict[str, Any]:
     """The sections of a complete config without what is free and what is at its default: a run to be made again by."""
-    free: dict[str, Any] = {}
-    for key in FREE:
-        set_key(free, key, True)
-    return config.model_dump(exclude=free, exclude_defaults=True)
+    return config.model_dump(exclude=FREE, exclude_defaults=True)
 
 
 def identity(config: Mapping[str, Any], corpus: str | None = None) -> dict[str, Any]:
@@ -45,7 +42,8 @@ def identity(config: Mapping[str, Any], corpus: str | None = None) -> dict[str, 
 
 
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    section, _, name = key.partition(".")
+    return FREE.get(section) is True or name in FREE.get(section, ())
 
 
 def hashed(identity: Any) -> str:

@@ -7,10 +7,12 @@ transformers config, an optimizer's keywords) stand in the same section and are 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -273,17 +275,12 @@ class ParallelConfig(Section):
 class RunConfig(Section):
     """Where the run is written: the directory `dir/name`."""
 
-    name: str | None = Field(default=None, min_length=1)
+    name: Annotated[str, Field(min_length=1), AfterValidator(partial(one_folder, key="run.name"))] | None = None
     """name of the run; null: model and optimizer"""
     dir: str = Field(default="runs", min_length=1)
     """folder of runs"""
     tensorboard: bool = Field(default=True, strict=True)
     """also write TensorBoard events, in the run's `tensorboard` folder"""
-
-    @field_validator("name")
-    @classmethod
-    def _stays_in_dir(cls, name: str | None) -> str | None:
-        return None if name is None else one_folder(name, "run.name")
 
 
 class Config(Section):

@@ -100,22 +100,21 @@ def _cached(config: DataConfig, corpus: Corpus) -> tuple[Path, dict[str, Any]]:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        made = tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise LayerwiseError(
             f"cache folder {folder.parent}: {error.strerror}; set LAYERWISE_CACHE to one that can be written"
         ) from None
-    try:
+    with made as name:
+        work = Path(name)
         info = _tokenise(config, corpus, vocab_size, work)
-        info["files"] = {name: _written(work / name) for name in PARTS}
+        info["files"] = {part: _written(work / part) for part in PARTS}
         (work / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
         try:
             work.rename(folder)
         except OSError:
             if not folder.exists():  # otherwise another process was first, with the same contents
                 raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return folder, info
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, OptimizerConfig, Section, one_folder
 from layerwise.lab.config.validate import nearest, validate
-from layerwise.lab.optimizers.registry import OPTIMIZERS, default_rate, find_preset
+from layerwise.lab.optimizers.registry import default_rate, find_preset, optimizers
 from layerwise.lab.report.grouping import optimizer_title
 
 #: Rates or factors to try.
@@ -100,11 +100,11 @@ def entries(config: CompareConfig) -> list[Entry]:
         )
     names = list(section.optimizers)
     if "optimizers" not in section.model_fields_set:  # a list of one's own is meant as it stands
-        names += [name for name in section.contenders if name not in OPTIMIZERS]
+        names += [name for name in section.contenders if name not in optimizers()]
     grids = section.lr_grid if isinstance(section.lr_grid, dict) else {}
     for name in [*names, *grids, *section.by_role]:
-        if name not in OPTIMIZERS and name not in section.contenders:
-            valid = [*OPTIMIZERS, *section.contenders]
+        if name not in optimizers() and name not in section.contenders:
+            valid = [*optimizers(), *section.contenders]
             raise LayerwiseError(f"compare: unknown optimizer {name!r}: {nearest(name, valid)}")
     if len(set(names)) < len(names):
         raise LayerwiseError(f"compare.optimizers={','.join(names)}: each contender once")

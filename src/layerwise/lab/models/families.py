@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import layerwise.lab.models
+from layerwise.common.checked import fits, wanted
 from layerwise.common.discover import import_files
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import LoraConfig, ModelConfig
@@ -53,13 +54,11 @@ def model_settings(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 def _check_setting(key: str, value: Any, default: Any) -> None:
     """Raises LayerwiseError for what no model has: transformers makes one without blocks of `n_layer=-1`."""
-    if isinstance(default, bool) != isinstance(value, bool):
-        need = "true or false" if isinstance(default, bool) else "a number or word, not true or false"
-        raise LayerwiseError(f"{key}={value!r}: {need} is needed")
-    if isinstance(default, int) and not isinstance(value, int):
-        raise LayerwiseError(f"{key}={value!r}: a whole number is needed")
-    if isinstance(default, float) and not isinstance(value, int | float):
-        raise LayerwiseError(f"{key}={value!r}: a number is needed")
+    kind = type(default)
+    if kind in (bool, int, float) and not fits(value, kind):
+        raise LayerwiseError(f"{key}={value!r}: give {wanted(kind)}")
+    if kind is not bool and isinstance(value, bool):
+        raise LayerwiseError(f"{key}={value!r}: give a number or word, not true or false")
     counts = isinstance(value, int) and not isinstance(value, bool) and isinstance(default, int | None)
     if counts and not 1 <= value <= LARGEST_SIZE:
         raise LayerwiseError(f"{key}={value}: a whole number from 1 to {LARGEST_SIZE:,} is needed")

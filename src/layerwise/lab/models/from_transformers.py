@@ -97,14 +97,11 @@ class GPT2(TransformersFamily):
         return {"n_embd": whole("width", value), "n_head": whole("width", value, head)}
 
 
-def _shape(layers: int, hidden: int, intermediate: int, heads: int, groups: int) -> Settings:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-    }
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+def _sized(*sizes: int) -> Settings:
+    return dict(zip(_SIZES, sizes, strict=True))
 
 
 @register
@@ -114,9 +111,9 @@ class Llama(TransformersFamily):
     name, blocks, layers = "llama", "model.layers.*", ("num_hidden_layers",)
     positions, classes = "max_position_embeddings", ("LlamaConfig", "LlamaForCausalLM")
     presets = {  # noqa: RUF012 - declared in the base class
-        "llama-tiny": _shape(4, 128, 352, 4, 2),
-        "llama-0.5b": _shape(24, 1280, 3456, 20, 20),
-        "llama-1.1b": _shape(22, 2048, 5632, 32, 4),
+        "llama-tiny": _sized(4, 128, 352, 4, 2),
+        "llama-0.5b": _sized(24, 1280, 3456, 20, 20),
+        "llama-1.1b": _sized(22, 2048, 5632, 32, 4),
     }
 
     def widened(self, settings: Settings, value: float) -> Settings:

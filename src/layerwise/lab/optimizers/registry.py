@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 
 import layerwise.lab.optimizers
 import layerwise.optim as lw
+from layerwise.common.group_by import group_by
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import describe, param_groups
 from layerwise.lab.config.load import parse_yaml
@@ -91,32 +91,21 @@ _TORCHS = {
 }
 
 
-class _Known(Mapping[str, Preset]):
-    """torch's optimizers, and every one that is registered with the library, whenever that is."""
-
-    def __getitem__(self, name: str) -> Preset:
-        if name in _TORCHS:
-            return _TORCHS[name]
-        known = lw.optimizers()[name]
-        rule = next((rule for rule, kind in RULES.items() if kind is known.rates), None)
-        return Preset(known.title, known.build, rule=rule)
-
-    def __iter__(self) -> Iterator[str]:
-        return chain(_TORCHS, lw.optimizers())
-
-    def __len__(self) -> int:
-        return len(_TORCHS) + len(lw.optimizers())
-
-
-OPTIMIZERS = _Known()
 RULES = lw.rate_rules()
+
+
+def optimizers() -> dict[str, Preset]:
+    """torch's optimizers, and every one that is registered with the library by now."""
+    rules: dict[Any, str] = {kind: rule for rule, kind in RULES.items()}
+    registered = lw.optimizers().items()
+    return _TORCHS | {name: Preset(each.title, each.build, rule=rules.get(each.rates)) for name, each in registered}
 
 
 def find_preset(config: OptimizerConfig, section: str = "optimizer") -> Preset:
     """The preset a config names, its keywords checked. Raises LayerwiseError naming the key in `section` and the nearest."""
-    preset = OPTIMIZERS.get(config.name)
+    preset = optimizers().get(config.name)
     if preset is None:
-        raise LayerwiseError(f"{section}.name={config.name!r}: {nearest(config.name, OPTIMIZERS)}")
+        raise LayerwiseError(f"{section}.name={config.name!r}: {nearest(config.name, optimizers())}")
     valid = preset.keywords()
     for key in config.settings:
         if key not in valid:
@@ -124,7 +113,7 @@ def find_preset(config: OptimizerConfig, section: str = "optimizer") -> Preset:
             raise LayerwiseError(f"unknown key `{section}.{key}` of {config.name}: {nearest(key, known)}")
     check_arguments(preset.build, _arguments(config.settings), section)
     if config.rates is not None and not preset.takes_rates:
-        able = ", ".join(name for name, other in OPTIMIZERS.items() if other.takes_rates)
+        able = ", ".join(name for name, other in optimizers().items() if other.takes_rates)
         raise LayerwiseError(f"{section}.rates: {config.name} has no layer rates; those that have: {able}")
     if config.rates is not None:
         _check_rule(preset, config.rates, section)
@@ -175,7 +164,7 @@ def plain_preset(model: ModelConfig) -> str | None:
 def default_rate(model: ModelConfig, optimizer: str) -> float:
     """The base rate of an optimizer by name: the data file's where the model is a preset as it is, else its signature's."""
     known = base_rates().get(plain_preset(model) or "", {}).get("rates", {})
-    return float(known.get(optimizer, OPTIMIZERS[optimizer].default("lr")))
+    return float(known.get(optimizer, optimizers()[optimizer].default("lr")))
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -219,10 +208,7 @@ def scale_roles(
             raise LayerwiseError(f"optimizer.role_factors: {role!r}: {nearest(role, set(roles.values()))}")
     cut: list[dict[str, Any]] = []
     for group in groups:
-        parts: dict[float, list[Any]] = {}
-        for name, parameter in group["params"]:
-            parts.setdefault(factors.get(roles[name], 1.0), []).append((name, parameter))
-        for factor, params in parts.items():
+        for factor, params in group_by(group["params"], lambda named: factors.get(roles[named[0]], 1.0)).items():
             cut.append({**group, "params": params} | ({} if factor == 1.0 else {"lr": lr * factor}))
     return cut
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from layerwise.common.group_by import group_by
 from layerwise.errors import LayerwiseError, warn
 from layerwise.lab.config.identity import hashed, identity
-from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.optimizers.registry import optimizers
 from layerwise.lab.report import style
 from layerwise.lab.report.style import CYCLE, MARKERS, Look
 from layerwise.lab.runs.directory import RUN_FILE, find_runs, read_run
@@ -33,7 +34,7 @@ _LOOKS = {
 
 def optimizer_title(name: str) -> str:
     """As tables and figures write it: what it was registered with, or the name that it has in the run."""
-    preset = OPTIMIZERS.get(name)
+    preset = optimizers().get(name)
     return name if preset is None else preset.title
 
 
@@ -103,18 +104,16 @@ def load_runs(paths: Iterable[str | Path], note: Callable[[str], None] = warn) -
 
 def contenders(runs: Sequence[Run]) -> list[Contender]:
     """Group runs over seeds, and name each group by its optimizer and by what else differs between the groups."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(hashed(_identity(run)), []).append(run)
-    flat = [_identity(group[0]) for group in groups.values()]
-    titles = [optimizer_title(group[0].optimizer) for group in groups.values()]
+    groups = group_by(runs, lambda run: hashed(_identity(run))).values()
+    flat = [_identity(group[0]) for group in groups]
+    titles = [optimizer_title(group[0].optimizer) for group in groups]
     labels = [
         title if titles.count(title) == 1 else f"{title} {_difference(i, titles, flat)}".strip()
         for i, title in enumerate(titles)
     ]
     labels = [label if labels.count(label) == 1 else f"{label} ({i + 1})" for i, label in enumerate(labels)]
-    chosen = looks([group[0].optimizer for group in groups.values()])
-    return [Contender(label, look, tuple(group)) for label, look, group in zip(labels, chosen, groups.values(), strict=True)]
+    chosen = looks([group[0].optimizer for group in groups])
+    return [Contender(label, look, tuple(group)) for label, look, group in zip(labels, chosen, groups, strict=True)]
 
 
 def _identity(run: Run) -> dict[str, Any]:

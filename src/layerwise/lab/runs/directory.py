@@ -20,9 +20,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -146,7 +146,7 @@ def find_runs(folder: str | Path) -> Iterator[Path]:
     return (file.parent for file in sorted(Path(folder).rglob(RUN_FILE)))
 
 
-class RunWriter:
+class RunWriter(AbstractContextManager["RunWriter"]):
     """The one writer of a run directory, which it locks until it is closed or its process dies."""
 
     def __init__(self, path: str | Path) -> None:
@@ -218,9 +218,6 @@ class RunWriter:
             with suppress(OSError):  # not empty: it was there before
                 self.path.rmdir()
         self._lock.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

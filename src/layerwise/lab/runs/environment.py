@@ -42,16 +42,5 @@ def _processor() -> str:
 
 
 def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
-    """The rows of `describe(model)` in plain values."""
-    return [
-        {
-            "name": row.name,
-            "role": row.role,
-            "geometry": str(row.geometry),
-            "norm_group": row.norm_group,
-            "shape": list(row.shape),
-            "layout": str(row.layout),
-            "units": list(row.units),
-        }
-        for row in describe(model).rows
-    ]
+    """The rows of `describe(model)`, layout and geometry as text."""
+    return [{**vars(row), "geometry": str(row.geometry), "layout": str(row.layout)} for row in describe(model).rows]

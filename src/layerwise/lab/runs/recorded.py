@@ -225,14 +225,6 @@ def number(value: Any) -> float:
     return found if abs(found) <= LARGEST else math.nan
 
 
-def count(x: float) -> str:
-    """`1.2M`, `300k`, `0`."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(x) >= size:
-            return f"{x / size:.3g}{suffix}"
-    return f"{x:g}"
-
-
 def duration(seconds: float) -> str:
     """`48 s`, `3 min 05 s`, `2 h 10 min`; a dash for what is not known."""
     if not math.isfinite(seconds):

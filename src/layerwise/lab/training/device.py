@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import TrainingConfig
@@ -54,17 +55,9 @@ def autocast(model: nn.Module, precision: str, device: torch.device) -> None:
     def forward(self: nn.Module, *args: Any, **keywords: Any) -> Any:
         with context:
             outputs = inner(self, *args, **keywords)
-        return _float32(outputs)
+        return tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, outputs)
 
     model.forward = MethodType(forward, model)
-
-
-def _float32(outputs: Any) -> Any:
-    if isinstance(outputs, torch.Tensor):
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-    if isinstance(outputs, dict):  # transformers' outputs are dicts of a class of their own
-        return type(outputs)(**{key: _float32(value) for key, value in outputs.items()})
-    return outputs
 
 
 def set_seed(seed: int) -> None:

@@ -87,14 +87,8 @@ class RecordRates(Observer):
         matched = self.match is not None
         self._writer = trainer.writer
         self._batches = partial(measuring_batches, trainer, batches, skip=batches if matched else 0)
-        self.recorder = FunctionSpaceRecorder(
-            trainer.model,
-            trainer.optimizer,
-            self.every,
-            **self.settings.measured,
-            seed=seed + _OTHER_PROBES if matched else seed,
-            sink=self._write,
-        )
+        measured = {**self.settings.measured, "seed": seed + _OTHER_PROBES if matched else seed}
+        self.recorder = FunctionSpaceRecorder(trainer.model, trainer.optimizer, self.every, sink=self._write, **measured)
         if saved is not None:
             self.recorder.load_state_dict(saved)
 
@@ -135,16 +129,9 @@ class MatchRates(Observer):
     def begin(self, trainer: Trainer, saved: dict[str, Any] | None) -> None:
         settings = self.settings
         self._writer, self._batches = trainer.writer, partial(measuring_batches, trainer, settings.batches)
-        self.flerm = FLeRM(
-            trainer.model,
-            trainer.optimizer,
-            self._base,
-            depth_map(trainer.config),
-            at=settings.match_step - 1,
-            every=self._every,
-            **settings.measured,
-            seed=trainer.config.training.seed,
-        )
+        measured = {**settings.measured, "seed": trainer.config.training.seed}
+        due: dict[str, Any] = {"at": settings.match_step - 1, "every": self._every}
+        self.flerm = FLeRM(trainer.model, trainer.optimizer, self._base, depth_map(trainer.config), **due, **measured)
         if saved is not None:
             self._matchings = list(saved.pop("matchings"))
             self.flerm.load_state_dict(saved)

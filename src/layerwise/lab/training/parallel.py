@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from layerwise.common.tensors import placed_as
 from layerwise.lab.config.schema import ParallelConfig
@@ -75,14 +76,12 @@ def clip(model: nn.Module, largest: float) -> Tensor:
 
 def whole(tree: Any) -> Any:
     """A state with every sharded tensor whole, on the first process's host, and gone on the others. All must call it."""
-    if isinstance(tree, DTensor):
-        full = tree.full_tensor()
+
+    def gathered(shard: DTensor) -> Tensor | None:
+        full = shard.full_tensor()
         return full.cpu() if processes.rank() == 0 else None
-    if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(whole(value) for value in tree)
-    return tree
+
+    return tree_map_only(DTensor, gathered, tree)
 
 
 def load_model(model: nn.Module, state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from layerwise.common.checked import fits, wanted
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import Geometry, Layout
+from layerwise.geometry.groups import check_dtype
 from layerwise.optim.rounding import ROUNDINGS
 from layerwise.optim.rules.rule import RateRule
 from layerwise.optim.scaling import SCALINGS
@@ -41,15 +42,7 @@ DEFAULTS: Final[dict[str, Any]] = {
 DESCRIBED: Final = ("layout", "geometry", "rates", "update")
 
 #: What torch and its schedulers write into a group.
-TORCH_KEYS: Final = (
-    "params",
-    "param_names",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "base_momentum",
-    "max_momentum",
-)
+TORCH_KEYS: Final = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 
 #: Options that a group has only where it was given them: "lr_scale" multiplies the rate of every step, and nobody else
 #: writes it; "momentum_warmup" is over how many steps the momentum grows, and "momentum_steps" counts them; "nu" is what
@@ -154,17 +147,11 @@ _TYPES: Final[dict[str, Any]] = {
 }
 
 
-def check_parameter(name: str, param: object) -> None:
+def check_parameter(name: str, param: Any) -> None:
     """Raise :class:`LayerwiseError` for what is no leaf tensor of real floating-point numbers."""
-    if not isinstance(param, Tensor):
-        raise LayerwiseError(f"parameter {name!r} is {param!r}: give a tensor, such as nn.Parameter")
+    check_dtype(name, param)
     if not (param.is_leaf or param.retains_grad):
         raise LayerwiseError(
             f"parameter {name!r} is the result of a computation ({param.grad_fn}), which never gets a .grad: "
             "give the tensor it was computed from"
-        )
-    if param.is_complex() or not param.is_floating_point():
-        raise LayerwiseError(
-            f"parameter {name!r} has dtype {param.dtype}: only real floating-point parameters have a geometry; "
-            "freeze it (requires_grad=False) or give its real and imaginary parts as parameters of their own"
         )

@@ -10,19 +10,14 @@ from torch import Tensor
 
 from layerwise.common.layer_rate import LayerRate
 from layerwise.common.parameter_names import first_few
-from layerwise.common.text_table import text_table
 from layerwise.errors import warn
 from layerwise.optim.groups.options import own_keys
 from layerwise.optim.updates import AdamW
 from layerwise.optim.work.job import Group, State, local_state, rate
 
 
-def table(groups: Sequence[Group]) -> str:
-    """A line for each group, in order."""
-    return text_table([_cells(group) for group in groups])
-
-
-def _cells(group: Group) -> dict[str, str]:
+def cells(group: Group) -> dict[str, str]:
+    """Its line of a table, title -> cell."""
     update, effective, scale = group["update"], f"{float(rate(group)):g}", group.get("lr_scale", 1.0)
     rule = update.rule(group)
     return {

@@ -50,11 +50,5 @@ class DMuon(LayerwiseOptimizer):
     ) -> None:
         matrices = {"scaling": "rms_0.2", "momentum": momentum, "nesterov": nesterov, "rates": rates}
         rest = {"betas": adamw_betas, "eps": adamw_eps}
-        super().__init__(
-            params,
-            matrices_and_the_rest(matrices, rest),
-            nonfinite=nonfinite,
-            rounding=rounding,
-            lr=lr,
-            weight_decay=weight_decay,
-        )
+        recipe = matrices_and_the_rest(matrices, rest)
+        super().__init__(params, recipe, nonfinite=nonfinite, rounding=rounding, lr=lr, weight_decay=weight_decay)

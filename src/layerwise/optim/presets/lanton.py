@@ -57,13 +57,5 @@ class Lanton(LayerwiseOptimizer):
         nonfinite: str = "raise",
         rounding: str = "nearest",
     ) -> None:
-        super().__init__(
-            params,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            scaling=scaling,
-            rates=rates,
-        )
+        options: dict[str, Any] = {"momentum": momentum, "scaling": scaling, "rates": rates}
+        super().__init__(params, nonfinite=nonfinite, rounding=rounding, lr=lr, weight_decay=weight_decay, **options)

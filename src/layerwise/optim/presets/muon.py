@@ -60,11 +60,5 @@ class Muon(LayerwiseOptimizer):
     ) -> None:
         matrices = {"scaling": "floored", "momentum": momentum, "nesterov": nesterov, "rates": rates}
         rest = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
-        super().__init__(
-            params,
-            matrices_and_the_rest(matrices, rest),
-            nonfinite=nonfinite,
-            rounding=rounding,
-            lr=lr,
-            weight_decay=weight_decay,
-        )
+        recipe = matrices_and_the_rest(matrices, rest)
+        super().__init__(params, recipe, nonfinite=nonfinite, rounding=rounding, lr=lr, weight_decay=weight_decay)

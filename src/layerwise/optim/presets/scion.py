@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.groups.complete import MATRIX_ROLES, Recipe
+from layerwise.optim.groups.complete import MATRIX_ROLES
 from layerwise.optim.named_optimizers import register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer
 from layerwise.optim.rules.rule import RateRule
@@ -63,16 +63,6 @@ class Scion(LayerwiseOptimizer):
             raise LayerwiseError(
                 f"Scion(radius=...) names {sorted(unknown)}: the roles are {', '.join([*SCION_RADIUS, *MATRIX_ROLES[1:]])}"
             )
-        recipe: Recipe = {role: {"radius": value} for role, value in radii.items()} | {
-            "default": {"radius": radii["hidden"]}
-        }
-        super().__init__(
-            params,
-            recipe,
-            nonfinite=nonfinite,
-            rounding=rounding,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            rates=rates,
-        )
+        recipe = {role: {"radius": value} for role, value in {**radii, "default": radii["hidden"]}.items()}
+        options: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rates": rates}
+        super().__init__(params, recipe, nonfinite=nonfinite, rounding=rounding, **options)

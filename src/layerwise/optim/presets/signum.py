@@ -41,13 +41,6 @@ class Signum(LayerwiseOptimizer):
         nonfinite: str = "raise",
         rounding: str = "nearest",
     ) -> None:
-        super().__init__(
-            params,
-            {"default": {"geometry": Sign()}},
-            nonfinite=nonfinite,
-            rounding=rounding,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            rates=rates,
-        )
+        recipe = {"default": {"geometry": Sign()}}
+        options: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rates": rates}
+        super().__init__(params, recipe, nonfinite=nonfinite, rounding=rounding, **options)

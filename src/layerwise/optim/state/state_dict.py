@@ -253,24 +253,22 @@ def load(
         loaded.update(found)
         return {key: value for key, value in found.items() if key != SKIPPED}
 
-    live = [{key: group[key] for key in (*_kept(group), "param_names")} for group in optimizer.param_groups]
     before = [dict(group) for group in optimizer.param_groups]
-    lrs = [group["lr"] for group in optimizer.param_groups]
     own = {param: dict(state) for param, state in optimizer.state.items()}
     last = optimizer.register_load_state_dict_pre_hook(take)
     try:
         torch_load(state_dict)
     finally:
         last.remove()
-    for group, kept, old, lr in zip(optimizer.param_groups, live, before, lrs, strict=True):
-        group.update(kept)
+    for group, old in zip(optimizer.param_groups, before, strict=True):
+        group.update({key: old[key] for key in (*_kept(old), "param_names")})
         if "lr_scale" in recipe.get(group["role"], {}):  # in 0.1.0's checkpoints it is inside the rate
             group.setdefault("lr_scale", 1.0)
         # The user's own keys, and options that are newer than it; but for those that would begin in mid-run.
         for key in old.keys() - group.keys() - {*TORCH_KEYS, *group["update"].from_start}:
             group[key] = old[key]
-        if isinstance(lr, Tensor):
-            group["lr"] = lr.fill_(group["lr"])
+        if isinstance(old["lr"], Tensor):
+            group["lr"] = old["lr"].fill_(group["lr"])
     copy_state(optimizer, own, loaded)
     return loaded
 

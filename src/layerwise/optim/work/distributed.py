@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from layerwise.common.checked import checked
+from layerwise.common.group_by import group_by
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.spectral.newton_schulz import working_dtype
@@ -118,10 +119,7 @@ class DistributedWork:
         for number, row, job in each:
             task = Task((number, row), job, place(job.param, self.group))
             domain = task.placed.domain
-            same, cut = (
-                job.deviation is None,
-                domain.shard_count > 1,
-            )  # whether all replicas work on one tensor, and it is in parts
+            same, cut = job.deviation is None, domain.shard_count > 1  # all replicas have one tensor; it is in parts
             if same and cut and unsent.is_entrywise(job):
                 by_shard.setdefault(domain, []).append(task)
             elif same and (domain.size == 1 or (not cut and job.geometry.family != "spectral")):
@@ -134,10 +132,8 @@ class DistributedWork:
 
     def _rounds(self, domain: Domain, tasks: Sequence[Task], cost: Cost) -> Iterator[list[Task]]:
         planned = assign(tuple(cost(task.job) for task in tasks), domain.size)
-        owners = [
-            owner if task.job.deviation is None else task.job.deviation.owner
-            for task, owner in zip(tasks, planned, strict=True)
-        ]
+        deviations = [task.job.deviation for task in tasks]
+        owners = [owner if own is None else own.owner for own, owner in zip(deviations, planned, strict=True)]
         sizes = [math.prod(t.job.param.shape) * t.job.param.element_size() for t in tasks]
         for numbers in rounds(owners, sizes, self.bucket_bytes // domain.replica_count):
             yield [replace(tasks[i], owner=owners[i]) for i in numbers]
@@ -234,10 +230,7 @@ class DistributedWork:
 
 def _together(tasks: Sequence[Task]) -> list[list[Task]]:
     """Those whose parameters were asked for together, and of which this process holds alike parts."""
-    found: dict[tuple[int, torch.Size], list[Task]] = {}
-    for task in tasks:
-        found.setdefault((task.index[0], task.job.param.shape), []).append(task)
-    return list(found.values())
+    return list(group_by(tasks, lambda task: (task.index[0], task.job.param.shape)).values())
 
 
 def _as_one(tasks: Sequence[Task]) -> MatrixJob:

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from layerwise.common.group_by import group_by
 from layerwise.common.tensors import dense, is_sharded, local_part
 from layerwise.errors import LayerwiseError
 
@@ -176,10 +177,7 @@ def scaled_all(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Ten
 
 def _by_shape(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
     """Which are of one shape, dtype and device."""
-    found: dict[object, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        found.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
-    return found.values()
+    return group_by(range(len(tensors)), lambda i: (tensors[i].shape, tensors[i].dtype, tensors[i].device)).values()
 
 
 def local_state(param: Tensor, state: State) -> State:
@@ -295,9 +293,7 @@ class Lineup:
         self.moving = [job for job in self.jobs if job.moves]
         self._sharded = [job for job in self.jobs if job.local is not job.param]
         self._alike = alike(self.moving)
-        by_update: dict[Any, list[Job]] = {}
-        for job in self.jobs:
-            by_update.setdefault(job.group["update"], []).append(job)
+        by_update = group_by(self.jobs, lambda job: job.group["update"])
         self.steps = [step for update, jobs in by_update.items() for step in update.plan(jobs)]
         self.half = any(job.local.dtype.itemsize < 4 or "rounding_seed" in job.group for job in self.jobs)
         self._groups, self._states, self._moves = list(groups), list(states.values()), moves
@@ -324,11 +320,8 @@ def _job(name: str, param: Tensor, moves: bool, group: Group, state: State) -> J
 
 def alike(jobs: Iterable[Job]) -> list[Alike]:
     """Those whose matrices are worked on together."""
-    by_group: dict[tuple[int, torch.Size, torch.dtype, torch.device], list[Job]] = {}
     # By identity first: to hash a layout and a geometry for each would take longer than its work.
-    for job in jobs:
-        param = job.param
-        by_group.setdefault((id(job.group), param.shape, param.dtype, param.device), []).append(job)
+    by_group = group_by(jobs, lambda job: (id(job.group), job.param.shape, job.param.dtype, job.param.device))
     together: dict[object, Alike] = {}
     for (_, *form), members in by_group.items():
         group = members[0].group

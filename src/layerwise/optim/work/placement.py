@@ -97,11 +97,8 @@ def place(param: Tensor, group: dist.ProcessGroup | None) -> Placed:
     placement = placements[shards[0]]
     assert isinstance(placement, Shard)
     dim = placement.dim % param.ndim
-    return Placed(
-        Domain(mesh.get_group(shards[0]), replicating),
-        dim,
-        part_shapes(tuple(param.shape), dim, mesh.size(shards[0])),
-    )
+    parts = part_shapes(tuple(param.shape), dim, mesh.size(shards[0]))
+    return Placed(Domain(mesh.get_group(shards[0]), replicating), dim, parts)
 
 
 def part_shapes(shape: Sequence[int], dim: int, count: int) -> tuple[Shape, ...]:

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from layerwise.common.group_by import group_by
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.distributed import DistributedWork
@@ -151,9 +152,7 @@ class Replicas:
         """Who keeps which parameter's gradient at this step: as many bytes each."""
         if self._turn is None:
             self._turn = self._read_turn()
-        by_domain: dict[Domain, list[Tensor]] = {}
-        for param in self._wanted():
-            by_domain.setdefault(place(param, self._group).domain, []).append(param)
+        by_domain = group_by(self._wanted(), lambda param: place(param, self._group).domain)
         return {
             param: ((first + self._turn) % domain.size, domain)
             for domain, params in by_domain.items()

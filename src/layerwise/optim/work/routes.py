@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -23,9 +24,6 @@ from layerwise.optim.work.placement import Domain, Placed, Shape
 #: What every process holds after an exchange, by the process it came from; calling it waits for that.
 Pending = Callable[[], list[list[Tensor]]]
 
-# its name until torch 2.12, and since
-_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 def all_to_all(
     group: dist.ProcessGroup,
@@ -37,20 +35,9 @@ def all_to_all(
     sent = _pack([tensor for tensors in outgoing for tensor in tensors], like)
     lengths = [_length(shapes) for shapes in incoming]
     received = like.new_empty(sum(lengths))
-    work = dist.all_to_all_single(
-        received,
-        sent,
-        lengths,
-        [sum(t.numel() for t in tensors) for tensors in outgoing],
-        group=group,
-        async_op=True,
-    )
-
-    def wait() -> list[list[Tensor]]:
-        _wait(work, sent)
-        return [_unpack(flat, shapes) for flat, shapes in zip(received.split(lengths), incoming, strict=True)]
-
-    return wait
+    given = [sum(t.numel() for t in tensors) for tensors in outgoing]
+    work = dist.all_to_all_single(received, sent, lengths, given, group=group, async_op=True)
+    return partial(_received, work, sent, received, lengths, incoming)
 
 
 def all_gather(group: dist.ProcessGroup, mine: Sequence[Tensor], shapes: Sequence[Sequence[Shape]], like: Tensor) -> Pending:
@@ -61,19 +48,17 @@ def all_gather(group: dist.ProcessGroup, mine: Sequence[Tensor], shapes: Sequenc
     longest = max(map(_length, shapes))
     sent = _pack(mine, like, longest)
     received = like.new_empty(longest * len(shapes))
-    work = _all_gather_flat(received, sent, group=group, async_op=True)
-
-    def wait() -> list[list[Tensor]]:
-        _wait(work, sent)
-        return [_unpack(flat, given) for flat, given in zip(received.split(longest), shapes, strict=True)]
-
-    return wait
+    work = dist.all_gather_single(received, sent, group=group, async_op=True)
+    return partial(_received, work, sent, received, longest, shapes)
 
 
-def _wait(work: dist.Work | None, sent: Tensor) -> None:
-    """``sent`` has to live until here."""
+def _received(
+    work: dist.Work | None, sent: Tensor, received: Tensor, lengths: list[int] | int, shapes: Sequence[Sequence[Shape]]
+) -> list[list[Tensor]]:
+    """Wait for it: ``sent`` has to live until here."""
     if work is not None:
         work.wait()
+    return [_unpack(flat, given) for flat, given in zip(received.split(lengths), shapes, strict=True)]
 
 
 def _length(shapes: Sequence[Shape]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from layerwise.common.group_by import group_by
 from layerwise.lab.experiments.sweep.results import loss_of
 from layerwise.lab.experiments.sweep.sweep_config import Method, SweepConfig
 from layerwise.lab.experiments.sweep.trials import Plan
@@ -103,9 +104,8 @@ def curves_of(config: SweepConfig, plan: Plan, results: Results) -> list[Curve]:
     for method, size in itertools.product(config.sweep.methods, config.sweep.sizes):
         at = {point: trial.id for point, trial in plan.points.items() if (point.method, point.size) == (method, size)}
         rows = {point: results[id] for point, id in at.items() if id in results}
-        losses: dict[float, list[float]] = {}
-        for point, row in sorted(rows.items(), key=lambda item: item[0].lr):
-            losses.setdefault(point.lr, []).append(loss_of(row, config.sweep.loss))
+        by_lr = group_by(sorted(rows, key=lambda point: point.lr), lambda point: point.lr)
+        losses = {lr: [loss_of(rows[point], config.sweep.loss) for point in points] for lr, points in by_lr.items()}
         initial = [float(row["first_val_loss"]) for row in rows.values() if row.get("first_val_loss") is not None]
         if losses:
             found.append(Curve(method, size, losses, fmean(initial) if initial else math.inf))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from layerwise.common.layer_rate import parameter_of
 from layerwise.lab.config.keys import flatten
-from layerwise.lab.optimizers.registry import OPTIMIZERS
+from layerwise.lab.optimizers.registry import optimizers
 from layerwise.lab.report import style
 from layerwise.lab.report.figures.units import UnitName, network_order
 from layerwise.lab.runs.recorded import Array, LayerHistory, Run
@@ -27,7 +27,7 @@ COLUMNS = 400  # steps drawn: more than a page has pixels for are thinned
 
 def measured(run: Run) -> str:
     """What the run's rate rule measures of a unit, and records as its squared norm."""
-    rule = flatten(run.config).get("optimizer.rates.rule") or getattr(OPTIMIZERS.get(run.optimizer), "rule", None)
+    rule = flatten(run.config).get("optimizer.rates.rule") or getattr(optimizers().get(run.optimizer), "rule", None)
     return "Squared dual norm" if rule == "dual_norm_adaptive" else "Gradient noise"
 
 

@@ -12,9 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter1d
 
+from layerwise.common.text_table import count
 from layerwise.lab.report import style
 from layerwise.lab.report.grouping import Contender
-from layerwise.lab.runs.recorded import Array, Series, count
+from layerwise.lab.runs.recorded import Array, Series
 
 MOST_NAMED = 12  # contenders that a figure can name; of more, the best stand out
 BEST = 8

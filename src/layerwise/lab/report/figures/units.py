@@ -29,13 +29,11 @@ class UnitName:
 
 _PREFIX = re.compile(r"^(_orig_mod\.|module\.|base_model\.|model\.|transformer\.|gpt_neox\.)+")
 _BLOCK = re.compile(r"^(?P<block>(?:[A-Za-z_]\w*\.)*?(?P<stack>[A-Za-z_]\w*)\.(?P<index>\d+))\.(?P<part>.+)$")
-_UNIT = re.compile(r"^(?P<name>.*?)(?:\[(?P<index>[^\]]*)\])?$")
 
 
 def unit_name(unit: str) -> UnitName:
     """Parse a unit's name into block and part, without what says nothing (`transformer.`, `.weight`)."""
-    match = _UNIT.match(unit)
-    name, index = (match["name"], match["index"]) if match else (unit, None)
+    name, _, index = unit.removesuffix("]").partition("[")
     name = _PREFIX.sub("", name)
     block = ""
     found = _BLOCK.match(name)
