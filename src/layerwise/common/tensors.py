@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,13 @@ def dense(name: str, grad: Tensor) -> Tensor:
             "build the embedding with sparse=False"
         )
     return grad
+
+
+def to_host(parts: Mapping[str, Tensor], exchange: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Tensors of numbers, in float64 on the CPU, in one copy; `exchange` is what processes do with all of them as one."""
+    if not parts:
+        return {}
+    home = next((t.device for t in parts.values() if t.device.type != "cpu"), torch.device("cpu"))
+    flat = torch.cat([t.detach().flatten().to(home, wide_dtype(home)) for t in parts.values()])
+    pieces = exchange(flat).cpu().double().split([t.numel() for t in parts.values()])
+    return {name: piece.reshape(t.shape) for piece, (name, t) in zip(pieces, parts.items(), strict=True)}

@@ -8,6 +8,7 @@ and read here alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -60,8 +61,7 @@ def placement(name: str, param: Tensor, processes: Processes) -> tuple[int, int]
             "sharded by fully_shard over one mesh dimension (and replicated over others), not under tensor parallelism"
         )
     dim = cut[0].dim % max(1, param.ndim) if cut else 0
-    replicas = [mesh.size(i) for i in wide if not isinstance(param.placements[i], Shard)]
-    return dim, int(torch.tensor(replicas).prod()) if replicas else 1
+    return dim, math.prod(mesh.size(i) for i in wide if not isinstance(param.placements[i], Shard))
 
 
 class ShardedRunner(Runner):
@@ -236,10 +236,9 @@ def as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
     try:
         for module in modules:
             module.reshard()  # weights gathered earlier may be those of another step
-        for group in groups:
-            for key, value in _SETTINGS.items():
-                if hasattr(group, key):
-                    setattr(group, key, value)
+        for group, settings in zip(groups, before, strict=True):
+            for key in settings:
+                setattr(group, key, _SETTINGS[key])
         for state in states:
             state.is_last_backward = True
         for p in model.parameters():

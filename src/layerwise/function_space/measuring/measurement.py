@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.running import same_random_numbers
-from layerwise.common.tensors import is_sharded, wide_dtype
+from layerwise.common.tensors import is_sharded, to_host
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.linear_products import ProductRunner
@@ -254,14 +254,7 @@ class Run:
 
     def to_cpu(self, found: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         """Bring `[rows, columns]` tensors of every name to the CPU in one copy, the same on every process."""
-        parts = {name: torch.cat(several) for name, several in found.items()}
-        if not parts:
-            return {}
-        home = next((t.device for t in parts.values() if t.device.type != "cpu"), torch.device("cpu"))
-        wide = wide_dtype(home)
-        flat = torch.cat([t.detach().flatten().to(home, wide) for t in parts.values()])
-        pieces = self.processes.same(flat).cpu().double().split([t.numel() for t in parts.values()])
-        return {name: piece.reshape(t.shape) for piece, (name, t) in zip(pieces, parts.items(), strict=True)}
+        return to_host({name: torch.cat(several) for name, several in found.items()}, self.processes.same)
 
 
 def exact_changes(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.group_by import group_by
-from layerwise.common.tensors import is_sharded, local_part
+from layerwise.common.tensors import is_sharded, local_part, to_host
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 from layerwise.function_space.steps.spectral_norm import Sum, spectral_norms
@@ -89,7 +89,7 @@ def update_sums(
         if len(place.shape) > 1:
             norms.add(names, place.matrices(deltas))
     norms.estimate()
-    table = _table(rows, together)
+    table = {name: row.tolist() for name, row in to_host(rows, together.sum_).items()}
     return {
         name: TensorSums(update.new.numel(), table[name][0], table[name][1], norms.found.get(name), *table[name][2:])
         for name, update in updates.items()
@@ -202,16 +202,6 @@ def _squares(rows: Tensor) -> Tensor:
 
 def _dots(rows: Tensor, others: Tensor) -> Tensor:
     return torch.linalg.vecdot(rows, others).double()
-
-
-def _table(rows: Mapping[str, Tensor], processes: Processes) -> dict[str, list[float]]:
-    """The rows as numbers, summed over processes where they are of sharded tensors."""
-    if not rows:
-        return {}
-    home = next((row.device for row in rows.values() if row.device.type != "cpu"), torch.device("cpu"))
-    flat = torch.cat([row.to(home) for row in rows.values()])
-    numbers = iter(processes.sum_(flat).tolist())
-    return {name: [next(numbers) for _ in range(row.numel())] for name, row in rows.items()}
 
 
 #: What parameters of the model itself, in no module of it, are listed under.

@@ -137,6 +137,7 @@ class Watch:
         self.records: deque[WatchRecord] = deque(maxlen=keep)
         self.steps = 0
         self.outputs = OutputChange(self.model, batch, processes=processes, **options)
+        self.skipped: Mapping[int, str] = self.outputs.skipped
         self._gradients = Gradients(self.optimizer)
         self._step: WatchedStep | None = None
         self._before = self.optimizer.register_step_pre_hook(self._before_step)
@@ -146,11 +147,6 @@ class Watch:
     def __repr__(self) -> str:
         what = f"{type(self.model).__name__} under {type(self.optimizer).__name__}"
         return f"<{type(self).__name__} of {what}: every={self.every}, steps={self.steps}, records={len(self.records)}>"
-
-    @property
-    def skipped(self) -> Mapping[int, str]:
-        """Of each step at which function space was to be measured and was not, why."""
-        return self.outputs.skipped
 
     def detach(self) -> None:
         """Leave the model and the optimizer alone from now on."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.common.tensors import is_sharded
 
@@ -21,7 +21,8 @@ def made_batch(model: Any) -> dict[str, Any] | None:
     move weights or wait for other processes.
     """
     hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
-    if not _is_pretrained(model) or hooked or any(is_sharded(p) for p in model.parameters()):
+    kinds = [(kind.__name__, kind.__module__.partition(".")[0]) for kind in type(model).__mro__]
+    if ("PreTrainedModel", "transformers") not in kinds or hooked or any(is_sharded(p) for p in model.parameters()):
         return None
     names = inspect.signature(model.forward).parameters
     wanted = [model.main_input_name, *_WITH_THEM.get(model.main_input_name, ())]
@@ -36,12 +37,6 @@ def made_batch(model: Any) -> dict[str, Any] | None:
     device = torch.device("cpu") if weight.is_meta else weight.device
     made = {name: _MAKERS[name](model.config) for name in dict.fromkeys(wanted) if name in names}
     return {name: x.to(device, weight.dtype) if x.is_floating_point() else x.to(device) for name, x in made.items()}
-
-
-def _is_pretrained(model: nn.Module) -> bool:
-    return any(
-        base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.") for base in type(model).__mro__
-    )
 
 
 def _tokens(config: Any) -> Tensor:

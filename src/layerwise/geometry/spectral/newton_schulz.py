@@ -228,19 +228,14 @@ def strip_product(
         for i in range(len(a)):  # oneDNN copies strips of a stack before it multiplies them
             strip_product(a[i], b[i], out[i], add=None if add is None else add[i], beta=beta, alpha=alpha)
         return out
-    for top, bottom in _strips(n):
+    strips = max(1, min(n // STRIP_ROWS, MOST_STRIPS)) if n >= BLOCKS_FROM else 1
+    for top, bottom in pairwise(n * i // strips for i in range(strips + 1)):
         target = out[..., top:bottom, top:]
         part = None if add is None else add[..., top:bottom, top:]
         plain_product(a[..., top:bottom, :], b[..., top:], target, add=part, beta=beta, alpha=alpha)
         if bottom < n:
             out[..., bottom:, top:bottom].copy_(target[..., bottom - top :].mT)
     return out
-
-
-def _strips(n: int) -> list[tuple[int, int]]:
-    """First row of each strip, and where it ends."""
-    strips = max(1, min(n // STRIP_ROWS, MOST_STRIPS)) if n >= BLOCKS_FROM else 1
-    return list(pairwise(n * i // strips for i in range(strips + 1)))
 
 
 # ----------------------------------------------------------------------- precision, and matrices brought into its range

@@ -70,9 +70,8 @@ class Sampler:
 
 def gather(ids: Ids, starts: Starts, seq_len: int) -> Batch:
     """The sequences at `starts`, with their next tokens."""
-    rows = np.stack([ids[start : start + seq_len + 1] for start in starts]).astype(np.int64)
-    rows_tensor = torch.from_numpy(rows)
-    return Batch(rows_tensor[:, :-1].contiguous(), rows_tensor[:, 1:].contiguous())
+    rows = torch.from_numpy(np.stack([ids[start : start + seq_len + 1] for start in starts]).astype(np.int64))
+    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 
 class TextData:

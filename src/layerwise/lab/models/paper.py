@@ -34,12 +34,6 @@ def _linear(d_in: int, d_out: int, *, deviation: float = 1.0, bias: bool = False
     return layer
 
 
-def _positive(**sizes: float) -> None:
-    for name, size in sizes.items():
-        if not size > 0:
-            raise LayerwiseError(f"model.{name}={size}: must be greater than 0")
-
-
 class ResidualLayer(nn.Module):
     """`x + W relu(x)`."""
 
@@ -69,7 +63,8 @@ class ResMLP(nn.Module):
         init_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        _positive(width=width, depth=depth, base_width=base_width, base_blocks=base_blocks, init_scale=init_scale)
+        if not init_scale > 0:
+            raise LayerwiseError(f"model.init_scale={init_scale}: must be greater than 0")
         d = base_width * width
         self.input = _linear(features, d, bias=True)
         deviation = init_scale / math.sqrt(depth)
@@ -164,10 +159,8 @@ class Decoder(nn.Module):
         attention: str = "sdpa",
     ) -> None:
         super().__init__()
-        _positive(
-            width=width, depth=depth, base_width=base_width, base_heads=base_heads, base_blocks=base_blocks,
-            init_scale=init_scale,
-        )  # fmt: skip
+        if not init_scale > 0:
+            raise LayerwiseError(f"model.init_scale={init_scale}: must be greater than 0")
         if norm not in NORMS:
             raise LayerwiseError(f"model.norm={norm!r}: use one of {', '.join(NORMS)}")
         if base_width % (2 * base_heads):

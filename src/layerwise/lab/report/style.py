@@ -216,22 +216,13 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, hei
     fractions = [float(to_fraction.transform((x, y))[1]) for x, y, _, _ in ends]
     placed = spread_apart(fractions, gap=size * 1.25 / 72 / height)
     for (_, _, text, color), at, wanted in zip(ends, placed, fractions, strict=True):
-        arrow = None
+        end, arrow = min(max(wanted, 0.0), 1.0), None
         if abs(at - wanted) > 0.01:
             arrow = {"arrowstyle": "-", "color": color, "lw": 0.6, "alpha": 0.6, "relpos": (0, 0.5)} | _GAPS
         axes.annotate(
-            text,
-            xy=(1.0, min(max(wanted, 0.0), 1.0)),
-            xycoords="axes fraction",
-            xytext=(9, (at - min(max(wanted, 0.0), 1.0)) * height * 72),
-            textcoords="offset points",
-            color=color,
-            fontsize=size,
-            ha="left",
-            va="center",
-            arrowprops=arrow,
-            annotation_clip=False,
-        )
+            text, (1.0, end), xycoords="axes fraction", xytext=(9, (at - end) * height * 72), textcoords="offset points",
+            color=color, fontsize=size, ha="left", va="center", arrowprops=arrow, annotation_clip=False,
+        )  # fmt: skip
 
 
 def spread_apart(wanted: Sequence[float], gap: float) -> list[float]:

@@ -114,9 +114,7 @@ def curves_of(config: SweepConfig, plan: Plan, results: Results) -> list[Curve]:
 
 def transfers(curves: Sequence[Curve], step_of: Mapping[Method, float]) -> list[Transfer]:
     """A row for each curve; the first size of a method is its base. `step_of`: factor between neighbours of a grid."""
-    bases: dict[Method, Curve] = {}
-    for curve in curves:
-        bases.setdefault(curve.method, curve)
+    bases = {curve.method: curve for curve in reversed(curves)}
     return [_transfer(bases[curve.method], curve, step_of[curve.method]) for curve in curves]
 
 
