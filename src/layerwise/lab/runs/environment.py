@@ -14,6 +14,7 @@ from torch import nn
 
 from layerwise.geometry import describe
 
+_COLUMNS = ("name", "role", "geometry", "norm_group", "shape", "layout", "units")
 _PACKAGES = ("layerwise", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
 
@@ -42,5 +43,6 @@ def _processor() -> str:
 
 
 def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
-    """The rows of `describe(model)`, layout and geometry as text."""
-    return [{**vars(row), "geometry": str(row.geometry), "layout": str(row.layout)} for row in describe(model).rows]
+    """The rows of `describe(model)`, of the columns that are the same on one process and on several."""
+    rows = [{**vars(row), "geometry": str(row.geometry), "layout": str(row.layout)} for row in describe(model).rows]
+    return [{column: row[column] for column in _COLUMNS} for row in rows]
