@@ -259,7 +259,7 @@ def test_what_cannot_be_checked_is_refused():
 # --------------------------------------------------------------------------------------------------------- slopes
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.floats(-2, 2),
     st.floats(1e-6, 1e6),

@@ -120,7 +120,7 @@ def test_kroneckers_error_is_that_of_its_own_mean():
     st.integers(0, 1000),
     st.integers(1, 40),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_moments_are_their_definitions(probes, shape, seed, piece):
     """Against the formulas written with plain sums, whatever the pieces a tensor is taken in."""
     import layerwise.function_space.measuring.moments as module

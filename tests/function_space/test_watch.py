@@ -220,7 +220,7 @@ def test_a_closure_is_watched_like_a_plain_step():
 # ---------------------------------------------------------------------------------------------------- spectral norms
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(1, 40), st.integers(1, 40), st.sampled_from(["normal", "low rank", "sign"]),
     st.integers(0, 100), st.sampled_from([1e-12, 1.0, 1e12]),

@@ -75,7 +75,6 @@ def run(share: Share, check: Test, **strategies: Any) -> None:
 
     options = settings(
         max_examples=share.count,
-        deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
         print_blob=True,

@@ -51,7 +51,7 @@ def by_loops(tensor, factors):
     return out
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(patterns())
 def test_a_pattern_is_what_its_words_say_and_the_way_back_is_exact(case):
     factors, shape = case
@@ -67,7 +67,7 @@ def test_a_pattern_is_what_its_words_say_and_the_way_back_is_exact(case):
         assert eval(repr(layout)) == layout  # what a checkpoint holds
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(patterns(), st.integers(2, 3))
 def test_a_split_divides_the_rows_of_every_matrix_of_a_pattern(case, parts):
     factors, shape = case
@@ -83,7 +83,7 @@ def test_a_split_divides_the_rows_of_every_matrix_of_a_pattern(case, parts):
     assert len(layout.unit_names("w", shape)) == len(stack)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 6), st.lists(st.integers(1, 4), max_size=3))
 def test_depthwise_filters_are_the_rows_of_one_matrix_and_step_alone(channels, kernel):
     shape = (channels, 1, *kernel)

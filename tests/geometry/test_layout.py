@@ -66,7 +66,7 @@ def numbered(shape) -> torch.Tensor:
 
 
 @given(cases(), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_round_trip_and_shapes(case, strided):
     layout, shape = case
     tensor = numbered(shape)
@@ -80,7 +80,7 @@ def test_round_trip_and_shapes(case, strided):
 
 
 @given(cases())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_entry_is_in_one_unit_and_every_unit_has_a_name(case):
     layout, shape = case
     entries = torch.cat([stack.flatten() for stack in layout.to_matrices(numbered(shape))])
@@ -90,7 +90,7 @@ def test_every_entry_is_in_one_unit_and_every_unit_has_a_name(case):
 
 
 @given(cases())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_layouts_are_told_apart_by_their_repr(case):
     layout, shape = case
     assert eval(repr(layout)) == layout

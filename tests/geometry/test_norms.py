@@ -24,7 +24,7 @@ EXACT: tuple[Geometry, ...] = (
     VectorRMS(),
 )
 geometries = pytest.mark.parametrize("geometry", EXACT, ids=repr)
-examples = settings(max_examples=40, deadline=None)
+examples = settings(max_examples=40)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from layerwise.geometry.spectral.lanczos import _roots, _roots_by_products
 SPECTRA = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "spectra.py"))
 #: What the estimate's docstring promises on every spectrum but one, for every seed.
 PROMISED, EXCEPT = 0.1, {"rank 32, tail of 3 decades": 0.14}
-examples = settings(max_examples=40, deadline=None)
+examples = settings(max_examples=40)
 #: Relative errors as stated in the docstring; "gram" can gain sqrt(eps * n) per missing direction.
 BOUNDS = {"svd": 2e-6, "gram": 3e-2, "polar": 5e-3}
 

@@ -23,7 +23,7 @@ from layerwise.geometry.spectral.newton_schulz import (
 )
 from layerwise.geometry.spectral.shifted_squares import TRACE_FROM, shifts_of
 
-examples = settings(max_examples=40, deadline=None)
+examples = settings(max_examples=40)
 
 #: Singular values of the result for those of G above `floor` of its Frobenius norm: the extremes of each polynomial,
 #: computed in `test_stated_ranges_are_those_of_the_polynomials`, as the docstring of `polar` states them.

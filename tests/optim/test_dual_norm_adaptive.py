@@ -105,7 +105,7 @@ def test_inner_products_are_taken_as_matrices_lie(shape):
     torch.testing.assert_close(inner_products(a.mT.contiguous(), b.mT), found, rtol=0, atol=1e-3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     values=st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=12),
     weights=st.lists(st.integers(0, 5), min_size=12, max_size=12),

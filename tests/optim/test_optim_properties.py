@@ -9,7 +9,7 @@ from tiny import assert_same_bits, net, set_gradients, tensors
 
 import layerwise as lw
 
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 rules = st.sampled_from(
     [
         None,

@@ -79,7 +79,7 @@ def test_stochastic_rounding_resumes_bit_for_bit(preset):
     assert seeds == [5] * len(seeds)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.floats(width=32, min_value=-(2.0**100), max_value=2.0**100), st.integers(0, 2**40))
 def test_what_bfloat16_holds_is_left_alone_and_the_rest_goes_to_a_neighbour(value, seed):
     wide = torch.full((64,), value)

@@ -27,7 +27,7 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0.0, 0.99), st.floats(0.01, 0.99), st.floats(0.0, 0.999), st.floats(0.0, 0.5))
 def test_a_step_goes_along_a_mixture_of_average_and_gradient(nu, beta1, beta2, decay):
     params = [nn.Parameter(random(3, 2)), nn.Parameter(random(5, seed=1))]
