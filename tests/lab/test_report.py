@@ -14,16 +14,18 @@ import pytest
 from fabricated_runs import fabricate
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_hex
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import RateCurve, Story, contenders, load_runs, write_report
 from layerwise.lab.report.figures.effective_rates import effective_rates
+from layerwise.lab.report.figures.function_space import rate_per_layer
 from layerwise.lab.report.figures.heatmap import layer_heat_maps, measured, relative_norms
-from layerwise.lab.report.figures.loss import loss_limits, smooth
+from layerwise.lab.report.figures.loss import loss_curves, loss_limits, smooth
 from layerwise.lab.report.figures.units import network_order, unit_name
 from layerwise.lab.report.grouping import looks
-from layerwise.lab.report.style import GREY, THEME, Look, spread_apart, styled, themed_svg
-from layerwise.lab.report.tables import parameter_rows, result_rows, settings
+from layerwise.lab.report.style import BAND, GREY, THEME, Look, spread_apart, styled, themed_svg
+from layerwise.lab.report.tables import headline, parameter_rows, result_rows, settings
 from layerwise.lab.runs.recorded import LayerHistory, Run, duration
 
 SHORT = {"steps": 60, "blocks": 2}
@@ -39,6 +41,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 
 # ------------------------------------------------------------------ names and order
+
+
+def test_experts_and_heads_are_of_one_kind() -> None:
+    kinds = {"experts.up[3,gate]": "experts.up gate", "experts.down[3]": "experts.down", "attn.qkv[q]": "attn.qkv q"}
+    assert {name: unit_name(name).kind for name in kinds} == kinds
 
 
 @pytest.mark.parametrize(
@@ -118,6 +125,44 @@ def test_loss_limits_leave_out_the_first_fall(runs: dict[str, Run]) -> None:
     assert low < last < high < first
 
 
+def test_a_run_that_diverged_at_once_does_not_hide_the_others(tmp_path: Path, runs: dict[str, Run]) -> None:
+    path = fabricate(tmp_path / "diverged", "d-muon", status="diverged", with_layers=False, **SHORT)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.dumps(line | {"loss": 4e5 if i == 0 else None}) for i, line in enumerate(lines)]
+    (path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    (diverged,) = load_runs([path])
+    others = list(runs.values())
+    assert loss_limits(contenders([*others, diverged])) == loss_limits(contenders(others))
+    low, high = loss_limits(contenders([diverged]))
+    assert low < 4e5 < high
+    drawn = loss_curves(contenders([diverged])).axes[0].lines
+    assert "_" in [line.get_marker() for line in drawn if np.isfinite(line.get_ydata()).sum() == 1]
+
+
+def test_the_largest_function_space_rates_have_names_and_colours(tmp_path: Path) -> None:
+    path = fabricate(tmp_path / "a", "lanton", with_function_space=True, **SHORT)
+    lines = [json.loads(line) for line in (path / "function_space.jsonl").read_text().splitlines()]
+    parts = list(dict.fromkeys(unit_name(name).part for name in lines[0]["rates"]))
+    for line in lines:
+        for name, rate in line["rates"].items():
+            rate["value"] = 2.0 ** parts.index(unit_name(name).part)
+    (path / "function_space.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    texts = rate_per_layer(*load_runs([path])).axes[0].texts
+    assert len(parts) > 8
+    assert {text.get_text() for text in texts} == set(parts[-8:])
+    assert BAND not in {to_hex(text.get_color()) for text in texts}
+
+
+def test_images_are_no_tokens(tmp_path: Path) -> None:
+    path = fabricate(tmp_path / "a", "lanton", with_layers=False, **SHORT)
+    info = json.loads((path / "run.json").read_text())
+    info["config"].setdefault("data", {})["source"] = "digits"
+    (path / "run.json").write_text(json.dumps(info))
+    groups = contenders(load_runs([path]))
+    assert loss_curves(groups).axes[0].get_xlabel() == "Training images"
+    assert dict(headline(groups[0].runs))["trained on"].endswith(" images")
+
+
 def test_noise_is_relative_to_the_median_of_its_group(runs: dict[str, Run]) -> None:
     run = runs["lanton"]
     history = run.history
@@ -177,6 +222,16 @@ def test_seeds_are_one_contender_and_other_settings_are_another(tmp_path: Path) 
     fabricate(tmp_path / "d", "adamw", with_layers=False, **SHORT)
     groups = contenders(load_runs([tmp_path]))
     assert {g.label: len(g.runs) for g in groups} == {"LANTON lr 0.01": 2, "LANTON lr 0.02": 1, "AdamW": 1}
+
+
+def test_contenders_on_other_models_are_told_by_the_model(tmp_path: Path) -> None:
+    for preset, keys in (("small", {"n_embd": 8, "n_head": 2, "n_layer": 1}), ("large", {"hidden_size": 16, "ffn": 32})):
+        path = fabricate(tmp_path / preset, "lanton", with_layers=False, **SHORT)
+        info = json.loads((path / "run.json").read_text())
+        info["config"]["model"] = {"preset": preset, **keys}
+        (path / "run.json").write_text(json.dumps(info))
+    labels = [group.label for group in contenders(load_runs([tmp_path]))]
+    assert sorted(labels) == ["LANTON large, 5 more", "LANTON small, 5 more"]
 
 
 def test_half_written_lines_are_left_out(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def _summary(run: Run, had_finished: str) -> str:
             " it was damaged; `layerwise report` shows what there is"
         )
     return (
-        f"{run.name}{had_finished}: {result['steps']:.0f} steps, {result['tokens']:,.0f} tokens in {result['seconds']:.0f} s"
-        f" ({result['tokens_per_second']:,.0f} tokens/s), loss {result['loss']:.4f},"
-        f" validation loss {result['val_loss']:.4f} nats per token; written to {run.path}"
+        f"{run.name}{had_finished}: {result['steps']:.0f} steps, {result['tokens']:,.0f} {run.counted} in"
+        f" {result['seconds']:.0f} s ({result['tokens_per_second']:,.0f} {run.counted}/s), loss {result['loss']:.4f},"
+        f" validation loss {result['val_loss']:.4f} nats per {run.counted[:-1]}; written to {run.path}"
     )

@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from layerwise.lab.config.keys import SHORTHANDS, set_key
 from layerwise.lab.config.validate import validate
+from layerwise.lab.runs.recorded import IMAGES
 
 
 class Section(BaseModel):
@@ -159,7 +160,7 @@ class DataConfig(Section):
     @property
     def holds_images(self) -> bool:
         """Whether an example is an image and its class, not a row of tokens."""
-        return self.source in ("digits", "fashion-mnist")
+        return self.source in IMAGES
 
 
 class OptimizerConfig(OpenSection):

@@ -14,6 +14,7 @@ from typing import Any
 from layerwise.common.group_by import group_by
 from layerwise.errors import LayerwiseError, warn
 from layerwise.lab.config.identity import hashed, identity
+from layerwise.lab.config.keys import flatten
 from layerwise.lab.optimizers.registry import optimizers
 from layerwise.lab.report import style
 from layerwise.lab.report.style import CYCLE, MARKERS, Look
@@ -106,9 +107,10 @@ def contenders(runs: Sequence[Run]) -> list[Contender]:
     """Group runs over seeds, and name each group by its optimizer and by what else differs between the groups."""
     groups = group_by(runs, lambda run: hashed(_identity(run))).values()
     flat = [_identity(group[0]) for group in groups]
+    configs = [flatten(group[0].config) for group in groups]
     titles = [optimizer_title(group[0].optimizer) for group in groups]
     labels = [
-        title if titles.count(title) == 1 else f"{title} {_difference(i, titles, flat)}".strip()
+        title if titles.count(title) == 1 else f"{title} {_difference(i, titles, flat, configs[i])}".strip()
         for i, title in enumerate(titles)
     ]
     labels = [label if labels.count(label) == 1 else f"{label} ({i + 1})" for i, label in enumerate(labels)]
@@ -125,12 +127,25 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 #: What says most about why two runs differ, first.
-_TELLING = ("optimizer.lr", "optimizer.", "model.", "schedule.", "training.", "data.", "function_space.")
+_TELLING = (
+    "optimizer.lr",
+    "optimizer.",
+    "model.preset",
+    "model.family",
+    "model.",
+    "schedule.",
+    "training.",
+    "data.",
+    "function_space.",
+)
 MOST_KEYS = 4
 
 
-def _difference(i: int, titles: Sequence[str], flat: Sequence[Mapping[str, Any]]) -> str:
-    """What tells group `i` from the groups of the same optimizer: the rate first, and what else differs."""
+def _difference(i: int, titles: Sequence[str], flat: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+    """What tells group `i` from the groups of the same optimizer: the rate first, and what else differs.
+
+    `config`: its own, in which defaults stand too.
+    """
     same = [flat[j] for j, title in enumerate(titles) if title == titles[i]]
     keys = {k for group in same for k in group}
     differing = [k for k in keys if len({json.dumps(g.get(k), default=str) for g in same}) > 1]
@@ -141,7 +156,16 @@ def _difference(i: int, titles: Sequence[str], flat: Sequence[Mapping[str, Any]]
     def show(value: Any) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
+    def apart(keys: Sequence[str]) -> bool:
+        return [[g.get(k) for k in keys] for g in same].count([flat[i].get(k) for k in keys]) == 1
+
     ordered = sorted(differing, key=weight)
-    shown = [f"{k.rsplit('.', 1)[-1]} {show(flat[i].get(k))}" for k in ordered[:MOST_KEYS]]
+    most = MOST_KEYS
+    if len(ordered) > MOST_KEYS:  # of many, as models of two kinds have, as few as tell it from the others
+        most = next((n for n in range(1, MOST_KEYS) if apart(ordered[:n])), MOST_KEYS)
+    values = [
+        (k.removeprefix("model.preset").rsplit(".", 1)[-1], show(config.get(k, flat[i].get(k)))) for k in ordered[:most]
+    ]
+    shown = [f"{key} {value}".strip() for key, value in values]
     more = len(ordered) - len(shown)
     return ", ".join(shown) + (f", {more} more" if more > 0 else "")

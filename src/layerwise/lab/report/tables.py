@@ -141,8 +141,8 @@ def headline(runs: Sequence[Run]) -> list[tuple[str, str]]:
     items = [
         ("model", common([str(f.get("model.preset") or f.get("model.family") or "") for f in flats])),
         ("parameters", common([_count(c) if math.isfinite(c) else "" for c in counts])),
-        ("text", common([str(f.get("data.source") or "") for f in flats])),
-        ("tokens per run", common([_count(run.last("tokens")) for run in runs])),
+        ("data", common([str(f.get("data.source") or "") for f in flats])),
+        ("trained on", common([f"{_count(run.last('tokens'))} {run.counted}" for run in runs])),
         ("device", common(devices)),
     ]
     return [(name, text) for name, text in items if text]

@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 
 #: Above float32's largest: no run records it, a damaged file may hold it, and the axes of figures overflow.
 LARGEST: Final = 1e39
+#: Values of `data.source` whose examples are images and their classes, not rows of tokens.
+IMAGES: Final = ("digits", "fashion-mnist")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Run:
     YAML file, every default written out), `versions`, `machine`, `corpus` (source, sha256, tokenizer, sizes),
     `parameters` (rows of `describe`), `parameter_count`, `started`, `result` (empty until the end: `steps`,
     `tokens`, `seconds`, `loss`, `val_loss`, `best_val_loss`, `tokens_per_second`, and `reason` where it
-    diverged). Losses are in nats per token. A killed run stays "running".
+    diverged). Losses are in nats per token, or per image. A killed run stays "running".
     """
 
     path: Path
@@ -100,6 +102,12 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         return dict(self.info.get("config") or {})
+
+    @property
+    def counted(self) -> str:
+        """What `tokens` counts and losses are means over: `tokens`, or `images`."""
+        data = self.config.get("data")
+        return "images" if isinstance(data, Mapping) and data.get("source") in IMAGES else "tokens"
 
     @property
     def result(self) -> dict[str, Any]:

@@ -178,7 +178,8 @@ class Trainer:
                 speed = (self.step - logged_step) * self.config.tokens_per_step / (self.seconds - logged_at)
                 row |= {**self._numbers(), "tokens_per_second": speed}
                 logged_at, logged_step = self.seconds, self.step
-                self.progress.numbers(self.step, f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s")
+                counted = "images" if self.config.data.holds_images else "tokens"
+                self.progress.numbers(self.step, f"loss {row['loss']:.4f}  {speed:,.0f} {counted}/s")
             if evaluate:
                 row["val_loss"] = self._evaluate()
             if log or evaluate:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from layerwise.common.layer_rate import parameter_of
 from layerwise.lab.report import style
-from layerwise.lab.report.figures.units import draw_kinds, name_kinds, network_order
+from layerwise.lab.report.figures.units import commonest, draw_kinds, name_kinds, network_order
 from layerwise.lab.runs.recorded import Array, Run
 
 FAR_APART = 4.0  # spread from which a linear axis would hide the smaller rates
@@ -39,7 +39,7 @@ def effective_rates(run: Run, arrangement: style.Arrangement = style.WIDE) -> Fi
     for name in network_order(history.units, [str(row["name"]) for row in run.parameters]):
         row = row_of[name.unit]
         if np.isfinite(history.lr[row]).any():
-            groups.setdefault(run.norm_groups.get(parameter_of(name.unit), ""), {})[row] = name.part
+            groups.setdefault(run.norm_groups.get(parameter_of(name.unit), ""), {})[row] = name.kind
     spread = {group: rows for group, rows in groups.items() if _largest_ratio(history.lr[list(rows)]) > 1.0005}
     shown = sorted((spread or groups).items(), key=lambda item: item[0] == "vector_rms")
     figure = style.new_figure(arrangement.width, arrangement.height(2 * len(shown), HEIGHT) + 0.1)
@@ -59,7 +59,7 @@ _NOTE: dict[str, Any] = {"loc": "right", "fontsize": 7.5, "color": style.MUTED, 
 
 
 def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> None:
-    draw_kinds(axes, steps, values, kinds)
+    draw_kinds(axes, steps, values, kinds, commonest(kinds))
     top = float(np.nanmax(values)) * 1.06 or 1.0
     axes.set_ylim(0, top)
     exponent = math.floor(math.log10(top))
@@ -71,14 +71,14 @@ def _rates(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> None:
 
 
 def _multipliers(axes: Axes, steps: Array, values: Array, kinds: list[str]) -> None:
-    draw_kinds(axes, steps, values, kinds)
+    draw_kinds(axes, steps, values, kinds, commonest(kinds))
     if _largest_ratio(values) > FAR_APART:
         style.log_scale(axes.yaxis, values[np.isfinite(values) & (values > 0)], 1.2)
     else:
         axes.set_ylim(0, float(np.nanmax(values)) * 1.06 or 1.0)
     axes.set_ylabel("Rate multiplier")
     style.step_axis(axes, steps)
-    name_kinds(axes, steps, values, kinds, HEIGHT * 0.72)
+    name_kinds(axes, steps, values, kinds, HEIGHT * 0.72, commonest(kinds))
 
 
 def _largest_ratio(rates: Array) -> float:

@@ -15,7 +15,8 @@ MOST_KINDS = 8
 
 def rate_per_layer(run: Run, arrangement: style.Arrangement = style.WIDE) -> Figure:
     """Function-space learning rate of each parameter: how much one update of it alone changes the outputs of the network.
-    Log scale; of each kind of tensor the median, the range shaded, and a thin line per parameter.
+    Log scale; of each kind of tensor the median, the range shaded, and a thin line per parameter. The kinds of the largest
+    rates have names and colours, the others are grey.
     """
     steps, names, values = _records(run, "value")
     kinds = [name.part for name in names]
@@ -23,12 +24,14 @@ def rate_per_layer(run: Run, arrangement: style.Arrangement = style.WIDE) -> Fig
     figure = style.new_figure(arrangement.width, 3.3)
     axes = figure.subplots()
     axes.set_yscale("log")
-    draw_kinds(axes, steps, values, kinds, MOST_KINDS)
+    largest = {kind: np.nanmax(values[[k == kind for k in kinds]], initial=0.0) for kind in kinds}
+    named = sorted(largest, key=largest.__getitem__, reverse=True)[:MOST_KINDS]
+    draw_kinds(axes, steps, values, kinds, named)
     if np.isfinite(values).any():
         style.log_scale(axes.yaxis, values[np.isfinite(values)], 1.3)
     style.step_axis(axes, steps)
     axes.set_ylabel("Function-space learning rate")
-    name_kinds(axes, steps, values, kinds, 2.5, MOST_KINDS)
+    name_kinds(axes, steps, values, kinds, 2.5, named)
     return figure
 
 

@@ -24,23 +24,24 @@ SPAN = 0.03
 
 
 def loss_curves(contenders: Sequence[Contender], arrangement: style.Arrangement = style.WIDE) -> Figure:
-    """Training loss (line, smoothed; the raw values behind it) and validation loss (markers), against training tokens and
-    against training time. Losses of the first fifth may lie above the axis. Lighter lines are further seeds; of more than a
-    dozen contenders the best are named, the others grey.
+    """Training loss (line, smoothed; the raw values behind it) and validation loss (markers), against training tokens or
+    images and against training time. Losses of the first fifth, and of runs that diverged, may lie above the axis. Lighter
+    lines are further seeds; of more than a dozen contenders the best are named, the others grey.
     """
     figure = style.new_figure(arrangement.width, arrangement.height(2, HEIGHT) + 0.25)
     by_tokens, by_time = arrangement.panels(figure, 2, sharey=True)
     low, high = loss_limits(contenders)
     named = standing_out(contenders)
+    counted = " or ".join(sorted({run.counted for c in contenders for run in c.runs}))
     for axes, x_of, label, title in (
-        (by_tokens, lambda s: s.tokens, "Training tokens", "a   Loss against tokens"),
+        (by_tokens, lambda s: s.tokens, f"Training {counted}", f"a   Loss against {counted}"),
         (by_time, lambda s: s.seconds, "Training time", "b   Loss against time"),
     ):
         lengths = [_draw_contender(axes, c, x_of, c in named) for c in contenders]
         axes.set_ylim(low, high)
         axes.set_xlim(0, max(lengths) * 1.015 or 1.0)
         axes.set_xlabel(label)
-        axes.set_ylabel("Loss, nats per token" if axes is by_tokens or arrangement.columns == 1 else "")
+        axes.set_ylabel("Loss, nats" if axes is by_tokens or arrangement.columns == 1 else "")
         axes.set_title(title)
     by_tokens.xaxis.set_major_locator(MaxNLocator(5))
     by_tokens.xaxis.set_major_formatter(lambda x, _: count(x))
@@ -61,11 +62,12 @@ def standing_out(contenders: Sequence[Contender]) -> list[Contender]:
 def loss_limits(contenders: Sequence[Contender]) -> tuple[float, float]:
     """Limits that show the part of training where contenders differ, not the fall from the first loss.
 
-    The top is the highest smoothed loss after a fifth of the run, of contenders that did not diverge.
+    The top is the highest smoothed loss after a fifth of the run. Runs that diverged count where there are no others.
     """
     lows: list[float] = []
     highs: list[float] = []
-    for run in (run for contender in contenders for run in contender.runs):
+    runs = [run for contender in contenders for run in contender.runs]
+    for run in [run for run in runs if run.status != "diverged"] or runs:
         for series, values in ((run.val_loss, run.val_loss.values), (run.train_loss, smooth(run.train_loss.values))):
             late = values[series.steps >= 0.2 * series.steps[-1]] if len(series) else values
             late = late[np.isfinite(late)]
@@ -111,7 +113,8 @@ def _draw_contender(axes: Axes, contender: Contender, x_of: Callable[[Series], A
                 axes.plot(x_of(train), train.values, color=color, alpha=0.16, lw=0.6, zorder=1)
             width, over = (1.5, 3) if named else (0.7, 2)
             smoothed = smooth(train.values)
-            axes.plot(x_of(train), smoothed, color=color, lw=width, alpha=0.9 * faint, zorder=over)
+            alone = "_" if np.isfinite(smoothed).sum() == 1 else ""  # as a line has no length then
+            axes.plot(x_of(train), smoothed, color=color, lw=width, marker=alone, alpha=0.9 * faint, zorder=over)
             ends.append(float(x_of(train)[-1]))
         if len(val):
             size = 4.6 if named else 2.0
@@ -153,7 +156,7 @@ def _time_axis(axes: Axes) -> None:
     unit, name = next((unit for unit in units if span > 2.5 * unit[0]), units[-1])
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 5, 6, 10]))
     if unit > 1:
-        step = MaxNLocator(5).tick_values(0, span / unit)
+        step = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, span / unit)
         axes.set_xticks([t * unit for t in step if t * unit <= span])
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / unit:g}")
     axes.set_xlabel(f"{axes.get_xlabel()}, {name}")

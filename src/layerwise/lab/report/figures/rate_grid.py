@@ -38,7 +38,7 @@ def loss_against_rate(curves: Sequence[RateCurve], arrangement: style.Arrangemen
     else:
         figure.legend(loc="outside lower left", **legend)
     axes.set_xlabel("Base learning rate")
-    axes.set_ylabel("Final validation loss, nats per token")
+    axes.set_ylabel("Final validation loss, nats")
     return figure
 
 

@@ -26,6 +26,11 @@ class UnitName:
     block: str  # "h.3", or "" outside the blocks
     part: str  # "mlp.c_fc", "attn.c_attn q", "ln_1 bias"
 
+    @property
+    def kind(self) -> str:
+        """The part without a number: the experts of a stack, and the heads of an attention, are of one kind."""
+        return re.sub(r" \d+(,|$)", lambda found: " " if found[1] else "", self.part)
+
 
 _PREFIX = re.compile(r"^(_orig_mod\.|module\.|base_model\.|model\.|transformer\.|gpt_neox\.)+")
 _BLOCK = re.compile(r"^(?P<block>(?:[A-Za-z_]\w*\.)*?(?P<stack>[A-Za-z_]\w*)\.(?P<index>\d+))\.(?P<part>.+)$")
@@ -50,25 +55,29 @@ def network_order(units: Iterable[str], parameters: Sequence[str]) -> list[UnitN
     return [unit_name(unit) for unit in sorted(units, key=lambda unit: rank.get(parameter_of(unit), len(rank)))]
 
 
-def kind_styles(kinds: Sequence[str], most: int) -> dict[str, tuple[str, LineStyle]]:
-    """Colour and line style of each kind: dashed where the colours come round again, grey beyond the commonest."""
+def commonest(kinds: Sequence[str]) -> list[str]:
+    """Those of which there are the most lines, as many as can be named."""
+    return sorted(dict.fromkeys(kinds), key=lambda kind: -kinds.count(kind))[:MOST_KINDS]
+
+
+def kind_styles(kinds: Sequence[str], named: Sequence[str]) -> dict[str, tuple[str, LineStyle]]:
+    """Colour and line style of each kind: dashed where the colours come round again, pale where it has no name."""
     distinct = list(dict.fromkeys(kinds))
-    named = sorted(distinct, key=lambda kind: -kinds.count(kind))[:most]
-    styles: dict[str, tuple[str, LineStyle]] = dict.fromkeys(distinct, (style.MUTED, "-"))
+    styles: dict[str, tuple[str, LineStyle]] = dict.fromkeys(distinct, (style.BAND, "-"))
     for i, kind in enumerate(kind for kind in distinct if kind in named):
         styles[kind] = (style.CYCLE[i % len(style.CYCLE)], "-" if i < len(style.CYCLE) else (0, (4, 1.5)))
     return styles
 
 
-def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], most: int = MOST_KINDS) -> None:
-    """Draws `values [lines, steps]`, of which `kinds` says the kind of each line; NaN is left out.
+def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], named: Sequence[str]) -> None:
+    """Draws `values [lines, steps]`, of which `kinds` says the kind of each line, the `named` in colour; NaN is left out.
 
     Of a kind of many lines the median, its range shaded, and the lines thin.
     """
     present = np.isfinite(values).any(axis=0)
     x, values = steps[present], values[:, present]
     thin = len(values) > FEW
-    for kind, (color, dash) in kind_styles(kinds, most).items():
+    for kind, (color, dash) in kind_styles(kinds, named).items():
         lines = values[[k == kind for k in kinds]]
         lines = lines[np.isfinite(lines).any(axis=1)]
         if not len(lines) or not len(x):
@@ -87,12 +96,12 @@ def draw_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], mo
         axes.plot(x[known], middle, color=color, ls=dash, lw=1.5)
 
 
-def name_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], height: float, most: int = MOST_KINDS) -> None:
-    """Each kind that has a colour named at the right edge, where the median of its lines ends."""
+def name_kinds(axes: Axes, steps: Array, values: Array, kinds: Sequence[str], height: float, named: Sequence[str]) -> None:
+    """Each of the `named` kinds at the right edge, where the median of its lines ends."""
     ends = []
-    for kind, (color, _) in kind_styles(kinds, most).items():
+    for kind, (color, _) in kind_styles(kinds, named).items():
         lines = values[[k == kind for k in kinds]]
         last = [line[np.isfinite(line)][-1] for line in lines if np.isfinite(line).any()]
-        if last and color != style.MUTED:
+        if last and kind in named:
             ends.append((float(steps[-1]), float(np.median(last)), kind, color))
     style.label_ends(axes, ends, height=height, size=7.2 if len(ends) <= 9 else 6.5)
