@@ -227,6 +227,8 @@ def test_ticks_of_the_figure_are_numbers_and_no_markup(checked):
         ticks = [tick.get_text() for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_ticklabels()]
     assert len(ticks) >= 4
     assert all(float(tick) > 0 for tick in ticks)
+    assert ticks[:3] == ["32", "64", "128"]  # the sizes that were measured
+    assert figure.axes[-1].get_legend().get_title().get_text() == f"slope at step {checked['plain'].steps[-1]}"
 
 
 def test_what_cannot_be_checked_is_refused():

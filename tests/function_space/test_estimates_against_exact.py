@@ -1,6 +1,7 @@
 """The estimators against exact derivatives: unbiased where they claim to be, with honest standard errors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -312,7 +313,10 @@ def test_rates_are_data_one_can_keep(tmp_path):
         Rates.from_dict({"rates": {"a": 1}})
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    assert len(rates.plot().patches) == 6
+    axes = replace(rates, rates={f"transformer.h.0.attn.{name}": rate for name, rate in rates.items()}).plot()
+    assert len(axes.patches) == 6
+    axes.figure.canvas.draw()
+    assert min(label.get_window_extent().x0 for label in axes.get_yticklabels()) >= 0  # no name is cut off
     one = function_space_rates(model, update, x, probes=1)
     assert math.isnan(one["rank2"].stderr)
     assert one.to_dict()["rates"]["rank2"]["stderr"] is None

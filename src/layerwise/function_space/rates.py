@@ -157,7 +157,7 @@ class Rates(Mapping[str, Rate]):
         from matplotlib import pyplot as plt
 
         shown = [name for name in reversed(list(self.rates)) if self.rates[name].value > 0]
-        axes = ax if ax is not None else plt.subplots(figsize=(7, 1 + 0.22 * len(shown)))[1]
+        axes = ax if ax is not None else plt.subplots(figsize=(7, 1 + 0.22 * len(shown)), layout="constrained")[1]
         values = [self.rates[name].value for name in shown]
         bounds = [
             self.interval(name) if self.rates[name].stderr >= 0 else (v, v) for name, v in zip(shown, values, strict=True)

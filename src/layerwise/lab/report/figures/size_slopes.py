@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -10,6 +12,7 @@ from layerwise.lab.report import style
 
 #: More modules than this have no colour of their own unless they are not flat.
 _COLOURED = 12
+_LEGEND: dict[str, Any] = {"fontsize": 6.5, "title_fontsize": 6.5, "handlelength": 1.4}
 
 
 def size_slopes(check: SizeCheck) -> Figure:
@@ -26,11 +29,12 @@ def size_slopes(check: SizeCheck) -> Figure:
         axes.set_title(f"step {step}")
         axes.set_yscale("log")
         style.log_scale(axes.xaxis, check.sizes, 1.15)
+        axes.set_xticks(check.sizes, [f"{size:g}" for size in check.sizes])
         axes.set_xlabel(check.axis)
     style.plain_log_ticks(panels[0].yaxis, *panels[0].get_ylim())
     panels[0].set_ylabel(QUANTITIES[check.judged])
     if shown:
-        panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=6.5, handlelength=1.4)
+        panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), **_LEGEND, title=f"slope at step {check.steps[-1]}")
     return figure
 
 
