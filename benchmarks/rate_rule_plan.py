@@ -90,12 +90,16 @@ SECONDS_A_STEP: Final[Mapping[str, float]] = {
 #: What a contender's step takes of that, where it is much more: torch's Muon works in bfloat16, slow on that processor.
 TIMES: Final[Mapping[str, float]] = {"torch's Muon": 2.9}
 
-#: DualMuon as it was: its momentum at 0.95 from the first step on, and AdamW for the rest.
-BEFORE: Final = {"name": "dual-muon", "momentum_warmup": 0, "adamw_nu": 1.0}
+#: The rule as it was: a norm at every step, in place of every fourth.
+AT_EVERY_STEP: Final = {"rule": "dual_norm_adaptive", "beta": 0.95, "every": 1}
+#: DualMuon as it was: that, its momentum at 0.95 from the first step on, and AdamW for the rest.
+BEFORE: Final = {"name": "dual-muon", "momentum_warmup": 0, "adamw_nu": 1.0, "rates": AT_EVERY_STEP}
 CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "D-Muon": {"name": "d-muon"},
     "DualMuon": {"name": "dual-muon"},
-    "DualMuon, plain AdamW": {"name": "dual-muon", "adamw_nu": 1.0},
+    "DualMuon, norms at every step": {"name": "dual-muon", "rates": AT_EVERY_STEP},
+    "DualMuon, norms at every step, head x 4.5": {"name": "dual-muon", "rates": AT_EVERY_STEP, "head": 4.5},
+    "DualMuon, plain AdamW": {"name": "dual-muon", "adamw_nu": 1.0, "rates": AT_EVERY_STEP},
     "DualMuon, no warm-up": BEFORE,
     # D-Muon with that frame, and with the warm-up alone
     "frame on D-Muon": {
@@ -118,12 +122,12 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "DualMuon, head x 2, softening 0.03": {
         **BEFORE,
         "head": 2.0,
-        "rates": {"rule": "dual_norm_adaptive", "softening": 0.03},
+        "rates": {**AT_EVERY_STEP, "softening": 0.03},
     },
     "DualMuon, head x 2, softening 0.3": {
         **BEFORE,
         "head": 2.0,
-        "rates": {"rule": "dual_norm_adaptive", "softening": 0.3},
+        "rates": {**AT_EVERY_STEP, "softening": 0.3},
     },
     "the common part alone, head x 2": {
         **BEFORE,
@@ -147,12 +151,13 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
         "rates": {"rule": "noise_adaptive", "size_normalised": True, "group_alpha": 0.316},
     },
     "Scion": {"name": "scion"},
-    "the step's norm on Scion": {"name": "scion", "rates": {"rule": "dual_norm_adaptive"}},
+    "the step's norm on Scion": {"name": "scion", "rates": AT_EVERY_STEP},
     "UpdateFloor(0.35)": {"name": "d-muon", "weight_decay": 0.0, "rates": {"rule": "update_floor"}},
     "MuonMax-Momo": {"name": "muonmax-momo"},
-    "DualMuon, multipliers permuted": {**BEFORE, "rates": {"rule": "permuted_dual_norm"}},
+    "DualMuon, multipliers permuted": {**BEFORE, "rates": {**AT_EVERY_STEP, "rule": "permuted_dual_norm"}},
 }
-#: What DualMuon was, first and last.
+#: What DualMuon was, last and before that.
+EVERY_STEP: Final = "DualMuon, norms at every step"
 PLAIN_ADAMW: Final = "DualMuon, plain AdamW"
 NO_WARM_UP: Final = "DualMuon, no warm-up"
 #: DualMuon with multipliers that stand still: what is made of their means over its run on the same model at the same rate,
@@ -215,6 +220,44 @@ def qwen3(seed: int) -> tuple[Trial, ...]:
         Trial("qwen3-tiny", "DualMuon", 0.016, seed),
         by_role("qwen3-tiny", 0.008, seed, TIED_ROLES),
         Trial("qwen3-tiny", "D-Muon", 0.008, seed),
+    )
+
+
+def every_step() -> tuple[Trial, ...]:
+    """`DualMuon` with a norm at every step."""
+    tried: tuple[tuple[str, int, tuple[float, ...], Iterable[int]], ...] = (
+        ("llama-tiny", 300, (0.016,), range(5)),
+        ("llama-tiny", 300, (0.008, 0.0113, 0.032, 0.064), (1,)),
+        ("gpt2-tiny", 300, (0.016,), range(5)),
+        ("gpt2-tiny", 300, (0.008, 0.032, 0.064), (1,)),
+        ("qwen3-tiny", 300, (0.016,), range(3)),
+        ("qwen3-tiny", 300, (0.008, 0.032), (1,)),
+        ("llama-tiny", 1000, (0.0113,), range(5)),
+        ("gpt2-tiny", 1000, (0.0113,), (1,)),
+        ("llama-small", 1000, (0.008,), (1,)),
+        ("llama-tiny, batch 8", 300, (0.016,), (1,)),
+        ("llama-tiny, batch 64", 200, (0.016, 0.032), (1,)),
+        ("gpt2-lora", 300, (0.008, 0.016, 0.032, 0.064, 0.128), range(3)),
+        ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
+        ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
+    )
+    return tuple(
+        Trial(model, EVERY_STEP, lr, seed, steps) for model, steps, rates, seeds in tried for lr in rates for seed in seeds
+    )
+
+
+def constants() -> tuple[Trial, ...]:
+    """Vectors and head at other rates, in today's frame, on the tuning seeds."""
+    head = "DualMuon, norms at every step, head x 4.5"
+    tried = (("llama-tiny", 11), ("llama-tiny", 12), ("gpt2-tiny", 11), ("qwen3-tiny", 11))
+    return (
+        *(
+            Trial(model, EVERY_STEP, 0.016, seed, roles=roles)
+            for model, seed in tried
+            for roles in ((), (("vector", 0.5),), (("vector", 0.25),))
+        ),
+        *(Trial(model, head, 0.016, seed) for model, seed in tried[:3]),
+        Trial("llama-tiny", EVERY_STEP, 0.016, 11, roles=(("vector", 2.0),)),
     )
 
 
@@ -485,6 +528,8 @@ STUDIES: Final[Mapping[str, Study]] = {
             *(Trial("gpt2-tiny", "frame on D-Muon", 0.00566, s, 1000, tuple(GPT2_ROLES_SEARCHED.items())) for s in (0, 2)),
         ),
     ),
+    "every step": Study("`DualMuon` with a norm at every step, as it was", every_step()),
+    "constants": Study("vectors and head at other rates, on seeds that no table of losses uses", constants()),
     "plain AdamW": Study("`DualMuon` with plain AdamW for the rest", plain_adamw()),
     "no warm-up": Study("`DualMuon` as it was before its momentum warmed up", no_warm_up()),
     "head twice": Study("the constants of before: the head at twice the base rate, not three times", head_twice()),

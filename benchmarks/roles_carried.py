@@ -33,6 +33,7 @@ from layerwise.lab.optimizers.registry import mean_multipliers
 from layerwise.lab.training.observers import quiet_matching
 from layerwise.lab.training.run import record, train
 from rate_rule import Store, as_row
+from rate_rule_plan import AT_EVERY_STEP
 from roles_carried_table import page
 from script import RESULTS, documented_parser, iterate_in_float32
 
@@ -194,7 +195,7 @@ class Study:
         """The run of a trial without matching."""
         optimizer: dict[str, Any] = {"name": "d-muon", "lr": trial.lr, "role_factors": trial.factors}
         if trial.rule is not None:
-            optimizer["rates"] = {"rule": trial.rule}
+            optimizer["rates"] = {**AT_EVERY_STEP, "rule": trial.rule}  # as it was when they were run
         model = ModelConfig.model_validate(MODEL)
         config = Config.model_validate({
             "model": MODEL,

@@ -186,10 +186,10 @@ def dual_and_step(geometry: str, u: np.ndarray) -> tuple[float, np.ndarray, floa
 class DualNormRates:
     """Steps of norm one at rates by the dual norms of the steps before, on a dict of matrices in one geometry."""
 
-    def __init__(self, weights, geometry, *, lr, momentum, nesterov, softening, beta):
+    def __init__(self, weights, geometry, *, lr, momentum, nesterov, softening, beta, every):
         self.w = {name: np.array(w, dtype=np.float64) for name, w in weights.items()}
         self.geometry, self.lr, self.momentum, self.nesterov = geometry, lr, momentum, nesterov
-        self.softening, self.beta = softening, beta
+        self.softening, self.beta, self.every, self.steps = softening, beta, every, 0
         self.m = {name: np.zeros_like(w) for name, w in self.w.items()}
         self.h: dict[str, float] = {}
         self.multiplier = dict.fromkeys(self.w, 1.0)
@@ -201,6 +201,8 @@ class DualNormRates:
             dual, step, white = dual_and_step(self.geometry, u)
             self.w[name] = self.w[name] - self.lr * self.multiplier[name] * step
             square = (dual / white) ** 2
+            if self.steps % self.every != 0:
+                continue
             if self.h.get(name, 0.0) == 0.0:
                 self.h[name] = square
             else:
@@ -210,3 +212,4 @@ class DualNormRates:
             if h > 0:
                 ratio = (1 + self.softening) * median / (self.softening * median + h)
                 self.multiplier[name] = ratio**0.25
+        self.steps += 1

@@ -50,11 +50,11 @@ def make(weights, geometry, **options):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_rates_and_weights_follow_the_twin_in_every_geometry(geometry, nesterov):
+@pytest.mark.parametrize(("nesterov", "every"), [(False, 1), (True, 1), (True, 3)])
+def test_rates_and_weights_follow_the_twin_in_every_geometry(geometry, nesterov, every):
     generator = torch.Generator().manual_seed(0)
     weights = {name: nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()}
-    rule = lw.DualNormAdaptive(softening=0.2, beta=0.8)
+    rule = lw.DualNormAdaptive(softening=0.2, beta=0.8, every=every)
     optimizer = make(weights, GEOMETRIES[geometry], rates=rule, momentum=0.9, nesterov=nesterov)
     twin = oracle.DualNormRates(
         {name: w.detach().numpy() for name, w in weights.items()},
@@ -64,6 +64,7 @@ def test_rates_and_weights_follow_the_twin_in_every_geometry(geometry, nesterov)
         nesterov=nesterov,
         softening=0.2,
         beta=0.8,
+        every=every,
     )
     chance = np.random.default_rng(0)
     for step in range(STEPS):
@@ -91,6 +92,35 @@ def test_the_step_that_measures_is_not_yet_changed_by_what_it_measures():
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert {r.multiplier for r in ruled.layer_rates().values()} != {1.0}
+
+
+def test_only_every_fourth_step_is_measured_on_the_way_of_a_checkpoint_too():
+    """A run stopped after six steps measures next at its eighth, as it would have."""
+    model = net()
+    optimizer = lw.DualMuon(lw.param_groups(model))
+    seen = []
+    for step in range(10):
+        if step == 6:
+            saved = optimizer.state_dict()
+            optimizer = lw.DualMuon(lw.param_groups(model))
+            optimizer.load_state_dict(saved)
+        set_gradients(model, step)
+        optimizer.step()
+        seen.append([rate.multiplier for rate in optimizer.layer_rates().values()])
+    changed = [step for step in range(1, 10) if seen[step] != seen[step - 1]]
+    assert changed == [4, 8]
+
+
+def test_a_checkpoint_of_before_goes_on_with_the_rule_of_before():
+    """It says nothing of `every`, which was 1."""
+    before = lw.DualNormAdaptive(beta=0.95, every=1)
+    made = lw.DualMuon(lw.param_groups(net()), rates=before)
+    saved = made.state_dict()
+    for group in saved["param_groups"]:
+        group["rates"] = group["rates"].replace(", every=1", "")
+    lw.DualMuon(lw.param_groups(net()), rates=before).load_state_dict(saved)
+    with pytest.raises(lw.LayerwiseError, match=r"beta=0\.95, every=1\) in it and DualNormAdaptive\(.*every=4\)"):
+        lw.DualMuon(lw.param_groups(net())).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("shape", [(3, 120, 130), (3, 140, 150), (3, 20, 30)])
@@ -176,3 +206,5 @@ def test_options_out_of_range_are_refused():
         lw.DualNormAdaptive(softening=0.0)
     with pytest.raises(lw.LayerwiseError, match=r"DualNormAdaptive\(beta=1\.0\)"):
         lw.DualNormAdaptive(beta=1.0)
+    with pytest.raises(lw.LayerwiseError, match=r"DualNormAdaptive\(every=0\): give a whole number from 1 up"):
+        lw.DualNormAdaptive(every=0)

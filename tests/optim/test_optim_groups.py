@@ -222,6 +222,7 @@ def test_what_an_optimizer_prints_is_what_its_groups_read():
     matrices, vectors, head = (set(part.split("\n    ")[1:]) for part in said.removesuffix("\n)").split("\n\n"))
     of_both = {"layout", "lr", "param_names", "role", "update", "weight_decay"}
     of_steps = {"geometry", "momentum", "momentum_steps", "momentum_warmup", "nesterov", "norm_group", "radius", "rates"}
+    of_steps.add("rate_steps")
     keys = [{line.partition(":")[0] for line in lines} for lines in (matrices, vectors, head)]
     assert keys == [
         of_both | of_steps | {"scaling"}, of_both | {"betas", "eps", "nu"}, of_both | {"betas", "eps", "nu", "lr_scale"},

@@ -25,7 +25,7 @@ from layerwise.optim.groups.complete import (
     for_torch,
     with_layouts,
 )
-from layerwise.optim.groups.options import DEFAULTS, check_options
+from layerwise.optim.groups.options import DEFAULTS, STEP_COUNTS, check_options
 from layerwise.optim.groups.overview import cells, described, rates_of_units, scaled_twice
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.rounding import Vanishing
@@ -211,8 +211,9 @@ class LayerwiseOptimizer(Optimizer):
             for step in lineup.steps:
                 step.take(self.work, finite if isinstance(finite, Tensor) else None)
             for group in groups:
-                if "momentum_steps" in group:
-                    group["momentum_steps"] += 1
+                for key in STEP_COUNTS:
+                    if key in group:
+                        group[key] += 1
             if lineup.half:
                 self._vanishing.after(samples, groups)
         lineup.release()

@@ -292,7 +292,6 @@ class _LmoStep(PlannedStep):
         self._before = [group for group in groups if not group.rule.own_dual_norm]
         self._after = [group for group in groups if group.rule.own_dual_norm]
         self._norms = [piece for group in groups for some in group.pieces for norm in some for piece in norm]
-        self._duals = [group.duals for group in self._after if group.duals is not None]
         self._chunks = [chunk for some in sets for chunk in some.chunks()]
         self._unit_steps = [piece for some in sets for piece in _unit_steps(some.jobs)]
         joined = [joined for group in groups for joined in group.joined.values()]
@@ -310,11 +309,10 @@ class _LmoStep(PlannedStep):
             group.update(norms, keep)
             for chunk in group.chunks:
                 group.rule.remember(chunk, keep)
-        if self._duals:  # of a sharded parameter one process fills them in, and the others add zero
-            torch._foreach_zero_(self._duals)
+        measured = [group for group in self._after if group.ask_for_duals()]
         for moved, directions in work.directions(self._unit_steps):
             move(moved, directions, keep)
-        for group in self._after:
+        for group in measured:
             group.update(norms, keep)
 
 

@@ -209,7 +209,7 @@ def _check(optimizer: Optimizer, batches: Sequence[Any], at: int, seeds: Sequenc
 #: The name of the fresh adapter.
 TRIAL = "layerwise_trial"
 #: What of a group concerns the model's own parameters, or where its schedule stands.
-_OWN = frozenset(("params", "param_names", "lr", "initial_lr", "step", "k", "momentum_steps"))
+_OWN = frozenset(("params", "param_names", "lr", "initial_lr", "step", "k", "momentum_steps", "rate_steps"))
 
 
 def renamed(name: str, old: str, new: str) -> str:

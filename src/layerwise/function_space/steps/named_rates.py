@@ -24,7 +24,8 @@ Decay = Literal["scaled", "constant"]
 _NOT_SETTINGS = frozenset(
     {
         *("params", "param_names", "lr", "lr_scale", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"),
-        *("layout", "foreach", "fused", "capturable", "differentiable", "step", "k", "momentum_steps", "rounding_seed"),
+        *("layout", "foreach", "fused", "capturable", "differentiable", "step", "k"),
+        *("momentum_steps", "rate_steps", "rounding_seed"),
     }
 )
 #: Where the rate that a group's schedule multiplies stands, the first of these that there is.

@@ -110,6 +110,8 @@ def _complete(group: Group, recipe: Recipe, defaults: Mapping[str, Any]) -> Grou
             warn(f"{key}={group[key]!r} of {_first_name(group)} has no effect: {update!r} updates it{hint}")
     if (rule := update.rule(full)) is not None:
         rule.fits(full)
+        if rule.every > 1:
+            full.setdefault("rate_steps", 0)
     if full.get("momentum_warmup"):
         full.setdefault("momentum_steps", 0)
     if full.get("rounding") == "stochastic":

@@ -45,10 +45,12 @@ DESCRIBED: Final = ("layout", "geometry", "rates", "update")
 TORCH_KEYS: Final = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 
 #: Options that a group has only where it was given them: "lr_scale" multiplies the rate of every step, and nobody else
-#: writes it; "momentum_warmup" is over how many steps the momentum grows, and "momentum_steps" counts them; "nu" is what
-#: AdamW's average counts in its step, the gradient the rest (1 without it); "rounding" of bfloat16 weights, "rounding_seed"
-#: moves on with every step. Groups without are saved as always.
-OPTIONAL: Final = ("lr_scale", "momentum_warmup", "momentum_steps", "nu", "rounding", "rounding_seed")
+#: writes it; "momentum_warmup" is over how many steps the momentum grows, and "momentum_steps" counts them; "rate_steps"
+#: counts those under a rule that does not measure at every one; "nu" is what AdamW's average counts in its step, the
+#: gradient the rest (1 without it); "rounding" of bfloat16 weights, "rounding_seed" moves on with every step. Groups without
+#: are saved as always.
+STEP_COUNTS: Final = ("momentum_steps", "rate_steps")
+OPTIONAL: Final = ("lr_scale", "momentum_warmup", *STEP_COUNTS, "nu", "rounding", "rounding_seed")
 _OPTIONS: Final = (*DEFAULTS, *OPTIONAL)
 
 #: Options of torch's optimizers that change a step and that ours do not have: a true one must not be lost in silence.
@@ -126,6 +128,7 @@ _TYPES: Final[dict[str, Any]] = {
     "momentum": _Fraction,
     "momentum_warmup": _Whole,
     "momentum_steps": _Whole,
+    "rate_steps": _Whole,
     "nesterov": bool,
     "nu": Annotated[
         float, "a number from 0 to 1: the weight of the average in the step", lambda number: 0.0 <= number <= 1.0

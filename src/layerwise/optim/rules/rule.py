@@ -49,15 +49,15 @@ class NormGroup:
         self._device = members[0].state["multiplier"].device  # parameters of one model may be on several
         self._runs = _runs(members)
         self.present = self._repeated([run.some is not None for run in self._runs], torch.bool)
-        #: [units], where the unit steps write the dual norms of their directions, if the rule wants those
+        #: [units], where the unit steps write the dual norms of their directions, if the rule wants those; and of each job
         self.duals: Tensor | None = None
+        self._own_duals: Sequence[Tensor] = ()
         if rule.own_dual_norm:
             factors = [factor for job in members for factor in _over_white_noise(job)]
             self._over_white_noise = torch.tensor(factors, dtype=torch.float32, device=self._device)
             self.duals = torch.zeros_like(self._over_white_noise)
             sizes = [job.state["multiplier"].numel() for job in members]
-            for job, own in zip(members, self.duals.split(sizes), strict=True):
-                job.dual = own
+            self._own_duals = self.duals.split(sizes)
         #: by its name the state that could be joined, and None where it is apart
         self.joined = {key: join_state(members, key) for key in rule.unit_keys}
         counts = [sum(run.units) for run in self._runs]
@@ -79,12 +79,29 @@ class NormGroup:
             counts.append((value, before + sum(run.units)))
         return torch.cat([torch.full((n,), value, dtype=dtype, device=self._device) for value, n in counts])
 
+    @property
+    def _steps_taken(self) -> int:
+        taken: int = self.members[0].group.get("rate_steps", 0)
+        return taken
+
+    def ask_for_duals(self) -> bool:
+        """Let the unit steps of this step write their directions' dual norms, or not, as the rule's ``every`` says."""
+        due = torch.compiler.is_compiling() or self._steps_taken % self.rule.every == 0
+        if due and self.duals is not None:  # of a sharded parameter one process fills them in, and the others add zero
+            self.duals.zero_()
+        for job, own in zip(self.members, self._own_duals, strict=True):
+            job.dual = own if due else None
+        return due
+
     def update(self, norms_asked: Iterator[Tensor], keep: Tensor | None) -> None:
         """Let the rule set the state of all units from the norms of this step, where ``keep`` allows it."""
         if self.duals is None:
             self.norms = self._side_by_side(norms_asked)
         else:
             self.norms = (self.duals * self._over_white_noise)[None]
+            if torch.compiler.is_compiling():  # it asks at every step: to branch would be to compile several
+                due = torch.full((), self._steps_taken, device=self._device) % self.rule.every == 0
+                keep = due if keep is None else keep.to(due.device) & due
         self.state = {
             key: torch.cat([job.state[key].to(self._device) for job in self.members])
             if joined is None
@@ -196,6 +213,8 @@ class RateRule(ABC):
     #: whether ``update`` gets the dual norm of the direction itself, over its value on white noise, as its one norm. The
     #: unit step gives it on the way (``<u, lmo(u)>``), so ``update`` runs after the step, for the next one.
     own_dual_norm: ClassVar[bool] = False
+    #: steps from one such measurement to the next: at the others ``update`` does not run
+    every: int = 1
     #: whether ``LayerwiseOptimizer.hold_half`` has to be called before each step
     needs_halves: bool = False
     #: whether ``LayerwiseOptimizer.watch_replicas`` has to be called before training

@@ -73,10 +73,13 @@ def same_kind(mine: object, theirs: object) -> bool:
 
 
 def with_new_names(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """``state_dict`` with today's names of group options: ``rates`` was ``noise`` before the first release."""
+    """``state_dict`` in today's words: ``rates`` was ``noise`` once, and ``DualNormAdaptive`` measured at every step."""
     if not isinstance(groups := state_dict.get("param_groups"), list):
         return state_dict
     renamed = [{"rates" if key == "noise" else key: value for key, value in group.items()} for group in groups]
+    for group in renamed:
+        if isinstance(rule := group.get("rates"), str) and rule.startswith("DualNormAdaptive(") and "every=" not in rule:
+            group["rates"] = rule.removesuffix(")") + ", every=1)"
     return {**state_dict, "param_groups": renamed}
 
 
