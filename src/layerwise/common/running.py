@@ -245,12 +245,8 @@ class KeptParameter:
 
 def kept_modules(model: nn.Module) -> list[KeptModule]:
     """What all modules hold now."""
-    found = []
-    for module in model.modules():
-        held = module.__dict__
-        contents = {key: value.copy() for key, value in held.items() if type(value) in _CONTAINERS}
-        found.append(KeptModule(module, dict(held), contents))
-    return found
+    held = ((module, dict(module.__dict__)) for module in model.modules())
+    return [KeptModule(m, own, {k: v.copy() for k, v in own.items() if type(v) in _CONTAINERS}) for m, own in held]
 
 
 @dataclass(frozen=True)

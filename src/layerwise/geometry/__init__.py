@@ -18,14 +18,7 @@ from layerwise.geometry.layout import (
     VectorLayout,
     VectorStackLayout,
 )
-from layerwise.geometry.norms import (
-    ColNorm,
-    Frobenius,
-    Geometry,
-    RowNorm,
-    Sign,
-    VectorRMS,
-)
+from layerwise.geometry.norms import ColNorm, Frobenius, Geometry, RowNorm, Sign, VectorRMS
 from layerwise.geometry.spectral.spectral import Spectral, nuclear_norm, polar, spectral_conv
 from layerwise.geometry.split import Split
 

@@ -15,15 +15,7 @@ from torch.utils._pytree import tree_leaves
 from layerwise.common.checked import checked
 from layerwise.common.parameter_names import canonical_name, unwrap
 from layerwise.errors import LayerwiseError, warn
-from layerwise.geometry.declared import (
-    Assigned,
-    Overrides,
-    Splits,
-    matched,
-    options_by_name,
-    overridden,
-    split_layout,
-)
+from layerwise.geometry.declared import Assigned, Overrides, Splits, matched, options_by_name, overridden, split_layout
 from layerwise.geometry.forward import Forward, look
 from layerwise.geometry.found import Found, Origin
 from layerwise.geometry.layout import ConvLayout, Layout, MatrixLayout, VectorLayout

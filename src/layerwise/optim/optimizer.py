@@ -187,38 +187,36 @@ class LayerwiseOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         some = [param for group in self.param_groups for param in group["params"][:1]]
-        with nullcontext() if torch.compiler.is_compiling() else under_autocast(some, None):
-            self._take_step()
-        return loss
-
-    def _take_step(self) -> None:
-        groups, lineup = self.param_groups, Lineup() if torch.compiler.is_compiling() else self._lineup
-        for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
-            if "base_momentum" in group and isinstance(group["update"], Lmo):
-                group["momentum"] = group["betas"][0]
-        if not self._told_of_scales and any("lr_scale" in group for group in groups):
-            self._told_of_scales = scaled_twice(groups)
-        self._follow_parameters()
-        if lineup.refresh(groups, self.state, self.work.anywhere):
-            self._look_at_jobs(lineup)
-        moving = lineup.moving
-        names, gradients = [job.name for job in moving], [job.grad for job in moving]
-        finite = self.guard.check(names, gradients, self.work.anywhere, lineup.gradients)
-        if finite is not False:
+        cast = not torch.compiler.is_compiling() and torch._C._is_any_autocast_enabled()
+        with under_autocast(some, None) if cast else nullcontext():
+            groups, lineup = self.param_groups, Lineup() if torch.compiler.is_compiling() else self._lineup
+            for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
+                if "base_momentum" in group and isinstance(group["update"], Lmo):
+                    group["momentum"] = group["betas"][0]
+            if not self._told_of_scales and any("lr_scale" in group for group in groups):
+                self._told_of_scales = scaled_twice(groups)
+            self._follow_parameters()
+            if lineup.refresh(groups, self.state, self.work.anywhere):
+                self._look_at_jobs(lineup)
+            moving = lineup.moving
+            names, gradients = [job.name for job in moving], [job.grad for job in moving]
+            finite = self.guard.check(names, gradients, self.work.anywhere, lineup.gradients)
+            if finite is not False:
+                if self._second.needed:
+                    self._second.before_step(moving, groups, self.state, self.work)
+                samples = self._vanishing.before(moving) if lineup.half else []
+                for step in lineup.steps:
+                    step.take(self.work, finite if isinstance(finite, Tensor) else None)
+                for group in groups:
+                    for key in STEP_COUNTS:
+                        if key in group:
+                            group[key] += 1
+                if lineup.half:
+                    self._vanishing.after(samples, groups)
+            lineup.release()
             if self._second.needed:
-                self._second.before_step(moving, groups, self.state, self.work)
-            samples = self._vanishing.before(moving) if lineup.half else []
-            for step in lineup.steps:
-                step.take(self.work, finite if isinstance(finite, Tensor) else None)
-            for group in groups:
-                for key in STEP_COUNTS:
-                    if key in group:
-                        group[key] += 1
-            if lineup.half:
-                self._vanishing.after(samples, groups)
-        lineup.release()
-        if self._second.needed:
-            self._second.after_step()
+                self._second.after_step()
+        return loss
 
     def _look_at_jobs(self, lineup: Lineup) -> None:
         """Other parameters than before have a gradient, or options have changed: what else that means for the step."""

@@ -238,7 +238,9 @@ class BaseRates:
             LayerwiseError: it cannot be written there.
         """
         data = asdict(self.fingerprint)
-        data["settings"] = _by_settings(self.fingerprint.settings)
+        settings = self.fingerprint.settings  # names are listed under those that they share: a file for people to read
+        alike = group_by(settings, lambda name: json.dumps(settings[name], sort_keys=True))
+        data["settings"] = [{"settings": dict(settings[names[0]]), "names": names} for names in alike.values()]
         records = {str(s): {n: asdict(r) for n, r in rates.items()} for s, rates in self.records.items()}
         text = json.dumps({"format": FORMAT, "fingerprint": data, "records": records}, indent=1)
         try:
@@ -329,9 +331,3 @@ def _mean_rate(rates: Sequence[BaseRate]) -> BaseRate:
     errors = [rate.stderr for rate in rates if rate.stderr is not None]
     stderr = math.hypot(*errors) / len(rates) if len(errors) == len(rates) else None
     return BaseRate(fmean(rate.value for rate in rates), rates[0].lr, stderr, spread)
-
-
-def _by_settings(by_name: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Names listed under the settings that they share: a file for people to read."""
-    alike = group_by(by_name, lambda name: json.dumps(by_name[name], sort_keys=True))
-    return [{"settings": dict(by_name[names[0]]), "names": names} for names in alike.values()]

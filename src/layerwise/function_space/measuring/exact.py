@@ -52,10 +52,7 @@ class Change:
 
 
 def exact_change(
-    function: Callable[[Tensors], Outputs],
-    points: Tensors,
-    updates: Mapping[str, TensorUpdate],
-    check: Adjoint | None,
+    function: Callable[[Tensors], Outputs], points: Tensors, updates: Mapping[str, TensorUpdate], check: Adjoint | None
 ) -> Change:
     """The derivative at `points` along `updates` of a function of these tensors that gives the outputs.
 
@@ -204,9 +201,7 @@ class Adjoint:
 
 
 def adjoint(
-    function: Callable[[Mapping[str, Tensor]], Outputs],
-    points: Mapping[str, Tensor],
-    updates: Mapping[str, TensorUpdate],
+    function: Callable[[Mapping[str, Tensor]], Outputs], points: Mapping[str, Tensor], updates: Mapping[str, TensorUpdate]
 ) -> Adjoint | None:
     """What to hold derivatives of `function` along `updates` against; None where torch differentiates all of it itself."""
     leaves = {name: points[name].detach().requires_grad_() for name in updates}

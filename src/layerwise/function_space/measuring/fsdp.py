@@ -72,11 +72,7 @@ class ShardedRunner(Runner):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        forward: Forward,
-        parameters: Mapping[str, nn.Parameter],
-        processes: Processes,
+        self, model: nn.Module, forward: Forward, parameters: Mapping[str, nn.Parameter], processes: Processes
     ) -> None:
         self.model = model
         self.function = forward

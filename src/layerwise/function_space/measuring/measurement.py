@@ -19,14 +19,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
-from layerwise.function_space.measuring.outputs import (
-    Forward,
-    Outputs,
-    draw_probes,
-    nothing_counts,
-    resolve,
-    space_name,
-)
+from layerwise.function_space.measuring.outputs import Forward, Outputs, draw_probes, nothing_counts, resolve, space_name
 from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption
 from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, Runner, untouched
 from layerwise.function_space.measuring.slices import Slices, graphs

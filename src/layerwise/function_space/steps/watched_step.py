@@ -53,11 +53,7 @@ class WatchedStep:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        processes: ProcessesOption = "auto",
-        decay: Decay = "scaled",
+        self, model: nn.Module, optimizer: Optimizer, processes: ProcessesOption = "auto", decay: Decay = "scaled"
     ) -> None:
         self.model = model
         self.parameters = optimized(model, optimizer)

@@ -28,14 +28,7 @@ from layerwise.geometry.layout import (
     VectorLayout,
     VectorStackLayout,
 )
-from layerwise.geometry.module_kinds import (
-    holds_lora,
-    is_hf_conv1d,
-    is_linear,
-    is_norm,
-    is_torch_norm,
-    lora_factors,
-)
+from layerwise.geometry.module_kinds import holds_lora, is_hf_conv1d, is_linear, is_norm, is_torch_norm, lora_factors
 from layerwise.geometry.modules.fused import GATE_UP, fused_note, grouped_split, known_split, recurrent_split
 from layerwise.geometry.modules.heads import Heads, output_heads
 from layerwise.geometry.split import Split

@@ -189,13 +189,7 @@ def on_gram_matrices(x: Tensor, gram: Tensor, steps: Sequence[Polynomial], cuts:
 
 
 def plain_product(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor | None = None,
-    *,
-    add: Tensor | None = None,
-    beta: float = 1.0,
-    alpha: float = 1.0,
+    a: Tensor, b: Tensor, out: Tensor | None = None, *, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
     """All of it, by torch."""
     multiply, add_to = (torch.mm, torch.addmm) if a.ndim == 2 else (torch.bmm, torch.baddbmm)
@@ -207,13 +201,7 @@ def plain_product(
 
 
 def strip_product(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor | None = None,
-    *,
-    add: Tensor | None = None,
-    beta: float = 1.0,
-    alpha: float = 1.0,
+    a: Tensor, b: Tensor, out: Tensor | None = None, *, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
     """The upper half by strips: strip i of the rows with the columns from its own on; what is left of it is mirrored.
 

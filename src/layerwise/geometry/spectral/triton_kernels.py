@@ -70,13 +70,7 @@ def _upper_tiles(  # type: ignore[no-untyped-def]
 
 
 def symmetric_product(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor | None = None,
-    *,
-    add: Tensor | None = None,
-    beta: float = 1.0,
-    alpha: float = 1.0,
+    a: Tensor, b: Tensor, out: Tensor | None = None, *, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
     """`alpha A B + beta add` for stacks `[k, n, m]` and `[k, m, n]` whose products are symmetric, as is `add`.
 

@@ -70,8 +70,7 @@ class MomentumReference(Reference):
         # float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
         dtype = torch.promote_types(averages.dtype, torch.float32)
         return torch.sub(
-            stack_of(jobs).to(dtype) * (scale * (1 + (1 - beta) * weight)),
-            averages.to(dtype) * (scale * weight),
+            stack_of(jobs).to(dtype) * (scale * (1 + (1 - beta) * weight)), averages.to(dtype) * (scale * weight)
         )
 
 

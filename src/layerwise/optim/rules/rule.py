@@ -79,14 +79,10 @@ class NormGroup:
             counts.append((value, before + sum(run.units)))
         return torch.cat([torch.full((n,), value, dtype=dtype, device=self._device) for value, n in counts])
 
-    @property
-    def _steps_taken(self) -> int:
-        taken: int = self.members[0].group.get("rate_steps", 0)
-        return taken
-
     def ask_for_duals(self) -> bool:
         """Let the unit steps of this step write their directions' dual norms, or not, as the rule's ``every`` says."""
-        due = torch.compiler.is_compiling() or self._steps_taken % self.rule.every == 0
+        self._taken: int = self.members[0].group.get("rate_steps", 0)
+        due = torch.compiler.is_compiling() or self._taken % self.rule.every == 0
         if due and self.duals is not None:  # of a sharded parameter one process fills them in, and the others add zero
             self.duals.zero_()
         for job, own in zip(self.members, self._own_duals, strict=True):
@@ -100,7 +96,7 @@ class NormGroup:
         else:
             self.norms = (self.duals * self._over_white_noise)[None]
             if torch.compiler.is_compiling():  # it asks at every step: to branch would be to compile several
-                due = torch.full((), self._steps_taken, device=self._device) % self.rule.every == 0
+                due = torch.full((), self._taken, device=self._device) % self.rule.every == 0
                 keep = due if keep is None else keep.to(due.device) & due
         self.state = {
             key: torch.cat([job.state[key].to(self._device) for job in self.members])

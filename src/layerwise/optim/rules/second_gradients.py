@@ -77,11 +77,7 @@ class SecondGradients:
         self._replicas = watcher
 
     def before_step(
-        self,
-        moving: Sequence[Job],
-        groups: Sequence[Group],
-        states: Mapping[Tensor, State],
-        work: MatrixWork,
+        self, moving: Sequence[Job], groups: Sequence[Group], states: Mapping[Tensor, State], work: MatrixWork
     ) -> None:
         """Make what was noted ready for the rules."""
         if any("half_difference" in job.state for job in moving):

@@ -238,10 +238,7 @@ def _other(difference: str) -> LayerwiseError:
 
 
 def load(
-    optimizer: Optimizer,
-    recipe: Recipe,
-    state_dict: dict[str, Any],
-    torch_load: Callable[[dict[str, Any]], None],
+    optimizer: Optimizer, recipe: Recipe, state_dict: dict[str, Any], torch_load: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Load what belongs to this optimizer, of a preset with these options, or raise and change nothing.
 

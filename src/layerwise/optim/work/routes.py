@@ -26,10 +26,7 @@ Pending = Callable[[], list[list[Tensor]]]
 
 
 def all_to_all(
-    group: dist.ProcessGroup,
-    outgoing: Sequence[Sequence[Tensor]],
-    incoming: Sequence[Sequence[Shape]],
-    like: Tensor,
+    group: dist.ProcessGroup, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Shape]], like: Tensor
 ) -> Pending:
     """Send ``outgoing[p]`` to each process p of the group and receive tensors of shapes ``incoming[p]`` from it."""
     sent = _pack([tensor for tensors in outgoing for tensor in tensors], like)
