@@ -1,6 +1,6 @@
 """What rate rules add to a step of D-Muon, in processor time, all taking turns.
 
-    python benchmarks/rate_rule_cost.py            # two minutes on one core
+    python benchmarks/rate_rule_cost.py            # four minutes on one core
 
 Processor time instead of the clock's, in one thread: neighbours on the machine then matter little. A turn is four steps, as
 `DualNormAdaptive` measures at one of them. The ratio is the median over rounds of the ratio within a round. Writes
@@ -64,7 +64,7 @@ def ratios(layout: Layout, shapes: list[tuple[int, int]], rounds: int) -> tuple[
 
 def main() -> None:
     parser = documented_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
