@@ -223,9 +223,20 @@ def qwen3(seed: int) -> tuple[Trial, ...]:
     )
 
 
+#: Of each model and length the base rates, and the seeds of each rate.
+Tried = tuple[tuple[str, int, tuple[float, ...], Iterable[int]], ...]
+
+
+def each_of(contender: str, tried: Tried) -> tuple[Trial, ...]:
+    """Every seed of every rate."""
+    return tuple(
+        Trial(model, contender, lr, seed, steps) for model, steps, rates, seeds in tried for lr in rates for seed in seeds
+    )
+
+
 def every_step() -> tuple[Trial, ...]:
     """`DualMuon` with a norm at every step."""
-    tried: tuple[tuple[str, int, tuple[float, ...], Iterable[int]], ...] = (
+    tried: Tried = (
         ("llama-tiny", 300, (0.016,), range(5)),
         ("llama-tiny", 300, (0.008, 0.0113, 0.032, 0.064), (1,)),
         ("gpt2-tiny", 300, (0.016,), range(5)),
@@ -241,9 +252,7 @@ def every_step() -> tuple[Trial, ...]:
         ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
         ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
     )
-    return tuple(
-        Trial(model, EVERY_STEP, lr, seed, steps) for model, steps, rates, seeds in tried for lr in rates for seed in seeds
-    )
+    return each_of(EVERY_STEP, tried)
 
 
 def constants() -> tuple[Trial, ...]:
@@ -263,7 +272,7 @@ def constants() -> tuple[Trial, ...]:
 
 def no_warm_up() -> tuple[Trial, ...]:
     """`DualMuon` as it was, on every model."""
-    tried: tuple[tuple[str, int, tuple[float, ...], Iterable[int]], ...] = (
+    tried: Tried = (
         ("llama-tiny", 300, (0.016,), range(5)),
         ("llama-tiny", 300, (0.0113, 0.032), (1,)),
         ("llama-tiny", 1000, (0.0113, 0.016), range(3)),
@@ -277,14 +286,12 @@ def no_warm_up() -> tuple[Trial, ...]:
         ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
         ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
     )
-    return tuple(
-        Trial(model, NO_WARM_UP, lr, seed, steps) for model, steps, rates, seeds in tried for lr in rates for seed in seeds
-    )
+    return each_of(NO_WARM_UP, tried)
 
 
 def plain_adamw() -> tuple[Trial, ...]:
     """`DualMuon` before its AdamW groups were quasi-hyperbolic. Adapters have none of them: their runs are `DualMuon`'s."""
-    tried: tuple[tuple[str, int, tuple[float, ...], Iterable[int]], ...] = (
+    tried: Tried = (
         ("llama-tiny", 300, (0.016,), range(5)),
         ("llama-tiny", 300, (0.0113, 0.032), (1,)),
         ("llama-tiny", 1000, (0.0113,), range(3)),
@@ -298,9 +305,7 @@ def plain_adamw() -> tuple[Trial, ...]:
         ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
         ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
     )
-    return tuple(
-        Trial(model, PLAIN_ADAMW, lr, seed, steps) for model, steps, rates, seeds in tried for lr in rates for seed in seeds
-    )
+    return each_of(PLAIN_ADAMW, tried)
 
 
 def warm_up_for_all(name: str = "warm-up on D-Muon") -> tuple[Trial, ...]:
