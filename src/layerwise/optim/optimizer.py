@@ -186,10 +186,10 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        some = [param for group in self.param_groups for param in group["params"][:1]]
-        cast = not torch.compiler.is_compiling() and torch._C._is_any_autocast_enabled()
-        with under_autocast(some, None) if cast else nullcontext():
-            groups, lineup = self.param_groups, Lineup() if torch.compiler.is_compiling() else self._lineup
+        groups, compiling = self.param_groups, torch.compiler.is_compiling()
+        cast = not compiling and torch._C._is_any_autocast_enabled()
+        with under_autocast((param for group in groups for param in group["params"][:1]), None) if cast else nullcontext():
+            lineup = Lineup() if compiling else self._lineup
             for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
                 if "base_momentum" in group and isinstance(group["update"], Lmo):
                     group["momentum"] = group["betas"][0]
