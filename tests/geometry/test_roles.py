@@ -530,6 +530,21 @@ def test_peft_with_a_trained_head_and_known_splits_under_the_wrapper():
     assert len(base.units) == 3
 
 
+@pytest.mark.parametrize("batch", [None, torch.ones(2, 36)])
+def test_factors_of_lokr_and_loha_are_those_of_adapters_and_of_a_kronecker_product_none_is_a_gain(batch):
+    peft = pytest.importorskip("peft")
+
+    def adapted(config):
+        network = nn.Sequential(nn.Linear(36, 48), nn.ReLU(), nn.Linear(48, 5))
+        table = rows(peft.get_peft_model(network, config(r=2, target_modules=["0"])), batch=batch)
+        return {name.split(".")[-2]: (row.role, str(row.layout), bool(row.note)) for name, row in table.items()}
+
+    a, b = ("lora_A", "out,in", False), ("lora_B", "out,in", False)
+    assert adapted(peft.LoHaConfig) == {"hada_w1_a": b, "hada_w1_b": a, "hada_w2_a": b, "hada_w2_b": a}
+    kronecker = {"lokr_w1": ("hidden", "out,in", True), "lokr_w2_a": b, "lokr_w2_b": a}
+    assert adapted(peft.LoKrConfig) == kronecker
+
+
 @pytest.mark.parametrize("batch", [None, torch.arange(6).view(1, 6)])
 def test_rows_that_peft_puts_in_the_place_of_a_tables_are_a_table(batch):
     peft = pytest.importorskip("peft")

@@ -40,8 +40,11 @@ def is_torch_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase))
 
 
-#: What the two factors are called: by peft and loralib, torchtune, kohya.
-_FACTORS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"))
+#: What the two factors are called: by peft and loralib, torchtune, kohya; peft's LoHa and LoKr have two products.
+_FACTORS = (
+    *(("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up")),
+    *((f"{product}_b", f"{product}_a") for product in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2")),
+)
 
 
 def holds_lora(module: nn.Module | None) -> bool:

@@ -161,7 +161,7 @@ def multiply(flow: Flow, op: Operation, left: Operand, right: Operand, added: It
             flow.evidence.product(view, left.sides("out", "in"))
         for view in origins[1].weights:
             flow.evidence.product(view, right.sides("in", "out"))
-        flow.came_from(result, Origin(constant=True))
+        flow.came_from(result, Origin(constant=True, results_of=flow.numbers(origins[0]) | flow.numbers(origins[1])))
         return
     if all(held):
         table, mapping = (_likely_a_weight(flow, origin) for origin in origins)
