@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.function_space import FunctionSpaceRecorder, function_space_rates
+from layerwise.function_space import FLeRM, FunctionSpaceRecorder, function_space_rates
 from layerwise.function_space.steps.watched_step import JsonLines, Record
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -217,6 +217,30 @@ def test_a_step_whose_update_is_not_finite_is_not_measured_wherever_the_entry_li
         optimizer.step()
     assert recorder.records == []
     assert recorder.skipped == {0: "the update is not finite"}
+
+
+@pytest.mark.parametrize("make", [FunctionSpaceRecorder, FLeRM])
+def test_a_step_that_is_called_without_with_is_told_at_the_next_one(make):
+    model = network()
+    watcher = make(model, optimizer_for(model))
+    for _ in range(3):
+        with watcher.step(data(0, torch.float32)[2]):  # none that was entered is told of
+            pass
+    watcher.step(data(0, torch.float32)[2])
+    with pytest.raises(LayerwiseError, match=r"called without `with`.*with NAME\.step\(batch\): optimizer"):
+        watcher.step(data(0, torch.float32)[2])
+
+
+@pytest.mark.parametrize("method", ["full_cov", "exact", "difference"])
+def test_rates_on_inputs_that_are_not_finite_are_told(method):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    inputs = torch.ones(8, 4)
+    update = {"0.weight": torch.ones(6, 4)}
+    inputs[0, 0] = math.nan
+    with pytest.warns(
+        UserWarning, match=r"function-space rates of 0\.weight are not finite: look for NaN or inf in the inputs"
+    ):
+        function_space_rates(model, update, inputs, method=method)
 
 
 def test_records_are_saved_and_resumed(tmp_path):

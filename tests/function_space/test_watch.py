@@ -446,6 +446,28 @@ def test_a_model_that_cannot_be_measured_trains_on(kind):
     assert all(said in reason for reason in watch.skipped.values())
 
 
+@pytest.mark.parametrize("part", [4, 1])
+def test_a_model_whose_state_has_the_whole_batchs_size_is_told_to_give_part_1_which_measures_it(part):
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.state = nn.LSTM(4, 3, batch_first=True), None
+
+        def forward(self, x):
+            y, state = self.rnn(x, self.state)
+            self.state = tuple(each.detach() for each in state)
+            return y
+
+    model = Stateful()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=2, part=part)
+    for _ in range(2):
+        model(torch.randn(8, 5, 4)).square().mean().backward()
+        with pytest.warns(UserWarning, match="part=1 takes it whole") if part * watch.steps == 4 else nullcontext():
+            optimizer.step()
+    assert list(watch.skipped) == [2] * (part > 1)
+
+
 # ------------------------------------------------------------------------------------------------- what stands out
 
 

@@ -142,14 +142,12 @@ class FLeRM(StepWatcher):
         return self.every is not None and self.steps > self.at and (self.steps - self.at) % self.every == 0
 
     @contextmanager
-    def step(self, batch: Any = None, *, mask: Tensor | None = None) -> Iterator[None]:
-        with super().step(batch, mask=mask):
+    def _around(self, batch: Any, mask: Tensor | None) -> Iterator[None]:
+        with super()._around(batch, mask):
             try:
                 yield
             finally:
                 self.named.restore()  # where the step raised
-
-    step.__doc__ = StepWatcher.step.__doc__
 
     def learning_rates(self) -> dict[str, float]:
         """Each parameter's learning rate in the next step: its group's, times its multiplier."""

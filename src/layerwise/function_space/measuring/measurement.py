@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.checked import PositiveInt, checked
+from layerwise.common.parameter_names import first_few
 from layerwise.common.running import same_random_numbers
 from layerwise.common.tensors import is_sharded, to_host
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
@@ -238,6 +239,11 @@ class Run:
     def rates(self, values: Mapping[str, tuple[float, float, str]], probes: int = 0) -> Rates:
         """Of `(value, standard error, estimator)` by name."""
         total = sum(value for value, _, _ in values.values())
+        if not math.isfinite(total) and not self.processes.rank:
+            odd = first_few(name for name, (value, _, _) in values.items() if not math.isfinite(value))
+            warn(
+                f"function-space rates of {odd} are not finite: look for NaN or inf in the inputs and in the outputs on them"
+            )
         found = {
             name: Rate(value, stderr, value / total if total else 0.0, estimator)
             for name, (value, stderr, estimator) in values.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,7 @@ class StepWatcher(ABC):
         self.steps = 0
         self.pending: int | None = None
         self.skipped: dict[int, str] = {}
+        self._unentered = False
 
     def __repr__(self) -> str:
         what = f"{type(self.model).__name__} under {type(self.optimizer).__name__}"
@@ -198,8 +199,7 @@ class StepWatcher(ABC):
     def _measured(self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None) -> None:
         """What to do with the rates of a step on these inputs; its old weights still stand."""
 
-    @contextmanager
-    def step(self, batch: Any = None, *, mask: Tensor | None = None) -> Iterator[None]:
+    def step(self, batch: Any = None, *, mask: Tensor | None = None) -> AbstractContextManager[None]:
         """Surround one optimizer step.
 
         Args:
@@ -207,6 +207,16 @@ class StepWatcher(ABC):
                 arguments that returns them, called on measured steps only. Use other data than the step's gradient.
             mask: which outputs count.
         """
+        if self._unentered:
+            raise LayerwiseError(
+                "step() was called without `with`, and measures nothing so: with NAME.step(batch): optimizer.step()"
+            )
+        self._unentered = True
+        return self._around(batch, mask)
+
+    @contextmanager
+    def _around(self, batch: Any, mask: Tensor | None) -> Iterator[None]:
+        self._unentered = False
         if not self.due:
             yield
             self.steps += 1

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from layerwise.common.checked import PositiveInt, checked
-from layerwise.errors import warn
+from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.measurement import Measurement, Run
 from layerwise.function_space.measuring.outputs import Forward, Outputs
 from layerwise.function_space.measuring.process_group import ProcessesOption
@@ -81,7 +81,9 @@ class OutputChange:
         except Exception as error:  # a forward can fail in any way
             if step.processes.count > 1:  # others may be waiting for this one
                 raise
-            reason = self._told(number, f"{type(error).__name__}: {error}")
+            cut = self.part > 1 and not isinstance(error, LayerwiseError)  # states may be of the whole batch's size
+            hint = f"; on 1 / {self.part} of the batch, part=1 takes it whole" if cut else ""
+            reason = self._told(number, f"{type(error).__name__}: {error}{hint}")
         if reason is not None or number > 1:
             self.skipped[number] = reason or self._told(number, NOT_SEEN)
         return None, None
