@@ -307,10 +307,12 @@ def test_table_has_a_line_for_layers_that_are_alike():
         "out,in",
         "2 x 1",
         "Spectral()",
-        "spectral",
         "module",
     ]
     assert re.split(r"  +", line) == cells
+    named = str(describe(Model(), overrides={"blocks.0.mlp.weight": {"norm_group": "mine"}})).splitlines()
+    assert "norm group" in named[0]  # where one is not its geometry's own
+    assert any("blocks.0.mlp.weight" in line and "mine" in line for line in named)
     header = lines[0]
     assert all(row[header.index("role") - 1] == " " for row in lines[2:8])  # columns are aligned
     assert f"{sum(p.numel() for p in Model().parameters())} entries in 11 parameters" in text

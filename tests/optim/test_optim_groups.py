@@ -179,6 +179,8 @@ def test_the_table_tells_what_each_group_became():
     (hidden,) = [line for line in lines if "first" in line]
     assert all(part in hidden for part in ("hidden", "60", "0.125 = 0.25 * 0.5", "0.1", "lmo", "Spectral", "name='first'"))
     muon = lw.Muon(lw.param_groups(net())).groups_table()
+    assert muon.splitlines()[0].split()[-1] == "geometry"  # nothing of the user's own is kept
+    assert "Spectral()" in muon  # a geometry at its defaults, which were written out
     assert "adamw" in muon
     assert "Sign" not in muon
 

@@ -20,8 +20,9 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def titled(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """The titles of the rows, which are the keys of each, and their cells."""
-    return [[*rows[0]], *([*row.values()] for row in rows)]
+    """The titles of the rows, which are the keys of each, and their cells, without columns in which nothing stands."""
+    titles = [title for title in rows[0] if any(row[title] for row in rows)]
+    return [titles, *([row[title] for title in titles] for row in rows)]
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:

@@ -178,17 +178,15 @@ def _span(values: Sequence[str]) -> str:
 
 
 def _cells(name: str, rows: list[Row]) -> dict[str, str]:
-    row = rows[0]
-    each, own, usual = len(row.units), vars(row.geometry).items(), type(row.geometry)
-    changed = ", ".join(f"{key}={value!r}" for key, value in own if value != getattr(usual, key, None))
+    row, each = rows[0], len(rows[0].units)
     return {
         "parameter": name + (" *" if row.note else ""),
         "role": row.role,
         "shape": " x ".join(map(str, row.shape)) or "scalar",
         "stored": str(row.layout),
         "units": f"{len(rows)} x {each}" if len(rows) > 1 else str(each),
-        "geometry": f"{usual.__name__}({changed})",
-        "norm group": row.norm_group,
+        "geometry": str(row.geometry),
+        "norm group": "" if row.norm_group == row.geometry.norm_group else row.norm_group,
         "by": row.how,
     }
 

@@ -24,7 +24,7 @@ from layerwise.geometry.spectral.newton_schulz import check_stack, largest_entry
 
 
 class Geometry(ABC):
-    """A norm on stacks of matrices `[..., d_out, d_in]`. Immutable; `repr` identifies it in checkpoints.
+    """A norm on stacks of matrices `[..., d_out, d_in]`. Immutable; `repr` identifies it in checkpoints, `str` is short.
 
     Examples:
         >>> geometry = lw.RowNorm()
@@ -35,6 +35,11 @@ class Geometry(ABC):
     """
 
     family: ClassVar[str]
+
+    def __str__(self) -> str:
+        usual = type(self)
+        changed = [f"{key}={value!r}" for key, value in vars(self).items() if value != getattr(usual, key, None)]
+        return f"{usual.__name__}({', '.join(changed)})"
 
     @property
     def norm_group(self) -> str:

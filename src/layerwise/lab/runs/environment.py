@@ -44,5 +44,5 @@ def _processor() -> str:
 
 def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
     """The rows of `describe(model)`, of the columns that are the same on one process and on several."""
-    rows = [{**vars(row), "geometry": str(row.geometry), "layout": str(row.layout)} for row in describe(model).rows]
+    rows = [{**vars(row), "geometry": repr(row.geometry), "layout": str(row.layout)} for row in describe(model).rows]
     return [{column: row[column] for column in _COLUMNS} for row in rows]

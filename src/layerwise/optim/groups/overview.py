@@ -28,7 +28,7 @@ def cells(group: Group) -> dict[str, str]:
         "weight decay": f"{float(group['weight_decay']):g}",
         "update": repr(update),
         "rates": "-" if rule is None else type(rule).__name__,
-        "geometry": "-" if isinstance(update, AdamW) else repr(group["geometry"]),
+        "geometry": "-" if isinstance(update, AdamW) else str(group["geometry"]),
         "kept": " ".join(f"{key}={value!r:.30}" for key, value in own_keys(group).items()),
     }
 
