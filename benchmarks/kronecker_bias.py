@@ -1,4 +1,4 @@
-"""How far off each estimator of function-space rates is, by type of layer: the table in docs/function-space.md.
+"""How far off each estimator of function-space rates is, by type of layer: the table of results/kronecker_bias.md.
 
     python benchmarks/kronecker_bias.py
 

@@ -28,7 +28,7 @@ from layerwise.function_space.rates import Rate, Rates
 
 #: The name of the outputs' own size among the changes.
 _OUTPUTS = ""
-# How far rounding in a forward moves its outputs, in roundings of their size (docs/function-space.md, "Differences").
+# How far rounding in a forward moves its outputs, in roundings of their size (docs/function-space.md, "Whole updates").
 _ROUNDINGS = 4
 
 
