@@ -7,6 +7,7 @@ them. So it is done where a step is planned, and holds while the state stays whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_, itemgetter
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.group_by import group_by
+from layerwise.common.parameter_names import first_few
 from layerwise.common.tensors import dense, is_sharded, local_part
 from layerwise.errors import LayerwiseError
 
@@ -209,6 +211,8 @@ def rate(group: Group) -> float | Tensor:
     """The learning rate of a group's steps: its ``lr``, times its ``lr_scale`` where it has one."""
     lr: float | Tensor = group["lr"]
     scale = group.get("lr_scale", 1.0)
+    if not isinstance(lr, Tensor) and not abs(lr) < math.inf:
+        raise LayerwiseError(f"lr is {lr} in the group of {first_few(group['param_names'])}: give a finite number")
     return lr if scale == 1.0 else lr * scale
 
 
