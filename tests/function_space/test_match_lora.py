@@ -157,6 +157,7 @@ def test_fixed_parameters_keep_their_rates():
         ({"model": torch.nn.Linear(2, 2)}, "model of peft"),
         ({"model": adapted(8, rank_pattern={"c_fc": 2})}, "rank_pattern"),
         ({"model": adapted(8, init_lora_weights="pissa")}, "frozen weights"),
+        ({"model": adapted(8, bias="all")}, "peft refuses a second adapter beside 'default' .*use FLeRM with a base file"),
         ({"seeds": ()}, "seeds is empty"),
         ({"loss": torch.nn.functional.cross_entropy}, "loss=cross_entropy failed .*called with the model and a batch"),
     ],

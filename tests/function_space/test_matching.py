@@ -407,6 +407,19 @@ def test_rates_near_zero_keep_their_learning_rates(near_zero):
         FLeRM(model, optimizer, near_zero=-1)
 
 
+def test_a_group_that_joins_after_flerm_was_made_is_told_at_the_next_match():
+    model = ResNet(16, 2)
+    optimizer = torch.optim.SGD(model.inp.parameters(), lr=0.02)
+    flerm = FLeRM(model, optimizer, "uniform", every=1, probes=2)
+    optimizer.add_param_group({"params": [model.blocks[0].weight]})
+    backward(model, 0)
+    with (
+        pytest.raises(LayerwiseError, match=r"got blocks\.0\.weight after FLeRM was made: detach\(\) it and make another"),
+        flerm.step(batch(0)[2]),
+    ):
+        optimizer.step()
+
+
 def test_groups_are_whole_again_when_a_step_raises():
     model = ResNet(16, 2)
     optimizer = OPTIMIZERS["SGD"](model)

@@ -237,9 +237,7 @@ def test_rates_on_inputs_that_are_not_finite_are_told(method):
     inputs = torch.ones(8, 4)
     update = {"0.weight": torch.ones(6, 4)}
     inputs[0, 0] = math.nan
-    with pytest.warns(
-        UserWarning, match=r"function-space rates of 0\.weight are not finite: look for NaN or inf in the inputs"
-    ):
+    with pytest.warns(UserWarning, match=r"function-space rates of 0\.weight are not finite: look for NaN or inf in"):
         function_space_rates(model, update, inputs, method=method)
 
 

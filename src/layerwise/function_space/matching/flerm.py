@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
-from layerwise.common.parameter_names import unwrap_optimizer
+from layerwise.common.parameter_names import first_few, unwrap_optimizer
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.decide import (
@@ -174,6 +174,9 @@ class FLeRM(StepWatcher):
             found = {"classes": rates.classes, "dtype": rates.dtype, "entries": rates.entries}
             self.base.fingerprint.require({}, **found)
         measured = {name: rate.value for name, rate in rates.rates.items()}
+        joined = measured.keys() - self.parameters.keys()
+        if joined:
+            raise LayerwiseError(f"the optimizer got {first_few(joined)} after FLeRM was made: detach() it and make another")
         targets, negligible = self._targets(step.lrs, scheduled)
         if rates.method == "difference":
             for name, rate in rates.rates.items():

@@ -222,7 +222,12 @@ def trial_adapter(model: Any, config: Any, seed: int) -> Iterator[None]:
     """A fresh adapter, drawn from a seed, alone active and alone trainable."""
     active = model.active_adapter
     torch.manual_seed(seed)
-    model.add_adapter(TRIAL, config)
+    try:
+        model.add_adapter(TRIAL, config)
+    except ValueError as error:
+        raise LayerwiseError(
+            f"peft refuses a second adapter beside {active!r} ({error}): use FLeRM with a base file"
+        ) from None
     try:
         model.set_adapter(TRIAL)
         for name, p in model.named_parameters():

@@ -241,9 +241,7 @@ class Run:
         total = sum(value for value, _, _ in values.values())
         if not math.isfinite(total) and not self.processes.rank:
             odd = first_few(name for name, (value, _, _) in values.items() if not math.isfinite(value))
-            warn(
-                f"function-space rates of {odd} are not finite: look for NaN or inf in the inputs and in the outputs on them"
-            )
+            warn(f"function-space rates of {odd} are not finite: look for NaN or inf in updates, inputs and outputs")
         found = {
             name: Rate(value, stderr, value / total if total else 0.0, estimator)
             for name, (value, stderr, estimator) in values.items()
