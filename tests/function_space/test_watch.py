@@ -395,6 +395,21 @@ def test_a_record_made_under_autocast_is_that_of_without():
     assert records[0] == records[1]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_model_which_takes_no_hooks_trains_on_and_can_be_described():
+    plain, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(8, 4)
+    model = torch.jit.script(plain)
+    roles = [[(row.name, row.role) for row in lw.describe(each, inputs).rows] for each in (model, plain)]
+    assert roles[0] == roles[1]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=2)
+    for _ in range(2):
+        model(inputs).square().mean().backward()
+        with pytest.warns(UserWarning, match=r"give watch\(batch=") if watch.steps else nullcontext():
+            optimizer.step()
+    assert list(watch.skipped) == [2]
+
+
 def test_inputs_that_were_not_seen_are_a_reason():
     model = ResNet(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

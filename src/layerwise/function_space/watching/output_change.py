@@ -129,7 +129,7 @@ class SeenInputs:
 
     def listen(self, wanted: bool) -> None:
         """Hook the model, or leave it alone: no longer than needed, as models with hooks are copied and saved with them."""
-        if wanted and self._handle is None:
+        if wanted and self._handle is None and not isinstance(self.model, torch.jit.ScriptModule):  # which takes no hooks
             self._handle = self.model.register_forward_pre_hook(self._note, with_kwargs=True)
         elif not wanted and self._handle is not None:
             self._handle.remove()

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import takewhile
 from typing import Any
 
@@ -145,7 +146,7 @@ def _is_free(model: nn.Module, name: str) -> bool:
 def _around(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules that a module lies in, from the model on."""
     steps = name.split(".") if name else []
-    return [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps))]
+    return [reduce(getattr, steps[:depth], model) for depth in range(len(steps))]
 
 
 def _is_table(module: nn.Module) -> bool:

@@ -88,7 +88,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
     for prefix, owner in model.named_modules(remove_duplicate=False):
         path = [("", model)]
         for step in prefix.split(".") if prefix else ():
-            path.append((step, path[-1][1].get_submodule(step)))
+            path.append((step, getattr(path[-1][1], step)))
         for attribute, parameter in owner._parameters.items():
             if parameter is not None:
                 name = f"{prefix}.{attribute}" if prefix else attribute

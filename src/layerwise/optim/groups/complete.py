@@ -169,7 +169,9 @@ def check_parameters(params: list[tuple[str, Tensor]], known: Collection[Tensor]
                 "model is added by optimizer.add_trainable(model))"
             )
         if name in names:
-            raise LayerwiseError(f"two parameters are named {name!r}: give each a name of its own")
+            raise LayerwiseError(
+                f"two parameters are named {name!r}: give each a name of its own, as models in one nn.ModuleList have"
+            )
         names.add(name)
         seen.add(id(param))
 
