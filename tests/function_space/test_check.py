@@ -240,6 +240,7 @@ def test_what_cannot_be_checked_is_refused():
         ({"batch": []}, "batch yields nothing"),
         ({"batch": 3}, "batch is int"),
         ({"make_model": lambda size: size}, r"make_model\(8\) returned int"),
+        ({"make_model": lambda size: MLP(8)}, "make_model makes one model at sizes 8 and 16: have it use its argument"),
         ({"make_optimizer": torch.optim.SGD}, r"make_optimizer=SGD failed .*called with the model, as lambda model: "),
         ({"forward": lambda x: x}, "too many positional arguments.*called with the model and the inputs"),
         ({"loss": functional.cross_entropy}, "loss=cross_entropy failed .*called with the model and a batch; .*loss=lambda"),

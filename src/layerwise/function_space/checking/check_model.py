@@ -117,6 +117,8 @@ def check(
         if match == FIRST:
             recipe = replace(recipe, match=_base(recipe, sizes[0], seeds))
         found = [[SizeRun(recipe, size, seed).measure() for seed in seeds] for size in sizes]
+    if found[0] == found[-1]:  # to the last bit, of the same seeds
+        raise LayerwiseError(f"make_model makes one model at sizes {sizes[0]} and {sizes[-1]}: have it use its argument")
     return SizeCheck(axis, list(sizes), recipe.steps, list(seeds), _trends(sizes, recipe.steps, found), tolerance, judge)
 
 
