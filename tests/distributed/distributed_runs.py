@@ -112,7 +112,7 @@ RULES = {
     "namo": lw.NormAdaptive(),
     "dual": lw.DualNormAdaptive(),
 }
-RATES = {"Muon": 0.02, "DMuon": 0.005, "Scion": 2**-11, "Signum": 0.002, "Lanton": 0.01}
+RATES = {"Muon": 0.02, "DMuon": 0.005, "DualMuon": 0.005, "Scion": 2**-11, "Signum": 0.002, "Lanton": 0.01}
 OVERRIDES = {"experts": {"role": "experts", "layout": StackLayout(Split.equal("gate", "up"))}}
 SPLITS: dict[str, int] = {"blocks.*.qkv.*": 3}
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 PRESETS = ("Muon", "DMuon", "Scion", "Signum")
 CASES = [(preset, "none") for preset in PRESETS]
-CASES += [("Lanton", rule) for rule in RULES if rule != "namo"] + [("DMuon", "namo")]
+CASES += [("Lanton", rule) for rule in RULES if rule != "namo"] + [("DMuon", "namo"), ("DualMuon", "dual")]
 SETUPS = [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
 
 
