@@ -208,8 +208,8 @@ class Run:
         self, logs: Mapping[str, list[Tensor]], entries: list[int], weights: list[float]
     ) -> dict[str, tuple[float, float, str]]:
         """Value, standard error and estimator of every tensor, from its log moments under each probe."""
-        per_entry = torch.tensor(entries, dtype=torch.float64).log()[:, None]
-        shares = torch.tensor(weights, dtype=torch.float64)
+        per_entry = torch.tensor(entries, dtype=torch.float64, device="cpu").log()[:, None]
+        shares = torch.tensor(weights, dtype=torch.float64, device="cpu")
         by_estimator: dict[tuple[str, tuple[int, ...]], dict[str, Tensor]] = defaultdict(dict)
         for name, rows in self.to_cpu(logs).items():
             estimator = ESTIMATORS[self.settings.method](tuple(self.updates[name].new.shape))

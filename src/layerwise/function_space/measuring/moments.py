@@ -275,12 +275,12 @@ def combine(exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None 
     """
     moments = moments.double().cpu()
     probes = moments.shape[1]
-    powers = torch.tensor(exponents, dtype=torch.float64)
+    powers = torch.tensor(exponents, dtype=torch.float64, device="cpu")
     peak = moments.amax(1, keepdim=True)
     zero = (peak[..., powers > 0] == -math.inf).any(-1).flatten()
     peak = torch.where(zero[:, None, None], 0.0, peak)
     scaled = (moments - peak).exp()
-    share = torch.full((probes,), 1 / probes).double() if weights is None else weights.double() / weights.sum()
+    share = torch.full((probes,), 1 / probes, device="cpu").double() if weights is None else weights.double() / weights.sum()
     mean = (share[:, None] * scaled).sum(1, keepdim=True)
     values = (0.5 * ((mean.log() + peak) @ powers)).exp().flatten()
     values = torch.where(zero, 0.0, values)

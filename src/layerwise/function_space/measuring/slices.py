@@ -231,7 +231,7 @@ def _forwards(runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Sli
         with suppress(Exception), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*performance drop.*")
             if len(alike) > 1:
-                rows = torch.tensor([list(s.rows) for s in alike])
+                rows = torch.tensor([list(s.rows) for s in alike], device="cpu")
                 outputs = runner.side_by_side(*each_tensor(batch, itemgetter(rows)))
         if outputs is None or (outputs.mask is not None and not outputs.mask.flatten(1).any(1).all()):
             alike, room = slices[:1], 1
@@ -259,7 +259,7 @@ def same_last_example(run: Run, one: _Sized, other: _Sized) -> bool:
     Relative to their norm that is 1e-4 in float32, and 5 % in half precision. As little as can be: a faint coupling between
     examples (a small residual branch that mixes them) is all there is to the rates of the weights in it.
     """
-    values, counted = [], torch.ones((), dtype=torch.bool)
+    values, counted = [], torch.ones((), dtype=torch.bool, device="cpu")
     for outputs, examples, last in (one, other):
         flat = outputs.values.detach().flatten()
         each, left = divmod(flat.numel(), examples)

@@ -136,7 +136,7 @@ def _start(stacks: Sequence[Tensor]) -> Tensor:
     like = stacks[0]
     vectors = {}
     for columns in {stack.shape[2] for stack in stacks}:
-        phases = torch.arange(1, columns + 1, dtype=torch.float64) * (math.sqrt(5) - 1) / 2
+        phases = torch.arange(1, columns + 1, dtype=torch.float64, device="cpu") * (math.sqrt(5) - 1) / 2
         # No entry repeats: the golden ratio is far from every fraction.
         vector = 1.0 + (2 * math.pi * phases).sin()
         vectors[columns] = (vector / vector.norm()).to(like.device, like.dtype)

@@ -72,12 +72,12 @@ def written_out(addresses: Tensor) -> Tensor:
         return addresses
     if addresses.numel() > LARGEST:
         raise ValueError(f"{addresses.numel()} addresses are too many to write out")
-    result = torch.full((1,) * addresses.ndim, first_address(addresses), dtype=torch.int64)
+    result = torch.full((1,) * addresses.ndim, first_address(addresses), dtype=torch.int64, device="cpu")
     for dim, (size, stride) in enumerate(zip(addresses.shape, addresses.stride(), strict=True)):
         steps = [1] * addresses.ndim
         steps[dim] = size
         if stride and size > 1:
-            result = result + torch.arange(0, size * stride, stride).view(steps)
+            result = result + torch.arange(0, size * stride, stride, device="cpu").view(steps)
     return result.expand(addresses.shape)
 
 

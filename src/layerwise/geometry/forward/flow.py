@@ -208,7 +208,7 @@ class Flow:
         storage = tensor.untyped_storage()
         known = self._written_into(tensor)
         if known is None:
-            rows = torch.full((storage.nbytes() // tensor.element_size(),), -1)
+            rows = torch.full((storage.nbytes() // tensor.element_size(),), -1, device="cpu")
             known = self._written[storage._cdata] = Written(StorageWeakRef(storage), rows)
         known.results_of |= origin.results_of
         for rows in origin.rows[:1]:

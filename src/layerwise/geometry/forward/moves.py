@@ -56,7 +56,7 @@ def join(flow: Flow, op: Operation) -> None:
         parts = [
             origin.rows[min(index, len(origin.rows) - 1)]
             if origin.rows
-            else torch.full((1,) * tensor.ndim, -1).expand(tensor.shape)
+            else torch.full((1,) * tensor.ndim, -1, device="cpu").expand(tensor.shape)
             for tensor, origin in given
         ]
         rows.append(_joined(op, parts, dim))

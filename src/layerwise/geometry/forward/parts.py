@@ -167,15 +167,15 @@ def _row_classes(factors: Sequence[Factor], sites: Sequence[tuple[Site, Tensor]]
 
 
 def _addresses(factors: Sequence[Factor], side: str) -> Tensor:
-    result = torch.zeros(1, dtype=torch.int64)
+    result = torch.zeros(1, dtype=torch.int64, device="cpu")
     for _, size, stride in (factor for factor in factors if factor[0] == side):
-        result = (result.unsqueeze(1) + torch.arange(size) * stride).flatten()
+        result = (result.unsqueeze(1) + torch.arange(size, device="cpu") * stride).flatten()
     return result
 
 
 def _classes(rows: Tensor, sites: Sequence[tuple[Site, Tensor]]) -> Classes | None:
     """The classes of the rows of one matrix; None where the results of some went nowhere that was seen."""
-    went = torch.zeros(len(rows), dtype=torch.int64)
+    went = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
     called: dict[int, dict[str, None]] = defaultdict(dict)
     for number, (site, addresses) in enumerate(sites):
         here = torch.isin(rows, addresses)
@@ -206,7 +206,7 @@ def split_of(kinds: Sequence[int], names: Sequence[str]) -> Split | None:
     count = len(set(kinds))
     if not 1 < count <= MOST_PARTS:
         return None
-    sequence = torch.tensor(kinds)
+    sequence = torch.tensor(kinds, device="cpu")
     period = next(
         p for p in range(1, len(kinds) + 1) if len(kinds) % p == 0 and bool((sequence.view(-1, p) == sequence[:p]).all())
     )

@@ -163,7 +163,7 @@ def _units(layout: Layout, shape: Size) -> Tensor:
     """For every entry the number of its unit."""
     number = count()
     stacks = [
-        torch.stack([torch.full((d_out, d_in), next(number)) for _ in range(k)])
+        torch.stack([torch.full((d_out, d_in), next(number), device="cpu") for _ in range(k)])
         for k, d_out, d_in in layout.shapes(tuple(shape))
     ]
     return layout.from_matrices(stacks, tuple(shape))

@@ -232,7 +232,7 @@ class RateRule(ABC):
         multiplier = torch.ones(len(units), dtype=torch.float32, device=param.device)
         state = {"multiplier": multiplier} | {key: torch.zeros_like(multiplier) for key in self.unit_state}
         if "size" in state:
-            state["size"].copy_(torch.tensor(sizes))
+            state["size"].copy_(torch.tensor(sizes, device="cpu"))
         return state
 
     def norms(self) -> Sequence[DualNorm]:

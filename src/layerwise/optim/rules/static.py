@@ -50,5 +50,5 @@ class StaticRates(RateRule):
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
         state = super().allocate(param, units, sizes)
         values = [float(self.multipliers.get(unit, 1.0)) for unit in units]
-        state["multiplier"].copy_(torch.tensor(values))
+        state["multiplier"].copy_(torch.tensor(values, device="cpu"))
         return state

@@ -265,7 +265,7 @@ class Lineup:
         """
         moves = [param.grad is not None for group in groups for param in group["params"]]
         if anywhere is not None:
-            moves = anywhere(torch.tensor(moves)).tolist()
+            moves = anywhere(torch.tensor(moves, device="cpu")).tolist()
         new = moves != self._moves
         if new:
             self._make(groups, states, moves)
