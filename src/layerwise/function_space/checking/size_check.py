@@ -140,15 +140,17 @@ class SizeCheck:
         judged: the quantity by which a module is judged.
 
     Examples:
-        >>> def sgd(model):
-        ...     return torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> def make(width):
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Linear(width, 2))
+        >>> def adam(model):
+        ...     return torch.optim.Adam(model.parameters(), lr=0.01)
         >>> _ = torch.manual_seed(0)
         >>> batch = torch.randn(64, 4), torch.randn(64, 2)
-        >>> result = lw.check(lambda rank: torch.nn.Linear(4, 2), (2, 8, 32), sgd, batch, steps=(1,), axis="rank")
-        >>> result.passed, result.verdicts  # the size changes nothing here
-        (True, {'(model)': 'flat'})
-        >>> [round(abs(trend.slope), 6) for trend in result.of("update_rms")]
-        [0.0]
+        >>> result = lw.check(make, (16, 64, 256), adam, batch, steps=(1,))
+        >>> [round(abs(trend.slope), 2) for trend in result.of("update_rms")]  # entries move as far at every width,
+        [0.0, 0.0]
+        >>> result.passed, result.verdicts  # and there are more of them
+        (False, {'0': 'grows', '1': 'grows'})
     """
 
     axis: str
