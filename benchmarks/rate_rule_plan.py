@@ -225,6 +225,11 @@ def qwen3(seed: int) -> tuple[Trial, ...]:
 
 #: Of each model and length the base rates, and the seeds of each rate.
 Tried = tuple[tuple[str, int, tuple[float, ...], Iterable[int]], ...]
+#: Every form of `DualMuon` is tried on the images in the same way.
+IMAGES: Final[Tried] = (
+    ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
+    ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
+)
 
 
 def each_of(contender: str, tried: Tried) -> tuple[Trial, ...]:
@@ -249,8 +254,7 @@ def every_step() -> tuple[Trial, ...]:
         ("llama-tiny, batch 8", 300, (0.016,), (1,)),
         ("llama-tiny, batch 64", 200, (0.016, 0.032), (1,)),
         ("gpt2-lora", 300, (0.008, 0.016, 0.032, 0.064, 0.128), range(3)),
-        ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
-        ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
+        *IMAGES,
     )
     return each_of(EVERY_STEP, tried)
 
@@ -283,8 +287,7 @@ def no_warm_up() -> tuple[Trial, ...]:
         ("llama-tiny, batch 8", 300, (0.008, 0.016), (1,)),
         ("llama-tiny, batch 64", 200, (0.016, 0.032), (1,)),
         ("gpt2-lora", 300, (0.008, 0.016, 0.032, 0.064, 0.128), range(3)),
-        ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
-        ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
+        *IMAGES,
     )
     return each_of(NO_WARM_UP, tried)
 
@@ -302,8 +305,7 @@ def plain_adamw() -> tuple[Trial, ...]:
         ("llama-small", 1000, (0.008,), (1,)),
         ("llama-tiny, batch 8", 300, (0.008, 0.016), (1,)),
         ("llama-tiny, batch 64", 200, (0.032,), (1,)),
-        ("convnet-fashion", 300, FASHION_RATES["DualMuon"], range(3)),
-        ("convnet-digits", 300, DIGITS_RATES["DualMuon"], range(3)),
+        *IMAGES,
     )
     return each_of(PLAIN_ADAMW, tried)
 

@@ -20,8 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
@@ -146,7 +145,7 @@ def _is_free(model: nn.Module, name: str) -> bool:
 def _around(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules that a module lies in, from the model on."""
     steps = name.split(".") if name else []
-    return [reduce(getattr, steps[:depth], model) for depth in range(len(steps))]
+    return [*accumulate(steps, getattr, initial=model)][:-1]
 
 
 def _is_table(module: nn.Module) -> bool:
