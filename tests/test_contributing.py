@@ -23,7 +23,17 @@ USES = {
 compared("row-muon", "Row Muon", "optimizer.momentum=0.9")
 """,
     "A new kind of update": """
+import torch
+import layerwise as lw
 compared("heavy-ball", "Heavy ball", "optimizer.beta=0.5")
+weight = torch.nn.Parameter(torch.tensor([[2.0]]))
+group = {"params": [("weight", weight)], "role": "hidden", "lr_scale": 0.5}
+optimizer = recipe["HeavyBallSGD"]([group], lr=0.1, beta=0.5, weight_decay=0.1)
+for ball in (1.0, 1.5):
+    before = weight.item()
+    weight.grad = torch.tensor([[1.0]])
+    optimizer.step()
+    assert abs(weight.item() - (before - 0.05 * (ball + 0.1 * before))) < 1e-6
 """,
     "A rate rule": """
 from layerwise.lab.optimizers.registry import RULES

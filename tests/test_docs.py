@@ -55,6 +55,16 @@ def given() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """What the block of the page on watching leaves behind, after 20 batches."""
+    monkeypatch.chdir(tmp_path)
+    names = given()
+    names |= {"optimizer": lw.DualMuon(lw.param_groups(names["model"], names["batch"])), "batches": [names["batch"]] * 20}
+    exec(block("docs/watching.md", "watch = ")[0], names)
+    return names
+
+
 def block(page: str, start: str) -> tuple[str, str | None]:
     """A block of a page by its first words, and the output below it."""
     (found,) = [match for match in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8")) if match[1].startswith(start)]
@@ -81,6 +91,39 @@ def test_a_loop_of_the_readers_own():
     names["loss"] = loss_of(names["model"], names["batch"])
     exec(code, names)
     assert table.splitlines()[0].split() == names["optimizer"].groups_table().splitlines()[0].split()
+
+
+def test_a_record_of_a_watch_has_the_columns_that_the_page_explains(watched):
+    _, table = block("docs/watching.md", "watch = ")
+    printed = str(watched["watch"].records[-1]).splitlines()
+    assert [line.split()[0] for line in printed] == [line.split()[0] for line in table.splitlines()]
+    assert printed[1].split() == table.splitlines()[1].split()
+    assert Path("watch.jsonl").read_text().count("\n") == 3
+
+
+def test_a_picture_of_the_layers_rates(watched):
+    exec(block("docs/watching.md", "import matplotlib")[0], watched)
+    assert Path("rates.png").exists()
+
+
+def test_the_check_of_the_page_comes_out_as_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, table = block("docs/watching.md", "def make_model")
+    names = given()
+    exec(code.replace("(1, 10, 100)", "(1,)"), names)
+    rows = [line.split() for line in table.splitlines()[1:-1]]
+    assert names["result"].verdicts == {row[0]: row[-1] for row in rows}
+    slopes = [trend.slope for trend in names["result"].of("rate", 1)]
+    assert slopes == pytest.approx([float(row[1]) for row in rows], abs=0.02)  # the page has two digits
+    assert "False" in capsys.readouterr().out
+
+
+def test_what_the_page_on_the_code_names_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    places = re.findall(r"`(\w+)` in `([\w/]+\.py)`", page)
+    assert len(places) > 8
+    for name, path in places:
+        assert re.search(rf"(def|class) {name}\b", (ROOT / "src" / "layerwise" / path).read_text(encoding="utf-8")), path
 
 
 def test_rates_carried_to_a_large_model(tmp_path, monkeypatch):
