@@ -6,7 +6,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from layerwise.function_space import function_space_rates
-from layerwise.function_space.measuring import linear_products, moments
+from layerwise.function_space.measuring import moments, runners
 
 
 class InputsFirst(nn.Module):
@@ -51,11 +51,11 @@ def test_rates_are_those_of_whole_gradients(method, memory, piece, slices, monke
     monkeypatch.setattr(moments, "_CPU_PIECE", piece)
     model, update, x = mixed()
     seen = []
-    plain = linear_products.only_products
-    monkeypatch.setattr(linear_products, "only_products", lambda *args: seen.append(plain(*args)) or seen[-1])
+    plain = runners.only_products
+    monkeypatch.setattr(runners, "only_products", lambda *args: seen.append(plain(*args)) or seen[-1])
     ours = function_space_rates(model, update, x, method=method, probes=6, memory=memory, slices=slices)
     assert all(set(found) == {"first.weight", "conv1d.weight", "last.weight"} for found in seen)
-    monkeypatch.setattr(linear_products, "only_products", lambda *args: {})
+    monkeypatch.setattr(runners, "only_products", lambda *args: {})
     whole = function_space_rates(model, update, x, method=method, probes=6, memory=memory, slices=slices)
     for name in whole:
         # The same sums in another order, in float64.
@@ -74,8 +74,8 @@ def test_a_weight_whose_output_reaches_nothing_reads_zero():
 
 def test_under_autocast_gradients_are_taken_whole(monkeypatch):
     seen = []
-    plain = linear_products.only_products
-    monkeypatch.setattr(linear_products, "only_products", lambda *args: seen.append(plain(*args)) or seen[-1])
+    plain = runners.only_products
+    monkeypatch.setattr(runners, "only_products", lambda *args: seen.append(plain(*args)) or seen[-1])
     torch.manual_seed(0)
     model = nn.Linear(5, 4)
     update = {n: torch.randn_like(p) for n, p in model.named_parameters()}

@@ -9,7 +9,7 @@ from torch import nn
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import function_space_rates
 from layerwise.function_space.measuring import linear_products, measurement
-from layerwise.function_space.measuring.linear_products import ProductRunner
+from layerwise.function_space.measuring.runners import ProductRunner
 from layerwise.function_space.measuring.slices import cut
 
 

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -147,26 +146,23 @@ class Writes(TorchDispatchMode):
     ) -> Any:
         """Run the operation."""
         kwargs = kwargs or {}
-        if _writes(func):
-            self._before(written(func, args, kwargs))
+        targets = written(func, args, kwargs)
+        if targets:
+            self._before(targets)
         return func(*args, **kwargs)
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that an operation writes into: its first argument in place, those for `out`."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
     if func is torch.ops.aten.set_.source_Tensor and args[0].is_set_to(args[1]):
         return []  # a parametrization that is registered or removed sets its weight to what it is
-    targets = [args[at] if at < len(args) else kwargs.get(name) for at, name in _writes(func)]
+    places = [(at, argument.name) for at, argument in enumerate(schema.arguments) if argument.is_write]
+    targets = [args[at] if at < len(args) else kwargs.get(name) for at, name in places]
     several = [target if isinstance(target, (tuple, list)) else (target,) for target in targets]
     return [tensor for tensors in several for tensor in tensors if isinstance(tensor, Tensor)]
-
-
-@cache
-def _writes(func: Any) -> list[tuple[int, str]]:
-    """Position and name of the arguments that an operation writes into."""
-    schema = getattr(func, "_schema", None)
-    arguments = schema.arguments if schema is not None and schema.is_mutable else ()
-    return [(at, each.name) for at, each in enumerate(arguments) if each.is_write]
 
 
 def storage(tensor: Tensor) -> int | None:
@@ -187,7 +183,7 @@ class Kept:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = kept_modules(model)
+        self._modules = [KeptModule(module) for module in model.modules()]
         self._parameters = []
         for p in model.parameters():
             hooks = {name: dict(getattr(p, name) or {}) for name in GRADIENT_HOOKS}
@@ -243,21 +239,16 @@ class KeptParameter:
     hooks: dict[str, dict[int, Any]]
 
 
-def kept_modules(model: nn.Module) -> list[KeptModule]:
-    """What all modules hold now."""
-    held = ((module, dict(module.__dict__)) for module in model.modules())
-    return [KeptModule(m, own, {k: v.copy() for k, v in own.items() if type(v) in _CONTAINERS}) for m, own in held]
-
-
-@dataclass(frozen=True)
 class KeptModule:
     """A module, its attributes, and what was in those that hold others: parameters, hooks, a list of the module's own."""
 
-    module: nn.Module
-    attributes: dict[str, Any]
-    contents: dict[str, Any]
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(module.__dict__)
+        self.contents = {key: held.copy() for key, held in self.attributes.items() if type(held) in _CONTAINERS}
 
     def put_back(self) -> None:
+        """Everything as it was."""
         # FSDP2 keeps account of the parameters it puts in and takes out.
         reshard: Any = getattr(self.module, "reshard", None)
         if reshard is not None:

@@ -18,8 +18,8 @@ one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,62 +29,11 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from layerwise.common.tensors import or_one, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.moments import Moments
-from layerwise.function_space.measuring.outputs import Outputs, nodes_of
-from layerwise.function_space.measuring.process_group import Collector
-from layerwise.function_space.measuring.runners import LeafRunner
-
-
-class ProductRunner(LeafRunner):
-    """A runner, on one process, that measures weights used in one product alone from its factors.
-
-    Those of `full_cov` always; the others where there is no room for whole gradients of several probes, which are
-    quicker to square.
-    """
-
-    collector = Collector
-
-    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
-        leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
-        with Products(leaves):
-            return replace(self.run(leaves, batch, mask), leaves=leaves)
-
-    def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
-        device = next(iter(self.points.values())).device
-        if self.written or torch.is_autocast_enabled(device.type):  # which biases with a dimension of slices escape
-            return None
-        parts, tree = tree_flatten((batches, masks))
-        dims = [0 if isinstance(part, Tensor) else None for part in parts]
-        count = next(len(part) for part in parts if isinstance(part, Tensor))
-        leaves = {n: p.expand(count, *p.shape).detach().requires_grad_() for n, p in self.points.items()}
-        of_slice = partial(self._of_slice, tree=tree, count=count)
-        values, *mask = torch.func.vmap(of_slice, in_dims=(0, dims))(leaves, parts)
-        return Outputs(values, mask[0] if mask else None, values.shape[1], leaves)
-
-    def _of_slice(self, leaves: Mapping[str, Tensor], parts: list[Any], tree: TreeSpec, count: int) -> tuple[Tensor, ...]:
-        """What `vmap` maps over slices: the outputs of one of `count`, and their mask if they have one."""
-        batch, mask = tree_unflatten(parts, tree)
-        with Products(leaves, count):
-            found = self.run(leaves, batch, mask)
-        return (found.values,) if found.mask is None else (found.values, found.mask)
-
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
-        found = only_products(outputs.values, outputs.leaves)
-        products = {
-            name: product
-            for name, product in found.items()
-            if sink.moments[name].estimator.total or (at_once <= 1 and product.slices == 1)
-        }
-        inputs = {name: product.moments_input for name, product in products.items()}
-        for name, product in products.items():
-            of = sink.moments[name]
-            product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output)
-            sink.moments[name] = product.moments
-        super().probe(replace(outputs, leaves={**outputs.leaves, **inputs}), probes, sink, at_once)
+from layerwise.function_space.measuring.outputs import nodes_of
 
 
 @dataclass(eq=False)

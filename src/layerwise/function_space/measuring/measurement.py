@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.checked import PositiveInt, checked
+from layerwise.common.group_by import group_by
 from layerwise.common.parameter_names import first_few
 from layerwise.common.running import same_random_numbers
 from layerwise.common.tensors import is_sharded, to_host
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.exact import Change
-from layerwise.function_space.measuring.linear_products import ProductRunner
 from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
 from layerwise.function_space.measuring.outputs import Forward, Outputs, draw_probes, nothing_counts, resolve, space_name
 from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption
-from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, Runner, untouched
+from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, ProductRunner, Runner, untouched
 from layerwise.function_space.measuring.slices import Slices, graphs
 from layerwise.function_space.rates import Rate, Rates
 
@@ -102,18 +102,16 @@ class Measurement:
         updates: Mapping[str, TensorUpdate],
         inputs: Any,
         mask: Tensor | None = None,
-        at: Mapping[str, Tensor] | None = None,
         processes: Processes = ALONE,
         seed: int | None = None,
     ) -> Rates:
-        """Rates of updates.
+        """Rates of updates, at the weights before them: an update's `old`, or the model's own.
 
         Args:
             model: without the wrappers that `unwrap` sees through.
             updates: by parameter name.
             inputs: of the model; a list: batches of equal weight.
             mask: which outputs count.
-            at: the weights to measure at, of each parameter that is updated; default: the model's own.
             processes: those that measure together.
             seed: in place of `self.seed`.
         """
@@ -124,7 +122,7 @@ class Measurement:
             raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
         run = Run(self, model, updates, processes, self.seed if seed is None else seed)
         try:
-            with untouched(model, self.batch_norm, self.autocast), run.runner(at) as runner:
+            with untouched(model, self.batch_norm, self.autocast), run.runner() as runner:
                 if self.method in ESTIMATORS:
                     return run.probed(runner, batches, mask)
                 found = run.rates(per_tensor(run, runner, batches, mask))
@@ -137,7 +135,7 @@ class Measurement:
         if self.method == "exact" or self.linear is None:
             return found
         first_order = replace(self, method=self.linear)
-        return found.beside(first_order.rates(model, updates, inputs, mask, at, processes, seed))
+        return found.beside(first_order.rates(model, updates, inputs, mask, processes, seed))
 
 
 @dataclass
@@ -165,8 +163,8 @@ class Run:
     entries: int = 0
 
     @contextmanager
-    def runner(self, at: Mapping[str, Tensor] | None) -> Iterator[Runner]:
-        """What runs this model at the weights `at`; sharded parameters are measured where they are."""
+    def runner(self) -> Iterator[Runner]:
+        """What runs this model at the weights before the updates; sharded parameters are measured where they are."""
         own = dict(self.model.named_parameters())
         if any(is_sharded(p) for p in own.values()):
             from layerwise.function_space.measuring.fsdp import ShardedRunner, as_probes_need
@@ -175,7 +173,7 @@ class Run:
             with as_probes_need(self.model, parameters):
                 yield ShardedRunner(self.model, self.settings.function, parameters, self.processes)
             return
-        points = {name: (own if at is None else at)[name] for name in self.updates}
+        points = {name: own[name] if update.old is None else update.old for name, update in self.updates.items()}
         kind = ProductRunner if self.processes.count == 1 else LeafRunner
         yield kind(self.model, self.settings.function, points)
 
@@ -183,40 +181,42 @@ class Run:
         """By an estimator, from the gradients under random probes of the outputs."""
         settings = self.settings
         logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
-        entries: list[int] = []  # that counted under each probe
-        weights: list[float] = []  # of each probe: batches count alike, slices by their entries
+        # Of each probe the entries that counted, and its weight: batches count alike, slices by their entries.
+        drawn: list[tuple[int, float]] = []
         for index, batch in enumerate(batches):
             count = settings.probes // len(batches) + (index < settings.probes % len(batches))
             of_batch: list[tuple[int, int]] = []  # of each probe the entries that counted, and how many probes these had
-            total = 0
+            before = self.entries
             for graph in graphs(self, runner, batch, mask, max(1, count)):
-                slices, drawn = len(graph.entries), len(entries) + len(of_batch)
-                probes = draw_probes(graph.outputs, graph.probes, self.seed, drawn, graph.first_row, slices)
+                slices, first = len(graph.entries), len(drawn) + len(of_batch)
+                probes = draw_probes(graph.outputs, graph.probes, self.seed, first, graph.first_row, slices)
                 sink = runner.collector(self.updates, ESTIMATORS[settings.method], self.processes)
                 runner.probe(graph.outputs, probes, sink, graph.outputs.probes_at_once(settings.memory))
                 for name, moments in sink.moments.items():
                     logs[name].append(moments.logs(graph.probes * slices))
                 # Of each slice the first probe, then of each the second, ...
                 of_batch += [(counted, graph.probes) for counted in graph.entries] * graph.probes
-                total += sum(graph.entries)
                 del graph, probes, sink, moments  # before the next one is made
-            entries += [counted for counted, _ in of_batch]
-            weights += [counted / total / len(batches) / probes for counted, probes in of_batch]
-        return self.rates(self.combined(logs, entries, weights), len(weights))
+            total = self.entries - before
+            drawn += [(counted, counted / total / len(batches) / probes) for counted, probes in of_batch]
+        return self.rates(self.combined(logs, drawn), len(drawn))
 
     def combined(
-        self, logs: Mapping[str, list[Tensor]], entries: list[int], weights: list[float]
+        self, logs: Mapping[str, list[Tensor]], drawn: list[tuple[int, float]]
     ) -> dict[str, tuple[float, float, str]]:
-        """Value, standard error and estimator of every tensor, from its log moments under each probe."""
-        per_entry = torch.tensor(entries, dtype=torch.float64, device="cpu").log()[:, None]
-        shares = torch.tensor(weights, dtype=torch.float64, device="cpu")
+        """Value, standard error and estimator of every tensor, from its log moments under each probe.
+
+        `drawn` has of each probe how many entries counted, and its weight.
+        """
+        entries, weights = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in zip(*drawn, strict=True))
+        per_entry = entries.log()[:, None]
         by_estimator: dict[tuple[str, tuple[int, ...]], dict[str, Tensor]] = defaultdict(dict)
-        for name, rows in self.to_cpu(logs).items():
+        for name, rows in to_host({name: torch.cat(several) for name, several in logs.items()}, self.processes.same).items():
             estimator = ESTIMATORS[self.settings.method](tuple(self.updates[name].new.shape))
             by_estimator[estimator.name, estimator.exponents][name] = rows - per_entry
         values = {}
         for (used, exponents), found in by_estimator.items():
-            rates = combine(exponents, torch.stack(list(found.values())), shares)
+            rates = combine(exponents, torch.stack(list(found.values())), weights)
             values.update({n: (*rate, used) for n, rate in zip(found, rates, strict=True)})
         return {name: values[name] for name in logs}
 
@@ -248,10 +248,6 @@ class Run:
         }
         settings = self.settings
         return Rates(found, settings.method, probes, self.seed, self.entries, settings.space, self.classes, self.dtype)
-
-    def to_cpu(self, found: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-        """Bring `[rows, columns]` tensors of every name to the CPU in one copy, the same on every process."""
-        return to_host({name: torch.cat(several) for name, several in found.items()}, self.processes.same)
 
 
 def exact_changes(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
@@ -286,11 +282,8 @@ CHANGES = {"exact": exact_changes, "difference": differences}
 
 def together(run: Run) -> Mapping[str, Mapping[str, TensorUpdate]]:
     """The updates that are applied at once, under the name that their rate has."""
-    label = run.settings.together or str  # each by itself
-    found: dict[str, dict[str, TensorUpdate]] = defaultdict(dict)
-    for name, update in run.updates.items():
-        found[label(name)][name] = update
-    return found
+    names = group_by(run.updates, run.settings.together or str)  # or each by itself
+    return {label: {name: run.updates[name] for name in several} for label, several in names.items()}
 
 
 def per_tensor(run: Run, runner: Runner, batches: list[Any], mask: Tensor | None) -> dict[str, tuple[float, float, str]]:
@@ -310,11 +303,12 @@ def per_tensor(run: Run, runner: Runner, batches: list[Any], mask: Tensor | None
             square = change.log_square()
             if run.processes.count > 1:
                 square = run.processes.sum_(square.double().exp()).log()
-            logs[name].append((square - math.log(counted)).reshape(1, 1))
+            logs[name].append(square - math.log(counted))
             formulas[name] = change.formula
     if not logs:
         return {}
-    sizes = {name: root_mean(squares[:, 0].tolist()) for name, squares in run.to_cpu(logs).items()}
+    squares = to_host({name: torch.stack(of_batches) for name, of_batches in logs.items()}, run.processes.same)
+    sizes = {name: root_mean(of_batches.tolist()) for name, of_batches in squares.items()}
     rounding = _ROUNDINGS * torch.finfo(getattr(torch, run.dtype)).eps * sizes.pop(_OUTPUTS, 0.0)
     return {name: (size, rounding, formulas[name]) for name, size in sizes.items()}
 

@@ -14,10 +14,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from layerwise.common.running import Writes, kept_modules, storage, under_autocast, undisturbed
+from layerwise.common.running import KeptModule, Writes, storage, under_autocast, undisturbed
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Adjoint, Change, adjoint, exact_change
+from layerwise.function_space.measuring.linear_products import ProductMoments, Products, only_products
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
 from layerwise.function_space.measuring.process_group import Collector, SharedCollector
@@ -83,7 +85,7 @@ class LeafRunner(nn.Module, Runner):
         self.model = model
         self.function = forward
         #: What a forward may leave behind (hidden states, caches): the next one starts without it.
-        self.kept = kept_modules(model)
+        self.kept = [KeptModule(module) for module in model.modules()]
         self.own = dict(model.named_parameters())
         #: Parameters that the forward writes: it gets copies of them.
         self.written = renormalised(model)
@@ -161,6 +163,50 @@ class LeafRunner(nn.Module, Runner):
         new = {name: update.applied(self.points[name]) for name, update in updates.items()}
         with torch.no_grad():
             return self.run(new, batch, mask)
+
+
+class ProductRunner(LeafRunner):
+    """A runner, on one process, that measures weights used in one product alone from its factors.
+
+    Those of `full_cov` always; the others where there is no room for whole gradients of several probes, which are
+    quicker to square.
+    """
+
+    collector = Collector
+
+    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
+        leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
+        with Products(leaves):
+            return replace(self.run(leaves, batch, mask), leaves=leaves)
+
+    def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
+        device = next(iter(self.points.values())).device
+        if self.written or torch.is_autocast_enabled(device.type):  # which biases with a dimension of slices escape
+            return None
+        parts, tree = tree_flatten((batches, masks))
+        dims = [0 if isinstance(part, Tensor) else None for part in parts]
+        count = next(len(part) for part in parts if isinstance(part, Tensor))
+        leaves = {n: p.expand(count, *p.shape).detach().requires_grad_() for n, p in self.points.items()}
+        of_slice = partial(self._of_slice, tree=tree, count=count)
+        values, *mask = torch.func.vmap(of_slice, in_dims=(0, dims))(leaves, parts)
+        return Outputs(values, mask[0] if mask else None, values.shape[1], leaves)
+
+    def _of_slice(self, leaves: Mapping[str, Tensor], parts: list[Any], tree: TreeSpec, count: int) -> tuple[Tensor, ...]:
+        """What `vmap` maps over slices: the outputs of one of `count`, and their mask if they have one."""
+        batch, mask = tree_unflatten(parts, tree)
+        with Products(leaves, count):
+            found = self.run(leaves, batch, mask)
+        return (found.values,) if found.mask is None else (found.values, found.mask)
+
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
+        leaves = dict(outputs.leaves)
+        for name, product in only_products(outputs.values, outputs.leaves).items():
+            of = sink.moments[name]
+            if of.estimator.total or (at_once <= 1 and product.slices == 1):
+                product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output)
+                sink.moments[name] = product.moments
+                leaves[name] = product.moments_input
+        super().probe(replace(outputs, leaves=leaves), probes, sink, at_once)
 
 
 def _together(outputs: Outputs, probes: list[Tensor], sink: Collector) -> bool:

@@ -115,7 +115,7 @@ class OutputChange:
         return math.sqrt(square / entries) if entries else math.nan
 
     def _outputs(self, run: Run, inputs: Any) -> Outputs:
-        with untouched(self.model), run.runner(None) as runner, torch.no_grad():
+        with untouched(self.model), run.runner() as runner, torch.no_grad():
             return runner.outputs(inputs, None)
 
 
