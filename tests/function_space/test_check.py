@@ -205,6 +205,8 @@ def test_results_are_printed_and_saved(checked, tmp_path):
     assert "grows" in text
     assert "function-space rate against log width (32, 64, 128)" in text
     checked["plain"].save(tmp_path / "check.csv")
+    with pytest.raises(lw.LayerwiseError, match="cannot be written"):
+        checked["plain"].save(tmp_path / "none" / "check.csv")
     rows = list(csv.DictReader((tmp_path / "check.csv").open()))
     assert len(rows) == 3 * 2 * 3 * 5  # modules, steps, sizes, quantities
     assert rows[0].keys() >= {

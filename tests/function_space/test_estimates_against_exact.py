@@ -306,6 +306,10 @@ def test_rates_are_data_one_can_keep(tmp_path):
     rates = function_space_rates(model, update, x, probes=8)
     rates.save(tmp_path / "rates.json")
     assert Rates.load(tmp_path / "rates.json") == rates
+    with pytest.raises(LayerwiseError, match=r"file of rates .*none/rates.json' cannot be written \(No such file"):
+        rates.save(tmp_path / "none" / "rates.json")
+    with pytest.raises(LayerwiseError, match="cannot be read"):
+        Rates.load(tmp_path / "none.json")
     assert sum(rate.share for rate in rates.values()) == pytest.approx(1)
     assert "rank3" in str(rates)
     assert rates.table(top=2).count("rank") == 2

@@ -130,6 +130,8 @@ def test_steps_are_those_of_an_optimizer_with_these_rates():
     again = lw.match_lora(resumed, adam(resumed), BATCHES, base_rank=8, probes=1, seeds=(0,))
     again.load_state_dict(match.state_dict())
     assert again.learning_rates() == match.learning_rates()
+    with pytest.raises(LayerwiseError, match="the saved multipliers are of another model: 'a' is in one only"):
+        again.load_state_dict({"multipliers": {**match.multipliers, "a": 2.0}})  # it was taken, and meant nothing
     match.detach()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -326,8 +327,43 @@ def test_matching_again_every_few_steps_uses_the_bases_record_of_that_step():
             assert row.measured * row.change == pytest.approx(row.target, rel=1e-9)
     with pytest.raises(LayerwiseError, match="no record of step 1"):
         FLeRM(model, optimizer, base, {"blocks.*": "split"}, at=1)
+    for t in range(5, 8):  # the base ends at step 4, and so does matching
+        backward(model, t)
+        with flerm.step():
+            optimizer.step()
     with pytest.raises(LayerwiseError, match="no record of step 3"):  # at once, not in step 3
         FLeRM(model, optimizer, base, {"blocks.*": "split"}, every=3)
+
+
+@pytest.mark.parametrize("schedule", ["warm-up", "OneCycle"])
+def test_the_bases_own_rate_is_the_one_without_its_schedule(schedule):
+    """A base of step 0 of a warm-up would give a tenth of what was tuned, a rise to OneCycle's max_lr 25 times that."""
+
+    def warm_up(o):
+        return torch.optim.lr_scheduler.LambdaLR(o, lambda t: min(1.0, (t + 1) / 10))
+
+    def scheduled(model):
+        optimizer = OPTIMIZERS["AdamW"](model)
+        warm_up(optimizer)
+        return optimizer
+
+    plain = base_of(OPTIMIZERS["AdamW"], seeds=(0,))
+    base = base_of(scheduled, seeds=(0,)) if schedule == "warm-up" else plain
+    assert base.records[0]["out.weight"].unscheduled == 1e-2
+    model = ResNet(32, 4)
+    optimizer = OPTIMIZERS["AdamW"](model)
+    if schedule == "warm-up":
+        warm_up(optimizer)
+    else:
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10, cycle_momentum=False)
+    now = optimizer.param_groups[0]["lr"]
+    flerm = FLeRM(model, optimizer, base, {"blocks.*": "split"}, lr="base")
+    backward(model, 0)
+    with flerm.step(batch(0)[2]):
+        optimizer.step()
+    targets = targets_of(plain, flerm.parameters)
+    for name, row in flerm.reports[0].rows.items():
+        assert row.target == pytest.approx(targets[name] * now / 1e-2, rel=1e-3), name  # decay is not linear in lr
 
 
 def test_decay_can_stay_constant():
@@ -539,3 +575,94 @@ def test_one_flerm_at_a_time():
         FLeRM(model, optimizer, "uniform", probes=2)
     first.detach()
     FLeRM(model, optimizer, "uniform", probes=2)
+
+
+def surrounded(flerm, model, t):
+    """One step; how far the weight of the first block went."""
+    weight = model.blocks[0].weight.detach().clone()
+    flerm.optimizer.zero_grad()
+    model.zero_grad()
+    backward(model, t)
+    with flerm.step(batch(t)[2]):
+        flerm.optimizer.step()
+    return (model.blocks[0].weight - weight).norm().item()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lanton"])
+def test_a_parameter_that_is_replaced_keeps_its_rate_and_is_trained(name):
+    """It took the groups' rate; one that our optimizers follow in their step moved once, and then no more."""
+    found = []
+    for replace in (False, True):
+        model = ResNet(32, 2)
+        optimizer = OPTIMIZERS[name](model)
+        flerm = FLeRM(model, optimizer, base_of(OPTIMIZERS[name]))
+        moved = [surrounded(flerm, model, 0)]
+        if replace:
+            old = model.blocks[0].weight
+            new = torch.nn.Parameter(old.detach().clone())
+            model.blocks[0].weight = new
+            if name == "SGD":  # which follows nobody
+                optimizer.state[new] = optimizer.state.pop(old)
+                for group in optimizer.param_groups:
+                    group["params"] = [new if p is old else p for p in group["params"]]
+        moved += [surrounded(flerm, model, t) for t in (1, 2, 3)]
+        found.append((moved, flerm.learning_rates()))
+    assert flerm.named.multipliers["blocks.0.weight"] != 1
+    assert found[1][1] == found[0][1]
+    assert found[1][0] == pytest.approx(found[0][0], rel=0.2)  # Lanton's noise begins afresh
+
+
+def test_what_is_unfrozen_under_matched_rates_is_trained_from_then_on():
+    model = ResNet(32, 2)
+    model.blocks[0].requires_grad_(False)
+    optimizer = OPTIMIZERS["Muon"](model)
+    flerm = FLeRM(model, optimizer, "uniform")
+    surrounded(flerm, model, 0)
+    model.blocks[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match="had been frozen"):
+        assert surrounded(flerm, model, 1) > 0
+    with pytest.warns(UserWarning, match=r"got blocks\.0\.bias, blocks\.0\.weight after rates were matched"):
+        assert surrounded(flerm, model, 2) > 0
+    assert surrounded(flerm, model, 3) > 0
+    assert flerm.learning_rates()["blocks.0.weight"] == optimizer.param_groups[0]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("base", ["uniform", "file"])
+def test_what_was_frozen_before_the_match_is_left_out(base):
+    model = ResNet(32, 2)
+    optimizer = OPTIMIZERS["Adam"](model)
+    flerm = FLeRM(model, optimizer, "uniform" if base == "uniform" else base_of(OPTIMIZERS["Adam"]))
+    model.blocks[0].requires_grad_(False)
+    assert surrounded(flerm, model, 0) == 0
+    assert flerm.reports[0].rows.keys() == dict(model.named_parameters()).keys() - {"blocks.0.weight", "blocks.0.bias"}
+
+
+def test_steps_that_flerm_does_not_see_are_told():
+    base = base_of(OPTIMIZERS["Adam"])
+    model = ResNet(32, 2)
+    optimizer = OPTIMIZERS["Adam"](model)
+    flerm = FLeRM(model, optimizer, base)
+    backward(model, 0)
+    with pytest.warns(UserWarning, match="outside of FLeRM's step"):
+        optimizer.step()
+    with warnings.catch_warnings(action="error"):
+        optimizer.step()
+    flerm.detach()
+    resumed = FLeRM(model, optimizer, base)  # and no load_state_dict
+    with pytest.warns(UserWarning, match=r"has taken 3 steps and FLeRM has seen 1 .*loads flerm\.state_dict\(\)"):
+        surrounded(resumed, model, 1)
+
+
+def test_rates_of_the_base_that_nothing_takes_are_told():
+    def build_small(width, layers):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(6, width), *(torch.nn.Linear(width, width) for _ in range(layers)))
+
+    small = build_small(4, 2)
+    recorder = FunctionSpaceRecorder(small, torch.optim.SGD(small.parameters(), lr=0.1))
+    small(torch.randn(8, 6)).square().mean().backward()
+    with recorder.step(torch.randn(8, 6)):
+        recorder.optimizer.step()
+    large = build_small(8, 1)  # its last layer has the name of the base's middle one
+    with pytest.warns(UserWarning, match=r"2 parameters that nothing here takes \('2\.weight', '2\.bias'\)"):
+        FLeRM(large, torch.optim.SGD(large.parameters(), lr=0.1), BaseRates.of(recorder))

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from layerwise.errors import LayerwiseError
+
 
 def write_whole(path: str | Path, text: str) -> None:
     """Write text to a file so that a reader, or a machine that stops, finds the old text or the new one.
@@ -30,6 +32,19 @@ def write_whole(path: str | Path, text: str) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_as(path: str | Path, text: str, called: str) -> None:
+    """Write what a user saves under a path of theirs, as a whole.
+
+    Raises:
+        LayerwiseError: it cannot be written there; `called` is what it is.
+    """
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        reason = f"{called} {str(path)!r} cannot be written ({error.strerror})"
+        raise LayerwiseError(f"{reason}: name a file in a folder that can be written to") from None
 
 
 def plain_json(value: Any) -> Any:

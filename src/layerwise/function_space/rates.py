@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from layerwise.common.files import plain_json, write_whole
+from layerwise.common.files import plain_json, save_as
 from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 
@@ -191,14 +191,16 @@ class Rates(Mapping[str, Rate]):
         return Rates(rates, **rest)
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write as JSON. Raises LayerwiseError where that cannot be."""
+        save_as(path, json.dumps(self.to_dict(), indent=1) + "\n", "file of rates")
 
     @staticmethod
     def load(path: str | Path) -> Rates:
-        """Read what `save` wrote."""
+        """Read what `save` wrote. Raises LayerwiseError where that is not there, or is something else."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise LayerwiseError(f"{path}: cannot be read ({error.strerror}): give what Rates.save wrote") from None
         except ValueError as error:  # no JSON, or no text
             raise LayerwiseError(f"{path}: not function-space rates: {error} (made by Rates.save)") from None
         return Rates.from_dict(data)

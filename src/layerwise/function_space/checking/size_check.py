@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+from layerwise.common.files import save_as
 from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.rates import student_quantile
@@ -227,12 +229,12 @@ class SizeCheck:
                 }
 
     def save(self, path: str | Path) -> None:
-        """Write a CSV file, a line for each module, quantity, step and size."""
-        rows = list(self.rows())
-        with Path(path).open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]) if rows else ["module"])
-            writer.writeheader()
-            writer.writerows(rows)
+        """Write a CSV file, a line for each module, quantity, step and size. Raises LayerwiseError where that cannot be."""
+        rows, text = list(self.rows()), io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else ["module"])
+        writer.writeheader()
+        writer.writerows(rows)
+        save_as(path, text.getvalue(), "table of the check")
 
 
 def _slope(trend: Trend | None) -> str:

@@ -15,10 +15,16 @@ import torch
 
 import layerwise
 from layerwise.common.checked import checked
-from layerwise.common.files import write_whole
+from layerwise.common.files import save_as
 from layerwise.common.group_by import group_by
 from layerwise.errors import LayerwiseError, warn
-from layerwise.function_space.steps.named_rates import class_name, optimized, settings_by_name
+from layerwise.function_space.steps.named_rates import (
+    UNSCHEDULED,
+    class_name,
+    learning_rates,
+    optimized,
+    settings_by_name,
+)
 from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
 
 #: Methods that have the same mean: what one recorded, another may match.
@@ -141,17 +147,24 @@ class BaseRate:
         lr: the learning rate that it had, so that `value / lr` is the rate per unit learning rate.
         stderr: over probes (`None`: one probe).
         spread: standard deviation over seeds (`None`: one seed).
+        nominal: the learning rate that its schedule multiplies (`None`, in older files: not known).
     """
 
     value: float
     lr: float
     stderr: float | None
     spread: float | None = None
+    nominal: float | None = None
 
     @property
     def per_lr(self) -> float:
         """Function-space rate per unit learning rate; `nan` at a learning rate of 0."""
         return self.value / self.lr if self.lr else math.nan
+
+    @property
+    def unscheduled(self) -> float:
+        """The learning rate that was tuned: without its schedule, where that is known."""
+        return self.lr if self.nominal is None else self.nominal
 
 
 @dataclass(frozen=True)
@@ -203,9 +216,12 @@ class BaseRates:
         """All that a recorder has measured, as one seed's base rates."""
         if not recorder.records:
             raise LayerwiseError("the recorder has no records: surround at least one optimizer step with recorder.step")
+        nominal = learning_rates(recorder.optimizer, optimized(recorder.model, recorder.optimizer), UNSCHEDULED)
         records = {
             record.scheduled: {
-                name: BaseRate(rate.value, record.lrs[name], None if math.isnan(rate.stderr) else rate.stderr)
+                name: BaseRate(
+                    rate.value, record.lrs[name], None if math.isnan(rate.stderr) else rate.stderr, nominal=nominal.get(name)
+                )
                 for name, rate in record.rates.items()
             }
             for record in recorder.records
@@ -243,11 +259,7 @@ class BaseRates:
         data["settings"] = [{"settings": dict(settings[names[0]]), "names": names} for names in alike.values()]
         records = {str(s): {n: asdict(r) for n, r in rates.items()} for s, rates in self.records.items()}
         text = json.dumps({"format": FORMAT, "fingerprint": data, "records": records}, indent=1)
-        try:
-            write_whole(path, text + "\n")
-        except OSError as error:
-            reason = f"base file {str(path)!r} cannot be written ({error.strerror})"
-            raise LayerwiseError(f"{reason}: name a file in a folder that can be written to") from None
+        save_as(path, text + "\n", "base file")
 
     @staticmethod
     def load(path: str | Path) -> BaseRates:
@@ -330,4 +342,4 @@ def _mean_rate(rates: Sequence[BaseRate]) -> BaseRate:
     spread = stdev([rate.value for rate in rates]) if len(rates) > 1 else None
     errors = [rate.stderr for rate in rates if rate.stderr is not None]
     stderr = math.hypot(*errors) / len(rates) if len(errors) == len(rates) else None
-    return BaseRate(fmean(rate.value for rate in rates), rates[0].lr, stderr, spread)
+    return BaseRate(fmean(rate.value for rate in rates), rates[0].lr, stderr, spread, rates[0].nominal)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
 from layerwise.common.parameter_names import first_few, unwrap_optimizer
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.matching.base_rates import BaseRates
 from layerwise.function_space.matching.decide import (
     Factor,
@@ -61,9 +61,9 @@ class FLeRM(StepWatcher):
         depth: which base block each block takes its rates from, such as `{"transformer.h.*": "split"}`; in uniform mode
             the base's number of blocks in place of `"split"`. Default: the block stacks of a transformers model.
         at: the first step that matches (LoRA: 5 or later, as A has no effect at step 0).
-        every: match again every so many steps.
+        every: match again every so many steps, as far as the base was recorded.
         lr: `"groups"`: the groups' rates, which must be the base's up to one factor; `"base"`: the base's own rate of
-            each tensor (the groups give the schedule).
+            each tensor, without its schedule (the groups give that).
         fixed: name patterns of parameters that keep the groups' rates, such as `("*lora_A*",)`.
         max_change: largest factor, up or down, of one matching.
         corrections: of `method="difference"`, how often what the redone step does is measured again, and the step
@@ -131,7 +131,9 @@ class FLeRM(StepWatcher):
         self.sources = sources(list(self.parameters), base_names, self.depth)
         self.nominal = learning_rates(self.optimizer, self.parameters, UNSCHEDULED)
         self._check_base()
-        self.named = NamedRates(self.optimizer, self.parameters, decay)
+        self._inside, self._told = False, False
+        self._noticed = self.optimizer.register_step_post_hook(self._notice)
+        self.named = NamedRates(self.optimizer, self.model, decay)
         self.reports: list[MatchReport] = []
 
     @property
@@ -139,15 +141,28 @@ class FLeRM(StepWatcher):
         """Whether the coming step will be matched."""
         if self.pending is not None or self.steps == self.at:
             return True
-        return self.every is not None and self.steps > self.at and (self.steps - self.at) % self.every == 0
+        if self.every is None or self.steps < self.at or (self.base is not None and self.steps > max(self.base.records)):
+            return False
+        return (self.steps - self.at) % self.every == 0
 
     @contextmanager
     def _around(self, batch: Any, mask: Tensor | None) -> Iterator[None]:
         with super()._around(batch, mask):
+            self._inside = True
             try:
                 yield
             finally:
+                self._inside = False
                 self.named.restore()  # where the step raised
+
+    def _notice(self, *_: Any) -> None:
+        """After each of the optimizer's steps: one that should have been matched and is not surrounded is told of, once."""
+        if self.due and not self._inside and not self._told:
+            self._told = True
+            warn(
+                f"optimizer.step() was called outside of FLeRM's step(), which counts {self.steps} steps so far and is to "
+                "match the coming one: rates stay the groups' until you write with flerm.step(batch): optimizer.step()"
+            )
 
     def learning_rates(self) -> dict[str, float]:
         """Each parameter's learning rate in the next step: its group's, times its multiplier."""
@@ -159,14 +174,12 @@ class FLeRM(StepWatcher):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`, exactly."""
-        different = set(state["multipliers"]) ^ set(self.named.multipliers)
-        if different:
-            raise LayerwiseError(f"the saved multipliers are of another model: {sorted(different)[0]!r} is in one only")
-        self.named.multipliers = dict(state["multipliers"])
+        self.named.take(state["multipliers"])
         self.steps, self.pending = state["steps"], state["pending"]
 
     def detach(self) -> None:
         """Leave the optimizer as it was before FLeRM."""
+        self._noticed.remove()
         self.named.detach()
 
     def _measured(self, step: WatchedStep, rates: Rates, scheduled: int, inputs: Any, mask: Tensor | None) -> None:
@@ -177,6 +190,8 @@ class FLeRM(StepWatcher):
         joined = measured.keys() - self.parameters.keys()
         if joined:
             raise LayerwiseError(f"the optimizer got {first_few(joined)} after FLeRM was made: detach() it and make another")
+        if not self.reports:
+            self._check_count(scheduled)
         targets, negligible = self._targets(step.lrs, scheduled)
         if rates.method == "difference":
             for name, rate in rates.rates.items():
@@ -199,22 +214,33 @@ class FLeRM(StepWatcher):
         self.reports.append(MatchReport(self.steps, rows))
         self.reports[-1].warn_of_kept("FLeRM", "reports[-1]")
 
+    def _check_count(self, scheduled: int) -> None:
+        """The optimizer's own count of steps, where it keeps one, should be ours."""
+        taken = max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=0)
+        if taken > self.steps + 1:
+            warn(
+                f"the optimizer has taken {taken} steps and FLeRM has seen {self.steps + 1} of them: this is matched as the "
+                f"base's step {scheduled}. A resumed run loads flerm.state_dict() beside the optimizer's; in others "
+                "surround every step, or give at="
+            )
+
     def _targets(self, now: Mapping[str, float], scheduled: int) -> tuple[dict[str, float], dict[str, str]]:
         """The function-space rate that each parameter's step should have at the groups' rates, and who has none."""
         if self.base is None:
             count = len({source.name for source in self.sources.values()})
-            return {name: now[name] / count / self.sources[name].share for name in self.parameters}, {}
+            return {name: lr / count / self.sources[name].share for name, lr in now.items()}, {}
         record = self.base.at(scheduled)
         dtype = getattr(torch, self.base.fingerprint.dtype)
         floor = noise_floor({name: rate.value for name, rate in record.items()}, rounding_noise({dtype}))
         targets, negligible = {}, {}
-        for name, source in self.sources.items():
+        for name, here in now.items():  # what was frozen since is not there
+            source = self.sources[name]
             base = record[source.name]
             if not base.value > floor:
                 targets[name], negligible[name] = math.nan, "kept: its base rate is zero or rounding noise"
                 continue
-            scheduled_part = now[name] / self.nominal[name] if self.nominal[name] else 0.0
-            lr = now[name] if self.lr == "groups" else base.lr * scheduled_part
+            scheduled_part = here / self.nominal[name] if self.nominal[name] else 0.0
+            lr = here if self.lr == "groups" else base.unscheduled * scheduled_part
             targets[name] = lr * base.per_lr / source.share
         return targets, negligible
 
@@ -234,9 +260,17 @@ class FLeRM(StepWatcher):
         }
         names = {name: source.name for name, source in self.sources.items()}
         self.base.fingerprint.require(names, **found)
+        unused = [name for name in self.base.names if name not in names.values()]
+        if unused:
+            warn(
+                f"the base has rates of {len(unused)} parameters that nothing here takes ({first_few(map(repr, unused))}): "
+                "names that both have may stand for other layers. Is it the base's architecture, with as many blocks or a "
+                "multiple, and all of it trained?"
+            )
         record = self.base.at(self.at)
-        if self.every is not None:
-            self.base.at(self.at + self.every)  # now, rather than when it is due in the middle of a run
+        if self.every is not None:  # now, rather than when it is due in the middle of a run
+            for step in range(self.at + self.every, max(max(self.base.records), self.at + self.every) + 1, self.every):
+                self.base.at(step)
         if self.lr == "groups":
             self._check_group_rates({name: record[source.name].lr for name, source in self.sources.items()})
 

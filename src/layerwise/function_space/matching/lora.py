@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from layerwise.common.checked import PositiveInt, checked
@@ -42,18 +42,18 @@ class LoraMatch(NamedRates):
         multipliers: of the groups' rates, by parameter name.
     """
 
-    def __init__(self, report: MatchReport, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__(optimizer, parameters)
+    def __init__(self, report: MatchReport, optimizer: Optimizer, model: nn.Module) -> None:
+        super().__init__(optimizer, model)
         self.report = report
-        self.load_state_dict({"multipliers": {name: row.change for name, row in report.rows.items()}})
+        self.take({name: row.change for name, row in report.rows.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """The multipliers, for a resumed run to take instead of matching again."""
         return {"multipliers": dict(self.multipliers)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take multipliers by parameter name; those not named keep theirs."""
-        self.multipliers |= state["multipliers"]
+        """Take what `state_dict` gave; multipliers of other parameters are refused."""
+        self.take(state["multipliers"])
 
     def __str__(self) -> str:
         return str(self.report)
@@ -132,7 +132,7 @@ def match_lora(
     }
     report = MatchReport(at, rows)
     report.warn_of_kept("match_lora", "report")
-    return LoraMatch(report, optimizer, parameters)
+    return LoraMatch(report, optimizer, model)
 
 
 @dataclass(frozen=True)

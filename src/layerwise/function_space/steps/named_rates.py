@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.group_by import group_by
-from layerwise.errors import LayerwiseError
+from layerwise.common.parameter_names import first_few
+from layerwise.errors import LayerwiseError, warn
 
 Group = dict[str, Any]
 Decay = Literal["scaled", "constant"]
@@ -28,13 +29,15 @@ _NOT_SETTINGS = frozenset(
         *("momentum_steps", "rate_steps", "rounding_seed"),
     }
 )
-#: Where the rate that a group's schedule multiplies stands, the first of these that there is.
-UNSCHEDULED = ("initial_lr", "lr")
+#: Where the rate that a group's schedule multiplies stands, the first of these that there is. OneCycleLR and CyclicLR rise
+#: to `max_lr`; their `initial_lr` is where they begin.
+UNSCHEDULED = ("max_lr", "initial_lr", "lr")
 #: Optimizers whose weight decay is decoupled (`W <- W - lr * wd * W`) without a group key that says so.
 _DECOUPLED = frozenset(("AdamW", "Muon", "Lion", "SGDW", "LayerwiseOptimizer"))
 #: Optimizers whose rates are set by name: two that do so would multiply each other's split groups, more each step.
 _TAKEN: WeakSet[Optimizer] = WeakSet()
-_OURS = frozenset(("params", "param_names", "lr", "weight_decay"))
+_MEMBERS = ("params", "param_names")
+_OURS = frozenset((*_MEMBERS, "lr", "weight_decay"))
 
 
 def optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -144,31 +147,46 @@ class NamedRates:
     and multipliers of 1 cost nothing. Needs no more of an optimizer than that it reads `self.param_groups` and keeps its
     state by parameter.
 
+    Multipliers follow names: a parameter that is replaced, in the model and the optimizer, keeps its own.
+
     Args:
         optimizer: whose rates are set.
-        parameters: by name.
+        model: whose names its parameters have.
         decay: see above.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, Tensor], decay: Decay = "scaled") -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module, decay: Decay = "scaled") -> None:
         if optimizer in _TAKEN:
             raise LayerwiseError(
                 "another FLeRM sets this optimizer's learning rates already: call detach() on that one first"
             )
         _TAKEN.add(optimizer)
         self.optimizer = optimizer
-        self.parameters = parameters
-        self.ids = {id(p): name for name, p in parameters.items()}
-        self.multipliers = dict.fromkeys(parameters, 1.0)
+        self.model = model
+        self.parameters = optimized(model, optimizer)
+        self.multipliers = dict.fromkeys(self.parameters, 1.0)
         self.decay = decay
+        self._held = _held(optimizer.param_groups)
         self._given: list[Group] | None = None
-        self._parts: list[tuple[Group, Group]] = []
+        self._parts: list[tuple[Group, list[Group]]] = []
         self._hooks = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self.restore)
 
     def learning_rates(self) -> dict[str, float]:
         """Each parameter's learning rate in the next step: its group's, times its multiplier."""
+        self._follow()
         rates = learning_rates(self.optimizer, self.parameters)
         return {name: lr * self.multipliers[name] for name, lr in rates.items()}
+
+    def take(self, multipliers: Mapping[str, float]) -> None:
+        """Take multipliers by parameter name, all of them.
+
+        Raises:
+            LayerwiseError: they are of other parameters than those here.
+        """
+        different = sorted(multipliers.keys() ^ self.multipliers.keys())
+        if different:
+            raise LayerwiseError(f"the saved multipliers are of another model: {different[0]!r} is in one only")
+        self.multipliers = dict(multipliers)
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on."""
@@ -177,27 +195,34 @@ class NamedRates:
             hook.remove()
         _TAKEN.discard(self.optimizer)
 
+    def _follow(self) -> None:
+        """Name what the optimizer holds now, where that is no longer what it held."""
+        held = _held(self.optimizer.param_groups)
+        if held == self._held:
+            return
+        self._held, self.parameters = held, optimized(self.model, self.optimizer)
+        joined = self.parameters.keys() - self.multipliers.keys()
+        if joined:
+            self.multipliers |= dict.fromkeys(joined, 1.0)
+            warn(f"the optimizer got {first_few(sorted(joined))} after rates were matched: they take their groups' rates")
+
     def _before(self, *_: Any) -> None:
         self.restore()  # a step that raised outside of our context left the groups split
         if all(multiplier == 1.0 for multiplier in self.multipliers.values()):
             return
+        self._follow()
         self._given = self.optimizer.param_groups
-        self._parts = []
-        split: list[Group] = []
-        for group in self._given:
-            parts = self._split(group)
-            if parts:
-                self._parts.append((group, parts[0]))
-            split.extend(parts)
-        self.optimizer.param_groups = split
+        names = {id(p): name for name, p in self.parameters.items()}
+        self._parts = [(group, self._split(group, names)) for group in self._given]
+        self.optimizer.param_groups = [part for _, parts in self._parts for part in parts]
 
-    def _split(self, group: Group) -> list[Group]:
-        multipliers = [self.multipliers.get(self.ids.get(id(p), ""), 1.0) for p in group["params"]]
+    def _split(self, group: Group, names: Mapping[int, str]) -> list[Group]:
+        multipliers = [self.multipliers.get(names.get(id(p), ""), 1.0) for p in group["params"]]
         places, parts = group_by(range(len(multipliers)), multipliers.__getitem__), []
         for number, (multiplier, indices) in enumerate(places.items()):
             # A counter held in the group as a tensor must not be advanced once per part.
             part = {k: v.clone() if number and isinstance(v, Tensor) else v for k, v in group.items()}
-            for key in ("params", "param_names"):
+            for key in _MEMBERS:
                 if key in group:
                     part[key] = [group[key][i] for i in indices]
             part["lr"] = group["lr"] * multiplier
@@ -207,9 +232,20 @@ class NamedRates:
         return parts
 
     def restore(self, *_: Any) -> None:
-        """Put the user's groups back, with whatever the step wrote into them (counters)."""
+        """Put the user's groups back, with whatever the step wrote into them: counters, parameters that it took over."""
         if self._given is None:
             return
-        for group, part in self._parts:
-            group.update({key: value for key, value in part.items() if key not in _OURS})
+        for group, parts in self._parts:
+            group.update({key: value for part in parts[:1] for key, value in part.items() if key not in _OURS})
+            if _held(parts) != _held([group]):
+                for key in _MEMBERS:
+                    if key in group:
+                        group[key][:] = [member for part in parts for member in part[key]]
+        split = {id(part) for _, parts in self._parts for part in parts}
+        self._given += [group for group in self.optimizer.param_groups if id(group) not in split]
         self.optimizer.param_groups, self._given, self._parts = self._given, None, []
+
+
+def _held(groups: Sequence[Group]) -> set[int]:
+    """The identities of the tensors in some groups."""
+    return {id(p) for group in groups for p in group["params"]}
