@@ -77,6 +77,7 @@ def block(page: str, start: str) -> tuple[str, str | None]:
         ("README.md", "rates = lw.function_space_rates"),
         ("docs/function-space.md", "recorder = "),
         ("docs/function-space.md", "rates = "),
+        ("docs/polar.md", "exact = "),
         ("docs/roles.md", "print(lw.describe"),
     ],
 )
