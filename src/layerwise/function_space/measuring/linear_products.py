@@ -76,7 +76,7 @@ class ProductMoments(Moments):
         largest, reach = _scale(update.largest), _scale(inputs.abs().amax())
         if self.estimator.total:
             if self.moved is None:
-                self.moved = self._product(inputs.to(update.dtype), largest * reach)
+                self.moved = self._moved(inputs.to(update.dtype), largest * reach)
                 self.log_scale = 2 * (largest.to(wide).log() + reach.to(wide).log())
             totals = (grads.to(update.dtype) * self.moved).sum((1, 2))
             return totals.to(wide)[:, None].expand(-1, 3)
@@ -89,7 +89,7 @@ class ProductMoments(Moments):
         logs = found + sum(2 * s.to(wide).log() for s in (largest, peak, reach))
         return torch.cat([logs, logs.new_zeros(3 - len(found))])[None]
 
-    def _product(self, inputs: Tensor, scale: Tensor) -> Tensor:
+    def _moved(self, inputs: Tensor, scale: Tensor) -> Tensor:
         """The product of the inputs and the update over `scale`, `[slices, positions, out]`."""
         update = self.update
         if self.by_output:
@@ -142,9 +142,11 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, moments_input: Tensor, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.product = product
-        ctx.save_for_backward(x, weight)
-        one, rows = _of_one(product, weight), x.reshape(-1, x.shape[-1])
+        one = weight if weight.ndim == 2 else weight[0]  # slices have the same one each
+        one = one if product.by_output else one.T
+        ctx.product, ctx.shape = product, weight.shape
+        ctx.save_for_backward(x, one)
+        rows = x.reshape(-1, x.shape[-1])
         if bias is None or bias.ndim == 1 or bias.stride(0) == 0:  # the same for all slices
             found = torch.nn.functional.linear(rows, one, bias if bias is None or bias.ndim == 1 else bias[0])
             return torch.ops.aten._unsafe_view(found, [*x.shape[:-1], len(one)])
@@ -153,23 +155,17 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
-        x, weight = ctx.saved_tensors
+        x, one = ctx.saved_tensors
         product: Product = ctx.product
-        to_x = grad @ _of_one(product, weight) if ctx.needs_input_grad[2] else None
+        to_x = grad @ one if ctx.needs_input_grad[2] else None
         grads, inputs = (t.reshape(product.slices, -1, t.shape[-1]) for t in (grad, x))
         to_bias = grads.sum(1) if ctx.needs_input_grad[4] else None
-        if to_bias is not None and weight.ndim == 2:
+        if to_bias is not None and len(ctx.shape) == 2:
             to_bias = to_bias[0]
         if product.moments is not None:
             return product.moments.of_factors(grads, inputs), None, to_x, None, to_bias
         left, right = (grads, inputs) if product.by_output else (inputs, grads)
-        return None, None, to_x, (left.mT @ right).view(weight.shape), to_bias
-
-
-def _of_one(product: Product, weight: Tensor) -> Tensor:
-    """The weight as (out, in); slices have the same one each."""
-    one = weight if weight.ndim == 2 else weight[0]
-    return one if product.by_output else one.T
+        return None, None, to_x, (left.mT @ right).view(ctx.shape), to_bias
 
 
 # The functions that make products, with the names of their arguments, and those of input, weight and bias among them.
@@ -181,11 +177,6 @@ _PRODUCTS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 #: What a model may ask of a tensor's graph.
 OF_GRAPHS = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
-
-
-def _saves_by_hooks() -> bool:
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None
 
 
 class Products(TorchFunctionMode):
@@ -204,9 +195,11 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.level and _saves_by_hooks():
+        # Checkpointing has them: it runs the forward again without us, and would take what that saves for what we saved.
+        saves_by_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if self.level and saves_by_hooks:
             raise LayerwiseError("checkpointing would run the forward again outside of the vmap: slices are run one by one")
-        if func in _PRODUCTS and torch.is_grad_enabled():
+        if func in _PRODUCTS and torch.is_grad_enabled() and not saves_by_hooks:
             found = self._product(func, args, kwargs)
             if found is not None:
                 return found
@@ -217,10 +210,8 @@ class Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _product(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The product with a leaf; None where it is none, or not differentiated as it stands.
-
-        That is under autocast or a vmap of the model's own; and under hooks on saved tensors, as checkpointing has them: it
-        runs the forward again without us, and would take what that saves for what we saved.
+        """The product with a leaf; None where it is none, or not differentiated as it stands: under autocast, or a vmap of
+        the model's own.
         """
         names, factors = _PRODUCTS[func]
         given: Any = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -231,7 +222,7 @@ class Products(TorchFunctionMode):
         if scaled or id(weight) not in self.names or not x.numel() or (bias is not None and bias.ndim != 1):
             return None
         device = weight.device
-        if _saves_by_hooks() or _functorch.maybe_current_level() != self.level or torch.is_autocast_enabled(device.type):
+        if _functorch.maybe_current_level() != self.level or torch.is_autocast_enabled(device.type):
             return None
         # No estimator of a matrix has more moments than three.
         moments_input = torch.zeros(self.count, 3, dtype=wide_dtype(device), device=device, requires_grad=True)

@@ -46,10 +46,13 @@ class Outputs:
     rows: int
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def probes_at_once(self, memory: int) -> int:
-        """How many probes' gradients fit into `memory` bytes, 0 too, the outputs' gradients on the way included."""
+    def probes_at_once(self, memory: int, examples: float = 1) -> int:
+        """How many probes' gradients fit into `memory` bytes, 0 too, the outputs' gradients on the way included.
+
+        `examples`: of how many times as many examples.
+        """
         parameters = sum(leaf.nbytes for leaf in self.leaves.values())
-        return memory // max(1, parameters + 4 * self.values.nbytes)
+        return int(memory / max(1, parameters + 4 * self.values.nbytes * examples))
 
 
 def nodes_of(outputs: Tensor) -> Iterator[Any]:
@@ -217,40 +220,31 @@ def draw_probes(
     """
     parts = outputs.values.detach() if slices > 1 else outputs.values.detach()[None]
     like = parts[0] if parts.ndim > 1 else parts
-    rows = range(first_row, first_row + len(like))
-    for probe in range(first_probe, first_probe + count):
-        eps = random_signs(seed, range(probe, probe + slices * count, count), rows, like).reshape(outputs.values.shape)
+    of_seed = _mixed(torch.tensor((seed + 2**63) % 2**64 - 2**63, device="cpu"))  # the int64 of the same 64 bits
+    probes = torch.arange(first_probe, first_probe + slices * count, device="cpu")
+    states = _mixed(of_seed + _WEYL + probes) + _WEYL
+    for number in range(count):
+        eps = random_signs(states[number::count], first_row, like).reshape(outputs.values.shape)
         yield eps if outputs.mask is None else eps * outputs.mask
 
 
-def random_signs(seed: int, probes: range, rows: range, like: Tensor) -> Tensor:
-    """Independent +1 and -1, `[probes, *like.shape]` in the dtype of `like`, whose first dimension are these rows.
+def random_signs(states: Tensor, first_row: int, like: Tensor) -> Tensor:
+    """Independent +1 and -1 of each state, `[states, *like.shape]` in the dtype of `like`, whose rows start at `first_row`.
 
     One is made of each bit.
     """
     width, device = math.prod(like.shape[1:]), like.device
-    numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
-    states = torch.tensor([_state(seed, probe) for probe in probes], dtype=torch.int64, device=device)
-    starts = _mixed(states[:, None] + numbers * _WEYL)
+    numbers = torch.arange(first_row, first_row + len(like), dtype=torch.int64, device=device)
+    starts = _mixed(states.to(device)[:, None] + numbers * _WEYL)
     places = torch.arange(1, 1 - (-width // 64), dtype=torch.int64, device=device)
     words = _mixed(starts[..., None] + places * _WEYL)  # [probes, rows, places], of 64 bits each
     shifts = torch.arange(8, dtype=torch.uint8, device=device)
     bits = (words.view(torch.uint8)[..., None] >> shifts & 1).flatten(2)[..., :width]
-    return bits.to(like.dtype).mul_(2).sub_(1).reshape(len(probes), *like.shape)
-
-
-def _state(*key: int) -> int:
-    """As `_mixed`, whose operations on one number would take as long as all the rest of a small batch."""
-    state = 0
-    for part in key:
-        z = (state + part) % 2**64
-        z = (z ^ (z >> 30)) * _FIRST % 2**64
-        z = (z ^ (z >> 27)) * _SECOND % 2**64
-        state = ((z ^ (z >> 31)) + _WEYL + 2**63) % 2**64 - 2**63  # the int64 of the same 64 bits
-    return state
+    return bits.to(like.dtype).mul_(2).sub_(1).reshape(len(states), *like.shape)
 
 
 def _mixed(z: Tensor) -> Tensor:
+    """SplitMix64's function of each number."""
     # int64 shifts copy the sign bit, so the masks make them logical ones.
     z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * _FIRST
     z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * _SECOND

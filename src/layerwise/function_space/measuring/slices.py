@@ -203,10 +203,8 @@ def _independent(
     try:
         with torch.no_grad():
             reference = outputs_of(runner, batch, company)
-        # What each slice needs: gradients of the weights, and of outputs on the way.
-        weights = sum(leaf.nbytes for leaf in reference.leaves.values())
-        values = 4 * reference.values.nbytes * len(rows) / max(1, len(company))
-        forwards = _forwards(runner, batch, slices, room=int(run.settings.memory / max(1, weights + values)))
+        room = reference.probes_at_once(run.settings.memory, len(rows) / max(1, len(company)))
+        forwards = _forwards(runner, batch, slices, room)
         outputs, several = next(forwards)
         sized = (outputs, len(several) * len(rows), len(rows)), (reference, len(company), len(company))
         if not rows or same_last_example(run, *sized):
