@@ -22,7 +22,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from layerwise.common.tensors import local_part, or_one, wide_dtype
+from layerwise.common.tensors import is_sharded, local_part, or_one, wide_dtype
 
 # Rows are taken in pieces of about this many entries: on a CPU a piece then stays in cache for all its sums, and the
 # temporary never grows with the tensor (an embedding can be a third of a model).
@@ -136,7 +136,9 @@ class TensorUpdate:
         return self._each(lambda t: torch.atleast_1d(t)[rows])
 
     def block(self, dim: int = 0) -> TensorUpdate:
-        """What this process holds of a sharded tensor's update, its dimension `dim` put first."""
+        """What this process holds of a sharded tensor's update, its dimension `dim` put first; any other as it is."""
+        if not is_sharded(self.new):
+            return self
         return self._each(lambda t: local_part(t.detach()).movedim(dim, 0) if t.ndim else local_part(t.detach()))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> TensorUpdate:

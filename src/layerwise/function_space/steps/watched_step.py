@@ -74,16 +74,14 @@ class WatchedStep:
         """Multiply what the step did to each of these parameters."""
         for name, factor in factors.items():
             if factor != 1.0:
-                update = self.updates[name]
-                (update.block() if is_sharded(update.new) else update).redo(factor)
+                self.updates[name].block().redo(factor)
         self.note()
 
     def why_not(self) -> str | None:
         """Why this step has nothing to measure, if so, on any of the processes. Waits for the device once."""
-        own = [update.block() if is_sharded(update.new) else update for update in self.updates.values()]
-        largest = [update.largest for update in own]
+        largest = [update.block().largest for update in self.updates.values()]
         facts = [torch.stack([~torch.isfinite(x), x > 0]).to(largest[0].device) for x in largest]
-        flags = [not own, *(torch.stack(facts).any(dim=0).tolist() if own else (False, False))]
+        flags = [not largest, *(torch.stack(facts).any(dim=0).tolist() if largest else (False, False))]
         stayed, infinite, changed = map(any, zip(*self.processes.gather(flags), strict=True))
         if stayed:
             return "optimizer.step() was not run (GradScaler skips steps with inf or nan gradients)"
