@@ -100,6 +100,28 @@ def test_rates_that_hold_their_scale_already_are_warned_of_once():
         take_step(optimizer, model, 2)
 
 
+ONE_RATE = {
+    "nanoGPT's loop": lambda o: [group.update(lr=1e-3) for group in o.param_groups],
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.02, total_steps=10),
+    "a list for OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [g["lr"] for g in o.param_groups], 10),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.1),
+}
+
+
+@pytest.mark.parametrize("name", ONE_RATE)
+def test_one_rate_written_into_groups_of_several_is_told_at_the_first_step(name):
+    """Muon's AdamW groups then run at the matrices' rate, 67 times their own."""
+    model = net()
+    optimizer = lw.Muon(lw.param_groups(model))
+    ONE_RATE[name](optimizer)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(2):
+            take_step(optimizer, model, step)
+    said = [str(each.message) for each in told if "were made with 0.0003 and 0.02" in str(each.message)]
+    assert len(said) == (name in ("nanoGPT's loop", "OneCycleLR"))
+
+
 FOREIGN = {
     "name": "backbone",
     "rho": 0.05,

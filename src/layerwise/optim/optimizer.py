@@ -26,7 +26,7 @@ from layerwise.optim.groups.complete import (
     with_layouts,
 )
 from layerwise.optim.groups.options import DEFAULTS, STEP_COUNTS, check_options
-from layerwise.optim.groups.overview import cells, described, rates_of_units, scaled_twice
+from layerwise.optim.groups.overview import cells, described, one_rate_left, rates_of, rates_of_units, scaled_twice
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
@@ -97,6 +97,7 @@ class LayerwiseOptimizer(Optimizer):
         self._lineup = Lineup()
         super().__init__(as_groups(params), DEFAULTS | defaults)
         check_rules(self.param_groups)
+        self._rates = rates_of(self.param_groups)  # until the first step
 
     # ------------------------------------------------------------------------------------------ groups and state
 
@@ -193,8 +194,9 @@ class LayerwiseOptimizer(Optimizer):
             for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
                 if "base_momentum" in group and isinstance(group["update"], Lmo):
                     group["momentum"] = group["betas"][0]
-            if not self._told_of_scales and any("lr_scale" in group for group in groups):
+            if not self._told_of_scales:
                 self._told_of_scales = scaled_twice(groups)
+            self._rates = one_rate_left(groups, self._rates)
             self._follow_parameters()
             if lineup.refresh(groups, self.state, self.work.anywhere):
                 self._look_at_jobs(lineup)
@@ -317,7 +319,7 @@ class LayerwiseOptimizer(Optimizer):
     # ---------------------------------------------------------------------------------------- saving and loading
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: value for key, value in vars(self).items() if key in ("recipe", "guard", "_work")}
+        own = {key: value for key, value in vars(self).items() if key in ("recipe", "guard", "_work", "_rates")}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What an optimizer tells: what its groups became, as a table, and the rates of its units; and whose ``lr_scale`` it is."""
+"""What an optimizer tells: its groups, as a table, the rates of its units, and where a loop changed the groups' rates."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def scaled_twice(groups: Sequence[Group]) -> bool:
     They are where rate over ``lr_scale`` is one number for all groups, as a multiple of ``initial_lr`` if there is one,
     although the scales differ.
     """
+    if not any("lr_scale" in group for group in groups):
+        return False
     scales, ratios = set(), []
     for group in groups:
         lr, scale = group["lr"], group.get("lr_scale", 1.0)
@@ -65,6 +67,24 @@ def scaled_twice(groups: Sequence[Group]) -> bool:
             "them by it again: give each group lr * lr_scale as its lr, and no lr_scale"
         )
     return twice
+
+
+def rates_of(groups: Sequence[Group]) -> frozenset[float]:
+    """The different rates of groups; a tensor is not read, as that would wait for its device."""
+    return frozenset(float(g["lr"]) for g in groups if g["params"] and not isinstance(g["lr"], Tensor))
+
+
+def one_rate_left(groups: Sequence[Group], made: frozenset[float]) -> frozenset[float]:
+    """Warn where groups that were made with several rates take their first step at one: which of them is lost."""
+    now = rates_of(groups) if len(made) > 1 else ()
+    if len(now) == 1 and 0.0 not in now:
+        rates = " and ".join(f"{lr:g}" for lr in sorted(made))
+        warn(
+            f"all groups take their first step at lr={next(iter(now)):g}, and were made with {rates}: a loop or a scheduler "
+            "has written one rate into all of them. Scale each group's own rate (LambdaLR does, OneCycleLR takes a list as "
+            "max_lr), or use an optimizer whose one lr is for all, such as DMuon or DualMuon"
+        )
+    return frozenset()
 
 
 def rates_of_units(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict[str, LayerRate]:
