@@ -3,14 +3,17 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+import layerwise as lw
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder, function_space_rates
-from layerwise.function_space.steps.watched_step import JsonLines, Record
+from layerwise.function_space.steps.json_lines import JsonLines
+from layerwise.function_space.steps.watched_step import Record
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -260,6 +263,41 @@ def test_records_are_saved_and_resumed(tmp_path):
     assert lines[2] == recorder.records[-1]
     assert str(lines[2]) == f"step 4\n{lines[2].rates.table()}"
     assert lines[0].lrs["0.weight"] == 0.01
+
+
+@pytest.mark.parametrize("kind", [FunctionSpaceRecorder, lw.watch])
+def test_a_resumed_run_takes_its_later_records_again(kind, tmp_path):
+    """It went on behind what the killed one had written since its checkpoint: steps were there twice."""
+    path = tmp_path / "records.jsonl"
+    x, y, _ = data(0, torch.float32)
+
+    def train(steps, state=None):
+        model = network()
+        optimizer = optimizer_for(model)
+        options = {"probes": 2, "sink": path} if kind is FunctionSpaceRecorder else {"to": path}
+        recorder = kind(model, optimizer, every=2, **options)
+        if state is not None:
+            recorder.load_state_dict(state)
+        for step in range(steps):
+            saved = recorder.state_dict() if step == 3 else None
+            state = saved or state
+            nn.functional.cross_entropy(model(x), y).backward()
+            with recorder.step(x) if kind is FunctionSpaceRecorder else nullcontext():
+                optimizer.step()
+        return state
+
+    def steps():
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+    state = train(8)
+    whole = steps()
+    with path.open("a") as file:
+        file.write('{"step": 1')  # killed there
+    train(5, state)
+    assert steps() == whole
+    with pytest.warns(UserWarning, match=r"records\.jsonl holds records already.*load_state_dict"):
+        train(1)  # another run
+    assert steps() == [*whole, whole[0]]
 
 
 def test_wrapped_models_and_optimizers_are_seen_through():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +25,7 @@ from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
 from layerwise.function_space.measuring.runners import check_numbers
 from layerwise.function_space.rates import Rates
+from layerwise.function_space.steps.json_lines import JsonLines
 from layerwise.function_space.steps.named_rates import Decay, constant_decay, learning_rates, optimized
 
 #: Of each optimizer whose step is surrounded, what is to be done once that is over.
@@ -274,22 +274,6 @@ class Record:
         return Record(data["step"], data["scheduled"], Rates.from_dict(data), dict(data["lrs"]), whole)
 
 
-class JsonLines:
-    """A sink that appends each record (its `to_dict()`) to a file as one line of JSON."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.open("a").close()
-        except OSError as error:
-            raise LayerwiseError(f"{path}: cannot be written to ({error.strerror}): name a file for the records") from None
-
-    def __call__(self, record: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record.to_dict()) + "\n")
-
-
 @checked
 class FunctionSpaceRecorder(StepWatcher):
     """Measures every so many optimizer steps what the step did to the outputs, and changes nothing.
@@ -366,5 +350,7 @@ class FunctionSpaceRecorder(StepWatcher):
         return {"steps": self.steps, "pending": self.pending}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the count of `state_dict`."""
+        """Continue the count of `state_dict`; a file's records of later steps are dropped, as they are taken again."""
         self.steps, self.pending = state["steps"], state["pending"]
+        if isinstance(self.sink, JsonLines) and processes_of(self.measurement.processes).rank == 0:
+            self.sink.rewind(self.steps)

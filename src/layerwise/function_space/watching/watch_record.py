@@ -14,7 +14,7 @@ from layerwise.common.layer_rate import LayerRate
 from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.steps.by_module import ModuleUpdate
-from layerwise.function_space.steps.watched_step import JsonLines
+from layerwise.function_space.steps.json_lines import JsonLines
 from layerwise.function_space.watching.unit_rates import unit_scalars
 from layerwise.function_space.watching.unusual import Unusual
 

@@ -20,8 +20,9 @@ from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import unwrap, unwrap_optimizer
 from layerwise.common.running import under_autocast
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.process_group import ProcessesOption
+from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
 from layerwise.function_space.steps.by_module import by_module, module_updates, update_sums
+from layerwise.function_space.steps.json_lines import JsonLines
 from layerwise.function_space.steps.named_rates import optimized
 from layerwise.function_space.steps.watched_step import WatchedStep, when_over
 from layerwise.function_space.watching.output_change import OutputChange
@@ -159,8 +160,11 @@ class Watch:
         return {"steps": self.steps, "rule": self.rule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from `state_dict`; a file's records of later steps are dropped, as they are taken again."""
         self.steps = state["steps"]
+        for sink in self.sinks:
+            if isinstance(sink, JsonLines) and processes_of(self.processes).rank == 0:
+                sink.rewind(self.steps + 1)
         self.rule.load_state_dict(state["rule"])
         self._expect()
 
