@@ -94,7 +94,7 @@ class ShardedRunner(Runner):
             if not is_sharded(p) and storage(p) in places and name not in self._renormalised:
                 raise LayerwiseError(WRITES.format(name))
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
         """One by one: a batched backward would not go through FSDP's hooks."""
         if not outputs.values.requires_grad:
             raise LayerwiseError(NO_GRAPH)
@@ -104,10 +104,10 @@ class ShardedRunner(Runner):
                 for name, p in self.parameters.items():
                     grad, p.grad = p.grad, None
                     if isinstance(grad, DTensor):
-                        sink.add(name, grad.to_local()[None] * float(grad.device_mesh.size()))
+                        collector.add(name, grad.to_local()[None] * float(grad.device_mesh.size()))
                     elif grad is not None:
-                        sink.add(name, grad[None])
-            sink.done(1)
+                        collector.add(name, grad[None])
+            collector.done(1)
 
     def derivative(
         self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None

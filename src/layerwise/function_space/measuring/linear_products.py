@@ -10,9 +10,9 @@ moments. So they come out of autograd as gradients do, batched over probes too.
 
 Slices of a batch that are run side by side (`vmap`) have one graph, and weights of their own in it: what a probe on each
 of them needs then comes from one backward. Of a product the weight is the same for all of them, so it stays one product, and
-attention has a fused kernel that `vmap` would call for each slice: `Products._together` goes from the one slice that the
-model sees to the tensors of all of them, and back. What it uses of torch is private; where it fails, slices are run one by
-one.
+attention has a fused kernel that `vmap` would call for each slice: `Products._in_all_slices` goes from the one slice that
+the model sees to the tensors of all of them, and back. What it uses of torch is private; where it fails, slices are run one
+by one.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class Products(TorchFunctionMode):
         if self.level and saves_by_hooks:
             raise LayerwiseError("checkpointing would run the forward again outside of the vmap: slices are run one by one")
         if func in _PRODUCTS and torch.is_grad_enabled() and not saves_by_hooks:
-            found = self._product(func, args, kwargs)
+            found = self._multiplied(func, args, kwargs)
             if found is not None:
                 return found
         if self.level and func is torch.nn.functional.scaled_dot_product_attention:
@@ -209,7 +209,7 @@ class Products(TorchFunctionMode):
             return self._answer(func, *args)
         return func(*args, **kwargs)
 
-    def _product(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    def _multiplied(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The product with a leaf; None where it is none, or not differentiated as it stands: under autocast, or a vmap of
         the model's own.
         """
@@ -227,9 +227,9 @@ class Products(TorchFunctionMode):
         # No estimator of a matrix has more moments than three.
         moments_input = torch.zeros(self.count, 3, dtype=wide_dtype(device), device=device, requires_grad=True)
         product = Product(self.names[id(weight)], func is torch.nn.functional.linear, self.count, moments_input)
-        return self._together(partial(_Multiply.apply, moments_input, product), x, weight, bias)
+        return self._in_all_slices(partial(_Multiply.apply, moments_input, product), x, weight, bias)
 
-    def _together(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    def _in_all_slices(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
         """One slice's part of a function of the `[slices, ...]` that these are one slice's parts of."""
         if not self.level:
             return function(*tensors)
@@ -256,9 +256,9 @@ class Products(TorchFunctionMode):
         inner = _functorch.maybe_current_level() != self.level
         if inner or args or options.get("attn_mask") is not None or any(t.ndim != 4 for t in (query, key, value)):
             return attention(query, key, value, *args, **options)
-        return self._together(partial(self._attend_in_all, **options), query, key, value)
+        return self._in_all_slices(partial(self._attend_at_once, **options), query, key, value)
 
-    def _attend_in_all(self, *whole: Tensor, **options: Any) -> Tensor:
+    def _attend_at_once(self, *whole: Tensor, **options: Any) -> Tensor:
         """Attention in all slices at once, of `[slices, examples, ...]`."""
         attention: Any = torch.nn.functional.scaled_dot_product_attention
         return attention(*(t.flatten(0, 1) for t in whole), **options).unflatten(0, (self.count, -1))

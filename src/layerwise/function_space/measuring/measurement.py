@@ -123,16 +123,15 @@ class Measurement:
         run = Run(self, model, updates, processes, self.seed if seed is None else seed)
         try:
             with untouched(model, self.batch_norm, self.autocast), run.runner() as runner:
-                if self.method in ESTIMATORS:
-                    return run.probed(runner, batches, mask)
-                found = run.rates(per_tensor(run, runner, batches, mask))
+                measured = run.by_probes if self.method in ESTIMATORS else run.by_changes
+                found = measured(runner, batches, mask)
         except Exception as error:
             if isinstance(inputs, list):
                 error.add_note(
                     "inputs is a list, which is several batches: of a DataLoader's [inputs, targets] give a tuple"
                 )
             raise
-        if self.method == "exact" or self.linear is None:
+        if self.method != "difference" or self.linear is None:
             return found
         first_order = replace(self, method=self.linear)
         return found.beside(first_order.rates(model, updates, inputs, mask, processes, seed))
@@ -177,7 +176,33 @@ class Run:
         kind = ProductRunner if self.processes.count == 1 else LeafRunner
         yield kind(self.model, self.settings.function, points)
 
-    def probed(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
+    def by_changes(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
+        """From the outputs' change along each update.
+
+        The error of a difference is what rounding does to outputs of their size; the derivative's is 0.
+        """
+        logs: dict[str, list[Tensor]] = defaultdict(list)
+        formulas: dict[str, str] = {}
+        for batch in batches:
+            counted = 0
+            for name, change in CHANGES[self.settings.method](self, runner, batch, mask):
+                if not counted:
+                    _, [counted] = self.count(change.outputs)
+                    if not counted:
+                        raise nothing_counts(change.outputs.mask is not None)
+                square = change.log_square()
+                if self.processes.count > 1:
+                    square = self.processes.sum_(square.double().exp()).log()
+                logs[name].append(square - math.log(counted))
+                formulas[name] = change.formula
+        if not logs:
+            return self.as_rates({})
+        squares = to_host({name: torch.stack(of_batches) for name, of_batches in logs.items()}, self.processes.same)
+        sizes = {name: root_mean(of_batches.tolist()) for name, of_batches in squares.items()}
+        rounding = _ROUNDINGS * torch.finfo(getattr(torch, self.dtype)).eps * sizes.pop(_OUTPUTS, 0.0)
+        return self.as_rates({name: (size, rounding, formulas[name]) for name, size in sizes.items()})
+
+    def by_probes(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
         """By an estimator, from the gradients under random probes of the outputs."""
         settings = self.settings
         logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
@@ -190,16 +215,16 @@ class Run:
             for graph in graphs(self, runner, batch, mask, max(1, count)):
                 slices, first = len(graph.entries), len(drawn) + len(of_batch)
                 probes = draw_probes(graph.outputs, graph.probes, self.seed, first, graph.first_row, slices)
-                sink = runner.collector(self.updates, ESTIMATORS[settings.method], self.processes)
-                runner.probe(graph.outputs, probes, sink, graph.outputs.probes_at_once(settings.memory))
-                for name, moments in sink.moments.items():
+                collector = runner.collector(self.updates, ESTIMATORS[settings.method], self.processes)
+                runner.probe(graph.outputs, probes, collector, graph.outputs.probes_at_once(settings.memory))
+                for name, moments in collector.moments.items():
                     logs[name].append(moments.logs(graph.probes * slices))
                 # Of each slice the first probe, then of each the second, ...
                 of_batch += [(counted, graph.probes) for counted in graph.entries] * graph.probes
-                del graph, probes, sink, moments  # before the next one is made
+                del graph, probes, collector, moments  # before the next one is made
             total = self.entries - before
             drawn += [(counted, counted / total / len(batches) / probes) for counted, probes in of_batch]
-        return self.rates(self.combined(logs, drawn), len(drawn))
+        return self.as_rates(self.combined(logs, drawn), len(drawn))
 
     def combined(
         self, logs: Mapping[str, list[Tensor]], drawn: list[tuple[int, float]]
@@ -236,7 +261,7 @@ class Run:
         self.entries += sum(entries)
         return sum(rows[: self.processes.rank]), entries
 
-    def rates(self, values: Mapping[str, tuple[float, float, str]], probes: int = 0) -> Rates:
+    def as_rates(self, values: Mapping[str, tuple[float, float, str]], probes: int = 0) -> Rates:
         """Of `(value, standard error, estimator)` by name."""
         total = sum(value for value, _, _ in values.values())
         if not math.isfinite(total) and not self.processes.rank:
@@ -284,33 +309,6 @@ def together(run: Run) -> Mapping[str, Mapping[str, TensorUpdate]]:
     """The updates that are applied at once, under the name that their rate has."""
     names = group_by(run.updates, run.settings.together or str)  # or each by itself
     return {label: {name: run.updates[name] for name in several} for label, several in names.items()}
-
-
-def per_tensor(run: Run, runner: Runner, batches: list[Any], mask: Tensor | None) -> dict[str, tuple[float, float, str]]:
-    """`(value, standard error, formula)` by name; notes the outputs and how many entries count in `run`.
-
-    The error of a difference is what rounding does to outputs of their size; the derivative's is 0.
-    """
-    logs: dict[str, list[Tensor]] = defaultdict(list)
-    formulas: dict[str, str] = {}
-    for batch in batches:
-        counted = 0
-        for name, change in CHANGES[run.settings.method](run, runner, batch, mask):
-            if not counted:
-                _, [counted] = run.count(change.outputs)
-                if not counted:
-                    raise nothing_counts(change.outputs.mask is not None)
-            square = change.log_square()
-            if run.processes.count > 1:
-                square = run.processes.sum_(square.double().exp()).log()
-            logs[name].append(square - math.log(counted))
-            formulas[name] = change.formula
-    if not logs:
-        return {}
-    squares = to_host({name: torch.stack(of_batches) for name, of_batches in logs.items()}, run.processes.same)
-    sizes = {name: root_mean(of_batches.tolist()) for name, of_batches in squares.items()}
-    rounding = _ROUNDINGS * torch.finfo(getattr(torch, run.dtype)).eps * sizes.pop(_OUTPUTS, 0.0)
-    return {name: (size, rounding, formulas[name]) for name, size in sizes.items()}
 
 
 def root_mean(log_squares: list[float]) -> float:

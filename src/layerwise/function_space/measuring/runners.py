@@ -55,8 +55,8 @@ class Runner(ABC):
         return None
 
     @abstractmethod
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
-        """Hand the gradients of every measured tensor under each probe to `sink`, of `at_once` probes together at most."""
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
+        """Hand the collector the gradients of every measured tensor under each probe, of `at_once` probes together at most."""
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
         """What to hold derivatives along any of these updates against, where it takes that."""
@@ -107,9 +107,9 @@ class LeafRunner(nn.Module, Runner):
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
-        return replace(self.run(leaves, batch, mask), leaves=leaves)
+        return replace(self.outputs_at(leaves, batch, mask), leaves=leaves)
 
-    def run(self, measured: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
+    def outputs_at(self, measured: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
         """The outputs with these tensors in the place of parameters, and copies of the buffers."""
         tensors: dict[str, Tensor] = {name: b.clone() for name, b in self.model.named_buffers()}
         for name, tensor in {**self.others, **self.points, **measured}.items():
@@ -134,7 +134,7 @@ class LeafRunner(nn.Module, Runner):
             if name is not None:
                 raise LayerwiseError(WRITES.format(name))
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
         """Several probes go through one batched backward where they may.
 
         Where there is room for none (0) each gradient is used and freed as soon as it is complete, so that never more than
@@ -142,27 +142,27 @@ class LeafRunner(nn.Module, Runner):
         """
         if not outputs.values.requires_grad:
             raise LayerwiseError(NO_GRAPH)
-        at_once = sink.processes.least(at_once)
+        at_once = collector.processes.least(at_once)
         while several := list(islice(probes, max(1, at_once))):
-            if not at_once or not _together(outputs, several, sink):
+            if not at_once or not _batched_backward(outputs, several, collector):
                 at_once = 0  # some backward formula has no batching rule: one by one gives the same numbers
                 for probe in several:
-                    _stream(outputs, probe, sink)
-                    sink.done(1)
+                    _streamed_backward(outputs, probe, collector)
+                    collector.done(1)
             several.clear()  # before the next are drawn
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
-        return adjoint(partial(self.run, batch=batch, mask=mask), self.points, updates)
+        return adjoint(partial(self.outputs_at, batch=batch, mask=mask), self.points, updates)
 
     def derivative(
         self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
     ) -> Change:
-        return exact_change(partial(self.run, batch=batch, mask=mask), self.points, updates, check)
+        return exact_change(partial(self.outputs_at, batch=batch, mask=mask), self.points, updates, check)
 
     def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
         new = {name: update.applied(self.points[name]) for name, update in updates.items()}
         with torch.no_grad():
-            return self.run(new, batch, mask)
+            return self.outputs_at(new, batch, mask)
 
 
 class ProductRunner(LeafRunner):
@@ -177,7 +177,7 @@ class ProductRunner(LeafRunner):
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
         with Products(leaves):
-            return replace(self.run(leaves, batch, mask), leaves=leaves)
+            return replace(self.outputs_at(leaves, batch, mask), leaves=leaves)
 
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
         device = next(iter(self.points.values())).device
@@ -195,21 +195,21 @@ class ProductRunner(LeafRunner):
         """What `vmap` maps over slices: the outputs of one of `count`, and their mask if they have one."""
         batch, mask = tree_unflatten(parts, tree)
         with Products(leaves, count):
-            found = self.run(leaves, batch, mask)
+            found = self.outputs_at(leaves, batch, mask)
         return (found.values,) if found.mask is None else (found.values, found.mask)
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], sink: Collector, at_once: int) -> None:
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
         leaves = dict(outputs.leaves)
         for name, product in only_products(outputs.values, outputs.leaves).items():
-            of = sink.moments[name]
+            of = collector.moments[name]
             if of.estimator.total or (at_once <= 1 and product.slices == 1):
                 product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output)
-                sink.moments[name] = product.moments
+                collector.moments[name] = product.moments
                 leaves[name] = product.moments_input
-        super().probe(replace(outputs, leaves=leaves), probes, sink, at_once)
+        super().probe(replace(outputs, leaves=leaves), probes, collector, at_once)
 
 
-def _together(outputs: Outputs, probes: list[Tensor], sink: Collector) -> bool:
+def _batched_backward(outputs: Outputs, probes: list[Tensor], collector: Collector) -> bool:
     """All these probes in one backward; returns whether every process could."""
     grads, leaves, batched = None, list(outputs.leaves.values()), len(probes) > 1
     with warnings.catch_warnings(), suppress(RuntimeError):
@@ -222,19 +222,21 @@ def _together(outputs: Outputs, probes: list[Tensor], sink: Collector) -> bool:
             allow_unused=True,
             is_grads_batched=batched,
         )
-    if not sink.processes.least(int(grads is not None)) or grads is None:
+    if not collector.processes.least(int(grads is not None)) or grads is None:
         return False
     for name, grad in zip(outputs.leaves, grads, strict=True):
         if grad is not None:
-            sink.add(name, grad if batched else grad[None])
-    sink.done(len(probes))
+            collector.add(name, grad if batched else grad[None])
+    collector.done(len(probes))
     return True
 
 
-def _stream(outputs: Outputs, probe: Tensor, sink: Collector) -> None:
+def _streamed_backward(outputs: Outputs, probe: Tensor, collector: Collector) -> None:
     """One probe: each gradient is handed over when it is complete."""
     leaves = outputs.leaves
-    handles = [leaf.register_post_accumulate_grad_hook(partial(_hand_over, sink, name)) for name, leaf in leaves.items()]
+    handles = [
+        leaf.register_post_accumulate_grad_hook(partial(_hand_over, collector, name)) for name, leaf in leaves.items()
+    ]
     try:
         torch.autograd.backward(outputs.values, probe, retain_graph=True, inputs=list(leaves.values()))
     finally:
@@ -243,10 +245,10 @@ def _stream(outputs: Outputs, probe: Tensor, sink: Collector) -> None:
 
 
 @torch.no_grad()
-def _hand_over(sink: Collector, name: str, leaf: Tensor) -> None:
+def _hand_over(collector: Collector, name: str, leaf: Tensor) -> None:
     grad, leaf.grad = leaf.grad, None
     if grad is not None:
-        sink.add(name, grad[None])  # slices side by side have a dimension of their own as well
+        collector.add(name, grad[None])  # slices side by side have a dimension of their own as well
 
 
 def renormalised(model: nn.Module) -> set[str]:

@@ -258,10 +258,10 @@ class ModuleUpdate:
 
 def module_updates(sums: Mapping[str, TensorSums]) -> dict[str, ModuleUpdate]:
     """What the step did to each module."""
-    return {module: _together([sums[name] for name in names]) for module, names in by_module(sums).items()}
+    return {module: _of_module([sums[name] for name in names]) for module, names in by_module(sums).items()}
 
 
-def _together(sums: list[TensorSums]) -> ModuleUpdate:
+def _of_module(sums: list[TensorSums]) -> ModuleUpdate:
     entries = max(1, sum(s.entries for s in sums))
     weight, update = sum(s.weight_square for s in sums), sum(s.update_square for s in sums)
     norms = [s.matrix_norm for s in sums if s.matrix_norm is not None]
