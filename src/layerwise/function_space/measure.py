@@ -15,7 +15,6 @@ from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward
-from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.runners import check_numbers, trainable
 from layerwise.function_space.rates import Rates
 
@@ -70,8 +69,7 @@ def function_space_rates(
     parameters = {name: p for name, p in trainable(inner).items() if name in update}
     check_numbers(parameters)
     updates = {name: TensorUpdate(placed_as(update[name], p)) for name, p in parameters.items()}
-    measurement = Measurement(forward, method, probes, seed, **options)
-    return measurement.rates(inner, updates, inputs, mask, processes=processes_of(measurement.processes))
+    return Measurement(forward, method, probes, seed, **options).rates(inner, updates, inputs, mask)
 
 
 def _check_update(update: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
 from layerwise.function_space.measuring.outputs import Forward, Outputs, draw_probes, nothing_counts, resolve, space_name
-from layerwise.function_space.measuring.process_group import ALONE, Processes, ProcessesOption
+from layerwise.function_space.measuring.process_group import Processes, ProcessesOption, processes_of
 from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, ProductRunner, Runner, untouched
 from layerwise.function_space.measuring.slices import Slices, graphs
 from layerwise.function_space.rates import Rate, Rates
@@ -102,7 +102,6 @@ class Measurement:
         updates: Mapping[str, TensorUpdate],
         inputs: Any,
         mask: Tensor | None = None,
-        processes: Processes = ALONE,
         seed: int | None = None,
     ) -> Rates:
         """Rates of updates, at the weights before them: an update's `old`, or the model's own.
@@ -112,7 +111,6 @@ class Measurement:
             updates: by parameter name.
             inputs: of the model; a list: batches of equal weight.
             mask: which outputs count.
-            processes: those that measure together.
             seed: in place of `self.seed`.
         """
         batches = inputs if isinstance(inputs, list) else [inputs]
@@ -120,7 +118,7 @@ class Measurement:
             raise LayerwiseError("inputs is an empty list: pass at least one batch")
         if isinstance(inputs, list) and mask is not None:
             raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
-        run = Run(self, model, updates, processes, self.seed if seed is None else seed)
+        run = Run(self, model, updates, processes_of(self.processes), self.seed if seed is None else seed)
         try:
             with untouched(model, self.batch_norm, self.autocast), run.runner() as runner:
                 measured = run.by_probes if self.method in ESTIMATORS else run.by_changes
@@ -134,7 +132,7 @@ class Measurement:
         if self.method != "difference" or self.linear is None:
             return found
         first_order = replace(self, method=self.linear)
-        return found.beside(first_order.rates(model, updates, inputs, mask, processes, seed))
+        return found.beside(first_order.rates(model, updates, inputs, mask, seed))
 
 
 @dataclass

@@ -6,7 +6,7 @@ import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -56,7 +56,7 @@ class Runner(ABC):
 
     @abstractmethod
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
-        """Hand the collector the gradients of every measured tensor under each probe, of `at_once` probes together at most."""
+        """Hand the collector every measured tensor's gradients under each probe, of `at_once` probes together at most."""
 
     def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
         """What to hold derivatives along any of these updates against, where it takes that."""
@@ -116,13 +116,11 @@ class LeafRunner(nn.Module, Runner):
             tensors[name] = tensor.clone() if name in self.written else tensor
             tensors[name].__dict__.update(self.own[name].__dict__)  # attributes that users put on their parameters
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        if self.seen:
-            return as_outputs(torch.func.functional_call(self, named, (batch,)), mask)
-        before = {name: storage(tensor) for name, tensor in tensors.items()}
-        with Writes(self._refuse):
+        before = {} if self.seen else {name: storage(tensor) for name, tensor in tensors.items()}
+        with nullcontext() if self.seen else Writes(self._refuse):
             found = torch.func.functional_call(self, named, (batch,))
-        for name, tensor in tensors.items():
-            if storage(tensor) != before[name]:  # `.data` was set
+        for name, place in before.items():
+            if storage(tensors[name]) != place:  # `.data` was set
                 raise LayerwiseError(WRITES.format(name))
         self.seen = True
         return as_outputs(found, mask)

@@ -95,13 +95,13 @@ class WatchedStep:
         Parameters that FSDP2 shards are measured in place: the old shards go back into them meanwhile.
         """
         if not any(is_sharded(p) for p in self.model.parameters()):
-            return measurement.rates(self.model, self.updates, inputs, mask, self.processes, seed)
+            return measurement.rates(self.model, self.updates, inputs, mask, seed)
         with self.undone():
             updates = {
                 name: TensorUpdate(self.old[name], p.detach(), self.decay.get(name, 0.0))
                 for name, p in self.parameters.items()
             }
-            return measurement.rates(self.model, updates, inputs, mask, self.processes, seed)
+            return measurement.rates(self.model, updates, inputs, mask, seed)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
