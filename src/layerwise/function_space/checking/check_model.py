@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.group_by import group_by
+from layerwise.common.running import call_given
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.checked_batches import batches, default_loss, inputs_of
 from layerwise.function_space.checking.one_size import Readings, Recipe, SizeRun
@@ -103,7 +105,7 @@ def check(
     if not tolerance >= 0:
         raise LayerwiseError(f"tolerance={tolerance}: a slope of at least 0 is needed")
     recipe = Recipe(
-        make_model,
+        _fresh(make_model),
         make_optimizer,
         batches(batch, max(steps)),
         default_loss if loss is None else partial(given_loss, loss),
@@ -116,19 +118,39 @@ def check(
     with torch.random.fork_rng(), torch.enable_grad():
         if match == FIRST:
             recipe = replace(recipe, match=_base(recipe, sizes[0], seeds))
-        found = [[SizeRun(recipe, size, seed).measure() for seed in seeds] for size in sizes]
-    if found[0] == found[-1]:  # to the last bit, of the same seeds
-        raise LayerwiseError(f"make_model makes one model at sizes {sizes[0]} and {sizes[-1]}: have it use its argument")
+        found: list[list[Mapping[int, Readings]]] = []
+        for size in sizes:
+            found.append([SizeRun(recipe, size, seed).measure() for seed in seeds])
+            if len(found) == 2 and found[0] == found[1]:  # to the last bit, of the same seeds
+                raise LayerwiseError(f"make_model makes one model at sizes {sizes[0]} and {size}: have it use its argument")
     return SizeCheck(axis, list(sizes), recipe.steps, list(seeds), _trends(sizes, recipe.steps, found), tolerance, judge)
 
 
 def _refuse(sizes: Sequence[float], steps: Sequence[int], seeds: Sequence[int]) -> None:
-    if len(set(sizes)) < 2 or any(size <= 0 for size in sizes):
-        raise LayerwiseError(f"sizes {list(sizes)}: give at least two different ones above 0")
+    if not 1 < len(set(sizes)) == len(sizes) or any(size <= 0 for size in sizes):
+        raise LayerwiseError(f"sizes {list(sizes)}: give at least two different ones above 0, each once")
     if not steps or min(steps) < 1:
         raise LayerwiseError(f"steps {list(steps)}: give numbers from 1 on")
     if not seeds or len(set(seeds)) < len(seeds):
         raise LayerwiseError(f"seeds {list(seeds)}: give at least one, and each once")
+
+
+def _fresh(make_model: Callable[[Any], nn.Module]) -> Callable[[Any], nn.Module]:
+    """The user's function, held to a new model at every call: one that was trained before would go on from there."""
+    made: WeakSet[nn.Module] = WeakSet()
+
+    def make(size: Any) -> nn.Module:
+        model = call_given("make_model", make_model, size, needed="a size, as lambda width: Model(width=width)")
+        if not isinstance(model, nn.Module):
+            raise LayerwiseError(f"make_model({size!r}) returned {type(model).__name__}: return a torch.nn.Module")
+        if model in made:
+            raise LayerwiseError(
+                f"make_model({size!r}) returned a model that it had returned before: make a new one each time"
+            )
+        made.add(model)
+        return model
+
+    return make
 
 
 def _base(recipe: Recipe, size: float, seeds: Sequence[int]) -> BaseRates:

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from layerwise.common.parameter_names import unwrap_optimizer
 from layerwise.common.running import call_given
-from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.checked_batches import inputs_of
 from layerwise.function_space.checking.size_check import Quantity, Value
 from layerwise.function_space.matching.base_rates import BaseRates
@@ -67,8 +66,6 @@ class SizeRun:
         self.recipe = recipe
         torch.manual_seed(seed)
         self.model = recipe.make_model(size)
-        if not isinstance(self.model, nn.Module):
-            raise LayerwiseError(f"make_model({size!r}) returned {type(self.model).__name__}: return a torch.nn.Module")
         self.model.train()
         needed = "the model, as lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)"
         made = call_given("make_optimizer", recipe.make_optimizer, self.model, needed=needed)

@@ -158,7 +158,7 @@ class NamedRates:
     def __init__(self, optimizer: Optimizer, model: nn.Module, decay: Decay = "scaled") -> None:
         if optimizer in _TAKEN:
             raise LayerwiseError(
-                "another FLeRM sets this optimizer's learning rates already: call detach() on that one first"
+                "another FLeRM or match_lora sets this optimizer's learning rates already: call detach() on that one first"
             )
         _TAKEN.add(optimizer)
         self.optimizer = optimizer
