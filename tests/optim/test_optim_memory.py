@@ -23,7 +23,7 @@ RULES = {
 
 
 def rows():
-    table = PAGE.read_text(encoding="utf-8").split("### Memory")[1]
+    table = PAGE.read_text(encoding="utf-8").split("## Memory")[1]
     found = [re.split(r"\s*\|\s*", line.strip("| \n")) for line in table.splitlines() if line.startswith("|")]
     return [tuple(row) for row in found[2:]]
 
