@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -192,10 +193,14 @@ class Kept:
         self._values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
         plain = [each for each in self._parameters if each.data is not None]
         gradients = [each.grad for each in plain if each.grad is not None]
-        self._stored = group_by((*(each.data for each in plain if each.data is not None), *gradients), storage)
-        self._stored.pop(None, None)
+        self._not_copied = (*(each.data for each in plain if each.data is not None), *gradients)
         counted = (*(buffer for buffer, _ in self._values), *(each.parameter for each in plain), *gradients)
         self.counted = tuple(t for t in counted if not t.is_inference() and t.layout is torch.strided)
+
+    @cached_property
+    def _stored(self) -> dict[int | None, list[Tensor]]:
+        """Weights and gradients by their memory, those into which nothing was written yet."""
+        return group_by((each for each in self._not_copied if storage(each) is not None), storage)
 
     def before_writing(self, tensors: Iterable[Tensor]) -> None:
         """Copy those weights and gradients that are about to be written to, in whole or in part."""
