@@ -22,7 +22,7 @@ from layerwise.function_space.matching.depth_map import DepthMap
 from layerwise.function_space.matching.flerm import FLeRM
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward, resolve
-from layerwise.function_space.measuring.runners import LeafRunner, untouched
+from layerwise.function_space.measuring.runners import LeafRunner, in_evaluation_mode
 from layerwise.function_space.measuring.slices import each_tensor
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.by_module import ROOT, by_module, module_of, module_updates, update_sums
@@ -164,7 +164,7 @@ class Activations:
     def _outputs(self) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {}
         names = {module_of(name) for name, p in self.model.named_parameters() if p.requires_grad}
-        with untouched(self.model), torch.no_grad():  # which takes the hooks off again
+        with in_evaluation_mode(self.model), torch.no_grad():  # which takes the hooks off again
             for name, module in self.model.named_modules():
                 if (name or ROOT) in names:
                     module.register_forward_hook(partial(_catch, found, name or ROOT))

@@ -65,7 +65,7 @@ def placement(name: str, param: Tensor, processes: Processes) -> tuple[int, int]
 
 
 class ShardedRunner(Runner):
-    """Runs the model itself, on its own parameters, inside of `untouched` and `as_probes_need`.
+    """Runs the model itself, on its own parameters, inside of `in_evaluation_mode` and `as_probes_need`.
 
     FSDP gathers the weights of one forward at a time, so no slices are run side by side; and forward mode is not held
     against the backward here (docs/limitations.md).
@@ -207,7 +207,7 @@ def _moving_along(model: nn.Module, param: nn.Parameter, direction: Tensor) -> I
 def as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """FSDP with its parameters sharded, its gradients averaged over all processes, and none kept back or handed to hooks.
 
-    Its settings come back; gradients and hooks are left to `untouched`.
+    Its settings come back; gradients and hooks are left to `in_evaluation_mode`.
     """
     modules = _modules(model)
     groups = [group for module in modules for group in _groups(module)]

@@ -43,14 +43,13 @@ class Product:
     Attributes:
         name: the weight's.
         by_output: whether its rows belong to outputs (`x W^T`), not to inputs (`x W`).
-        slices: how many were run side by side (1: the batch as it is).
-        moments_input: a further input of the product, `[slices, 3]`, whose gradient the log moments come as.
+        moments_input: a further input of the product, `[slices, 3]`, whose gradient the log moments come as; `slices` were
+            run side by side (1: the batch as it is).
         moments: what makes them. Once that is set, they go to `moments_input`, and to the weight nothing.
     """
 
     name: str
     by_output: bool
-    slices: int
     moments_input: Tensor
     moments: ProductMoments | None = None
 
@@ -158,7 +157,7 @@ class _Multiply(torch.autograd.Function):
         x, one = ctx.saved_tensors
         product: Product = ctx.product
         to_x = grad @ one if ctx.needs_input_grad[2] else None
-        grads, inputs = (t.reshape(product.slices, -1, t.shape[-1]) for t in (grad, x))
+        grads, inputs = (t.reshape(len(product.moments_input), -1, t.shape[-1]) for t in (grad, x))
         to_bias = grads.sum(1) if ctx.needs_input_grad[4] else None
         if to_bias is not None and len(ctx.shape) == 2:
             to_bias = to_bias[0]
@@ -226,7 +225,7 @@ class Products(TorchFunctionMode):
             return None
         # No estimator of a matrix has more moments than three.
         moments_input = torch.zeros(self.count, 3, dtype=wide_dtype(device), device=device, requires_grad=True)
-        product = Product(self.names[id(weight)], func is torch.nn.functional.linear, self.count, moments_input)
+        product = Product(self.names[id(weight)], func is torch.nn.functional.linear, moments_input)
         return self._in_all_slices(partial(_Multiply.apply, moments_input, product), x, weight, bias)
 
     def _in_all_slices(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
 from layerwise.function_space.measuring.outputs import Forward, Outputs, draw_probes, nothing_counts, resolve, space_name
 from layerwise.function_space.measuring.process_group import Processes, ProcessesOption, processes_of
-from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, ProductRunner, Runner, untouched
+from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, ProductRunner, Runner, in_evaluation_mode
 from layerwise.function_space.measuring.slices import Slices, graphs
 from layerwise.function_space.rates import Rate, Rates
 
@@ -120,7 +120,7 @@ class Measurement:
             raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
         run = Run(self, model, updates, processes_of(self.processes), self.seed if seed is None else seed)
         try:
-            with untouched(model, self.batch_norm, self.autocast), run.runner() as runner:
+            with run.runner() as runner:
                 measured = run.by_probes if self.method in ESTIMATORS else run.by_changes
                 found = measured(runner, batches, mask)
         except Exception as error:
@@ -161,18 +161,22 @@ class Run:
 
     @contextmanager
     def runner(self) -> Iterator[Runner]:
-        """What runs this model at the weights before the updates; sharded parameters are measured where they are."""
-        own = dict(self.model.named_parameters())
-        if any(is_sharded(p) for p in own.values()):
-            from layerwise.function_space.measuring.fsdp import ShardedRunner, as_probes_need
+        """What runs this model at the weights before the updates, and leaves it as it was.
 
-            parameters = {name: own[name] for name in self.updates}
-            with as_probes_need(self.model, parameters):
-                yield ShardedRunner(self.model, self.settings.function, parameters, self.processes)
-            return
-        points = {name: own[name] if update.old is None else update.old for name, update in self.updates.items()}
-        kind = ProductRunner if self.processes.count == 1 else LeafRunner
-        yield kind(self.model, self.settings.function, points)
+        Sharded parameters are measured where they are.
+        """
+        settings, own = self.settings, dict(self.model.named_parameters())
+        with in_evaluation_mode(self.model, settings.batch_norm, settings.autocast):
+            if any(is_sharded(p) for p in own.values()):
+                from layerwise.function_space.measuring.fsdp import ShardedRunner, as_probes_need
+
+                parameters = {name: own[name] for name in self.updates}
+                with as_probes_need(self.model, parameters):
+                    yield ShardedRunner(self.model, settings.function, parameters, self.processes)
+            else:
+                points = {n: own[n] if update.old is None else update.old for n, update in self.updates.items()}
+                kind = ProductRunner if self.processes.count == 1 else LeafRunner
+                yield kind(self.model, settings.function, points)
 
     def by_changes(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
         """From the outputs' change along each update.

@@ -200,7 +200,7 @@ class ProductRunner(LeafRunner):
         leaves = dict(outputs.leaves)
         for name, product in only_products(outputs.values, outputs.leaves).items():
             of = collector.moments[name]
-            if of.estimator.total or (at_once <= 1 and product.slices == 1):
+            if of.estimator.total or (at_once <= 1 and len(product.moments_input) == 1):
                 product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output)
                 collector.moments[name] = product.moments
                 leaves[name] = product.moments_input
@@ -273,7 +273,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def untouched(
+def in_evaluation_mode(
     model: nn.Module, batch_norm: BatchNormMode = "running", autocast: torch.dtype | None = None
 ) -> Iterator[None]:
     """Evaluation mode without autocast (or under the given dtype), everything restored at the end, errors included.

@@ -15,7 +15,7 @@ from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.measurement import Measurement, Run
 from layerwise.function_space.measuring.outputs import Forward, Outputs
 from layerwise.function_space.measuring.process_group import ProcessesOption
-from layerwise.function_space.measuring.runners import MEASURED, untouched
+from layerwise.function_space.measuring.runners import MEASURED
 from layerwise.function_space.measuring.slices import first_examples, share
 from layerwise.function_space.steps.by_module import by_module
 from layerwise.function_space.steps.watched_step import WatchedStep, is_supplier
@@ -115,7 +115,7 @@ class OutputChange:
         return math.sqrt(square / entries) if entries else math.nan
 
     def _outputs(self, run: Run, inputs: Any) -> Outputs:
-        with untouched(self.model), run.runner() as runner, torch.no_grad():
+        with run.runner() as runner, torch.no_grad():
             return runner.outputs(inputs, None)
 
 
