@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_checks.py                        # on a GPU: a few minutes; results/gpu_checks_cuda.md
     python benchmarks/gpu_checks.py --device cpu --small   # dry run of the same code: the numbers mean nothing
-    python benchmarks/gpu_checks.py --device cpu --only paths   # the paths' table of docs/polar.md
+    python benchmarks/gpu_checks.py --device cpu --only paths   # times by path (docs/polar.md)
 
 Run `optimizer_step.py --device cuda` for times against other libraries. No GPU was at hand when this was written.
 """

@@ -1,4 +1,4 @@
-"""Do the errors of an estimator cancel between a small model and a large one? The second table of docs/function-space.md.
+"""Do the errors of an estimator cancel between a small model and a large one? docs/function-space.md says.
 
     python benchmarks/kronecker_between_sizes.py      # a few minutes of CPU time
 
