@@ -194,9 +194,10 @@ class LayerwiseOptimizer(Optimizer):
             for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
                 if "base_momentum" in group and isinstance(group["update"], Lmo):
                     group["momentum"] = group["betas"][0]
-            if not self._told_of_scales:
+            if not self._told_of_scales and any("lr_scale" in group for group in groups):
                 self._told_of_scales = scaled_twice(groups)
-            self._rates = one_rate_left(groups, self._rates)
+            if self._rates:
+                self._rates = one_rate_left(groups, self._rates)
             self._follow_parameters()
             if lineup.refresh(groups, self.state, self.work.anywhere):
                 self._look_at_jobs(lineup)

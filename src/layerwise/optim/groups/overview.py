@@ -51,8 +51,6 @@ def scaled_twice(groups: Sequence[Group]) -> bool:
     They are where rate over ``lr_scale`` is one number for all groups, as a multiple of ``initial_lr`` if there is one,
     although the scales differ.
     """
-    if not any("lr_scale" in group for group in groups):
-        return False
     scales, ratios = set(), []
     for group in groups:
         lr, scale = group["lr"], group.get("lr_scale", 1.0)
