@@ -122,6 +122,19 @@ def test_one_rate_written_into_groups_of_several_is_told_at_the_first_step(name)
     assert len(said) == (name in ("nanoGPT's loop", "OneCycleLR"))
 
 
+def test_a_rule_that_comes_into_a_group_later_is_told_and_one_that_goes_is_gone():
+    model = net()
+    optimizer = lw.DMuon(lw.param_groups(model))
+    take_step(optimizer, model, 0)
+    for group in optimizer.param_groups:
+        group["rates"] = lw.DualNormAdaptive()
+    with pytest.raises(lw.LayerwiseError, match=r"came into the group of \w+\..* after the optimizer was made"):
+        take_step(optimizer, model, 1)
+    for group in optimizer.param_groups:
+        group["rates"] = None
+    take_step(optimizer, model, 2)
+
+
 FOREIGN = {
     "name": "backbone",
     "rho": 0.05,

@@ -40,14 +40,14 @@ def test_raise_names_the_parameters_and_changes_nothing(name, value):
 
 
 @every_optimizer
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.001, "1e-3"])
 def test_a_rate_that_a_schedule_set_to_no_number_never_reaches_the_weights(name, value):
     model = net()
     optimizer = make(name, model)
     take_step(optimizer, model, 0)
     before = tensors(model, optimizer)
     optimizer.param_groups[-1]["lr"], lr = value, optimizer.param_groups[-1]["lr"]
-    with pytest.raises(lw.LayerwiseError, match=rf"lr is {value} in the group of \w+\..*: give a finite number"):
+    with pytest.raises(lw.LayerwiseError, match=rf"lr is {value!r} in the group of \w+\..*: give a finite number"):
         take_step(optimizer, model, 1)
     assert_same_bits(before, tensors(model, optimizer), but=HALVES)
     optimizer.param_groups[-1]["lr"] = lr

@@ -55,7 +55,7 @@ def scaled_twice(groups: Sequence[Group]) -> bool:
     for group in groups:
         lr, scale = group["lr"], group.get("lr_scale", 1.0)
         base = group.get("initial_lr", 1.0)
-        if group["params"] and not isinstance(lr, Tensor) and lr and scale and base:
+        if group["params"] and not isinstance(lr, (Tensor, str)) and lr and scale and base:
             scales.add(scale)
             ratios.append(float(lr / base / scale))
     twice = len(scales) > 1 and max(ratios) <= min(ratios) * (1 + 1e-6)
@@ -69,7 +69,7 @@ def scaled_twice(groups: Sequence[Group]) -> bool:
 
 def rates_of(groups: Sequence[Group]) -> frozenset[float]:
     """The different rates of groups; a tensor is not read, as that would wait for its device."""
-    return frozenset(float(g["lr"]) for g in groups if g["params"] and not isinstance(g["lr"], Tensor))
+    return frozenset(float(g["lr"]) for g in groups if g["params"] and not isinstance(g["lr"], (Tensor, str)))
 
 
 def one_rate_left(groups: Sequence[Group], made: frozenset[float]) -> frozenset[float]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
+from layerwise.common.parameter_names import first_few
+from layerwise.errors import LayerwiseError
 from layerwise.optim.work.job import Alike, Group, Job, State, current_momentum, join_state, select
 from layerwise.optim.work.local import DualNorm, white_noise_factors
 
@@ -46,6 +48,12 @@ class NormGroup:
         wanted = () if rule.own_dual_norm else rule.norms()
         #: of each set, the work on each norm that ``update`` takes, in pieces of parameters that are worked on together
         self.pieces = [[norm.asked_of(some.jobs) for norm in wanted] for some in self.sets]
+        late = [job.name for job in members if "multiplier" not in job.state]
+        if late:
+            raise LayerwiseError(
+                f"rates={rule!r} came into the group of {first_few(late)} after the optimizer was made, which keeps nothing "
+                "for it: give rates= when you make the optimizer (a group's own rates=None turns the rule off at any step)"
+            )
         self._device = members[0].state["multiplier"].device  # parameters of one model may be on several
         self._runs = _runs(members)
         self.present = self._repeated([run.some is not None for run in self._runs], torch.bool)

@@ -209,11 +209,15 @@ def _momentum_key(group: Group) -> float | tuple[int]:
 
 def rate(group: Group) -> float | Tensor:
     """The learning rate of a group's steps: its ``lr``, times its ``lr_scale`` where it has one."""
-    lr: float | Tensor = group["lr"]
+    lr: Any = group["lr"]
     scale = group.get("lr_scale", 1.0)
-    if not isinstance(lr, Tensor) and not abs(lr) < math.inf:
-        raise LayerwiseError(f"lr is {lr} in the group of {first_few(group['param_names'])}: give a finite number")
-    return lr if scale == 1.0 else lr * scale
+    if not isinstance(lr, Tensor) and (isinstance(lr, str) or not 0.0 <= lr < math.inf):
+        raise LayerwiseError(
+            f"lr is {lr!r} in the group of {first_few(group['param_names'])}: give a finite number of at least 0 (has a "
+            "schedule run past its end?)"
+        )
+    taken: float | Tensor = lr if scale == 1.0 else lr * scale
+    return taken
 
 
 # ------------------------------------------------------------------------------------------------------ all of a step
