@@ -273,3 +273,20 @@ def nothing_counts() -> str:
     model = nn.Linear(6, 4)
     update = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
     return _message(lambda: lw.function_space_rates(model, update, torch.ones(3, 6), mask=torch.zeros(3, dtype=torch.bool)))
+
+
+def checked_alone(seed: int | None = None) -> list[float]:
+    """The rates that a process by itself finds in `lw.check`, on a batch that no other has."""
+    torch.manual_seed(dist.get_rank() if seed is None else seed)
+    own = torch.randn(8, 4), torch.randn(8, 2)
+    result = lw.check(
+        lambda width: nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2)),
+        (4, 8),
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        own,
+        (1,),
+        seeds=(0,),
+        probes=4,
+        processes=None,
+    )
+    return [value for trend in result.of("rate") for value in trend.values]

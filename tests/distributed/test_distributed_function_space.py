@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 from function_space_runs import (
+    checked_alone,
     forked,
     measured,
     naive,
@@ -172,6 +173,11 @@ def test_what_is_not_supported_says_so(cluster):
         assert "set_requires_gradient_sync(True)" in message
     for message in cluster.run(2, nothing_counts):
         assert "the mask leaves no output entry" in message
+
+
+def test_a_check_of_one_process_asks_no_other(cluster, single):
+    for rank, found in enumerate(cluster.run(2, checked_alone)):
+        assert found == pytest.approx(single(checked_alone, rank), rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["full_cov", "difference"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -17,12 +18,12 @@ from torch.optim import Optimizer
 
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.parameter_names import unwrap, unwrap_optimizer
-from layerwise.common.tensors import is_sharded, local_part
+from layerwise.common.tensors import is_sharded, local_part, to_host
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward
-from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
+from layerwise.function_space.measuring.process_group import ALONE, ProcessesOption, processes_of
 from layerwise.function_space.measuring.runners import check_numbers
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.json_lines import JsonLines
@@ -79,9 +80,9 @@ class WatchedStep:
 
     def why_not(self) -> str | None:
         """Why this step has nothing to measure, if so, on any of the processes. Waits for the device once."""
-        largest = [update.block().largest for update in self.updates.values()]
-        facts = [torch.stack([~torch.isfinite(x), x > 0]).to(largest[0].device) for x in largest]
-        flags = [not largest, *(torch.stack(facts).any(dim=0).tolist() if largest else (False, False))]
+        largest = {name: update.block().largest for name, update in self.updates.items()}
+        peaks = [peak.item() for peak in to_host(largest, ALONE.same).values()]
+        flags = [not peaks, not all(map(math.isfinite, peaks)), any(peak > 0 for peak in peaks)]
         stayed, infinite, changed = map(any, zip(*self.processes.gather(flags), strict=True))
         if stayed:
             return "optimizer.step() was not run (GradScaler skips steps with inf or nan gradients)"
