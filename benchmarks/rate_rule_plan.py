@@ -684,4 +684,17 @@ STUDIES: Final[Mapping[str, Study]] = {
         )
         + tuple(Trial("gpt2-lora", "DualMuon", 0.128, seed) for seed in (0, 1, 2)),
     ),
+    "lora seeds": Study(
+        "each at the rate that is best there, on seeds that decided neither rates nor factors; another start, trained anew",
+        tuple(
+            trial
+            for seed in range(3, 11)
+            for trial in (
+                Trial("gpt2-lora", "DualMuon", 0.064, seed),
+                Trial("gpt2-lora", "D-Muon", 0.016, seed),
+                by_role("gpt2-lora", 0.016, seed, {"lora_B": 2.0}),
+                Trial("gpt2-lora", "AdamW", 0.016, seed),
+            )
+        ),
+    ),
 }
