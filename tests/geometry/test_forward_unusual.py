@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from layerwise.geometry import describe
+from layerwise.geometry.forward.flow import name_of
+from layerwise.geometry.forward.rules import _REDUCTIONS
 
 
 @pytest.mark.parametrize(
@@ -391,3 +393,10 @@ def test_grouped_products_of_any_precision_are_stacks_of_experts(device):
     model = Mix((3, 16, 8), grouped, 8).to(device)
     found = row(model, torch.randn(2, 5, 16, device=device))
     assert (found.role, str(found.layout), found.how) == ("experts", "k,in,out", "forward")
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "reduction"), reason="this torch has no tag for reductions")
+def test_reductions_are_those_that_torch_calls_so():
+    packets = [getattr(torch.ops.aten, name) for name in dir(torch.ops.aten)]
+    overloads = [getattr(p, name) for p in packets if hasattr(p, "overloads") for name in p.overloads()]
+    assert {name_of(func) for func in overloads if torch.Tag.reduction in func.tags} == _REDUCTIONS

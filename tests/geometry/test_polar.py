@@ -172,6 +172,10 @@ def test_the_processor_is_asked_for_units_that_multiply_bfloat16(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: reported, raising=False)
     assert iteration._units() == found
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # which torch 2.9 has not: it knows of x86 alone
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(reported.get("amx_bf16")))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(reported.get("avx512_bf16")))
+    assert iteration._units() == tuple(unit for unit in found if unit != "bf16")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert iteration._units() == ()
 

@@ -36,6 +36,11 @@ _LINEAR = frozenset(
     {"add", "sub", "rsub", "mul", "div", "neg", "clone", "where", "masked_fill", "lerp", "addcmul", "addcdiv"}
 )
 _SCALES = frozenset({"mul", "div", "addcmul", "addcdiv", "multiply", "divide"})
+#: Those that newer versions of torch give the tag of that name.
+_REDUCTIONS = frozenset(
+    {"all", "amax", "amin", "aminmax", "any", "argmax", "argmin", "count_nonzero", "linalg__powsum", "linalg_vector_norm"}
+    | {"logsumexp", "max", "mean", "min", "nansum", "norm", "prod", "std", "std_mean", "sum", "var", "var_mean"}
+)
 
 
 def follow(flow: Flow, op: Operation) -> None:
@@ -63,7 +68,7 @@ def _rule(func: Any) -> Rule:
         return attention
     if torch.Tag.pointwise in func.tags:
         return pointwise
-    if torch.Tag.reduction in func.tags:
+    if name in _REDUCTIONS:
         return reduction
     return replay if func.is_view else other
 

@@ -271,7 +271,12 @@ def passes_count(x: Tensor) -> bool:
 
 
 def _units() -> tuple[str, ...]:
-    has = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    if hasattr(torch.cpu, "get_capabilities"):
+        has = torch.cpu.get_capabilities()
+    else:  # before torch 2.10: of x86 alone, without a public name
+        has = {"amx_bf16": torch.cpu._is_amx_tile_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
     return tuple(unit for unit in BFLOAT16_UNITS if has.get(unit))
 
 
