@@ -298,7 +298,8 @@ def counted(how: str, reference: str = "previous") -> dict[str, Any]:
 @contextmanager
 def counting_bytes(sent: dict[str, int]) -> Iterator[None]:
     """Counts what this process puts into each collective. Of an all-to-all, what leaves the process."""
-    to_all, gather, reduce = dist.all_to_all_single, dist.all_gather_single, dist.all_reduce
+    gathers = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
+    to_all, gather, reduce = dist.all_to_all_single, getattr(dist, gathers), dist.all_reduce
 
     def count(name: str, number: int) -> None:
         sent[name] = sent.get(name, 0) + number
@@ -316,15 +317,13 @@ def counting_bytes(sent: dict[str, int]) -> Iterator[None]:
         count("all_reduce", tensor.numel() * tensor.element_size())
         return reduce(tensor, *args, **kwargs)
 
-    dist.all_to_all_single, dist.all_gather_single, dist.all_reduce = (
-        all_to_all_single,
-        all_gather_single,
-        all_reduce,
-    )
+    dist.all_to_all_single, dist.all_reduce = all_to_all_single, all_reduce
+    setattr(dist, gathers, all_gather_single)
     try:
         yield
     finally:
-        dist.all_to_all_single, dist.all_gather_single, dist.all_reduce = to_all, gather, reduce
+        dist.all_to_all_single, dist.all_reduce = to_all, reduce
+        setattr(dist, gathers, gather)
 
 
 def poisoned(how: str, policy: str) -> str | dict[str, Any]:

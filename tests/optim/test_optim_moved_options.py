@@ -80,6 +80,7 @@ def test_every_scheduler_resumes_in_the_middle(preset, name):
         )
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="ReduceLROnPlateau of torch 2.9 makes numbers of tensors")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_one_tensor_as_the_rate_of_all_groups_is_lowered_once(preset):
     rates = []

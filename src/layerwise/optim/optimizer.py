@@ -26,7 +26,7 @@ from layerwise.optim.groups.complete import (
     with_layouts,
 )
 from layerwise.optim.groups.options import DEFAULTS, STEP_COUNTS, check_options
-from layerwise.optim.groups.overview import cells, described, one_rate_left, rates_of, rates_of_units, scaled_twice
+from layerwise.optim.groups.overview import WrittenRates, cells, described, rates_of_units
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
@@ -74,8 +74,6 @@ class LayerwiseOptimizer(Optimizer):
         ['bias', 'weight']
     """
 
-    _told_of_scales = False  # that they are applied twice
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -97,7 +95,7 @@ class LayerwiseOptimizer(Optimizer):
         self._lineup = Lineup()
         super().__init__(as_groups(params), DEFAULTS | defaults)
         check_rules(self.param_groups)
-        self._rates = rates_of(self.param_groups)  # until the first step
+        self._rates: WrittenRates | None = WrittenRates(self.param_groups)
 
     # ------------------------------------------------------------------------------------------ groups and state
 
@@ -194,10 +192,8 @@ class LayerwiseOptimizer(Optimizer):
             for group in groups:  # OneCycleLR and CyclicLR move Adam's first beta: so our momentum
                 if "base_momentum" in group and isinstance(group["update"], Lmo):
                     group["momentum"] = group["betas"][0]
-            if not self._told_of_scales and any("lr_scale" in group for group in groups):
-                self._told_of_scales = scaled_twice(groups)
-            if self._rates:
-                self._rates = one_rate_left(groups, self._rates)
+            if self._rates is not None and not compiling:
+                self._rates = self._rates.checked(groups)
             self._follow_parameters()
             if lineup.refresh(groups, self.state, self.work.anywhere):
                 self._look_at_jobs(lineup)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from layerwise.common.collectives import reduce_scatter_single
 from layerwise.common.tensors import is_sharded
 from layerwise.function_space.measuring.moments import Estimator, Moments, TensorUpdate
 
@@ -86,7 +87,7 @@ class Group(Processes):
             padding = sent.new_zeros(step * self.count - sent.shape[0], *sent.shape[1:])
             sent = torch.cat([sent, padding])
         received = sent.new_empty(step, *sent.shape[1:])
-        dist.reduce_scatter_single(received, sent.contiguous(), group=self.group)
+        reduce_scatter_single(received, sent.contiguous(), self.group)
         own = self.rows(tensor.shape[0])
         return received[: own.stop - own.start].to(tensor.device)
 

@@ -67,22 +67,31 @@ def scaled_twice(groups: Sequence[Group]) -> bool:
     return twice
 
 
-def rates_of(groups: Sequence[Group]) -> frozenset[float]:
-    """The different rates of groups; a tensor is not read, as that would wait for its device."""
+class WrittenRates:
+    """Tells of rates that a loop wrote into the groups and cannot have meant, each kind once. Tensors are not read."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._made = _rates_of(groups)  # until the first step
+
+    def checked(self, groups: Sequence[Group]) -> WrittenRates | None:
+        """Before a step; None once there is nothing left to look for."""
+        scaled = any("lr_scale" in group for group in groups)
+        done = scaled_twice(groups) if scaled else True
+        now = _rates_of(groups) if len(self._made) > 1 else ()
+        if len(now) == 1 and 0.0 not in now:
+            rates = " and ".join(f"{lr:g}" for lr in sorted(self._made))
+            warn(
+                f"all groups take their first step at lr={next(iter(now)):g}, and were made with {rates}: a loop or a "
+                "scheduler has written one rate into all of them. Scale each group's own rate (LambdaLR does, OneCycleLR "
+                "takes a list as max_lr), or use an optimizer whose one lr is for all, such as DMuon or DualMuon"
+            )
+        self._made = frozenset()
+        return None if done else self
+
+
+def _rates_of(groups: Sequence[Group]) -> frozenset[float]:
+    """The different rates of groups; of a tensor it would wait for the device."""
     return frozenset(float(g["lr"]) for g in groups if g["params"] and not isinstance(g["lr"], (Tensor, str)))
-
-
-def one_rate_left(groups: Sequence[Group], made: frozenset[float]) -> frozenset[float]:
-    """Warn where groups that were made with several rates take their first step at one: which of them is lost."""
-    now = rates_of(groups) if len(made) > 1 else ()
-    if len(now) == 1 and 0.0 not in now:
-        rates = " and ".join(f"{lr:g}" for lr in sorted(made))
-        warn(
-            f"all groups take their first step at lr={next(iter(now)):g}, and were made with {rates}: a loop or a scheduler "
-            "has written one rate into all of them. Scale each group's own rate (LambdaLR does, OneCycleLR takes a list as "
-            "max_lr), or use an optimizer whose one lr is for all, such as DMuon or DualMuon"
-        )
-    return frozenset()
 
 
 def rates_of_units(groups: Sequence[Group], states: Mapping[Tensor, State]) -> dict[str, LayerRate]:

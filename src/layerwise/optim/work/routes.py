@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from layerwise.common.collectives import all_gather_single
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.local import MatrixJob
@@ -45,7 +46,7 @@ def all_gather(group: dist.ProcessGroup, mine: Sequence[Tensor], shapes: Sequenc
     longest = max(map(_length, shapes))
     sent = _pack(mine, like, longest)
     received = like.new_empty(longest * len(shapes))
-    work = dist.all_gather_single(received, sent, group=group, async_op=True)
+    work = all_gather_single(received, sent, group, async_op=True)
     return partial(_received, work, sent, received, longest, shapes)
 
 
