@@ -612,6 +612,26 @@ def test_a_parameter_that_is_replaced_keeps_its_rate_and_is_trained(name):
     assert found[1][0] == pytest.approx(found[0][0], rel=0.2)  # Lanton's noise begins afresh
 
 
+def test_a_compiled_step_takes_the_matched_rates():
+    """Its trace held the groups as they were: matched rates had no effect, in silence."""
+    found = []
+    for compiled in (False, True):
+        model = ResNet(16, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        flerm = FLeRM(model, optimizer, max_change=8)
+        for t in range(3):
+            optimizer.zero_grad()
+            backward(model, t)
+            with flerm.step(batch(t)[2]):
+                step()
+        found.append([p.detach().clone() for p in model.parameters()])
+        assert len(optimizer.param_groups) == 1
+        torch._dynamo.reset()
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-7)
+
+
 def test_what_is_unfrozen_under_matched_rates_is_trained_from_then_on():
     model = ResNet(32, 2)
     model.blocks[0].requires_grad_(False)
@@ -651,6 +671,23 @@ def test_steps_that_flerm_does_not_see_are_told():
     resumed = FLeRM(model, optimizer, base)  # and no load_state_dict
     with pytest.warns(UserWarning, match=r"has taken 3 steps and FLeRM has seen 1 .*loads flerm\.state_dict\(\)"):
         surrounded(resumed, model, 1)
+
+
+def test_steps_that_never_move_anything_are_told_once():
+    model = ResNet(16, 2)
+    optimizer = OPTIMIZERS["Adam"](model)
+    flerm = FLeRM(model, optimizer)
+    with warnings.catch_warnings(action="error"):
+        for _ in range(19):
+            with flerm.step(batch(0)[2]):
+                optimizer.step()  # backward() was forgotten
+    with (
+        pytest.warns(UserWarning, match=r"FLeRM found nothing to measure in 20 steps.*or no gradients"),
+        flerm.step(batch(0)[2]),
+    ):
+        optimizer.step()
+    with warnings.catch_warnings(action="error"), flerm.step(batch(0)[2]):
+        optimizer.step()
 
 
 def test_rates_of_the_base_that_nothing_takes_are_told():

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -623,6 +624,18 @@ def test_a_record_prints_as_a_table():
     assert first.startswith("inp")
     assert "predicted change of the loss: -" in text
     assert "reinforcement" in text
+    assert " share" in titles
+
+
+def test_a_record_of_long_names_keeps_within_a_terminal():
+    record = short_run(ResNet(8, 1)).records[-1]
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_A.default"
+    text = str(replace(record, modules=dict.fromkeys((name, name + "2"), record.modules["out"])))
+    lines = text.split("predicted")[0].splitlines()[1:]
+    assert max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines] == ["module", name, name + "2"] * (len(lines) // 3)
+    numbers = [float(cell) for line in lines[1::3] for cell in line.split()[1:]]
+    assert numbers == [float(f"{value:.3g}") for value in record.modules["out"].numbers().values()]
 
 
 def test_a_watch_goes_on_where_it_was():

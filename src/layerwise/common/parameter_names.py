@@ -87,6 +87,7 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
         seen = seen.optimizer
     if not isinstance(seen, Optimizer):
         hint = " (a Trainer has one from train() on)" if optimizer is None else ""
+        hint = " (of several, one call for each)" if isinstance(optimizer, (list, tuple)) else hint
         raise LayerwiseError(f"optimizer is {type(optimizer).__name__}: pass a torch.optim.Optimizer{hint}")
     return seen
 

@@ -45,6 +45,25 @@ def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[s
     return lines
 
 
+def wrapped(rows: Sequence[Sequence[str]], width: int = 100) -> list[str]:
+    """Names and columns of numbers, aligned right, in as many tables below one another as keep within the width.
+
+    Example:
+        >>> wrapped([("module", "lr", "update"), ("head", "0.1", "0.002")], width=15)
+        ['module   lr', 'head    0.1', 'module  update', 'head     0.002']
+    """
+    names, *others = zip(*rows, strict=True)
+    tables, lines = [[names]], []
+    for column in others:
+        wide = len(aligned([*zip(*tables[-1], column, strict=True)], right=range(1, len(others) + 1))[0]) > width
+        if wide and len(tables[-1]) > 1:
+            tables.append([names])
+        tables[-1].append(column)
+    for table in tables:
+        lines += aligned([*zip(*table, strict=True)], right=range(1, len(table)))
+    return lines
+
+
 def count(x: float) -> str:
     """A number of many things, in three digits.
 

@@ -132,7 +132,7 @@ class FLeRM(StepWatcher):
         self.nominal = learning_rates(self.optimizer, self.parameters, UNSCHEDULED)
         self._check_base()
         self._inside, self._told = False, False
-        self._noticed = self.optimizer.register_step_post_hook(self._notice)
+        self._noticed = self.optimizer.register_step_post_hook(torch.compiler.disable(self._notice))
         self.named = NamedRates(self.optimizer, self.model, decay)
         self.reports: list[MatchReport] = []
 
@@ -190,7 +190,7 @@ class FLeRM(StepWatcher):
         joined = measured.keys() - self.parameters.keys()
         if joined:
             raise LayerwiseError(f"the optimizer got {first_few(joined)} after FLeRM was made: detach() it and make another")
-        if not self.reports:
+        if not self.reports and self.base is not None:
             self._check_count(scheduled)
         targets, negligible = self._targets(step.lrs, scheduled)
         if rates.method == "difference":

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -169,7 +170,8 @@ class NamedRates:
         self._held = _held(optimizer.param_groups)
         self._given: list[Group] | None = None
         self._parts: list[tuple[Group, list[Group]]] = []
-        self._hooks = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self.restore)
+        before, after = map(torch.compiler.disable, (self._before, self.restore))  # a compiled step would trace them
+        self._hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
 
     def learning_rates(self) -> dict[str, float]:
         """Each parameter's learning rate in the next step: its group's, times its multiplier."""

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.parameter_names import unwrap, unwrap_optimizer
 from layerwise.common.tensors import is_sharded, local_part, to_host
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward
@@ -162,6 +162,10 @@ def when_over(optimizer: Optimizer, function: Callable[[], None]) -> None:
         waiting.append(function)
 
 
+#: Steps that were due and had nothing to measure, until it is told: a GradScaler skips some ten while it finds its scale.
+MANY = 20
+
+
 class StepWatcher(ABC):
     """Counts optimizer steps and measures those that are due: what a recorder and FLeRM have in common.
 
@@ -233,6 +237,8 @@ class StepWatcher(ABC):
                 self.pending = None
             else:
                 self.pending, self.skipped[self.steps] = scheduled, reason
+                if len(self.skipped) == MANY:
+                    warn(f"{type(self).__name__} found nothing to measure in {MANY} steps that were due: {reason}")
             self.steps += 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from layerwise.common.files import plain_json
 from layerwise.common.layer_rate import LayerRate
-from layerwise.common.text_table import aligned
+from layerwise.common.text_table import wrapped
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.steps.by_module import ModuleUpdate
 from layerwise.function_space.steps.json_lines import JsonLines
@@ -100,13 +100,13 @@ class WatchRecord:
         return self.table()
 
     def table(self) -> str:
-        """A line a module, in the model's order."""
+        """A line a module, in the model's order; wider than 100 columns, the last ones come in a table below."""
         keys = list(dict.fromkeys(key for reading in self.modules.values() for key in reading.numbers()))
         rows = [("module", *(_TITLES[key] for key in keys))]
         for name, reading in self.modules.items():
             numbers = reading.numbers()
             rows.append((name, *(f"{numbers[key]:.3g}" if key in numbers else "" for key in keys)))
-        lines = [f"step {self.step}", *aligned(rows, right=range(1, len(keys) + 1))]
+        lines = [f"step {self.step}", *wrapped(rows)]
         if self.loss_change is not None:
             lines.append(f"predicted change of the loss: {self.loss_change:.3g}")
         if self.together is not None:
@@ -154,11 +154,11 @@ _TITLES = {
     "update_rms": "update",
     "ratio": "ratio",
     "spectral": "spectral",
-    "gradient_rms": "gradient",
-    "noise_to_signal": "noise/sig",
+    "gradient_rms": "grad",
+    "noise_to_signal": "noise",
     "loss_change": "loss chg",
     "rate": "fs rate",
-    "share": "fs share",
+    "share": "share",
 }
 
 
