@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import layerwise as lw
 from layerwise.common.tensors import local_part, placed_as
+from layerwise.function_space.measuring.fsdp import _groups
 
 sys.path.append(str(Path(__file__).parents[1] / "function_space"))
 from naive import NaiveFLeRM
@@ -165,7 +166,7 @@ def trace(how: str, watched: bool) -> dict[str, Tensor]:
     state |= {f"b.{n}": b.clone() for n, b in model.named_buffers()}
     state |= {"random": torch.get_rng_state(), "modes": torch.tensor([m.training for m in model.modules()])}
     if how == "fsdp":
-        groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups]
+        groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in _groups(m)]
         state["sync"] = torch.tensor([g.reduce_grads for g in groups])
     return state | {"measured": torch.tensor(len(recorder.records))}
 

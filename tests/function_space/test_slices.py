@@ -1,6 +1,7 @@
 """Probes on slices of the batch: the same means, batches that cannot be cut, and what is asked for and cannot be."""
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from layerwise.function_space import function_space_rates
 from layerwise.function_space.measuring import linear_products, measurement
 from layerwise.function_space.measuring.runners import ProductRunner
 from layerwise.function_space.measuring.slices import cut
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
 
 
 def network():
@@ -84,6 +90,7 @@ class Sizes:
     [
         (lambda x: x, lambda m, x: m(x)),
         (lambda x: (x, 2 * x, None), lambda m, xs: m(xs[0] + xs[1])),
+        (lambda x: Pair(x, 2 * x), lambda m, xs: m(xs.first + xs.second)),
         (lambda x: {"x": x, "y": [x, 3.0]}, lambda m, xs: m(xs["x"] + xs["y"][0] * xs["y"][1])),
     ],
 )

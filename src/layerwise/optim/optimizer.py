@@ -274,8 +274,9 @@ class LayerwiseOptimizer(Optimizer):
     @property
     def work(self) -> MatrixWork:
         """Where the work on whole matrices happens; set it to choose otherwise."""
-        if self._work is None:
-            self._work = default_work()
+        if self._work is None and torch.compiler.is_compiling():  # which in torch 2.9 may set nothing here
+            return default_work()
+        self._work = self._work or default_work()
         return self._work
 
     @work.setter

@@ -262,4 +262,6 @@ def _modules(model: nn.Module) -> list[Any]:
 
 def _groups(module: Any) -> list[Any]:
     state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_group"):  # before torch 2.13: one or none
+        return [group for group in [state._fsdp_param_group] if group is not None]
     return list(state._fsdp_param_groups)

@@ -136,7 +136,8 @@ def each_tensor(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(inputs, Mapping):
         return {key: each_tensor(value, function) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(each_tensor(value, function) for value in inputs)
+        values = [each_tensor(value, function) for value in inputs]
+        return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
     return inputs
 
 

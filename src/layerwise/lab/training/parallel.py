@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -52,8 +53,10 @@ def wrap(model: nn.Module, device: torch.device, config: ParallelConfig) -> nn.M
     if strategy_of(config) != "ddp":
         return model
     devices = [device] if device.type == "cuda" else None
-    # No model here has buffers that training changes.
-    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    # No model here has buffers that training changes. Before torch 2.13 the option had another name.
+    known = signature(DistributedDataParallel).parameters
+    unsynced: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **unsynced)
 
 
 def gradients_shared(wrapped: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
