@@ -673,6 +673,14 @@ def test_steps_that_flerm_does_not_see_are_told():
         surrounded(resumed, model, 1)
 
 
+def test_several_steps_in_one_are_told():
+    model = ResNet(16, 2)
+    recorder = FunctionSpaceRecorder(model, OPTIMIZERS["Adam"](model))
+    backward(model, 0)
+    with pytest.warns(UserWarning, match="ran 2 times in one `with`"), recorder.step(batch(0)[2]):
+        any(recorder.optimizer.step() for _ in range(2))
+
+
 def test_steps_that_never_move_anything_are_told_once():
     model = ResNet(16, 2)
     optimizer = OPTIMIZERS["Adam"](model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -29,6 +30,8 @@ from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.json_lines import JsonLines
 from layerwise.function_space.steps.named_rates import Decay, constant_decay, learning_rates, optimized
 
+#: The function that torch wraps around each class's `step`, hooks and all.
+_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 #: Of each optimizer whose step is surrounded, what is to be done once that is over.
 _UNDER_WAY: WeakKeyDictionary[Optimizer, list[Callable[[], None]]] = WeakKeyDictionary()
 
@@ -142,15 +145,37 @@ def watch(
     # a recorder around FLeRM, or the other way round
     if waiting is not None:
         _UNDER_WAY[optimizer] = waiting
-    hook = optimizer.register_step_post_hook(step.note)
+    taken = 0
+
+    def note(*_: Any) -> None:
+        nonlocal taken
+        taken += is_outermost(optimizer)
+        step.note()
+
+    hook = optimizer.register_step_post_hook(torch.compiler.disable(note))
     try:
         yield step
     finally:
         hook.remove()
+        if taken > 1:
+            warn(f"optimizer.step() ran {taken} times in one `with`, which is measured as one step: surround each of them")
         if waiting is not None:
             del _UNDER_WAY[optimizer]
     for function in waiting or ():
         function()
+
+
+def is_outermost(optimizer: Optimizer) -> bool:
+    """Called from a hook of `optimizer.step`: whether no other step of the same optimizer called this one.
+
+    An optimizer whose `step` calls that of its base class has torch call every hook twice.
+    """
+    steps, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is _WRAPPER and frame.f_locals["args"][0] is optimizer:
+            steps += 1
+    return steps <= 1
 
 
 def when_over(optimizer: Optimizer, function: Callable[[], None]) -> None:

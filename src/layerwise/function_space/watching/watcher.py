@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
@@ -24,15 +23,13 @@ from layerwise.function_space.measuring.process_group import ProcessesOption, pr
 from layerwise.function_space.steps.by_module import by_module, module_updates, update_sums
 from layerwise.function_space.steps.json_lines import JsonLines
 from layerwise.function_space.steps.named_rates import optimized
-from layerwise.function_space.steps.watched_step import WatchedStep, when_over
+from layerwise.function_space.steps.watched_step import WatchedStep, is_outermost, when_over
 from layerwise.function_space.watching.output_change import OutputChange
 from layerwise.function_space.watching.unit_rates import unit_rates
 from layerwise.function_space.watching.unusual import UnusualRule
 from layerwise.function_space.watching.watch_record import ModuleReading, WatchRecord, sinks_of
 
 _LOG = logging.getLogger("layerwise")
-#: The function that torch wraps around each class's `step`, hooks and all.
-_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 @checked
@@ -175,7 +172,7 @@ class Watch:
         return self.function_space_every > 0 and step % self.function_space_every == 0
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not _is_outermost(optimizer):
+        if not is_outermost(optimizer):
             return
         step = self.steps + 1
         if self._due(step):
@@ -187,7 +184,7 @@ class Watch:
             self._gradients.before(closure is not None, named)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not _is_outermost(optimizer):
+        if not is_outermost(optimizer):
             return
         self.steps += 1
         if self._due(self.steps) or self._due(self.steps + 1):
@@ -248,19 +245,6 @@ def _effective(taken: WatchedStep, units: Mapping[str, LayerRate]) -> dict[str, 
         weighted = sum(size * lr for size, lr in zip(sizes, each, strict=True))
         found[module] = each[0] if same else weighted / max(1, sum(sizes))
     return found
-
-
-def _is_outermost(optimizer: Optimizer) -> bool:
-    """Called from a hook of `optimizer.step`: whether no other step of the same optimizer called this one.
-
-    An optimizer whose `step` calls that of its base class has torch call every hook twice.
-    """
-    steps, frame = 0, sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is _WRAPPER and frame.f_locals["args"][0] is optimizer:
-            steps += 1
-    return steps <= 1
 
 
 class Gradients:
