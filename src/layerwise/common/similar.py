@@ -15,6 +15,7 @@ _OTHER_NAMES = {
     "grad_clip": "clip_norm",
     "max_grad_norm": "clip_norm",
     "dtype": "precision",
+    "eps": "adamw_eps",
 }
 
 
