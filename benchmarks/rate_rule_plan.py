@@ -653,6 +653,7 @@ STUDIES: Final[Mapping[str, Study]] = {
             *(Trial("llama-small", "DualMuon", 0.008, seed, 1000) for seed in (0, 2)),
             Trial("llama-small", "DualMuon", 0.00566, 1, 1000),
             *(by_role("llama-small", 0.00283, seed, LLAMA_ROLES_LONGER, 1000) for seed in (0, 2)),
+            Trial("llama-small", "frame on D-Muon", 0.00283, 1, 1000, tuple(LLAMA_ROLES_LONGER.items())),
             Trial("llama-small", "DualMuon", 0.0113, 1, 1000),
             by_role("llama-small", 0.00566, 1, LLAMA_ROLES, 1000),
             *(by_role("llama-small", lr, 1, LLAMA_ROLES_LONGER, 1000) for lr in (0.00566, 0.004, 0.00283)),
