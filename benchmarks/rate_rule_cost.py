@@ -4,7 +4,7 @@
 
 Processor time instead of the clock's, in one thread: neighbours on the machine then matter little. A turn is four steps, as
 `DualNormAdaptive` measures at one of them. The ratio is the median over rounds of the ratio within a round. Writes
-`benchmarks/results/rate_rule_cost.md`.
+`benchmarks/results/rate_rule_cost_KIND.md`, a file for each kind of processor, as `optimizer_step.py` has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import layerwise as lw
 import machine
 from layerwise.geometry.layout import Layout, MatrixLayout, TransposedLayout
-from optimizer_step import SETS, layerwise_groups
+from optimizer_step import SETS, kind_of, layerwise_groups
 from script import RESULTS, documented_parser, write_page
 
 #: three blocks of a GPT-2 at d = 384, with q, k and v in one, the other way round and apart; and the tiny models' block
@@ -82,7 +82,7 @@ def main() -> None:
         ruled = " | ".join(f"{middle:.3f} ({spread:.3f})" for middle, spread in found)
         lines.append(f"| {name} | {seconds:.4f} | {ruled} |")
         print(lines[-1], flush=True)
-    write_page(given.out / "rate_rule_cost.md", [*lines, "", machine.line()])
+    write_page(given.out / f"rate_rule_cost_{kind_of('cpu')}.md", [*lines, "", machine.line()])
 
 
 if __name__ == "__main__":
