@@ -31,7 +31,7 @@ def check(
         Path | None, typer.Option("-o", "--output", help="Write OUTPUT.png (slopes) and OUTPUT.csv (numbers).")
     ] = None,
 ) -> None:
-    """Check in seconds whether every layer's step does the same at every size of a model.
+    """Check in a few steps a size whether every layer's step does the same at every size of a model.
 
     Of a config (sizes of its width, or of another --axis), or of your own model:
 
