@@ -75,8 +75,7 @@ class WrittenRates:
 
     def checked(self, groups: Sequence[Group]) -> WrittenRates | None:
         """Before a step; None once there is nothing left to look for."""
-        scaled = any("lr_scale" in group for group in groups)
-        done = scaled_twice(groups) if scaled else True
+        done = not any("lr_scale" in group for group in groups) or scaled_twice(groups)
         now = _rates_of(groups) if len(self._made) > 1 else ()
         if len(now) == 1 and 0.0 not in now:
             rates = " and ".join(f"{lr:g}" for lr in sorted(self._made))
