@@ -673,6 +673,16 @@ def test_steps_that_flerm_does_not_see_are_told():
         surrounded(resumed, model, 1)
 
 
+def test_one_that_was_refused_leaves_nothing_on_the_optimizer():
+    model = ResNet(16, 2)
+    optimizer = OPTIMIZERS["Adam"](model)
+    flerm = FLeRM(model, optimizer)
+    with pytest.raises(LayerwiseError, match="sets this optimizer's learning rates already"):
+        FLeRM(model, optimizer)
+    with warnings.catch_warnings(action="error"):  # the refused one would tell of a step that it does not see
+        surrounded(flerm, model, 0)
+
+
 def test_several_steps_in_one_are_told():
     model = ResNet(16, 2)
     recorder = FunctionSpaceRecorder(model, OPTIMIZERS["Adam"](model))

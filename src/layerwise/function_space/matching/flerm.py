@@ -131,9 +131,9 @@ class FLeRM(StepWatcher):
         self.sources = sources(list(self.parameters), base_names, self.depth)
         self.nominal = learning_rates(self.optimizer, self.parameters, UNSCHEDULED)
         self._check_base()
+        self.named = NamedRates(self.optimizer, self.model, decay)  # refuses an optimizer that has one, before any hook
         self._inside, self._told = False, False
         self._noticed = self.optimizer.register_step_post_hook(torch.compiler.disable(self._notice))
-        self.named = NamedRates(self.optimizer, self.model, decay)
         self.reports: list[MatchReport] = []
 
     @property
