@@ -60,3 +60,17 @@ def test_a_compiled_step_is_the_step_and_compiles_once(name, backend):
         assert all(any(word in reason for word in known) for reason in breaks), breaks
     for (n, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=lambda m, n=n: f"{n} {m}")
+
+
+def test_a_step_at_a_number_as_rate_compiles():
+    """torch's AdamW over lists of tensors takes no compiled step on a CPU where `lr` is a number (torch 2.13)."""
+    model, other = net(), net()
+    optimizer, plain = make("d-muon", model, lr=0.01), make("d-muon", other, lr=0.01)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for step in range(3):
+        set_gradients(model, step)
+        set_gradients(other, step)
+        compiled()
+        plain.step()
+    for (n, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=lambda m, n=n: f"{n} {m}")

@@ -169,7 +169,7 @@ class _AdamWStep(PlannedStep):
             squares,
             [],
             [job.state["step"] for job in jobs],
-            foreach=not fused and len(jobs) > 1,
+            foreach=not (fused or torch.compiler.is_compiling()) and len(jobs) > 1,  # torch's cannot be compiled on a CPU
             fused=fused,
             found_inf=None if keep is None else 1.0 - keep.float(),
             amsgrad=False,

@@ -88,7 +88,10 @@ class WatchedStep:
         flags = [not peaks, not all(map(math.isfinite, peaks)), any(peak > 0 for peak in peaks)]
         stayed, infinite, changed = map(any, zip(*self.processes.gather(flags), strict=True))
         if stayed:
-            return "optimizer.step() was not run (GradScaler skips steps with inf or nan gradients)"
+            return (
+                "optimizer.step() was not run (GradScaler skips steps with inf or nan gradients, accelerate those of "
+                "micro-batches that only accumulate)"
+            )
         if infinite:
             return "the update is not finite"
         return None if changed else "no weight moved (a learning rate of 0, or no gradients)"
