@@ -129,6 +129,11 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
         "head": 2.0,
         "rates": {**AT_EVERY_STEP, "softening": 0.3},
     },
+    # the rule as it is, with less of the frame or with other multipliers
+    "DualMuon, without the frame": {"name": "dual-muon", "momentum_warmup": 0, "adamw_nu": 1.0},
+    "DualMuon, the warm-up alone": {"name": "dual-muon", "adamw_nu": 1.0},
+    "DualMuon, all multipliers at 1": {"name": "dual-muon", "rates": {"rule": "static", "multipliers": {}}},
+    "DualMuon, permuted": {"name": "dual-muon", "rates": {"rule": "permuted_dual_norm"}},
     "the common part alone, head x 2": {
         **BEFORE,
         "head": 2.0,
@@ -323,6 +328,33 @@ def warm_up_for_all(name: str = "warm-up on D-Muon") -> tuple[Trial, ...]:
         Trial("llama-small", name, 0.004, 1, 1000, longer),
         Trial("llama-tiny, batch 8", name, 0.008, 1, roles=searched),
         Trial("llama-tiny, batch 64", name, 0.016, 1, 200, searched),
+    )
+
+
+def parts() -> tuple[Trial, ...]:
+    """The rule as it is, with less of the frame, and in the frame with multipliers that are not the layers' own."""
+    part = ("DualMuon, without the frame", "DualMuon, the warm-up alone")
+    control = ("DualMuon, all multipliers at 1", "DualMuon, permuted")
+    tried = (("llama-tiny", part, 5), ("llama-tiny", control, 5), ("gpt2-tiny", part, 5), ("gpt2-tiny", control, 3))
+    return tuple(
+        Trial(model, contender, 0.016, seed)
+        for model, contenders, seeds in tried
+        for seed in range(seeds)
+        for contender in contenders
+    )
+
+
+def llama_seeds() -> tuple[Trial, ...]:
+    """Each at its best rate, on seeds that decided nothing: neither rates and factors nor the rule's constants."""
+    searched = tuple(LLAMA_ROLES_SEARCHED.items())
+    return tuple(
+        trial
+        for seed in (*range(5, 11), *range(13, 21))
+        for trial in (
+            Trial("llama-tiny", "DualMuon", 0.016, seed),
+            Trial("llama-tiny", "D-Muon", 0.008, seed, roles=searched),
+            Trial("llama-tiny", "frame on D-Muon", 0.008, seed, roles=searched),
+        )
     )
 
 
@@ -522,6 +554,12 @@ STUDIES: Final[Mapping[str, Study]] = {
         )
         + tuple(by_role("gpt2-tiny", 0.0113, seed, GPT2_ROLES) for seed in (0, 1, 2)),
     ),
+    "llama seeds": Study(
+        "the Llama on fourteen more seeds, which decided nothing: whether `DualMuon` is 0.07 below D-Muon tuned by role, and"
+        " what is left where that has the frame too",
+        llama_seeds(),
+    ),
+    "parts": Study("the rule as it is with less of the frame, and the frame with multipliers all at 1 or permuted", parts()),
     "tuning": Study("the constants, base rates and factors of roles, on seeds that no table of losses uses", tuning()),
     "warm-up": Study(
         "the warm-up of momentum taken apart: D-Muon tuned by role with it",
