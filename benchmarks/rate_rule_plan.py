@@ -358,6 +358,20 @@ def llama_seeds() -> tuple[Trial, ...]:
     )
 
 
+def llama_seeds_longer() -> tuple[Trial, ...]:
+    """Likewise at 1,000 steps."""
+    roles = tuple(LLAMA_ROLES_LONGER.items())
+    return tuple(
+        trial
+        for seed in range(5, 10)
+        for trial in (
+            Trial("llama-tiny", "DualMuon", 0.0113, seed, 1000),
+            Trial("llama-tiny", "D-Muon", 0.00566, seed, 1000, roles),
+            Trial("llama-tiny", "frame on D-Muon", 0.00566, seed, 1000, roles),
+        )
+    )
+
+
 def tuning() -> tuple[Trial, ...]:
     """What was tried on the tuning seeds."""
     two = "DualMuon, head x 2"
@@ -558,6 +572,9 @@ STUDIES: Final[Mapping[str, Study]] = {
         "the Llama on fourteen more seeds, which decided nothing: whether `DualMuon` is 0.07 below D-Muon tuned by role, and"
         " what is left where that has the frame too",
         llama_seeds(),
+    ),
+    "llama seeds, longer": Study(
+        "the same over 1,000 steps on five more seeds: whether anything is left there", llama_seeds_longer()
     ),
     "parts": Study("the rule as it is with less of the frame, and the frame with multipliers all at 1 or permuted", parts()),
     "tuning": Study("the constants, base rates and factors of roles, on seeds that no table of losses uses", tuning()),
