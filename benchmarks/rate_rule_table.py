@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from shlex import quote
 from typing import Any
 
 import machine
@@ -150,7 +151,7 @@ def plan(names: Sequence[str], rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = ["# The rate rule, measured", ""]
-    lines += [f"- `python benchmarks/rate_rule.py run {name}`: {study.question}" for name, study in STUDIES.items()]
+    lines += [f"- `python benchmarks/rate_rule.py run {quote(name)}`: {study.question}" for name, study in STUDIES.items()]
     lines += [
         "",
         "Differences are of the same seeds, with 95 % intervals by Student's t; negative is better.",
