@@ -100,6 +100,14 @@ def test_ctrl_c_while_a_library_is_imported_is_quiet(tmp_path: Path, library: st
     assert ended.stderr == "layerwise: interrupted\n"
 
 
+def test_without_the_libraries_of_the_lab_the_command_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    ended = subprocess.run([sys.executable, "-m", "layerwise"], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "layerwise: the command line needs typer: pip install 'layerwise[lab]'\n"
+
+
 def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train", "--resme") == 2
     assert "--resume" in capsys.readouterr().err

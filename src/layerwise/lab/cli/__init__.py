@@ -12,8 +12,13 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: always, with the exit code; 130 after Ctrl-C.
     """
     try:
-        from layerwise.lab.cli.app import run  # here: Ctrl-C is quiet while it is imported, too
-
+        try:
+            from layerwise.lab.cli.app import run  # here: Ctrl-C is quiet while it is imported, too
+        except ModuleNotFoundError as error:
+            if (error.name or "layerwise").partition(".")[0] == "layerwise":
+                raise
+            print(f"layerwise: the command line needs {error.name}: pip install 'layerwise[lab]'", file=sys.stderr)
+            sys.exit(2)
         run(arguments)
     except KeyboardInterrupt:
         print("layerwise: interrupted", file=sys.stderr)
