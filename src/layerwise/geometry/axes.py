@@ -16,6 +16,7 @@ from layerwise.geometry.layout import (
     StackLayout,
     TransposedLayout,
     TransposedStackLayout,
+    VectorLayout,
     arranged,
 )
 from layerwise.geometry.split import Split  # noqa: F401 (the type of a field that AxesLayout has from Layout)
@@ -82,3 +83,10 @@ def layout_of(pattern: str) -> Layout:
     """
     known = _KNOWN.get(" ".join(pattern.split()))
     return known() if known is not None else AxesLayout(pattern=pattern)
+
+
+def table_layout(dimensions: int) -> Layout:
+    """Of learned vectors along the last dimension; one of more than three dimensions is one table, whatever numbers it."""
+    if dimensions == 1:
+        return VectorLayout()
+    return layout_of("k i o" if dimensions == 3 else " ".join([*(dimensions - 1) * "i", "o"]))

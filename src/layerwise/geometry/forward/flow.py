@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ CONSTANT = Origin(constant=True)
 POSITIONS = Origin(constant=True, counts=True)
 #: Sums of more results than these keep the last ones: a residual stream, whose rows nobody asks for.
 MOST_ROWS = 4
+_NO_ROW = torch.tensor(-1, device="cpu")
 
 
 def expanded(addresses: Tensor, shape: Size) -> Tensor | None:
@@ -134,7 +136,7 @@ class Written:
     """What was written into a storage, part by part."""
 
     storage: StorageWeakRef
-    rows: Tensor  # for each entry of it, the address of the row that made it
+    rows: list[Tensor]  # for each entry of it, the addresses of the rows that made it
     results_of: frozenset[int] = frozenset()  # numbers of the parameters whose results are in it
 
 
@@ -166,7 +168,7 @@ class Flow:
         results_of = written.results_of - self.evidence.transformed
         if known is not None and known.rows:
             return replace(known, results_of=known.results_of | results_of)
-        return Origin(rows=(_as(tensor, written.rows).clone(),), results_of=results_of)
+        return Origin(rows=tuple(_as(tensor, rows).clone() for rows in written.rows), results_of=results_of)
 
     def origins(self, tensors: Iterable[Tensor]) -> list[Origin]:
         """The origin of each, an empty one where there is none."""
@@ -181,6 +183,10 @@ class Flow:
     def numbers(self, origin: Origin) -> frozenset[int]:
         """The numbers of the parameters whose entries a tensor holds."""
         return frozenset(self.evidence.space.owner(first_address(view)) for view in origin.weights)
+
+    def has_flat(self, origin: Origin) -> bool:
+        """Whether parameters of two dimensions are among those whose entries a tensor holds."""
+        return any(len(self.evidence.space.shapes[number]) == 2 for number in self.numbers(origin))
 
     def matrices(self, origin: Origin) -> frozenset[int]:
         """Those of the parameters that may be weights of a layer."""
@@ -208,11 +214,12 @@ class Flow:
         storage = tensor.untyped_storage()
         known = self._written_into(tensor)
         if known is None:
-            rows = torch.full((storage.nbytes() // tensor.element_size(),), -1, device="cpu")
-            known = self._written[storage._cdata] = Written(StorageWeakRef(storage), rows)
+            known = self._written[storage._cdata] = Written(StorageWeakRef(storage), [])
         known.results_of |= origin.results_of
-        for rows in origin.rows[:1]:
-            _as(tensor, known.rows).copy_(rows)
+        entries = storage.nbytes() // tensor.element_size()
+        known.rows += [torch.full((entries,), -1, device="cpu") for _ in origin.rows[len(known.rows) :]]
+        for kept, rows in zip_longest(known.rows, origin.rows, fillvalue=_NO_ROW):
+            _as(tensor, kept).copy_(rows)
 
     def _written_into(self, tensor: Tensor) -> Written | None:
         if tensor.layout is not torch.strided:

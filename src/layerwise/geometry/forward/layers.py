@@ -36,24 +36,49 @@ def convolution(flow: Flow, op: Operation) -> None:
     flow.used(flow.origins(op.tensors[2:]), "bias")
     result = op.results[0]
     channels = result.ndim - (weight.ndim - 2) - 1
+    size = tuple(weight.shape[2:])
+    flat = size.count(1) == len(size) and not transposed and flow.has_flat(kernel)
     rows = []
     for view in kernel.weights:
-        kernel_size = tuple(view.shape[2:])
-        flow.evidence.used(view, "convolution", groups=groups, transposed=transposed, kernel=kernel_size)
+        if flat:
+            _blocks(flow, op, view, 0, groups)
+        else:
+            flow.evidence.used(view, "convolution", groups=groups, transposed=transposed, kernel=size)
         taps = written_out(view.flatten(2)[..., 0] if view.ndim > 2 else view)
         outputs = taps.unflatten(0, (groups, -1))[:, 0].flatten() if transposed else taps[:, 0]
         steps = [-1 if dim == channels else 1 for dim in range(result.ndim)]
         rows.append(outputs.view(steps).expand(result.shape))
         flow.evidence.transformed |= source.results_of
+    if flat and flow.numbers(source) & flow.factors:  # they make a weight of an adapter
+        for view in source.weights:
+            _blocks(flow, op, view, channels, groups)
+        flow.came_from(result, Origin(constant=True, results_of=flow.numbers(source) | flow.numbers(kernel)))
+        return
+    flow.used([source], "table")
     if not rows:
         flow.transformed_by(kernel, source)
     results_of = kernel.results_of | (flow.numbers(kernel) if rows else frozenset())
     if groups == x.shape[channels] == result.shape[channels]:
         rows += _through_filters(source, channels, result)
     else:
-        flow.evidence.went(source.rows, Site(op.number, 0))
+        for addresses in source.rows:
+            _went_apart(flow, op, addresses, channels, groups if flat else 1)
     results_of |= source.results_of - flow.evidence.transformed
     flow.came_from(result, Origin(rows=tuple(rows), results_of=results_of))
+
+
+def _blocks(flow: Flow, op: Operation, view: Tensor, out: int, groups: int) -> None:
+    """A matrix in a convolution of size one, each group of whose channels is one of its own: loralib's fused adapters."""
+    sides: list[Side] = ["stack"] * view.ndim
+    sides[out : out + 2] = ["out", "in"]
+    flow.evidence.product(view, sides)
+    _went_apart(flow, op, first_of_rows(view, out + 1), out, groups)
+
+
+def _went_apart(flow: Flow, op: Operation, rows: Tensor, dim: int, groups: int) -> None:
+    """Results of rows went to the groups of a convolution."""
+    for group, some in enumerate(rows.chunk(groups, dim)):
+        flow.evidence.went([some], Site(op.number, group))
 
 
 def _through_filters(source: Origin, channels: int, result: Tensor) -> list[Tensor]:

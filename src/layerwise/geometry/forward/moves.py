@@ -43,6 +43,9 @@ def _moved(op: Operation, addresses: Tensor) -> list[Tensor]:
 def join(flow: Flow, op: Operation) -> None:
     """`cat` and `stack`: rows side by side, -1 where a tensor has none."""
     given = [(tensor, flow.origin(tensor) or Origin()) for tensor in op.args[0] if tensor.shape != (0,)]
+    if len(given) == 1 and op.name == "cat":  # as einops packs a single tensor
+        flow.made(op, given[0][1])
+        return
     mixed = not all(origin.constant for _, origin in given)
     flow.used((origin for _, origin in given), "table" if mixed else "other")
     if not mixed:

@@ -18,8 +18,9 @@ from layerwise.geometry.forward.evidence import Axis, Site, Use
 from layerwise.geometry.layout import Layout
 from layerwise.geometry.split import Split
 
-#: A projection is not in more parts than these; what looks like it is a loop over heads or time steps.
-MOST_PARTS = 8
+#: A projection is not in more parts than these (SD3.5's modulation: a shift, scale and gate for three branches); what looks
+#: like it is a loop over heads or time steps.
+MOST_PARTS = 9
 BOTH_WAYS = "some of its matrices are used the other way round: their d_out and d_in are those of the first"
 Factor = tuple[str, int, int]  # (what it does: "o", "i", "k"), size, stride; from the slowest to the fastest
 
@@ -148,9 +149,9 @@ def _pattern(factors: Sequence[Factor], shape: Size) -> str:
 
 
 def channels_split(channels: int, stride: int, sites: Sequence[tuple[Site, Tensor]]) -> Split | None:
-    """The parts of a convolution's output channels where they are queries, keys and values, or gates."""
+    """The parts of a convolution's output channels where two are known to be queries, keys, values or gates."""
     classes = _row_classes([("o", channels, stride)], sites)
-    return split_of(*classes) if classes is not None and all(classes[1]) else None
+    return split_of(*classes) if classes is not None and sum(map(bool, classes[1])) > 1 else None
 
 
 Classes = tuple[tuple[int, ...], tuple[str, ...]]  # the class of each row, the name of each class
@@ -211,8 +212,10 @@ def split_of(kinds: Sequence[int], names: Sequence[str]) -> Split | None:
         p for p in range(1, len(kinds) + 1) if len(kinds) % p == 0 and bool((sequence.view(-1, p) == sequence[:p]).all())
     )
     changes = [0, *(1 + (sequence[1:period] != sequence[: period - 1]).nonzero().flatten()).tolist(), period]
-    if len(changes) - 1 != count:
-        return None  # a part in several pieces of a block
+    pieces = len(changes) - 1
+    if pieces != count:  # a part in several pieces of a block
+        even = len({end - start for start, end in pairwise(changes)}) == 1
+        return Split.equal(*map(str, range(pieces))) if even and len(kinds) == period and pieces <= MOST_PARTS else None
     known = {*names} <= set("qkv") or {*names} == {"gate", "up"}
     called = list(names) if known and len({*names}) == count else [str(i) for i in range(count)]
     sizes = {called[int(sequence[start])]: end - start for start, end in pairwise(changes)}

@@ -210,7 +210,7 @@ def lookup(flow: Flow, op: Operation) -> None:
     if not origin.weights:
         _gathered(flow, op, origin)
         return
-    if op.name == "index" and len(op.args[1]) == 1 and op.tensors[0].ndim > 2:
+    if op.tensors[0].ndim > 2 and _picks_matrices(op):
         some = [expanded(weight.select(0, 0), op.results[0].shape) for weight in origin.weights]
         flow.made(op, Origin(tuple(weight for weight in some if weight is not None), constant=True))
         return
@@ -227,6 +227,11 @@ def lookup(flow: Flow, op: Operation) -> None:
         return
     flow.used([origin], "lookup", counted=counted)
     flow.made(op, Origin(tuple(chosen), constant=constant or bool(chosen)))
+
+
+def _picks_matrices(op: Operation) -> bool:
+    """Whether entries are picked along the first dimension alone: `w[numbers]`, `w.index_select(0, numbers)`."""
+    return (op.name == "index" and len(op.args[1]) == 1) or (op.name == "index_select" and op.argument("dim") == 0)
 
 
 def _permuted(op: Operation, origin: Origin) -> list[Tensor]:

@@ -10,6 +10,7 @@ from itertools import count
 import torch
 from torch import Size, Tensor
 
+from layerwise.geometry.axes import table_layout
 from layerwise.geometry.forward.evidence import Evidence, Kind, Use
 from layerwise.geometry.forward.parts import channels_split, layout_seen
 from layerwise.geometry.found import Found
@@ -18,8 +19,6 @@ from layerwise.geometry.layout import (
     ConvTransposeLayout,
     DepthwiseLayout,
     Layout,
-    TransposedLayout,
-    TransposedStackLayout,
     VectorLayout,
     VectorStackLayout,
 )
@@ -50,8 +49,8 @@ def _seen(found: Found, evidence: Evidence, number: int) -> Found:
         # The weight of a layer, made or used in a way that was not followed.
         return replace(found, role="head")
     if "lookup" in kinds and found.parameter.ndim in (2, 3) and _may_be_a_table(found, kinds):
-        table = TransposedLayout() if found.parameter.ndim == 2 else TransposedStackLayout()
-        layout = found.layout if found.role in ("embedding", "lora_A", "lora_B") else table
+        kept = found.role in ("embedding", "lora_A", "lora_B")
+        layout = found.layout if kept else table_layout(found.parameter.ndim)
         role = found.role if found.is_factor else "embedding"
         positions = role == "embedding" and all(use.counted for use in uses if use.kind == "lookup")
         known = replace(found, role=role, layout=layout, note="", how="forward")
@@ -60,7 +59,8 @@ def _seen(found: Found, evidence: Evidence, number: int) -> Found:
         return _entry_by_entry(found, uses)
     agree = found.role in ("vector", "embedding") and kinds != {"other"}
     added = found.role == "embedding" and kinds <= {"bias", "table"}  # read as a whole: positions
-    return replace(found, how="forward", undecayed=found.undecayed or added) if agree else found
+    note = "" if kinds <= {"gain", "bias", "norm"} else found.note
+    return replace(found, how="forward", note=note, undecayed=found.undecayed or added) if agree else found
 
 
 def _may_be_a_table(found: Found, kinds: set[Kind]) -> bool:
@@ -79,7 +79,7 @@ def _matrix(found: Found, evidence: Evidence, number: int, is_output: bool) -> F
         return replace(found, role="head") if is_output and found.role == "hidden" else found
     looked_up = any(use.kind == "lookup" for use in uses)
     if looked_up and found.role == "embedding" and not is_output:  # a codebook, compared with and read
-        return replace(found, how="forward")
+        return replace(found, note="", how="forward", undecayed=found.undecayed and not found.assumed)
     layout = seen.layout if seen.parts else _with_known_parts(seen.layout, found.layout, shape)
     if is_output or found.role == "head":
         layout = replace(layout, split=None)
@@ -133,8 +133,8 @@ def _entry_by_entry(found: Found, uses: Sequence[Use]) -> Found:
     dimensions = found.parameter.ndim
     tables = ("bias", "table", "norm") if found.role == "embedding" else ("bias", "table")
     is_table = found.role != "vector" and any(use.kind in tables for use in uses)
-    if wide > 1 and dimensions in (2, 3) and is_table:
-        layout: Layout = TransposedLayout() if dimensions == 2 else TransposedStackLayout()
+    if wide > 1 and is_table:
+        layout = table_layout(dimensions)
         return replace(found, role="embedding", layout=layout, note="", how="forward", undecayed=True)
     stacked = wide <= 1 and dimensions == 2 and min(found.parameter.shape) > 1
     layout = VectorStackLayout() if stacked else VectorLayout()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from layerwise.common.parameter_names import canonical_names
-from layerwise.geometry.axes import layout_of
+from layerwise.geometry.axes import layout_of, table_layout
 from layerwise.geometry.forward import Evidence, judged
 from layerwise.geometry.found import Found
 from layerwise.geometry.layout import (
@@ -215,8 +215,7 @@ def _assume(place: _Place, attribute: str) -> Found:
     """A parameter that nothing but its name and shape tells of. Always with a note."""
     dimensions = place.parameter.ndim
     if "pos" in attribute or (dimensions == 3 and place.parameter.shape[0] == 1):
-        tables = {2: TransposedLayout(), 3: TransposedStackLayout()}
-        table = place.assumed("embedding", tables.get(dimensions, VectorLayout()), "a table of learned positions")
+        table = place.assumed("embedding", table_layout(dimensions), "a table of learned positions")
         return replace(table, undecayed=True)
     if attribute.endswith("bias"):
         return place.assumed("vector", VectorLayout(), "a bias")
