@@ -108,6 +108,37 @@ def test_parameters_of_which_nothing_can_be_measured_are_named(model, said):
         pass
 
 
+class UnderTwoNames(nn.Module):
+    """A matrix, a module and a buffer that each have two names; the forward writes the buffer by one and reads the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.norm = self.again = nn.LayerNorm(4)
+        self.register_buffer("written", torch.ones(4))
+        self.register_buffer("read", self.written)
+
+    def forward(self, x):
+        self.written.fill_(2.0)
+        return self.again(self.second(self.norm(self.first(x)).tanh())) * self.read
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_what_has_two_names_is_one(slices):
+    torch.manual_seed(0)
+    model, x = UnderTwoNames().double(), torch.randn(6, 4).double()
+    model.read = model.written  # which `double` parted
+    update = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    exact = function_space_rates(model, update, x, method="exact")
+    rates = function_space_rates(model, update, x, probes=400, slices=slices)
+    assert model.read.tolist() == [1.0] * 4
+    assert list(rates) == ["first.weight", "first.bias", "second.bias", "norm.weight", "norm.bias"]
+    for name, direction in update.items():
+        assert exact[name].value == pytest.approx(quotient(model, name, direction, x), rel=1e-7)
+        assert rates[name].value == pytest.approx(exact[name].value, abs=4 * rates[name].stderr)
+
+
 def test_an_empty_update_is_told():
     with pytest.raises(LayerwiseError, match="update is empty"):
         function_space_rates(nn.Linear(4, 3), {}, torch.zeros(2, 4))

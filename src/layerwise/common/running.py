@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -155,15 +155,22 @@ class Writes(TorchDispatchMode):
 
 def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that an operation writes into: its first argument in place, those for `out`."""
-    schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable:
+    places = _written_arguments(func)
+    if not places:
         return []
     if func is torch.ops.aten.set_.source_Tensor and args[0].is_set_to(args[1]):
         return []  # a parametrization that is registered or removed sets its weight to what it is
-    places = [(at, argument.name) for at, argument in enumerate(schema.arguments) if argument.is_write]
     targets = [args[at] if at < len(args) else kwargs.get(name) for at, name in places]
     several = [target if isinstance(target, (tuple, list)) else (target,) for target in targets]
     return [tensor for tensors in several for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+@cache
+def _written_arguments(func: Any) -> list[tuple[int, str]]:
+    """Place and name of each argument that an operation writes into."""
+    schema = getattr(func, "_schema", None)
+    arguments = [] if schema is None or not schema.is_mutable else schema.arguments
+    return [(at, argument.name) for at, argument in enumerate(arguments) if argument.is_write]
 
 
 def storage(tensor: Tensor) -> int | None:
@@ -180,17 +187,22 @@ class Kept:
         model: the model.
 
     Attributes:
+        modules: the model's.
+        tensors: its parameters and buffers.
         counted: the tensors whose version counters are to stay as well.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [KeptModule(module) for module in model.modules()]
+        self.modules = list(model.modules())
+        parameters, buffers = list(model.parameters()), list(model.buffers())
+        self.tensors = (*parameters, *buffers)
+        self._modules = [KeptModule(module) for module in self.modules]
         self._parameters = []
-        for p in model.parameters():
+        for p in parameters:
             hooks = {name: dict(getattr(p, name) or {}) for name in GRADIENT_HOOKS}
             data = p.data if type(p) is nn.Parameter else None
             self._parameters.append(KeptParameter(p, data, p.grad, p.requires_grad, hooks))
-        self._values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+        self._values = [(buffer, buffer.clone()) for buffer in buffers if not buffer.is_meta]
         plain = [each for each in self._parameters if each.data is not None]
         gradients = [each.grad for each in plain if each.grad is not None]
         self._not_copied = (*(each.data for each in plain if each.data is not None), *gradients)
@@ -259,8 +271,8 @@ class KeptModule:
         if reshard is not None:
             reshard()
         for key, contents in self.contents.items():
-            if key != "_parameters" or reshard is None:
-                held = self.attributes[key]
+            held = self.attributes[key]
+            if (contents or held) and (key != "_parameters" or reshard is None):  # most are empty
                 held.clear()
                 if isinstance(held, list):
                     held.extend(contents)

@@ -15,6 +15,12 @@ def or_one(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
+def largest_entry(tensor: Tensor) -> Tensor:
+    """The largest absolute entry of one that has some, without a tensor of absolute ones."""
+    low, high = tensor.aminmax()
+    return torch.maximum(-low, high)
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest floating-point type of a device: float64, and float32 on Apple's, which has nothing wider."""
     return torch.float32 if device.type == "mps" else torch.float64

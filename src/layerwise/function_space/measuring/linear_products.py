@@ -30,7 +30,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from layerwise.common.tensors import or_one, wide_dtype
+from layerwise.common.tensors import largest_entry, or_one, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.moments import Moments
 from layerwise.function_space.measuring.outputs import nodes_of
@@ -72,21 +72,26 @@ class ProductMoments(Moments):
         For `full_cov` the sums of `Z` over `exp(log_scale / 2)`, and else log moments.
         """
         update, wide = self.update, wide_dtype(grads.device)
-        largest, reach = _scale(update.largest), _scale(inputs.abs().amax())
         if self.estimator.total:
             if self.moved is None:
+                largest, reach = self._scales(inputs)
                 self.moved = self._moved(inputs.to(update.dtype), largest * reach)
                 self.log_scale = 2 * (largest.to(wide).log() + reach.to(wide).log())
             totals = (grads.to(update.dtype) * self.moved).sum((1, 2))
             return totals.to(wide)[:, None].expand(-1, 3)
         # Products of numbers of order one, without a copy of the inputs.
-        peak = _scale(grads.abs().amax())
+        largest, reach = self._scales(inputs)
+        peak = _scale(largest_entry(grads))
         left, right = (grads[0] / peak / reach, inputs[0])
         if not self.by_output:
             left, right = right, left
         found = torch.stack(self._by_pieces(left, right, largest)).to(wide).log()
         logs = found + sum(2 * s.to(wide).log() for s in (largest, peak, reach))
         return torch.cat([logs, logs.new_zeros(3 - len(found))])[None]
+
+    def _scales(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the update and of the inputs."""
+        return _scale(self.update.largest), _scale(largest_entry(inputs))
 
     def _moved(self, inputs: Tensor, scale: Tensor) -> Tensor:
         """The product of the inputs and the update over `scale`, `[slices, positions, out]`."""
@@ -265,12 +270,9 @@ class Products(TorchFunctionMode):
 
 def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Product]:
     """The leaves that the graph of `values` uses once, and in a product that can be measured."""
-    places: dict[Node, str] = {get_gradient_edge(leaf).node: name for name, leaf in leaves.items()}
-    uses: Counter[str] = Counter()
-    products: dict[str, Product] = {}
-    for node in nodes_of(values):
-        product = getattr(node, "product", None)
-        if isinstance(product, Product):
-            products[product.name] = product
-        uses.update(places[following] for following, _ in node.next_functions if following in places)
+    nodes = list(nodes_of(values))
+    found = (getattr(node, "product", None) for node in nodes)
+    products = {product.name: product for product in found if isinstance(product, Product)}
+    places: dict[Node, str] = {get_gradient_edge(leaves[name]).node: name for name in products}
+    uses = Counter(places[following] for node in nodes for following, _ in node.next_functions if following in places)
     return {name: product for name, product in products.items() if uses[name] == 1}

@@ -241,10 +241,10 @@ class Run:
         by_estimator: dict[tuple[str, tuple[int, ...]], dict[str, Tensor]] = defaultdict(dict)
         for name, rows in to_host({name: torch.cat(several) for name, several in logs.items()}, self.processes.same).items():
             estimator = ESTIMATORS[self.settings.method](tuple(self.updates[name].new.shape))
-            by_estimator[estimator.name, estimator.exponents][name] = rows - per_entry
+            by_estimator[estimator.name, estimator.exponents][name] = rows
         values = {}
         for (used, exponents), found in by_estimator.items():
-            rates = combine(exponents, torch.stack(list(found.values())), weights)
+            rates = combine(exponents, torch.stack(list(found.values())) - per_entry, weights)
             values.update({n: (*rate, used) for n, rate in zip(found, rates, strict=True)})
         return {name: values[name] for name in logs}
 

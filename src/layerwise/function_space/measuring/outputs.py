@@ -238,9 +238,10 @@ def random_signs(states: Tensor, first_row: int, like: Tensor) -> Tensor:
     starts = _mixed(states.to(device)[:, None] + numbers * _WEYL)
     places = torch.arange(1, 1 - (-width // 64), dtype=torch.int64, device=device)
     words = _mixed(starts[..., None] + places * _WEYL)  # [probes, rows, places], of 64 bits each
-    shifts = torch.arange(8, dtype=torch.uint8, device=device)
-    bits = (words.view(torch.uint8)[..., None] >> shifts & 1).flatten(2)[..., :width]
-    return bits.to(like.dtype).mul_(2).sub_(1).reshape(len(states), *like.shape)
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    of_byte = (2 * bits - 1).to(like.dtype)  # looked up, a byte at a time: there are many more entries than these
+    signs = torch.nn.functional.embedding(words.view(torch.uint8).int(), of_byte).flatten(2)[..., :width]
+    return signs.reshape(len(states), *like.shape)
 
 
 def _mixed(z: Tensor) -> Tensor:

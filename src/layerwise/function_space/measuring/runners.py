@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -86,7 +86,9 @@ class LeafRunner(nn.Module, Runner):
         self.function = forward
         #: What a forward may leave behind (hidden states, caches): the next one starts without it.
         self.kept = [KeptModule(module) for module in model.modules()]
-        self.own = dict(model.named_parameters())
+        self.own, self.own_buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        #: The further names of tied ones. `functional_call` would look for them in each forward.
+        self.tied = tied(model)
         #: Parameters that the forward writes: it gets copies of them.
         self.written = renormalised(model)
         others = {n: p for n, p in self.own.items() if n not in points and (p.requires_grad or n in self.written)}
@@ -111,14 +113,15 @@ class LeafRunner(nn.Module, Runner):
 
     def outputs_at(self, measured: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
         """The outputs with these tensors in the place of parameters, and copies of the buffers."""
-        tensors: dict[str, Tensor] = {name: b.clone() for name, b in self.model.named_buffers()}
+        tensors = {name: b.clone() for name, b in self.own_buffers.items()}
         for name, tensor in {**self.others, **self.points, **measured}.items():
             tensors[name] = tensor.clone() if name in self.written else tensor
             tensors[name].__dict__.update(self.own[name].__dict__)  # attributes that users put on their parameters
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        named |= {f"model.{name}": tensors[first] for name, first in self.tied.items() if first in tensors}
         before = {} if self.seen else {name: storage(tensor) for name, tensor in tensors.items()}
         with nullcontext() if self.seen else Writes(self._refuse):
-            found = torch.func.functional_call(self, named, (batch,))
+            found = torch.func.functional_call(self, named, (batch,), tie_weights=False)
         for name, place in before.items():
             if storage(tensors[name]) != place:  # `.data` was set
                 raise LayerwiseError(WRITES.format(name))
@@ -174,7 +177,7 @@ class ProductRunner(LeafRunner):
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
-        with Products(leaves):
+        with Products(leaves) if torch.is_grad_enabled() else nullcontext():
             return replace(self.outputs_at(leaves, batch, mask), leaves=leaves)
 
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
@@ -252,7 +255,15 @@ def _hand_over(collector: Collector, name: str, leaf: Tensor) -> None:
 def renormalised(model: nn.Module) -> set[str]:
     """Names of embeddings with `max_norm`, which write their weights whenever these are read."""
     written = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-    return {name for name, p in model.named_parameters() if id(p) in written}
+    return {name for name, p in model.named_parameters() if id(p) in written} if written else set()
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Of each name that a parameter or buffer has beside its first: that first one."""
+    every = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
+    names = ((name, first.setdefault(id(tensor), name)) for name, tensor in chain(*every))
+    return {name: known for name, known in names if name != known}
 
 
 def check_numbers(parameters: Mapping[str, Tensor]) -> None:
@@ -284,10 +295,9 @@ def in_evaluation_mode(
     row, whose update counts like any. Wrappers that checkpoint activations do not: they would run the forward again at the
     weights of that time, the model's own.
     """
-    tensors = (*model.parameters(), *model.buffers())
-    with undisturbed(model), torch.enable_grad(), under_autocast(tensors, autocast):
+    with undisturbed(model) as kept, torch.enable_grad(), under_autocast(kept.tensors, autocast):
         model.__dict__[MEASURED] = True  # goes as it came, with all that is set here
-        for module in model.modules():
+        for module in kept.modules:
             if isinstance(module, _RUNNING_STATISTICS):
                 module.training = batch_norm == "batch"
             elif not (isinstance(module, nn.RNNBase) and not module.dropout):
