@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -139,6 +141,38 @@ def test_an_interrupted_run_goes_on(words: list[str], tmp_path: Path) -> None:
     run = result.contenders[0].runs[0]
     assert run.status == "finished"
     assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4]
+
+
+def test_processes_side_by_side_share_the_contenders_out(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process ended at the run that the first one was at, or made once more what was under way."""
+    config = configured(
+        words, "compare.optimizers=[adamw, lanton]", "compare.lr_grid.adamw=[1e-3, 2e-3]",
+        "compare.by_role=[adamw]", "compare.roles={head: [2]}", "compare.seeds=2",
+    )  # fmt: skip
+    fake = FakeTraining(best=1e-3)
+    made: list[Any] = []
+    second: list[Future[Any]] = []
+    second_waits = Event()
+
+    def train(given: Any, **keywords: Any) -> Any:
+        if not given.run_path.exists():
+            made.append(given)
+            if len(made) == 1:
+                second.append(pool.submit(compare, config, say))
+                assert second_waits.wait(60)
+        return fake(given, **keywords)
+
+    def say(line: str) -> None:
+        if line == "AdamW: another process makes its runs, and is waited for":
+            second_waits.set()
+
+    monkeypatch.setattr(module, "train", train)
+    with ThreadPoolExecutor() as pool:
+        first = compare(config)
+        other = second[0].result(timeout=60)
+    assert [given.run_path.name for given in made[:3]] == ["adamw-1", "lanton-1", "lanton-2"]  # two by the second one
+    assert len({str(identity(given.model_dump())) for given in made}) == len(made)
+    assert [c.final_losses for c in other.contenders] == [c.final_losses for c in first.contenders]
 
 
 # ------------------------------------------------------------------ grids

@@ -1,7 +1,8 @@
 """Compare optimizers: the same model, initial weights and batches for each, at given rates or each at its best of a grid.
 
 Runs lie side by side in one folder and are found again by their config (`Runner.place`): one that has ended is never
-repeated, one that was interrupted goes on, whatever the command that asks for it.
+repeated, one that was interrupted goes on, whatever the command that asks for it. Processes that make one comparison side
+by side share its contenders out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from layerwise.lab.experiments.tuning import Point, Search
 from layerwise.lab.optimizers.registry import base_rates, plain_preset
 from layerwise.lab.report import Contender, RateCurve
 from layerwise.lab.report.grouping import looks
-from layerwise.lab.runs.directory import find_runs, has_ended, read_run
+from layerwise.lab.runs.directory import claimed, find_runs, has_ended, read_run
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.progress import PlainProgress
 from layerwise.lab.training.run import check_buildable, complete, train
@@ -50,9 +51,33 @@ class Runner:
     def __init__(self, config: CompareConfig, say: Callable[[str], None]) -> None:
         self.config, self.say = config, say
         self._paths: dict[str, Path] = {}
-        for path in find_runs(config.run_path) if config.run_path.is_dir() else ():
-            with suppress(LayerwiseError):  # not a run we could use; its folder's name stays taken
-                self._paths[hashed(identity(read_run(path).config))] = path
+
+    @contextmanager
+    def alone_with(self, entry: Entry, wait: bool = True) -> Iterator[bool]:
+        """Whether no other process makes runs of the contender until the block ends; those that are there are known then.
+
+        Contenders of one optimizer (tuned by role, and plain) have runs in common: they are one work.
+        """
+        work = hashed(entry.optimizer.model_dump(exclude={"lr"}))
+        with claimed(self.config.run_path, work, wait) as free:
+            for path in find_runs(self.config.run_path):
+                with suppress(LayerwiseError):  # not a run we could use; its folder's name stays taken
+                    self._paths[hashed(identity(read_run(path).config))] = path
+            yield free
+
+    def shared_out(self, searches: Sequence[Search]) -> Iterator[Search]:
+        """The searches one after the other; those that another process is at come last, when it is done with them."""
+        taken: list[Search] = []
+        for search in searches:
+            with self.alone_with(search.entry, wait=False) as free:
+                if free:
+                    yield search
+                else:
+                    taken.append(search)
+        for search in taken:
+            self.say(f"{search.entry.label}: another process makes its runs, and is waited for")
+            with self.alone_with(search.entry):
+                yield search
 
     def runs(self, entry: Entry, point: Point, length: float = 1.0) -> list[Run]:
         """A run per seed of the contender at a point; `length`: a fraction of the comparison's steps."""
@@ -121,14 +146,15 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     check_buildable(example for entry in listed for example in runner.examples(entry))
     chosen = looks([entry.optimizer.name for entry in listed])
     searches = [Search(entry, look, runner.runs, section.trials, say) for entry, look in zip(listed, chosen, strict=True)]
-    for search in searches:
+    for search in runner.shared_out(searches):
         search.finish()
     curves = [search.curve for search in searches]
     made = Comparison([search.at_best for search in searches], curves, list(notes(config, searches)), [])
     if not made.tuned and section.seeds == 1 and section.baseline is None:
         return made
     base = baseline(section, searches)
-    lengths = {length: runner.runs(base.entry, base.best, length) for length in section.lengths}
+    with runner.alone_with(base.entry):
+        lengths = {length: runner.runs(base.entry, base.best, length) for length in section.lengths}
     stood = standings(searches, base, lengths)
     return replace(made, standings=stood, notes=[*made.notes, standings_note(base, section.trials)])
 

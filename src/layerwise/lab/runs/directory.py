@@ -20,7 +20,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -146,16 +146,36 @@ def find_runs(folder: str | Path) -> Iterator[Path]:
     return (file.parent for file in sorted(Path(folder).rglob(RUN_FILE)))
 
 
+def _lock_file(path: Path) -> IO[Any]:
+    """A file to lock, in a folder that is made where it is not there. Raises LayerwiseError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "w")
+    except OSError as error:
+        raise LayerwiseError(f"run.dir, run.name: cannot make or write in {path.parent}: {error.strerror}") from None
+
+
+@contextmanager
+def claimed(folder: Path, name: str, wait: bool) -> Iterator[bool]:
+    """Whether this process alone has the work of a name in a folder, until the block ends or the process dies.
+
+    With `wait` it has it, as soon as the process that does ends its own.
+    """
+    with _lock_file(folder / f".{name}.lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        yield free
+
+
 class RunWriter(AbstractContextManager["RunWriter"]):
     """The one writer of a run directory, which it locks until it is closed or its process dies."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until close()
-        except OSError as error:
-            raise LayerwiseError(f"run.dir, run.name: cannot make or write in {self.path}: {error.strerror}") from None
+        self._lock = _lock_file(self.path / ".lock")
         lock(self._lock, f"run {self.path}: another process is writing it; wait, or set run.name")
         self._info: dict[str, Any] = {}
         self._events: Any = None
