@@ -26,6 +26,11 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """In the widest floating-point type of its device."""
+    return tensor.to(wide_dtype(tensor.device))
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor, told without importing torch.distributed.tensor, which is slow to."""
     return hasattr(tensor, "to_local")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from layerwise.common.group_by import group_by
+from layerwise.common.tensors import widened
 from layerwise.errors import LayerwiseError
 from layerwise.optim.rounding import HALF, is_stochastic, move_once_rounded, store
 from layerwise.optim.rules.rule import NormGroup, RateRule
@@ -374,7 +375,7 @@ def move(jobs: Sequence[Job], directions: Sequence[Tensor], keep: Tensor | None)
         if decay != 0.0:
             decayed = lr * decay
             if keep is not None:  # in float64 what is on the device comes out as the host's arithmetic does
-                decayed = keep.to(params[0].device).double() * decayed
+                decayed = widened(keep.to(params[0].device)) * decayed
             left = 1.0 - decayed  # of the weights; torch multiplies a list by a tensor in a third of a number's time
             torch._foreach_mul_(params, left.to(params[0]) if isinstance(left, Tensor) else params[0].new_full((), left))
         if isinstance(lr, Tensor):

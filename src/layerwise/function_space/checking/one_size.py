@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from layerwise.common.parameter_names import unwrap_optimizer
 from layerwise.common.running import call_given
+from layerwise.common.tensors import widened
 from layerwise.function_space.checking.checked_batches import inputs_of
 from layerwise.function_space.checking.size_check import Quantity, Value
 from layerwise.function_space.matching.base_rates import BaseRates
@@ -193,4 +194,4 @@ def _rms(tensors: list[Tensor]) -> float:
     entries = sum(t.numel() for t in tensors)
     if not entries:
         return 0.0
-    return float(torch.stack([t.double().square().sum() for t in tensors]).sum() / entries) ** 0.5
+    return float(torch.stack([widened(t).square().sum() for t in tensors]).sum() / entries) ** 0.5

@@ -16,7 +16,7 @@ from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.group_by import group_by
 from layerwise.common.parameter_names import first_few
 from layerwise.common.running import same_random_numbers
-from layerwise.common.tensors import is_sharded, to_host
+from layerwise.common.tensors import is_sharded, to_host, widened
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.exact import Change
 from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
@@ -195,7 +195,7 @@ class Run:
                         raise nothing_counts(change.outputs.mask is not None)
                 square = change.log_square()
                 if self.processes.count > 1:
-                    square = self.processes.sum_(square.double().exp()).log()
+                    square = self.processes.sum_(widened(square).exp()).log()
                 logs[name].append(square - math.log(counted))
                 formulas[name] = change.formula
         if not logs:

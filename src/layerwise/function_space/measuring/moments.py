@@ -22,7 +22,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from layerwise.common.tensors import is_sharded, largest_entry, local_part, or_one, wide_dtype
+from layerwise.common.tensors import is_sharded, largest_entry, local_part, or_one, wide_dtype, widened
 
 # Rows are taken in pieces of about this many entries: on a CPU a piece then stays in cache for all its sums, and the
 # temporary never grows with the tensor (an embedding can be a third of a model).
@@ -233,8 +233,8 @@ class Moments:
 
     def unscaled_sums(self, grads: Tensor) -> Tensor:
         """The same without scales, which differ between processes; in float64, which has room for squares."""
-        scaled = self.sums(grads).double()
-        scale = reduce(torch.mul, [s.double() for s in self.scales])
+        scaled = widened(self.sums(grads))
+        scale = reduce(torch.mul, [widened(s) for s in self.scales])
         if self.estimator.total:
             return scaled * scale
         squares = len(self.estimator.view) if self.estimator.per_dim else 1
@@ -245,7 +245,7 @@ class Moments:
         if self.estimator.per_dim:
             last = len(self.estimator.view)
             sums = torch.cat([sums[:, :1], _squares(sums[:, last:]), sums[:, 1:last]], 1)
-        logs = sums.to(wide_dtype(sums.device)).abs().log()
+        logs = widened(sums).abs().log()
         self.found.append((logs * 2 if self.estimator.total else logs) + log_scale)
 
     def logs(self, probes: int) -> Tensor:

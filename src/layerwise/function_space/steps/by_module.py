@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.group_by import group_by
-from layerwise.common.tensors import is_sharded, local_part, to_host
+from layerwise.common.tensors import is_sharded, local_part, to_host, widened
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 from layerwise.function_space.steps.spectral_norm import Sum, spectral_norms
@@ -197,11 +197,11 @@ def _sums(weights: Tensor, deltas: Tensor, gradients: Tensor | None = None, earl
 
 def _squares(rows: Tensor) -> Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
-    return torch.linalg.vector_norm(rows, dim=1, dtype=wide).double().square()
+    return widened(torch.linalg.vector_norm(rows, dim=1, dtype=wide)).square()
 
 
 def _dots(rows: Tensor, others: Tensor) -> Tensor:
-    return torch.linalg.vecdot(rows, others).double()
+    return widened(torch.linalg.vecdot(rows, others))
 
 
 #: What parameters of the model itself, in no module of it, are listed under.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.group_by import group_by
-from layerwise.common.tensors import or_one
+from layerwise.common.tensors import or_one, widened
 
 #: What adds a tensor over the processes that hold parts of one matrix, in place.
 Sum = Callable[[Tensor], Tensor]
@@ -145,6 +145,6 @@ def _start(stacks: Sequence[Tensor]) -> Tensor:
 
 def _summed(parts: Sequence[Tensor], sum_: Sum) -> list[Tensor]:
     """Tensors added over processes in one exchange."""
-    total = sum_(torch.cat([part.double().flatten() for part in parts]))
+    total = sum_(torch.cat([widened(part).flatten() for part in parts]))
     pieces = total.split([part.numel() for part in parts])
     return [piece.reshape(part.shape).to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]

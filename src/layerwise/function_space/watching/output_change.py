@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from layerwise.common.checked import PositiveInt, checked
+from layerwise.common.tensors import widened
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.measurement import Measurement, Run
 from layerwise.function_space.measuring.outputs import Forward, Outputs
@@ -107,7 +108,7 @@ class OutputChange:
         new = self._outputs(run, inputs)
         with step.undone():
             old = self._outputs(run, inputs)
-        difference = new.values.double() - old.values.double()
+        difference = widened(new.values) - widened(old.values)
         if new.mask is not None:
             difference = torch.where(new.mask, difference, 0.0)
         _, [entries] = run.count(new)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layerwise.common.tensors import or_one
+from layerwise.common.tensors import or_one, widened
 from layerwise.geometry.spectral.newton_schulz import POLYNOMIALS, newton_schulz, normalised_in, passes_count
 
 Seed = int | Tensor
@@ -65,7 +65,7 @@ def nuclear_estimate(x: Tensor, square: Tensor, seed: Seed, probes: int, steps: 
 def square_norm(x: Tensor) -> Tensor:
     """`||X||_F^2`, in float64 from the norms of its rows as they lie in memory: exact to a rounding of x's precision."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1 if x.stride(-1) == 1 else -2)
-    return norms.double().square().sum(-1)
+    return widened(norms).square().sum(-1)
 
 
 def _bidiagonalise(x: Tensor, z: Tensor, steps: int) -> Tensor:

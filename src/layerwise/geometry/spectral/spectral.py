@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
+from layerwise.common.tensors import wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.layout import remember
 from layerwise.geometry.norms import Geometry
@@ -198,7 +199,8 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
             `"lanczos"`: stochastic, below 10 % on the spectra that the tests have: power laws, geometric, log-spaced, low
             rank with a tail, white noise, gradients (one, 32 large values above a tail of three decades, up to 14 %). It
             reads the matrix 7 times, 11 above 2048 rows, and waits for nothing; see `layerwise.geometry.spectral.lanczos`.
-            Up to four rows a probe (six above 2048) it is the exact method of `"auto"`.
+            Up to four rows a probe (six above 2048), and on Apple's GPUs, which have no float64, it is the exact
+            method of `"auto"`.
             `"auto"`: `"gram"` for matrices of up to 128 rows or columns, on a GPU `"polar"` up to 64; else `"lanczos"`.
         seed: picks the random probes of `"lanczos"`: an int, or an integer tensor on the device (so that a compiled
             step takes a new value without recompiling), of shape [] or with one entry a matrix, `[...]`. Matrices of one
@@ -229,8 +231,10 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
     if method in ("auto", "lanczos"):
         exact, up_to = ON_CPU if x.device.type == "cpu" else ON_GPU
         rows = x.size(-2)
-        small = method == "auto" and rows <= up_to
-        method = exact if small or rows <= probes * steps_for(rows) else "lanczos"  # there the Krylov space is everything
+        small = (method == "auto" and rows <= up_to) or rows <= probes * steps_for(
+            rows
+        )  # there the Krylov space is everything
+        method = exact if small or wide_dtype(x.device) != torch.float64 else "lanczos"
     if method == "lanczos" and passes_count(x):
         square = square_norm(x)  # of a usual matrix nothing leaves the range, so it is read once instead of three times
         if ((square > 1e-12) & (square < 1e36)).all():

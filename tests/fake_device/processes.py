@@ -1,9 +1,9 @@
-"""Steps shared out between two processes. `python processes.py LIBRARY` prints a line for each.
+"""Steps shared out between two processes.
 
 The group takes tensors of the device alone, as NCCL's does; what is on the host needs one of gloo.
 """
 
-from cuda import CONTROLS, batch, net, prepare, run, train  # first: it loads the device
+from device import CONTROLS, batch, net, prepare, run, train  # first: it loads the device
 
 # isort: split
 import torch

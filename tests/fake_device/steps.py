@@ -1,6 +1,6 @@
-"""Steps and measurements. `python steps.py LIBRARY` prints a line for each."""
+"""Steps and measurements."""
 
-from cuda import CONTROLS, batch, net, prepare, run, train  # first: it loads the device
+from device import CONTROLS, DEVICE, batch, net, prepare, run, train  # first: it loads the device
 
 # isort: split
 import torch
@@ -24,7 +24,7 @@ def rates_on_the_device(name):
     model = net()
     optimizer = make(name, model)
     for group in optimizer.param_groups:
-        group["lr"] = torch.full((), 0.01, device="cuda")
+        group["lr"] = torch.full((), 0.01, device=DEVICE)
     train(optimizer, model)
 
 
@@ -91,7 +91,7 @@ ANY = {
     "dual-muon": lambda model: lw.DualMuon(lw.param_groups(model)),
     "adamw": lambda model: torch.optim.AdamW(model.parameters()),
     "capturable adamw": lambda model: torch.optim.AdamW(
-        model.parameters(), lr=torch.tensor(0.1, device="cuda"), capturable=True
+        model.parameters(), lr=torch.tensor(0.1, device=DEVICE), capturable=True
     ),
 }
 
@@ -110,6 +110,8 @@ def cases():
     yield "roles", (roles, MEASUREMENT)
     for method in ("full_cov", "iid"):
         yield f"measured, {method}", (lambda m=method: measured(m), MEASUREMENT)
+    if DEVICE == "mps":
+        del ANY["capturable adamw"]  # torch has it on CUDA alone
     for kind in ANY:
         yield f"{kind}, recorded", (lambda k=kind: recorded(k, slices=2), MEASUREMENT)
         yield f"{kind}, matched", (lambda k=kind: matched(k), MEASUREMENT)
@@ -117,6 +119,6 @@ def cases():
     yield from CONTROLS.items()
 
 
-STEP, MEASUREMENT = ("cpu",), ("cpu", "cuda")
+STEP, MEASUREMENT = ("cpu",), ("cpu", DEVICE)
 prepare()
 run(cases())

@@ -1,14 +1,19 @@
-// A CUDA device without a GPU, for a torch that was built for processors: tensors have its device and no memory, streams
-// and events do nothing. Autograd's engine asks for it; torch's FakeTensorMode does the rest.
+// A GPU that is none, for a torch that was built for processors: tensors have its device (DEVICE is CUDA or MPS) and no
+// memory, streams and events do nothing. Autograd's engine asks for it; torch's FakeTensorMode does the rest.
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/detail/MPSHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#define JOINED(a, b) a##b
+#define OF(device, name) JOINED(device, name)
+#define REGISTER(registry, name) C10_REGISTER_CLASS(registry, name, name)  // which makes a text of the name
 
 namespace {
 using namespace c10;
 
-const Device device{DeviceType::CUDA, 0};
+const Device device{DeviceType::DEVICE, 0};
 
-struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::DEVICE> {
   Device exchangeDevice(Device) const override { return device; }
   Device getDevice() const override { return device; }
   Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, device); }
@@ -17,19 +22,20 @@ struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
 };
-C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+C10_REGISTER_GUARD_IMPL(DEVICE, Guard)
 
-struct CUDAHooks : at::CUDAHooksInterface {  // the registry knows it by this name
-  CUDAHooks(at::CUDAHooksArgs) {}
+struct OF(DEVICE, Hooks) : at::OF(DEVICE, HooksInterface) {  // the registry knows it by this name
+  template <class... Nothing>
+  OF(DEVICE, Hooks)(Nothing...) {}
   void init() const override {}
-  bool hasCUDA() const override { return true; }
+  bool OF(has, DEVICE)() const override { return true; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
-using at::CUDAHooksRegistry;
-using at::RegistererCUDAHooksRegistry;
-REGISTER_CUDA_HOOKS(CUDAHooks)
+using at::OF(DEVICE, HooksRegistry);
+using at::OF(OF(Registerer, DEVICE), HooksRegistry);
+REGISTER(OF(DEVICE, HooksRegistry), OF(DEVICE, Hooks))
 }  // namespace

@@ -1,7 +1,7 @@
-"""A device of type "cuda" that is none: what the scripts beside this one share. Import it first.
+"""A GPU that is none: what the scripts beside this one share. Import it first. `python SCRIPT LIBRARY cuda|mps`.
 
 Tensors have shapes, dtypes and devices but no numbers. An operation on tensors of two devices fails, as it would on a GPU,
-and so does what reads a number of the device, where that is not allowed.
+and so does what reads a number of the device, where that is not allowed, and float64 on Apple's.
 """
 
 import ctypes
@@ -15,7 +15,10 @@ from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from layerwise.optim import guard, rounding  # noqa: E402
+
 ATEN = torch.ops.aten
+DEVICE = sys.argv[2]
 
 
 class Event:
@@ -38,7 +41,11 @@ class Readable(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in (ATEN._local_scalar_dense.default, ATEN.equal.default) and args[0].device.type in self.devices:
             return 1.0 if args[0].dtype.is_floating_point and function is not ATEN.equal.default else 1
-        return function(*args, **(kwargs or {}))
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "mps" and tensor.dtype == torch.float64:
+                raise TypeError("float64 on a device that has none")
+        return found
 
 
 class Net(nn.Module):
@@ -52,17 +59,18 @@ class Net(nn.Module):
         self.up = nn.Linear(16, 64)
         self.down = nn.Linear(64, 16)
         self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.wide = nn.Sequential(nn.Linear(16, 80), nn.Linear(80, 80), nn.Linear(80, 16))  # whose noise is estimated
         self.experts = nn.Parameter(torch.randn(4, 16, 16))
         self.head = nn.Linear(16, 32, bias=False)
 
     def forward(self, tokens):
         h = self.table(tokens) + self.positions
         h = h + self.down(torch.relu(self.up(self.norm(h))))
-        h = h + self.conv(h.mT).mT
+        h = h + self.conv(h.mT).mT + self.wide(h)
         return self.head(h + torch.einsum("btd,edf->btf", h, self.experts))
 
 
-def net(dtype=torch.float32, device="cuda"):
+def net(dtype=torch.float32, device=DEVICE):
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
@@ -72,7 +80,7 @@ def net(dtype=torch.float32, device="cuda"):
 
 
 def batch():
-    return torch.zeros(2, 8, dtype=torch.long, device="cuda")
+    return torch.zeros(2, 8, dtype=torch.long, device=DEVICE)
 
 
 def train(optimizer, model, steps=5):
@@ -87,19 +95,28 @@ def train(optimizer, model, steps=5):
 
 
 def mixed_devices():
-    torch.zeros(2, device="cuda") + torch.zeros(2)
+    torch.zeros(2, device=DEVICE) + torch.zeros(2)
 
 
 def a_number():
-    bool(torch.zeros(2, device="cuda").sum())
+    bool(torch.zeros(2, device=DEVICE).sum())
+
+
+def float64():
+    torch.zeros(2, device=DEVICE).double()
 
 
 #: Name -> what is done, and the devices that may be read.
-CONTROLS = {"control: two devices": (mixed_devices, ("cpu", "cuda")), "control: a number": (a_number, ("cpu",))}
+CONTROLS = {
+    "control: two devices": (mixed_devices, ("cpu", DEVICE)),
+    "control: a number": (a_number, ("cpu",)),
+    "control: float64": (float64, ("cpu",)),
+}
 
 
 def prepare():
-    """What torch's Python asks of a device."""
+    """What torch's Python asks of a device, and that no step looks whether its gradients were finite: flags never arrive."""
+    guard.WITH_EVENTS = rounding.WITH_EVENTS = (DEVICE,)
     torch.cuda.Event = Event
     torch.cuda.get_rng_state = lambda device=0: torch.zeros(16, dtype=torch.uint8)
     torch.cuda.set_rng_state = lambda state, device=0: None
