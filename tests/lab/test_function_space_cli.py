@@ -312,6 +312,9 @@ def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest
     assert "modules change with the width" in out
     assert call("check", str(config), "--sizes", "8,32", "--seeds", "0", "--tolerance", "9", "--steps", "1", *few) == 0
     assert "are flat in the width" in capsys.readouterr().out
+    of_a_sweep = ["sweep.axis=depth", "sweep.sizes=[1, 2]"]  # it says what is varied, and was refused
+    assert call("check", str(config), *of_a_sweep, "--seeds", "0", "--tolerance", "9", "--steps", "1", *few) == 0
+    assert "are flat in the depth" in capsys.readouterr().out
     for words, message in (
         (["check", str(config)], "check needs --sizes"),
         (["check", str(config), "--sizes", "8"], "give at least two"),

@@ -142,9 +142,9 @@ class Rates(Mapping[str, Rate]):
             numbers = (f"{rate.value:.4g}", *both, f"{rate.stderr:.2g}", f"{100 * rate.share:.1f}%")
             rows.append((name, *numbers, rate.estimator))
         how = f"{self.method}, {self.probes} probes" if self.probes else self.method
-        said = f"RMS change of {self.space}, {self.entries} entries, {how}"
-        rows.append(("sum", f"{self.total:.4g}", *[""] * (len(rows[0]) - 3), said))
+        rows.append(("sum", f"{self.total:.4g}", *[""] * (len(rows[0]) - 2)))
         lines = aligned(rows, right=range(1, len(rows[0]) - 1))
+        lines.append(f"RMS change of {self.space}, {self.entries} entries, {how}")
         if marked:
             lines.append(
                 "* the first order is off by more than 10 %: the step is large, chooses other experts, or is lost in "

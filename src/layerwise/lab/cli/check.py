@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 def check(
     words: Words = None,
-    sizes: Annotated[str | None, typer.Option(help="Sizes of the axis, such as 64,128,256.")] = None,
-    axis: Annotated[str, typer.Option(help=f"What is varied: {', '.join(AXIS_NAMES)}, or any word.")] = "width",
+    sizes: Annotated[str | None, typer.Option(help="Sizes of the axis, such as 64,128,256; default: a sweep's.")] = None,
+    axis: Annotated[
+        str | None, typer.Option(help=f"What is varied: {', '.join(AXIS_NAMES)}, or any word; default: width, or a sweep's.")
+    ] = None,
     match: Annotated[str | None, typer.Option(help="A base file, `uniform`, or `first`; default: the config's.")] = None,
     steps: Annotated[str, typer.Option(help="The optimizer steps to measure.")] = "1,10,100",
     seeds: Annotated[str, typer.Option(help="Seeds; their spread is the slopes' error.")] = "0,1",
@@ -33,7 +35,7 @@ def check(
 ) -> None:
     """Check in a few steps a size whether every layer's step does the same at every size of a model.
 
-    Of a config (sizes of its width, or of another --axis), or of your own model:
+    Of a config (sizes of its width, or of another --axis; a sweep's has both), or of your own model:
 
         layerwise check package.module:make --sizes 64,128,256
 
@@ -42,11 +44,9 @@ def check(
     code 0: no slope is beyond the tolerance, as far as its error can tell; 1: some are; 2: it cannot be done.
     """
     files = None if output is None else _files(output)
-    if sizes is None:
-        raise LayerwiseError("check needs --sizes, such as --sizes 64,128")
     found = _measured(
-        words or [], numbers(sizes, "--sizes"), axis=axis, match=match, steps=whole_numbers(steps, "--steps"),
-        seeds=seeds_of(seeds), tolerance=tolerance, judge=judge,
+        words or [], None if sizes is None else numbers(sizes, "--sizes"), axis, match=match,
+        steps=whole_numbers(steps, "--steps"), seeds=seeds_of(seeds), tolerance=tolerance, judge=judge,
     )  # fmt: skip
     print(found)
     if files is not None:
@@ -66,16 +66,23 @@ def _files(output: Path) -> tuple[Path, Path]:
     return picture, table
 
 
-def _measured(words: list[str], sizes: list[float], **options: Any) -> SizeCheck:
+def _measured(words: list[str], sizes: list[float] | None, axis: str | None, **options: Any) -> SizeCheck:
     """The check of a config, or of the function that `module:function` names."""
     from layerwise.lab.experiments.check_sizes import check_function, check_sizes
+    from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 
+    config = None
     if not words or ":" not in words[0] or os.path.exists(words[0]):
-        path, overrides = split_words(words)
-        return check_sizes(load_config(path, overrides), sizes, **options)
-    if len(words) > 1:
+        config = load_config(*split_words(words), SweepConfig)
+        if sizes is None and "sweep" in config.model_fields_set:
+            sizes = config.sweep.sizes
+    elif len(words) > 1:
         raise LayerwiseError(f"{words[1]!r} goes with a config, and {words[0]} is a function: set it there")
-    return check_function(words[0], sizes, **options)
+    if sizes is None:
+        raise LayerwiseError("check needs --sizes, such as --sizes 64,128")
+    if config is None:
+        return check_function(words[0], sizes, axis=axis or "width", **options)
+    return check_sizes(config, sizes, axis=axis or config.sweep.axis, **options)
 
 
 def _conclude(found: SizeCheck) -> None:
