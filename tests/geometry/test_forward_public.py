@@ -6,6 +6,8 @@ from test_forward_kinds import D, Mix, Net, X, attention, heads, linear, row
 from torch import nn
 from torch.nn import functional as F
 
+from layerwise.geometry import describe
+
 
 def turned(x):
     """Rotary positions as Wan's: pairs of neighbours, whose two sums are written into a new tensor."""
@@ -158,3 +160,33 @@ def test_gains_that_are_seen_to_be_gains_have_no_note():
     model = Net(lambda m, x: m.last(m.norm(heads(x, 3)).transpose(1, 2).flatten(2)), norm=RMSNorm(), last=linear(3))
     assert (row(model, X, "norm.gamma").role, row(model, X, "norm.gamma").note) == ("vector", "")
     assert row(model, None, "norm.gamma").note
+
+
+def test_blocks_whose_results_are_dealt_out_to_the_blocks_after_them_are_a_stack():
+    """As in monarch matrices: two block-diagonal ones, and a permutation between them."""
+
+    def use(m, x):
+        y = torch.bmm(x.view(-1, 4, 3).transpose(0, 1), m.one.transpose(1, 2)).permute(2, 1, 0)
+        return m.last(torch.bmm(y, m.two.transpose(1, 2)).transpose(0, 1).flatten(1).relu())
+
+    blocks = {"one": nn.Parameter(torch.randn(4, 4, 3)), "two": nn.Parameter(torch.randn(4, 3, 4))}
+    model = Net(use, **blocks, last=linear(3))
+    for name in blocks:
+        found = row(model, X, name)
+        assert (found.role, str(found.layout), found.how) == ("experts", "k,out,in", "forward")
+
+
+class GEGLU(nn.Module):
+    def forward(self, x):
+        value, gate = x.chunk(2, -1)
+        return value * F.gelu(gate)
+
+
+def test_without_a_batch_a_gate_that_comes_next_and_a_fused_convolution_have_notes():
+    """The rest of what the forward pass would show: what is left whole says so."""
+    feed = nn.Sequential(nn.Linear(D, 8 * D), GEGLU(), nn.Linear(4 * D, D))
+    model = Net(None, to_qkv=nn.Conv2d(D, 3 * D, 1), feed=feed, act=nn.Conv2d(D, D, 1), head=linear(3))
+    notes = {found.name: found.note for found in describe(model).rows}
+    assert "gated unit" in notes["feed.0.weight"]
+    assert "several matrices" in notes["to_qkv.weight"]
+    assert not notes["act.weight"]

@@ -26,7 +26,10 @@ from layerwise.function_space.measuring.process_group import Collector, SharedCo
 
 BatchNormMode = Literal["running", "batch"]
 #: What is said of a forward that changes a parameter, as some do to normalise or to clip it.
-WRITES = "the forward writes parameter {!r}, and measuring may not: pass forward= that does not"
+WRITES = (
+    "the forward writes parameter {!r}, and measuring may not: pass forward= that does not, or run the model once before "
+    "if it initialises itself from its first batch"
+)
 #: What is said where no parameter that is measured reaches the outputs.
 NO_GRAPH = "the outputs do not depend on any trainable parameter: does forward detach them?"
 #: An attribute of a model while it is measured, for hooks that are about training alone.

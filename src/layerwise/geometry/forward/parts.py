@@ -46,8 +46,9 @@ def layout_seen(
     factors = _factors(products, shape)
     if factors is None:
         return None
-    if len(factors) == len(shape) > 2:
-        factors = [("k" if side == "o" and step in apart else side, size, step) for side, size, step in factors]
+    stacked = [("k" if side == "o" and step in apart else side, size, step) for side, size, step in factors]
+    if len(factors) == len(shape) > 2 and any(side == "o" for side, _, _ in stacked):
+        factors = stacked
     note = BOTH_WAYS if len({tuple(axis.side for axis in _by_stride(use)) for use in products}) > 1 else ""
     try:
         whole = layout_of(_pattern(factors, shape))

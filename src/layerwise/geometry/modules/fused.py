@@ -7,6 +7,7 @@ stays whole, and the user may declare its split. Names of classes and not classe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -178,6 +179,8 @@ def fused_note(owner: Any, attribute: str, d_out: int) -> str:
     gated = "glu" in type(owner).__name__.lower() and d_out % 2 == 0 and _reads_half(owner, d_out)
     if gated:
         return f"may be two matrices, as the class {type(owner).__name__} is a gated unit; if so, declare its split"
+    if _comes_before_a_gate(owner, attribute):
+        return "may be two matrices, as a gated unit comes next; if so, declare its split"
     if name in ("q_proj", "wq", "query") and _reads_half(owner, d_out):
         return "may be queries and gates, as what reads them takes half as many; if so, declare its split"
     return ""
@@ -186,7 +189,19 @@ def fused_note(owner: Any, attribute: str, d_out: int) -> str:
 def _reads_half(owner: nn.Module, d_out: int) -> bool:
     """Whether a projection beside it takes half of these outputs; a gated unit may have none beside it."""
     readers = [m for m in owner.children() if isinstance(m, nn.Linear) and m.out_features != d_out]
-    return any(m.in_features * 2 == d_out for m in readers) or len(list(owner.children())) == 1
+    holding = [m for m in owner.children() if _holds_parameters(m)]
+    return any(m.in_features * 2 == d_out for m in readers) or len(holding) == 1
+
+
+def _comes_before_a_gate(owner: nn.Module, attribute: str) -> bool:
+    """Whether what comes next in a Sequential halves these outputs: torch's GLU, a GEGLU without parameters."""
+    following = pairwise(owner.named_children()) if isinstance(owner, nn.Sequential) else ()
+    after = next((module for (name, _), (_, module) in following if name == attribute), None)
+    return after is not None and "glu" in type(after).__name__.lower() and not _holds_parameters(after)
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def recurrent_split(module: nn.Module, attribute: str) -> Split | None:

@@ -125,7 +125,8 @@ def _classify(place: _Place, is_head: bool, factor: str | None) -> Found:
         # A tied weight takes the head's orientation: logits = W x, so d_out is the vocabulary.
         return place.found("head", MatrixLayout()) if is_head else place.found("embedding", TransposedLayout())
     if isinstance(owner, nn.modules.conv._ConvNd):
-        return place.found("conv", conv_layout(owner), owner.kernel_size)
+        note = fused_note(place.path[-2][1], place.path[-1][0], shape[0]) if len(place.path) > 1 else ""
+        return place.found("conv", conv_layout(owner), owner.kernel_size, note)
     if is_linear(owner) and len(shape) == 2:
         return _linear(place, TransposedLayout() if is_hf_conv1d(owner) else MatrixLayout(), is_head)
     if isinstance(owner, nn.MultiheadAttention) and len(shape) == 2:
