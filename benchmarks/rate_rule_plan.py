@@ -336,11 +336,20 @@ def parts() -> tuple[Trial, ...]:
     part = ("DualMuon, without the frame", "DualMuon, the warm-up alone")
     control = ("DualMuon, all multipliers at 1", "DualMuon, permuted")
     tried = (("llama-tiny", part, 5), ("llama-tiny", control, 5), ("gpt2-tiny", part, 5), ("gpt2-tiny", control, 3))
-    return tuple(
-        Trial(model, contender, 0.016, seed)
-        for model, contenders, seeds in tried
-        for seed in range(seeds)
-        for contender in contenders
+    other_rates = (
+        ("llama-tiny", (0.008, 0.0113, 0.032), (1,)),
+        ("llama-tiny", (0.0226,), range(5)),
+        ("gpt2-tiny", (0.0113, 0.032), (1,)),
+        ("gpt2-tiny", (0.0226,), range(3)),
+    )
+    return (
+        *(
+            Trial(model, contender, 0.016, seed)
+            for model, contenders, seeds in tried
+            for seed in range(seeds)
+            for contender in contenders
+        ),
+        *(Trial(model, control[0], lr, seed) for model, rates, seeds in other_rates for seed in seeds for lr in rates),
     )
 
 

@@ -279,7 +279,7 @@ def combine(exponents: tuple[int, ...], moments: Tensor, weights: Tensor | None 
         weights: one per probe, in place of the plain mean: of slices of unequal size, or the official code's exponential
             average.
     """
-    moments = moments.double().cpu()
+    moments = moments.cpu().double()
     probes = moments.shape[1]
     powers = torch.tensor(exponents, dtype=torch.float64, device="cpu")
     peak = moments.amax(1, keepdim=True)
