@@ -38,12 +38,12 @@ from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.schedules import schedule_factor
 from rate_rule_models import BUILD, prepare
-from rate_rule_plan import CONTENDERS, FROZEN, MODELS, NO_WARM_UP, STUDIES, Trial
+from rate_rule_plan import CONTENDERS, FROZEN, MODELS, STUDIES, Trial
 from rate_rule_table import page, plan
 from script import RESULTS, documented_parser, iterate_in_float32
 
 #: whose multipliers `FROZEN` contenders take
-SOURCE = NO_WARM_UP
+SOURCES = {source for source, _ in FROZEN.values()}
 
 
 def configuration(trial: Trial, means: Mapping[str, float] | None = None) -> Config:
@@ -54,10 +54,10 @@ def configuration(trial: Trial, means: Mapping[str, float] | None = None) -> Con
         means: for a contender of `FROZEN`, the mean multipliers that it is made of.
     """
     sections = MODELS[trial.model]
-    contender = CONTENDERS[SOURCE if trial.contender in FROZEN else trial.contender]
-    optimizer = {**contender, "lr": trial.lr}
-    if trial.contender in FROZEN:
-        optimizer["rates"] = {"rule": "static", "multipliers": FROZEN[trial.contender](means or {})}
+    source, made = FROZEN.get(trial.contender, (trial.contender, None))
+    optimizer = {**CONTENDERS[source], "lr": trial.lr}
+    if made is not None:
+        optimizer["rates"] = {"rule": "static", "multipliers": made(means or {})}
     if trial.roles:
         optimizer["role_factors"] = dict(trial.roles)
     training = {**sections.get("training", {}), "steps": trial.steps, "seed": trial.seed}
@@ -67,7 +67,7 @@ def configuration(trial: Trial, means: Mapping[str, float] | None = None) -> Con
 def train(trial: Trial, means: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Trains a trial on the processor, and returns what `fit` does."""
     prepare(trial.model)
-    return fit(configuration(trial, means), BUILD.get(trial.model), recorded=trial.contender == SOURCE)
+    return fit(configuration(trial, means), BUILD.get(trial.model), recorded=trial.contender in SOURCES)
 
 
 def fit(
@@ -133,7 +133,7 @@ def result_of(trial: Trial, store: Store) -> dict[str, Any]:
     """Trains a trial, and before one of `FROZEN` the run whose multipliers it takes, where no result has them."""
     if trial.contender not in FROZEN:
         return train(trial)
-    source = replace(trial, contender=SOURCE)
+    source = replace(trial, contender=FROZEN[trial.contender][0])
     known = (row["multipliers"] for row in store.results() if row["trial"] == as_row(source) and "multipliers" in row)
     means = next(known, None) or train(source).get("multipliers")
     return {"loss": None, "diverged": 0} if means is None else train(trial, means)

@@ -165,11 +165,13 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
 EVERY_STEP: Final = "DualMuon, norms at every step"
 PLAIN_ADAMW: Final = "DualMuon, plain AdamW"
 NO_WARM_UP: Final = "DualMuon, no warm-up"
-#: DualMuon with multipliers that stand still: what is made of their means over its run on the same model at the same rate,
-#: seed and length, which is trained first where no result holds it.
-FROZEN: Final[Mapping[str, Callable[[Mapping[str, float]], dict[str, float]]]] = {
-    "DualMuon, multipliers frozen by unit": by_unit,
-    "DualMuon, multipliers frozen by kind": by_kind,
+#: DualMuon with multipliers that stand still: of which form of it, and what is made of their means over its run on the same
+#: model at the same rate, seed and length, which is trained first where no result holds it.
+FROZEN: Final[Mapping[str, tuple[str, Callable[[Mapping[str, float]], dict[str, float]]]]] = {
+    "DualMuon, multipliers frozen by unit": (NO_WARM_UP, by_unit),
+    "DualMuon, multipliers frozen by kind": (NO_WARM_UP, by_kind),
+    "DualMuon, still by unit": ("DualMuon", by_unit),
+    "DualMuon, still by kind": ("DualMuon", by_kind),
 }
 
 #: Constants, base rates and factors of roles were chosen on these seeds, which no table of losses uses. The first rates of
@@ -350,6 +352,7 @@ def parts() -> tuple[Trial, ...]:
             for contender in contenders
         ),
         *(Trial(model, control[0], lr, seed) for model, rates, seeds in other_rates for seed in seeds for lr in rates),
+        *(Trial("llama-tiny", f"DualMuon, still by {which}", 0.016, 1) for which in ("unit", "kind")),
     )
 
 
