@@ -37,7 +37,7 @@ THIRTY = (
         "jetmoe",
         "mamba",
     ),
-    *("moshi", "mpt", "olmo2", "phi3", "qwen3", "smollm3", "splinter", "stablelm", "starcoder2", "vit"),
+    *("moshi", "mpt", "olmo2", "phi3", "qwen3", "smollm3", "splinter", "stablelm", "starcoder2", "vit", "vits"),
 )
 #: A base model for speech, whose output goes through normalised convolutions.
 NO_HEAD = ("fastspeech2_conformer", "tipsv2")

@@ -150,9 +150,9 @@ def _pattern(factors: Sequence[Factor], shape: Size) -> str:
 
 
 def channels_split(channels: int, stride: int, sites: Sequence[tuple[Site, Tensor]]) -> Split | None:
-    """The parts of a convolution's output channels where two are known to be queries, keys, values or gates."""
+    """The parts of a convolution's output channels where most are known to be queries, keys, values or gates."""
     classes = _row_classes([("o", channels, stride)], sites)
-    return split_of(*classes) if classes is not None and sum(map(bool, classes[1])) > 1 else None
+    return split_of(*classes) if classes is not None and 2 * sum(map(bool, classes[1])) > len(classes[1]) else None
 
 
 Classes = tuple[tuple[int, ...], tuple[str, ...]]  # the class of each row, the name of each class
