@@ -356,30 +356,17 @@ def parts() -> tuple[Trial, ...]:
     )
 
 
-def llama_seeds() -> tuple[Trial, ...]:
+def llama_seeds(
+    seeds: Iterable[int], lr: float, tuned_lr: float, factors: Mapping[str, float], steps: int
+) -> tuple[Trial, ...]:
     """Each at its best rate, on seeds that decided nothing: neither rates and factors nor the rule's constants."""
-    searched = tuple(LLAMA_ROLES_SEARCHED.items())
+    roles = tuple(factors.items())
     return tuple(
         trial
-        for seed in (*range(5, 11), *range(13, 21))
+        for seed in seeds
         for trial in (
-            Trial("llama-tiny", "DualMuon", 0.016, seed),
-            Trial("llama-tiny", "D-Muon", 0.008, seed, roles=searched),
-            Trial("llama-tiny", "frame on D-Muon", 0.008, seed, roles=searched),
-        )
-    )
-
-
-def llama_seeds_longer() -> tuple[Trial, ...]:
-    """Likewise at 1,000 steps."""
-    roles = tuple(LLAMA_ROLES_LONGER.items())
-    return tuple(
-        trial
-        for seed in range(5, 10)
-        for trial in (
-            Trial("llama-tiny", "DualMuon", 0.0113, seed, 1000),
-            Trial("llama-tiny", "D-Muon", 0.00566, seed, 1000, roles),
-            Trial("llama-tiny", "frame on D-Muon", 0.00566, seed, 1000, roles),
+            Trial("llama-tiny", "DualMuon", lr, seed, steps),
+            *(Trial("llama-tiny", name, tuned_lr, seed, steps, roles) for name in ("D-Muon", "frame on D-Muon")),
         )
     )
 
@@ -583,10 +570,11 @@ STUDIES: Final[Mapping[str, Study]] = {
     "llama seeds": Study(
         "the Llama on fourteen more seeds, which decided nothing: whether `DualMuon` is 0.07 below D-Muon tuned by role, and"
         " what is left where that has the frame too",
-        llama_seeds(),
+        llama_seeds((*range(5, 11), *range(13, 21)), 0.016, 0.008, LLAMA_ROLES_SEARCHED, 300),
     ),
     "llama seeds, longer": Study(
-        "the same over 1,000 steps on five more seeds: whether anything is left there", llama_seeds_longer()
+        "the same over 1,000 steps on five more seeds: whether anything is left there",
+        llama_seeds(range(5, 10), 0.0113, 0.00566, LLAMA_ROLES_LONGER, 1000),
     ),
     "parts": Study("the rule as it is with less of the frame, and the frame with multipliers all at 1 or permuted", parts()),
     "tuning": Study("the constants, base rates and factors of roles, on seeds that no table of losses uses", tuning()),

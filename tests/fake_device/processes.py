@@ -66,13 +66,7 @@ def sharded(name):
     model = net()
     for module in (model.up, model.down, model.conv, model.head, model):
         fully_shard(module, mesh=MESH)
-    optimizer = make(name, model)
-    for _ in range(5):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        optimizer.hold_half()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(make(name, model), model)
 
 
 def measured():

@@ -3,6 +3,8 @@
 from device import CONTROLS, DEVICE, batch, net, prepare, run, train  # first: it loads the device
 
 # isort: split
+from contextlib import nullcontext
+
 import torch
 from tiny import make
 from torch import nn
@@ -10,9 +12,13 @@ from torch import nn
 import layerwise as lw
 
 
-def backward(model):
+def train_within(around, model, optimizer, steps):
     tokens = batch()
-    nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+    for _ in range(steps):
+        with around():
+            nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def optimizer_steps(name, dtype, **options):
@@ -52,32 +58,21 @@ def recorded(kind, **options):
     model = net()
     optimizer = ANY[kind](model)
     recorder = lw.FunctionSpaceRecorder(model, optimizer, every=1, probes=4, **options)
-    for _ in range(2):
-        with recorder.step(batch()):
-            backward(model)
-            optimizer.step()
-            optimizer.zero_grad()
+    train_within(lambda: recorder.step(batch()), model, optimizer, steps=2)
 
 
 def matched(kind):
     model = net()
     optimizer = ANY[kind](model)
     flerm = lw.FLeRM(model, optimizer, every=1, probes=4)
-    for _ in range(2):
-        with flerm.step(batch()):
-            backward(model)
-            optimizer.step()
-            optimizer.zero_grad()
+    train_within(lambda: flerm.step(batch()), model, optimizer, steps=2)
 
 
 def watched(kind):
     model = net()
     optimizer = ANY[kind](model)
     lw.watch(model, optimizer, every=1, function_space_every=2)
-    for _ in range(3):
-        backward(model)
-        optimizer.step()
-        optimizer.zero_grad()
+    train_within(nullcontext, model, optimizer, steps=3)
 
 
 def measured(method):

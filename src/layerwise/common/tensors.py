@@ -15,10 +15,16 @@ def or_one(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
-def largest_entry(tensor: Tensor) -> Tensor:
-    """The largest absolute entry of one that has some, without a tensor of absolute ones."""
-    low, high = tensor.aminmax()
-    return torch.maximum(-low, high)
+def largest_entry(tensor: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """The largest absolute entry of all, or over `dim`, which is kept; without a tensor of absolute ones.
+
+    A maximum and a minimum take a tenth of the time of a norm of order infinity.
+    """
+    if dim is None:
+        low, high = tensor.aminmax()
+    else:
+        low, high = tensor.amin(dim, keepdim=True), tensor.amax(dim, keepdim=True)
+    return torch.maximum(high, -low)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
+from layerwise.common.tensors import largest_entry
 from layerwise.geometry.spectral.lanczos import Seed
-from layerwise.geometry.spectral.newton_schulz import check_stack, largest_entry, passes_count, working_dtype
+from layerwise.geometry.spectral.newton_schulz import check_stack, passes_count, working_dtype
 
 
 class Geometry(ABC):
@@ -96,7 +97,7 @@ class Sign(Geometry):
 
     def norm(self, x: Tensor) -> Tensor:
         check_stack(x)
-        return largest_entry(x.to(working_dtype(x)))[..., 0, 0] * self._scale(x.size(-1))
+        return largest_entry(x.to(working_dtype(x)), (-2, -1))[..., 0, 0] * self._scale(x.size(-1))
 
     def dual_norm(self, g: Tensor, *, seed: Seed = 0) -> Tensor:
         check_stack(g)

@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from layerwise.common.tensors import largest_entry
 from layerwise.errors import LayerwiseError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -285,11 +286,6 @@ def _units() -> tuple[str, ...]:
 PROCESSOR_UNITS = _units()
 
 
-def largest_entry(g: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """`max |g|` over dim, which is kept. A maximum and a minimum take a tenth of the time of a norm of order infinity."""
-    return torch.maximum(g.amax(dim, keepdim=True), -g.amin(dim, keepdim=True))
-
-
 def normalised_in(g: Tensor, dtype: torch.dtype, size: float = 1.0) -> Tensor:
     """Each matrix scaled to a Frobenius norm of `size`, so that no singular value exceeds it; zero stays zero.
 
@@ -301,7 +297,7 @@ def normalised_in(g: Tensor, dtype: torch.dtype, size: float = 1.0) -> Tensor:
         if ((norm > 1e-12) & (norm < 1e18)).all():
             return (g / (norm / size)).to(dtype)  # half of the passes over g
     # squares of entries beyond 1e19 or below 1e-23 would leave float32's range: the largest is divided out first
-    largest = largest_entry(g)
+    largest = largest_entry(g, (-2, -1))
     x = g / torch.where(largest > 0, largest, 1.0)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     return x.div_(norm.clamp_(min=1.0) / size).to(dtype)  # at least 1 (the largest entry), except for a zero matrix

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.checked import checked
-from layerwise.common.tensors import wide_dtype
+from layerwise.common.tensors import largest_entry, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.layout import remember
 from layerwise.geometry.norms import Geometry
@@ -27,7 +27,6 @@ from layerwise.geometry.spectral.newton_schulz import (
     PRECISIONS,
     check_stack,
     iteration_dtype,
-    largest_entry,
     newton_schulz,
     normalised_in,
     passes_count,
@@ -231,15 +230,14 @@ def nuclear_norm(g: Tensor, method: str = "auto", *, seed: Seed = 0, probes: int
     if method in ("auto", "lanczos"):
         exact, up_to = ON_CPU if x.device.type == "cpu" else ON_GPU
         rows = x.size(-2)
-        small = (method == "auto" and rows <= up_to) or rows <= probes * steps_for(
-            rows
-        )  # there the Krylov space is everything
-        method = exact if small or wide_dtype(x.device) != torch.float64 else "lanczos"
+        small = method == "auto" and rows <= up_to
+        whole = rows <= probes * steps_for(rows)  # there the Krylov space is everything
+        method = exact if small or whole or wide_dtype(x.device) != torch.float64 else "lanczos"
     if method == "lanczos" and passes_count(x):
         square = square_norm(x)  # of a usual matrix nothing leaves the range, so it is read once instead of three times
         if ((square > 1e-12) & (square < 1e36)).all():
             return _estimate(x, square, seed, probes)
-    largest = largest_entry(x)
+    largest = largest_entry(x, (-2, -1))
     largest = torch.where(largest > 0, largest, 1.0)
     x = x / largest  # squares of the entries stay in range
     if method == "svd":
