@@ -20,7 +20,7 @@ from torch import Tensor
 
 import machine
 import spectra
-from layerwise.common.tensors import or_one
+from layerwise.common.tensors import largest_entry, or_one
 from layerwise.geometry import nuclear_norm, polar
 from layerwise.geometry.spectral.lanczos import (
     _bidiagonalise,
@@ -28,7 +28,6 @@ from layerwise.geometry.spectral.lanczos import (
     _random_signs,
     exact_polar,
 )
-from layerwise.geometry.spectral.newton_schulz import largest_entry
 from script import RESULTS, documented_parser, write_page
 
 PROBES = 8
@@ -48,7 +47,7 @@ SIZES = [
 
 def earlier(g: Tensor, seed: int = 0) -> Tensor:
     """The estimate of version 0.1.0: exact up to 64 rows, by eight Newton-Schulz steps, else from three readings."""
-    largest = or_one(largest_entry(g))
+    largest = or_one(largest_entry(g, (-2, -1)))
     x = g / largest
     x = x if x.size(-2) <= x.size(-1) else x.mT
     n = x.size(-2)
