@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import layerwise as lw
-from layerwise.function_space.steps.by_module import module_of, siblings_of
+from layerwise.common.alike_names import siblings_of
+from layerwise.function_space.steps.by_module import module_of
 from layerwise.function_space.steps.named_rates import constant_decay
 from layerwise.function_space.steps.spectral_norm import spectral_norms
 from layerwise.integrations.logged import RateLog
@@ -636,6 +637,30 @@ def test_a_record_of_long_names_keeps_within_a_terminal():
     assert [line.split()[0] for line in lines] == ["module", name, name + "2"] * (len(lines) // 3)
     numbers = [float(cell) for line in lines[1::3] for cell in line.split()[1:]]
     assert numbers == [float(f"{value:.3g}") for value in record.modules["out"].numbers().values()]
+
+
+def test_printed_tables_of_many_blocks_have_one_line_for_those_that_are_alike():
+    model = ResNet(8, 50)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=0)
+    recorder = lw.FunctionSpaceRecorder(model, optimizer, every=1)
+    flerm = lw.FLeRM(model, optimizer)
+    for step in (recorder.step, flerm.step):
+        optimizer.zero_grad()
+        backward(model, 0)
+        with step(batch(0)[2]):
+            optimizer.step()
+    printed = {"blocks.{0-49}": watch.records[0], "blocks.{0-49}.weight": recorder.records[0].rates}
+    for name, shown in {**printed, "blocks.{0-49}.bias": flerm.reports[0]}.items():
+        folded, whole = (
+            [line.split() for line in text.splitlines() if line.startswith("blocks")] for text in (str(shown), shown.table())
+        )
+        of_blocks = next(row for row in folded if row[0] == name)
+        ending = name.removeprefix("blocks.{0-49}")
+        columns = [*zip(*(row for row in whole if row[0] == f"blocks.{row[0].split('.')[1]}{ending}"), strict=True)]
+        assert len(columns[0]) % 50 == 0  # all are in the whole table, of which a wide one is in two
+        values = [float(cell.rstrip("%")) for cell in columns[1]]
+        assert of_blocks[1] in (f"{min(values):.3g}..{max(values):.3g}", f"{min(values):.4g}..{max(values):.4g}", "0.1")
 
 
 def test_a_watch_goes_on_where_it_was():

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
+
+from layerwise.common.alike_names import in_one, siblings_of
+from layerwise.common.group_by import group_by
+
+#: Longer tables have one row for blocks that are alike.
+LONG = 40
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -62,6 +69,47 @@ def wrapped(rows: Sequence[Sequence[str]], width: int = 100) -> list[str]:
     for table in tables:
         lines += aligned([*zip(*table, strict=True)], right=range(1, len(table)))
     return lines
+
+
+def folded(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Of a long table one row for siblings in blocks that are alike, each number from the least to the largest.
+
+    Args:
+        rows: a name first, then numbers and words. Siblings whose words differ have rows of their own.
+
+    Example:
+        >>> folded([(f"h.{block}.mlp", f"{0.1 * block:.1f}", "adam") for block in range(50)])
+        [('h.{0-49}.mlp', '0.0..4.9', 'adam')]
+    """
+    if len(rows) <= LONG:
+        return [*map(tuple, rows)]
+
+    def same(row: Sequence[str]) -> tuple[str, ...]:
+        return siblings_of(row[0]), *("#" if _is_number(cell) else cell for cell in row[1:])
+
+    siblings = group_by(rows, same).values()
+    return [
+        (in_one([row[0] for row in some]), *map(_span, zip(*(row[1:] for row in some), strict=True))) for some in siblings
+    ]
+
+
+def _span(cells: Sequence[str]) -> str:
+    """From the least to the largest."""
+    if len(set(cells)) == 1:
+        return cells[0]
+    ordered = sorted(cells, key=_number)
+    return f"{ordered[0]}..{ordered[-1]}"
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return not math.isnan(_number(cell))
+    except ValueError:
+        return False
+
+
+def _number(cell: str) -> float:
+    return float(cell.rstrip(" %*"))
 
 
 def count(x: float) -> str:

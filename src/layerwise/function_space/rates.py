@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from layerwise.common.files import plain_json, save_as
-from layerwise.common.text_table import aligned
+from layerwise.common.text_table import aligned, folded
 from layerwise.errors import LayerwiseError
 
 if TYPE_CHECKING:
@@ -124,17 +124,22 @@ class Rates(Mapping[str, Rate]):
         return found
 
     def __str__(self) -> str:
-        return self.table()
+        """The table; of more than 40 parameters those of blocks that are alike share a line."""
+        return self._text(list(self.rates), folded)
 
     def table(self, top: int | None = None) -> str:
-        """A table in the order of the model, or of the `top` largest rates."""
+        """A line a parameter, in the order of the model, or of the `top` largest rates."""
         names = list(self.rates)
         if top is not None:
             names = sorted(names, key=lambda name: -self.rates[name].value)[:top]
+        return self._text(names, list)
+
+    def _text(self, names: Sequence[str], shown: Callable[[list[tuple[str, ...]]], list[tuple[str, ...]]]) -> str:
         beside = any(self.rates[name].linear is not None for name in names)
         marked = set(self.nonlinear())
         both = ("linear", "linearity ") if beside else ()
-        rows = [("parameter", "rate", *both, "stderr", "share", "estimator")]
+        titles = ("parameter", "rate", *both, "stderr", "share", "estimator")
+        rows: list[tuple[str, ...]] = []
         for name in names:
             rate = self.rates[name]
             mark = "*" if name in marked else " "
@@ -142,8 +147,8 @@ class Rates(Mapping[str, Rate]):
             numbers = (f"{rate.value:.4g}", *both, f"{rate.stderr:.2g}", f"{100 * rate.share:.1f}%")
             rows.append((name, *numbers, rate.estimator))
         how = f"{self.method}, {self.probes} probes" if self.probes else self.method
-        rows.append(("sum", f"{self.total:.4g}", *[""] * (len(rows[0]) - 2)))
-        lines = aligned(rows, right=range(1, len(rows[0]) - 1))
+        total = ("sum", f"{self.total:.4g}", *[""] * (len(titles) - 2))
+        lines = aligned([titles, *shown(rows), total], right=range(1, len(titles) - 1))
         lines.append(f"RMS change of {self.space}, {self.entries} entries, {how}")
         if marked:
             lines.append(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from layerwise.common.alike_names import in_one, siblings_of
 from layerwise.common.checked import checked
 from layerwise.common.group_by import group_by
 from layerwise.common.text_table import count, text_table, titled
@@ -18,8 +18,6 @@ from layerwise.geometry.found import ROLES, How
 from layerwise.geometry.groups import Model, assign, frozen_names
 from layerwise.geometry.layout import Layout
 from layerwise.geometry.norms import Geometry
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole step of a dotted name: the index of a layer
 
 
 @dataclass(frozen=True)
@@ -159,22 +157,11 @@ def _alike(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """Rows that differ in the numbers of their names alone, under one name: `h.{0-11}.mlp.c_fc.weight`."""
 
     def same(row: Row) -> tuple[object, ...]:
-        numbered, seen = _NUMBER.sub("#", row.name), (row.note, row.how)
-        return numbered, row.role, repr(row.geometry), row.norm_group, row.shape, repr(row.layout), seen
+        siblings, seen = siblings_of(row.name), (row.note, row.how)
+        return siblings, row.role, repr(row.geometry), row.norm_group, row.shape, repr(row.layout), seen
 
     groups = group_by(rows, same).values()
-    columns = [(zip(*(row.name.split(".") for row in group), strict=True), group) for group in groups]
-    return [(".".join(map(_span, steps)), group) for steps, group in columns]
-
-
-def _span(values: Sequence[str]) -> str:
-    """One step of all names."""
-    if len(set(values)) == 1:
-        return values[0]
-    numbers = sorted({int(value) for value in values})
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{{{numbers[0]}-{numbers[-1]}}}"
-    return "{" + ",".join(map(str, numbers)) + "}"
+    return [(in_one([row.name for row in group]), group) for group in groups]
 
 
 def _cells(name: str, rows: list[Row]) -> dict[str, str]:

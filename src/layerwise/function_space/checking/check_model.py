@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from layerwise.common.alike_names import siblings_of
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.group_by import group_by
 from layerwise.common.running import call_given
@@ -24,7 +25,6 @@ from layerwise.function_space.matching.base_rates import BaseRates, record_base
 from layerwise.function_space.matching.depth_map import DepthMap
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
-from layerwise.function_space.steps.by_module import siblings_of
 from layerwise.function_space.steps.step_loss import Loss, given_loss
 from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
 

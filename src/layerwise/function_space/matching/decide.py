@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.parameter_names import first_few
-from layerwise.common.text_table import aligned
+from layerwise.common.text_table import aligned, folded
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.rates import Rate
 
@@ -62,11 +62,23 @@ class MatchReport:
             warn(f"{who} left {len(kept)} learning rates as they were ({first_few(kept, 4)}): see {where}")
 
     def __str__(self) -> str:
-        rows = [("parameter", "measured", "target", "change", "lr", "")]
+        """The table; of more than 40 parameters those of blocks that are alike share a line."""
+        return self._text(folded(self._cells()))
+
+    def table(self) -> str:
+        """A line a parameter, in the order of the model."""
+        return self._text(self._cells())
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = []
         for name, row in self.rows.items():
             measured, target, change, lr = (f"{x:.4g}" for x in (row.measured, row.target, row.change, row.lr))
             rows.append((name, measured, target, change, lr, row.note))
-        return "\n".join([f"matched at step {self.step}", *aligned(rows, right=range(1, 5))])
+        return rows
+
+    def _text(self, rows: Sequence[tuple[str, ...]]) -> str:
+        titles = ("parameter", "measured", "target", "change", "lr", "")
+        return "\n".join([f"matched at step {self.step}", *aligned([titles, *rows], right=range(1, 5))])
 
 
 def fixed_parameters(parameters: Mapping[str, Tensor], patterns: Sequence[str]) -> dict[str, str]:

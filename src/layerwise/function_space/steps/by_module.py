@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -215,15 +214,6 @@ def module_of(parameter: str) -> str:
         `module_of("h.0.mlp.c_fc.weight") == "h.0.mlp.c_fc"`
     """
     return parameter.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".") or ROOT
-
-
-def siblings_of(module: str) -> str:
-    """The pattern that a module shares with those in its place in other blocks.
-
-    Examples:
-        `siblings_of("h.3.mlp.c_fc") == "h.*.mlp.c_fc"`
-    """
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module)
 
 
 def by_module(parameters: Iterable[str]) -> dict[str, list[str]]:

@@ -10,9 +10,9 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any, Literal
 
+from layerwise.common.alike_names import siblings_of
 from layerwise.common.checked import checked
 from layerwise.common.group_by import group_by
-from layerwise.function_space.steps.by_module import siblings_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from layerwise.common.files import plain_json
 from layerwise.common.layer_rate import LayerRate
-from layerwise.common.text_table import wrapped
+from layerwise.common.text_table import folded, wrapped
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.steps.by_module import ModuleUpdate
 from layerwise.function_space.steps.json_lines import JsonLines
@@ -97,16 +97,24 @@ class WatchRecord:
     unusual: Sequence[Unusual] = ()
 
     def __str__(self) -> str:
-        return self.table()
+        """The table; of more than 40 modules those of blocks that are alike share a line."""
+        return self._text(folded(self._rows()))
 
     def table(self) -> str:
         """A line a module, in the model's order; wider than 100 columns, the last ones come in a table below."""
-        keys = list(dict.fromkeys(key for reading in self.modules.values() for key in reading.numbers()))
-        rows = [("module", *(_TITLES[key] for key in keys))]
-        for name, reading in self.modules.items():
-            numbers = reading.numbers()
-            rows.append((name, *(f"{numbers[key]:.3g}" if key in numbers else "" for key in keys)))
-        lines = [f"step {self.step}", *wrapped(rows)]
+        return self._text(self._rows())
+
+    def _keys(self) -> list[str]:
+        return list(dict.fromkeys(key for reading in self.modules.values() for key in reading.numbers()))
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        known = [(name, reading.numbers()) for name, reading in self.modules.items()]
+        return [
+            (name, *(f"{numbers[key]:.3g}" if key in numbers else "" for key in self._keys())) for name, numbers in known
+        ]
+
+    def _text(self, rows: Sequence[Sequence[str]]) -> str:
+        lines = [f"step {self.step}", *wrapped([("module", *(_TITLES[key] for key in self._keys())), *rows])]
         if self.loss_change is not None:
             lines.append(f"predicted change of the loss: {self.loss_change:.3g}")
         if self.together is not None:
