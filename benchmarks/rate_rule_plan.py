@@ -160,6 +160,10 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "UpdateFloor(0.35)": {"name": "d-muon", "weight_decay": 0.0, "rates": {"rule": "update_floor"}},
     "MuonMax-Momo": {"name": "muonmax-momo"},
     "DualMuon, multipliers permuted": {**BEFORE, "rates": {**AT_EVERY_STEP, "rule": "permuted_dual_norm"}},
+    # as pytorch-optimizer ships them
+    "NorMuon": {"name": "nor-muon"},
+    "AdaMuon": {"name": "ada-muon"},
+    "SOAP": {"name": "soap"},
 }
 #: What DualMuon was, last and before that.
 EVERY_STEP: Final = "DualMuon, norms at every step"
@@ -541,6 +545,28 @@ def adamw() -> tuple[Trial, ...]:
     return (*first, *(Trial("llama-tiny", "AdamW", 0.002, seed, roles=roles) for seed in (0, 2) for roles in (best, ())))
 
 
+#: By contender: the rates of one for all, those of the matrices where embedding and head have D-Muon's factors.
+SHIPPED: Final[Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
+    "NorMuon": ((0.004, 0.008, 0.016), (0.004, 0.008, 0.016)),
+    "AdaMuon": ((0.004, 0.008, 0.016), (0.004, 0.008, 0.016)),
+    "SOAP": ((0.002, 0.004, 0.008), (0.002, 0.004)),
+}
+
+
+def shipped() -> tuple[Trial, ...]:
+    """Each with one rate and with the factors of roles that are the best for D-Muon."""
+    roles = {"llama-tiny": LLAMA_ROLES_SEARCHED, "gpt2-tiny": GPT2_ROLES_SEARCHED}
+    return tuple(
+        trial
+        for model, factors in roles.items()
+        for name, (one, by_role) in SHIPPED.items()
+        for trial in (
+            *(Trial(model, name, lr, 1, roles=tuple(factors.items())) for lr in by_role),
+            *(Trial(model, name, lr, 1) for lr in one),
+        )
+    )
+
+
 def three(model: str, roles: Mapping[str, float], rates: Iterable[float], seed: int, steps: int) -> tuple[Trial, ...]:
     """D-Muon, D-Muon tuned by role and DualMuon: the first two at `rates`, the third at twice as much."""
     return tuple(
@@ -588,6 +614,8 @@ STUDIES: Final[Mapping[str, Study]] = {
             *warm_up_for_all("frame on D-Muon"),
             *(Trial("llama-tiny", "frame on D-Muon", 0.00566, s, 1000, tuple(LLAMA_ROLES_LONGER.items())) for s in (3, 4)),
             *(Trial("gpt2-tiny", "frame on D-Muon", 0.00566, s, 1000, tuple(GPT2_ROLES_SEARCHED.items())) for s in (0, 2)),
+            *(Trial("qwen3-tiny", "frame on D-Muon", lr, 1, roles=tuple(TIED_ROLES.items())) for lr in (0.0113, 0.016)),
+            *(Trial("qwen3-tiny", "frame on D-Muon", 0.008, seed, roles=tuple(TIED_ROLES.items())) for seed in (1, 0, 2)),
         ),
     ),
     "every step": Study("`DualMuon` with a norm at every step, as it was", every_step()),
@@ -699,6 +727,10 @@ STUDIES: Final[Mapping[str, Study]] = {
             *rivals("llama-tiny", 1),
             *rivals("gpt2-tiny", 1),
         ),
+    ),
+    "shipped": Study(
+        "NorMuon, AdaMuon and SOAP as pytorch-optimizer ships them, at one rate and with D-Muon's factors of roles (seed 1)",
+        shipped(),
     ),
     "AdamW": Study("AdamW with one rate and tuned by role, on the three language models", adamw()),
     "small": Study(

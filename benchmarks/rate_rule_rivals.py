@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import pytorch_optimizer
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -159,8 +160,46 @@ def _is_matrix(group: Mapping[str, Any]) -> bool:
     return group["role"] not in ("embedding", "head", "vector")
 
 
+def as_shipped(params: Iterable[Mapping[str, Any]], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of `layerwise.param_groups` as pytorch-optimizer's Muons take them: rates and decay in every group.
+
+    They know of no fused matrices and of no stored order: each weight inside of the network is one matrix, as it lies.
+    """
+    return [
+        {
+            "params": [p for _, p in group["params"]],
+            "use_muon": _is_matrix(group),
+            "lr": group.get("lr", lr),
+            "weight_decay": group.get("weight_decay", weight_decay),
+        }
+        for group in params
+    ]
+
+
+def nor_muon(params: Iterable[Mapping[str, Any]], lr: float = 2e-2, *, weight_decay: float = 0.1) -> Optimizer:
+    """NorMuon (arXiv 2510.05491) of pytorch-optimizer, whose steps have entries of RMS 0.2 (the paper's Algorithm 1)."""
+    made: Optimizer = pytorch_optimizer.NorMuon(as_shipped(params, lr, weight_decay), update_scale="match_rms")
+    return made
+
+
+def ada_muon(params: Iterable[Mapping[str, Any]], lr: float = 2e-2, *, weight_decay: float = 0.1) -> Optimizer:
+    """AdaMuon (arXiv 2507.11005) of pytorch-optimizer, whose steps have entries of RMS 0.2 by default."""
+    made: Optimizer = pytorch_optimizer.AdaMuon(as_shipped(params, lr, weight_decay))
+    return made
+
+
+def soap(params: Iterable[Mapping[str, Any]], lr: float = 3e-3, *, weight_decay: float = 0.1) -> Optimizer:
+    """SOAP (arXiv 2409.11321) of pytorch-optimizer. Sides of more than 1,024 have no preconditioner: those of the words."""
+    groups = [{k: v for k, v in group.items() if k != "use_muon"} for group in as_shipped(params, lr, weight_decay)]
+    made: Optimizer = pytorch_optimizer.SOAP(groups, lr=lr, max_precondition_dim=1024)
+    return made
+
+
 def register() -> None:
     """Let configs name them."""
     lw.register_rule("update_floor")(UpdateFloor)
     lw.register_rule("permuted_dual_norm")(PermutedDualNorm)
     lw.register_optimizer("muonmax-momo", title="MuonMax-Momo")(MuonMaxMomo)
+    lw.register_optimizer("nor-muon", title="NorMuon")(nor_muon)
+    lw.register_optimizer("ada-muon", title="AdaMuon")(ada_muon)
+    lw.register_optimizer("soap", title="SOAP")(soap)
