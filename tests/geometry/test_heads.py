@@ -207,3 +207,24 @@ def test_a_head_with_a_parametrization_is_found_without_a_batch():
     roles = {row.name: row.role for row in describe(model).rows}
     assert roles["head.parametrizations.weight.original1"] == "head"
     assert roles["head.parametrizations.weight.original0"] == "vector"
+
+
+def test_a_table_with_a_parametrization_in_a_model_without_a_head():
+    """As in the projection discriminator of a GAN."""
+    model = Net(lambda m, x, y: (m.words(y) * x).sum(-1), words=parametrizations.spectral_norm(nn.Embedding(V, D)))
+    name = "words.parametrizations.weight.original"
+    (without,), (seen,) = describe(model).rows, describe(model, (X[:, 0], torch.zeros(len(X), dtype=torch.long))).rows
+    assert (without.name, without.role, without.note) == (
+        name,
+        "embedding",
+        "the model has embeddings, and no head was found",
+    )
+    assert (seen.name, seen.role, seen.note) == (name, "embedding", "")
+
+
+def test_no_weight_is_made_to_look_at_modules():
+    """`spectral_norm` takes a step of its power iteration whenever its weight is made in training mode."""
+    model = Net(None, body=parametrizations.spectral_norm(linear()), last=parametrizations.spectral_norm(linear(V)))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    describe(model)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -420,6 +420,37 @@ def test_torchs_older_weight_norm():
         assert table[f"{name}.weight_v"].role == role
 
 
+class Standardised(nn.Conv2d):
+    """A convolution of an NFNet: its weight is normalised, and each output has a gain."""
+
+    def __init__(self):
+        super().__init__(3, 8, 3)
+        self.gain = nn.Parameter(torch.ones(8, 1, 1, 1))
+        self.mix = nn.Parameter(torch.ones(8, 2))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, nn.functional.normalize(self.weight) * self.gain, self.bias)
+
+
+class Scaled(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 4)
+        self.scale = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("batch", [None, torch.ones(2, 3, 3, 3)])
+def test_what_a_derived_layer_holds_beside_its_weight_is_not_its_weight(batch):
+    table = rows(nn.Sequential(Standardised(), nn.Flatten(), Scaled()), batch=batch)
+    assert table["0.gain"].role == table["2.scale"].role == "vector"
+    assert (table["0.weight"].role, table["2.weight"].role) == ("conv", "head")
+    assert table["0.mix"].note == (
+        "assumed a matrix stored (out, in)" if batch is None else "took no part in the forward pass"
+    )
+
+
 def test_attention_with_separate_projections_and_bilinear():
     table = rows(Net(a=nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True), b=nn.Bilinear(3, 4, 5)))
     assert table["a.k_proj_weight"].layout == MatrixLayout()

@@ -106,7 +106,7 @@ def _without_head(model: nn.Module, ends: Sequence[nn.Module]) -> dict[int, str]
         return {id(matrix_of(m)): _MAY_BE_LAST for child in own for m in [*_holders(child).values()][-1:]}
     doubts = {id(matrix_of(m)): _MAY_BE_LAST for m in ends if isinstance(m, _CONV) or is_linear(m)}
     for table in [*filter(_is_table, model.modules())][:1]:
-        doubts[id(table.weight)] = "the model has embeddings, and no head was found"
+        doubts[id(matrix_of(table))] = "the model has embeddings, and no head was found"
     return doubts
 
 
@@ -153,9 +153,11 @@ def _is_table(module: nn.Module) -> bool:
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer."""
+    """(outputs, inputs) of a linear layer; its weight is not made, which changes `spectral_norm`'s buffers."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
     rows, columns = module.weight.shape
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+    return columns, rows
 
 
 def _input_sizes(holders: dict[str, Any]) -> set[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -121,6 +122,8 @@ def _classify(place: _Place, is_head: bool, factor: str | None) -> Found:
         return place.found("vector", VectorLayout(), note=note)
     if factor is not None:
         return _factor(place, owner, factor)
+    if _is_beside_the_weight(owner, attribute, place.parameter):
+        return _classify_unknown(place, owner, attribute)
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         # A tied weight takes the head's orientation: logits = W x, so d_out is the vocabulary.
         return place.found("head", MatrixLayout()) if is_head else place.found("embedding", TransposedLayout())
@@ -165,6 +168,17 @@ def conv_layout(owner: nn.modules.conv._ConvNd) -> Layout:
     if owner.groups > 1 and owner.groups == owner.in_channels == owner.out_channels:
         return DepthwiseLayout()
     return (ConvTransposeLayout if owner.transposed else ConvLayout)(groups=owner.groups)
+
+
+def _is_beside_the_weight(owner: nn.Module, attribute: str, parameter: nn.Parameter) -> bool:
+    """Whether a layer of a class derived from one of torch's holds it beside its weight: a gain for each output, say."""
+    if isinstance(owner, nn.Linear):
+        size = owner.out_features * owner.in_features
+    elif isinstance(owner, nn.modules.conv._ConvNd):
+        size = owner.out_channels * owner.in_channels // owner.groups * prod(owner.kernel_size)
+    else:
+        return False
+    return attribute != "weight" and parameter.numel() != size
 
 
 def _classify_unknown(place: _Place, owner: nn.Module, attribute: str) -> Found:
