@@ -112,6 +112,26 @@ def test_a_hook_may_change_what_is_loaded():
     assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_hook_is_told_when_all_is_loaded(strict):
+    optimizer, told = make("lanton", net()), []
+    optimizer.register_load_state_dict_post_hook(told.append)
+    optimizer.load_state_dict(make("lanton", net()).state_dict(), strict=strict)
+    assert told == [optimizer]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_rate_saved_with_its_scale_in_it_is_not_scaled_again(strict):
+    """As 0.1.0 saved the head of DualMuon, whose groups had no `lr_scale`."""
+    saved = make("dual-muon", net()).state_dict()
+    for group in saved["param_groups"]:
+        group["lr"] *= group.pop("lr_scale", 1.0)
+    optimizer = make("dual-muon", net())
+    rates = {name: rate.lr for name, rate in optimizer.layer_rates().items()}
+    optimizer.load_state_dict(saved, strict=strict)
+    assert {name: rate.lr for name, rate in optimizer.layer_rates().items()} == pytest.approx(rates)
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

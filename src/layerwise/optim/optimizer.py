@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from copy import copy
 from typing import Any, overload
 
 import torch
@@ -32,7 +33,7 @@ from layerwise.optim.rounding import Vanishing
 from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
 from layerwise.optim.state import state_dict as saving
 from layerwise.optim.state.following import Following, check_model
-from layerwise.optim.state.state_dict import LoadedState, take_what_fits
+from layerwise.optim.state.state_dict import LoadedState
 from layerwise.optim.updates import Lmo
 from layerwise.optim.work.job import Lineup
 from layerwise.optim.work.local import MatrixWork, default_work
@@ -322,9 +323,9 @@ class LayerwiseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "recipe" in state:  # a copy, which watches no model; torch comes here too where a state is loaded
-            self._following, self._vanishing, self._second = Following(), Vanishing(), SecondGradients()
-            self._lineup = Lineup()
+        # A copy watches no model.
+        self._following, self._vanishing, self._second = Following(), Vanishing(), SecondGradients()
+        self._lineup = Lineup()
         self._following.note(self.param_groups)
         self.defaults.pop("differentiable", None)  # torch adds it here, and groups added later would take it
 
@@ -355,17 +356,14 @@ class LayerwiseOptimizer(Optimizer):
                 same).
         """
         self._following.sync(self.param_groups, self.state)  # what was lost comes now
-        saving.check_kind(state_dict)
-        if strict:
-            loaded = saving.load(self, self.recipe, state_dict, super().load_state_dict)
-            found = LoadedState([], [])
-        else:
-            loaded = state_dict
-            for hook in self._optimizer_load_state_dict_pre_hooks.values():
-                loaded = hook(self, loaded) or loaded
-            found = take_what_fits(self, saving.with_new_names(loaded))
-        self.guard.skipped_steps = int(loaded.get(saving.SKIPPED, 0))
+        state_dict = copy(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        found = saving.load(self, self.recipe, state_dict, strict)
+        self.guard.skipped_steps = int(state_dict.get(saving.SKIPPED, 0))
         self._second.restart()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
         return found
 
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry import VectorLayout, VectorRMS, group_by_shape
 from layerwise.geometry.declared import default_geometry
-from layerwise.optim.groups.options import DEFAULTS, OPTIONAL, check_group, check_option, check_options, check_parameter
+from layerwise.optim.groups.options import (
+    DEFAULTS,
+    OPTIONAL,
+    PARAMETERS,
+    check_group,
+    check_option,
+    check_options,
+    check_parameter,
+)
 from layerwise.optim.updates import UPDATES, Lmo, Update
 from layerwise.optim.work.job import Group
 
@@ -21,7 +29,7 @@ Recipe = Mapping[str, Mapping[str, Any]]
 MATRIX_ROLES: Final = ("hidden", "conv", "experts", "lora_A", "lora_B")
 #: Of all else, whose geometry goes by the role alone.
 _PLAIN_ROLES: Final = ("embedding", "head", "vector")
-_NO_OPTIONS = ("params", "param_names", "origin")
+_NO_OPTIONS = (*PARAMETERS, "origin")
 
 
 def matrices_and_the_rest(matrices: Mapping[str, Any], rest: Mapping[str, Any]) -> Recipe:

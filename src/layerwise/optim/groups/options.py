@@ -41,8 +41,10 @@ DEFAULTS: Final[dict[str, Any]] = {
 #: of another geometry is told apart.
 DESCRIBED: Final = ("layout", "geometry", "rates", "update")
 
+#: What of a group is no option: its parameters and their names.
+PARAMETERS: Final = ("params", "param_names")
 #: What torch and its schedulers write into a group.
-TORCH_KEYS: Final = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+TORCH_KEYS: Final = (*PARAMETERS, "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 
 #: Options that a group has only where it was given them: "lr_scale" multiplies the rate of every step, and nobody else
 #: writes it; "momentum_warmup" is over how many steps the momentum grows, and "momentum_steps" counts them; "rate_steps"

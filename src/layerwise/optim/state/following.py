@@ -14,6 +14,7 @@ from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.found import Origin
 from layerwise.geometry.groups import groups_of
+from layerwise.optim.groups.options import PARAMETERS
 from layerwise.optim.state.state_dict import WITH_ROWS, take
 from layerwise.optim.work.job import Group, Job, State
 
@@ -166,7 +167,7 @@ class Following:
             return [group]
         given = list(group.get("params", ()))
         left = {id(item[1] if isinstance(item, tuple) else item): item for item in given}
-        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        options = {key: value for key, value in group.items() if key not in PARAMETERS}
         parts: list[Group] = []
         for origin in self._origins():
             known = {id(p) for p in origin.parameters().values()}
@@ -254,7 +255,7 @@ def _replace_state(groups: Sequence[Group], states: dict[Tensor, State], holders
             held = holders.get(name, Held(param, param.numel()))
             if param not in states or (held.param is param and held.entries != param.numel()):
                 new, old = group["update"].allocate(group, name, param), states.get(held.param, {})
-                if _has_moved(old) and not (_carry_over(old, new) or take(new, old, group["role"] in WITH_ROWS)):
+                if _has_moved(old) and not take(new, _in_dtypes_of(new, old), group["role"] in WITH_ROWS):
                     lost.append(name)
                 states[param] = new
             move_beside(param, states[param])
@@ -277,17 +278,6 @@ def _has_moved(state: State) -> bool:
     return any(value.device.type != "meta" and bool(local_part(value).any()) for value in tensors)
 
 
-def _carry_over(old: State, new: State) -> bool:
-    """Copy the old state into the new, in the new one's dtype and device; False where shapes or shardings differ."""
-    if old.keys() != new.keys() or any(_form(old[key]) != _form(value) for key, value in new.items()):
-        return False
-    for key, value in new.items():
-        if isinstance(value, Tensor):
-            value.copy_(old[key])
-    return True
-
-
-def _form(value: object) -> object:
-    if not isinstance(value, Tensor):
-        return type(value)
-    return value.shape, getattr(value, "device_mesh", None), getattr(value, "placements", None)
+def _in_dtypes_of(new: State, old: State) -> State:
+    pairs = ((key, value, new.get(key)) for key, value in old.items())
+    return {k: v.to(own.dtype) if isinstance(v, Tensor) and isinstance(own, Tensor) else v for k, v, own in pairs}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numbers
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from layerwise.common.parameter_names import counterparts, first_few, name_to_co
 from layerwise.common.tensors import is_sharded, placed_as
 from layerwise.errors import LayerwiseError
 from layerwise.optim.groups.complete import Recipe
-from layerwise.optim.groups.options import DEFAULTS, DESCRIBED, TORCH_KEYS
+from layerwise.optim.groups.options import DEFAULTS, DESCRIBED, PARAMETERS, TORCH_KEYS
 from layerwise.optim.work.job import State
 
 #: Group options that loading leaves as they are, beside those that the kind of update says (`Update.fixed`): what the
@@ -83,47 +84,26 @@ def with_new_names(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "param_groups": renamed}
 
 
-def _pairs(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    """(name, parameter, its saved state), by position, as torch matches them."""
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        for name, param, index in zip(group["param_names"], group["params"], saved["params"], strict=True):
-            yield name, param, state_dict["state"].get(index, {})
-
-
-def check_kind(state_dict: object) -> None:
-    """Raise :class:`LayerwiseError` for what is no dict at all."""
-    if not isinstance(state_dict, dict):
-        raise _no_state(f"is {state_dict!r:.80}")
-
-
-def _no_state(what: str) -> LayerwiseError:
-    return LayerwiseError(
+def check_is_state(state_dict: object) -> None:
+    """Raise :class:`LayerwiseError` for what is no optimizer's state."""
+    what = f"is {state_dict!r:.80}"
+    if isinstance(state_dict, dict):
+        what = f"has the keys {sorted(map(str, state_dict))}"
+        if {"state", "param_groups"} <= state_dict.keys():
+            return
+    raise LayerwiseError(
         f"not the state of an optimizer: it {what}, and 'state' and 'param_groups' are needed; "
         "give what optimizer.state_dict() returned"
     )
 
 
-def check_keys(state_dict: dict[str, Any]) -> None:
-    """Raise :class:`LayerwiseError` for a dict that is no optimizer's state."""
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise _no_state(f"has the keys {sorted(map(str, state_dict))}")
-
-
-def checked(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """``state_dict`` with its numbers in the kind the optimizer has; nothing of either is changed.
-
-    Raises :class:`LayerwiseError` where it belongs to another model or another optimizer.
-    """
-    check_keys(state_dict)
-    _check_groups(optimizer, state_dict)
-    kinds = {
-        index: in_kind(optimizer.state[param], state_dict["state"].get(index, {}))
-        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-        for param, index in zip(group["params"], saved["params"], strict=True)
+def _saved_by_name(state_dict: dict[str, Any]) -> dict[str, tuple[dict[str, Any], int]]:
+    """Name -> the group that it is in, and its number among the states."""
+    return {
+        name: (group, index)
+        for group in state_dict["param_groups"]
+        for name, index in zip(group["param_names"], group["params"], strict=True)
     }
-    found = {**state_dict, "state": {**state_dict["state"], **kinds}}
-    _check_state(optimizer, found)
-    return found
 
 
 def in_own_order(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -131,15 +111,10 @@ def in_own_order(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
 
     Parameters that were unfrozen during a run stand last in it, and in their places in the next one.
     """
-    groups, saved_groups = optimizer.param_groups, state_dict.get("param_groups", ())
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if any("param_names" not in saved for saved in saved_groups):
         return state_dict
-    saved = {
-        name: (group, index)
-        for group in saved_groups
-        for name, index in zip(group["param_names"], group["params"], strict=True)
-    }
-    names = [name for group in groups for name in group["param_names"]]
+    saved, names = _saved_by_name(state_dict), [name for group in groups for name in group["param_names"]]
     same = counterparts(names, list(saved))
     if not len(same) == len(names) == len(saved) or any(map(_UNNAMED.fullmatch, names)):
         return state_dict  # what does not fit is told by the checks
@@ -164,7 +139,7 @@ def _kept(group: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Of a group, in the form in which it is saved."""
-    kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    kept = {key: value for key, value in group.items() if key not in PARAMETERS}
     return {key: repr(value) if key in DESCRIBED and not isinstance(value, str) else value for key, value in kept.items()}
 
 
@@ -190,17 +165,15 @@ def _check_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 raise _other(f"{key} is {value!r:.80} in it and {group[key]} here")
 
 
-def _check_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    for name, param, state in _pairs(optimizer, state_dict):
-        here = optimizer.state[param]
-        if here.keys() != state.keys():
-            raise _other(f"the state of {name!r} holds {sorted(state)} in it and {sorted(here)} here")
-        for key, value in state.items():
-            if not same_kind(here[key], value):
-                kinds = f"{value!r:.80} in it and a {type(here[key]).__name__} here"
-                raise _other(f"{key} of {name!r} is {kinds}")
-            if isinstance(value, Tensor) and value.shape != here[key].shape:
-                raise _other(f"{key} of {name!r} has shape {tuple(value.shape)} in it and {tuple(here[key].shape)} here")
+def _check_state(name: str, here: State, saved: State) -> None:
+    if here.keys() != saved.keys():
+        raise _other(f"the state of {name!r} holds {sorted(saved)} in it and {sorted(here)} here")
+    for key, value in saved.items():
+        if not same_kind(here[key], value):
+            kinds = f"{value!r:.80} in it and a {type(here[key]).__name__} here"
+            raise _other(f"{key} of {name!r} is {kinds}")
+        if isinstance(value, Tensor) and value.shape != here[key].shape:
+            raise _other(f"{key} of {name!r} has shape {tuple(value.shape)} in it and {tuple(here[key].shape)} here")
 
 
 def _names_in_one(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[str, Any]]) -> str:
@@ -237,58 +210,6 @@ def _other(difference: str) -> LayerwiseError:
     )
 
 
-def load(
-    optimizer: Optimizer, recipe: Recipe, state_dict: dict[str, Any], torch_load: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    """Load what belongs to this optimizer, of a preset with these options, or raise and change nothing.
-
-    ``torch_load`` is torch's own ``load_state_dict`` of it, which calls the hooks; what they left of ``state_dict`` is
-    returned.
-    """
-    loaded: dict[str, Any] = {}
-
-    def take(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
-        """After all other hooks, which may change what is loaded; and before anything of this optimizer changes."""
-        found = checked(optimizer, in_own_order(optimizer, with_new_names(found)))
-        loaded.update(found)
-        return {key: value for key, value in found.items() if key != SKIPPED}
-
-    before = [dict(group) for group in optimizer.param_groups]
-    own = {param: dict(state) for param, state in optimizer.state.items()}
-    last = optimizer.register_load_state_dict_pre_hook(take)
-    try:
-        torch_load(state_dict)
-    finally:
-        last.remove()
-    for group, old in zip(optimizer.param_groups, before, strict=True):
-        group.update({key: old[key] for key in (*_kept(old), "param_names")})
-        if "lr_scale" in recipe.get(group["role"], {}):  # in 0.1.0's checkpoints it is inside the rate
-            group.setdefault("lr_scale", 1.0)
-        # The user's own keys, and options that are newer than it; but for those that would begin in mid-run.
-        for key in old.keys() - group.keys() - {*TORCH_KEYS, *group["update"].from_start}:
-            group[key] = old[key]
-        if isinstance(old["lr"], Tensor):
-            group["lr"] = old["lr"].fill_(group["lr"])
-    copy_state(optimizer, own, loaded)
-    return loaded
-
-
-@torch.no_grad()
-def copy_state(optimizer: Optimizer, own: Mapping[Tensor, dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Put the saved numbers into the optimizer's ``own`` tensors, in the dtype they were saved in.
-
-    torch makes the state share memory with what was loaded, where it does not cast it to the parameter's dtype.
-    """
-    for _, param, saved in _pairs(optimizer, state_dict):
-        state = optimizer.state[param]
-        for key, value in saved.items():
-            if isinstance(value, Tensor):
-                mine = own[param][key]
-                if mine.dtype != value.dtype or mine.device != param.device:
-                    mine = torch.empty_like(mine, dtype=value.dtype, device=param.device)
-                state[key] = mine.copy_(placed_as(value, mine))
-
-
 #: Roles whose rows are entries of a vocabulary, so that those in two sizes of it are the same.
 WITH_ROWS = ("embedding", "head")
 #: State that says what the parameter is like, and not what was seen of it: how many entries a rule's units have.
@@ -303,34 +224,53 @@ class LoadedState(NamedTuple):
 
 
 @torch.no_grad()
-def take_what_fits(optimizer: Optimizer, state_dict: dict[str, Any]) -> LoadedState:
-    """Copy the state of every parameter that is in both, and the rates of its group."""
-    check_keys(state_dict)
-    saved: dict[str, tuple[dict[str, Any], State]] = {}
-    for group in state_dict["param_groups"]:
-        if "param_names" not in group:
-            raise LayerwiseError(
-                "load_state_dict(strict=False) matches parameters by name, and this state holds no names: "
-                "load it with strict=True into the optimizer that it was made by"
-            )
-        for name, index in zip(group["param_names"], group["params"], strict=True):
-            saved[name] = group, state_dict["state"].get(index, {})
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    same = counterparts(names, list(saved))
-    missing, seen = [], set()
+def load(optimizer: Optimizer, recipe: Recipe, state_dict: dict[str, Any], strict: bool) -> LoadedState:
+    """Load what belongs to an optimizer, of a preset with these options, or raise and change nothing.
+
+    Where it is not ``strict``: the state of every parameter that is in both, and the rates of its group.
+    """
+    check_is_state(state_dict)
+    state_dict = with_new_names(state_dict)
+    return (_load_all if strict else _load_what_fits)(optimizer, recipe, state_dict)
+
+
+def _load_all(optimizer: Optimizer, recipe: Recipe, state_dict: dict[str, Any]) -> LoadedState:
+    state_dict = in_own_order(optimizer, state_dict)
+    _check_groups(optimizer, state_dict)
+    pairs: list[tuple[State, State]] = []
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for name, param, index in zip(group["param_names"], group["params"], saved["params"], strict=True):
+            own = optimizer.state[param]
+            pairs.append((own, in_kind(own, state_dict["state"].get(index, {}))))
+            _check_state(name, *pairs[-1])
+    for own, state in pairs:
+        take(own, state, rows_are_entries=False)
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        _set_options(group, saved, recipe)
+    return LoadedState([], [])
+
+
+def _load_what_fits(optimizer: Optimizer, recipe: Recipe, state_dict: dict[str, Any]) -> LoadedState:
+    if any("param_names" not in group for group in state_dict["param_groups"]):
+        raise LayerwiseError(
+            "load_state_dict(strict=False) matches parameters by name, and this state holds no names: "
+            "load it with strict=True into the optimizer that it was made by"
+        )
+    saved = _saved_by_name(state_dict)
+    same = counterparts([name for group in optimizer.param_groups for name in group["param_names"]], list(saved))
+    missing = []
     for group in optimizer.param_groups:
         taken: dict[str, Any] | None = None
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            seen.add(same.get(name))
-            theirs, state = saved.get(same.get(name, ""), ({}, {}))
-            state = in_kind(optimizer.state[param], state)
-            if name in same and take(optimizer.state[param], state, group["role"] in WITH_ROWS):
+            own, (theirs, index) = optimizer.state[param], saved.get(same.get(name, ""), ({}, -1))
+            state = in_kind(own, state_dict["state"].get(index, {}))
+            if name in same and take(own, state, group["role"] in WITH_ROWS):
                 taken = taken or theirs
             else:
                 missing.append(name)
         if taken is not None:
-            _set_options(group, taken)
-    return LoadedState(missing, [name for name in saved if name not in seen])
+            _set_options(group, taken, recipe)
+    return LoadedState(missing, [name for name in saved if name not in set(same.values())])
 
 
 def take(own: State, saved: State, rows_are_entries: bool) -> bool:
@@ -365,10 +305,13 @@ def _fits(mine: Any, theirs: Any, rows_are_entries: bool) -> bool:
     return rows_are_entries and same_row and not is_sharded(mine)
 
 
-def _set_options(group: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Rates, decay and what schedulers keep, as in a strict load."""
-    for key, value in saved.items():
-        if key in ("params", "param_names", *_kept(group)):
-            continue
-        lr = group.get(key)
-        group[key] = lr.fill_(value) if isinstance(lr, Tensor) else value
+def _set_options(group: dict[str, Any], saved: dict[str, Any], recipe: Recipe) -> None:
+    """Rates, decay and what schedulers keep; the user's own keys and options newer than a checkpoint stay as they are."""
+    taken = {key: value for key, value in saved.items() if key not in (*PARAMETERS, *_kept(group))}
+    if "lr_scale" in recipe.get(group["role"], {}):  # in 0.1.0's checkpoints it is inside the rate
+        taken.setdefault("lr_scale", 1.0)
+    for key in {*TORCH_KEYS, *group["update"].from_start} - {*taken, *PARAMETERS}:  # they do not begin in mid-run
+        group.pop(key, None)
+    for key, value in taken.items():
+        own = group.get(key)
+        group[key] = own.fill_(value) if isinstance(own, Tensor) else deepcopy(value)
