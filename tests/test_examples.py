@@ -75,6 +75,13 @@ def assert_same_weights(whole: Any, parts: Any) -> None:
         assert torch.equal(weight, parts.get_parameter(name)), name
 
 
+def test_watch_layers_draws_what_the_watch_has_written(tmp_path):
+    watch = example("watch_layers")["train"](tmp_path, steps=6)
+    assert [record.step for record in watch.records] == [1, 5]
+    assert (tmp_path / "watch.png").stat().st_size > 10_000  # an empty figure of that size has 3 kB
+    assert len((tmp_path / "watch.jsonl").read_text().splitlines()) == 2
+
+
 def test_hf_trainer_learns_logs_each_layer_and_resumes(tmp_path):
     whole, parts = killed_and_resumed("hf_trainer", tmp_path)
     assert_same_weights(whole.model, parts.model)

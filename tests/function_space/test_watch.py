@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
@@ -661,6 +662,51 @@ def test_printed_tables_of_many_blocks_have_one_line_for_those_that_are_alike():
         assert len(columns[0]) % 50 == 0  # all are in the whole table, of which a wide one is in two
         values = [float(cell.rstrip("%")) for cell in columns[1]]
         assert of_blocks[1] in (f"{min(values):.3g}..{max(values):.3g}", f"{min(values):.4g}..{max(values):.4g}", "0.1")
+
+
+def test_a_picture_shows_each_number_of_the_records_in_its_place(tmp_path):
+    model = ResNet(8, 3)
+    optimizer = lw.DualMuon(lw.param_groups(model), lr=0.01)
+    watch = lw.watch(model, optimizer, every=2, function_space_every=4, to=tmp_path / "watch.jsonl")
+    for step in range(6):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    modules = list(watch.records[0].modules)
+    for quantity, steps in (("ratio", (1, 2, 4, 6)), ("loss_change", (1, 2, 4, 6)), ("rate", (4,))):
+        of_records, of_file = (lw.plot_watch(given, quantity) for given in (watch.records, tmp_path / "watch.jsonl"))
+        known = [record for record in watch.records if record.step in steps]
+        expected = [[record.modules[name].numbers()[quantity] for record in known] for name in modules]
+        for axes in (of_records, of_file):
+            assert np.array_equal(axes.collections[0].get_array(), expected)
+            assert [label.get_text() for label in axes.get_yticklabels()] == modules
+            edges = axes.collections[0].get_coordinates()[0, :, 0]
+            assert all(low < step < high for low, step, high in zip(edges, steps, edges[1:], strict=False))
+    drawn = lw.plot_watch(watch.records, "multiplier").collections[0]
+    units = [f"blocks.{block}.weight" for block in range(3)]
+    ruled = [name for name, unit in watch.records[-1].units.items() if unit.squared_norm > 0]
+    assert set(units) <= set(ruled)
+    assert np.array_equal(drawn.get_array(), [[r.units[name].multiplier for r in watch.records] for name in ruled])
+    low, high = drawn.get_clim()
+    assert low * high == pytest.approx(1)  # white is 1
+
+
+def test_a_picture_of_many_blocks_has_those_that_are_alike_together():
+    model = ResNet(8, 60)
+    watch = short_run(model)
+    axes = lw.plot_watch(watch.records, "update_rms")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["inp", "blocks.{0-59}", "out"]
+    assert [*axes.get_yticks()] == [0.5, 31.0, 61.5]
+
+
+def test_a_picture_that_cannot_be_drawn_says_what_can(tmp_path):
+    records = short_run(ResNet(8, 1)).records
+    with pytest.raises(lw.LayerwiseError, match=r"quantity is 'speed', which none of 3 records has: they have .*ratio"):
+        lw.plot_watch(records, "speed")
+    with pytest.raises(lw.LayerwiseError, match=r"none\.jsonl.*give the file that watch"):
+        lw.plot_watch(tmp_path / "none.jsonl")
+    with pytest.raises(lw.LayerwiseError, match="none of 0 records has: they have nothing"):
+        lw.plot_watch([])
 
 
 def test_a_watch_goes_on_where_it_was():

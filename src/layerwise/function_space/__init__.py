@@ -9,6 +9,7 @@ from layerwise.function_space.measure import function_space_rates
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
+from layerwise.function_space.watching.picture import plot_watch
 from layerwise.function_space.watching.unusual import UnusualRule
 from layerwise.function_space.watching.watch_record import WatchRecord
 from layerwise.function_space.watching.watcher import Watch, watch
@@ -26,6 +27,7 @@ __all__ = [
     "check",
     "function_space_rates",
     "match_lora",
+    "plot_watch",
     "record_base",
     "watch",
 ]
