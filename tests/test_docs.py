@@ -103,7 +103,7 @@ def test_a_record_of_a_watch_has_the_columns_that_the_page_explains(watched):
 
 
 def test_a_picture_of_the_layers_rates(watched):
-    exec(block("docs/watching.md", "import matplotlib")[0], watched)
+    exec(block("docs/watching.md", "axes = lw.plot_watch")[0], watched)
     assert Path("rates.png").exists()
 
 
