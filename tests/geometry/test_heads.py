@@ -228,3 +228,28 @@ def test_no_weight_is_made_to_look_at_modules():
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     describe(model)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def drawn(m, x):
+    """As an agent of PPO acts: a draw, how likely it was, and a value."""
+    mean = m.actor(m.body(x))
+    given = torch.distributions.Normal(mean, m.log_std.expand_as(mean).exp())
+    action = given.sample()
+    return action, given.log_prob(action).sum(-1), m.critic(m.body(x))
+
+
+@pytest.mark.parametrize("shape", [(V,), (1, V)])
+def test_what_a_draw_is_made_of_is_a_head_also_where_its_deviation_is_stored_as_a_row(shape):
+    model = Net(drawn, body=linear(), actor=linear(V), critic=linear(1), log_std=nn.Parameter(torch.zeros(shape)))
+    assert heads_of(model, X) == {"actor.weight", "critic.weight"}
+
+
+def modulated(m, x):
+    """As StyleGAN2's convolution: a weight for each example, of which the style scales the inputs."""
+    weights = m.weight * m.style(x[:, 0])[:, None, :, None]
+    return F.conv1d(x.mT.reshape(1, -1, x.shape[1]), weights.flatten(0, 1), groups=len(x)).view(len(x), V, -1)
+
+
+def test_a_style_that_scales_the_weights_of_the_last_convolution_is_not_the_head():
+    model = Net(modulated, style=linear(), weight=nn.Parameter(torch.randn(1, V, D, 1)))
+    assert heads_of(model, X) == {"weight"}

@@ -190,7 +190,8 @@ class Flow:
 
     def matrices(self, origin: Origin) -> frozenset[int]:
         """Those of the parameters that may be weights of a layer."""
-        return frozenset(n for n in self.numbers(origin) if len(self.evidence.space.shapes[n]) > 1)
+        shapes = self.evidence.space.shapes
+        return frozenset(n for n in self.numbers(origin) if n in self.linear or sum(size > 1 for size in shapes[n]) > 1)
 
     def transformed_by(self, made: Origin, source: Origin) -> None:
         """A layer whose weight was made in ways that are not followed took results of others."""

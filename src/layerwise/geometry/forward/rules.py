@@ -86,13 +86,19 @@ def pointwise(flow: Flow, op: Operation) -> None:
     activations = [origin for _, origin in given if not origin.constant]
     kind: Kind = "gain" if op.name in _SCALES else "bias"
     weights = [weight for _, origin in given for weight in origin.weights]
+    by_hand = frozenset[int]()  # numbers of the weights in a matrix product that is written out
     for weight in weights:
-        by_hand = any(not origin.constant and _is_outer(tensor, small(weight).shape) for tensor, origin in given)
+        outer = any(not origin.constant and _is_outer(tensor, small(weight).shape) for tensor, origin in given)
+        if kind == "gain" and outer:
+            by_hand |= flow.numbers(Origin((weight,)))
         of_features = kind == "bias" and is_of_features(weight, activations)
-        flow.evidence.used(weight, "other" if kind == "gain" and by_hand else "norm" if of_features else kind)
+        flow.evidence.used(weight, "other" if kind == "gain" and outer else "norm" if of_features else kind)
+    if by_hand:
+        flow.evidence.transformed |= results_in(activations)
     if op.name in _SCALES:
         _meet(flow, op, activations)
     result = joined(activations, shape, flow.evidence.transformed)
+    result = replace(result, results_of=result.results_of | by_hand)
     result = replace(result, bent=result.bent or (op.name not in _LINEAR and bool(result.rows)))
     if kind == "gain":
         result = replace(
