@@ -26,7 +26,7 @@ from layerwise.function_space.measuring.moments import (
 )
 from layerwise.function_space.measuring.outputs import draw_probes, resolve
 from layerwise.function_space.measuring.process_group import Collector
-from layerwise.function_space.measuring.runners import LeafRunner, in_evaluation_mode, trainable
+from layerwise.function_space.measuring.runners import Runner, in_evaluation_mode, trainable
 from script import documented_parser
 
 
@@ -165,7 +165,7 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
                 rows[name, which].add(grads.reshape(-1, *estimator.view))
 
     with in_evaluation_mode(model):
-        runner = LeafRunner(model, resolve(forward), trainable(model))
+        runner = Runner(model, resolve(forward), trainable(model))
         outputs = runner.outputs(inputs, None)
         drawn = draw_probes(outputs, probes, seed=0)
         runner.probe(outputs, drawn, AllEstimators({}, kronecker), outputs.probes_at_once(64 << 20))

@@ -33,7 +33,6 @@ INSIDE = {
     "function_space": {
         "rates": set(),
         "measuring": {"rates"},
-        "measure": {"measuring", "rates"},
         "steps": {"measuring", "rates"},
         "matching": {"measuring", "steps", "rates"},
         "checking": {"matching", "measuring", "rates", "steps"},

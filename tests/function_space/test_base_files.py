@@ -11,7 +11,7 @@ from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder, record_base
-from layerwise.function_space.matching.depth_map import infer_depth, sources
+from layerwise.function_space.matching.decide import infer_depth, sources
 
 
 def recorded(seed=0, depth=2, lr=1e-2, **options) -> BaseRates:

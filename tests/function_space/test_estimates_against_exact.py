@@ -11,8 +11,7 @@ from torch import nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import Rates, function_space_rates
-from layerwise.function_space.measuring.exact import derivatives
-from layerwise.function_space.measuring.measurement import CHANGES
+from layerwise.function_space.measuring.exact import CHANGES, derivatives
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
     Moments,

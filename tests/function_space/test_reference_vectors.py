@@ -15,14 +15,14 @@ from layerwise.function_space.measuring.moments import (
 )
 from layerwise.function_space.measuring.outputs import model_output
 from layerwise.function_space.measuring.process_group import Collector
-from layerwise.function_space.measuring.runners import LeafRunner, trainable
+from layerwise.function_space.measuring.runners import Runner, trainable
 
 Snapshot = dict[str, Tensor]
 
 
 def moments_of_call(model, old: Snapshot, new: Snapshot, method: str, call: int, eps: list[float]):
     """Log moments of one probe, given as numbers, on the batch of that call, at the old weights."""
-    runner = LeafRunner(model, model_output, old)
+    runner = Runner(model, model_output, old)
     outputs = runner.outputs(batch(100 + call), None)
     estimators: dict[str, Estimator] = {name: ESTIMATORS[method](tuple(w.shape)) for name, w in old.items()}
     found = Collector({name: TensorUpdate(new[name], old[name]) for name in old}, ESTIMATORS[method])

@@ -10,7 +10,7 @@ from torch import nn
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import function_space_rates
 from layerwise.function_space.measuring import linear_products, measurement
-from layerwise.function_space.measuring.runners import ProductRunner
+from layerwise.function_space.measuring.runners import Runner
 from layerwise.function_space.measuring.slices import cut
 
 
@@ -25,10 +25,10 @@ def network():
     return model, {name: torch.randn_like(p) for name, p in model.named_parameters()}
 
 
-def all_signs(outputs, count, seed, first_probe, first_row, slices):
+def all_signs(outputs, count, seed, first_probe, first_row):
     """Every sign vector on the entries that count, over and over: means over them are exact expectations."""
     counted = torch.ones_like(outputs.values) if outputs.mask is None else outputs.mask.to(outputs.values)
-    counted = counted.bool().reshape(slices, *outputs.values.shape[slices > 1 :])
+    counted = counted.bool().reshape(outputs.slices, *outputs.values.shape[outputs.slices > 1 :])
     each = [itertools.cycle(itertools.product([-1.0, 1.0], repeat=int(part.sum()))) for part in counted]
     for signs in itertools.islice(zip(*each, strict=True), count):
         probe = torch.zeros_like(counted, dtype=outputs.values.dtype)
@@ -218,8 +218,8 @@ def test_slices_side_by_side_have_the_rates_of_slices_one_by_one(method, masked,
     model, update, x = decoder()
     mask = torch.arange(5) < torch.randint(1, 6, (7, 1)) if masked else None
     ran = []
-    plain = ProductRunner.side_by_side
-    monkeypatch.setattr(ProductRunner, "side_by_side", lambda *a: ran.append(plain(*a)) or ran[-1])
+    plain = Runner.side_by_side
+    monkeypatch.setattr(Runner, "side_by_side", lambda *a: ran.append(plain(*a)) or ran[-1])
     options = {"method": method, "probes": 12, "slices": 6, "mask": mask}
     together = function_space_rates(model, update, x, **options)
     assert [outputs.values.shape[:2] for outputs in ran] == [(5, 1)]  # the sixth has two examples
@@ -262,8 +262,8 @@ def test_a_forward_that_asks_whether_something_is_trained_is_told_so_side_by_sid
     """`vmap` itself says no of everything; bitsandbytes' 4-bit layers take a path without derivatives then."""
     model, update, x = decoder()
     ran = []
-    plain = ProductRunner.side_by_side
-    monkeypatch.setattr(ProductRunner, "side_by_side", lambda *a: ran.append(plain(*a)) or ran[-1])
+    plain = Runner.side_by_side
+    monkeypatch.setattr(Runner, "side_by_side", lambda *a: ran.append(plain(*a)) or ran[-1])
     forward = lambda m, x: y if (y := m(x)).requires_grad and not x.requires_grad else y.detach()  # noqa: E731
     found = function_space_rates(model, update, x, forward, probes=14, slices=7)
     assert ran

@@ -22,9 +22,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import layerwise as lw
 from layerwise.common.alike_names import siblings_of
-from layerwise.function_space.steps.by_module import module_of
+from layerwise.function_space.steps.by_module import module_of, spectral_norms
 from layerwise.function_space.steps.named_rates import constant_decay
-from layerwise.function_space.steps.spectral_norm import spectral_norms
 from layerwise.integrations.logged import RateLog
 
 # Sums of up to 1056 products in float64, added up in another order; differences of weights lose three digits more.

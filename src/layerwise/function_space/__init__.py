@@ -5,13 +5,11 @@ from layerwise.function_space.checking.size_check import SizeCheck
 from layerwise.function_space.matching.base_rates import BaseRates, record_base
 from layerwise.function_space.matching.flerm import FLeRM
 from layerwise.function_space.matching.lora import match_lora
-from layerwise.function_space.measure import function_space_rates
-from layerwise.function_space.measuring.measurement import Measurement
+from layerwise.function_space.measuring.measurement import Measurement, function_space_rates
 from layerwise.function_space.rates import Rates
 from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
 from layerwise.function_space.watching.picture import plot_watch
-from layerwise.function_space.watching.unusual import UnusualRule
-from layerwise.function_space.watching.watch_record import WatchRecord
+from layerwise.function_space.watching.watch_record import UnusualRule, WatchRecord
 from layerwise.function_space.watching.watcher import Watch, watch
 
 __all__ = [

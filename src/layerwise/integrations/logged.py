@@ -13,7 +13,7 @@ from layerwise.common.checked import checked
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import canonical_name
 from layerwise.errors import LayerwiseError, warn
-from layerwise.function_space.watching.unit_rates import unit_rates, unit_scalars
+from layerwise.function_space.watching.watch_record import unit_rates, unit_scalars
 from layerwise.optim.optimizer import layerwise_optimizer
 
 #: What the numbers are means over, the finest first.

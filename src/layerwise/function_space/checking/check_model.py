@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -18,11 +17,10 @@ from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.group_by import group_by
 from layerwise.common.running import call_given
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.checking.checked_batches import batches, default_loss, inputs_of
-from layerwise.function_space.checking.one_size import Readings, Recipe, SizeRun
+from layerwise.function_space.checking.one_size import Readings, SizeRun, batches, default_loss, inputs_of
 from layerwise.function_space.checking.size_check import QUANTITIES, Quantity, SizeCheck, Trend, Value, trend
 from layerwise.function_space.matching.base_rates import BaseRates, record_base
-from layerwise.function_space.matching.depth_map import DepthMap
+from layerwise.function_space.matching.decide import DepthMap
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.steps.step_loss import Loss, given_loss
@@ -104,26 +102,24 @@ def check(
     _refuse(sizes, steps, seeds)
     if not tolerance >= 0:
         raise LayerwiseError(f"tolerance={tolerance}: a slope of at least 0 is needed")
-    recipe = Recipe(
+    start = partial(
+        SizeRun,
         _fresh(make_model),
         make_optimizer,
         batches(batch, max(steps)),
         default_loss if loss is None else partial(given_loss, loss),
-        sorted(set(steps)),
         Measurement(forward, method, probes, **options),
-        None if match == FIRST else match,
-        depth,
-        match_step,
     )
+    steps = sorted(set(steps))
     with torch.random.fork_rng(), torch.enable_grad():
         if match == FIRST:
-            recipe = replace(recipe, match=_base(recipe, sizes[0], seeds))
+            match = record_base(partial(_base_run, start, sizes[0], match_step), seeds)
         found: list[list[Mapping[int, Readings]]] = []
         for size in sizes:
-            found.append([SizeRun(recipe, size, seed).measure() for seed in seeds])
+            found.append([start(size, seed).measure(steps, match, depth, match_step) for seed in seeds])
             if len(found) == 2 and found[0] == found[1]:  # to the last bit, of the same seeds
                 raise LayerwiseError(f"make_model makes one model at sizes {sizes[0]} and {size}: have it use its argument")
-    return SizeCheck(axis, list(sizes), recipe.steps, list(seeds), _trends(sizes, recipe.steps, found), tolerance, judge)
+    return SizeCheck(axis, list(sizes), steps, list(seeds), _trends(sizes, steps, found), tolerance, judge)
 
 
 def _refuse(sizes: Sequence[float], steps: Sequence[int], seeds: Sequence[int]) -> None:
@@ -153,20 +149,15 @@ def _fresh(make_model: Callable[[Any], nn.Module]) -> Callable[[Any], nn.Module]
     return make
 
 
-def _base(recipe: Recipe, size: float, seeds: Sequence[int]) -> BaseRates:
+def _base_run(start: Callable[[Any, int], SizeRun], size: Any, match_step: int, seed: int) -> FunctionSpaceRecorder:
     """The matched step's rates at one size, on the batch that is matched on."""
-
-    def run(seed: int) -> FunctionSpaceRecorder:
-        small = SizeRun(recipe, size, seed)
-        every = max(1, recipe.match_step - 1)
-        recorder = FunctionSpaceRecorder(small.model, small.optimizer, every, **small.options)
-        for step in range(recipe.match_step):
-            small.backward(step)
-            with recorder.step(inputs_of(small.batches[-2])):
-                small.optimizer.step()
-        return recorder
-
-    return record_base(run, seeds)
+    small = start(size, seed)
+    recorder = FunctionSpaceRecorder(small.model, small.optimizer, max(1, match_step - 1), **small.options)
+    for step in range(match_step):
+        small.backward(step)
+        with recorder.step(inputs_of(small.batches[-2])):
+            small.optimizer.step()
+    return recorder
 
 
 def _trends(sizes: Sequence[float], steps: Sequence[int], found: Sequence[Sequence[Mapping[int, Readings]]]) -> list[Trend]:

@@ -1,79 +1,71 @@
-"""A few optimizer steps of a model of one size, and what they do to each module."""
+"""A few optimizer steps of a model of one size, on batches that all sizes share, and what they do to each module."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from layerwise.common.parameter_names import unwrap_optimizer
 from layerwise.common.running import call_given
 from layerwise.common.tensors import widened
-from layerwise.function_space.checking.checked_batches import inputs_of
+from layerwise.errors import LayerwiseError
 from layerwise.function_space.checking.size_check import Quantity, Value
 from layerwise.function_space.matching.base_rates import BaseRates
-from layerwise.function_space.matching.depth_map import DepthMap
+from layerwise.function_space.matching.decide import DepthMap
 from layerwise.function_space.matching.flerm import FLeRM
 from layerwise.function_space.measuring.measurement import Measurement
-from layerwise.function_space.measuring.outputs import Forward, resolve
-from layerwise.function_space.measuring.runners import LeafRunner, in_evaluation_mode
+from layerwise.function_space.measuring.outputs import Forward, model_output, resolve
+from layerwise.function_space.measuring.runners import Runner, in_evaluation_mode
 from layerwise.function_space.measuring.slices import each_tensor
 from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.by_module import ROOT, by_module, module_of, module_updates, update_sums
-from layerwise.function_space.steps.step_loss import Loss
-from layerwise.function_space.steps.watched_step import WatchedStep, watch
+from layerwise.function_space.steps.by_module import ROOT, by_module, module_of, module_updates
+from layerwise.function_space.steps.step_loss import Loss, model_loss
+from layerwise.function_space.steps.watched_step import WatchedStep
 
 #: What is measured at one step: quantity -> module -> value.
 Readings = Mapping[Quantity, Mapping[str, Value]]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained and how it is measured, whatever the size.
+class SizeRun:
+    """A fresh model of one size and its optimizer, seeded.
 
-    Attributes:
+    Args:
         make_model, make_optimizer: see `check`.
         batches: one a step, then one to match and one to measure on.
         loss: of a batch.
-        steps: the optimizer steps that are measured, from 1 on.
         measurement: of function-space rates.
-        match: what FLeRM matches to; None: nothing.
-        depth: FLeRM's depth map.
-        match_step: the step that FLeRM matches, from 1 on.
+        size, seed: of this run.
     """
 
-    make_model: Callable[[Any], nn.Module]
-    make_optimizer: Callable[[nn.Module], Optimizer]
-    batches: Sequence[Any]
-    loss: Loss
-    steps: Sequence[int]
-    measurement: Measurement
-    match: BaseRates | str | None = None
-    depth: DepthMap | None = None
-    match_step: int = 1
-
-
-class SizeRun:
-    """A fresh model of one size and its optimizer, seeded."""
-
-    def __init__(self, recipe: Recipe, size: Any, seed: int) -> None:
-        self.recipe = recipe
+    def __init__(
+        self,
+        make_model: Callable[[Any], nn.Module],
+        make_optimizer: Callable[[nn.Module], Optimizer],
+        batches: Sequence[Any],
+        loss: Loss,
+        measurement: Measurement,
+        size: Any,
+        seed: int,
+    ) -> None:
         torch.manual_seed(seed)
-        self.model = recipe.make_model(size)
+        self.model = make_model(size)
         self.model.train()
         needed = "the model, as lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)"
-        made = call_given("make_optimizer", recipe.make_optimizer, self.model, needed=needed)
-        self.optimizer = unwrap_optimizer(made)
+        self.optimizer = unwrap_optimizer(call_given("make_optimizer", make_optimizer, self.model, needed=needed))
         device = next(self.model.parameters()).device
-        self.batches = [each_tensor(batch, lambda tensor: tensor.to(device)) for batch in recipe.batches]
-        self.measurement = replace(recipe.measurement, seed=recipe.measurement.seed + seed)
+        self.batches = [each_tensor(batch, lambda tensor: tensor.to(device)) for batch in batches]
+        self.loss = loss
+        self.measurement = replace(measurement, seed=measurement.seed + seed)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -85,42 +77,38 @@ class SizeRun:
     def backward(self, step: int) -> None:
         """The gradient of one step's batch, counted from 0."""
         self.optimizer.zero_grad()
-        self.recipe.loss(self.model, self.batches[step]).backward()
+        self.loss(self.model, self.batches[step]).backward()
 
-    def measure(self) -> dict[int, Readings]:
-        """Train up to the last of the measured steps, and read what those did."""
-        recipe, inputs = self.recipe, inputs_of(self.batches[-1])
-        flerm = self._flerm()
+    def measure(
+        self, steps: Sequence[int], match: BaseRates | str | None, depth: DepthMap | None, match_step: int
+    ) -> dict[int, Readings]:
+        """Train up to the last of `steps`, counted from 1, and read what those did; FLeRM's arguments: see `check`."""
+        inputs, flerm = inputs_of(self.batches[-1]), None
+        if match is not None:
+            own = {"method": None} if isinstance(match, BaseRates) else {}  # the base's method
+            flerm = FLeRM(self.model, self.optimizer, match, depth, at=match_step - 1, **{**self.options, **own})
         activations = Activations(self.model, self.measurement.forward, inputs)
         found: dict[int, Readings] = {}
-        for step in range(1, max(recipe.steps) + 1):
+        for step in range(1, max(steps) + 1):
             self.backward(step - 1)
             around = nullcontext() if flerm is None else flerm.step(inputs_of(self.batches[-2]))
-            if step not in recipe.steps:
+            if step not in steps:
                 with around:
                     self.optimizer.step()
                 continue
-            with watch(self.model, self.optimizer) as watched, around:
+            with WatchedStep(self.model, self.optimizer).surrounded() as watched, around:
                 self.optimizer.step()
             found[step] = self._read(watched, activations, inputs)
         return found
 
-    def _flerm(self) -> FLeRM | None:
-        match, options = self.recipe.match, self.options
-        if match is None:
-            return None
-        if isinstance(match, BaseRates):
-            options["method"] = None  # the base's
-        return FLeRM(self.model, self.optimizer, match, self.recipe.depth, at=self.recipe.match_step - 1, **options)
-
     def _read(self, watched: WatchedStep, activations: Activations, inputs: Any) -> Readings:
         rates = watched.rates(self.measurement, inputs)
         sizes, changes = activations.read()
-        modules = module_updates(update_sums(watched.updates, steps=16))
+        modules = module_updates(watched.updates, steps=16)
         return {
             "rate": _module_rates(rates),
-            "activation": {name: Value(value) for name, value in sizes.items()},
-            "activation_change": {name: Value(value) for name, value in changes.items()},
+            "activation": sizes,
+            "activation_change": changes,
             "update_rms": {name: Value(module.update_rms) for name, module in modules.items()},
             "spectral": {name: Value(module.spectral) for name, module in modules.items() if module.spectral is not None},
         }
@@ -148,10 +136,10 @@ class Activations:
     def __init__(self, model: nn.Module, forward: Forward | str | None, inputs: Any) -> None:
         self.model = model
         self.inputs = inputs
-        self.runner = LeafRunner(model, resolve(forward), {})
+        self.runner = Runner(model, resolve(forward), {})
         self.start = self._outputs()
 
-    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+    def read(self) -> tuple[dict[str, Value], dict[str, Value]]:
         """RMS of each module's outputs now, and RMS of their difference to the start."""
         now = self._outputs()
         sizes = {name: _rms(values) for name, values in now.items()}
@@ -165,19 +153,18 @@ class Activations:
     def _outputs(self) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {}
         names = {module_of(name) for name, p in self.model.named_parameters() if p.requires_grad}
+
+        def keep(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+            tensor = _first_tensor(output)
+            if tensor is not None:  # it may be changed in place
+                found.setdefault(name, []).append(tensor.detach().float().clone())
+
         with in_evaluation_mode(self.model), torch.no_grad():  # which takes the hooks off again
             for name, module in self.model.named_modules():
                 if (name or ROOT) in names:
-                    module.register_forward_hook(partial(_catch, found, name or ROOT))
+                    module.register_forward_hook(partial(keep, name or ROOT))
             self.runner.outputs(self.inputs, None)
         return found
-
-
-def _catch(found: dict[str, list[Tensor]], name: str, module: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook, which keeps a copy of the output: it may be changed in place."""
-    tensor = _first_tensor(output)
-    if tensor is not None:
-        found.setdefault(name, []).append(tensor.detach().float().clone())
 
 
 def _first_tensor(output: Any) -> Tensor | None:
@@ -190,8 +177,64 @@ def _first_tensor(output: Any) -> Tensor | None:
     return None
 
 
-def _rms(tensors: list[Tensor]) -> float:
+def _rms(tensors: list[Tensor]) -> Value:
     entries = sum(t.numel() for t in tensors)
     if not entries:
-        return 0.0
-    return float(torch.stack([widened(t).square().sum() for t in tensors]).sum() / entries) ** 0.5
+        return Value(0.0)
+    return Value(float(torch.stack([widened(t).square().sum() for t in tensors]).sum() / entries) ** 0.5)
+
+
+def batches(batch: Any, steps: int) -> list[Any]:
+    """Batches for `steps` training steps, one to match and one to measure on: the same for every size.
+
+    Args:
+        batch: one batch (a tensor, a tuple or a dict), taken every time; a function of the step, from 0 on; or anything that
+            yields batches (a list, a DataLoader), gone through again where it is too short.
+        steps: how many training steps there are.
+
+    Raises:
+        LayerwiseError: there is no batch.
+    """
+    count = steps + 2
+    if isinstance(batch, (Tensor, tuple, Mapping)):
+        return [batch] * count
+    if callable(batch):
+        return [batch(step) for step in range(count)]
+    if not isinstance(batch, Iterable):
+        raise LayerwiseError(
+            f"batch is {type(batch).__name__}: give a tensor, a tuple, a dict, a function of the step or a DataLoader"
+        )
+    found = list(islice(batch, count))
+    if not found:
+        raise LayerwiseError("batch yields nothing: give at least one batch")
+    return [found[index % len(found)] for index in range(count)]
+
+
+def inputs_of(batch: Any) -> Any:
+    """The model's inputs in a batch: the first of `(inputs, targets)`, else the batch itself."""
+    return batch[0] if _is_pair(batch) else batch
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """On `(inputs, targets)` cross-entropy for whole numbers, else the squared error; else what the model itself says.
+
+    Raises:
+        LayerwiseError: targets of another shape than the outputs, or a model that says nothing.
+    """
+    if not _is_pair(batch):
+        return model_loss(model, batch)
+    result, targets = model_output(model, batch[0]), batch[1]
+    outputs = result[0] if isinstance(result, tuple) else result
+    whole = not targets.is_floating_point()
+    if targets.numel() != (outputs[..., 0] if whole else outputs).numel():
+        raise LayerwiseError(
+            f"the outputs have shape {tuple(outputs.shape)}, the targets {tuple(targets.shape)}: give "
+            "loss=lambda model, batch: ..., or as batch a dict of keywords for which the model returns a loss"
+        )
+    if whole:
+        return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+    return functional.mse_loss(outputs, targets.reshape(outputs.shape))
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, Sequence) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -84,24 +84,19 @@ def trend(module: str, quantity: Quantity, step: int, sizes: Sequence[float], fo
     """The trend of `found`: for each size one value a seed.
 
     A value that is 0 at some sizes only has an infinite slope.
-
-    Raises:
-        LayerwiseError: fewer than two sizes.
     """
-    if len(set(sizes)) < 2:
-        raise LayerwiseError(f"sizes {list(sizes)}: give at least two different ones")
     means = [_geometric_mean([v.value for v in values]) for values in found]
-    if not any(means):
-        return Trend(module, quantity, step, sizes, means, None, 0.0)
-    if not all(mean > 0 and math.isfinite(mean) for mean in means):
-        grows = means[-1] > means[0] or not math.isfinite(means[-1])
-        return Trend(module, quantity, step, sizes, means, math.inf if grows else -math.inf, 0.0)
-    logs = [math.log(size) for size in sizes]
-    centred = [x - fmean(logs) for x in logs]
-    weights = [x / sum(c * c for c in centred) for x in centred]
-    slope = sum(w * math.log(mean) for w, mean in zip(weights, means, strict=True))
-    deviations, freedom = _deviations(found)
-    stderr = math.hypot(*(w * d for w, d in zip(weights, deviations, strict=True)))
+    slope: float | None = None
+    stderr, freedom = 0.0, 0
+    if all(mean > 0 and math.isfinite(mean) for mean in means):
+        logs = [math.log(size) for size in sizes]
+        centred = [x - fmean(logs) for x in logs]
+        weights = [x / sum(c * c for c in centred) for x in centred]
+        slope = sum(w * math.log(mean) for w, mean in zip(weights, means, strict=True))
+        deviations, freedom = _deviations(found)
+        stderr = math.hypot(*(w * d for w, d in zip(weights, deviations, strict=True)))
+    elif any(means):
+        slope = math.inf if means[-1] > means[0] or not math.isfinite(means[-1]) else -math.inf
     return Trend(module, quantity, step, sizes, means, slope, stderr, freedom)
 
 
@@ -192,7 +187,7 @@ class SizeCheck:
     def judging(self, quantity: Quantity) -> SizeCheck:
         """The same measurements, judged by another quantity: `activation_change` is muP's coordinate check."""
         self.of(quantity)
-        return SizeCheck(self.axis, self.sizes, self.steps, self.seeds, self.trends, self.tolerance, quantity)
+        return replace(self, judged=quantity)
 
     def __str__(self) -> str:
         return self.table()

@@ -25,7 +25,7 @@ from layerwise.function_space.steps.named_rates import (
     optimized,
     settings_by_name,
 )
-from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder
+from layerwise.function_space.steps.watched_step import FunctionSpaceRecorder, StepWatcher
 
 #: Methods that have the same mean: what one recorded, another may match.
 UNBIASED = frozenset({"exact", "full_cov"})
@@ -110,22 +110,27 @@ class Fingerprint:
         return list(differences.values())
 
 
+def how_measured(watcher: StepWatcher) -> dict[str, Any]:
+    """What a fingerprint holds of how steps are taken and measured, known before any is."""
+    parameters = optimized(watcher.model, watcher.optimizer)
+    return {
+        "space": watcher.measurement.space,
+        "method": watcher.measurement.method,
+        "batch_norm": watcher.measurement.batch_norm,
+        "decay": watcher.decay,
+        "optimizer": class_name(watcher.optimizer),
+        "settings": settings_by_name(watcher.optimizer, parameters),
+    }
+
+
 def fingerprint_of(recorder: FunctionSpaceRecorder) -> Fingerprint:
     """What a recorder's records were made with."""
     parameters = optimized(recorder.model, recorder.optimizer)
     shapes = json.dumps({name: list(p.shape) for name, p in parameters.items()})
     rates = recorder.records[0].rates
     return Fingerprint(
-        space=rates.space,
-        classes=rates.classes,
-        dtype=rates.dtype,
-        method=rates.method,
-        batch_norm=recorder.measurement.batch_norm,
-        decay=recorder.decay,
-        optimizer=class_name(recorder.optimizer),
-        settings=settings_by_name(recorder.optimizer, parameters),
-        entries=rates.entries,
-        probes=rates.probes,
+        **how_measured(recorder),
+        **{key: getattr(rates, key) for key in ("classes", "dtype", "entries", "probes")},
         seeds=[recorder.measurement.seed],
         model=type(recorder.model).__qualname__,
         parameters=sum(p.numel() for p in parameters.values()),

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
 from layerwise.common.parameter_names import first_few, unwrap_optimizer
 from layerwise.errors import LayerwiseError, warn
-from layerwise.function_space.matching.base_rates import BaseRates
+from layerwise.function_space.matching.base_rates import BaseRates, how_measured
 from layerwise.function_space.matching.decide import (
+    DepthMap,
     Factor,
     Matched,
     MatchReport,
@@ -23,10 +24,11 @@ from layerwise.function_space.matching.decide import (
     corrected,
     decide,
     fixed_parameters,
+    infer_depth,
     noise_floor,
     rounding_noise,
+    sources,
 )
-from layerwise.function_space.matching.depth_map import DepthMap, infer_depth, sources
 from layerwise.function_space.measuring.measurement import Measurement
 from layerwise.function_space.measuring.outputs import NAMED, Forward
 from layerwise.function_space.rates import Rates
@@ -34,10 +36,8 @@ from layerwise.function_space.steps.named_rates import (
     UNSCHEDULED,
     Decay,
     NamedRates,
-    class_name,
     learning_rates,
     require_linear,
-    settings_by_name,
 )
 from layerwise.function_space.steps.watched_step import StepWatcher, WatchedStep
 
@@ -250,16 +250,8 @@ class FLeRM(StepWatcher):
             if self.lr == "base":
                 raise LayerwiseError("lr='base' needs a base file: with base='uniform' use lr='groups'")
             return
-        found = {
-            "space": self.measurement.space,
-            "method": self.measurement.method,
-            "batch_norm": self.measurement.batch_norm,
-            "decay": self.decay,
-            "optimizer": class_name(self.optimizer),
-            "settings": settings_by_name(self.optimizer, self.parameters),
-        }
         names = {name: source.name for name, source in self.sources.items()}
-        self.base.fingerprint.require(names, **found)
+        self.base.fingerprint.require(names, **how_measured(self))
         unused = [name for name in self.base.names if name not in names.values()]
         if unused:
             warn(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 from typing import Any, cast
@@ -31,7 +30,7 @@ from layerwise.function_space.steps.named_rates import (
     require_linear,
 )
 from layerwise.function_space.steps.step_loss import Loss, given_loss, model_loss
-from layerwise.function_space.steps.watched_step import watch
+from layerwise.function_space.steps.watched_step import WatchedStep
 
 
 class LoraMatch(NamedRates):
@@ -108,21 +107,21 @@ def match_lora(
         >>> print(match)  # doctest: +SKIP
     """
     model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
-    adapter, config = _adapter_of(model)
+    _, config = _adapter_of(model)
     _check(optimizer, batches, at, seeds)
     parameters = optimized(model, optimizer)
-    trials = _Trials(
-        model, optimizer, adapter, list(batches), at,
-        model_loss if loss is None else partial(given_loss, loss), list(seeds),
+    rates = partial(
+        _trial_rates, model, optimizer, batches, at,
+        model_loss if loss is None else partial(given_loss, loss), seeds,
         Measurement(forward, method, probes, **{"linear": None, **options}),
     )  # fmt: skip
     base_config = copy.deepcopy(config)
     base_config.r, base_config.lora_alpha = base_rank, config.lora_alpha if base_alpha is None else base_alpha
     with undisturbed(model), torch.enable_grad():
-        targets, measured = trials.rates(base_config), trials.rates(copy.deepcopy(config))
+        targets, measured = rates(base_config), rates(copy.deepcopy(config))
     kept = {name: "kept: no part of the adapter" for name in parameters if name not in measured}
     negligible = {**kept, **fixed_parameters(parameters, fixed)}
-    measured, targets = ({**dict.fromkeys(kept, 0.0), **rates} for rates in (measured, targets))
+    measured, targets = ({**dict.fromkeys(kept, 0.0), **found} for found in (measured, targets))
     noise = rounding_noise({p.dtype for p in parameters.values()})
     decided = decide(measured, targets, negligible, noise, max_change)
     lrs = learning_rates(optimizer, parameters, UNSCHEDULED)
@@ -135,40 +134,30 @@ def match_lora(
     return LoraMatch(report, optimizer, model)
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """Steps of fresh adapters in the place of the model's own."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    adapter: str
-    batches: list[Any]
-    at: int
-    loss: Loss
-    seeds: list[int]
-    measurement: Measurement
-
-    def rates(self, config: Any) -> dict[str, float]:
-        """Rates of step `at` of adapters with a config, by the names of the model's own, averaged over seeds."""
-        found = [self._one(config, seed) for seed in self.seeds]
-        return {name: fmean(one[name] for one in found) for name in found[0]}
-
-    def _one(self, config: Any, seed: int) -> dict[str, float]:
-        with trial_adapter(self.model, config, seed):
-            optimizer = twin(self.optimizer, self.model, self.adapter)
-            for batch in self.batches[: self.at]:
-                self._backward(optimizer, batch)
-                optimizer.step()
-            self._backward(optimizer, self.batches[self.at])
-            with watch(self.model, optimizer, None) as step:
-                optimizer.step()
-            inputs = self.batches[self.at + 1 :]
-            rates = step.rates(self.measurement, inputs, seed=self.measurement.seed + seed)
-        return {renamed(name, TRIAL, self.adapter): rate.value for name, rate in rates.items()}
-
-    def _backward(self, optimizer: Optimizer, batch: Any) -> None:
-        optimizer.zero_grad()
-        self.loss(self.model, batch).backward()
+def _trial_rates(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Sequence[Any],
+    at: int,
+    loss: Loss,
+    seeds: Sequence[int],
+    measurement: Measurement,
+    config: Any,
+) -> dict[str, float]:
+    """Rates of step `at` of fresh adapters with a config, by the names of the model's own, averaged over seeds."""
+    adapter, found = _adapter_of(model)[0], []
+    for seed in seeds:
+        with trial_adapter(model, config, seed):
+            trial = twin(optimizer, model, adapter)
+            for number, batch in enumerate(batches[: at + 1]):
+                if number:
+                    trial.step()
+                trial.zero_grad()
+                loss(model, batch).backward()
+            with WatchedStep(model, trial, None).surrounded() as step:
+                trial.step()
+            found.append(step.rates(measurement, list(batches[at + 1 :]), seed=measurement.seed + seed))
+    return {renamed(name, TRIAL, adapter): fmean(rates[name].value for rates in found) for name in found[0]}
 
 
 def _adapter_of(model: nn.Module) -> tuple[str, Any]:

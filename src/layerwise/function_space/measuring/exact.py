@@ -1,4 +1,4 @@
-"""The derivative of the outputs along an update, without noise or bias, in one forward-mode pass.
+"""How the outputs change along an update, without noise or bias: to first order, in one forward-mode pass, or in all.
 
 A custom `autograd.Function` or operator may have a backward and nothing else. Forward mode then loses what passes through
 it without a word, as a forward does that takes another path where nothing requires gradients (bitsandbytes' 4-bit
@@ -9,9 +9,11 @@ an `Adjoint`.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,36 +21,33 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from layerwise.common.group_by import group_by
+from layerwise.common.running import same_random_numbers
 from layerwise.common.tensors import or_one, wide_dtype
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Outputs, draw_probes, nodes_of
 
+if TYPE_CHECKING:
+    from layerwise.function_space.measuring.measurement import Run
+    from layerwise.function_space.measuring.runners import Runner
+
+#: The name of the outputs' own size among the changes.
+OUTPUTS = ""
 Tensors = Mapping[str, Tensor]
 #: What a rate says it was measured with.
 FORWARD, REVERSE = "exact", "exact, reverse"
 
 
-@dataclass(frozen=True)
-class Change:
-    """A change of the outputs, over `scale`, in the place of their values.
+#: The change of the outputs in the place of their values, what it was divided by, and how it was found.
+Change = tuple[Outputs, Tensor, str]
 
-    Attributes:
-        outputs: the change, and what of it counts.
-        scale: what it was divided by.
-        formula: how it was found.
-    """
 
-    outputs: Outputs
-    scale: Tensor
-    formula: str
-
-    def log_square(self) -> Tensor:
-        """Logarithm of the sum of squares of what counts, a float64 scalar on the device."""
-        change, mask = self.outputs.values.detach(), self.outputs.mask
-        wide = wide_dtype(change.device)
-        change = change if mask is None else torch.where(mask, change, torch.zeros_like(change))
-        return change.to(wide).square().sum().log() + 2 * self.scale.to(wide).log()
+def log_square(change: Outputs, scale: Tensor) -> Tensor:
+    """Logarithm of the sum of squares of what counts of a change times its scale, a float64 scalar on the device."""
+    values, wide = change.values.detach(), wide_dtype(change.values.device)
+    values = values if change.mask is None else torch.where(change.mask, values, torch.zeros_like(values))
+    return values.to(wide).square().sum().log() + 2 * scale.to(wide).log()
 
 
 def exact_change(
@@ -70,7 +69,7 @@ def exact_change(
     along = {name: (update.whole() / scale).to(at[name].dtype) for name, update in updates.items()}
     for tangent, formula in derivatives(values, at, along):
         if check is None or check.agrees(list(updates), tangent, scale):
-            return Change(replace(found[-1], values=tangent), scale, formula)
+            return replace(found[-1], values=tangent), scale, formula
     raise LayerwiseError(
         f"the exact derivative along {', '.join(map(repr, updates))} cannot be found: the forward runs an autograd "
         "function or operator that has a backward, but neither a forward-mode formula nor a second derivative; "
@@ -129,26 +128,16 @@ class _PlainOperations(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _embedding_bag(
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
+def _embedding_bag(*args: Any, **kwargs: Any) -> Tensor:
     """`torch.nn.functional.embedding_bag` by an embedding and a sum, mean or maximum over each bag."""
+    given = inspect.signature(torch.nn.functional.embedding_bag).bind(*args, **kwargs)
+    given.apply_defaults()
+    input, weight, offsets, max_norm, norm_type, _, mode, _, word_weights, include_last_offset, padding_idx = given.args
     words = input.reshape(-1)
     if input.ndim == 2:
         bag = torch.arange(len(input), device=input.device).repeat_interleave(input.shape[1])
         bags = len(input)
     else:
-        assert offsets is not None
         starts = offsets[:-1] if include_last_offset else offsets
         bags = len(starts)
         bag = torch.searchsorted(starts, torch.arange(len(words), device=input.device), right=True) - 1
@@ -158,8 +147,8 @@ def _embedding_bag(
         held = [rows[(bag == number) & counted] for number in range(bags)]
         return torch.stack([each.max(0).values if len(each) else rows.new_zeros(rows.shape[1]) for each in held])
     weights = counted.to(rows.dtype)
-    if per_sample_weights is not None:
-        weights = weights * per_sample_weights.reshape(-1)
+    if word_weights is not None:
+        weights = weights * word_weights.reshape(-1)
     sums = rows.new_zeros(bags, rows.shape[1]).index_add(0, bag, rows * weights[:, None])
     if mode == "sum":
         return sums
@@ -220,14 +209,55 @@ def adjoint(
         norms = [torch.linalg.vector_norm(g).to(values.device) for g in grads.values()]
         largest = torch.stack(norms).amax() if norms else values.new_zeros((), dtype=wide)
         all_signs.append(signs)
-        slopes.append([_slope(grads.get(name), update).to(largest) for name, update in updates.items()])
+        along = {name: (g * updates[name].whole().to(g.device, g.dtype)).sum() for name, g in grads.items()}
+        slopes.append([along[name].to(largest) if name in along else 0.0 for name in updates])
         floors.append([largest * size.to(largest) * _ROUNDING for size in sizes])
     by_name = [torch.tensor(rows, dtype=wide, device=values.device).T for rows in (slopes, floors)]
     return Adjoint(all_signs, *(dict(zip(updates, rows, strict=True)) for rows in by_name))
 
 
-def _slope(grad: Tensor | None, update: TensorUpdate) -> Tensor:
-    direction = update.whole()
-    if grad is None:
-        return torch.zeros((), device=direction.device)
-    return (grad * direction.to(grad.device, grad.dtype)).sum()
+def exact_changes(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
+    """The outputs' derivative along each update."""
+    with same_random_numbers(run.model):
+        check = runner.adjoint(batch, mask, run.updates) if run.updates else None
+    for name, updates in together(run).items():
+        with same_random_numbers(run.model):
+            change = runner.derivative(batch, mask, updates, check)
+        yield name, change
+
+
+def differences(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
+    """The outputs with each update less those without; first, under no name, those without.
+
+    Layers that draw random numbers draw the same ones each time.
+    """
+    with same_random_numbers(run.model):
+        before = runner.changed(batch, mask, {})
+    one = torch.ones((), device=before.values.device)
+    yield OUTPUTS, (before, one, "difference")
+    for name, updates in together(run).items():
+        with same_random_numbers(run.model):
+            after = runner.changed(batch, mask, updates)
+        yield name, (replace(after, values=after.values - before.values), one, "difference")
+        del after
+
+
+#: What each method of this kind takes for the outputs' change.
+CHANGES = {"exact": exact_changes, "difference": differences}
+
+
+def together(run: Run) -> Mapping[str, Mapping[str, TensorUpdate]]:
+    """The updates that are applied at once, under the name that their rate has."""
+    names = group_by(run.updates, run.settings.together or str)  # or each by itself
+    return {label: {name: run.updates[name] for name in several} for label, several in names.items()}
+
+
+def root_mean(log_squares: list[float]) -> float:
+    """The root of the mean of squares given as logarithms: a rate over several batches of equal weight."""
+    if any(math.isnan(value) for value in log_squares):
+        return math.nan
+    peak = max(log_squares)
+    if peak == -math.inf:
+        return 0.0
+    mean = sum(math.exp(value - peak) for value in log_squares) / len(log_squares)
+    return math.exp(0.5 * (peak + math.log(mean)))

@@ -27,9 +27,9 @@ from layerwise.common.tensors import is_sharded, local_part, or_one
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import FORWARD, Adjoint, Change
 from layerwise.function_space.measuring.moments import TensorUpdate
-from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
+from layerwise.function_space.measuring.outputs import Outputs, as_outputs
 from layerwise.function_space.measuring.process_group import Collector, Processes
-from layerwise.function_space.measuring.runners import NO_GRAPH, WRITES, Runner, renormalised
+from layerwise.function_space.measuring.runners import NO_GRAPH, WRITES, Runner
 
 # What a backward has to be like for a probe, whatever the training loop has set.
 _SETTINGS = {
@@ -71,27 +71,20 @@ class ShardedRunner(Runner):
     against the backward here (docs/limitations.md).
     """
 
-    def __init__(
-        self, model: nn.Module, forward: Forward, parameters: Mapping[str, nn.Parameter], processes: Processes
-    ) -> None:
-        self.model = model
-        self.function = forward
-        self.parameters = parameters
-        self.processes = processes
-        self._renormalised = renormalised(model)  # the same whenever it is done again
-        self._seen = False
+    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> None:
+        """Nothing."""
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
-        with nullcontext() if self._seen else Writes(self._refuse):
+        with nullcontext() if self.seen else Writes(self._refuse):
             found = self.function(self.model, batch)
-        self._seen = True
+        self.seen = True
         return as_outputs(found, mask)
 
     def _refuse(self, written: list[Tensor]) -> None:
         """Told before something is written: what is gathered is not gathered anew for each forward."""
         places = {storage(tensor) for tensor in written if not is_sharded(tensor)}
         for name, p in self.model.named_parameters():  # while a module runs, its gathered ones
-            if not is_sharded(p) and storage(p) in places and name not in self._renormalised:
+            if not is_sharded(p) and storage(p) in places and name not in self.written:
                 raise LayerwiseError(WRITES.format(name))
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
@@ -101,7 +94,8 @@ class ShardedRunner(Runner):
         for probe in probes:
             torch.autograd.backward(outputs.values, probe, retain_graph=True)
             with torch.no_grad():
-                for name, p in self.parameters.items():
+                for name in self.points:
+                    p = self.own[name]
                     grad, p.grad = p.grad, None
                     if isinstance(grad, DTensor):
                         collector.add(name, grad.to_local()[None] * float(grad.device_mesh.size()))
@@ -123,18 +117,18 @@ class ShardedRunner(Runner):
             stack.enter_context(forward_ad.dual_level())
             for name, update in updates.items():
                 direction = _whole(local[name].whole() / scale, update.new)
-                stack.enter_context(_moving_along(self.model, self.parameters[name], direction))
+                stack.enter_context(_moving_along(self.model, self.own[name], direction))
             outputs = self.outputs(batch, mask)
             tangent = forward_ad.unpack_dual(outputs.values).tangent
         self._reshard()
         moved = torch.zeros_like(outputs.values) if tangent is None else tangent
-        return Change(replace(outputs, values=moved), scale, FORWARD)
+        return replace(outputs, values=moved), scale, FORWARD
 
     @torch.no_grad()
     def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
         """With the updates in the parameters' own shards, which come back from a copy."""
-        parameters = [self.parameters[name] for name in updates]
-        shards = {name: local_part(self.parameters[name].detach()) for name in updates}
+        parameters = [self.own[name] for name in updates]
+        shards = {name: local_part(self.own[name].detach()) for name in updates}
         kept = {name: shard.clone() for name, shard in shards.items()}
         with _unsafe_preserve_version_counter(tuple(parameters)):
             try:
@@ -226,17 +220,19 @@ def as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
                 "FSDP holds gradients that were accumulated without synchronisation: measure after the last backward "
                 "of an accumulation, with set_requires_gradient_sync(True)"
             )
-    before = [{key: getattr(group, key) for key in _SETTINGS if hasattr(group, key)} for group in groups]
-    states: list[Any] = [module._get_fsdp_state()._state_ctx for module in modules]
-    last = [state.is_last_backward for state in states]
-    try:
+    with ExitStack() as stack:
+
+        def put(owner: Any, key: str, value: object) -> None:
+            stack.callback(setattr, owner, key, getattr(owner, key))
+            setattr(owner, key, value)
+
+        for group in groups:
+            for key in _SETTINGS.keys() & vars(group).keys():
+                put(group, key, _SETTINGS[key])
         for module in modules:
             module.reshard()  # weights gathered earlier may be those of another step
-        for group, settings in zip(groups, before, strict=True):
-            for key in settings:
-                setattr(group, key, _SETTINGS[key])
-        for state in states:
-            state.is_last_backward = True
+            put(module._get_fsdp_state()._state_ctx, "is_last_backward", True)
+            stack.callback(module.reshard)
         for p in model.parameters():
             p.grad = None
             # The user's (clipping, logging, optimizers that step in the backward): a probe is not a gradient.
@@ -245,14 +241,6 @@ def as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
                 if hooks:
                     hooks.clear()
         yield
-    finally:
-        for module in modules:
-            module.reshard()
-        for group, settings in zip(groups, before, strict=True):
-            for key, value in settings.items():
-                setattr(group, key, value)
-        for state, was in zip(states, last, strict=True):
-            state.is_last_backward = was
 
 
 def _modules(model: nn.Module) -> list[Any]:

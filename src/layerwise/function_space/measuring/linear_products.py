@@ -36,30 +36,12 @@ from layerwise.function_space.measuring.moments import Moments
 from layerwise.function_space.measuring.outputs import nodes_of
 
 
-@dataclass(eq=False)
-class Product:
-    """One product with a weight.
-
-    Attributes:
-        name: the weight's.
-        by_output: whether its rows belong to outputs (`x W^T`), not to inputs (`x W`).
-        moments_input: a further input of the product, `[slices, 3]`, whose gradient the log moments come as; `slices` were
-            run side by side (1: the batch as it is).
-        moments: what makes them. Once that is set, they go to `moments_input`, and to the weight nothing.
-    """
-
-    name: str
-    by_output: bool
-    moments_input: Tensor
-    moments: ProductMoments | None = None
-
-
 @dataclass(eq=False, kw_only=True)
 class ProductMoments(Moments):
     """The moments of a weight that come ready, as the gradients of its product's further input.
 
     Attributes:
-        by_output: see `Product`.
+        by_output: whether the weight's rows belong to outputs (`x W^T`), not to inputs (`x W`).
         moved: for `full_cov`, what the update over its scale makes of the inputs over theirs, the same for all probes.
     """
 
@@ -71,17 +53,13 @@ class ProductMoments(Moments):
 
         For `full_cov` the sums of `Z` over `exp(log_scale / 2)`, and else log moments.
         """
-        update, wide = self.update, wide_dtype(grads.device)
+        wide = wide_dtype(grads.device)
         if self.estimator.total:
-            if self.moved is None:
-                largest, reach = self._scales(inputs)
-                self.moved = self._moved(inputs.to(update.dtype), largest * reach)
-                self.log_scale = 2 * (largest.to(wide).log() + reach.to(wide).log())
-            totals = (grads.to(update.dtype) * self.moved).sum((1, 2))
+            moved = self._moved(inputs) if self.moved is None else self.moved
+            totals = (grads.to(self.update.dtype) * moved).sum((1, 2))
             return totals.to(wide)[:, None].expand(-1, 3)
         # Products of numbers of order one, without a copy of the inputs.
-        largest, reach = self._scales(inputs)
-        peak = _scale(largest_entry(grads))
+        largest, peak, reach = (_scale(x) for x in (self.update.largest, largest_entry(grads), largest_entry(inputs)))
         left, right = (grads[0] / peak / reach, inputs[0])
         if not self.by_output:
             left, right = right, left
@@ -89,20 +67,20 @@ class ProductMoments(Moments):
         logs = found + sum(2 * s.to(wide).log() for s in (largest, peak, reach))
         return torch.cat([logs, logs.new_zeros(3 - len(found))])[None]
 
-    def _scales(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the update and of the inputs."""
-        return _scale(self.update.largest), _scale(largest_entry(inputs))
-
-    def _moved(self, inputs: Tensor, scale: Tensor) -> Tensor:
-        """The product of the inputs and the update over `scale`, `[slices, positions, out]`."""
-        update = self.update
+    def _moved(self, inputs: Tensor) -> Tensor:
+        """Set `moved`, `[slices, positions, out]`, and what its scale adds to log moments."""
+        update, wide = self.update, wide_dtype(inputs.device)
+        largest, reach = _scale(update.largest), _scale(largest_entry(inputs))
+        self.log_scale = 2 * (largest.to(wide).log() + reach.to(wide).log())
+        inputs, scale = inputs.to(update.dtype), largest * reach
         if self.by_output:
             parts = [inputs @ (update.rows(rows) / scale).T for rows in update.pieces()]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # `cat` of one copies it
-        moved = inputs.new_zeros(*inputs.shape[:-1], update.new.shape[1])
+            self.moved = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # `cat` of one copies it
+            return self.moved
+        self.moved = inputs.new_zeros(*inputs.shape[:-1], update.new.shape[1])
         for rows in update.pieces():
-            moved += inputs[..., rows] @ (update.rows(rows) / scale)
-        return moved
+            self.moved += inputs[..., rows] @ (update.rows(rows) / scale)
+        return self.moved
 
     def _by_pieces(self, left: Tensor, right: Tensor, largest: Tensor) -> list[Tensor]:
         """Square sums of `Z = dW * left^T right` and of its sums over either dimension, in the estimator's order."""
@@ -139,16 +117,21 @@ def _scale(largest: Tensor) -> Tensor:
 
 
 class _Multiply(torch.autograd.Function):
-    """The product, whose backward gives log moments where it is measured.
+    """The product with a weight called `name`, whose backward gives log moments where it is measured.
 
-    Of slices side by side all arguments have their dimension first. What comes out is no view, as models write into it.
+    They come as the gradient of a further input, `moments_input`, `[slices, 3]`, once the node in the graph has `moments`,
+    which make them; the weight then gets nothing. Of slices side by side all arguments have their dimension first. What
+    comes out is no view, as models write into it.
     """
 
     @staticmethod
-    def forward(ctx: Any, moments_input: Tensor, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, moments_input: Tensor, name: str, by_output: bool, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         one = weight if weight.ndim == 2 else weight[0]  # slices have the same one each
-        one = one if product.by_output else one.T
-        ctx.product, ctx.shape = product, weight.shape
+        one = one if by_output else one.T
+        ctx.weight_name, ctx.by_output, ctx.shape = name, by_output, weight.shape
+        ctx.moments_input, ctx.moments = moments_input, None
         ctx.save_for_backward(x, one)
         rows = x.reshape(-1, x.shape[-1])
         if bias is None or bias.ndim == 1 or bias.stride(0) == 0:  # the same for all slices
@@ -160,25 +143,22 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
         x, one = ctx.saved_tensors
-        product: Product = ctx.product
-        to_x = grad @ one if ctx.needs_input_grad[2] else None
-        grads, inputs = (t.reshape(len(product.moments_input), -1, t.shape[-1]) for t in (grad, x))
-        to_bias = grads.sum(1) if ctx.needs_input_grad[4] else None
+        to_x = grad @ one if ctx.needs_input_grad[3] else None
+        grads, inputs = (t.reshape(len(ctx.moments_input), -1, t.shape[-1]) for t in (grad, x))
+        to_bias = grads.sum(1) if ctx.needs_input_grad[5] else None
         if to_bias is not None and len(ctx.shape) == 2:
             to_bias = to_bias[0]
-        if product.moments is not None:
-            return product.moments.of_factors(grads, inputs), None, to_x, None, to_bias
-        left, right = (grads, inputs) if product.by_output else (inputs, grads)
-        return None, None, to_x, (left.mT @ right).view(ctx.shape), to_bias
+        if ctx.moments is not None:
+            return ctx.moments.of_factors(grads, inputs), None, None, to_x, None, to_bias
+        left, right = (grads, inputs) if ctx.by_output else (inputs, grads)
+        return None, None, None, to_x, (left.mT @ right).view(ctx.shape), to_bias
 
 
-# The functions that make products, with the names of their arguments, and those of input, weight and bias among them.
-_PRODUCTS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    torch.nn.functional.linear: (("input", "weight", "bias"), ("input", "weight", "bias")),
-    torch.addmm: (("input", "mat1", "mat2"), ("mat1", "mat2", "input")),
+#: The functions that make products; each gives the input, weight and bias among its arguments.
+_PRODUCTS: dict[Any, Callable[..., tuple[Tensor, Tensor, Tensor | None]]] = {
+    torch.nn.functional.linear: lambda input, weight, bias=None: (input, weight, bias),
+    torch.addmm: lambda input, mat1, mat2: (mat1, mat2, input),
 }
-
-
 #: What a model may ask of a tensor's graph.
 OF_GRAPHS = {getattr(torch.Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 
@@ -217,21 +197,21 @@ class Products(TorchFunctionMode):
         """The product with a leaf; None where it is none, or not differentiated as it stands: under autocast, or a vmap of
         the model's own.
         """
-        names, factors = _PRODUCTS[func]
-        given: Any = {**dict(zip(names, args, strict=False)), **kwargs}
-        x, weight, bias = (given.get(name) for name in factors)
-        scaled = len(args) > len(names) or not given.keys() <= set(names)
+        try:
+            x, weight, bias = _PRODUCTS[func](*args, **kwargs)
+        except TypeError:  # scaled, or written into a tensor that is there
+            return None
         # An expert without tokens has an empty product, whose scale would be that of nothing. What `addmm` adds need not
         # be a bias.
-        if scaled or id(weight) not in self.names or not x.numel() or (bias is not None and bias.ndim != 1):
+        if id(weight) not in self.names or not x.numel() or (bias is not None and bias.ndim != 1):
             return None
         device = weight.device
         if _functorch.maybe_current_level() != self.level or torch.is_autocast_enabled(device.type):
             return None
         # No estimator of a matrix has more moments than three.
         moments_input = torch.zeros(self.count, 3, dtype=wide_dtype(device), device=device, requires_grad=True)
-        product = Product(self.names[id(weight)], func is torch.nn.functional.linear, moments_input)
-        return self._in_all_slices(partial(_Multiply.apply, moments_input, product), x, weight, bias)
+        multiply = partial(_Multiply.apply, moments_input, self.names[id(weight)], func is torch.nn.functional.linear)
+        return self._in_all_slices(multiply, x, weight, bias)
 
     def _in_all_slices(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
         """One slice's part of a function of the `[slices, ...]` that these are one slice's parts of."""
@@ -260,19 +240,17 @@ class Products(TorchFunctionMode):
         inner = _functorch.maybe_current_level() != self.level
         if inner or args or options.get("attn_mask") is not None or any(t.ndim != 4 for t in (query, key, value)):
             return attention(query, key, value, *args, **options)
-        return self._in_all_slices(partial(self._attend_at_once, **options), query, key, value)
 
-    def _attend_at_once(self, *whole: Tensor, **options: Any) -> Tensor:
-        """Attention in all slices at once, of `[slices, examples, ...]`."""
-        attention: Any = torch.nn.functional.scaled_dot_product_attention
-        return attention(*(t.flatten(0, 1) for t in whole), **options).unflatten(0, (self.count, -1))
+        def at_once(*whole: Tensor) -> Tensor:
+            return attention(*(t.flatten(0, 1) for t in whole), **options).unflatten(0, (self.count, -1))
+
+        return self._in_all_slices(at_once, query, key, value)
 
 
-def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Product]:
-    """The leaves that the graph of `values` uses once, and in a product that can be measured."""
+def only_products(values: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The nodes of products that can be measured, by the leaf: those leaves that the graph of `values` uses there alone."""
     nodes = list(nodes_of(values))
-    found = (getattr(node, "product", None) for node in nodes)
-    products = {product.name: product for product in found if isinstance(product, Product)}
+    products = {node.weight_name: node for node in nodes if getattr(node, "_forward_cls", None) is _Multiply}
     places: dict[Node, str] = {get_gradient_edge(leaves[name]).node: name for name in products}
     uses = Counter(places[following] for node in nodes for following, _ in node.next_functions if following in places)
     return {name: product for name, product in products.items() if uses[name] == 1}

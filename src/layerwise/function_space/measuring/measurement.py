@@ -13,21 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.checked import PositiveInt, checked
-from layerwise.common.group_by import group_by
-from layerwise.common.parameter_names import first_few
-from layerwise.common.running import same_random_numbers
-from layerwise.common.tensors import is_sharded, to_host, widened
+from layerwise.common.parameter_names import first_few, unwrap
+from layerwise.common.similar import nearest
+from layerwise.common.tensors import is_sharded, placed_as, to_host, widened
 from layerwise.errors import LayerwiseError, warn
-from layerwise.function_space.measuring.exact import Change
+from layerwise.function_space.measuring.exact import CHANGES, OUTPUTS, log_square, root_mean
 from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
 from layerwise.function_space.measuring.outputs import Forward, Outputs, draw_probes, nothing_counts, resolve, space_name
 from layerwise.function_space.measuring.process_group import Processes, ProcessesOption, processes_of
-from layerwise.function_space.measuring.runners import BatchNormMode, LeafRunner, ProductRunner, Runner, in_evaluation_mode
+from layerwise.function_space.measuring.runners import BatchNormMode, Runner, check_numbers, in_evaluation_mode, trainable
 from layerwise.function_space.measuring.slices import Slices, graphs
 from layerwise.function_space.rates import Rate, Rates
 
-#: The name of the outputs' own size among the changes.
-_OUTPUTS = ""
 # How far rounding in a forward moves its outputs, in roundings of their size: against float64 it was 0.1 to 0.6 of this
 # over six kinds of network, and 1.2 at most (convolutions).
 _ROUNDINGS = 4
@@ -176,8 +173,7 @@ class Run:
                     yield ShardedRunner(self.model, settings.function, parameters, self.processes)
             else:
                 points = {n: own[n] if update.old is None else update.old for n, update in self.updates.items()}
-                kind = ProductRunner if self.processes.count == 1 else LeafRunner
-                yield kind(self.model, settings.function, points)
+                yield Runner(self.model, settings.function, points, self.processes)
 
     def by_changes(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
         """From the outputs' change along each update.
@@ -188,26 +184,26 @@ class Run:
         formulas: dict[str, str] = {}
         for batch in batches:
             counted = 0
-            for name, change in CHANGES[self.settings.method](self, runner, batch, mask):
+            for name, (change, scale, formula) in CHANGES[self.settings.method](self, runner, batch, mask):
                 if not counted:
-                    _, [counted] = self.count(change.outputs)
+                    _, [counted] = self.count(change)
                     if not counted:
-                        raise nothing_counts(change.outputs.mask is not None)
-                square = change.log_square()
+                        raise nothing_counts(change.mask is not None)
+                square = log_square(change, scale)
                 if self.processes.count > 1:
                     square = self.processes.sum_(widened(square).exp()).log()
                 logs[name].append(square - math.log(counted))
-                formulas[name] = change.formula
+                formulas[name] = formula
         if not logs:
             return self.as_rates({})
         squares = to_host({name: torch.stack(of_batches) for name, of_batches in logs.items()}, self.processes.same)
         sizes = {name: root_mean(of_batches.tolist()) for name, of_batches in squares.items()}
-        rounding = _ROUNDINGS * torch.finfo(getattr(torch, self.dtype)).eps * sizes.pop(_OUTPUTS, 0.0)
+        rounding = _ROUNDINGS * torch.finfo(getattr(torch, self.dtype)).eps * sizes.pop(OUTPUTS, 0.0)
         return self.as_rates({name: (size, rounding, formulas[name]) for name, size in sizes.items()})
 
     def by_probes(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
         """By an estimator, from the gradients under random probes of the outputs."""
-        settings = self.settings
+        settings, choose = self.settings, ESTIMATORS[self.settings.method]
         logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
         # Of each probe the entries that counted, and its weight: batches count alike, slices by their entries.
         drawn: list[tuple[int, float]] = []
@@ -215,17 +211,22 @@ class Run:
             count = settings.probes // len(batches) + (index < settings.probes % len(batches))
             of_batch: list[tuple[int, int]] = []  # of each probe the entries that counted, and how many probes these had
             before = self.entries
-            for graph in graphs(self, runner, batch, mask, max(1, count)):
-                slices, first = len(graph.entries), len(drawn) + len(of_batch)
-                probes = draw_probes(graph.outputs, graph.probes, self.seed, first, graph.first_row, slices)
-                collector = runner.collector(self.updates, ESTIMATORS[settings.method], self.processes)
-                runner.probe(graph.outputs, probes, collector, graph.outputs.probes_at_once(settings.memory))
-                for name, moments in collector.moments.items():
-                    logs[name].append(moments.logs(graph.probes * slices))
-                # Of each slice the first probe, then of each the second, ...
-                of_batch += [(counted, graph.probes) for counted in graph.entries] * graph.probes
-                del graph, probes, collector, moments  # before the next one is made
+            for outputs, each in graphs(self, runner, batch, mask, max(1, count)):
+                masked = outputs.mask is not None
+                first_row, entries = self.count(outputs)
+                if sum(entries):  # padding alone has nothing to probe
+                    probes = draw_probes(outputs, each, self.seed, len(drawn) + len(of_batch), first_row)
+                    collector = runner.collector(self.updates, choose, self.processes)
+                    runner.probe(outputs, probes, collector, outputs.probes_at_once(settings.memory))
+                    for name, moments in collector.moments.items():
+                        logs[name].append(moments.logs(each * outputs.slices))
+                    # Of each slice the first probe, then of each the second, ...
+                    of_batch += [(counted, each) for counted in entries] * each
+                    del probes, collector, moments
+                del outputs  # before the next one is made
             total = self.entries - before
+            if not total:
+                raise nothing_counts(masked)
             drawn += [(counted, counted / total / len(batches) / probes) for counted, probes in of_batch]
         return self.as_rates(self.combined(logs, drawn), len(drawn))
 
@@ -248,12 +249,12 @@ class Run:
             values.update({n: (*rate, used) for n, rate in zip(found, rates, strict=True)})
         return {name: values[name] for name in logs}
 
-    def count(self, outputs: Outputs, slices: int = 1) -> tuple[int, list[int]]:
+    def count(self, outputs: Outputs) -> tuple[int, list[int]]:
         """How many rows of the global batch are before these outputs, and how many entries of each slice count in all.
 
         Notes what the outputs are like.
         """
-        values = outputs.values
+        values, slices = outputs.values, outputs.slices
         self.classes = values.shape[-1] if values.ndim else 1
         self.dtype = str(values.dtype).removeprefix("torch.")
         entries = [values.numel() // slices] * slices
@@ -278,48 +279,68 @@ class Run:
         return Rates(found, settings.method, probes, self.seed, self.entries, settings.space, self.classes, self.dtype)
 
 
-def exact_changes(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
-    """The outputs' derivative along each update."""
-    with same_random_numbers(run.model):
-        check = runner.adjoint(batch, mask, run.updates) if run.updates else None
-    for name, updates in together(run).items():
-        with same_random_numbers(run.model):
-            change = runner.derivative(batch, mask, updates, check)
-        yield name, change
+@checked
+def function_space_rates(
+    model: nn.Module,
+    update: Mapping[str, Tensor],
+    inputs: Any,
+    forward: Forward | str | None = None,
+    method: str = "full_cov",
+    probes: PositiveInt = 64,
+    seed: int = 0,
+    *,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Rates:
+    """What an update does to the model's outputs, to first order, tensor by tensor (arXiv 2502.17405).
 
+    The rate of tensor l is the RMS over output entries of the derivative of the outputs along `dW_l`, the other tensors
+    staying at their present values. Nothing is touched: weights, `.grad`, buffers, train/eval mode, global random state
+    and autocast are as before.
 
-def differences(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
-    """The outputs with each update less those without; first, under no name, those without.
+    Args:
+        model: any module; wrappers of torch.compile and data parallelism are seen through.
+        update: parameter name -> dW, in the parameter's shape. Frozen parameters are left out of the result.
+        inputs: a tensor, a tuple (positional arguments, as many as `forward` takes), a dict (keywords), or a list of such
+            batches.
+        forward: `forward(model, inputs)` returns the outputs, or `(outputs, mask)`; `"log_softmax"` by name.
+        method: `"full_cov"`, `"kronecker"`, `"iid"`, `"exact"` or `"difference"`: see `Measurement`.
+        probes: number of random probes, each one backward pass.
+        seed: of the probes.
+        mask: which outputs count, of the shape that the outputs' shape begins with (such as `[batch, positions]`).
+            For dict inputs with an `attention_mask` that mask is the default.
+        options: the other fields of `Measurement`.
 
-    Layers that draw random numbers draw the same ones each time.
+    Returns:
+        Rates by parameter name, in the outputs' unit.
+
+    Raises:
+        LayerwiseError: an unknown name, a wrong shape, or outputs that cannot be measured.
+
+    Examples:
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> update = {"weight": torch.ones(2, 3)}
+        >>> inputs = torch.eye(3)  # each output then moves by one
+        >>> lw.function_space_rates(model, update, inputs, method="exact")["weight"].value
+        1.0
     """
-    with same_random_numbers(run.model):
-        before = runner.changed(batch, mask, {})
-    one = torch.ones((), device=before.values.device)
-    yield _OUTPUTS, Change(before, one, "difference")
-    for name, updates in together(run).items():
-        with same_random_numbers(run.model):
-            after = runner.changed(batch, mask, updates)
-        yield name, Change(replace(after, values=after.values - before.values), one, "difference")
-        del after
+    inner = unwrap(model)
+    _check_update(update, dict(inner.named_parameters()))
+    parameters = {name: p for name, p in trainable(inner).items() if name in update}
+    check_numbers(parameters)
+    updates = {name: TensorUpdate(placed_as(update[name], p)) for name, p in parameters.items()}
+    return Measurement(forward, method, probes, seed, **options).rates(inner, updates, inputs, mask)
 
 
-#: What each method of this kind takes for the outputs' change.
-CHANGES = {"exact": exact_changes, "difference": differences}
-
-
-def together(run: Run) -> Mapping[str, Mapping[str, TensorUpdate]]:
-    """The updates that are applied at once, under the name that their rate has."""
-    names = group_by(run.updates, run.settings.together or str)  # or each by itself
-    return {label: {name: run.updates[name] for name in several} for label, several in names.items()}
-
-
-def root_mean(log_squares: list[float]) -> float:
-    """The root of the mean of squares given as logarithms: a rate over several batches of equal weight."""
-    if any(math.isnan(value) for value in log_squares):
-        return math.nan
-    peak = max(log_squares)
-    if peak == -math.inf:
-        return 0.0
-    mean = sum(math.exp(value - peak) for value in log_squares) / len(log_squares)
-    return math.exp(0.5 * (peak + math.log(mean)))
+def _check_update(update: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    if not update:
+        raise LayerwiseError("update is empty: give each parameter's name and what is added to it")
+    for name, delta in update.items():
+        if name not in parameters:
+            near = nearest(name, parameters)
+            hint = f"; did you mean {near[0]!r}?" if near else ": use names of model.named_parameters()"
+            raise LayerwiseError(f"update holds {name!r}, which is no parameter of the model{hint}")
+        if delta.shape != parameters[name].shape:
+            raise LayerwiseError(
+                f"update[{name!r}] has shape {tuple(delta.shape)}, the parameter {tuple(parameters[name].shape)}"
+            )

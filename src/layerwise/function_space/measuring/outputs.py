@@ -39,12 +39,14 @@ class Outputs:
         mask: which of them count, in their shape (`None`: all).
         rows: size of the first dimension, the batch (1 of a scalar), or 0 of outputs that stand in for none.
         leaves: what stood for the parameters in their graph; of slices side by side, one of each for every slice.
+        slices: how many were run side by side (1: the batch as it is).
     """
 
     values: Tensor
     mask: Tensor | None
     rows: int
     leaves: Mapping[str, Tensor] = field(default_factory=dict)
+    slices: int = 1
 
     def probes_at_once(self, memory: int, examples: float = 1) -> int:
         """How many probes' gradients fit into `memory` bytes, 0 too, the outputs' gradients on the way included.
@@ -209,39 +211,29 @@ def _first_part(result: Any) -> str:
     return next((f"[{key!r}]" for key in tensors), ".NAME")
 
 
-def draw_probes(
-    outputs: Outputs, count: int, seed: int, first_probe: int = 0, first_row: int = 0, slices: int = 1
-) -> Iterator[Tensor]:
+def draw_probes(outputs: Outputs, count: int, seed: int, first_probe: int = 0, first_row: int = 0) -> Iterator[Tensor]:
     """Independent probes, random signs on the entries that count, 0 elsewhere, in the outputs' shape.
 
     The outputs' rows are those of the global batch from `first_row` on. Each slice that was run side by side has `count`
     probes of its own, numbered slice by slice. Probes are not divided by sqrt(N): half precision would lose them. `log N`
     is subtracted from the log moments.
     """
-    parts = outputs.values.detach() if slices > 1 else outputs.values.detach()[None]
-    like = parts[0] if parts.ndim > 1 else parts
+    values, slices = outputs.values.detach(), outputs.slices
+    like = values[0] if slices > 1 else values if values.ndim else values[None]
     of_seed = _mixed(torch.tensor((seed + 2**63) % 2**64 - 2**63, device="cpu"))  # the int64 of the same 64 bits
     probes = torch.arange(first_probe, first_probe + slices * count, device="cpu")
     states = _mixed(of_seed + _WEYL + probes) + _WEYL
-    for number in range(count):
-        eps = random_signs(states[number::count], first_row, like).reshape(outputs.values.shape)
-        yield eps if outputs.mask is None else eps * outputs.mask
-
-
-def random_signs(states: Tensor, first_row: int, like: Tensor) -> Tensor:
-    """Independent +1 and -1 of each state, `[states, *like.shape]` in the dtype of `like`, whose rows start at `first_row`.
-
-    One is made of each bit.
-    """
     width, device = math.prod(like.shape[1:]), like.device
-    numbers = torch.arange(first_row, first_row + len(like), dtype=torch.int64, device=device)
-    starts = _mixed(states.to(device)[:, None] + numbers * _WEYL)
-    places = torch.arange(1, 1 - (-width // 64), dtype=torch.int64, device=device)
-    words = _mixed(starts[..., None] + places * _WEYL)  # [probes, rows, places], of 64 bits each
+    rows = torch.arange(first_row, first_row + len(like), dtype=torch.int64, device=device) * _WEYL
+    places = torch.arange(1, 1 - (-width // 64), dtype=torch.int64, device=device) * _WEYL
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
     of_byte = (2 * bits - 1).to(like.dtype)  # looked up, a byte at a time: there are many more entries than these
-    signs = torch.nn.functional.embedding(words.view(torch.uint8).int(), of_byte).flatten(2)[..., :width]
-    return signs.reshape(len(states), *like.shape)
+    for number in range(count):
+        starts = _mixed(states[number::count].to(device)[:, None] + rows)
+        words = _mixed(starts[..., None] + places)  # [slices, rows, places], of 64 bits each
+        signs = torch.nn.functional.embedding(words.view(torch.uint8).int(), of_byte).flatten(2)[..., :width]
+        eps = signs.reshape(values.shape)
+        yield eps if outputs.mask is None else eps * outputs.mask
 
 
 def _mixed(z: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ squares at the end, so mostly small sums are exchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,100 +24,79 @@ ProcessesOption = Literal["auto"] | dist.ProcessGroup | None
 
 
 class Processes:
-    """A process by itself: there is nothing to ask."""
+    """The processes of a torch.distributed group, which take a step together; alone, one by itself, which asks nobody.
 
-    count = 1
-    rank = 0
+    Attributes:
+        count: how many they are.
+        rank: the number of this one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
+        self.group = group
+        self.count, self.rank = (1, 0) if alone else (dist.get_world_size(group), dist.get_rank(group))
+        kinds = "cpu" if alone else str(dist.get_backend_config(group))
+        self._devices = [kind for kind in ("cpu", "cuda", "xpu") if kind in kinds] or ["cpu"]
 
     def gather(self, numbers: Sequence[int]) -> list[list[int]]:
         """These numbers of every process, by rank."""
-        return [list(numbers)]
+        if self.count == 1:
+            return [list(numbers)]
+        table = torch.zeros(self.count, len(numbers), dtype=torch.int64, device=self._devices[0])
+        table[self.rank] = torch.tensor(numbers, device=self._devices[0])
+        return self.sum_(table).tolist()
+
+    def least(self, number: int) -> int:
+        """The least of every process's number."""
+        return min(numbers[0] for numbers in self.gather([number]))
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over processes, in place."""
-        return tensor
+        return self._exchanged(tensor, dist.all_reduce)
 
     def max_(self, tensor: Tensor) -> Tensor:
         """The largest over processes, in place."""
-        return tensor
+        return self._exchanged(tensor, partial(dist.all_reduce, op=dist.ReduceOp.MAX))
+
+    def same(self, tensor: Tensor) -> Tensor:
+        """The first process's values, everywhere, in place: what all decide by is then equal to the last bit."""
+        return self._exchanged(tensor, partial(dist.broadcast, group_src=0))
+
+    def _exchanged(self, tensor: Tensor, collective: Callable[..., Any]) -> Tensor:
+        if self.count == 1:
+            return tensor
+        sent = self._sendable(tensor)
+        collective(sent, group=self.group)
+        return tensor if sent is tensor else tensor.copy_(sent)
 
     def scatter_rows(self, tensor: Tensor) -> Tensor:
         """Of the sum of `[rows, ...]` over processes, this process's rows: equal parts, the last ones short or empty."""
-        return tensor
-
-    def same(self, tensor: Tensor) -> Tensor:
-        """The first process's values, everywhere: what all decide by is then equal to the last bit."""
-        return tensor
+        if self.count == 1:
+            return tensor
+        sent = self._sendable(tensor)
+        step = -(-tensor.shape[0] // self.count)
+        padding = sent.new_zeros(step * self.count - len(sent), *sent.shape[1:])
+        received = sent.new_empty(step, *sent.shape[1:])
+        reduce_scatter_single(received, torch.cat([sent, padding]) if len(padding) else sent.contiguous(), self.group)
+        own = self.rows(tensor.shape[0])
+        return received[: own.stop - own.start].to(tensor.device)
 
     def rows(self, count: int) -> slice:
         """Which of `count` rows `scatter_rows` gives this process."""
         step = -(-count // self.count)
         return slice(min(count, self.rank * step), min(count, (self.rank + 1) * step))
 
-    def least(self, number: int) -> int:
-        """The least of every process's number."""
-        return min(numbers[0] for numbers in self.gather([number]))
-
-
-class Group(Processes):
-    """The processes of a torch.distributed group."""
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.count = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
-        kinds = str(dist.get_backend_config(group))
-        self._devices = [kind for kind in ("cpu", "cuda", "xpu") if kind in kinds] or ["cpu"]
-
-    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self._devices[0])
-        found = [torch.empty_like(mine) for _ in range(self.count)]
-        dist.all_gather(found, mine, group=self.group)
-        return [each.tolist() for each in found]
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, dist.ReduceOp.SUM)
-
-    def max_(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, dist.ReduceOp.MAX)
-
-    def scatter_rows(self, tensor: Tensor) -> Tensor:
-        sent = self._sendable(tensor)
-        step = -(-tensor.shape[0] // self.count)
-        if sent.shape[0] < step * self.count:
-            padding = sent.new_zeros(step * self.count - sent.shape[0], *sent.shape[1:])
-            sent = torch.cat([sent, padding])
-        received = sent.new_empty(step, *sent.shape[1:])
-        reduce_scatter_single(received, sent.contiguous(), self.group)
-        own = self.rows(tensor.shape[0])
-        return received[: own.stop - own.start].to(tensor.device)
-
-    def same(self, tensor: Tensor) -> Tensor:
-        sent = self._sendable(tensor)
-        dist.broadcast(sent, group=self.group, group_src=0)
-        return sent.to(tensor.device)
-
-    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        sent = self._sendable(tensor)
-        dist.all_reduce(sent, operation, group=self.group)
-        return tensor if sent is tensor else tensor.copy_(sent)
-
     def _sendable(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.device.type in self._devices else tensor.to(self._devices[0])
 
 
-ALONE = Processes()
+ALONE = Processes(alone=True)
 
 
 def processes_of(option: ProcessesOption) -> Processes:
     """The processes that `option` means, now."""
-    if option is None:
-        return ALONE
-    if option != "auto":
-        return Group(option) if dist.get_world_size(option) > 1 else ALONE
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return Group()
-    return ALONE
+    if option == "auto":
+        option = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return ALONE if option is None or dist.get_world_size(option) < 2 else Processes(option)
 
 
 #: What a tensor of some shape is estimated with.
@@ -158,9 +138,9 @@ class SharedCollector(Collector):
     def __init__(self, updates: Mapping[str, TensorUpdate], choose: Choose, processes: Processes = ALONE) -> None:
         self.processes = processes
         self.updates = updates
+        self.moments = {}
         self._places: dict[str, tuple[int, int]] = {}  # of shards: the dimension that is cut, and how many hold the same
         self._order: list[str] = []  # in which the others' gradients are exchanged
-        self.moments = {}
         for name, update in updates.items():
             estimator = choose(tuple(update.new.shape))
             if is_sharded(update.new):
@@ -174,48 +154,38 @@ class SharedCollector(Collector):
                 update = update.part(processes.rows(len(torch.atleast_1d(update.new))))
                 self._order.insert(0, name)  # gradients are complete in about the reverse order of the parameters
             self.moments[name] = Moments(estimator, update)
-        self._turn = 0
+        self._due = list(self._order)
         self._waiting: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, grads: Tensor) -> None:
-        if name in self._places:
-            dim, replicas = self._places[name]
-            sums = self.moments[name].unscaled_sums(grads.movedim(dim + 1, 1) if grads.ndim > 1 else grads)
-            self._sums[name] = sums / replicas  # each of them adds the same
-        elif name not in self._order:
-            self._sums[name] = self.moments[name].unscaled_sums(grads)
-        else:
+        if name in self._order:
             self._waiting[name] = grads
-            while self._turn < len(self._order) and self._order[self._turn] in self._waiting:
-                self._exchange(self._waiting.pop(self._order[self._turn]))
+            while self._due and self._due[0] in self._waiting:
+                self._exchange(self._due.pop(0))
+        else:
+            dim, copies = self._places.get(name, (0, 1))
+            sums = self.moments[name].unscaled_sums(grads.movedim(dim + 1, 1) if grads.ndim > 1 else grads)
+            self._sums[name] = sums / copies  # each of them adds the same
 
-    def done(self, probes: int) -> None:
-        while self._turn < len(self._order):
-            name = self._order[self._turn]
-            new = self.updates[name].new
-            absent = new.new_zeros(()).expand(probes, *new.shape)
-            self._exchange(self._waiting.pop(name, absent))
-        self._add_up(probes)
-        self._turn, self._sums = 0, {}
-
-    def _exchange(self, grads: Tensor) -> None:
-        """Sum the next tensor's gradients over processes, each keeping its rows."""
-        name = self._order[self._turn]
+    def _exchange(self, name: str) -> None:
+        """Sum a tensor's gradients over processes, each keeping its rows."""
+        grads = self._waiting.pop(name)
         rows = (grads if grads.ndim > 1 else grads[:, None]).movedim(1, 0).to(self.updates[name].dtype)
         self._sums[name] = self.moments[name].unscaled_sums(self.processes.scatter_rows(rows).movedim(0, 1))
-        self._turn += 1
 
-    def _add_up(self, probes: int) -> None:
+    def done(self, probes: int) -> None:
         """Add up the sums of all tensors over processes in one exchange, and take them; absent ones count as 0."""
-        if not self.moments:
-            return
-        home = next(iter(self.moments.values())).update.new.device
-        zeros = torch.zeros(probes, 1, dtype=torch.float64, device=home)
-        parts = [
-            self._sums[name].to(home) if name in self._sums else zeros.expand(-1, m.count)
-            for name, m in self.moments.items()
-        ]
-        together = self.processes.sum_(torch.cat(parts, 1))
-        for m, part in zip(self.moments.values(), together.split([p.shape[1] for p in parts], 1), strict=True):
-            m.take(part, 0.0)
+        for name in self._due:
+            new = self.updates[name].new
+            self._waiting.setdefault(name, new.new_zeros(()).expand(probes, *new.shape))
+            self._exchange(name)
+        if self.moments:
+            home = next(iter(self.moments.values())).update.new.device
+            zeros = torch.zeros(probes, 1, dtype=torch.float64, device=home)
+            absent = {name: zeros.expand(-1, m.count) for name, m in self.moments.items()}
+            parts = [self._sums.get(name, absent[name]).to(home) for name in self.moments]
+            together = self.processes.sum_(torch.cat(parts, 1))
+            for m, part in zip(self.moments.values(), together.split([p.shape[1] for p in parts], 1), strict=True):
+                m.take(part, 0.0)
+        self._due, self._sums = list(self._order), {}

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import operator
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from layerwise.common.running import KeptModule, Writes, storage, under_autocast, undisturbed
+from layerwise.common.tensors import is_sharded
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Adjoint, Change, adjoint, exact_change
 from layerwise.function_space.measuring.linear_products import ProductMoments, Products, only_products
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
-from layerwise.function_space.measuring.process_group import Collector, SharedCollector
+from layerwise.function_space.measuring.process_group import ALONE, Collector, Processes, SharedCollector
 
 BatchNormMode = Literal["running", "batch"]
 #: What is said of a forward that changes a parameter, as some do to normalise or to clip it.
@@ -37,63 +37,43 @@ MEASURED = "_layerwise_measured"
 _RUNNING_STATISTICS = nn.modules.batchnorm._NormBase
 
 
-class Runner(ABC):
-    """How a model is run and differentiated.
+class Runner(nn.Module):
+    """Runs and differentiates a model on leaves of our own in the place of its parameters: they share the weights' memory,
+    not their `.grad` and hooks. Frozen parameters stay as they are.
+
+    A module around the user's, so that `torch.func.functional_call` can replace its tensors; that changes nothing in it.
+
+    Args:
+        model: inside of `in_evaluation_mode`.
+        forward: runs it.
+        points: the weights to measure at, by parameter name.
+        processes: those that measure together. On one of them weights used in one product alone are measured from its
+            factors: those of `full_cov` always; the others where there is no room for whole gradients of several probes,
+            which are quicker to square.
 
     Attributes:
         collector: what takes the gradients of probes.
     """
 
-    collector: ClassVar[type[Collector]] = SharedCollector
-
-    @abstractmethod
-    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
-        """The outputs on a batch, with their graph."""
-
-    def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
-        """The outputs of slices in one graph, `[slices, examples, ...]` as they come in; None: not by this runner.
-
-        Anything may be raised by a model that cannot be run so.
-        """
-        return None
-
-    @abstractmethod
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
-        """Hand the collector every measured tensor's gradients under each probe, of `at_once` probes together at most."""
-
-    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
-        """What to hold derivatives along any of these updates against, where it takes that."""
-        return None
-
-    @abstractmethod
-    def derivative(
-        self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
-    ) -> Change:
-        """The exact derivative of the outputs along these updates, one that agrees with `check`."""
-
-    @abstractmethod
-    def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
-        """The outputs with these updates applied, and without a graph."""
-
-
-class LeafRunner(nn.Module, Runner):
-    """Runs a model on leaves of our own in the place of its parameters: they share the weights' memory, not their `.grad`
-    and hooks. Frozen parameters stay as they are.
-
-    A module around the user's, so that `torch.func.functional_call` can replace its tensors; that changes nothing in it.
-    """
-
-    def __init__(self, model: nn.Module, forward: Forward, points: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, forward: Forward, points: Mapping[str, Tensor], processes: Processes = ALONE
+    ) -> None:
         super().__init__()
         self.model = model
         self.function = forward
+        self.processes = processes
+        together = processes.count > 1 or any(map(is_sharded, points.values()))
+        self.collector = SharedCollector if together else Collector
         #: What a forward may leave behind (hidden states, caches): the next one starts without it.
         self.kept = [KeptModule(module) for module in model.modules()]
         self.own, self.own_buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        #: The further names of tied ones. `functional_call` would look for them in each forward.
-        self.tied = tied(model)
-        #: Parameters that the forward writes: it gets copies of them.
-        self.written = renormalised(model)
+        #: Of each name that a tied tensor has beside its first: that one. `functional_call` would look in each forward.
+        every = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        first: dict[int, str] = {}
+        self.tied = {name: known for name, t in every if (known := first.setdefault(id(t), name)) != name}
+        #: Parameters that the forward writes whenever it reads them, embeddings with `max_norm`: it gets copies of them.
+        renormalised = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+        self.written = {name for name, p in self.own.items() if id(p) in renormalised}
         others = {n: p for n, p in self.own.items() if n not in points and (p.requires_grad or n in self.written)}
         self.others = {name: p.detach() for name, p in others.items()}
         self.points = {name: point.detach() for name, point in points.items()}
@@ -111,8 +91,10 @@ class LeafRunner(nn.Module, Runner):
                 module.put_back()
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
+        """The outputs on a batch, with their graph."""
         leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
-        return replace(self.outputs_at(leaves, batch, mask), leaves=leaves)
+        with Products(leaves) if self.processes.count == 1 and torch.is_grad_enabled() else nullcontext():
+            return replace(self.outputs_at(leaves, batch, mask), leaves=leaves)
 
     def outputs_at(self, measured: Mapping[str, Tensor], batch: Any, mask: Tensor | None) -> Outputs:
         """The outputs with these tensors in the place of parameters, and copies of the buffers."""
@@ -138,89 +120,77 @@ class LeafRunner(nn.Module, Runner):
             if name is not None:
                 raise LayerwiseError(WRITES.format(name))
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
-        """Several probes go through one batched backward where they may.
-
-        Where there is room for none (0) each gradient is used and freed as soon as it is complete, so that never more than
-        the largest tensor's is held.
-        """
-        if not outputs.values.requires_grad:
-            raise LayerwiseError(NO_GRAPH)
-        at_once = collector.processes.least(at_once)
-        while several := list(islice(probes, max(1, at_once))):
-            if not at_once or not _batched_backward(outputs, several, collector):
-                at_once = 0  # some backward formula has no batching rule: one by one gives the same numbers
-                for probe in several:
-                    _streamed_backward(outputs, probe, collector)
-                    collector.done(1)
-            several.clear()  # before the next are drawn
-
-    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
-        return adjoint(partial(self.outputs_at, batch=batch, mask=mask), self.points, updates)
-
-    def derivative(
-        self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
-    ) -> Change:
-        return exact_change(partial(self.outputs_at, batch=batch, mask=mask), self.points, updates, check)
-
-    def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
-        new = {name: update.applied(self.points[name]) for name, update in updates.items()}
-        with torch.no_grad():
-            return self.outputs_at(new, batch, mask)
-
-
-class ProductRunner(LeafRunner):
-    """A runner, on one process, that measures weights used in one product alone from its factors.
-
-    Those of `full_cov` always; the others where there is no room for whole gradients of several probes, which are
-    quicker to square.
-    """
-
-    collector = Collector
-
-    def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
-        leaves = {name: point.detach().requires_grad_() for name, point in self.points.items()}
-        with Products(leaves) if torch.is_grad_enabled() else nullcontext():
-            return replace(self.outputs_at(leaves, batch, mask), leaves=leaves)
-
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
-        device = next(iter(self.points.values())).device
-        if self.written or torch.is_autocast_enabled(device.type):  # which biases with a dimension of slices escape
+        """The outputs of slices in one graph, `[slices, examples, ...]` as they come in; None: they cannot be had so.
+
+        Anything may be raised by a model that cannot be run so.
+        """
+        # Biases with a dimension of slices escape autocast.
+        autocast = any(torch.is_autocast_enabled(p.device.type) for p in self.points.values())
+        if self.collector is SharedCollector or self.written or autocast:
             return None
         parts, tree = tree_flatten((batches, masks))
         dims = [0 if isinstance(part, Tensor) else None for part in parts]
         count = next(len(part) for part in parts if isinstance(part, Tensor))
         leaves = {n: p.expand(count, *p.shape).detach().requires_grad_() for n, p in self.points.items()}
-        of_slice = partial(self._of_slice, tree=tree, count=count)
-        values, *mask = torch.func.vmap(of_slice, in_dims=(0, dims))(leaves, parts)
-        return Outputs(values, mask[0] if mask else None, values.shape[1], leaves)
 
-    def _of_slice(self, leaves: Mapping[str, Tensor], parts: list[Any], tree: TreeSpec, count: int) -> tuple[Tensor, ...]:
-        """What `vmap` maps over slices: the outputs of one of `count`, and their mask if they have one."""
-        batch, mask = tree_unflatten(parts, tree)
-        with Products(leaves, count):
-            found = self.outputs_at(leaves, batch, mask)
-        return (found.values,) if found.mask is None else (found.values, found.mask)
+        def of_slice(leaves: Mapping[str, Tensor], parts: list[Any]) -> tuple[Tensor, ...]:
+            batch, mask = tree_unflatten(parts, tree)
+            with Products(leaves, count):
+                found = self.outputs_at(leaves, batch, mask)
+            return (found.values,) if found.mask is None else (found.values, found.mask)
+
+        values, *mask = torch.func.vmap(of_slice, in_dims=(0, dims))(leaves, parts)
+        return Outputs(values, mask[0] if mask else None, values.shape[1], leaves, count)
 
     def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
+        """Hand the collector every measured tensor's gradients under each probe.
+
+        Several probes go through one batched backward where they may, `at_once` at most. Where there is room for none (0)
+        each gradient is used and freed as soon as it is complete, so that never more than the largest tensor's is held.
+        """
+        if not outputs.values.requires_grad:
+            raise LayerwiseError(NO_GRAPH)
         leaves = dict(outputs.leaves)
         for name, product in only_products(outputs.values, outputs.leaves).items():
             of = collector.moments[name]
-            if of.estimator.total or (at_once <= 1 and len(product.moments_input) == 1):
+            if of.estimator.total or (at_once <= 1 and outputs.slices == 1):
                 product.moments = ProductMoments(of.estimator, of.update, by_output=product.by_output)
                 collector.moments[name] = product.moments
                 leaves[name] = product.moments_input
-        super().probe(replace(outputs, leaves=leaves), probes, collector, at_once)
+        at_once = self.processes.least(at_once)
+        while several := list(islice(probes, max(1, at_once))):
+            if not at_once or not _batched_backward(outputs.values, leaves, several, collector):
+                at_once = 0  # some backward formula has no batching rule: one by one gives the same numbers
+                for probe in several:
+                    _streamed_backward(outputs.values, leaves, probe, collector)
+                    collector.done(1)
+            several.clear()  # before the next are drawn
+
+    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
+        """What to hold derivatives along any of these updates against, where it takes that."""
+        return adjoint(partial(self.outputs_at, batch=batch, mask=mask), self.points, updates)
+
+    def derivative(
+        self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
+    ) -> Change:
+        """The exact derivative of the outputs along these updates, one that agrees with `check`."""
+        return exact_change(partial(self.outputs_at, batch=batch, mask=mask), self.points, updates, check)
+
+    @torch.no_grad()
+    def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
+        """The outputs with these updates applied, and without a graph."""
+        return self.outputs_at({name: u.applied(self.points[name]) for name, u in updates.items()}, batch, mask)
 
 
-def _batched_backward(outputs: Outputs, probes: list[Tensor], collector: Collector) -> bool:
+def _batched_backward(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor], collector: Collector) -> bool:
     """All these probes in one backward; returns whether every process could."""
-    grads, leaves, batched = None, list(outputs.leaves.values()), len(probes) > 1
+    grads, batched = None, len(probes) > 1
     with warnings.catch_warnings(), suppress(RuntimeError):
         warnings.filterwarnings("ignore", message=".*performance drop.*")
         grads = torch.autograd.grad(
-            outputs.values,
-            leaves,
+            values,
+            list(leaves.values()),
             torch.stack(probes) if batched else probes[0],
             retain_graph=True,
             allow_unused=True,
@@ -228,45 +198,28 @@ def _batched_backward(outputs: Outputs, probes: list[Tensor], collector: Collect
         )
     if not collector.processes.least(int(grads is not None)) or grads is None:
         return False
-    for name, grad in zip(outputs.leaves, grads, strict=True):
+    for name, grad in zip(leaves, grads, strict=True):
         if grad is not None:
             collector.add(name, grad if batched else grad[None])
     collector.done(len(probes))
     return True
 
 
-def _streamed_backward(outputs: Outputs, probe: Tensor, collector: Collector) -> None:
+def _streamed_backward(values: Tensor, leaves: Mapping[str, Tensor], probe: Tensor, collector: Collector) -> None:
     """One probe: each gradient is handed over when it is complete."""
-    leaves = outputs.leaves
-    handles = [
-        leaf.register_post_accumulate_grad_hook(partial(_hand_over, collector, name)) for name, leaf in leaves.items()
-    ]
+
+    @torch.no_grad()
+    def hand_over(name: str, leaf: Tensor) -> None:
+        grad, leaf.grad = leaf.grad, None
+        if grad is not None:
+            collector.add(name, grad[None])  # slices side by side have a dimension of their own as well
+
+    handles = [leaf.register_post_accumulate_grad_hook(partial(hand_over, name)) for name, leaf in leaves.items()]
     try:
-        torch.autograd.backward(outputs.values, probe, retain_graph=True, inputs=list(leaves.values()))
+        torch.autograd.backward(values, probe, retain_graph=True, inputs=list(leaves.values()))
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def _hand_over(collector: Collector, name: str, leaf: Tensor) -> None:
-    grad, leaf.grad = leaf.grad, None
-    if grad is not None:
-        collector.add(name, grad[None])  # slices side by side have a dimension of their own as well
-
-
-def renormalised(model: nn.Module) -> set[str]:
-    """Names of embeddings with `max_norm`, which write their weights whenever these are read."""
-    written = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
-    return {name for name, p in model.named_parameters() if id(p) in written} if written else set()
-
-
-def tied(model: nn.Module) -> dict[str, str]:
-    """Of each name that a parameter or buffer has beside its first: that first one."""
-    every = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    first: dict[int, str] = {}
-    names = ((name, first.setdefault(id(tensor), name)) for name, tensor in chain(*every))
-    return {name: known for name, known in names if name != known}
 
 
 def check_numbers(parameters: Mapping[str, Tensor]) -> None:

@@ -15,17 +15,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from layerwise.common.checked import PositiveInt
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.outputs import Outputs, nothing_counts
+from layerwise.function_space.measuring.outputs import Outputs
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -39,14 +39,8 @@ Slices = PositiveInt | Literal["auto"]
 _SETTINGS = (type(None), bool, int, float, str)
 
 
-@dataclass(frozen=True)
-class Slice:
-    """A part of the global batch that has probes of its own.
-
-    Attributes:
-        rows: which of this process's examples are in it.
-        probes: how many it gets.
-    """
+class Slice(NamedTuple):
+    """A part of the global batch: which of this process's examples are in it, and how many probes of its own it gets."""
 
     rows: range
     probes: int
@@ -141,79 +135,50 @@ def each_tensor(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
     return inputs
 
 
-@dataclass(frozen=True)
-class Graph:
-    """Outputs whose graph stands: of one slice (or the whole batch), or of several side by side, which are alike.
-
-    Attributes:
-        outputs: of this process's examples.
-        first_row: how many rows of the slice are before them, on other processes.
-        entries: of each slice, how many of its entries count, over all processes.
-        probes: how many to run on each slice.
-    """
-
-    outputs: Outputs
-    first_row: int
-    entries: list[int]
-    probes: int
-
-
 #: Outputs, of how many examples they are, and which one of these (from 1 on) is the first slice's last.
 _Sized = tuple[Outputs, int, int]
-#: The outputs of one slice, or of several side by side.
-_Forward = tuple[Outputs, list[Slice]]
+#: The outputs of one slice, or of several side by side, and how many probes each slice gets.
+_Graph = tuple[Outputs, int]
 
 
-def graphs(run: Run, runner: Runner, inputs: Any, mask: Tensor | None, probes: int) -> Iterator[Graph]:
-    """The graph of each slice, or of several of them, in turn. Drop one before asking for the next: then one stands.
-
-    Padding alone has nothing to probe and is passed over.
+def graphs(run: Run, runner: Runner, inputs: Any, mask: Tensor | None, probes: int) -> Iterator[_Graph]:
+    """The outputs of each slice, or of several, in turn, with their graph. Drop one before asking for the next: then one
+    stands.
 
     Raises:
-        LayerwiseError: slices that cannot be had, or a batch in which nothing counts.
+        LayerwiseError: slices that cannot be had.
     """
     slices = cut(inputs, mask, probes, run.settings.slices, run.processes)
-    forwards = None if slices is None else _independent(run, runner, (inputs, mask), slices)
-    if forwards is None:
-        forwards = iter([(runner.outputs(inputs, mask), [Slice(range(0), probes)])])
-    counted, masked = 0, False
-    for outputs, several in forwards:
-        first_row, entries = run.count(outputs, len(several))
-        counted, masked = counted + sum(entries), outputs.mask is not None
-        if sum(entries):
-            yield Graph(outputs, first_row, entries, several[0].probes)
-        del outputs  # before the next ones are made
-    if not counted:
-        raise nothing_counts(masked)
+    found = None if slices is None else _independent(run, runner, (inputs, mask), slices)
+    return iter([(runner.outputs(inputs, mask), probes)]) if found is None else found
 
 
-def _independent(
-    run: Run, runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice]
-) -> Iterator[_Forward] | None:
-    """The outputs of the slices, if the last example of the first has the same ones in other company, or alone.
+def _independent(run: Run, runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice]) -> Iterator[_Graph] | None:
+    """The slices' graphs, if the last example of the first has the same outputs in other company, or alone.
 
     That is the batch's last, as time in the leading dimension of a causal model shows there and not in its first.
     """
     problem: Exception | None = None
-    found: list[_Forward] = []
+    first: list[_Graph] = []
     rows = slices[0].rows
     company = rows[-1:]
     if len(rows) == 1 and rows[0]:
         company = range(rows[0] - 1, rows[0] + 1)
-    forwards: Iterator[_Forward] = iter(())
+    others: Iterator[_Graph] = iter(())
     try:
         with torch.no_grad():
             reference = outputs_of(runner, batch, company)
         room = reference.probes_at_once(run.settings.memory, len(rows) / max(1, len(company)))
-        forwards = _forwards(runner, batch, slices, room)
-        outputs, several = next(forwards)
-        sized = (outputs, len(several) * len(rows), len(rows)), (reference, len(company), len(company))
-        if not rows or same_last_example(run, *sized):
-            found = [(outputs, several)]
+        others = _forwards(runner, batch, slices, room)
+        first = [next(others)]
+        outputs = first[0][0]
+        sized = (outputs, outputs.slices * len(rows), len(rows)), (reference, len(company), len(company))
+        if rows and not same_last_example(run, *sized):
+            first = []
     except Exception as error:  # a forward that takes whole batches only can fail in any way
-        problem = error
-    if run.processes.least(len(found)):
-        return chain(iter(found), forwards)  # an iterator that is through with a list lets go of it
+        problem, first = error, []
+    if run.processes.least(len(first)):
+        return chain(iter(first), others)  # an iterator that is through with a list lets go of it
     if run.settings.slices == "auto":
         return None
     raise LayerwiseError(
@@ -221,7 +186,7 @@ def _independent(
     ) from problem
 
 
-def _forwards(runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice], room: int) -> Iterator[_Forward]:
+def _forwards(runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice], room: int) -> Iterator[_Graph]:
     """The outputs of slices of as many examples and probes side by side, where that can be, and else of one at a time."""
     while slices:
         alike = [s for s in slices[:room] if (len(s.rows), s.probes) == (len(slices[0].rows), slices[0].probes)]
@@ -235,7 +200,7 @@ def _forwards(runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Sli
         if outputs is None or (outputs.mask is not None and not outputs.mask.flatten(1).any(1).all()):
             alike, room = slices[:1], 1
             outputs = outputs_of(runner, batch, alike[0].rows)
-        yield outputs, alike
+        yield outputs, alike[0].probes
         del outputs  # before the next are made
         slices = slices[len(alike) :]
 

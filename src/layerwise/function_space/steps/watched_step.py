@@ -41,6 +41,12 @@ class WatchedStep:
 
     The optimizer works on the model's own weights, so a watched step is bit for bit a plain one.
 
+    Args:
+        model: without the wrappers that `unwrap` sees through.
+        optimizer: of some or all of its parameters.
+        processes: see `Measurement`.
+        decay: see `FLeRM`.
+
     Attributes:
         parameters: the model's trainable parameters that the optimizer updates, by name.
         lrs: the learning rate that each has in its group, by name.
@@ -50,7 +56,7 @@ class WatchedStep:
         processes: those that take the step together.
 
     Examples:
-        >>> with watch(model, optimizer) as step:
+        >>> with WatchedStep(model, optimizer).surrounded() as step:
         ...     optimizer.step()
         >>> if step.why_not() is None:
         ...     rates = step.rates(Measurement(), inputs)
@@ -60,6 +66,7 @@ class WatchedStep:
         self, model: nn.Module, optimizer: Optimizer, processes: ProcessesOption = "auto", decay: Decay = "scaled"
     ) -> None:
         self.model = model
+        self.optimizer = optimizer
         self.parameters = optimized(model, optimizer)
         check_numbers(self.parameters)
         self.lrs = learning_rates(optimizer, self.parameters)
@@ -68,8 +75,34 @@ class WatchedStep:
         self.old = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.updates: dict[str, TensorUpdate] = {}
 
-    def note(self, *_: Any) -> None:
-        """Told by the optimizer that it took the step: from now on `updates` says what that did."""
+    @contextmanager
+    def surrounded(self) -> Iterator[WatchedStep]:
+        """Surround `optimizer.step()`, and what is done to it: FLeRM redoes steps. Once taken, what it did is noted."""
+        outermost = self.optimizer not in _UNDER_WAY  # not a recorder around FLeRM, or the other way round
+        waiting = _UNDER_WAY.setdefault(self.optimizer, [])
+        taken = 0
+
+        def noted(*_: Any) -> None:
+            nonlocal taken
+            taken += is_outermost(self.optimizer)
+            self.note()
+
+        hook = self.optimizer.register_step_post_hook(torch.compiler.disable(noted))
+        try:
+            yield self
+        finally:
+            hook.remove()
+            if taken > 1:
+                warn(
+                    f"optimizer.step() ran {taken} times in one `with`, which is measured as one step: surround each of them"
+                )
+            if outermost:
+                del _UNDER_WAY[self.optimizer]
+        for function in waiting if outermost else ():
+            function()
+
+    def note(self) -> None:
+        """The step was taken: from now on `updates` says what that did."""
         self.updates = {
             name: TensorUpdate(p.detach(), self.old[name], self.decay.get(name, 0.0)) for name, p in self.parameters.items()
         }
@@ -127,45 +160,6 @@ class WatchedStep:
                 kept = one.clone()
                 one.copy_(other)
                 other.copy_(kept)
-
-
-@contextmanager
-def watch(
-    model: nn.Module, optimizer: Optimizer, processes: ProcessesOption = "auto", decay: Decay = "scaled"
-) -> Iterator[WatchedStep]:
-    """Surround one `optimizer.step()`, and what is done to it (FLeRM redoes the steps that it matches).
-
-    Once that step was taken, the watched one says what it did.
-
-    Args:
-        model: without the wrappers that `unwrap` sees through.
-        optimizer: of some or all of its parameters.
-        processes: see `Measurement`.
-        decay: see `FLeRM`.
-    """
-    step = WatchedStep(model, optimizer, processes, decay)
-    waiting: list[Callable[[], None]] | None = None if optimizer in _UNDER_WAY else []
-    # a recorder around FLeRM, or the other way round
-    if waiting is not None:
-        _UNDER_WAY[optimizer] = waiting
-    taken = 0
-
-    def note(*_: Any) -> None:
-        nonlocal taken
-        taken += is_outermost(optimizer)
-        step.note()
-
-    hook = optimizer.register_step_post_hook(torch.compiler.disable(note))
-    try:
-        yield step
-    finally:
-        hook.remove()
-        if taken > 1:
-            warn(f"optimizer.step() ran {taken} times in one `with`, which is measured as one step: surround each of them")
-        if waiting is not None:
-            del _UNDER_WAY[optimizer]
-    for function in waiting or ():
-        function()
 
 
 def is_outermost(optimizer: Optimizer) -> bool:
@@ -255,7 +249,8 @@ class StepWatcher(ABC):
         if batch is None:
             raise LayerwiseError(f"step {self.steps} is to be measured, and batch is None: give it inputs")
         scheduled = self.steps if self.pending is None else self.pending
-        with watch(self.model, self.optimizer, self.measurement.processes, self.decay) as step:
+        watched = WatchedStep(self.model, self.optimizer, self.measurement.processes, self.decay)
+        with watched.surrounded() as step:
             yield
             reason = step.why_not()
             if reason is None:
@@ -375,10 +370,9 @@ class FunctionSpaceRecorder(StepWatcher):
         if self.difference_every is not None and (scheduled // self.every) % self.difference_every == 0:
             difference = replace(self.measurement, method="difference", linear=None)
             whole = step.rates(difference, inputs, mask).beside(rates)
-        record = Record(self.steps, scheduled, rates, step.lrs, whole)
-        self.records.append(record)
+        self.records.append(Record(self.steps, scheduled, rates, step.lrs, whole))
         if self.sink is not None and (not isinstance(self.sink, JsonLines) or step.processes.rank == 0):
-            self.sink(record)
+            self.sink(self.records[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs: where the count of steps stands. Records are the sink's business."""

@@ -14,8 +14,7 @@ from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.tensors import widened
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.measurement import Measurement, Run
-from layerwise.function_space.measuring.outputs import Forward, Outputs
-from layerwise.function_space.measuring.process_group import ProcessesOption
+from layerwise.function_space.measuring.outputs import Outputs
 from layerwise.function_space.measuring.runners import MEASURED
 from layerwise.function_space.measuring.slices import first_examples, share
 from layerwise.function_space.steps.by_module import by_module
@@ -36,26 +35,14 @@ class OutputChange:
         model: the watched model.
         batch: inputs, or a function that returns them; None: the model's own inputs in the step before.
         part: which part of these inputs to take, where they are whole examples: 4 for a quarter.
-        forward, method, probes, seed: see `Measurement`.
-        processes: see `Measurement`.
+        options: the fields of `Measurement`; 8 probes where nothing is said.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batch: Any = None,
-        *,
-        part: PositiveInt = 4,
-        forward: Forward | str | None = None,
-        method: str = "full_cov",
-        probes: PositiveInt = 8,
-        seed: int = 0,
-        processes: ProcessesOption = "auto",
-    ) -> None:
+    def __init__(self, model: nn.Module, batch: Any = None, *, part: PositiveInt = 4, **options: Any) -> None:
         self.model = model
         self.batch = batch
         self.part = part
-        self.measurement = Measurement(forward, method, probes, seed, processes=processes)
+        self.measurement = Measurement(**{"probes": 8, **options})
         self.skipped: dict[int, str] = {}
         self._seen = SeenInputs(model)
         #: Those to measure the next step on.

@@ -20,14 +20,12 @@ from layerwise.common.parameter_names import unwrap, unwrap_optimizer
 from layerwise.common.running import under_autocast
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
-from layerwise.function_space.steps.by_module import by_module, module_updates, update_sums
+from layerwise.function_space.steps.by_module import by_module, module_updates
 from layerwise.function_space.steps.json_lines import JsonLines
 from layerwise.function_space.steps.named_rates import optimized
 from layerwise.function_space.steps.watched_step import WatchedStep, is_outermost, when_over
 from layerwise.function_space.watching.output_change import OutputChange
-from layerwise.function_space.watching.unit_rates import unit_rates
-from layerwise.function_space.watching.unusual import UnusualRule
-from layerwise.function_space.watching.watch_record import ModuleReading, WatchRecord, sinks_of
+from layerwise.function_space.watching.watch_record import ModuleReading, UnusualRule, WatchRecord, sinks_of, unit_rates
 
 _LOG = logging.getLogger("layerwise")
 
@@ -61,8 +59,8 @@ def watch(
         function_space_every: how many steps apart; a multiple of `every`, default 20 of them. 0: never.
         batch: what to measure on in function space, inputs or a function that returns them. Default: a part of what the
             model was called with in the step before, which the step's gradient has not seen.
-        options: `keep` (records kept, default 1000), `rule` (an `UnusualRule`), `processes` (see `Measurement`), and those
-            of `OutputChange`: `part`, `forward`, `method`, `probes`, `seed`.
+        options: `keep` (records kept, default 1000), `rule` (an `UnusualRule`), `part` (of the batch to take, 4 for a
+            quarter), and the fields of `Measurement`: `forward`, `method`, `probes` (default 8), `seed`, `processes`, ...
 
     Raises:
         LayerwiseError: an optimizer that holds none of the model's parameters, an interval below 1.
@@ -204,7 +202,7 @@ class Watch:
         """Record a step that is over, and hand the record on."""
         rates, together = self.outputs.measure(taken, step, inputs) if self._function_space_due(step) else (None, None)
         with under_autocast(taken.parameters.values(), None):
-            updates = module_updates(update_sums(taken.updates, now, earlier, processes=taken.processes))
+            updates = module_updates(taken.updates, now, earlier, processes=taken.processes)
         units = unit_rates(self.optimizer, taken.lrs)
         lrs = _effective(taken, units)
         modules = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import BaseRates, FLeRM, FunctionSpaceRecorder
-from layerwise.function_space.matching.depth_map import DepthMap
+from layerwise.function_space.matching.decide import DepthMap
 from layerwise.function_space.steps.watched_step import Record
 from layerwise.lab.config.schema import Config, FunctionSpaceConfig
 from layerwise.lab.models.families import block_pattern

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.errors import LayerwiseError, NonFiniteError
-from layerwise.function_space.watching.unit_rates import unit_rates
+from layerwise.function_space.watching.watch_record import unit_rates
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, loss
