@@ -24,6 +24,7 @@ import layerwise as lw
 from layerwise.common.alike_names import siblings_of
 from layerwise.function_space.steps.by_module import module_of, spectral_norms
 from layerwise.function_space.steps.named_rates import constant_decay
+from layerwise.function_space.watching.watch_record import ModuleReading
 from layerwise.integrations.logged import RateLog
 
 # Sums of up to 1056 products in float64, added up in another order; differences of weights lose three digits more.
@@ -661,6 +662,21 @@ def test_printed_tables_of_many_blocks_have_one_line_for_those_that_are_alike():
         assert len(columns[0]) % 50 == 0  # all are in the whole table, of which a wide one is in two
         values = [float(cell.rstrip("%")) for cell in columns[1]]
         assert of_blocks[1] in (f"{min(values):.3g}..{max(values):.3g}", f"{min(values):.4g}..{max(values):.4g}", "0.1")
+
+
+def test_a_record_reads_each_module_once_to_print_itself(monkeypatch):
+    """With every row it read all modules again: 400 took seven seconds."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(60)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = lw.watch(model, optimizer, 1, function_space_every=0)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    asked, numbers = [], ModuleReading.numbers
+    monkeypatch.setattr(ModuleReading, "numbers", lambda self: asked.append(self) or numbers(self))
+    for shown in (str, lw.WatchRecord.table):
+        shown(watch.records[0])
+        assert len(asked) == 60
+        asked.clear()
 
 
 def test_a_picture_shows_each_number_of_the_records_in_its_place(tmp_path):

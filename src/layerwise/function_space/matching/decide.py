@@ -65,22 +65,22 @@ class MatchReport:
 
     def __str__(self) -> str:
         """The table; of more than 40 parameters those of blocks that are alike share a line."""
-        return self._text(folded(self._cells()))
+        titles, *rows = self._cells()
+        return self._text([titles, *folded(rows)])
 
     def table(self) -> str:
         """A line a parameter, in the order of the model."""
         return self._text(self._cells())
 
     def _cells(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = []
+        """The titles, and a row a parameter."""
+        cells: list[tuple[str, ...]] = [("parameter", "measured", "target", "change", "lr", "")]
         for name, row in self.rows.items():
-            measured, target, change, lr = (f"{x:.4g}" for x in (row.measured, row.target, row.change, row.lr))
-            rows.append((name, measured, target, change, lr, row.note))
-        return rows
+            cells.append((name, *(f"{x:.4g}" for x in (row.measured, row.target, row.change, row.lr)), row.note))
+        return cells
 
-    def _text(self, rows: Sequence[tuple[str, ...]]) -> str:
-        titles = ("parameter", "measured", "target", "change", "lr", "")
-        return "\n".join([f"matched at step {self.step}", *aligned([titles, *rows], right=range(1, 5))])
+    def _text(self, cells: Sequence[tuple[str, ...]]) -> str:
+        return "\n".join([f"matched at step {self.step}", *aligned(cells, right=range(1, 5))])
 
 
 def fixed_parameters(parameters: Mapping[str, Tensor], patterns: Sequence[str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
@@ -21,8 +22,8 @@ from layerwise.common.group_by import group_by
 from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.text_table import folded, wrapped
 from layerwise.errors import LayerwiseError
+from layerwise.function_space.rates import JsonLines
 from layerwise.function_space.steps.by_module import ModuleUpdate
-from layerwise.function_space.steps.json_lines import JsonLines
 
 
 @dataclass(frozen=True)
@@ -104,23 +105,22 @@ class WatchRecord:
 
     def __str__(self) -> str:
         """The table; of more than 40 modules those of blocks that are alike share a line."""
-        return self._text(folded(self._rows()))
+        titles, *rows = self._cells()
+        return self._text([titles, *folded(rows)])
 
     def table(self) -> str:
         """A line a module, in the model's order; wider than 100 columns, the last ones come in a table below."""
-        return self._text(self._rows())
+        return self._text(self._cells())
 
-    def _keys(self) -> list[str]:
-        return list(dict.fromkeys(key for reading in self.modules.values() for key in reading.numbers()))
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The titles, and a row a module."""
+        known = {name: reading.numbers() for name, reading in self.modules.items()}
+        keys = list(dict.fromkeys(chain(*known.values())))
+        rows = [(name, *(f"{of[key]:.3g}" if key in of else "" for key in keys)) for name, of in known.items()]
+        return [("module", *(_TITLES[key] for key in keys)), *rows]
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        known = [(name, reading.numbers()) for name, reading in self.modules.items()]
-        return [
-            (name, *(f"{numbers[key]:.3g}" if key in numbers else "" for key in self._keys())) for name, numbers in known
-        ]
-
-    def _text(self, rows: Sequence[Sequence[str]]) -> str:
-        lines = [f"step {self.step}", *wrapped([("module", *(_TITLES[key] for key in self._keys())), *rows])]
+    def _text(self, cells: Sequence[Sequence[str]]) -> str:
+        lines = [f"step {self.step}", *wrapped(cells)]
         if self.loss_change is not None:
             lines.append(f"predicted change of the loss: {self.loss_change:.3g}")
         if self.together is not None:
