@@ -36,7 +36,7 @@ INSIDE = {
         "steps": {"measuring", "rates"},
         "matching": {"measuring", "steps", "rates"},
         "checking": {"matching", "measuring", "rates", "steps"},
-        "watching": {"measuring", "steps"},
+        "watching": {"measuring", "rates", "steps"},
     },
     "optim": {
         "guard": set(),

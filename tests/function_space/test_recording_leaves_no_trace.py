@@ -12,7 +12,7 @@ from torch import nn
 import layerwise as lw
 from layerwise.errors import LayerwiseError
 from layerwise.function_space import FLeRM, FunctionSpaceRecorder, function_space_rates
-from layerwise.function_space.steps.json_lines import JsonLines
+from layerwise.function_space.rates import JsonLines
 from layerwise.function_space.steps.watched_step import Record
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+from layerwise.common.alike_names import siblings_of
 from layerwise.common.files import save_as
+from layerwise.common.group_by import group_by
 from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.rates import student_quantile
@@ -27,6 +29,9 @@ QUANTITIES: dict[Quantity, str] = {
 }
 #: The least slope that a parametrisation has which is not flat: theory's are multiples of it.
 _NEXT_SLOPE = 0.5
+#: The part of all rates' root sum of squares below which a module's rate is not judged. Matching has a stricter bound, by
+#: the rounding of the numbers (`matching/decide.py`): a rate below that must not be divided by.
+_NEGLIGIBLE = 1e-5
 Verdict = Literal["flat", "grows", "shrinks", "unclear", "none"]
 
 
@@ -36,6 +41,10 @@ class Value:
 
     value: float
     stderr: float = 0.0
+
+
+#: What is measured at one step: quantity -> module -> value.
+Readings = Mapping[Quantity, Mapping[str, Value]]
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,47 @@ def _deviations(found: Sequence[Sequence[Value]]) -> tuple[list[float], int]:
         return [math.sqrt(squares / freedom / len(row)) for row in logs], freedom
     errors = [values[0].stderr / values[0].value for values in found]
     return [error if math.isfinite(error) else 0.0 for error in errors], 0
+
+
+def trends(sizes: Sequence[float], steps: Sequence[int], found: Sequence[Sequence[Mapping[int, Readings]]]) -> list[Trend]:
+    """Of every quantity and module that all sizes have; `found[size][seed][step]`."""
+    of_all = []
+    for quantity in QUANTITIES:
+        for step in steps:
+            readings = [[seed[step][quantity] for seed in size] for size in found]
+            if len({frozenset(values) for size in readings for values in size}) > 1:  # deeper models have other modules
+                readings = [[_stacked(values, quantity) for values in size] for size in readings]
+            silent = _negligible(readings) if quantity == "rate" else set()
+            for module in readings[0][0]:
+                if all(module in values for size in readings for values in size):
+                    values = [[seed[module] for seed in size] for size in readings]
+                    if module in silent:
+                        values = [[Value(0.0) for _ in size] for size in values]
+                    of_all.append(trend(module, quantity, step, sizes, values))
+    return of_all
+
+
+def _stacked(values: Mapping[str, Value], quantity: Quantity) -> dict[str, Value]:
+    """The blocks of a stack as one, under a star for the number: rates are added, the rest is their root mean square."""
+    stacks = {place: [values[name] for name in names] for place, names in group_by(values, siblings_of).items()}
+    if quantity == "rate":
+        return {
+            name: Value(sum(v.value for v in blocks), sum(v.stderr**2 for v in blocks) ** 0.5)
+            for name, blocks in stacks.items()
+        }
+    return {name: Value((sum(v.value**2 for v in blocks) / len(blocks)) ** 0.5) for name, blocks in stacks.items()}
+
+
+def _negligible(readings: list[list[Mapping[str, Value]]]) -> set[str]:
+    """Modules whose rate is next to nothing at every size, such as that of keys' biases: rounding noise has no slope."""
+    largest: dict[str, float] = {}
+    for size in readings:
+        for values in size:
+            total = sum(v.value**2 for v in values.values()) ** 0.5
+            for name, v in values.items():
+                part = v.value / total if total else 0.0
+                largest[name] = max(largest.get(name, 0.0), math.inf if math.isnan(part) else part)
+    return {name for name, part in largest.items() if part < _NEGLIGIBLE}
 
 
 #: From the least to the most serious.

@@ -8,7 +8,6 @@ and read here alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -53,15 +52,20 @@ def placement(name: str, param: Tensor, processes: Processes) -> tuple[int, int]
             f"parameter {name!r} is sharded over {mesh.size()} processes, and {processes.count} measure together: pass "
             "processes= the group of its mesh"
         )
-    wide = [i for i in range(mesh.ndim) if mesh.size(i) > 1]
-    cut = [p for i in wide if isinstance(p := param.placements[i], Shard)]
-    if len(cut) > 1 or any(param.placements[i].is_partial() for i in wide):
+    cuts = cuts_of(param)
+    if len(cuts) > 1 or any(place.is_partial() for place in param.placements):
         raise LayerwiseError(
             f"parameter {name!r} has the placements {param.placements}: function-space rates are measured of parameters "
             "sharded by fully_shard over one mesh dimension (and replicated over others), not under tensor parallelism"
         )
-    dim = cut[0].dim % max(1, param.ndim) if cut else 0
-    return dim, math.prod(mesh.size(i) for i in wide if not isinstance(param.placements[i], Shard))
+    dim, pieces = cuts[0] if cuts else (0, 1)
+    return dim, mesh.size() // pieces
+
+
+def cuts_of(tensor: Any) -> list[tuple[int, int]]:
+    """The dimensions that a tensor is cut along, and into how many pieces."""
+    pairs = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return [(p.dim % max(1, tensor.ndim), size) for p, size in pairs if isinstance(p, Shard) and size > 1]
 
 
 class ShardedRunner(Runner):

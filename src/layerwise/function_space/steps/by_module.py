@@ -170,11 +170,9 @@ def _place(tensor: Tensor, processes: Processes) -> _Place:
     shape = tuple(tensor.shape)
     if processes.count == 1 or not is_sharded(tensor):
         return _Place(shape, copies=processes.count)
-    from torch.distributed.tensor import DTensor, Shard
+    from layerwise.function_space.measuring.fsdp import cuts_of
 
-    assert isinstance(tensor, DTensor)
-    pairs = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    cuts = [(place.dim % max(1, tensor.ndim), size) for place, size in pairs if isinstance(place, Shard)]
+    cuts = cuts_of(tensor)
     if len(cuts) > 1 or bool(cuts and cuts[0][0] and tensor.ndim > 2):
         return _Place(shape, gathered=True, copies=processes.count)
     dim, pieces = cuts[0] if cuts else (0, 1)

@@ -26,8 +26,7 @@ from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Forward
 from layerwise.function_space.measuring.process_group import ALONE, ProcessesOption, processes_of
 from layerwise.function_space.measuring.runners import check_numbers
-from layerwise.function_space.rates import Rates
-from layerwise.function_space.steps.json_lines import JsonLines
+from layerwise.function_space.rates import JsonLines, Rates
 from layerwise.function_space.steps.named_rates import Decay, constant_decay, learning_rates, optimized
 
 #: The function that torch wraps around each class's `step`, hooks and all.

@@ -19,9 +19,9 @@ from layerwise.common.layer_rate import LayerRate, parameter_of
 from layerwise.common.parameter_names import unwrap, unwrap_optimizer
 from layerwise.common.running import under_autocast
 from layerwise.errors import LayerwiseError
-from layerwise.function_space.measuring.process_group import ProcessesOption, processes_of
+from layerwise.function_space.measuring.process_group import processes_of
+from layerwise.function_space.rates import JsonLines
 from layerwise.function_space.steps.by_module import by_module, module_updates
-from layerwise.function_space.steps.json_lines import JsonLines
 from layerwise.function_space.steps.named_rates import optimized
 from layerwise.function_space.steps.watched_step import WatchedStep, is_outermost, when_over
 from layerwise.function_space.watching.output_change import OutputChange
@@ -115,7 +115,6 @@ class Watch:
         *,
         keep: NonNegativeInt = 1000,
         rule: UnusualRule | None = None,
-        processes: ProcessesOption = "auto",
         **options: Any,
     ) -> None:
         self.every = every
@@ -129,10 +128,10 @@ class Watch:
         optimized(self.model, self.optimizer)
         self.sinks = sinks_of(to)
         self.rule = UnusualRule() if rule is None else rule
-        self.processes = processes
         self.records: deque[WatchRecord] = deque(maxlen=keep)
         self.steps = 0
-        self.outputs = OutputChange(self.model, batch, processes=processes, **options)
+        self.outputs = OutputChange(self.model, batch, **options)
+        self.processes = self.outputs.measurement.processes
         self.skipped: Mapping[int, str] = self.outputs.skipped
         self._gradients = Gradients(self.optimizer)
         self._step: WatchedStep | None = None
