@@ -16,8 +16,7 @@ from pathlib import Path
 
 from layerwise.lab.config.load import load_config
 from layerwise.lab.experiments.sweep.engines import LocalEngine
-from layerwise.lab.experiments.sweep.results import RESULTS, read_results
-from layerwise.lab.experiments.sweep.run_sweep import run_sweep
+from layerwise.lab.experiments.sweep.run_sweep import read_results, run_sweep
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.sweep_report import LOSS_NAMES, Panels, analyse, markdown, transfer_figure
 from layerwise.lab.experiments.sweep.trials import make_plan
@@ -157,7 +156,7 @@ def python_manual() -> str:
 
 def prepare_adapters(config: SweepConfig) -> None:
     """The model that the adapters are put on and the text they are trained on, where trials are missing."""
-    if make_plan(config).trials.keys() <= read_results(config.run_path / RESULTS).keys():
+    if make_plan(config).trials.keys() <= read_results(config.run_path).keys():
         return
     [text] = map(Path, config.data.paths)
     text.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +173,8 @@ def draw(figure: str, folder: Path, workers: int) -> str:
         config = config_of(figure, name, folder)
         if config.model.lora is not None:
             prepare_adapters(config)
-        curves, table = analyse(config, run_sweep(config, LocalEngine(workers)).folder)
+        run_sweep(config, LocalEngine(workers))
+        curves, table = analyse(config)
         rows.append(Panels(title, curves, config.sweep.axis, LOSS_NAMES[config.sweep.loss]))
         text += [f"## {title}\n", markdown(table, config.sweep.axis)]
     save_figure(lambda: transfer_figure(rows), folder, figure)

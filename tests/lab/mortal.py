@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 
-def start(threads: int) -> None:
-    assert threads == 1
-
-
-def work(item: str, folder: Path) -> dict[str, Any]:
+def work(item: str, threads: int, folder: Path) -> dict[str, Any]:
     """Notes in `folder` that `item` was tried; what happens then is its name."""
+    assert threads == 1
     tries = folder / item
     with open(tries, "a") as file:
         file.write("x")

@@ -22,7 +22,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.config.load import load_config
 from layerwise.lab.config.schema import DataConfig
 from layerwise.lab.data.tokens import load_tokens
-from layerwise.lab.experiments.sweep.results import loss_of, read_results
+from layerwise.lab.experiments.sweep.run_sweep import loss_of, read_results
 from layerwise.lab.optimizers.registry import mean_multipliers
 from layerwise.lab.report import Contender, load_runs
 from layerwise.lab.report.figures.loss import loss_curves
@@ -111,7 +111,7 @@ def test_a_damaged_line_of_results_hides_no_other(tmp_path: Path) -> None:
     row = {"id": "a", "status": "finished", "val_loss": 3.0}
     lines = [json.dumps({**row, "id": name}) for name in "ab"]
     file.write_text("\n".join([lines[0], "xx", "3", '{"id": 3}', lines[1], lines[0][:9]]))
-    assert list(read_results(file)) == ["a", "b"]
+    assert list(read_results(tmp_path)) == ["a", "b"]
     for odd in ("x", None, [], True, float("nan")):
         assert loss_of({**row, "val_loss": odd}, "val_loss") == float("inf")
 

@@ -18,7 +18,7 @@ from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.sweep import run_sweep
 from layerwise.lab.experiments.sweep.analysis import Curve, best_rates, shift_interval, transfers
 from layerwise.lab.experiments.sweep.engines import LocalEngine
-from layerwise.lab.experiments.sweep.results import append_result, loss_of, open_results, read_results
+from layerwise.lab.experiments.sweep.run_sweep import append_result, loss_of, open_results, read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.sweep_report import (
     Panels,
@@ -114,22 +114,23 @@ def test_the_identity_of_a_trial_is_all_that_its_result_depends_on(tmp_path: Pat
 
 def test_half_a_last_line_is_cut_and_one_process_writes(tmp_path: Path) -> None:
     path = tmp_path / "sweep" / "results.jsonl"
-    with open_results(path) as file:
+    with open_results(path.parent) as file:
         append_result(file, {"id": "a", "status": "finished", "loss": 1.5})
-        with pytest.raises(LayerwiseError, match="another process is running it"), open_results(path):
+        with pytest.raises(LayerwiseError, match="another process is running it"), open_results(path.parent):
             pass
     with open(path, "a") as handle:
         handle.write('{"id":"b","sta')
-    assert list(read_results(path)) == ["a"]
-    with open_results(path) as file:
+    assert list(read_results(path.parent)) == ["a"]
+    with open_results(path.parent) as file:
         append_result(file, {"id": "c", "status": "diverged", "loss": 0.1})
-    results = read_results(path)
+    results = read_results(path.parent)
     assert [loss_of(row, "loss") for row in results.values()] == [1.5, math.inf]
 
 
 def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sweep_config(tmp_path, sweep__methods=["standard", "flerm"])
-    path = run_sweep.run_sweep(config, LocalEngine(0)).folder / "results.jsonl"
+    run_sweep.run_sweep(config, LocalEngine(0))
+    path = config.run_path / "results.jsonl"
     lines = path.read_text().splitlines()
     assert len(lines) == 2 + 2 * 2
     rows = [json.loads(line) for line in lines]
@@ -140,7 +141,7 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
 
     ran = []
     run_trial = run_sweep.run_trial
-    monkeypatch.setattr(run_sweep, "run_trial", lambda trial, base: ran.append(trial.id) or run_trial(trial, base))
+    monkeypatch.setattr(run_sweep, "run_trial", lambda trial, *a, **k: ran.append(trial.id) or run_trial(trial, *a, **k))
     run_sweep.run_sweep(config, LocalEngine(0))
     assert ran == []
     # Killed in the middle of the last line: that trial alone is run again, and ends as it did.
@@ -150,7 +151,7 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
     again = json.loads(path.read_text().splitlines()[-1])
     assert {**again, "seconds": 0} == {**rows[-1], "seconds": 0}
 
-    table = write_report(config, path.parent)
+    table = write_report(config)
     assert [(row.method, row.size) for row in table] == [
         ("standard", 4),
         ("standard", 8),
@@ -165,9 +166,10 @@ def test_finished_trials_are_never_repeated(tmp_path: Path, monkeypatch: pytest.
 
 def test_worker_processes_give_the_same_results(tmp_path: Path) -> None:
     config = sweep_config(tmp_path, sweep__methods=["flerm"], sweep__lr=[0.01, 0.02])
-    alone = run_sweep.run_sweep(config, LocalEngine(0)).folder
-    side_by_side = run_sweep.run_sweep(config.replace({"run.name": "workers"}), LocalEngine(1)).folder
-    one, other = (read_results(folder / "results.jsonl") for folder in (alone, side_by_side))
+    side_by_side = config.replace({"run.name": "workers"})
+    run_sweep.run_sweep(config, LocalEngine(0))
+    run_sweep.run_sweep(side_by_side, LocalEngine(1))
+    one, other = (read_results(each.run_path) for each in (config, side_by_side))
     assert {id: row["loss"] for id, row in one.items()} == {id: row["loss"] for id, row in other.items()}
 
 
@@ -224,9 +226,9 @@ def test_a_diverged_rate_fails_where_the_initial_loss_is_unknown() -> None:
 def test_unfinished_sweeps_can_be_looked_at(tmp_path: Path) -> None:
     config = sweep_config(tmp_path)
     trial = make_plan(config).points[Point("standard", 4, 0.1, 0)]
-    with open_results(config.run_path / run_sweep.RESULTS) as file:
+    with open_results(config.run_path) as file:
         append_result(file, {"id": trial.id, "status": "finished", "val_loss": 2.5, "first_val_loss": 5.0})
-    curves, rows = analyse(config, config.run_path)
+    curves, rows = analyse(config)
     assert {(c.method, c.size) for c in curves} == {("standard", 4), ("flerm", 4), ("mup", 4)}
     assert all(row.own_loss == 2.5 for row in rows)
 
@@ -289,8 +291,8 @@ def test_ranks_of_adapters_on_a_pretrained_model(tmp_path: Path) -> None:
             "sweep.methods": ["flerm"],
         }
     )
-    folder = run_sweep.run_sweep(config, LocalEngine(0)).folder
-    rows = list(read_results(folder / run_sweep.RESULTS).values())
+    run_sweep.run_sweep(config, LocalEngine(0))
+    rows = list(read_results(config.run_path).values())
     matched = [row["matched"] for row in rows if "matched" in row]
     assert len(rows) == 4
     assert len(matched) == 2

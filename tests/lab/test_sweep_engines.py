@@ -16,10 +16,10 @@ from test_function_space_cli import call
 from test_sweep import sweep_config
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.experiments.sweep.engines import ATTEMPTS, Engine, Failure, LocalEngine, RayEngine
-from layerwise.lab.experiments.sweep.results import RESULTS, read_results
-from layerwise.lab.experiments.sweep.run_sweep import Sweep, run_sweep
-from layerwise.lab.experiments.sweep.trials import start_worker
+from layerwise.lab.experiments.sweep.engines import ATTEMPTS, Engine, LocalEngine, RayEngine
+from layerwise.lab.experiments.sweep.run_sweep import RESULTS, read_results, run_sweep
+from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+from layerwise.lab.experiments.sweep.trials import make_plan, run_trial
 from layerwise.lab.runs.environment import versions
 
 
@@ -50,9 +50,9 @@ ITEMS = ("raises", "a", "dies once", "dies")
 
 
 def check_that_one_death_is_one_failure(engine: Engine, folder: Path) -> None:
-    found = list(engine.results(partial(mortal.work, folder=folder), ITEMS, mortal.start))
-    failures = {row.item: row.reason for row in found if isinstance(row, Failure)}
-    assert sorted(row["item"] for row in found if not isinstance(row, Failure)) == ["a", "dies once"]
+    found = dict(engine.results(partial(mortal.work, folder=folder), ITEMS))
+    failures = {item: row for item, row in found.items() if isinstance(row, str)}
+    assert [(item, found[item]) for item in ("a", "dies once")] == [(i, {"item": i}) for i in ("a", "dies once")]
     assert failures.keys() == {"raises", "dies"}
     assert failures["raises"] == "ValueError: 7 is odd"
     assert "died" in failures["dies"] or "killed" in failures["dies"]
@@ -67,36 +67,31 @@ def test_a_death_is_one_failure_on_ray(ray_here: None, tmp_path: Path) -> None:
     check_that_one_death_is_one_failure(RayEngine(), tmp_path)
     assert (tmp_path / "dies").read_text() == "x" * ATTEMPTS
     with pytest.raises(LayerwiseError, match="--cpus 100 --gpus 0: no machine has as many, there are 2 CPUs"):
-        list(RayEngine(cpus=100).results(mortal.work, ["a"], mortal.start))
+        list(RayEngine(cpus=100).results(mortal.work, ["a"]))
 
 
-def rows(sweep: Sweep) -> dict[str, Any]:
+def rows(config: SweepConfig, engine: Engine) -> dict[str, Any]:
     """Results without what differs from run to run."""
-    assert not sweep.failures
-    return {id: {**row, "seconds": 0} for id, row in read_results(sweep.folder / RESULTS).items()}
-
-
-class NoEngine:
-    """Is never asked for anything."""
-
-    def results(self, function: Any, items: Any, start: Any) -> Iterator[Any]:
-        raise AssertionError
+    assert not run_sweep(config, engine)
+    return {id: {**row, "seconds": 0} for id, row in read_results(config.run_path).items()}
 
 
 def test_ray_gives_the_results_of_this_process(ray_here: None, tmp_path: Path) -> None:
     config = sweep_config(tmp_path, sweep__methods=["flerm"])
-    here = run_sweep(config, LocalEngine(0))
-    there = run_sweep(config.replace({"run.name": "ray"}), RayEngine())
-    assert rows(there) == rows(here)
-    assert len(rows(there)) == 2 * 2
-    run_sweep(config.replace({"run.name": "ray"}), NoEngine())  # all of it has results
+    on_ray = config.replace({"run.name": "ray"})
+    here = rows(config, LocalEngine(0))
+    assert rows(on_ray, RayEngine()) == here
+    assert len(here) == 2 * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalEngine, "results", lambda *_: pytest.fail("asked for a result, and all are there"))
+        run_sweep(on_ray, LocalEngine(0))
 
     # Interrupted after two results, under one engine; finished under the other.
-    lines = (there.folder / RESULTS).read_text().splitlines(keepends=True)
-    (there.folder / RESULTS).write_text("".join(lines[:2]))
-    again = run_sweep(config.replace({"run.name": "ray"}), LocalEngine(0))
-    assert rows(again) == rows(here)
-    assert (again.folder / RESULTS).read_text().splitlines(keepends=True)[:2] == lines[:2]
+    file = on_ray.run_path / RESULTS
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]))
+    assert rows(on_ray, LocalEngine(0)) == here
+    assert file.read_text().splitlines(keepends=True)[:2] == lines[:2]
 
 
 def test_failed_trials_are_said_and_left_to_be_run_again(
@@ -107,12 +102,12 @@ def test_failed_trials_are_said_and_left_to_be_run_again(
     config = sweep_config(tmp_path, sweep__methods=["standard"], sweep__sizes=[4], sweep__lr=[0.01, 0.1])
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(config.model_dump()))
-    run_trial, broken = module.run_trial, True
+    broken = True
 
-    def sometimes(trial: Any, base: str | None) -> dict[str, Any]:
+    def sometimes(trial: Any, threads: int, **keywords: Any) -> dict[str, Any]:
         if broken and trial.config["optimizer"]["lr"] == 0.1:
             raise LayerwiseError("no luck")
-        return run_trial(trial, base)
+        return run_trial(trial, threads, **keywords)
 
     monkeypatch.setattr(module, "run_trial", sometimes)
     words = ("sweep", str(file), "--workers", "0")
@@ -121,10 +116,10 @@ def test_failed_trials_are_said_and_left_to_be_run_again(
     assert "failed: standard, size 4, lr 0.1, seed 0: no luck" in said.err
     assert "a trial died and gave no result" in said.err
     assert "transfer.png" in said.out
-    assert len(read_results(config.run_path / RESULTS)) == 1
+    assert len(read_results(config.run_path)) == 1
     broken = False
     assert call(*words) == 0
-    assert len(read_results(config.run_path / RESULTS)) == 2
+    assert len(read_results(config.run_path)) == 2
 
 
 def test_options_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,12 +132,13 @@ def test_options_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             RayEngine(**options)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(LayerwiseError, match=r"pip install 'layerwise\[ray\]'"):
-        list(RayEngine().results(mortal.work, ["a"], mortal.start))
+        list(RayEngine().results(mortal.work, ["a"]))
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(sweep_config(tmp_path).model_dump()))
     assert call("sweep", str(file), "--address", "auto") == 2
 
 
-def test_versions_must_agree() -> None:
+def test_versions_must_agree(tmp_path: Path) -> None:
+    trial = next(iter(make_plan(sweep_config(tmp_path)).trials.values()))
     with pytest.raises(LayerwiseError, match=r"has torch 2[.0-9+a-z]*, the one it was started on 2.12.1: install"):
-        start_worker(1, {**versions(), "torch": "2.12.1"})
+        run_trial(trial, 1, None, {**versions(), "torch": "2.12.1"})

@@ -14,7 +14,6 @@ from layerwise.lab.config.load import load_config
 
 if TYPE_CHECKING:
     from layerwise.lab.experiments.sweep.engines import Engine
-    from layerwise.lab.experiments.sweep.run_sweep import Sweep
     from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 
 
@@ -48,17 +47,17 @@ def sweep(
     chosen = _engine(engine, workers, address=address, cpus=cpus, gpus=gpus)
     _say_plan(config)
     if not dry_run:
-        _report(config, run_sweep(config, chosen))
+        _report(config, list(run_sweep(config, chosen).values()))
 
 
 def _say_plan(config: SweepConfig) -> None:
     """Says what is to be run. Raises LayerwiseError where it cannot be."""
-    from layerwise.lab.experiments.sweep.results import RESULTS, check_folder, read_results
+    from layerwise.lab.experiments.sweep.run_sweep import check_folder, read_results
     from layerwise.lab.experiments.sweep.trials import make_plan
 
     check_folder(config.run_path)
     plan, sweep = make_plan(config), config.sweep
-    done = read_results(config.run_path / RESULTS)
+    done = read_results(config.run_path)
     left = sum(id not in done for id in plan.trials)
     sizes = ", ".join(f"{size:g}" for size in sweep.sizes)
     seeds = f"{len(sweep.seeds)} seed{'s' if len(sweep.seeds) > 1 else ''}"
@@ -70,21 +69,22 @@ def _say_plan(config: SweepConfig) -> None:
     )
 
 
-def _report(config: SweepConfig, swept: Sweep) -> None:
-    """Figure and table of what there is, and exit code 1 where a trial died."""
-    from layerwise.lab.experiments.sweep.results import RESULTS, read_results
+def _report(config: SweepConfig, reasons: list[str]) -> None:
+    """Figure and table of what there is, and exit code 1 where a trial died, for these reasons."""
+    from layerwise.lab.experiments.sweep.run_sweep import read_results
     from layerwise.lab.experiments.sweep.sweep_report import cells, titles, write_report
 
-    if swept.failures and not read_results(swept.folder / RESULTS):
-        raise LayerwiseError(f"all {len(swept.failures)} trials died, the last of: {list(swept.failures.values())[-1]}")
-    rows = write_report(config, swept.folder)
+    folder = config.run_path
+    if reasons and not read_results(folder):
+        raise LayerwiseError(f"all {len(reasons)} trials died, the last of: {reasons[-1]}")
+    rows = write_report(config)
     columns = titles(config.sweep.axis)
     print(*aligned([columns, *map(cells, rows)], right=range(1, len(columns))), sep="\n")
     if any(row.edge for row in rows):
         print("! the best rate is an end of its grid: the optimum may lie beyond; widen sweep.lr or sweep.lr_of")
-    print(f"figure and table: {swept.folder / 'transfer.png'}, {swept.folder / 'table.md'}")
-    if swept.failures:
-        count = f"{len(swept.failures)} trials died" if len(swept.failures) > 1 else "a trial died"
+    print(f"figure and table: {folder / 'transfer.png'}, {folder / 'table.md'}")
+    if reasons:
+        count = f"{len(reasons)} trials died" if len(reasons) > 1 else "a trial died"
         print(f"layerwise: {count} and gave no result (above); the same command runs them again", file=sys.stderr)
         raise typer.Exit(1)
 

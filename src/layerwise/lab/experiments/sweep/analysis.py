@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerwise.common.group_by import group_by
-from layerwise.lab.experiments.sweep.results import loss_of
+from layerwise.lab.experiments.sweep.run_sweep import loss_of
 from layerwise.lab.experiments.sweep.sweep_config import Method, SweepConfig
 from layerwise.lab.experiments.sweep.trials import Plan
 from layerwise.lab.report.rate_curve import LossesByRate

@@ -1,7 +1,8 @@
 """Where the trials of a sweep run: in this process, in processes beside it, or on a Ray cluster.
 
-An engine maps a function over items and hands results back as they come. It knows nothing of sweeps: what has been done
-already, and what is written where, is the business of `run_sweep`.
+An engine's `results` runs a function of an item, and of how many threads it may use, on items: each comes back with what the
+function returned, or with the reason why it has no result, in the order they end. All three must be picklable. An exception
+or a killed process fails its own item and no other. Closing the iterator, as an interruption does, abandons what is running.
 """
 
 from __future__ import annotations
@@ -17,40 +18,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from layerwise.errors import LayerwiseError
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
+Work = Callable[[Item, int], Row]  # of an item and a number of threads
 
 #: An item whose process or machine dies is run this often before it is given up.
 ATTEMPTS = 2
 #: Of the local start: rows are small, and Ray's default is 30 % of the memory.
 OBJECT_STORE = 100 * 2**20
-
-
-@dataclass(frozen=True)
-class Failure(Generic[Item]):
-    """An item that gave no result, and why."""
-
-    item: Item
-    reason: str
-
-
-class Engine(Protocol):
-    """Runs a function on items."""
-
-    def results(
-        self, function: Callable[[Item], Row], items: Sequence[Item], start: Callable[[int], None]
-    ) -> Iterator[Row | Failure[Item]]:
-        """A result or a failure for each item, in the order they end.
-
-        `start` is called in each process that is made for this, with the number of its threads, before any item. All
-        three must be picklable. An exception or a killed process fails its own item and no other. Closing the
-        iterator, as an interruption does, abandons what is running. Raises LayerwiseError where nothing can be run.
-        """
-        ...
 
 
 def reason(error: BaseException) -> str:
@@ -69,33 +50,31 @@ class LocalEngine:
         if self.workers < 0:
             raise LayerwiseError(f"--workers {self.workers}: use 1 or more, or 0 for this process")
 
-    def results(
-        self, function: Callable[[Item], Row], items: Sequence[Item], start: Callable[[int], None]
-    ) -> Iterator[Row | Failure[Item]]:
+    def results(self, function: Work[Item], items: Sequence[Item]) -> Iterator[tuple[Item, Row | str]]:
         if self.workers == 0:
             for item in items:
                 try:
-                    yield function(item)
+                    yield item, function(item, torch.get_num_threads())
                 except Exception as error:
-                    yield Failure(item, reason(error))
+                    yield item, reason(error)
             return
         waiting = deque(items)
         while waiting:
-            lost = yield from _until_one_dies(function, start, waiting, self.workers)
+            lost = yield from _until_one_dies(function, waiting, self.workers)
             # One of them killed its process, or all together were too large: alone, each answers for itself.
             for item in lost:
-                if (yield from _until_one_dies(function, start, deque([item]), workers=1)):
-                    yield Failure(item, "its process was killed (out of memory?)")
+                if (yield from _until_one_dies(function, deque([item]), workers=1)):
+                    yield item, "its process was killed (out of memory?)"
 
 
 def _until_one_dies(
-    function: Callable[[Item], Row], start: Callable[[int], None], waiting: deque[Item], workers: int
-) -> Generator[Row | Failure[Item], None, list[Item]]:
+    function: Work[Item], waiting: deque[Item], workers: int
+) -> Generator[tuple[Item, Row | str], None, list[Item]]:
     """Takes items from `waiting` until none is left or a process dies, and returns those that are lost with it.
 
     At most one item per worker waits in the pool, so that an interruption and a death cost little.
     """
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=start, initargs=(1,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
     running: dict[Future[Row], Item] = {}
     lost: list[Item] = []
     try:
@@ -103,7 +82,7 @@ def _until_one_dies(
             while waiting and not lost and len(running) < 2 * workers:
                 item = waiting.popleft()
                 try:
-                    running[pool.submit(function, item)] = item
+                    running[pool.submit(function, item, 1)] = item
                 except BrokenProcessPool:
                     lost.append(item)
             if not running:
@@ -111,11 +90,11 @@ def _until_one_dies(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 item = running.pop(future)
                 try:
-                    yield future.result()
+                    yield item, future.result()
                 except BrokenProcessPool:
                     lost.append(item)
                 except Exception as error:
-                    yield Failure(item, reason(error))
+                    yield item, reason(error)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -145,16 +124,14 @@ class RayEngine:
             if value < 0 or not math.isfinite(value) or (value > 1 and value != int(value)):
                 raise LayerwiseError(f"{name} {value:g}: use a whole number or a fraction below 1")
 
-    def results(
-        self, function: Callable[[Item], Row], items: Sequence[Item], start: Callable[[int], None]
-    ) -> Iterator[Row | Failure[Item]]:
+    def results(self, function: Work[Item], items: Sequence[Item]) -> Iterator[tuple[Item, Row | str]]:
         try:
             import ray
         except ImportError:
             raise LayerwiseError("--engine ray needs Ray: pip install 'layerwise[ray]'") from None
         with self._connected(ray):
             self._check_room(ray)
-            work = _task(function, start, threads=max(1, int(self.cpus)), sees_gpus=self.gpus > 0)
+            work = _task(function, threads=max(1, int(self.cpus)), sees_gpus=self.gpus > 0)
             task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(work)
             waiting = deque((item, 1) for item in items)
             running: dict[Any, tuple[Item, int]] = {}
@@ -166,14 +143,14 @@ class RayEngine:
                     [done], _ = ray.wait(list(running), num_returns=1)
                     item, attempt = running.pop(done)
                     try:
-                        yield ray.get(done)
+                        yield item, ray.get(done)
                     except ray.exceptions.RayTaskError as error:  # the function raised it
-                        yield Failure(item, reason(error.cause))
+                        yield item, reason(error.cause)
                     except ray.exceptions.RayError as error:  # its process or machine died
                         if attempt < ATTEMPTS:
                             waiting.append((item, attempt + 1))
                         else:
-                            yield Failure(item, f"died {attempt} times: {reason(error)[:300]}")
+                            yield item, f"died {attempt} times: {reason(error)[:300]}"
             finally:
                 for unfinished in running:
                     ray.cancel(unfinished, force=True)
@@ -211,9 +188,7 @@ class RayEngine:
         print(f"{problem}; trials wait until the cluster grows", file=sys.stderr, flush=True)
 
 
-def _task(
-    function: Callable[[Item], Row], start: Callable[[int], None], threads: int, sees_gpus: bool
-) -> Callable[[Item], Row]:
+def _task(function: Work[Item], threads: int, sees_gpus: bool) -> Callable[[Item], Row]:
     """`function`, as a process on any machine runs it."""
     folder = os.getcwd()
 
@@ -222,7 +197,9 @@ def _task(
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         with contextlib.suppress(OSError):  # paths in a config are relative to it, where machines share it
             os.chdir(folder)
-        start(threads)
-        return function(item)
+        return function(item, threads)
 
     return run
+
+
+Engine = LocalEngine | RayEngine

@@ -11,14 +11,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from layerwise.lab.experiments.sweep.analysis import Curve, Transfer, curves_of, transfers
-from layerwise.lab.experiments.sweep.results import RESULTS, read_results
+from layerwise.lab.experiments.sweep.run_sweep import read_results
 from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.trials import make_plan
 from layerwise.lab.models.family import AXIS_NAMES, Axis
@@ -29,15 +28,16 @@ from layerwise.lab.runs.directory import write_json
 LOSS_NAMES = {"val_loss": "Final validation loss", "loss": "Final training loss"}
 
 
-def analyse(config: SweepConfig, folder: Path) -> tuple[list[Curve], list[Transfer]]:
-    """Curves and table of the results in a sweep's folder, as far as there are any."""
-    curves = curves_of(config, make_plan(config), read_results(folder / RESULTS))
+def analyse(config: SweepConfig) -> tuple[list[Curve], list[Transfer]]:
+    """Curves and table of a sweep's results, as far as there are any."""
+    curves = curves_of(config, make_plan(config), read_results(config.run_path))
     return curves, transfers(curves, {m: config.sweep.step_of(m) for m in config.sweep.methods})
 
 
-def write_report(config: SweepConfig, folder: Path) -> list[Transfer]:
-    """Writes `transfer.png`, `.pdf`, `.svg`, `table.md` and `table.json` and returns the table."""
-    curves, rows = analyse(config, folder)
+def write_report(config: SweepConfig) -> list[Transfer]:
+    """Writes `transfer.png`, `.pdf`, `.svg`, `table.md` and `table.json` into the sweep's folder and returns the table."""
+    curves, rows = analyse(config)
+    folder = config.run_path
     panels = Panels("", curves, config.sweep.axis, LOSS_NAMES[config.sweep.loss])
     style.save_figure(lambda: transfer_figure([panels]), folder, "transfer")
     (folder / "table.md").write_text(markdown(rows, config.sweep.axis), encoding="utf-8")

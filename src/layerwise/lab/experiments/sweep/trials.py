@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,6 @@ from layerwise.lab.experiments.sweep.sweep_config import Method, SweepConfig
 from layerwise.lab.models.families import block_pattern, resized
 from layerwise.lab.runs.environment import versions
 from layerwise.lab.runs.recorded import Run
-from layerwise.lab.training.observers import quiet_matching
 from layerwise.lab.training.progress import QuietProgress
 from layerwise.lab.training.run import complete, train
 
@@ -113,9 +113,17 @@ def _method(config: SweepConfig, method: Method, size: float) -> dict[str, Any]:
     return {}
 
 
-def start_worker(threads: int, wanted: Mapping[str, str]) -> None:
-    """Prepares a process for trials. Raises LayerwiseError where it has other versions than are wanted: results of one
-    table come from one set. Builds of a version (`+cpu`) count as equal.
+def run_trial(trial: Trial, threads: int, base: str | None, wanted: Mapping[str, str]) -> dict[str, Any]:
+    """Trains it in a folder that is removed afterwards and returns its line of the results.
+
+    Args:
+        trial: which.
+        threads: that this process may use.
+        base: a base file's text.
+        wanted: versions that this process must have: results of one table come from one set.
+
+    Raises:
+        LayerwiseError: it has others. Builds of a version (`+cpu`) count as equal.
     """
     found = versions()
     for name, version in wanted.items():
@@ -124,12 +132,8 @@ def start_worker(threads: int, wanted: Mapping[str, str]) -> None:
                 f"a machine of the sweep has {name} {found[name]}, the one it was started on {version}: install the same"
             )
     torch.set_num_threads(threads)
-    quiet_matching()
-
-
-def run_trial(trial: Trial, base: str | None) -> dict[str, Any]:
-    """Trains it in a folder that is removed afterwards and returns its line of the results. `base`: a base file's text."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FLeRM left")  # what it leaves alone is in the result
         changes: dict[str, Any] = {"training.checkpoint_every": 0, "run.dir": folder}
         if trial.base is not None:
             assert base is not None
