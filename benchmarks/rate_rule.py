@@ -36,7 +36,6 @@ from layerwise.lab.data.images import ImageData
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
-from layerwise.lab.training.schedules import schedule_factor
 from rate_rule_models import BUILD, prepare
 from rate_rule_plan import CONTENDERS, FROZEN, MODELS, STUDIES, Trial
 from rate_rule_table import page, plan
@@ -93,7 +92,6 @@ def fit(
     model = model.to(device)
     half = training.precision == "bf16"
     optimizer = build_optimizer(model, config.optimizer)
-    factor = schedule_factor(config.schedule, config.training.steps)
     base = [group["lr"] for group in optimizer.param_groups]
     curve: dict[str, float] = {}
     multipliers: list[dict[str, float]] = []
@@ -108,7 +106,7 @@ def fit(
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm or math.inf)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * factor(step)
+            group["lr"] = lr * config.schedule.factor(step, config.training.steps)
         optimizer.step(lambda value=value: value)  # for those that look at the loss
         optimizer.zero_grad()
         seconds += clock() - started

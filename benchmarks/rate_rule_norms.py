@@ -26,7 +26,6 @@ from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import TextData
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
-from layerwise.lab.training.schedules import schedule_factor
 from script import RESULTS, documented_parser, write_page
 
 BASE_RATES = {"gpt2-tiny": 0.032, "llama-tiny": 0.016}
@@ -91,7 +90,7 @@ def measure(name: str, batch: int, moments: list[int]) -> list[str]:
     data = TextData(config)
     model = build_model(config.model, Examples(data.vocab_size, config.data.seq_len), 1)
     optimizer = lw.DualMuon(lw.param_groups(model), lr=BASE_RATES[name], momentum_warmup=0, adamw_nu=1.0)
-    watched, factor = Watched(model, optimizer), schedule_factor(config.schedule, config.training.steps)
+    watched = Watched(model, optimizer)
     sizes = [float(m * n) for p, layout in watched.members for k, m, n in layout.shapes(p.shape) for _ in range(k)]
     rows = []
     for step in range(moments[-1]):
@@ -103,7 +102,7 @@ def measure(name: str, batch: int, moments: list[int]) -> list[str]:
             watched.note()
         watched.keep_gradients()
         for group in optimizer.param_groups:
-            group["lr"] = BASE_RATES[name] * factor(step)
+            group["lr"] = BASE_RATES[name] * config.schedule.factor(step, config.training.steps)
         optimizer.step()
         optimizer.zero_grad()
         if step + 1 == soon:

@@ -29,7 +29,6 @@ from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.run import complete, train
-from layerwise.lab.training.schedules import schedule_factor
 from script import RESULTS, documented_parser, write_page
 
 
@@ -40,7 +39,7 @@ class BareLoop:
         self.data = TextData(config)
         self.model = build_model(config.model, Examples(self.data.vocab_size, config.data.seq_len, None), 0)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.scheduler = LambdaLR(self.optimizer, schedule_factor(config.schedule, config.training.steps))
+        self.scheduler = LambdaLR(self.optimizer, lambda step: config.schedule.factor(step, config.training.steps))
         self.step = 0
 
     def bare_step(self) -> None:

@@ -25,7 +25,6 @@ from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import QuietProgress
 from layerwise.lab.training.run import complete, train
-from layerwise.lab.training.schedules import schedule_factor
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -39,10 +38,10 @@ def literal_loop(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = build_model(config.model, Examples(data.vocab_size, config.data.seq_len), config.training.seed)
     optimizer = build_optimizer(model, complete(config).optimizer)
     base = [group["lr"] for group in optimizer.param_groups]
-    factor, losses = schedule_factor(config.schedule, config.training.steps), []
+    losses = []
     for step in range(config.training.steps):
         for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * factor(step)
+            group["lr"] = lr * config.schedule.factor(step, config.training.steps)
         batch = data.batch(step)
         value = loss(model, batch.inputs, batch.targets)
         value.backward()
@@ -197,8 +196,7 @@ def test_observers_stand_around_the_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear", "wsd"])
 def test_schedules(name: Any) -> None:
     config = ScheduleConfig(name=name, warmup_steps=4, final_fraction=0.1, decay_fraction=0.25)
-    factor = schedule_factor(config, 41)
-    values = [factor(step) for step in range(41)]
+    values = [config.factor(step, 41) for step in range(41)]
     assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert max(values) == 1.0
     assert all(a >= b for a, b in pairwise(values[4:]))

@@ -7,6 +7,7 @@ transformers config, an optimizer's keywords) stand in the same section and are 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -195,6 +196,24 @@ class ScheduleConfig(Section):
     def warmup(self, steps: int) -> int:
         """Steps of warm-up in a run of `steps` steps."""
         return min(20, steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    def factor(self, step: int, steps: int) -> float:
+        """On the base rate, at step 0, 1, ..., steps - 1.
+
+        Warm-up rises linearly and reaches 1 after `warmup(steps)` steps; then constant stays at 1, cosine and linear go
+        down to `final_fraction`, reached at the last step; wsd stays at 1 and goes down linearly over the last
+        `decay_fraction` of all steps.
+        """
+        warmup, final = self.warmup(steps), self.final_fraction
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.name == "constant":
+            return 1.0
+        start = max(warmup, round(steps * (1 - self.decay_fraction))) if self.name == "wsd" else warmup
+        done = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
+        if self.name == "cosine":
+            return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+        return final + (1 - final) * (1 - done)
 
 
 class TrainingConfig(Section):

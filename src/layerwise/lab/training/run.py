@@ -32,7 +32,6 @@ from layerwise.lab.runs.directory import (
 )  # fmt: skip
 from layerwise.lab.runs.recorded import Run, read_lines
 from layerwise.lab.training import processes
-from layerwise.lab.training.device import check_precision, own_device
 from layerwise.lab.training.observers import Observer, RecordRates, observers_of, steps_to_record
 from layerwise.lab.training.progress import PlainProgress, QuietProgress
 from layerwise.lab.training.trainer import Trainer
@@ -78,7 +77,7 @@ def check_buildable(configs: Iterable[Config]) -> None:
             known[key] = Examples(data.vocab_size, config.data.seq_len, data.features)
         optimizer = build_optimizer(build_model(config.model, known[key], 0), config.optimizer)
         check_batch(config.training, optimizer, processes.world())
-        check_precision(config.training, own_device())
+        processes.check_precision(config.training, processes.own_device())
         observers_of(config)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,15 +28,41 @@ from layerwise.lab.runs import environment
 from layerwise.lab.runs.checkpoint import random_state, save_checkpoint, set_random_state
 from layerwise.lab.runs.directory import RunWriter
 from layerwise.lab.training import parallel, processes
-from layerwise.lab.training.device import autocast, check_precision, own_device, set_seed
-from layerwise.lab.training.interrupts import Interrupts, between_steps
 from layerwise.lab.training.observers import Observer
 from layerwise.lab.training.progress import QuietProgress
-from layerwise.lab.training.schedules import schedule_factor
 
 
 class DivergedError(Exception):
     """The loss or a gradient is not finite: the end of a run, not a fault of the program."""
+
+
+@contextmanager
+def between_steps() -> Iterator[Callable[[], None]]:
+    """Inside, the first Ctrl-C waits until what is given here is called: a run is stopped when its state and its records
+    are whole, and not inside a library's lock. A second one ends it at once.
+
+    A program that ignores Ctrl-C, as in the background, goes on doing so.
+    """
+    asked = False
+
+    def may_stop() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        may_stop()
+        asked = True
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():  # which alone is sent it
+        yield may_stop
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield may_stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Trainer:
@@ -55,8 +84,8 @@ class Trainer:
     ) -> None:
         self.config, self.writer, self.progress, self.observers = config, writer, progress, observers
         training = config.training
-        self.device = own_device()
-        check_precision(training, self.device)
+        self.device = processes.own_device()
+        processes.check_precision(training, self.device)
         self.rank, self.world = processes.rank(), processes.world()
         # The first process fills the cache of token ids, the others read it.
         self.data = processes.on_first(lambda: open_data(config)) or open_data(config)
@@ -64,9 +93,9 @@ class Trainer:
         model = build_model(config.model, examples, training.seed)
         self.model = parallel.place(model, self.device, config.parallel)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.scheduler = LambdaLR(self.optimizer, schedule_factor(config.schedule, training.steps))
+        self.scheduler = LambdaLR(self.optimizer, self._schedule)
         check_batch(training, self.optimizer, self.world)
-        autocast(self.model, training.precision, self.device)
+        processes.autocast(self.model, training.precision, self.device)
         self._wrapped = parallel.wrap(self.model, self.device, config.parallel)
         rules = rules_of(self.optimizer)
         self._halves = any(rule.needs_halves for rule in rules)
@@ -90,7 +119,7 @@ class Trainer:
 
     def start(self, state: dict[str, Any] | None) -> None:
         """Takes up `state`, or begins at step 0."""
-        set_seed(processes.own_seed(self.config.training.seed))
+        processes.set_seed(self.config.training.seed)
         if state is not None:
             self._load(state)
         saved = [None] * len(self.observers) if state is None else state["observers"]
@@ -121,8 +150,8 @@ class Trainer:
         """Trains to the end and writes down how it ended."""
         status = "finished"
         try:
-            with between_steps() as interrupts:
-                self._loop(interrupts)
+            with between_steps() as may_stop:
+                self._loop(may_stop)
         except DivergedError as reason:
             status = "diverged"
             self.result["reason"] = f"step {self.step}: {reason}"
@@ -159,7 +188,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def _loop(self, interrupts: Interrupts) -> None:
+    def _loop(self, may_stop: Callable[[], None]) -> None:
         training, steps = self.config.training, self.config.training.steps
         self._wrapped.train()
         if self.step == 0 and training.eval_every:
@@ -169,7 +198,7 @@ class Trainer:
             self._train_step()
             log, evaluate, checkpoint = map(self._due, (training.log_every, training.eval_every, training.checkpoint_every))
             if not (log or evaluate or checkpoint or self._layers):
-                interrupts.take()
+                may_stop()
                 continue
             self.seconds += self._now() - started
             tokens = self.step * self.config.tokens_per_step
@@ -190,7 +219,7 @@ class Trainer:
             if checkpoint:
                 self._check_finite()
                 self._save()
-            interrupts.take()
+            may_stop()
             started = self._now()
 
     def _train_step(self) -> None:
@@ -239,7 +268,7 @@ class Trainer:
         self.result["loss"] = mean
         return {
             "loss": mean,
-            "lr": (self.config.optimizer.lr or 0.0) * self.scheduler.lr_lambdas[0](self.step - 1),
+            "lr": (self.config.optimizer.lr or 0.0) * self._schedule(self.step - 1),
             "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
         }
 
@@ -275,6 +304,9 @@ class Trainer:
             raise DivergedError("the training loss is not finite")
         if self._grad_norm is not None and not math.isfinite(float(self._grad_norm)):
             raise DivergedError("the gradient norm is not finite")
+
+    def _schedule(self, step: int) -> float:
+        return self.config.schedule.factor(step, self.config.training.steps)
 
     def _due(self, every: int) -> bool:
         """Whether what is done at every so many steps, and at the last one, is done now."""
@@ -336,7 +368,7 @@ class Trainer:
             if self.rank < len(random):
                 set_random_state(random[self.rank])
             else:
-                set_seed(processes.own_seed(self.config.training.seed, self.step))
+                processes.set_seed(self.config.training.seed, self.step)
         except LayerwiseError:
             raise
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
