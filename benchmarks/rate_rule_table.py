@@ -55,7 +55,7 @@ def octaves(of: Losses) -> str:
     """How far the base rates reach whose loss is within the tolerance of the best, on the seed that has the most rates."""
     seed = max((s for seeds in of.values() for s in seeds), key=lambda s: sum(s in seeds for seeds in of.values()))
     curve = RateCurve("", Look("", ""), {lr: [seeds[seed]] for lr, seeds in of.items() if seed in seeds})
-    return str(curve.octaves(TOLERANCE)) if len(curve.rates) > 1 else "one rate"
+    return curve.octaves(TOLERANCE) if len(curve.rates) > 1 else "one rate"
 
 
 def wrong(rows: Sequence[Row], model: str, found: Mapping[str, Losses]) -> list[str]:

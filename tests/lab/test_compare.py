@@ -245,12 +245,12 @@ def test_identity_is_the_config_apart_from_where_it_is_written(words: list[str])
 def test_contenders_may_be_settings_of_an_optimizer(words: list[str]) -> None:
     config = configured(words, "compare.optimizers=[adamw, calm]", "compare.contenders.calm={name: lanton, lr: 1e-3}")
     found = entries(config)
-    assert [(e.name, e.optimizer.name, e.rates) for e in found][1] == ("calm", "lanton", (1e-3,))
+    assert [(e.name, e.optimizer.name, e.rates) for e in found][1] == ("calm", "lanton", [1e-3])
 
 
 def test_a_rate_of_zero_is_a_rate(words: list[str]) -> None:
     still = ["compare.optimizers=[still]", "compare.contenders.still={name: lanton, lr: 0}"]
-    assert [entry.rates for entry in entries(configured(words, *still))] == [(0.0,)]
+    assert [entry.rates for entry in entries(configured(words, *still))] == [[0.0]]
     with pytest.raises(LayerwiseError, match=r"compare\.contenders\.still\.lr=0: compare\.lr_grid=auto"):
         entries(configured(words, *still, "compare.lr_grid=auto"))
 
@@ -368,7 +368,7 @@ def test_intervals_are_students() -> None:
 )
 def test_octaves_are_read_off_the_curve(losses: list[float], octaves: str) -> None:
     curve = RateCurve("", Look("", ""), {1e-3 * 2**i: [loss] for i, loss in enumerate(losses)})
-    assert str(curve.octaves(0.05)) == octaves
+    assert curve.octaves(0.05) == octaves
 
 
 # ------------------------------------------------------------------ bad input

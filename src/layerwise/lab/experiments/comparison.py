@@ -18,12 +18,11 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.config.identity import hashed, identity
 from layerwise.lab.config.schema import Config
 from layerwise.lab.config.validate import validate
-from layerwise.lab.experiments.contenders import CompareConfig, Entry, entries
+from layerwise.lab.experiments.contenders import CompareConfig, entries
 from layerwise.lab.experiments.standings import baseline, standings, standings_note
 from layerwise.lab.experiments.tuning import Point, Search
 from layerwise.lab.optimizers.registry import base_rates, plain_preset
 from layerwise.lab.report import Contender, RateCurve
-from layerwise.lab.report.grouping import looks
 from layerwise.lab.runs.directory import claimed, find_runs, has_ended, read_run
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.progress import PlainProgress
@@ -53,7 +52,7 @@ class Runner:
         self._paths: dict[str, Path] = {}
 
     @contextmanager
-    def alone_with(self, entry: Entry, wait: bool = True) -> Iterator[bool]:
+    def alone_with(self, entry: Search, wait: bool = True) -> Iterator[bool]:
         """Whether no other process makes runs of the contender until the block ends; those that are there are known then.
 
         Contenders of one optimizer (tuned by role, and plain) have runs in common: they are one work.
@@ -69,22 +68,22 @@ class Runner:
         """The searches one after the other; those that another process is at come last, when it is done with them."""
         taken: list[Search] = []
         for search in searches:
-            with self.alone_with(search.entry, wait=False) as free:
+            with self.alone_with(search, wait=False) as free:
                 if free:
                     yield search
                 else:
                     taken.append(search)
         for search in taken:
-            self.say(f"{search.entry.label}: another process makes its runs, and is waited for")
-            with self.alone_with(search.entry):
+            self.say(f"{search.label}: another process makes its runs, and is waited for")
+            with self.alone_with(search):
                 yield search
 
-    def runs(self, entry: Entry, point: Point, length: float = 1.0) -> list[Run]:
+    def runs(self, entry: Search, point: Point, length: float = 1.0) -> list[Run]:
         """A run per seed of the contender at a point; `length`: a fraction of the comparison's steps."""
         first, seeds = self.config.training.seed, self.config.compare.seeds
         return [self._run(entry, point, length, seed) for seed in range(first, first + seeds)]
 
-    def _run(self, entry: Entry, point: Point, length: float, seed: int) -> Run:
+    def _run(self, entry: Search, point: Point, length: float, seed: int) -> Run:
         placed = self.place(self.config_of(entry, point, length, seed), entry.name)
         title = f"{entry.label}, {point}"
         if length != 1.0:
@@ -109,7 +108,7 @@ class Runner:
         path = self._paths[key]
         return config.replace({"run.dir": str(path.parent), "run.name": path.name})
 
-    def config_of(self, entry: Entry, point: Point, length: float = 1.0, seed: int | None = None) -> Config:
+    def config_of(self, entry: Search, point: Point, length: float = 1.0, seed: int | None = None) -> Config:
         """The run of one seed, without a place."""
         tree = self.config.model_dump(exclude={"compare"})
         own = entry.optimizer.role_factors
@@ -120,7 +119,7 @@ class Runner:
             tree["training"]["steps"] = round(length * self.config.training.steps)
         return validate(Config, tree)
 
-    def examples(self, entry: Entry) -> Iterator[Config]:
+    def examples(self, entry: Search) -> Iterator[Config]:
         """A run of the contender, of every length, and one with a factor for every role that it is tuned by."""
         for length in (1.0, *self.config.compare.lengths):
             yield self.config_of(entry, Point(entry.rates[0]), length)
@@ -134,27 +133,27 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
     Raises:
         LayerwiseError: before anything is trained, where the config cannot be run.
     """
-    section, listed = config.compare, entries(config)
-    trials = [section.trials or len(entry.rates) for entry in listed]
+    section, searches = config.compare, entries(config)
+    trials = [section.trials or len(search.rates) for search in searches]
     total = sum(trials) * section.seeds
     say(f"{total} run{'s' if total != 1 else ''} of {config.training.steps} steps, {config.tokens_per_step:,} tokens a step")
-    compared = {entry.name for entry in listed} | set(section.by_role)
+    compared = {search.name for search in searches} | set(section.by_role)
     for key, given in (("lr_grid", section.lr_grid), ("contenders", section.contenders)):
         if isinstance(given, dict) and (unused := sorted(given.keys() - compared)):
             say(f"compare.{key} has {', '.join(unused)}, which this comparison leaves out (compare.optimizers)")
     runner = Runner(config, say)
-    check_buildable(example for entry in listed for example in runner.examples(entry))
-    chosen = looks([entry.optimizer.name for entry in listed])
-    searches = [Search(entry, look, runner.runs, section.trials, say) for entry, look in zip(listed, chosen, strict=True)]
+    check_buildable(example for search in searches for example in runner.examples(search))
     for search in runner.shared_out(searches):
-        search.finish()
+        for point in search.points(say):
+            if point not in search.runs:
+                search.runs[point] = runner.runs(search, point)
     curves = [search.curve for search in searches]
     made = Comparison([search.at_best for search in searches], curves, list(notes(config, searches)), [])
     if not made.tuned and section.seeds == 1 and section.baseline is None:
         return made
     base = baseline(section, searches)
-    with runner.alone_with(base.entry):
-        lengths = {length: runner.runs(base.entry, base.best, length) for length in section.lengths}
+    with runner.alone_with(base):
+        lengths = {length: runner.runs(base, base.best, length) for length in section.lengths}
     stood = standings(searches, base, lengths)
     return replace(made, standings=stood, notes=[*made.notes, standings_note(base, section.trials)])
 

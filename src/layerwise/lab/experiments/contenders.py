@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
@@ -11,8 +10,10 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, OptimizerConfig, Section, one_folder
 from layerwise.lab.config.validate import nearest, validate
+from layerwise.lab.experiments.tuning import Search
 from layerwise.lab.optimizers.registry import default_rate, find_preset, optimizers
-from layerwise.lab.report.grouping import optimizer_title
+from layerwise.lab.report.grouping import looks, optimizer_title
+from layerwise.lab.report.style import Look
 
 #: Rates or factors to try.
 Grid = Annotated[list[PositiveFloat], Field(min_length=1)]
@@ -78,19 +79,7 @@ class CompareConfig(Config):
         return self.run.name or "compare"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A contender: its name, its optimizer, its rates, and whether the grid may be extended."""
-
-    name: str
-    label: str
-    optimizer: OptimizerConfig
-    rates: tuple[float, ...]
-    may_extend: bool
-    roles: Mapping[str, Sequence[float]] = field(default_factory=dict)  # factors to try
-
-
-def entries(config: CompareConfig) -> list[Entry]:
+def entries(config: CompareConfig) -> list[Search]:
     """The contenders of a config. Raises LayerwiseError for a name that is neither an optimizer nor a contender."""
     section = config.compare
     if config.optimizer != OptimizerConfig.model_validate({}):
@@ -110,9 +99,11 @@ def entries(config: CompareConfig) -> list[Entry]:
         raise LayerwiseError(f"compare.optimizers={','.join(names)}: each contender once")
     found = [_entry(config, name, grids) for name in names]
     for name in section.by_role:  # the runs that both have are made once
-        plain = _entry(config, name, grids)
-        found.append(replace(plain, name=f"{name}-by-role", label=f"{plain.label} by role", roles=section.roles))
-    for entry in found:
+        tuned = _entry(config, name, grids)
+        tuned.name, tuned.label, tuned.roles = f"{name}-by-role", f"{tuned.label} by role", section.roles
+        found.append(tuned)
+    for entry, look in zip(found, looks([entry.optimizer.name for entry in found]), strict=True):
+        entry.look = look
         least = len(entry.rates) + sum(map(len, entry.roles.values()))
         if section.trials is not None and section.trials < least:
             raise LayerwiseError(
@@ -124,7 +115,7 @@ def entries(config: CompareConfig) -> list[Entry]:
     return found
 
 
-def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]]) -> Entry:
+def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]]) -> Search:
     settings = {"name": name, **config.compare.contenders.get(name, {})}
     section = f"compare.contenders.{name}"
     optimizer = validate(OptimizerConfig, settings, f"{section}.")
@@ -135,4 +126,4 @@ def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]
         raise LayerwiseError(f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out")
     around = range(-AUTO_STEPS, AUTO_STEPS + 1) if automatic else [0]
     rates = sorted(set(grids[name])) if name in grids else [start * 2.0**k for k in around]
-    return Entry(name, optimizer_title(name), optimizer, tuple(rates), may_extend=automatic)
+    return Search(name, optimizer_title(name), Look(""), optimizer, rates, automatic, config.compare.trials)

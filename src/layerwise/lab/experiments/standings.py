@@ -74,7 +74,7 @@ def tokens_for(loss: float, baseline: Mapping[float, float]) -> str:
 def baseline(section: CompareSection, searches: Sequence[Search]) -> Search:
     """The contender that the config names, else the one of the lowest loss."""
     best = min(searches, key=lambda search: search.curve.mean(search.best.lr))
-    return next((search for search in searches if search.entry.name == section.baseline), best)
+    return next((search for search in searches if search.name == section.baseline), best)
 
 
 def standings(searches: Sequence[Search], base: Search, lengths: Mapping[float, Sequence[Run]]) -> list[dict[str, str]]:
@@ -89,12 +89,12 @@ def standings(searches: Sequence[Search], base: Search, lengths: Mapping[float, 
     for search in searches:
         losses, other = search.at_best.final_losses, search is not base
         row = {
-            "contender": search.entry.label,
+            "contender": search.label,
             "trials": str(len(search.runs)),
             "at its best": str(search.best),
             "minus baseline, 95 %": str(paired(losses, expected) or "") if other else "",
             "tokens": tokens_for(fmean(losses), curve) if other and curve else "",
-            "octaves": str(search.curve.octaves(TOLERANCE)) if len(search.curve.rates) > 1 else "",
+            "octaves": search.curve.octaves(TOLERANCE) if len(search.curve.rates) > 1 else "",
         }
         rows.append(row)
     return rows
@@ -104,7 +104,7 @@ def standings_note(base: Search, trials: int | None) -> str:
     """What the columns mean."""
     budget = f"Every contender had {trials} trials. " if trials else ""
     return (
-        f"{budget}Differences are to {base.entry.label} at its best, of the same seeds, with 95 % intervals; tokens: what"
+        f"{budget}Differences are to {base.label} at its best, of the same seeds, with 95 % intervals; tokens: what"
         " it needs for the same loss, over those of this comparison; octaves: factors of two of base rate within"
         f" {TOLERANCE:g} of the best."
     )

@@ -8,10 +8,10 @@ that contenders without roles get as many trials as those that have some.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from layerwise.lab.experiments.contenders import Entry
+from layerwise.lab.config.schema import OptimizerConfig
 from layerwise.lab.report import Contender, RateCurve
 from layerwise.lab.report.style import Look
 from layerwise.lab.runs.recorded import Run
@@ -36,29 +36,35 @@ class Point:
 
 @dataclass
 class Search:
-    """The trials of one contender, and what is best of them.
+    """A contender: what it tries, its trials, and what is best of them.
 
     Attributes:
-        entry: the contender.
+        name: in configs.
+        label: in tables and figures.
         look: how it is drawn.
-        run: makes a run per seed of a point.
+        optimizer: what it is.
+        rates: base rates to try.
+        may_extend: whether that grid may grow.
         trials: points to run, neither more nor fewer, at least as many as the grids hold; None: what they ask for.
-        say: is told in a line where the grid grows.
+        roles: factors to try by role.
         runs: point -> a run per seed, in the order in which they were asked for.
     """
 
-    entry: Entry
+    name: str
+    label: str
     look: Look
-    run: Callable[[Entry, Point], list[Run]]
+    optimizer: OptimizerConfig
+    rates: Sequence[float]
+    may_extend: bool
     trials: int | None
-    say: Callable[[str], None]
+    roles: Mapping[str, Sequence[float]] = field(default_factory=dict)
     runs: dict[Point, list[Run]] = field(default_factory=dict)
 
     def curve_at(self, factors: tuple[tuple[str, float], ...]) -> RateCurve:
         """Losses by base rate, of the points that have these factors."""
         same = {point.lr: runs for point, runs in self.runs.items() if point.factors == factors}
         losses = {lr: [run.final_val_loss for run in runs] for lr, runs in same.items()}
-        return RateCurve(self.entry.label, self.look, losses)
+        return RateCurve(self.label, self.look, losses)
 
     @property
     def best(self) -> Point:
@@ -74,41 +80,37 @@ class Search:
 
     @property
     def at_best(self) -> Contender:
-        return Contender(self.entry.label, self.look, tuple(self.runs[self.best]))
+        return Contender(self.label, self.look, tuple(self.runs[self.best]))
 
     @property
     def left(self) -> float:
         """Trials that are not spent."""
         return math.inf if self.trials is None else self.trials - len(self.runs)
 
-    def finish(self) -> None:
-        """Runs all points that the contender is to have."""
-        roles = self.entry.roles
-        for rate in self.entry.rates:
-            self.attempt(Point(rate))
-        if self.entry.may_extend:
-            self.grow(kept=sum(map(len, roles.values())))
-        for role, factors in roles.items():
+    def points(self, say: Callable[[str], None]) -> Iterator[Point]:
+        """All points that the contender is to have; each is to be in `runs` when the next is asked for, and may be before.
+
+        `say` is told in a line where the grid grows.
+        """
+        yield from map(Point, self.rates)
+        if self.may_extend:
+            yield from self.further(say, kept=sum(map(len, self.roles.values())))
+        for role, factors in self.roles.items():
             for factor in factors:
-                self.attempt(self.best.with_factor(role, factor))
-        if roles:
-            self.grow()  # with factors the best base rate is another
+                yield self.best.with_factor(role, factor)
+        if self.roles:
+            yield from self.further(say)  # with factors the best base rate is another
         while self.trials is not None and self.left > 0:
-            self.attempt(replace(self.best, lr=finer(self.curve)))
+            yield replace(self.best, lr=finer(self.curve))
 
-    def attempt(self, point: Point) -> None:
-        """Runs a point unless it is known."""
-        if point not in self.runs:
-            self.runs[point] = self.run(self.entry, point)
-
-    def grow(self, kept: int = 0) -> None:
+    def further(self, say: Callable[[str], None], kept: int = 0) -> Iterator[Point]:
         """Base rates beyond a grid whose best is at its end, at the best factors; `kept`: trials to be left over."""
         for _ in range(AUTO_EXTENSIONS):
             further = beyond(self.curve)
             if further is None or self.left <= kept:
                 return
-            self.say(f"{self.entry.label}: the best rate is at the end of the grid; trying {further:g}")
-            self.attempt(replace(self.best, lr=further))
+            say(f"{self.label}: the best rate is at the end of the grid; trying {further:g}")
+            yield replace(self.best, lr=further)
 
 
 def beyond(curve: RateCurve) -> float | None:

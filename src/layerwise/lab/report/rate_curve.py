@@ -43,35 +43,27 @@ class LossesByRate:
             return "lowest"
         return "highest" if self.best == self.rates[-1] else None
 
-    def octaves(self, tolerance: float) -> Octaves:
-        """How far the base rates reach whose mean loss is within `tolerance` of the best, straight lines between points."""
+    def octaves(self, tolerance: float) -> str:
+        """Factors of two of base rate within which the mean loss is within `tolerance` of the best, straight lines between
+        points; `at least` as many where the grid ends, or a run diverged, before the loss passed that.
+        """
         if self.best is None:
-            return Octaves(0.0, open=True)
-        limit = self.mean(self.best) + tolerance
-        at = self.rates.index(self.best)
-        below, above = self._reach(self.rates[at::-1], limit), self._reach(self.rates[at:], limit)
-        return Octaves(below.width + above.width, below.open or above.open)
+            return "at least 0.0"
+        at, limit = self.rates.index(self.best), self.mean(self.best) + tolerance
+        (below, opens), (above, opens_too) = (self._reach(rates, limit) for rates in (self.rates[at::-1], self.rates[at:]))
+        return f"{'at least ' if opens or opens_too else ''}{below + above:.1f}"
 
-    def _reach(self, rates: Sequence[float], limit: float) -> Octaves:
-        """From the first rate in their direction: up to where the loss passes the limit."""
+    def _reach(self, rates: Sequence[float], limit: float) -> tuple[float, bool]:
+        """Factors of two from the first rate in their direction to where the loss passes the limit, and whether that is
+        open.
+        """
         for inside, outside in pairwise(rates):
             low, high = self.mean(inside), self.mean(outside)
             if high > limit:
                 part = (limit - low) / (high - low)  # 0 where the next one diverged
                 width = abs(math.log2(inside / rates[0])) + part * abs(math.log2(outside / inside))
-                return Octaves(width, open=math.isinf(high))
-        return Octaves(abs(math.log2(rates[-1] / rates[0])), open=True)
-
-
-@dataclass(frozen=True)
-class Octaves:
-    """A range of rates, in factors of two; open where the grid ends, or a run diverged, before the loss passed the limit."""
-
-    width: float
-    open: bool
-
-    def __str__(self) -> str:
-        return f"{'at least ' if self.open else ''}{self.width:.1f}"
+                return width, math.isinf(high)
+        return abs(math.log2(rates[-1] / rates[0])), True
 
 
 @dataclass(frozen=True)
