@@ -31,8 +31,7 @@ from torch import nn
 
 import rate_rule_rivals
 from layerwise.lab.config.schema import Config
-from layerwise.lab.data.batches import TextData
-from layerwise.lab.data.images import ImageData
+from layerwise.lab.data.batches import ImageData, TextData
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer

@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 import machine
-from layerwise.lab.experiments.standings import TOLERANCE, paired
+from layerwise.lab.experiments.comparison import TOLERANCE, paired
 from layerwise.lab.report import RateCurve
 from layerwise.lab.report.style import Look
 from rate_rule_plan import SECONDS_A_STEP, STUDIES, TIMES, TUNING_SEEDS, Trial

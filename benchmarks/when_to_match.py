@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from layerwise.lab.experiments.standings import paired
-from layerwise.lab.experiments.sweep.analysis import shift_interval
+from layerwise.lab.experiments.comparison import paired
+from layerwise.lab.experiments.sweep.sweep_report import shift_interval
 from script import RESULTS, documented_parser, write_page
 from when_to_match_runs import (
     GRIDS,

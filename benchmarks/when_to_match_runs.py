@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import layerwise as lw
 from layerwise.lab.config.schema import Config
 from layerwise.lab.data.batches import TextData
-from layerwise.lab.experiments.sweep.analysis import Curve
+from layerwise.lab.experiments.sweep.sweep_report import Curve
 from layerwise.lab.models.families import build_model, resized
 from layerwise.lab.models.family import Examples
 

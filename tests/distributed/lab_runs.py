@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.keys import validate
 from layerwise.lab.config.schema import Config
-from layerwise.lab.config.validate import validate
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
 from layerwise.lab.runs.directory import read_run
 from layerwise.lab.training.run import train

@@ -13,8 +13,8 @@ from cases import Share, cases, one_line, run
 from hypothesis import strategies as st
 
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.keys import validate
 from layerwise.lab.config.schema import Config
-from layerwise.lab.config.validate import validate
 from layerwise.lab.report import Story, contenders, load_runs, tables
 from layerwise.lab.report.page import plans
 from layerwise.lab.report.page import warnings as said_of

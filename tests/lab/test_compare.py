@@ -14,14 +14,13 @@ import pytest
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli import main
 from layerwise.lab.config.identity import identity
+from layerwise.lab.config.keys import nearest
 from layerwise.lab.config.load import load_config
-from layerwise.lab.config.validate import nearest
 from layerwise.lab.experiments import comparison as module
-from layerwise.lab.experiments.comparison import compare
+from layerwise.lab.experiments.comparison import compare, paired
 from layerwise.lab.experiments.contenders import DEFAULT, CompareConfig, entries
-from layerwise.lab.experiments.standings import paired
 from layerwise.lab.optimizers.registry import base_rates, optimizers
-from layerwise.lab.report.rate_curve import RateCurve
+from layerwise.lab.report.grouping import RateCurve
 from layerwise.lab.report.style import Look
 from layerwise.lab.runs.directory import read_run, write_json
 from layerwise.lab.training.progress import QuietProgress

@@ -14,8 +14,7 @@ from tiny_run import TEXT, tiny_config
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import DataConfig
 from layerwise.lab.data.batches import Sampler, TextData
-from layerwise.lab.data.corpus import Corpus, read_corpus
-from layerwise.lab.data.tokens import byte_ids, cache_folder, load_tokens, split
+from layerwise.lab.data.tokens import Corpus, byte_ids, cache_folder, load_tokens, read_corpus, split
 
 
 @given(

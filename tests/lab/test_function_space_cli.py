@@ -12,8 +12,8 @@ import yaml
 from tiny_run import call, tiny_tree
 
 from layerwise.function_space import BaseRates
+from layerwise.lab.config.keys import validate
 from layerwise.lab.config.schema import Config
-from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.check_sizes import check_sizes
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
 from layerwise.lab.runs.directory import read_run

@@ -13,8 +13,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.config.load import load_config, parse_yaml
 from layerwise.lab.experiments.comparison import compare
 from layerwise.lab.experiments.contenders import CompareConfig
-from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.trials import make_plan
+from layerwise.lab.experiments.sweep.trials import SweepConfig, make_plan
 from layerwise.lab.training.run import complete, train
 
 # ------------------------------------------------------------------ words on the command line

@@ -18,11 +18,9 @@ from matplotlib.colors import to_hex
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.report import RateCurve, Story, contenders, load_runs, write_report
-from layerwise.lab.report.figures.effective_rates import effective_rates
-from layerwise.lab.report.figures.function_space import rate_per_layer
 from layerwise.lab.report.figures.heatmap import layer_heat_maps, measured, relative_norms
 from layerwise.lab.report.figures.loss import loss_curves, loss_limits, smooth
-from layerwise.lab.report.figures.units import network_order, unit_name
+from layerwise.lab.report.figures.units import effective_rates, network_order, rate_per_layer, unit_name
 from layerwise.lab.report.grouping import looks
 from layerwise.lab.report.style import BAND, GREY, THEME, Look, spread_apart, styled, themed_svg
 from layerwise.lab.report.tables import headline, parameter_rows, result_rows, settings

@@ -22,8 +22,7 @@ import pytest
 from browser import CHROMIUM, Picture, chromium, picture, shrunk
 from fabricated_runs import fabricate
 
-from layerwise.lab.experiments.sweep.analysis import Curve
-from layerwise.lab.experiments.sweep.sweep_report import Panels, transfer_figure
+from layerwise.lab.experiments.sweep.sweep_report import Curve, Panels, transfer_figure
 from layerwise.lab.report import contenders, load_runs, style, write_report
 from layerwise.lab.report.style import save_figure
 

@@ -13,23 +13,25 @@ from tiny_run import tiny_tree
 
 from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.keys import validate
 from layerwise.lab.config.schema import Config
-from layerwise.lab.config.validate import validate
 from layerwise.lab.experiments.sweep import run_sweep
-from layerwise.lab.experiments.sweep.analysis import Curve, best_rates, shift_interval, transfers
 from layerwise.lab.experiments.sweep.engines import LocalEngine
 from layerwise.lab.experiments.sweep.run_sweep import append_result, loss_of, open_results, read_results
-from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
 from layerwise.lab.experiments.sweep.sweep_report import (
+    Curve,
     Panels,
     analyse,
+    best_rates,
     cells,
     details,
+    shift_interval,
     titles,
     transfer_figure,
+    transfers,
     write_report,
 )
-from layerwise.lab.experiments.sweep.trials import Point, make_plan
+from layerwise.lab.experiments.sweep.trials import Point, SweepConfig, make_plan
 from layerwise.lab.training.run import record, train
 
 

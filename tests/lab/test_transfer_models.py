@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.schema import Config, ModelConfig, OptimizerConfig
-from layerwise.lab.data.images import ImageData, load_images
+from layerwise.lab.data.batches import ImageData, load_images
 from layerwise.lab.models.families import build_model, resized
 from layerwise.lab.models.family import Examples
 from layerwise.lab.models.paper import NORMS, Decoder, Norm, ResMLP

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from layerwise.lab.cli import main
+from layerwise.lab.config.keys import validate
 from layerwise.lab.config.schema import Config
-from layerwise.lab.config.validate import validate
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then does it again; " * 60
 

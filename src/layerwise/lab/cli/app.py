@@ -12,7 +12,7 @@ import typer
 
 from layerwise import __version__
 from layerwise.errors import LayerwiseError
-from layerwise.lab.cli import check, compare, record, report, sweep, train
+from layerwise.lab.cli import check, compare, sweep, train
 from layerwise.lab.training import processes
 
 #: The exit code that typer makes of Ctrl-C (128 + SIGINT), and all that is seen of it here.
@@ -28,8 +28,8 @@ app = typer.Typer(
 )
 app.command(epilog=train.NAMES)(train.train)
 app.command()(compare.compare)
-app.command()(report.report)
-app.command()(record.record)
+app.command()(compare.report)
+app.command()(train.record)
 app.command()(sweep.sweep)
 app.command()(check.check)
 

@@ -14,7 +14,7 @@ from layerwise.lab.config.load import load_config
 
 if TYPE_CHECKING:
     from layerwise.lab.experiments.sweep.engines import Engine
-    from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+    from layerwise.lab.experiments.sweep.trials import SweepConfig
 
 
 def sweep(
@@ -40,7 +40,7 @@ def sweep(
     table. Exit code 1: some trials died and gave no result.
     """
     from layerwise.lab.experiments.sweep.run_sweep import run_sweep
-    from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
+    from layerwise.lab.experiments.sweep.trials import SweepConfig
 
     path, overrides = split_words(words)
     config = load_config(path, overrides, SweepConfig)

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 import yaml
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.config.keys import SECTIONS, section_at, set_key
+from layerwise.lab.config.keys import SECTIONS, section_at, set_key, validate
 from layerwise.lab.config.schema import Config
-from layerwise.lab.config.validate import validate
 from layerwise.lab.runs.directory import read_run
 
 RunConfigT = TypeVar("RunConfigT", bound=Config)

@@ -25,8 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from layerwise.lab.config.keys import SHORTHANDS, set_key
-from layerwise.lab.config.validate import validate
+from layerwise.lab.config.keys import SHORTHANDS, set_key, validate
 from layerwise.lab.runs.recorded import IMAGES
 
 

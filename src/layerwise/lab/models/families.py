@@ -16,8 +16,8 @@ import layerwise.lab.models
 from layerwise.common.checked import fits, wanted
 from layerwise.common.discover import import_files
 from layerwise.errors import LayerwiseError
+from layerwise.lab.config.keys import nearest
 from layerwise.lab.config.schema import LoraConfig, ModelConfig
-from layerwise.lab.config.validate import nearest
 from layerwise.lab.models.family import AXIS_NAMES, FAMILIES, Examples, whole
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
 

@@ -19,9 +19,9 @@ import layerwise.optim as lw
 from layerwise.common.group_by import group_by
 from layerwise.errors import LayerwiseError
 from layerwise.geometry import describe, param_groups
+from layerwise.lab.config.keys import check_arguments, nearest
 from layerwise.lab.config.load import parse_yaml
 from layerwise.lab.config.schema import ModelConfig, OptimizerConfig, TrainingConfig
-from layerwise.lab.config.validate import check_arguments, nearest
 from layerwise.lab.models.families import PRESETS, model_settings
 from layerwise.lab.optimizers.torch_muon import TorchMuon
 from layerwise.lab.runs.directory import read_run

@@ -17,13 +17,10 @@ from layerwise.common.layer_rate import parameter_of
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.identity import hashed
 from layerwise.lab.report import tables
-from layerwise.lab.report.figures.effective_rates import effective_rates
-from layerwise.lab.report.figures.function_space import rate_per_layer, stacked_shares
 from layerwise.lab.report.figures.heatmap import layer_heat_maps
-from layerwise.lab.report.figures.loss import loss_curves
-from layerwise.lab.report.figures.rate_grid import loss_against_rate
-from layerwise.lab.report.grouping import Contender
-from layerwise.lab.report.rate_curve import RateCurve
+from layerwise.lab.report.figures.loss import loss_against_rate, loss_curves
+from layerwise.lab.report.figures.units import effective_rates, rate_per_layer, stacked_shares
+from layerwise.lab.report.grouping import Contender, RateCurve
 from layerwise.lab.report.style import PHONE, WIDE, page_figure, save_figure, theme_css
 from layerwise.lab.runs.directory import check_output
 from layerwise.lab.runs.recorded import Run

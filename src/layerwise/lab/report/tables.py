@@ -11,8 +11,7 @@ import numpy as np
 
 from layerwise.common.text_table import count
 from layerwise.lab.config.keys import flatten
-from layerwise.lab.report.grouping import Contender
-from layerwise.lab.report.rate_curve import RateCurve
+from layerwise.lab.report.grouping import Contender, RateCurve
 from layerwise.lab.runs.recorded import Run, duration, number
 
 

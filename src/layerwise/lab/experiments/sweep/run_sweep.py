@@ -13,8 +13,7 @@ from typing import Any, BinaryIO
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.experiments.sweep.engines import Engine, LocalEngine
-from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.trials import BASE_FILE, Plan, Point, make_plan, run_trial
+from layerwise.lab.experiments.sweep.trials import BASE_FILE, Plan, Point, SweepConfig, make_plan, run_trial
 from layerwise.lab.runs.directory import in_the_way, lock, write_json
 from layerwise.lab.runs.environment import versions
 from layerwise.lab.runs.recorded import number

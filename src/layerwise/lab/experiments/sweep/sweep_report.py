@@ -1,4 +1,5 @@
-"""What a sweep shows: the figure as PNG, PDF and SVG, the table on the terminal, as Markdown and as JSON.
+"""What a sweep says: curves of loss against rate, and how far the best rate moves from the base to each size; the figure of
+those, as PNG, PDF and SVG, and the table of these, on the terminal, as Markdown and as JSON.
 
 Columns of the table (see `Transfer`): shift: the best rate over the base's best, as a factor and in steps of the grid. to
 failure: the first rate that fails over the base's best. safety: what to divide the base's best rate by. On pages too: 95 %
@@ -9,23 +10,203 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
-from layerwise.lab.experiments.sweep.analysis import Curve, Transfer, curves_of, transfers
-from layerwise.lab.experiments.sweep.run_sweep import read_results
-from layerwise.lab.experiments.sweep.sweep_config import SweepConfig
-from layerwise.lab.experiments.sweep.trials import make_plan
+from layerwise.common.group_by import group_by
+from layerwise.lab.experiments.sweep.run_sweep import loss_of, read_results
+from layerwise.lab.experiments.sweep.trials import Method, Plan, SweepConfig, make_plan
 from layerwise.lab.models.family import AXIS_NAMES, Axis
 from layerwise.lab.report import style
-from layerwise.lab.report.figures.rate_grid import draw_losses
+from layerwise.lab.report.figures.loss import draw_losses
+from layerwise.lab.report.grouping import LossesByRate
 from layerwise.lab.runs.directory import write_json
 
+Results = Mapping[str, Mapping[str, Any]]
+
+#: A rate fails where it loses this part of the way from the initial loss to the size's best one.
+LOST = 0.15
+#: The advised rate is this factor below the first that fails: the paper's transfers fail from one grid step away.
+MARGIN = 4.0
+#: Resamples are listed where there are at most so many, and drawn beyond.
+MOST = 4096
+COVERED = 0.95
+TITLES = {"standard": "Standard", "flerm": "FLeRM", "uniform": "Uniform", "mup": "1/width (muP, Adam)"}
 LOSS_NAMES = {"val_loss": "Final validation loss", "loss": "Final training loss"}
+
+
+@dataclass(frozen=True)
+class Curve(LossesByRate):
+    """Losses of one method at one size, `losses[lr]` a value per seed, infinite for a run that diverged.
+
+    `initial`: mean validation loss before the first step.
+    """
+
+    method: Method
+    size: float
+    losses: Mapping[float, Sequence[float]]
+    initial: float
+
+    def spread(self, lr: float) -> float:
+        """Half the range over seeds."""
+        values = self.losses[lr]
+        return (max(values) - min(values)) / 2
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the optimum may lie beyond the grid: the best rate is an end of it, or all that is known."""
+        return self.best is not None and (len(self.losses) == 1 or self.edge is not None)
+
+    @property
+    def ceiling(self) -> float:
+        """The loss above which a rate fails."""
+        if self.best is None:
+            return -math.inf
+        best = self.mean(self.best)
+        return best + LOST * max(self.initial - best, 0.0)
+
+    @property
+    def failing(self) -> float | None:
+        """The lowest rate above the best that fails; None where none on the grid does."""
+        if self.best is None:
+            return min(self.losses)
+        # One that diverged fails, though the ceiling is infinite where the initial loss is unknown.
+        means = {lr: self.mean(lr) for lr in self.losses if lr > self.best}
+        return min((lr for lr, mean in means.items() if not (math.isfinite(mean) and mean <= self.ceiling)), default=None)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One row of the table. Losses are in nats; `None` is unknown: every rate diverged, or the grid ends before.
+
+    shift: best rate here over the base's best. grid_steps: the same in steps of the grid. interval: 95 % of the latter
+    where seeds are resampled (`shift_interval`). edge: the best rate (here or at the base) is an end of its grid, so that
+    the shift is only a bound. own_loss, spread: at the best rate here. carried_loss: at the base's best rate. half_loss:
+    at half of it, where that is on the grid. to_failure: the lowest rate that fails here over the base's best;
+    `open_ended`: no rate on the grid fails, and it is a lower bound. safety: by how much to divide the base's best rate
+    to stay a factor of 4 below the failing one.
+    """
+
+    method: Method
+    size: float
+    best: float | None
+    shift: float | None
+    grid_steps: float | None
+    interval: tuple[float, float] | None
+    edge: bool
+    own_loss: float | None
+    spread: float | None
+    carried_loss: float | None
+    half_loss: float | None
+    to_failure: float | None
+    open_ended: bool
+    safety: float | None
+
+
+def curves_of(config: SweepConfig, plan: Plan, results: Results) -> list[Curve]:
+    """The curves for which there are results, methods and sizes in the config's order."""
+    found = []
+    for method, size in itertools.product(config.sweep.methods, config.sweep.sizes):
+        at = {point: trial.id for point, trial in plan.points.items() if (point.method, point.size) == (method, size)}
+        rows = {point: results[id] for point, id in at.items() if id in results}
+        by_lr = group_by(sorted(rows, key=lambda point: point.lr), lambda point: point.lr)
+        losses = {lr: [loss_of(rows[point], config.sweep.loss) for point in points] for lr, points in by_lr.items()}
+        initial = [float(row["first_val_loss"]) for row in rows.values() if row.get("first_val_loss") is not None]
+        if losses:
+            found.append(Curve(method, size, losses, fmean(initial) if initial else math.inf))
+    return found
+
+
+def transfers(curves: Sequence[Curve], step_of: Mapping[Method, float]) -> list[Transfer]:
+    """A row for each curve; the first size of a method is its base. `step_of`: factor between neighbours of a grid."""
+    bases = {curve.method: curve for curve in reversed(curves)}
+    return [_transfer(bases[curve.method], curve, step_of[curve.method]) for curve in curves]
+
+
+def _transfer(base: Curve, curve: Curve, step: float) -> Transfer:
+    start, best, failing = base.best, curve.best, curve.failing
+    shift = best / start if best and start else None
+    reach = failing if failing is not None else max(curve.losses)
+    to_failure = reach / start if start else None
+    known = to_failure is not None and (failing is not None or to_failure >= MARGIN)
+    return Transfer(
+        method=curve.method,
+        size=curve.size,
+        best=best,
+        shift=shift,
+        grid_steps=math.log(shift) / math.log(step) if shift else None,
+        interval=None if curve is base else shift_interval(base, curve, step),
+        edge=base.at_edge or curve.at_edge,
+        own_loss=curve.mean(best) if best else None,
+        spread=curve.spread(best) if best else None,
+        carried_loss=_loss_at(curve, start),
+        half_loss=_loss_at(curve, start / 2 if start else None),
+        to_failure=to_failure,
+        open_ended=failing is None,
+        safety=max(1.0, MARGIN / to_failure) if known and to_failure else None,
+    )
+
+
+def _loss_at(curve: Curve, lr: float | None) -> float | None:
+    """Mean loss at a rate, which may differ from the grid's by rounding; None off the grid and where it diverged."""
+    near = [rate for rate in curve.losses if lr is not None and math.isclose(rate, lr, rel_tol=1e-3)]
+    value = curve.mean(near[0]) if near else math.inf
+    return value if math.isfinite(value) else None
+
+
+def best_rates(curve: LossesByRate) -> dict[float, int]:
+    """How often each rate is best where seeds are drawn with replacement; a seed's losses at all rates stay together.
+
+    Empty with one seed, or where seeds are missing at some rates. Where no rate has finite losses there is no best.
+    """
+    seeds = {len(values) for values in curve.losses.values()}
+    if len(seeds) != 1 or seeds == {1}:
+        return {}
+    losses = np.array([curve.losses[lr] for lr in curve.rates])  # [rates, seeds]
+    means = np.where(np.isfinite(losses), losses, np.inf)[:, _resamples(seeds.pop())].mean(-1)
+    best, counts = np.unique(means.argmin(0)[np.isfinite(means.min(0))], return_counts=True)
+    return {curve.rates[number]: int(count) for number, count in zip(best, counts, strict=True)}
+
+
+def _resamples(seeds: int) -> NDArray[np.int64]:
+    """`[resamples, seeds]`"""
+    if seeds**seeds <= MOST:
+        return np.array([*itertools.product(range(seeds), repeat=seeds)])
+    generator = random.Random(0)
+    return np.array([generator.choices(range(seeds), k=seeds) for _ in range(MOST)])
+
+
+def shift_interval(base: LossesByRate, curve: LossesByRate, step: float) -> tuple[float, float] | None:
+    """95 % of the shifts, in steps of the grid, where the seeds of both sizes are resampled, each for itself.
+
+    With three seeds that is nearly the range over seeds: an honest width, and no narrower for being flat.
+
+    Args:
+        base: losses of the base size.
+        curve: losses of the size it is compared with.
+        step: factor between neighbours of the grid.
+
+    Returns:
+        Ends of the interval; None with one seed.
+    """
+    starts, bests = best_rates(base), best_rates(curve)
+    if not starts or not bests:
+        return None
+    shifts = np.log(np.divide.outer([*bests], [*starts])).ravel() / np.log(step)
+    counts = np.multiply.outer([*bests.values()], [*starts.values()]).ravel()
+    order = np.argsort(shifts)
+    reached = np.cumsum(counts[order]) / counts.sum()
+    low, high = np.searchsorted(reached, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return float(shifts[order[low]]), float(shifts[order[high]])
 
 
 def analyse(config: SweepConfig) -> tuple[list[Curve], list[Transfer]]:
@@ -83,9 +264,6 @@ def markdown(rows: Sequence[Transfer], axis: Axis) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     lines += [f"| {' | '.join((*cells(row), *details(row)))} |" for row in rows]
     return "\n".join(lines) + "\n"
-
-
-TITLES = {"standard": "Standard", "flerm": "FLeRM", "uniform": "Uniform", "mup": "1/width (muP, Adam)"}
 
 
 @dataclass(frozen=True)
