@@ -23,7 +23,7 @@ from layerwise.lab.optimizers.registry import base_rates, optimizers
 from layerwise.lab.report.grouping import RateCurve
 from layerwise.lab.report.style import Look
 from layerwise.lab.runs.directory import read_run, write_json
-from layerwise.lab.training.progress import QuietProgress
+from layerwise.lab.training.observers import QuietProgress
 from layerwise.lab.training.run import complete
 
 FAST = [

@@ -19,7 +19,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.experiments.sweep.engines import ATTEMPTS, Engine, LocalEngine, RayEngine
 from layerwise.lab.experiments.sweep.run_sweep import RESULTS, read_results, run_sweep
 from layerwise.lab.experiments.sweep.trials import SweepConfig, make_plan, run_trial
-from layerwise.lab.runs.environment import versions
+from layerwise.lab.runs.directory import versions
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,7 @@ from layerwise.lab.runs import recorded
 from layerwise.lab.runs.checkpoint import list_checkpoints, load_checkpoint
 from layerwise.lab.runs.directory import RunWriter, find_runs, has_ended, read_run
 from layerwise.lab.runs.recorded import Run
-from layerwise.lab.training.observers import Observer
-from layerwise.lab.training.progress import QuietProgress
+from layerwise.lab.training.observers import Observer, QuietProgress
 from layerwise.lab.training.run import complete, train
 
 

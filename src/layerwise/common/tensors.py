@@ -1,10 +1,11 @@
-"""What rooms share about tensors: scales to divide by, parts of sharded ones."""
+"""What rooms share about tensors: scales to divide by, parts of sharded ones, two collectives under any of their names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
@@ -86,3 +87,18 @@ def to_host(parts: Mapping[str, Tensor], exchange: Callable[[Tensor], Tensor]) -
     flat = torch.cat([t.detach().flatten().to(home, wide_dtype(home)) for t in parts.values()])
     pieces = exchange(flat).cpu().double().split([t.numel() for t in parts.values()])
     return {name: piece.reshape(t.shape) for piece, (name, t) in zip(pieces, parts.items(), strict=True)}
+
+
+def all_gather_single(
+    received: Tensor, sent: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> dist.Work | None:
+    """``torch.distributed.all_gather_single``: ``received`` holds ``sent`` of every process, in order."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work | None = gather(received, sent, group=group, async_op=async_op)
+    return work
+
+
+def reduce_scatter_single(received: Tensor, sent: Tensor, group: dist.ProcessGroup | None) -> None:
+    """``torch.distributed.reduce_scatter_single``: this process's part of the sum of ``sent`` over all."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(received, sent, group=group)

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layerwise.common.collectives import reduce_scatter_single
-from layerwise.common.tensors import is_sharded
+from layerwise.common.tensors import is_sharded, reduce_scatter_single
 from layerwise.function_space.measuring.moments import Estimator, Moments, TensorUpdate
 
 #: `"auto"`: all processes of torch.distributed where it is initialised, else this one; `None`: this one alone.

@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -27,13 +28,11 @@ def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
 
 def numbers(text: str, option: str) -> list[float]:
     """`64,128,256` as numbers. Raises LayerwiseError."""
-    try:
+    with suppress(ValueError):
         found = [float(word) for word in text.split(",")]
-    except ValueError:
-        raise LayerwiseError(f"{option} {text!r}: write numbers with commas between them, such as 64,128") from None
-    if not all(map(math.isfinite, found)):
-        raise LayerwiseError(f"{option} {text!r}: write finite numbers, such as 64,128")
-    return found
+        if all(map(math.isfinite, found)):
+            return found
+    raise LayerwiseError(f"{option} {text!r}: write finite numbers with commas between them, such as 64,128")
 
 
 def whole_numbers(text: str, option: str) -> list[int]:
@@ -41,7 +40,7 @@ def whole_numbers(text: str, option: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
         raise LayerwiseError(f"{option} {text!r}: write whole numbers from 0 with commas between them, such as 1,10")
-    return [int(word) for word in words]
+    return list(map(int, words))
 
 
 def seeds_of(text: str) -> list[int]:

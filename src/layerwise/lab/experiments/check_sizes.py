@@ -63,31 +63,6 @@ def check_sizes(
     )
 
 
-class UserModel:
-    """A user's function of the size, taken apart into what `lw.check` asks for: `(model, optimizer, batch)`, and a loss
-    where the default one will not do.
-    """
-
-    optimizer: Optimizer  # of the model that was made last
-
-    def __init__(self, target: str) -> None:
-        self.make, self.name = _function(target), target
-
-    def made(self, size: float) -> tuple[Any, ...]:
-        """What the function makes of a size, checked. Raises LayerwiseError."""
-        made = self.make(int(size) if size == int(size) else size)
-        if not isinstance(made, tuple) or len(made) not in (3, 4):
-            raise LayerwiseError(
-                f"{self.name} returned {type(made).__name__}: return (model, optimizer, batch), or a loss(model, batch) too"
-            )
-        return made
-
-    def model(self, size: float) -> nn.Module:
-        """The model of a size; the optimizer that was made with it is kept."""
-        model, self.optimizer, *_ = self.made(size)
-        return model
-
-
 def check_function(target: str, sizes: Sequence[float], **options: Any) -> SizeCheck:
     """`lw.check` of `package.module:function`, which is called with a size and returns `(model, optimizer, batch)`.
 
@@ -99,9 +74,23 @@ def check_function(target: str, sizes: Sequence[float], **options: Any) -> SizeC
     Raises:
         LayerwiseError: as `lw.check`, and where there is no such function.
     """
-    user = UserModel(target)
-    _, _, batch, *given = user.made(sizes[0])
-    return check(user.model, sizes, lambda _: user.optimizer, batch, loss=given[0] if given else None, **options)
+    function = _function(target)
+    latest: list[Optimizer] = []  # of the model that was made last
+
+    def made(size: float) -> tuple[Any, ...]:
+        found = function(int(size) if size == int(size) else size)
+        if not isinstance(found, tuple) or len(found) not in (3, 4):
+            what = f"{target} returned {type(found).__name__}"
+            raise LayerwiseError(f"{what}: return (model, optimizer, batch), or a loss(model, batch) too")
+        return found
+
+    def model(size: float) -> nn.Module:
+        found, optimizer, *_ = made(size)
+        latest[:] = [optimizer]
+        return found
+
+    _, _, batch, *loss_of_batch = made(sizes[0])
+    return check(model, sizes, lambda _: latest[0], batch, loss=loss_of_batch[0] if loss_of_batch else None, **options)
 
 
 def _function(target: str) -> Callable[[Any], Any]:

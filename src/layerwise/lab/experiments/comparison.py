@@ -25,7 +25,7 @@ from layerwise.lab.optimizers.registry import base_rates, plain_preset
 from layerwise.lab.report import Contender, RateCurve
 from layerwise.lab.runs.directory import claimed, find_runs, has_ended, read_run
 from layerwise.lab.runs.recorded import Run
-from layerwise.lab.training.progress import PlainProgress
+from layerwise.lab.training.observers import PlainProgress
 from layerwise.lab.training.run import check_buildable, complete, train
 
 TOLERANCE = 0.05  # nats: how much worse than its best a base rate may be and still count as a good one

@@ -18,16 +18,21 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import torch
 from pydantic import BaseModel, ValidationError
+from torch import nn
 
 from layerwise.common.files import plain_json, write_whole
 from layerwise.errors import LayerwiseError
+from layerwise.geometry import describe
 from layerwise.lab.runs.recorded import Run
 
 RUN_FILE = "run.json"
@@ -259,3 +264,37 @@ class SilentWriter(RunWriter):
 
     def lengths(self) -> dict[str, int]:
         return {}
+
+
+_COLUMNS = ("name", "role", "geometry", "norm_group", "shape", "layout", "units")
+_PACKAGES = ("layerwise", "torch", "transformers", "datasets", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages a run's numbers depend on."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it ran on. No host name."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def parameter_table(model: nn.Module) -> list[dict[str, Any]]:
+    """The rows of `describe(model)`, of the columns that are the same on one process and on several."""
+    rows = [{**vars(row), "geometry": repr(row.geometry), "layout": str(row.layout)} for row in describe(model).rows]
+    return [{column: row[column] for column in _COLUMNS} for row in rows]

@@ -1,10 +1,12 @@
 """What can look at, or take part in, a training run without being part of the loop: what every observer has, and those
-that record function-space rates or match them to a base (FLeRM).
+that record function-space rates or match them to a base (FLeRM); what is said while runs and sweeps go.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -19,6 +21,7 @@ from layerwise.function_space.matching.decide import DepthMap
 from layerwise.function_space.steps.watched_step import Record
 from layerwise.lab.config.schema import Config, FunctionSpaceConfig
 from layerwise.lab.models.families import block_pattern
+from layerwise.lab.runs.recorded import duration
 
 if TYPE_CHECKING:
     from layerwise.lab.training.trainer import Trainer
@@ -203,3 +206,38 @@ def steps_to_record(settings: FunctionSpaceConfig, steps: int) -> tuple[int, int
 def quiet_matching() -> None:
     """What FLeRM leaves alone is in run.json; a sweep does not repeat it for every trial."""
     warnings.filterwarnings("ignore", message="FLeRM left")
+
+
+class QuietProgress:
+    """Told how far something is, `done` of `total` steps (or trials), and what to say beside that; shows nothing."""
+
+    def start(self, title: str, total: int, done: int) -> None: ...
+    def numbers(self, done: int, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class PlainProgress(QuietProgress):
+    """About ten lines on standard error, each with the time left.
+
+    Args:
+        title: shown instead of the one that `start` is given.
+        unit: what is counted.
+    """
+
+    def __init__(self, title: str = "", unit: str = "step") -> None:
+        self.title, self.unit = title, unit
+
+    def start(self, title: str, total: int, done: int) -> None:
+        self.title = self.title or title
+        self._total, self._first, self._next, self._started = total, done, 0, time.monotonic()
+
+    def numbers(self, done: int, text: str) -> None:
+        if done < self._next and done != self._total:
+            return
+        self._next = done + math.ceil(self._total / 10)
+        left = (time.monotonic() - self._started) / max(1, done - self._first) * (self._total - done)
+        more = f", {duration(left)} left" if left >= 1 else ""
+        self.note(f"{self.unit} {done}/{self._total}  {text}{more}")
+
+    def note(self, text: str) -> None:
+        print(f"{self.title}: {text}" if self.title else text, file=sys.stderr, flush=True)

@@ -32,8 +32,14 @@ from layerwise.lab.runs.directory import (
 )  # fmt: skip
 from layerwise.lab.runs.recorded import Run, read_lines
 from layerwise.lab.training import processes
-from layerwise.lab.training.observers import Observer, RecordRates, observers_of, steps_to_record
-from layerwise.lab.training.progress import PlainProgress, QuietProgress
+from layerwise.lab.training.observers import (
+    Observer,
+    PlainProgress,
+    QuietProgress,
+    RecordRates,
+    observers_of,
+    steps_to_record,
+)
 from layerwise.lab.training.trainer import Trainer
 
 

@@ -24,12 +24,10 @@ from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, loss
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer, check_batch, rules_of
-from layerwise.lab.runs import environment
 from layerwise.lab.runs.checkpoint import random_state, save_checkpoint, set_random_state
-from layerwise.lab.runs.directory import RunWriter
+from layerwise.lab.runs.directory import RunWriter, machine, parameter_table, versions
 from layerwise.lab.training import parallel, processes
-from layerwise.lab.training.observers import Observer
-from layerwise.lab.training.progress import QuietProgress
+from layerwise.lab.training.observers import Observer, QuietProgress
 
 
 class DivergedError(Exception):
@@ -133,11 +131,11 @@ class Trainer:
             name=self.config.run_name,
             status="running",
             config=self.config.model_dump(),
-            versions=environment.versions(),
-            machine=environment.machine(self.device),
+            versions=versions(),
+            machine=machine(self.device),
             parallel={"processes": self.world, "strategy": parallel.strategy_of(self.config.parallel)},
             corpus=self.data.info,
-            parameters=environment.parameter_table(self.model),
+            parameters=parameter_table(self.model),
             parameter_count=sum(p.numel() for p in self.model.parameters()),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             result={},

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layerwise.common.collectives import all_gather_single
-from layerwise.common.tensors import local_part
+from layerwise.common.tensors import all_gather_single, local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.local import MatrixJob
 from layerwise.optim.work.placement import Domain, Placed, Shape

@@ -13,11 +13,12 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -58,45 +59,36 @@ class LocalEngine:
                 except Exception as error:
                     yield item, reason(error)
             return
-        waiting = deque(items)
-        while waiting:
-            lost = yield from _until_one_dies(function, waiting, self.workers)
-            # One of them killed its process, or all together were too large: alone, each answers for itself.
-            for item in lost:
-                if (yield from _until_one_dies(function, deque([item]), workers=1)):
-                    yield item, "its process was killed (out of memory?)"
+        idle: list[ProcessPoolExecutor] = []
+        stopped = Event()
+        with ThreadPoolExecutor(self.workers) as threads:
+            waited_for = {threads.submit(_beside, idle, stopped, function, item): item for item in items}
+            try:
+                for ended in as_completed(waited_for):
+                    yield waited_for[ended], ended.result()
+            finally:
+                stopped.set()
+                threads.shutdown(cancel_futures=True)
+                for process in idle:
+                    process.shutdown()
 
 
-def _until_one_dies(
-    function: Work[Item], waiting: deque[Item], workers: int
-) -> Generator[tuple[Item, Row | str], None, list[Item]]:
-    """Takes items from `waiting` until none is left or a process dies, and returns those that are lost with it.
-
-    At most one item per worker waits in the pool, so that an interruption and a death cost little.
-    """
-    pool = ProcessPoolExecutor(workers, get_context("spawn"))
-    running: dict[Future[Row], Item] = {}
-    lost: list[Item] = []
-    try:
-        while True:
-            while waiting and not lost and len(running) < 2 * workers:
-                item = waiting.popleft()
-                try:
-                    running[pool.submit(function, item, 1)] = item
-                except BrokenProcessPool:
-                    lost.append(item)
-            if not running:
-                return lost
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                item = running.pop(future)
-                try:
-                    yield item, future.result()
-                except BrokenProcessPool:
-                    lost.append(item)
-                except Exception as error:
-                    yield item, reason(error)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _beside(idle: list[ProcessPoolExecutor], stopped: Event, function: Work[Item], item: Item) -> Row | str:
+    """In an idle process, or a new one: each is a pool of its own, so that one that is killed takes no other with it."""
+    for _ in range(ATTEMPTS):
+        if stopped.is_set():
+            break
+        process = idle.pop() if idle else ProcessPoolExecutor(1, get_context("spawn"))
+        try:
+            row: Row | str = process.submit(function, item, 1).result()
+        except BrokenProcessPool:
+            process.shutdown()
+            continue
+        except Exception as error:
+            row = reason(error)
+        idle.append(process)
+        return row
+    return f"its process was killed {ATTEMPTS} times (out of memory?)"
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from typing import Any, BinaryIO
 from layerwise.errors import LayerwiseError
 from layerwise.lab.experiments.sweep.engines import Engine, LocalEngine
 from layerwise.lab.experiments.sweep.trials import BASE_FILE, Plan, Point, SweepConfig, make_plan, run_trial
-from layerwise.lab.runs.directory import in_the_way, lock, write_json
-from layerwise.lab.runs.environment import versions
+from layerwise.lab.runs.directory import in_the_way, lock, versions, write_json
 from layerwise.lab.runs.recorded import number
-from layerwise.lab.training.progress import PlainProgress
+from layerwise.lab.training.observers import PlainProgress
 from layerwise.lab.training.run import check_buildable, record
 
 RESULTS = "results.jsonl"

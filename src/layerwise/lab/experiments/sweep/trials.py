@@ -23,9 +23,9 @@ from layerwise.lab.config.keys import LARGEST
 from layerwise.lab.config.schema import Config, Section
 from layerwise.lab.models.families import block_pattern, resized
 from layerwise.lab.models.family import Axis
-from layerwise.lab.runs.environment import versions
+from layerwise.lab.runs.directory import versions
 from layerwise.lab.runs.recorded import Run
-from layerwise.lab.training.progress import QuietProgress
+from layerwise.lab.training.observers import QuietProgress
 from layerwise.lab.training.run import complete, train
 
 BASE_FILE = "base.json"

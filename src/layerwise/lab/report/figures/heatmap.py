@@ -55,7 +55,9 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
     columns = arrangement.panels(figure, len(shown), sharey=True)
     for axes, (values, title, subtitle) in zip(columns, shown, strict=True):
         image = _image(axes, values, history.steps[pick], is_norm=values is norms)
-        _scale_bar(figure, axes, image, values, title, subtitle)
+        ends = "both" if values is norms else "neither"  # of the norms a hundredth lies beyond the colours on either side
+        bar = figure.colorbar(image, ax=axes, location="top", pad=0.02, aspect=34, extend=ends)
+        _scale_bar(bar, title, subtitle)
         style.step_axis(axes, history.steps[pick])
         _separators(axes, names)
     for axes in columns[:: arrangement.columns]:
@@ -63,11 +65,10 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
     return figure
 
 
-def _scale_bar(figure: Figure, axes: Axes, image: Any, values: Array, title: str, subtitle: str) -> None:
-    """The colours and what they mean, above a heat map."""
-    bar = figure.colorbar(image, ax=axes, location="top", pad=0.02, aspect=34, extend=_clipped(image, values))
-    if isinstance(image.norm, LogNorm) and image.norm.vmin and image.norm.vmax:
-        style.plain_log_ticks(bar.ax.xaxis, image.norm.vmin, image.norm.vmax)
+def _scale_bar(bar: Any, title: str, subtitle: str) -> None:
+    """What the colours above a heat map mean."""
+    if isinstance(bar.norm, LogNorm) and bar.norm.vmin and bar.norm.vmax:
+        style.plain_log_ticks(bar.ax.xaxis, bar.norm.vmin, bar.norm.vmax)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, labelsize=7.5, pad=1)
     bar.ax.set_title(subtitle, loc="left", fontsize=7.5, color=style.MUTED, fontweight="normal", pad=15)
@@ -86,15 +87,6 @@ def relative_norms(history: LayerHistory, rows: Sequence[int], groups: Sequence[
         if np.isfinite(values).any():
             norms[members] = values / np.nanmedian(values)
     return norms
-
-
-def _clipped(image: Any, values: Array) -> str:
-    """Which ends of the colour scale stand for more than their value."""
-    if not np.isfinite(values).any():  # multipliers without norms: static ones
-        return "neither"
-    low = np.nanmin(values) < image.norm.vmin * (1 - 1e-9)
-    high = np.nanmax(values) > image.norm.vmax * (1 + 1e-9)
-    return "both" if low and high else "min" if low else "max" if high else "neither"
 
 
 def _image(axes: Axes, values: Array, steps: Array, *, is_norm: bool) -> Any:
