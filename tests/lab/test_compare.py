@@ -135,9 +135,9 @@ def test_an_interrupted_run_goes_on(words: list[str], tmp_path: Path) -> None:
             compare(config)
     folder = tmp_path / "runs" / "compare"
     assert read_run(folder / "lanton-1").status == "running"
-    result = compare(config)
+    [lanton], _ = compare(config)
     assert [path.name for path in folder.glob("lanton-*")] == ["lanton-1"]
-    run = result.contenders[0].runs[0]
+    run = lanton.runs[0]
     assert run.status == "finished"
     assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4]
 
@@ -167,11 +167,11 @@ def test_processes_side_by_side_share_the_contenders_out(words: list[str], monke
 
     monkeypatch.setattr(module, "train", train)
     with ThreadPoolExecutor() as pool:
-        first = compare(config)
-        other = second[0].result(timeout=60)
+        first, _ = compare(config)
+        other, _ = second[0].result(timeout=60)
     assert [given.run_path.name for given in made[:3]] == ["adamw-1", "lanton-1", "lanton-2"]  # two by the second one
     assert len({str(identity(given.model_dump())) for given in made}) == len(made)
-    assert [c.final_losses for c in other.contenders] == [c.final_losses for c in first.contenders]
+    assert [c.final_losses for c in other] == [c.final_losses for c in first]
 
 
 # ------------------------------------------------------------------ grids
@@ -183,13 +183,13 @@ def test_an_automatic_grid_grows_until_the_best_lies_inside(words: list[str], mo
     fake = FakeTraining(best=start * 8)
     monkeypatch.setattr(module, "train", fake)
     config = configured(words, "compare.optimizers=[lanton]", "compare.lr_grid=auto", "compare.seeds=2")
-    result = compare(config)
-    curve = result.curves[0]
+    found, story = compare(config)
+    curve = story.grid[0]
     assert curve.rates == pytest.approx([start * 2.0**k for k in range(-2, 5)])
     assert curve.best == pytest.approx(start * 8)
     assert curve.edge is None
-    assert len(result.contenders[0].runs) == 2
-    assert result.contenders[0].final_losses == pytest.approx([3.0, 3.01])
+    assert len(found[0].runs) == 2
+    assert found[0].final_losses == pytest.approx([3.0, 3.01])
     ran = len(fake.rates)
     compare(config)
     assert len(fake.rates) == ran  # everything was there
@@ -205,12 +205,12 @@ def test_a_given_grid_is_kept_and_an_optimum_at_its_end_is_said(words: list[str]
         "compare.lr_grid.lanton=[4e-3, 2e-3]",
         "compare.lr_grid.adamw=[0.2, 0.4]",
     )
-    result = compare(config)
-    lanton, adamw = result.curves
+    _, story = compare(config)
+    lanton, adamw = story.grid
     assert lanton.rates == [2e-3, 4e-3]
     assert lanton.edge == "lowest"
     assert adamw.best is None
-    notes = " ".join(result.notes)
+    notes = " ".join(story.notes)
     assert "LANTON: the best rate, 0.002, is the lowest of its grid" in notes
     assert "AdamW: diverged at every rate" in notes
 
@@ -280,14 +280,14 @@ def test_a_contender_tuned_by_role_starts_from_the_plain_one_and_finds_the_facto
         words, "compare.optimizers=[d-muon]", "compare.lr_grid.d-muon=[1e-3, 2e-3, 4e-3]", "compare.by_role=[d-muon]",
         "compare.roles={head: [0.5, 2, 4, 8], vector: [2]}",
     )  # fmt: skip
-    result = compare(config)
-    plain, tuned = result.standings
+    found, story = compare(config)
+    plain, tuned = story.standings
     assert plain["at its best"] == "rate 0.002"
     assert tuned["at its best"] == "rate 0.002, head x 4"
     assert (plain["trials"], tuned["trials"]) == ("3", "10")  # the grid; 4 heads, a vector, the 2 rates beside the best
     assert len(fake.rates) == 3 + 4 + 1 + 2  # what both have was made once
-    assert [contender.label for contender in result.contenders] == ["D-Muon", "D-Muon by role"]
-    assert result.contenders[1].final_losses == pytest.approx([3.0])
+    assert [contender.label for contender in found] == ["D-Muon", "D-Muon by role"]
+    assert found[1].final_losses == pytest.approx([3.0])
     assert tuned["minus baseline, 95 %"] == ""  # the baseline: the best of them
     assert plain["minus baseline, 95 %"] == "+0.4000 (1 seed)"
 
@@ -300,10 +300,10 @@ def test_what_was_tuned_by_role_with_no_trial_left_for_its_base_rate_says_so(
         words, "compare.optimizers=[d-muon]", "compare.lr_grid.d-muon=[1e-3, 2e-3, 4e-3]", "compare.by_role=[d-muon]",
         "compare.roles={head: [4]}", "compare.trials=4",
     )  # fmt: skip
-    result = compare(config)
-    assert result.standings[1]["at its best"] == "rate 0.002, head x 4"
-    assert "D-Muon by role: only one base rate was tried with its best factors" in "".join(result.notes)
-    assert "not tuned" not in "".join(result.notes)
+    _, story = compare(config)
+    assert story.standings[1]["at its best"] == "rate 0.002, head x 4"
+    assert "D-Muon by role: only one base rate was tried with its best factors" in "".join(story.notes)
+    assert "not tuned" not in "".join(story.notes)
 
 
 def test_every_contender_has_the_same_number_of_trials(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,14 +313,14 @@ def test_every_contender_has_the_same_number_of_trials(words: list[str], monkeyp
         words, "compare.optimizers=[d-muon, lanton]", "compare.by_role=[d-muon]", "compare.roles={head: [0.5, 2]}",
         "compare.trials=7", "compare.lr_grid.d-muon=[1e-3, 2e-3]", "compare.lr_grid.lanton=[2e-3, 4e-3]",
     )  # fmt: skip
-    result = compare(config)
-    assert [standing["trials"] for standing in result.standings] == ["7", "7", "7"]
-    for curve in result.curves[:2]:
+    _, story = compare(config)
+    assert [standing["trials"] for standing in story.standings] == ["7", "7", "7"]
+    for curve in story.grid[:2]:
         best = curve.best
         assert best is not None
         assert abs(math.log2(best / 3e-3)) < 0.26  # half-octave points around the best, not the end of the grid
         assert curve.edge is None
-    assert "Every contender had 7 trials" in result.notes[-1]
+    assert "Every contender had 7 trials" in story.notes[-1]
 
 
 def test_how_contenders_stand_is_said_with_intervals_and_in_tokens(
@@ -331,7 +331,7 @@ def test_how_contenders_stand_is_said_with_intervals_and_in_tokens(
         words, "compare.optimizers=[d-muon, lanton]", "compare.seeds=3", "compare.baseline=d-muon",
         "compare.lr_grid={d-muon: [2e-3], lanton: [1e-3, 2e-3, 4e-3]}", "compare.lengths=[0.5, 2]",
     )  # fmt: skip
-    base, other = compare(config).standings
+    base, other = compare(config)[1].standings
     assert [*base.values()][3:] == ["", "", ""]
     assert other["minus baseline, 95 %"] == "+0.0000 \u00b1 0.0000"
     assert other["tokens"] == "1.00"
@@ -432,7 +432,7 @@ def test_the_committed_comparison_gives_all_contenders_the_same_budget(
 ) -> None:
     training = FakeTraining(best=0.01, head=0.1)
     monkeypatch.setattr(module, "train", training)
-    made = compare(equal_budgets(words))
+    _, made = compare(equal_budgets(words))
     trials = {row["contender"]: row["trials"] for row in made.standings}
     assert trials == {"Dual Muon": "12", "D-Muon": "12", "D-Muon by role": "12"}
     assert made.standings[-1]["at its best"].endswith(", head x 4")  # where the stand-in has its optimum
@@ -442,6 +442,6 @@ def test_the_committed_comparison_gives_all_contenders_the_same_budget(
 def test_the_committed_comparison_runs_from_end_to_end(words: list[str]) -> None:
     cut = ["compare.lr_grid={d-muon: [0.01], dual-muon: [0.01]}", "compare.roles={head: [2]}",
         "compare.trials=2", "compare.lengths=[1.3]"]  # fmt: skip
-    made = compare(equal_budgets(words, *cut))
-    assert all(run.status == "finished" for contender in made.contenders for run in contender.runs)
-    assert all(math.isfinite(loss) for curve in made.curves for at in curve.losses.values() for loss in at)
+    found, story = compare(equal_budgets(words, *cut))
+    assert all(run.status == "finished" for contender in found for run in contender.runs)
+    assert all(math.isfinite(loss) for curve in story.grid for at in curve.losses.values() for loss in at)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +14,6 @@ from layerwise.common.text_table import aligned, titled
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli.words import Words, command_line, split_words
 from layerwise.lab.config.load import load_config
-
-if TYPE_CHECKING:
-    from layerwise.lab.experiments.comparison import Comparison
 
 
 def compare(
@@ -47,7 +45,8 @@ def compare(
     """
     from layerwise.lab.experiments.comparison import compare as run_comparison
     from layerwise.lab.experiments.contenders import CompareConfig
-    from layerwise.lab.report.page import Story, check_report, write_report
+    from layerwise.lab.report.page import check_report, write_report
+    from layerwise.lab.report.tables import result_rows
 
     path, overrides = split_words(words)
     if optimizers is not None:
@@ -62,23 +61,12 @@ def compare(
     config = load_config(path, overrides, CompareConfig)
     folder = output or config.run_path
     check_report(folder)
-    made = run_comparison(config, say=partial(print, flush=True))
-    story = Story(
-        "Comparison of optimizers", made.notes, command_line(), grid=made.curves if made.tuned else [],
-        standings=made.standings,
-    )  # fmt: skip
-    page = write_report(made.contenders, folder, story)
-    _print_results(made)
-    print(f"report: {page}", flush=True)
-
-
-def _print_results(comparison: Comparison) -> None:
-    from layerwise.lab.report.tables import result_rows
-
-    for rows in ([row.cells for row in result_rows(comparison.contenders)], comparison.standings):
+    found, story = run_comparison(config, say=partial(print, flush=True))
+    page = write_report(found, folder, replace(story, command=command_line()))
+    for rows in ([row.cells for row in result_rows(found)], story.standings):
         if rows:
             print(*aligned(titled(rows), right=range(1, len(rows[0]))), sep="\n")
-    print(*comparison.notes, sep="\n")
+    print(*story.notes, f"report: {page}", sep="\n", flush=True)
 
 
 def report(

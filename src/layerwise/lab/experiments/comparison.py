@@ -22,28 +22,13 @@ from layerwise.lab.config.keys import validate
 from layerwise.lab.config.schema import Config
 from layerwise.lab.experiments.contenders import CompareConfig, CompareSection, Point, Search, entries
 from layerwise.lab.optimizers.registry import base_rates, plain_preset
-from layerwise.lab.report import Contender, RateCurve
+from layerwise.lab.report import Contender, Story
 from layerwise.lab.runs.directory import claimed, find_runs, has_ended, read_run
 from layerwise.lab.runs.recorded import Run
 from layerwise.lab.training.observers import PlainProgress
 from layerwise.lab.training.run import check_buildable, complete, train
 
 TOLERANCE = 0.05  # nats: how much worse than its best a base rate may be and still count as a good one
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` returns: each contender at its best, all losses by rate, how they stand, and what to note."""
-
-    contenders: list[Contender]
-    curves: list[RateCurve]
-    notes: list[str]
-    standings: list[dict[str, str]]
-
-    @property
-    def tuned(self) -> bool:
-        """Whether any contender was given more than one rate."""
-        return any(len(curve.rates) > 1 for curve in self.curves)
 
 
 class Runner:
@@ -129,8 +114,11 @@ class Runner:
             yield self.config_of(entry, Point(entry.rates[0], ((role, 2.0),)))
 
 
-def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) -> Comparison:
-    """Runs what is missing of a comparison, and returns all of it. `say` is told in a line what happens.
+def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) -> tuple[list[Contender], Story]:
+    """Runs what is missing of a comparison. `say` is told in a line what happens.
+
+    Returns:
+        Each contender at its best; all losses by rate, how they stand, and what to note.
 
     Raises:
         LayerwiseError: before anything is trained, where the config cannot be run.
@@ -149,15 +137,14 @@ def compare(config: CompareConfig, say: Callable[[str], None] = lambda _: None) 
         for point in search.points(say):
             if point not in search.runs:
                 search.runs[point] = runner.runs(search, point)
-    curves = [search.curve for search in searches]
-    made = Comparison([search.at_best for search in searches], curves, list(notes(config, searches)), [])
-    if not made.tuned and section.seeds == 1 and section.baseline is None:
-        return made
-    base = baseline(section, searches)
-    with runner.alone_with(base):
-        lengths = {length: runner.runs(base, base.best, length) for length in section.lengths}
-    stood = standings(searches, base, lengths)
-    return replace(made, standings=stood, notes=[*made.notes, standings_note(base, section.trials)])
+    story = Story("Comparison of optimizers", list(notes(config, searches)), grid=[search.curve for search in searches])
+    if story.tuned or section.seeds > 1 or section.baseline is not None:
+        base = baseline(section, searches)
+        with runner.alone_with(base):
+            lengths = {length: runner.runs(base, base.best, length) for length in section.lengths}
+        note = standings_note(base, section.trials)
+        story = replace(story, standings=standings(searches, base, lengths), notes=[*story.notes, note])
+    return [search.at_best for search in searches], story
 
 
 def notes(config: CompareConfig, searches: Sequence[Search]) -> Iterator[str]:

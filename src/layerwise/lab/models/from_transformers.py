@@ -8,17 +8,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from layerwise.errors import LayerwiseError
-from layerwise.lab.models.family import (
-    Axis,
-    Examples,
-    Family,
-    Settings,
-    keywords_of,
-    register,
-    size_of_heads,
-    tokens_only,
-    whole,
-)  # fmt: skip
+from layerwise.lab.models import family
+from layerwise.lab.models.family import Axis, Examples, Family, Settings, register
 
 #: Settings that the data and the training loop decide.
 _OURS = {"vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -36,7 +27,7 @@ class TransformersFamily(Family):
     positions: ClassVar[str]
 
     def setting_defaults(self) -> dict[str, Any]:
-        return keywords_of(self._classes()[0], _OURS)
+        return family.keywords_of(self._classes()[0], _OURS)
 
     def _classes(self) -> list[Any]:
         import transformers  # when they are asked for: it takes seconds
@@ -45,7 +36,7 @@ class TransformersFamily(Family):
 
     def build(self, settings: Settings, examples: Examples, attention: str) -> nn.Module:
         """Its longest sequence is the data's unless the settings have one."""
-        tokens_only(examples, "this model")
+        family.tokens_only(examples, "this model")
         positions = settings.setdefault(self.positions, examples.seq_len)
         if isinstance(positions, int) and positions < examples.seq_len:
             raise LayerwiseError(
@@ -68,7 +59,7 @@ class TransformersFamily(Family):
         if axis == "width":
             return self.widened(settings, value)
         if axis == "depth":
-            return {self.layers[0]: whole("depth", value)}
+            return {self.layers[0]: family.whole("depth", value)}
         return {"initializer_range": settings["initializer_range"] * value}
 
     @abstractmethod
@@ -93,8 +84,8 @@ class GPT2(TransformersFamily):
     }
 
     def widened(self, settings: Settings, value: float) -> Settings:
-        head = size_of_heads(settings["n_embd"], settings["n_head"])
-        return {"n_embd": whole("width", value), "n_head": whole("width", value, head)}
+        head = family.size_of_heads(settings["n_embd"], settings["n_head"])
+        return {"n_embd": family.whole("width", value), "n_head": family.whole("width", value, head)}
 
 
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -119,10 +110,10 @@ class Llama(TransformersFamily):
     def widened(self, settings: Settings, value: float) -> Settings:
         """With the heads, the groups grow that share keys and values."""
         old, heads = settings["hidden_size"], settings["num_attention_heads"]
-        groups = size_of_heads(heads, settings["num_key_value_heads"] or heads)
-        new_heads = whole("width", value, size_of_heads(old, heads))
+        groups = family.size_of_heads(heads, settings["num_key_value_heads"] or heads)
+        new_heads = family.whole("width", value, family.size_of_heads(old, heads))
         return {
-            "hidden_size": whole("width", value),
+            "hidden_size": family.whole("width", value),
             "num_attention_heads": new_heads,
             "num_key_value_heads": max(1, new_heads // groups),
             "intermediate_size": round(settings["intermediate_size"] * value / old),

@@ -54,8 +54,13 @@ class Story:
     title: str = "Training report"
     notes: Sequence[str] = ()  # shown at the top: what a reader has to know before the numbers
     command: str = ""
-    grid: Sequence[RateCurve] = ()  # losses on the grid of base rates, where one was run
+    grid: Sequence[RateCurve] = ()  # losses by base rate
     standings: Sequence[Mapping[str, str]] = ()  # a row for each contender, title -> cell
+
+    @property
+    def tuned(self) -> bool:
+        """Whether any contender was given more than one rate."""
+        return any(len(curve.rates) > 1 for curve in self.grid)
 
 
 def check_report(folder: Path) -> None:
@@ -107,7 +112,7 @@ def plans(groups: Sequence[Contender], story: Story) -> Iterator[Plan]:
     """The figures that these runs have data for, in the order of the page."""
     if any(len(run.train_loss) or len(run.val_loss) for group in groups for run in group.runs):
         yield Plan("loss", "Loss", partial(loss_curves, groups))
-    if story.grid:
+    if story.tuned:
         yield Plan("loss_against_rate", "Learning rate", partial(loss_against_rate, story.grid))
     for group in groups:
         yield from _layer_plans(group)

@@ -137,13 +137,13 @@ def read_run(path: str | Path) -> Run:
     return Run(folder, info)
 
 
-def lock(file: IO[Any], taken: str) -> None:
-    """Locks an open file until it is closed. Raises LayerwiseError in the words of `taken` where another process has it."""
+def locked(file: IO[Any], wait: bool = False) -> bool:
+    """Whether this process alone has an open file until it is closed; with `wait` it has it when no other has it more."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise LayerwiseError(taken) from None
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def find_runs(folder: str | Path) -> Iterator[Path]:
@@ -167,12 +167,7 @@ def claimed(folder: Path, name: str, wait: bool) -> Iterator[bool]:
     With `wait` it has it, as soon as the process that does ends its own.
     """
     with _lock_file(folder / f".{name}.lock") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except BlockingIOError:
-            free = False
-        yield free
+        yield locked(file, wait)
 
 
 class RunWriter(AbstractContextManager["RunWriter"]):
@@ -181,7 +176,9 @@ class RunWriter(AbstractContextManager["RunWriter"]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = _lock_file(self.path / ".lock")
-        lock(self._lock, f"run {self.path}: another process is writing it; wait, or set run.name")
+        if not locked(self._lock):
+            self._lock.close()
+            raise LayerwiseError(f"run {self.path}: another process is writing it; wait, or set run.name")
         self._info: dict[str, Any] = {}
         self._events: Any = None
 

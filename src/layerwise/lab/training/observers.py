@@ -192,7 +192,7 @@ def _check_recorded(base: BaseRates, settings: FunctionSpaceConfig, due: range) 
     )
 
 
-def steps_to_record(settings: FunctionSpaceConfig, steps: int) -> tuple[int, int]:
+def steps_needed(settings: FunctionSpaceConfig, steps: int) -> tuple[int, int]:
     """How often a base has to be measured for its rates to be matched later, and in how many steps.
 
     Raises LayerwiseError where the first matching is after the run's last step.

@@ -15,31 +15,12 @@ from layerwise.lab.data.batches import open_data
 from layerwise.lab.models.families import build_model, model_settings
 from layerwise.lab.models.family import Examples
 from layerwise.lab.optimizers.registry import build_optimizer, check_batch, default_rate, find_preset, with_defaults
-from layerwise.lab.runs.checkpoint import (
-    DamagedCheckpointError,
-    check_hash,
-    list_checkpoints,
-    read_manifest,
-    read_state,
-)  # fmt: skip
-from layerwise.lab.runs.directory import (
-    RUN_FILE,
-    RunWriter,
-    SilentWriter,
-    cleared_away,
-    in_the_way,
-    read_run,
-)  # fmt: skip
+from layerwise.lab.runs import checkpoint, directory
+from layerwise.lab.runs.checkpoint import DamagedCheckpointError, list_checkpoints
+from layerwise.lab.runs.directory import RUN_FILE, RunWriter, read_run
 from layerwise.lab.runs.recorded import Run, read_lines
 from layerwise.lab.training import processes
-from layerwise.lab.training.observers import (
-    Observer,
-    PlainProgress,
-    QuietProgress,
-    RecordRates,
-    observers_of,
-    steps_to_record,
-)
+from layerwise.lab.training.observers import Observer, PlainProgress, QuietProgress, RecordRates, observers_of, steps_needed
 from layerwise.lab.training.trainer import Trainer
 
 
@@ -121,10 +102,10 @@ def train(
     if resume:
         processes.on_first(lambda: check_resumable(path, config.training.checkpoint_every, or_start))
     shown = QuietProgress() if processes.rank() > 0 else progress or PlainProgress()
-    with processes.on_first(lambda: RunWriter(path)) or SilentWriter(path) as writer:
+    with processes.on_first(lambda: RunWriter(path)) or directory.SilentWriter(path) as writer:
         trainer = Trainer(config, writer, shown, [*observers_of(config), *observers])
         found = processes.first_says(processes.on_first(lambda: latest_checkpoint(trainer))) if resume else None
-        trainer.start(None if found is None else read_state(found))
+        trainer.start(None if found is None else checkpoint.read_state(found))
         trainer.run()
     processes.wait_for_all()  # until it is written
     return read_run(path)
@@ -136,7 +117,7 @@ def record(config: Config, seeds: Sequence[int]) -> BaseRates:
     Each seed trains only as far as the last step to be measured: one step, unless `function_space.match_step` or
     `match_every` say otherwise. Nothing is evaluated or shown, and nothing left on the disk. Raises LayerwiseError.
     """
-    every, steps = steps_to_record(config.function_space, config.training.steps)
+    every, steps = steps_needed(config.function_space, config.training.steps)
 
     def run(seed: int) -> FunctionSpaceRecorder:
         changed = config.replace(
@@ -164,8 +145,8 @@ def _has_ended(config: Config, resume: bool, overwrite: bool) -> bool:
     if overwrite:
         return False
     if not (path / RUN_FILE).exists():
-        if (found_there := in_the_way(path)) and not (resume and list_checkpoints(path / "checkpoints")):
-            deleted = ", ".join(cleared_away(path)) or "nothing"
+        if (found_there := directory.in_the_way(path)) and not (resume and list_checkpoints(path / "checkpoints")):
+            deleted = ", ".join(directory.cleared_away(path)) or "nothing"
             raise LayerwiseError(
                 f"run.name: {path} holds {', '.join(found_there[:5])} and no {RUN_FILE}, so it is no run of ours:"
                 f" set another run.name, or --overwrite, which deletes {deleted} there"
@@ -200,7 +181,7 @@ def check_resumable(path: Path, checkpoint_every: int, or_start: bool) -> None:
         raise LayerwiseError(
             f"run {path} came to step {reached} and has no checkpoint (training.checkpoint_every={checkpoint_every}):"
             " they were deleted, or could not be written; --overwrite starts at step 0 and deletes"
-            f" {', '.join(cleared_away(path))}"
+            f" {', '.join(directory.cleared_away(path))}"
         )
     if not or_start:
         there = f"came to step {reached} and has no checkpoint yet" if path.exists() else "does not exist"
@@ -218,13 +199,13 @@ def latest_checkpoint(trainer: Trainer) -> Path | None:
     damage: list[DamagedCheckpointError] = []
     for path in list_checkpoints(trainer.writer.path / "checkpoints"):
         try:
-            saved = read_manifest(path).get("identity")
+            saved = checkpoint.read_manifest(path).get("identity")
             if not (isinstance(saved, dict) and isinstance(saved.get("config"), dict) and "corpus" in saved):
                 raise DamagedCheckpointError(f"checkpoint {path}: it does not say what it belongs to")
             check_same_run(saved["config"], trainer.identity["config"], f"checkpoint {path}")
             if saved["corpus"] != trainer.identity["corpus"]:
                 raise LayerwiseError(f"checkpoint {path} was trained on another text: its hash is another")
-            check_hash(path)
+            checkpoint.check_hash(path)
         except DamagedCheckpointError as error:
             damage.append(error)
             continue

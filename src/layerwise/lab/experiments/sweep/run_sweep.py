@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from layerwise.errors import LayerwiseError
 from layerwise.lab.experiments.sweep.engines import Engine, LocalEngine
 from layerwise.lab.experiments.sweep.trials import BASE_FILE, Plan, Point, SweepConfig, make_plan, run_trial
-from layerwise.lab.runs.directory import in_the_way, lock, versions, write_json
+from layerwise.lab.runs.directory import in_the_way, locked, versions, write_json
 from layerwise.lab.runs.recorded import number
 from layerwise.lab.training.observers import PlainProgress
 from layerwise.lab.training.run import check_buildable, record
@@ -109,7 +109,8 @@ def open_results(folder: Path) -> Iterator[BinaryIO]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / RESULTS, "ab+") as file:
-        lock(file, f"sweep {folder}: another process is running it")
+        if not locked(file):
+            raise LayerwiseError(f"sweep {folder}: another process is running it")
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         yield file
