@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from layerwise.common.parameter_names import first_few
 from layerwise.errors import LayerwiseError
+from layerwise.function_space import SizeCheck
+from layerwise.function_space.checking.size_check import QUANTITIES
 from layerwise.lab.cli.words import Words, numbers, seeds_of, split_words, whole_numbers
 from layerwise.lab.config.load import load_config
 from layerwise.lab.models.family import AXIS_NAMES
-
-if TYPE_CHECKING:
-    from layerwise.function_space import SizeCheck
+from layerwise.lab.runs.directory import check_output
 
 
 def check(
@@ -56,8 +56,6 @@ def check(
 
 def _files(output: Path) -> tuple[Path, Path]:
     """The picture and the numbers that `-o` asks for. Raises LayerwiseError where they could not be written."""
-    from layerwise.lab.runs.directory import check_output
-
     if output.name in ("", ".."):
         raise LayerwiseError(f"-o: {output} is a folder: name a file, such as {output / 'check'}")
     picture, table = output.with_suffix(".png"), output.with_suffix(".csv")
@@ -87,8 +85,6 @@ def _measured(words: list[str], sizes: list[float] | None, axis: str | None, **o
 
 def _conclude(found: SizeCheck) -> None:
     """The last line, and the exit code."""
-    from layerwise.function_space.checking.size_check import QUANTITIES
-
     uneven = [name for name, verdict in found.verdicts.items() if verdict in ("grows", "shrinks")]
     unclear = [name for name, verdict in found.verdicts.items() if verdict == "unclear"]
     what = f"({QUANTITIES[found.judged]}, slope {{}} {found.tolerance:g})"

@@ -11,9 +11,9 @@ from layerwise.common.text_table import aligned
 from layerwise.errors import LayerwiseError
 from layerwise.lab.cli.words import Words, split_words
 from layerwise.lab.config.load import load_config
+from layerwise.lab.experiments.sweep.engines import Engine, LocalEngine, RayEngine
 
 if TYPE_CHECKING:
-    from layerwise.lab.experiments.sweep.engines import Engine
     from layerwise.lab.experiments.sweep.trials import SweepConfig
 
 
@@ -91,8 +91,6 @@ def _report(config: SweepConfig, reasons: list[str]) -> None:
 
 def _engine(name: str, workers: int | None, **ray_options: Any) -> Engine:
     """The engine that the options ask for. Raises LayerwiseError for options of another one."""
-    from layerwise.lab.experiments.sweep.engines import LocalEngine, RayEngine
-
     given = {key: value for key, value in ray_options.items() if value is not None}
     if name == "ray":
         return RayEngine(workers=workers, **given)

@@ -14,7 +14,7 @@ from layerwise.lab.config.load import load_config
 from layerwise.lab.config.schema import Config
 from layerwise.lab.models.families import PRESETS
 from layerwise.lab.optimizers.registry import optimizers
-from layerwise.lab.runs.directory import has_ended
+from layerwise.lab.runs.directory import check_output, has_ended
 from layerwise.lab.runs.recorded import Run, number
 from layerwise.lab.training import processes
 
@@ -85,7 +85,6 @@ def record(
     A large model takes them over: `layerwise train LARGE --match base.json`. Only the steps that are matched are trained:
     one, unless `function_space.match_step` or `match_every` say otherwise.
     """
-    from layerwise.lab.runs.directory import check_output
     from layerwise.lab.training.run import record as run_recording
 
     path, overrides = split_words(words)
