@@ -126,7 +126,7 @@ def test_a_file_that_is_no_config(tmp_path: Path, text: str, words: str) -> None
 
 
 def test_a_missing_or_binary_file(tmp_path: Path) -> None:
-    with pytest.raises(LayerwiseError, match="no such file"):
+    with pytest.raises(LayerwiseError, match="cannot be read: No such file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(LayerwiseError, match="cannot be read"):

@@ -170,7 +170,7 @@ def test_a_local_dataset(tmp_path: Path) -> None:
         ({"data__vocab_size": 300}, "bytes have 257"),
         ({"data__tokenizer": "bpe", "data__vocab_size": 100}, "at least 257"),
         ({"data__source": "tokens"}, "one .npy or .bin file"),
-        ({"data__source": "tokens", "data__paths": ["none.npy"]}, "no such file"),
+        ({"data__source": "tokens", "data__paths": ["none.npy"]}, "No such file"),
         ({"data__source": "dataset", "data__paths": []}, "data.dataset is not given"),
     ],
 )

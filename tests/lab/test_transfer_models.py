@@ -235,7 +235,7 @@ def test_role_factors_set_the_rates_of_roles_and_nothing_else() -> None:
     with pytest.raises(LayerwiseError, match="did you mean `hidden`"):
         build_optimizer(model, wrong)
     short = OptimizerConfig.model_validate({"name": "adamw", "betas": [0.9]})
-    with pytest.raises(LayerwiseError, match=r"optimizer.betas=\[0.9\]: too few values for adamw"):
+    with pytest.raises(LayerwiseError, match=r"optimizer.betas=\[0.9\]: adamw does not take that: "):
         build_optimizer(model, short)
 
 

@@ -50,10 +50,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise LayerwiseError(f"config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise LayerwiseError(f"config {path}: cannot be read: {error}") from None
+        raise LayerwiseError(f"config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     tree = parse_yaml(text, f"config {path}")
     if tree is None:
         return {}

@@ -53,10 +53,9 @@ def _takes(annotation: Any, *kinds: type) -> bool:
 
 def one_folder(name: str, key: str) -> str:
     """A name that a folder can have, and that stays where it is put. Raises ValueError."""
-    if name in (".", "..") or any(part in name for part in "/\\\0") or not name.isprintable():
-        raise ValueError(f"{key}={name!r}: a name of one folder is needed, without slashes and control characters")
-    if len(name.encode()) > 200:
-        raise ValueError(f"{key}={name[:40]!r}...: a name of at most 200 bytes is needed")
+    if name in (".", "..") or any(c in name for c in "/\\\0") or not name.isprintable() or len(name.encode()) > 200:
+        needed = "a name of one folder is needed, of 200 bytes at most, without slashes and control characters"
+        raise ValueError(f"{key}={name!r:.60}: {needed}")
     return name
 
 
@@ -142,19 +141,16 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _read_by_the_source(self) -> Self:
         """Else a run would train on another text than the one that was named."""
-        if self.paths and self.source not in ("files", "tokens", "fashion-mnist"):
-            raise ValueError(
-                f"data.paths={self.paths} is not read by data.source={self.source}: set data.source to files or"
-                " tokens (fashion-mnist: the folder of its files), or leave data.paths out"
-            )
+        readers = {"paths": ("files", "tokens", "fashion-mnist"), "dataset": ("dataset",), "dataset_config": ("dataset",)}
+        for key, sources in readers.items():
+            value = getattr(self, key)
+            if value and self.source not in sources:
+                raise ValueError(
+                    f"data.{key}={value} is not read by data.source={self.source}: set data.source to"
+                    f" {' or '.join(sources)}, or leave data.{key} out"
+                )
         if len(self.paths) > 1 and self.source == "fashion-mnist":
             raise ValueError(f"data.paths={self.paths}: data.source=fashion-mnist takes one folder")
-        for key, value in (("dataset", self.dataset), ("dataset_config", self.dataset_config)):
-            if value is not None and self.source != "dataset":
-                raise ValueError(
-                    f"data.{key}={value} is not read by data.source={self.source}: set data.source=dataset, or"
-                    f" leave data.{key} out"
-                )
         return self
 
     @property

@@ -210,8 +210,6 @@ def _from_id_file(config: DataConfig) -> TokenFiles:
     path = Path(config.paths[0]).expanduser()
     try:
         ids = np.load(path, mmap_mode="r") if path.suffix == ".npy" else _open_ids(path, config.token_dtype)
-    except FileNotFoundError:
-        raise LayerwiseError(f"data.paths: {path}: no such file") from None
     except (OSError, ValueError, EOFError, MemoryError) as error:
         raise LayerwiseError(f"data.paths: {path} cannot be read as token ids: {error}") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.size == 0:

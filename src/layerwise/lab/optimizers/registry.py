@@ -182,13 +182,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         return preset.build(groups, lr=config.lr, weight_decay=config.weight_decay, **keywords)
     except LayerwiseError:
         raise
-    except (ValueError, TypeError) as error:
-        raise LayerwiseError(f"optimizer {config.name}: {error}") from None
-    except IndexError:  # a list shorter than the optimizer expects: its own words do not say which
-        lists = {key: value for key, value in config.settings.items() if isinstance(value, list | tuple)}
-        given = ", ".join(f"optimizer.{key}={list(value)}" for key, value in lists.items())
-        what = f"{given or 'optimizer'}: too few values for {config.name}"
-        raise LayerwiseError(f"{what}, give all of them") from None
+    except (ValueError, TypeError, IndexError) as error:  # the last: a list shorter than the optimizer expects
+        given = ", ".join(f"optimizer.{key}={value}" for key, value in config.settings.items())
+        raise LayerwiseError(f"{given or 'optimizer'}: {config.name} does not take that: {error}") from None
 
 
 def scale_roles(

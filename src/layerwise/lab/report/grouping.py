@@ -86,9 +86,7 @@ def load_runs(paths: Iterable[str | Path], note: Callable[[str], None] = warn) -
         named = (Path(given) / RUN_FILE).is_file()
         found = [Path(given)] if named else list(find_runs(given))
         if not found:
-            missing = "a file, not a run directory" if Path(given).is_file() else "no such directory"
-            what = f"no {RUN_FILE} there or below" if Path(given).is_dir() else missing
-            raise LayerwiseError(f"run {given}: {what}; name a folder that `layerwise train` wrote")
+            raise LayerwiseError(f"run {given}: no {RUN_FILE} there or below; name a folder that `layerwise train` wrote")
         damaged = []
         for folder in found:
             try:

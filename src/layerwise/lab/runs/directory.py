@@ -50,6 +50,7 @@ class _Parameter(BaseModel):
 class _RunFile(BaseModel, strict=True):
     """What entries of run.json are, where they are there; others are not looked at."""
 
+    format: Literal[1]
     name: str | None = None
     status: Literal["running", "finished", "diverged"] = "running"  # any other word would count as ended
     config: dict[str, Any] | None = None
@@ -118,20 +119,16 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path)
     try:
         info = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        _RunFile.model_validate(info)
     except (FileNotFoundError, NotADirectoryError):
         raise LayerwiseError(f"run {folder}: no {RUN_FILE} there; name a folder that `layerwise train` wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no UTF-8, no JSON, or other entries than a run has
+        what = str(error)
+        if isinstance(error, ValidationError):
+            fault = error.errors()[0]
+            what = f"{(*fault['loc'], 'all of it')[0]} is {fault['input']!r:.60}"
         raise LayerwiseError(
-            f"run {folder}: {RUN_FILE} is damaged ({error}); move the folder away, or train again with --overwrite"
-        ) from None
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise LayerwiseError(f"run {folder}: {RUN_FILE} is not of format {FORMAT}, which this version reads")
-    try:
-        _RunFile.model_validate(info)
-    except ValidationError as error:
-        key = error.errors()[0]["loc"][0]
-        raise LayerwiseError(
-            f"run {folder}: {RUN_FILE} is damaged ({key} is {info[key]!r:.60}); move the folder away, or train again"
+            f"run {folder}: {RUN_FILE} is damaged ({what}), or of another version; move the folder away, or train again"
             " with --overwrite"
         ) from None
     return Run(folder, info)
