@@ -190,7 +190,7 @@ def spoil(checkpoint: Path, damage: str) -> None:
 def test_when_every_checkpoint_is_damaged(tmp_path: Path, broken_run: Path) -> None:
     for path in list_checkpoints(broken_run / "checkpoints"):
         spoil(path, "truncate")
-    with pytest.raises(LayerwiseError, match=r"step-00000008/state\.pt is truncated: \d+ bytes of \d+.*--overwrite"):
+    with pytest.raises(LayerwiseError, match=r"step-00000008/state\.pt is damaged: it has \d+ bytes of \d+.*--overwrite"):
         resume(tmp_path)
 
 

@@ -92,14 +92,11 @@ def check_hash(path: Path) -> None:
     manifest, file = read_manifest(path), path / _STATE
     try:
         found = _fingerprint(file)
-        if found["bytes"] != manifest["bytes"]:
-            raise DamagedCheckpointError(
-                f"checkpoint {file} is truncated: {found['bytes']} bytes of {manifest['bytes']}; delete its folder"
-            )
-        if found["sha256"] != manifest["sha256"]:
-            raise DamagedCheckpointError(f"checkpoint {file} is damaged: its hash differs; delete its folder")
-    except (OSError, KeyError) as error:
+    except OSError as error:
         raise _unreadable(file, error) from None
+    if found != {key: manifest.get(key) for key in found}:
+        size = f"{found['bytes']} bytes of {manifest.get('bytes')}"
+        raise DamagedCheckpointError(f"checkpoint {file} is damaged: it has {size}, or another hash; delete its folder")
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -240,7 +240,10 @@ class Trainer:
         with ExitStack() as around:
             for observer in self.observers:
                 around.enter_context(observer.around_step(self.step + 1))
-            self._optimizer_step()
+            try:
+                self.optimizer.step()
+            except NonFiniteError as error:
+                raise DivergedError(str(error).partition(";")[0]) from None
         self.step += 1
         self.optimizer.zero_grad()
         recorded = training.record_every and self._due(training.record_every)
@@ -249,12 +252,6 @@ class Trainer:
         self._loss_steps += 1
         for observer in self.observers:
             observer.after_step(self.step)
-
-    def _optimizer_step(self) -> None:
-        try:
-            self.optimizer.step()
-        except NonFiniteError as error:
-            raise DivergedError(str(error).partition(";")[0]) from None
 
     def _numbers(self) -> dict[str, Any]:
         """The loss since the last line, and this step's rate and gradient norm."""
