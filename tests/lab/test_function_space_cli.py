@@ -318,7 +318,7 @@ def test_check_and_sweep_exit_codes(config: Path, tmp_path: Path, capsys: pytest
     for words, message in (
         (["check", str(config)], "check needs --sizes"),
         (["check", str(config), "--sizes", "8"], "give at least two"),
-        (["check", str(config), "--sizes", "8,twelve"], "write numbers with commas"),
+        (["check", str(config), "--sizes", "8,twelve"], "write finite numbers with commas"),
         (["check", str(config), "--sizes", "8,nan"], "--sizes '8,nan': write finite numbers"),
         (["check", str(config), "--sizes", "8,16", "--seeds", "1.5"], "--seeds '1.5': write whole numbers"),
         (
