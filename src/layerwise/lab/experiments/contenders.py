@@ -81,56 +81,6 @@ class CompareConfig(Config):
         return self.run.name or "compare"
 
 
-def entries(config: CompareConfig) -> list[Search]:
-    """The contenders of a config. Raises LayerwiseError for a name that is neither an optimizer nor a contender."""
-    section = config.compare
-    if config.optimizer != OptimizerConfig.model_validate({}):
-        raise LayerwiseError(
-            "optimizer: `compare` sets it for each contender; write compare.contenders.NAME instead,"
-            " for example compare.contenders.adamw.lr=1e-3"
-        )
-    names = list(section.optimizers)
-    if "optimizers" not in section.model_fields_set:  # a list of one's own is meant as it stands
-        names += [name for name in section.contenders if name not in optimizers()]
-    grids = section.lr_grid if isinstance(section.lr_grid, dict) else {}
-    for name in [*names, *grids, *section.by_role]:
-        if name not in optimizers() and name not in section.contenders:
-            valid = [*optimizers(), *section.contenders]
-            raise LayerwiseError(f"compare: unknown optimizer {name!r}: {nearest(name, valid)}")
-    if len(set(names)) < len(names):
-        raise LayerwiseError(f"compare.optimizers={','.join(names)}: each contender once")
-    found = [_entry(config, name, grids) for name in names]
-    for name in section.by_role:  # the runs that both have are made once
-        tuned = _entry(config, name, grids)
-        tuned.name, tuned.label, tuned.roles = f"{name}-by-role", f"{tuned.label} by role", section.roles
-        found.append(tuned)
-    for entry, look in zip(found, looks([entry.optimizer.name for entry in found]), strict=True):
-        entry.look = look
-        least = len(entry.rates) + sum(map(len, entry.roles.values()))
-        if section.trials is not None and section.trials < least:
-            raise LayerwiseError(
-                f"compare.trials={section.trials}: {entry.label} has {least} base rates and factors to try;"
-                f" give trials={least} or more, or fewer of those"
-            )
-    if section.baseline is not None and section.baseline not in (known := [entry.name for entry in found]):
-        raise LayerwiseError(f"compare.baseline={section.baseline!r}: {nearest(section.baseline, known)}")
-    return found
-
-
-def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]]) -> Search:
-    settings = {"name": name, **config.compare.contenders.get(name, {})}
-    section = f"compare.contenders.{name}"
-    optimizer = validate(OptimizerConfig, settings, f"{section}.")
-    find_preset(optimizer, section)
-    start = default_rate(config.model, optimizer.name) if optimizer.lr is None else optimizer.lr
-    automatic = config.compare.lr_grid == "auto"
-    if automatic and start == 0:
-        raise LayerwiseError(f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out")
-    around = range(-AUTO_STEPS, AUTO_STEPS + 1) if automatic else [0]
-    rates = sorted(set(grids[name])) if name in grids else [start * 2.0**k for k in around]
-    return Search(name, optimizer_title(name), Look(""), optimizer, rates, automatic, config.compare.trials)
-
-
 @dataclass(frozen=True)
 class Point:
     """A base rate, and factors on it by role: only those that are not 1."""
@@ -240,3 +190,53 @@ def finer(curve: RateCurve) -> float:
     at = curve.rates.index(curve.best)  # type: ignore[arg-type]
     below, best, above = curve.rates[at - 1 : at + 2]
     return (best * (below if best / below > above / best else above)) ** 0.5
+
+
+def entries(config: CompareConfig) -> list[Search]:
+    """The contenders of a config. Raises LayerwiseError for a name that is neither an optimizer nor a contender."""
+    section = config.compare
+    if config.optimizer != OptimizerConfig.model_validate({}):
+        raise LayerwiseError(
+            "optimizer: `compare` sets it for each contender; write compare.contenders.NAME instead,"
+            " for example compare.contenders.adamw.lr=1e-3"
+        )
+    names = list(section.optimizers)
+    if "optimizers" not in section.model_fields_set:  # a list of one's own is meant as it stands
+        names += [name for name in section.contenders if name not in optimizers()]
+    grids = section.lr_grid if isinstance(section.lr_grid, dict) else {}
+    for name in [*names, *grids, *section.by_role]:
+        if name not in optimizers() and name not in section.contenders:
+            valid = [*optimizers(), *section.contenders]
+            raise LayerwiseError(f"compare: unknown optimizer {name!r}: {nearest(name, valid)}")
+    if len(set(names)) < len(names):
+        raise LayerwiseError(f"compare.optimizers={','.join(names)}: each contender once")
+    found = [_entry(config, name, grids) for name in names]
+    for name in section.by_role:  # the runs that both have are made once
+        tuned = _entry(config, name, grids)
+        tuned.name, tuned.label, tuned.roles = f"{name}-by-role", f"{tuned.label} by role", section.roles
+        found.append(tuned)
+    for entry, look in zip(found, looks([entry.optimizer.name for entry in found]), strict=True):
+        entry.look = look
+        least = len(entry.rates) + sum(map(len, entry.roles.values()))
+        if section.trials is not None and section.trials < least:
+            raise LayerwiseError(
+                f"compare.trials={section.trials}: {entry.label} has {least} base rates and factors to try;"
+                f" give trials={least} or more, or fewer of those"
+            )
+    if section.baseline is not None and section.baseline not in (known := [entry.name for entry in found]):
+        raise LayerwiseError(f"compare.baseline={section.baseline!r}: {nearest(section.baseline, known)}")
+    return found
+
+
+def _entry(config: CompareConfig, name: str, grids: Mapping[str, Sequence[float]]) -> Search:
+    settings = {"name": name, **config.compare.contenders.get(name, {})}
+    section = f"compare.contenders.{name}"
+    optimizer = validate(OptimizerConfig, settings, f"{section}.")
+    find_preset(optimizer, section)
+    start = default_rate(config.model, optimizer.name) if optimizer.lr is None else optimizer.lr
+    automatic = config.compare.lr_grid == "auto"
+    if automatic and start == 0:
+        raise LayerwiseError(f"{section}.lr=0: compare.lr_grid=auto looks around a rate above 0; leave one out")
+    around = range(-AUTO_STEPS, AUTO_STEPS + 1) if automatic else [0]
+    rates = sorted(set(grids[name])) if name in grids else [start * 2.0**k for k in around]
+    return Search(name, optimizer_title(name), Look(""), optimizer, rates, automatic, config.compare.trials)

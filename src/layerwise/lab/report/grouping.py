@@ -62,10 +62,6 @@ class Contender:
     runs: tuple[Run, ...]
 
     @property
-    def optimizer(self) -> str:
-        return self.runs[0].optimizer
-
-    @property
     def final_losses(self) -> list[float]:
         return [run.final_val_loss for run in self.runs]
 
