@@ -146,8 +146,8 @@ class DataConfig(Section):
             value = getattr(self, key)
             if value and self.source not in sources:
                 raise ValueError(
-                    f"data.{key}={value} is not read by data.source={self.source}: set data.source to"
-                    f" {' or '.join(sources)}, or leave data.{key} out"
+                    f"data.{key}={value} is not read by data.source={self.source}: set"
+                    f" data.source={' or '.join(sources)}, or leave data.{key} out"
                 )
         if len(self.paths) > 1 and self.source == "fashion-mnist":
             raise ValueError(f"data.paths={self.paths}: data.source=fashion-mnist takes one folder")
