@@ -39,7 +39,7 @@ from layerwise.geometry import Spectral, polar
 from layerwise.geometry.layout import MatrixLayout
 from layerwise.geometry.spectral.newton_schulz import PROCESSOR_UNITS
 from layerwise.optim.groups.options import DEFAULTS
-from layerwise.optim.rules.noise_adaptive import PreviousGradient
+from layerwise.optim.rules.noise_adaptive import REFERENCES
 from layerwise.optim.work.job import Job, alike
 from layerwise.optim.work.local import LocalWork
 from script import RESULTS, documented_parser, write_page
@@ -153,13 +153,13 @@ def heavyball_muon(params: Sequence[Tensor], cast: bool) -> Step:
 def noise_alone(params: Sequence[Tensor]) -> Step:
     """What LANTON's noise adds to a step: the difference, its dual norms in the optimizer's batches, and the copy."""
     group = DEFAULTS | {"layout": MatrixLayout(), "geometry": Spectral()}
-    reference, work = PreviousGradient(), LocalWork()
+    reference, work = REFERENCES["previous"], LocalWork()
     states = [reference.allocate(p) for p in params]
 
     def step() -> None:
         jobs = [Job("", p, p, p.grad, True, group, state, 0.02) for p, state in zip(params, states, strict=True)]
         sets = [some.jobs for some in alike(jobs)]
-        work.norms([piece for some in sets for piece in lw.DualNorm(reference).asked_of(some)])
+        work.norms([piece for some in sets for piece in lw.DualNorm(reference.difference).asked_of(some)])
         for some in sets:
             lw.NoiseAdaptive().remember(some, None)
 

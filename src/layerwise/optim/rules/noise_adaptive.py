@@ -15,41 +15,37 @@ from layerwise.optim.work.job import Job, State, select_all, stack_of, stacked, 
 from layerwise.optim.work.local import DualNorm, Source, deviation_of
 
 
-class Reference(Source):
-    """The gradient G' that LANTON compares the gradient G with; as a source of matrices, G - G'.
-
-    That is scaled so that for white noise of deviation sigma the square of its norm is that of 2 sigma^2.
-    """
-
-    #: how many gradients must have been seen before a difference means anything
-    warmup: int = 1
-
-    def allocate(self, param: Tensor) -> State:
-        return {}
-
-
 @dataclass(frozen=True)
-class PreviousGradient(Reference):
-    """G' is the gradient of the step before (LANTON's practical option): one gradient buffer.
+class Reference:
+    """The gradient G' that LANTON compares the gradient G with.
 
-    ``dtype`` is the buffer's, None for the parameter's own. The buffer is a copy: training loops zero or reuse ``.grad``.
+    Args:
+        difference: makes G - G', scaled so that for white noise of deviation sigma the square of its norm is that of
+            2 sigma^2.
+        warmup: how many gradients must have been seen before a difference means anything.
+        buffer: the key in a parameter's state under which a gradient is kept for it; "" where none is.
+        dtype: of the buffer, None for the parameter's own.
     """
 
+    difference: Source
+    warmup: int = 0
+    buffer: str = ""
     dtype: torch.dtype | None = None
 
     def allocate(self, param: Tensor) -> State:
-        return {"previous_gradient": torch.zeros_like(param, dtype=self.dtype or param.dtype)}
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        # in float32 at least: the difference of two float16 gradients can leave float16
-        dtype = torch.promote_types(jobs[0].grad.dtype, torch.float32)
-        if len(jobs) == 1 or (jobs[0].alike is not None and jobs[0].alike.small):
-            return stack_of(jobs).to(dtype) - stack_of(jobs, "previous_gradient")
-        return stacked_by("sub", [job.grad.to(dtype) for job in jobs], [job.state["previous_gradient"] for job in jobs])
+        return {self.buffer: torch.zeros_like(param, dtype=self.dtype or param.dtype)} if self.buffer else {}
 
 
-@dataclass(frozen=True)
-class MomentumReference(Reference):
+def from_previous(jobs: Sequence[Job]) -> Tensor:
+    """G' is the gradient of the step before (LANTON's practical option), of which a copy is kept: loops reuse ``.grad``."""
+    # in float32 at least: the difference of two float16 gradients can leave float16
+    dtype = torch.promote_types(jobs[0].grad.dtype, torch.float32)
+    if len(jobs) == 1 or (jobs[0].alike is not None and jobs[0].alike.small):
+        return stack_of(jobs).to(dtype) - stack_of(jobs, "previous_gradient")
+    return stacked_by("sub", [job.grad.to(dtype) for job in jobs], [job.state["previous_gradient"] for job in jobs])
+
+
+def from_momentum(jobs: Sequence[Job]) -> Tensor:
     """G' is the bias-corrected average of the gradients before this one: no buffer beyond the momentum's.
 
     The average before G went in is ``(M - (1 - beta) G) / beta``, and ``k`` gradients old it is corrected by
@@ -57,25 +53,18 @@ class MomentumReference(Reference):
     ``v = (1 - beta) / (1 + beta) * (1 + beta^k) / (1 - beta^k)``, so ``sqrt(2 / (1 + v))`` puts the difference on the
     scale of the other options. The drift of the mean gradient over about ``1 / (1 - beta)`` steps is counted as noise.
     """
-
-    warmup: int = 1
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        beta, averages = jobs[0].group["momentum"], stack_of(jobs, "momentum_buffer")
-        seen = stack_of(jobs, "gradients_seen")[:, 0]
-        old = beta ** seen.clamp(min=1)  # beta^k; on the first step nothing is read
-        variance = (1 - beta) / (1 + beta) * (1 + old) / (1 - old)
-        scale = (2 / (1 + variance)).sqrt().reshape(-1, *[1] * (averages.ndim - 1))
-        weight = 1 / (beta * (1 - old)).reshape(scale.shape)
-        # float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
-        dtype = torch.promote_types(averages.dtype, torch.float32)
-        return torch.sub(
-            stack_of(jobs).to(dtype) * (scale * (1 + (1 - beta) * weight)), averages.to(dtype) * (scale * weight)
-        )
+    beta, averages = jobs[0].group["momentum"], stack_of(jobs, "momentum_buffer")
+    seen = stack_of(jobs, "gradients_seen")[:, 0]
+    old = beta ** seen.clamp(min=1)  # beta^k; on the first step nothing is read
+    variance = (1 - beta) / (1 + beta) * (1 + old) / (1 - old)
+    scale = (2 / (1 + variance)).sqrt().reshape(-1, *[1] * (averages.ndim - 1))
+    weight = 1 / (beta * (1 - old)).reshape(scale.shape)
+    # float32 factors; in float32 at least, as the difference of two bfloat16 products would be rounding
+    dtype = torch.promote_types(averages.dtype, torch.float32)
+    return torch.sub(stack_of(jobs).to(dtype) * (scale * (1 + (1 - beta) * weight)), averages.to(dtype) * (scale * weight))
 
 
-@dataclass(frozen=True)
-class IndependentHalf(Reference):
+def between_halves(jobs: Sequence[Job]) -> Tensor:
     """G' is the gradient of an independent minibatch at the same weights (LANTON's theoretical option).
 
     The two halves of an accumulated batch are such a pair. With A what ``.grad`` holds after the first half and B after
@@ -83,49 +72,35 @@ class IndependentHalf(Reference):
     difference has the noise of half batches, twice the variance, hence the factor ``sqrt(1/2)``.
     ``LayerwiseOptimizer.hold_half`` fills the buffer with A, then with ``2 A - B``.
     """
-
-    warmup: int = 0
-
-    def allocate(self, param: Tensor) -> State:
-        return {"half_difference": torch.zeros_like(param)}
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return stack_of(jobs, "half_difference") * 2.0**0.5
+    return stack_of(jobs, "half_difference") * 2.0**0.5
 
 
-@dataclass(frozen=True)
-class ReplicaGradient(Reference):
+def from_mean_of_replicas(jobs: Sequence[Job]) -> Tensor:
     """One replica's own gradient against the mean of all W, which is the gradient G of the step: no buffer in the state.
 
     Replicas see independent minibatches. With ``sigma^2`` the variance of their mean, one has ``W sigma^2``, and its
     difference from the mean ``(W - 1) sigma^2``: ``sqrt(2 / (W - 1))`` puts it on the scale of the other options. With two
-    replicas that is exactly what the halves of ``IndependentHalf`` give. One process keeps its own gradient of each
-    parameter and takes its norm; which one changes from step to step (``layerwise.optim.work.replicas``).
+    replicas that is exactly what `between_halves` gives. One process keeps its own gradient of each parameter and takes
+    its norm; which one changes from step to step (``layerwise.optim.work.replicas``).
     """
-
-    warmup: int = 0
-
-    of_replica: ClassVar = True
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        means = [job.grad if job.fetched is None else job.fetched for job in jobs]
-        return stacked([deviation_of(job).from_mean(mean) for job, mean in zip(jobs, means, strict=True)])
+    means = [job.grad if job.fetched is None else job.fetched for job in jobs]
+    return stacked([deviation_of(job).from_mean(mean) for job, mean in zip(jobs, means, strict=True)])
 
 
 #: Below it a floor would not keep a unit of no noise at all from an infinite rate.
 SMALLEST_FLOOR = 1e-12
 
 REFERENCES: dict[str, Reference] = {
-    "previous": PreviousGradient(),
-    "previous_bf16": PreviousGradient(torch.bfloat16),
-    "momentum": MomentumReference(),
-    "independent": IndependentHalf(),
-    "replicas": ReplicaGradient(),
+    "previous": Reference(Source(from_previous), 1, "previous_gradient"),
+    "previous_bf16": Reference(Source(from_previous), 1, "previous_gradient", torch.bfloat16),
+    "momentum": Reference(Source(from_momentum), 1),
+    "independent": Reference(Source(between_halves), buffer="half_difference"),
+    "replicas": Reference(Source(from_mean_of_replicas, of_replica=True)),
 }
 #: The norms that a rule asks for, by reference and `size_normalised`: with a seed of its own at each step, the same after a
 #: resume.
 _NORMS: Final = {
-    (name, normalised): [DualNorm(reference, per_white_noise=normalised, seed="gradients_seen")]
+    (name, normalised): [DualNorm(reference.difference, per_white_noise=normalised, seed="gradients_seen")]
     for name, reference in REFERENCES.items()
     for normalised in (False, True)
 }
@@ -199,18 +174,14 @@ class NoiseAdaptive(RateRule):
 
     @property
     def needs_halves(self) -> bool:  # type: ignore[override]
-        return isinstance(self._reference, IndependentHalf)
+        return self.reference == "independent"
 
     @property
     def needs_replicas(self) -> bool:  # type: ignore[override]
-        return isinstance(self._reference, ReplicaGradient)
-
-    @property
-    def _reference(self) -> Reference:
-        return REFERENCES[self.reference]
+        return self.reference == "replicas"
 
     def fits(self, group: Mapping[str, Any]) -> None:
-        if not isinstance(self._reference, MomentumReference):
+        if self.reference != "momentum":
             return
         if group["momentum"] == 0.0:
             raise LayerwiseError(
@@ -225,10 +196,10 @@ class NoiseAdaptive(RateRule):
             )
 
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
-        return super().allocate(param, units, sizes) | self._reference.allocate(param)
+        return super().allocate(param, units, sizes) | REFERENCES[self.reference].allocate(param)
 
     def squared_norm(self, state: State) -> Tensor:
-        known: Tensor = state["gradients_seen"] > self._reference.warmup
+        known: Tensor = state["gradients_seen"] > REFERENCES[self.reference].warmup
         return torch.where(known, state["noise"], float("nan"))
 
     def norms(self) -> Sequence[DualNorm]:

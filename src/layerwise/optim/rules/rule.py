@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
@@ -19,18 +18,8 @@ from torch import Tensor
 from layerwise.common.checked import checked
 from layerwise.common.parameter_names import first_few
 from layerwise.errors import LayerwiseError
-from layerwise.optim.work.job import Alike, Group, Job, State, current_momentum, join_state, select
+from layerwise.optim.work.job import Job, State, current_momentum, join_state, select
 from layerwise.optim.work.local import DualNorm, white_noise_factors
-
-
-@dataclass(slots=True)
-class _Run:
-    """Neighbours among the members that are neighbours in their set too; or that have no gradient."""
-
-    some: Alike | None
-    start: int  # the first of them in the set
-    group: Group  # of the first
-    units: list[int]  # of each of them
 
 
 class NormGroup:
@@ -39,11 +28,12 @@ class NormGroup:
     norms: Tensor  # [norms that the rule asked for, units]; 0 for units without a gradient
     present: Tensor  # [units], bool: which have a gradient at this step
     state: Mapping[str, Tensor]  # "multiplier" and the rule's `unit_state`, each [units]: copies
-    members: Sequence[Job]  # the parameters whose units they are, in order
+    members: Sequence[Job]  # the parameters whose units they are: set by set, and then those without a gradient
 
     def __init__(self, rule: RateRule, members: Sequence[Job]) -> None:
-        self.rule, self.members = rule, members
+        self.rule, resting = rule, [job for job in members if job.alike is None]
         self.sets = [job.alike for job in members if job.alike is not None and job.row == 0]
+        self.members = members = [*(job for some in self.sets for job in some.jobs), *resting]
         self.chunks = [chunk for some in self.sets for chunk in some.chunks()]
         wanted = () if rule.own_dual_norm else rule.norms()
         #: of each set, the work on each norm that ``update`` takes, in pieces of parameters that are worked on together
@@ -55,8 +45,10 @@ class NormGroup:
                 "for it: give rates= when you make the optimizer (a group's own rates=None turns the rule off at any step)"
             )
         self._device = members[0].state["multiplier"].device  # parameters of one model may be on several
-        self._runs = _runs(members)
-        self.present = self._repeated([run.some is not None for run in self._runs], torch.bool)
+        #: (the first of them, how many units) of each set, and of each without a gradient
+        self._blocks = [(some.jobs[0], sum(map(_units_of, some.jobs))) for some in self.sets]
+        self._blocks += [(job, _units_of(job)) for job in resting]
+        self.present = self._repeated([job.moves for job, _ in self._blocks], torch.bool)
         #: [units], where the unit steps write the dual norms of their directions, if the rule wants those; and of each job
         self.duals: Tensor | None = None
         self._own_duals: Sequence[Tensor] = ()
@@ -64,27 +56,25 @@ class NormGroup:
             factors = [factor for job in members for factor in _over_white_noise(job)]
             self._over_white_noise = torch.tensor(factors, dtype=torch.float32, device=self._device)
             self.duals = torch.zeros_like(self._over_white_noise)
-            sizes = [job.state["multiplier"].numel() for job in members]
-            self._own_duals = self.duals.split(sizes)
+            self._own_duals = self.duals.split([_units_of(job) for job in members])
         #: by its name the state that could be joined, and None where it is apart
         self.joined = {key: join_state(members, key) for key in rule.unit_keys}
-        counts = [sum(run.units) for run in self._runs]
         for key, found in self.joined.items():
-            for run, part in zip(self._runs, found.whole.split(counts), strict=True) if found else ():
-                if run.some is not None and len(run.units) == len(run.some.jobs):
-                    run.some.state[key] = part.view(len(run.units), -1)
+            parts = found.whole.split([units for _, units in self._blocks]) if found else ()
+            for some, part in zip(self.sets, parts, strict=False):
+                some.state[key] = part.view(len(some.jobs), -1)
 
     @property
     def momentum(self) -> Tensor:
         """``[units]``: the weight of the old average in their groups."""
-        return self._repeated([current_momentum(run.group) for run in self._runs], torch.float32)
+        return self._repeated([current_momentum(job.group) for job, _ in self._blocks], torch.float32)
 
     def _repeated(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """The value of each run for all its units; neighbours that are equal in one launch."""
+        """The value of each block for all its units; neighbours that are equal in one launch."""
         counts: list[tuple[float, int]] = []
-        for value, run in zip(values, self._runs, strict=True):
+        for value, (_, units) in zip(values, self._blocks, strict=True):
             before = counts.pop()[1] if counts and counts[-1][0] == value else 0
-            counts.append((value, before + sum(run.units)))
+            counts.append((value, before + units))
         return torch.cat([torch.full((n,), value, dtype=dtype, device=self._device) for value, n in counts])
 
     def ask_for_duals(self) -> bool:
@@ -121,18 +111,19 @@ class NormGroup:
                 torch._foreach_copy_(targets, list(chosen.split([target.numel() for target in targets])))
 
     def _side_by_side(self, norms_asked: Iterator[Tensor]) -> Tensor:
-        """``[norms, units]``: of the sets, in the order of their units."""
-        for some, pieces in zip(self.sets, self.pieces, strict=True):
-            some.norms = torch.stack([torch.cat([next(norms_asked) for _ in norm]) for norm in pieces])
-        found = [None if run.some is None else run.some.norms for run in self._runs]
-        like = next(norms for norms in found if norms is not None)
+        """``[norms, units]``."""
         parts = [
-            like.new_zeros(len(like), sum(run.units))
-            if norms is None
-            else norms[:, run.start : run.start + len(run.units)].flatten(1)
-            for run, norms in zip(self._runs, found, strict=True)
+            torch.stack([torch.cat([next(norms_asked) for _ in norm]) for norm in pieces]).flatten(1)
+            for pieces in self.pieces
         ]
+        resting = sum(units for job, units in self._blocks if not job.moves)
+        if resting:
+            parts.append(parts[0].new_zeros(len(parts[0]), resting))
         return torch.cat([part.to(self._device) for part in parts], dim=1).float()
+
+
+def _units_of(job: Job) -> int:
+    return int(job.state["multiplier"].numel())
 
 
 def _over_white_noise(job: Job) -> Iterator[float]:
@@ -141,17 +132,6 @@ def _over_white_noise(job: Job) -> Iterator[float]:
     factors = white_noise_factors(layout, job.group["geometry"], shape)
     for factor, (units, _, _) in zip(factors, layout.shapes(shape), strict=True):
         yield from [factor] * units
-
-
-def _runs(members: Sequence[Job]) -> list[_Run]:
-    runs = [_Run(None, 0, {}, [])]
-    for job in members:
-        last, some = runs[-1], job.alike
-        next_to = last.group is job.group if some is None else last.start + len(last.units) == job.row
-        if last.some is not some or not next_to:
-            runs.append(_Run(some, job.row, job.group, []))
-        runs[-1].units.append(job.state["multiplier"].numel())
-    return runs[1:]
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ Group = dict[str, Any]
 Anywhere = Callable[[Tensor], Tensor]
 
 #: What parameters that are worked on together have in common, beside shape, dtype and device.
-_ALIKE: Final = ("update", "layout", "geometry", "scaling", "radius", "nesterov")
+_ALIKE: Final = ("update", "layout", "geometry", "norm_group", "scaling", "radius", "nesterov")
 #: Many small tensors go in one launch; a chunk bounds the copies that are made of them.
 CHUNK_BYTES = 64 * 2**20
 #: Gradients and state of up to so many entries lie side by side: one operation for all of a shape.
@@ -80,7 +80,6 @@ class Alike:
     small: bool = False  # so small that their gradients and state lie side by side
     grads: Tensor | None = None  # [jobs, *shape], the gradients of the step where they do
     state: dict[str, Tensor] = field(default_factory=dict)  # [jobs, *shape], where state under a key does
-    norms: Tensor | None = None  # [norms, jobs, units], those that the rate rule asked for
 
     def chunks(self) -> list[list[Job]]:
         """Small ones at once, others by so many bytes of gradients."""

@@ -6,11 +6,10 @@ step of each unit. What the matrices come from, a :class:`Source` makes for all 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -47,61 +46,35 @@ ALONE_FROM = 2**17
 DOT_FROM = 2**14
 
 
-class Source(ABC):
-    """What the matrices of jobs are made of."""
-
-    #: whether it is what one replica's gradients differ by from those of the step, see :class:`Deviation`
-    of_replica: ClassVar[bool] = False
-
-    @abstractmethod
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        """``[jobs, *shape]``: this process's part of one tensor for each, all of one shape and with one momentum.
-
-        Of a replica's differences, which are made where whole gradients are: of the whole tensors.
-        """
-
-
 @dataclass(frozen=True)
-class _Made(Source):
-    """One by one, by a function."""
+class Source:
+    """What the matrices of jobs are made of.
 
-    make: Callable[[Job], Tensor]
+    Args:
+        stacked: makes ``[jobs, *shape]``: this process's part of one tensor for each, all of one shape and one momentum. Of
+            a replica's differences, which are made where whole gradients are: of the whole tensors.
+        of_replica: whether it is what one replica's gradients differ by from those of the step, see :class:`Deviation`.
+    """
 
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return stacked([self.make(job) for job in jobs])
-
-
-@dataclass(frozen=True)
-class Gradients(Source):
-    """The gradients of the step."""
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return stack_of(jobs)
+    stacked: Callable[[Sequence[Job]], Tensor]
+    of_replica: bool = False
 
 
-@dataclass(frozen=True)
-class Directions(Source):
-    """What unit steps go along: the average of the gradients, or Nesterov's look-ahead."""
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        group = jobs[0].group
-        if not group["nesterov"]:
-            return stack_of(jobs, "momentum_buffer")
-        averages, grads = state_and_gradients(jobs, "momentum_buffer")
-        if len(grads) == 1:
-            return torch.lerp(grads[0], averages[0], current_momentum(group)).view(len(jobs), *jobs[0].grad.shape)
-        return stacked_by("lerp", grads, averages, current_momentum(group))
+def _unit_steps_go_along(jobs: Sequence[Job]) -> Tensor:
+    """The average of the gradients, or Nesterov's look-ahead."""
+    group = jobs[0].group
+    if not group["nesterov"]:
+        return stack_of(jobs, "momentum_buffer")
+    averages, grads = state_and_gradients(jobs, "momentum_buffer")
+    if len(grads) == 1:
+        return torch.lerp(grads[0], averages[0], current_momentum(group)).view(len(jobs), *jobs[0].grad.shape)
+    return stacked_by("lerp", grads, averages, current_momentum(group))
 
 
-@dataclass(frozen=True)
-class _Fetched(Source):
-    """Whole tensors that were brought together."""
-
-    def stacked(self, jobs: Sequence[Job]) -> Tensor:
-        return stacked([job.fetched for job in jobs if job.fetched is not None])
-
-
-GRADIENTS, DIRECTIONS = Gradients(), Directions()
+#: The gradients of the step, and what unit steps go along.
+GRADIENTS, DIRECTIONS = Source(stack_of), Source(_unit_steps_go_along)
+#: Whole tensors that were brought together.
+_FETCHED = Source(lambda jobs: stacked([job.fetched for job in jobs if job.fetched is not None]))
 
 
 @remember
@@ -141,7 +114,8 @@ class DualNorm:
         geometry, factors = self.geometry or group["geometry"], None
         if self.per_white_noise:
             factors = white_noise_factors(group["layout"], geometry, tuple(param.shape))
-        source = self.of if isinstance(self.of, Source) else _Made(self.of)
+        make = self.of  # one by one
+        source = make if isinstance(make, Source) else Source(lambda some: stacked([make(job) for job in some]))
         asked = MatrixJob(jobs, source, geometry, factors, self.seed)
         return asked.pieces(norms_at_once(asked))
 
@@ -180,7 +154,7 @@ class MatrixJob:
 
     def of_fetched(self, whole: Tensor) -> MatrixJob:
         """The work on its one parameter, of which all parts were brought together."""
-        source = self.source if self.source.of_replica else _Fetched()
+        source = self.source if self.source.of_replica else _FETCHED
         return replace(self, source=source, jobs=[replace(self.jobs[0], fetched=whole)])
 
     def each(self) -> list[MatrixJob]:
