@@ -33,7 +33,7 @@ def compared(model_type: str) -> tuple[nn.Module, Any, Any]:
         raise NotRunError(str(error)) from error
     seen = look(model)
     if seen.evidence is None:
-        raise NotRunError(seen.said)
+        raise NotRunError("it does not run on the batch that is made for it")
     return model, find_roles(model, seen.evidence), find_roles(model)
 
 

@@ -12,9 +12,9 @@ from layerwise.common.alike_names import in_one, siblings_of
 from layerwise.common.checked import checked
 from layerwise.common.group_by import group_by
 from layerwise.common.text_table import count, text_table, titled
-from layerwise.geometry.declared import Overrides, Splits
+from layerwise.geometry.declared import Assigned, Overrides, Splits
 from layerwise.geometry.forward import Forward
-from layerwise.geometry.found import ROLES, How
+from layerwise.geometry.found import ROLES, How, Origin
 from layerwise.geometry.groups import Model, assign, frozen_names
 from layerwise.geometry.layout import Layout
 from layerwise.geometry.norms import Geometry
@@ -130,27 +130,25 @@ def describe(
         >>> print(str(found).splitlines()[-1])
         170 entries in 5 parameters: 1 embedding, 1 head, 1 hidden, 2 vector
     """
-    rows, entries = [], 0
-    everything = assign(model, batch, overrides, splits, forward)
-    for assigned in everything.parameters:
-        found = assigned.found
-        shape = tuple(found.parameter.shape)
-        entries += found.parameter.numel()
-        rows.append(
-            Row(
-                name=found.name,
-                tied=found.tied,
-                role=found.role,
-                geometry=assigned.geometry,
-                norm_group=assigned.norm_group,
-                shape=shape,
-                layout=found.layout,
-                units=found.layout.unit_names(found.name, shape),
-                note=found.note,
-                how=found.how,
-            )
-        )
-    return Description(tuple(rows), entries, tuple(frozen_names(model)), everything.said)
+    parameters, said = assign(Origin(model, overrides, splits), batch, forward)
+    entries = sum(assigned.found.parameter.numel() for assigned in parameters)
+    return Description(tuple(map(_row, parameters)), entries, tuple(frozen_names(model)), said or "")
+
+
+def _row(assigned: Assigned) -> Row:
+    found, shape = assigned.found, tuple(assigned.found.parameter.shape)
+    return Row(
+        name=found.name,
+        tied=found.tied,
+        role=found.role,
+        geometry=assigned.geometry,
+        norm_group=assigned.norm_group,
+        shape=shape,
+        layout=found.layout,
+        units=found.layout.unit_names(found.name, shape),
+        note=found.note,
+        how=found.how,
+    )
 
 
 def _alike(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -23,17 +22,6 @@ from layerwise.geometry.modules.roles import find_roles
 
 #: What a model is where parameters may come in its place.
 Model = Annotated[nn.Module, "the model (an nn.Module); for plain parameters use group_by_shape(parameters)"]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What became of the parameters of a model."""
-
-    parameters: list[Assigned]  # those that are trained
-    seen: Mapping[str, Found]  # what a forward pass showed of these and of frozen ones, with a tensor of the shape alone
-    overrides: Overrides | None  # of the user
-    looked: bool  # whether a batch or a way to run the model was given
-    said: str  # why a batch that was given could not be used, "" if it was or none was given
 
 
 @checked
@@ -83,29 +71,24 @@ def param_groups(
         [('embedding', '0.weight'), ('hidden', '1.weight'), ('vector', '1.bias'), ('head', '3.weight')]
         >>> optimizer = lw.Lanton(groups, lr=2e-3)
     """
-    everything = assign(model, batch, overrides, splits, forward)
-    return grouped(everything, Origin(model, everything.overrides, splits, everything.seen))
+    return groups_of(Origin(model, overrides, splits), batch, forward)
 
 
-def groups_of(origin: Origin, batch: Any = None) -> list[dict[str, Any]]:
-    """Groups as of `param_groups` of what a model is now, with what the user said of it and what was seen then."""
-    assert origin.model is not None
-    everything = assign(origin.model, batch, origin.overrides, origin.splits, seen=origin.seen)
-    origin.seen = everything.seen
-    return grouped(everything, origin)
+def groups_of(origin: Origin, batch: Any = None, forward: Forward | None = None) -> list[dict[str, Any]]:
+    """Groups as of `param_groups` of what a model is now, with what the user said of it and what was seen before.
 
-
-def grouped(everything: Assignment, origin: Origin) -> list[dict[str, Any]]:
-    """Parameters that share everything, in one group; a warning where something is not certain."""
-    doubts = sum(bool(assigned.found.note) for assigned in everything.parameters)
-    if everything.said:
-        warn(everything.said)
-    elif doubts and not everything.looked:
+    Parameters that share everything are in one group. Warns where something is not certain.
+    """
+    parameters, said = assign(origin, batch, forward)
+    doubts = sum(bool(assigned.found.note) for assigned in parameters)
+    if said:
+        warn(said)
+    elif doubts and said is None:
         warn(
             f"the roles of {doubts} parameters are not certain: print(layerwise.describe(model)) says which and why; "
             "given a batch as well, param_groups(model, batch) and add_trainable(model, batch) find them by running it once"
         )
-    return _in_groups(everything.parameters, origin=origin)
+    return _in_groups(parameters, origin=origin)
 
 
 def _in_groups(parameters: Iterable[Assigned], **shared: Any) -> list[dict[str, Any]]:
@@ -119,29 +102,25 @@ def _in_groups(parameters: Iterable[Assigned], **shared: Any) -> list[dict[str, 
     return list(groups.values())
 
 
-def assign(
-    model: nn.Module,
-    batch: Any = None,
-    overrides: Overrides | None = None,
-    splits: Splits | None = None,
-    forward: Forward | None = None,
-    seen: Mapping[str, Found] = MappingProxyType({}),
-) -> Assignment:
-    """Every trainable parameter with its role, layout, geometry and options; arguments as in `param_groups`.
+def assign(origin: Origin, batch: Any, forward: Forward | None) -> tuple[list[Assigned], str | None]:
+    """Every trainable parameter of a model with its role, layout, geometry and options; and `Look.said`.
 
-    `seen` is by name what an earlier forward pass found of parameters, where this one has nothing to say.
+    Of what this forward pass has nothing to say, an earlier one may have (`origin.seen`).
     """
+    model = origin.model
+    assert model is not None
     options_alone = isinstance(batch, Mapping) and not any(isinstance(value, Tensor) for value in tree_leaves(batch))
-    if overrides is None and options_alone:
-        batch, overrides = None, batch  # where overrides stood before there was a batch, which holds tensors
-    everything, said = _everything(model, batch, forward)
-    everything = [_as_seen(found, seen.get(found.name)) for found in everything]
-    trainable = _trainable(model, everything)
+    if origin.overrides is None and options_alone:
+        batch, origin.overrides = None, batch  # where overrides stood before there was a batch, which holds tensors
+    _check_trainable(model)
+    seen = look(model, batch, forward)
+    everything = [_as_seen(found, origin.seen.get(found.name)) for found in find_roles(model, seen.evidence)]
+    trainable = [found for found in everything if found.parameter.requires_grad and found.parameter.numel()]
     names = [(*found.names, *map(canonical_name, found.names)) for found in trainable]
     frozen = frozen_names(model)
-    split_of = matched("splits", splits or {}, names, frozen)
-    options_of = options_by_name(overrides or {}, trainable, names, frozen)
-    named = getattr(unwrap(model), "no_weight_decay", None)  # timm's models say what is not to be decayed
+    split_of = matched("splits", origin.splits or {}, names, frozen)
+    options_of = options_by_name(origin.overrides or {}, trainable, names, frozen)
+    named = getattr(model, "no_weight_decay", None)  # timm's models say what is not to be decayed
     undecayed = {canonical_name(str(name)) for name in named()} if callable(named) else set()
     result = []
     for found in trainable:
@@ -149,9 +128,8 @@ def assign(
             found = replace(found, layout=split_layout(found, split_of[found.name]), note="")
         found = replace(found, undecayed=found.undecayed or not undecayed.isdisjoint(found.names))
         result.append(overridden(found, options_of.get(found.name, {})))
-    kept = {found.name: replace(found, parameter=_shape_of(found)) for found in everything if found.how == "forward"}
-    looked = batch is not None or forward is not None
-    return Assignment(result, kept, overrides, looked, said if looked else "")
+    origin.seen = {found.name: replace(found, parameter=_shape_of(found)) for found in everything if found.how == "forward"}
+    return result, seen.said
 
 
 def _as_seen(found: Found, seen: Found | None) -> Found:
@@ -170,28 +148,22 @@ def frozen_names(model: nn.Module) -> list[str]:
     return [canonical_name(name) for name, p in unwrap(model).named_parameters() if not p.requires_grad]
 
 
-def _everything(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[list[Found], str]:
-    for name, p in model.named_parameters():
+def _check_trainable(model: nn.Module) -> None:
+    named = list(model.named_parameters())
+    for name, p in named:
         if is_lazy(p):
             raise LayerwiseError(f"{name} has no shape yet (a lazy module): run the model once on a batch first")
         if getattr(p, "_is_flat_param", False):
             raise LayerwiseError(f"{name} is flattened by FSDP1, its matrices are lost: use FSDP2's fully_shard")
         if p.requires_grad:
             check_dtype(name, p)
-    seen = look(model, batch, forward)
-    return find_roles(unwrap(model), seen.evidence), seen.said
-
-
-def _trainable(model: nn.Module, everything: list[Found]) -> list[Found]:
-    if not everything:
+    if not named:
         raise LayerwiseError(f"{type(model).__name__} has no parameters: there is nothing to train")
-    trainable = [found for found in everything if found.parameter.requires_grad and found.parameter.numel()]
-    if not trainable:
+    if not any(p.requires_grad and p.numel() for _, p in named):
         raise LayerwiseError(
-            f"all {len(everything)} parameters of {type(model).__name__} are frozen or empty: "
+            f"all {len(named)} parameters of {type(model).__name__} are frozen or empty: "
             "set requires_grad=True on those to train"
         )
-    return trainable
 
 
 @checked

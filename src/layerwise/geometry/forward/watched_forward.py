@@ -91,10 +91,10 @@ _HIDDEN = (*_INNER, "last_hidden_state", "pooler_output", "cls_token")
 
 @dataclass(frozen=True)
 class Look:
-    """What a forward pass showed, None where there was none, and one line on why there was none."""
+    """What a forward pass showed, None where there was none."""
 
     evidence: Evidence | None
-    said: str = ""
+    said: str | None = None  # why what was given could not be run, "" if it was; None where nothing was given
 
 
 def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) -> Look:
@@ -113,12 +113,12 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
         evidence = watch(inner, batch, forward or call)
     except Exception as error:  # whatever a user's model raises
         first = (str(error).splitlines() or [""])[0][:200]
-        tried = "the batch" if given else "a batch made for it"
-        told = f"{type(error).__name__}: {first}"
-        return Look(None, f"the model did not run on {tried} ({told}): roles are those of the modules")
-    if given:
-        evidence.of_unseen = "took no part in the forward pass"
-    return Look(evidence)
+        told = f"the model did not run on the batch ({type(error).__name__}: {first}): roles are those of the modules"
+        return Look(None, told if given else None)
+    if not given:
+        return Look(evidence)
+    evidence.of_unseen = "took no part in the forward pass"
+    return Look(evidence, "")
 
 
 def watch(model: nn.Module, batch: Any, forward: Forward) -> Evidence:
