@@ -98,10 +98,11 @@ class DistributedWork:
         )
         for some in overlapped(parts):
             yield [asked[number].jobs[row] for (number, row), _ in some], [step for _, step in some]
-        for domain, tasks in by_shard:
-            unsent.fill_dual_norms(domain, [t.job for t in tasks if t.job.jobs[0].dual is not None])
         for domain, tasks in shared:
-            _share_dual_norms(domain, [t.job.jobs[0].dual for t in tasks if t.job.jobs[0].dual is not None])
+            duals = [task.job.jobs[0].dual for task in tasks if task.job.jobs[0].dual is not None]
+            if duals:
+                total = _added_up(domain, torch.cat(duals))
+                torch._foreach_copy_(duals, list(total.split([len(dual) for dual in duals])))
 
     # ---------------------------------------------------------------------------------------------------- planning
 
@@ -180,10 +181,7 @@ class DistributedWork:
             unsent.place_units(held[index], norm, found[index])
         for _ in overlapped(self._norm_round(domain, some, found) for some in self._rounds(domain, travelling, norm_cost)):
             pass
-        # Each unit's norm was filled in by one process alone, so the sums are exact and the same everywhere.
-        for group in (domain.shards, domain.replicas):
-            if group is not None:
-                dist.all_reduce(total, group=group)
+        _added_up(domain, total)
         return found
 
     def _norm_round(self, domain: Domain, tasks: Sequence[Task], found: dict[Index, Tensor]) -> Iterator[Directions | None]:
@@ -237,15 +235,12 @@ def _as_one(tasks: Sequence[Task]) -> MatrixJob:
     return replace(tasks[0].job, jobs=[task.job.jobs[0] for task in tasks])
 
 
-def _share_dual_norms(domain: Domain, norms: Sequence[Tensor]) -> None:
-    """Each unit's was filled in by one process alone, so the sums are exact and the same everywhere."""
-    if not norms:
-        return
-    total = torch.cat(list(norms))
+def _added_up(domain: Domain, norms: Tensor) -> Tensor:
+    """In place: each unit's was filled in by one process alone, so the sums are exact and the same everywhere."""
     for group in (domain.shards, domain.replicas):
         if group is not None:
-            dist.all_reduce(total, group=group)
-    torch._foreach_copy_(list(norms), list(total.split([len(norm) for norm in norms])))
+            dist.all_reduce(norms, group=group)
+    return norms
 
 
 def _stacked(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:

@@ -39,34 +39,29 @@ def is_entrywise(job: MatrixJob) -> bool:
 def dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Tensor]]:
     """The dual norm ``[1]`` of each job, times its factor; calling the result waits for it."""
     lengths = _lengths(domain, jobs)
-
-    def wait() -> list[Tensor]:
-        return [
-            (length * _scale(job) * (job.factors or (1.0,))[0]).to(working_dtype(job.param)).reshape(1)
-            for job, length in zip(jobs, lengths(), strict=True)
-        ]
-
-    return wait
-
-
-def fill_dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> None:
-    """The dual norms that these jobs want beside their unit steps."""
-    wanted = [replace(job, factors=None) for job in jobs]
-    for job, norm in zip(wanted, dual_norms(domain, wanted)(), strict=True):
-        if (dual := job.jobs[0].dual) is not None:
-            dual.copy_(norm)
+    return lambda: [_dual_norm(job, length, job.factors) for job, length in zip(jobs, lengths(), strict=True)]
 
 
 def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Tensor]]:
-    """This process's part of each job's unit step, times its factor and multiplier; calling the result waits for it."""
-    euclidean = [i for i, job in enumerate(jobs) if ORDER[job.geometry.family] == 2]
-    lengths = _lengths(domain, [jobs[i] for i in euclidean])
+    """This process's part of each job's unit step, times its factor and multiplier; calling the result waits for it.
+
+    Dual norms that are wanted beside them are filled in.
+    """
+    measured = [i for i, job in enumerate(jobs) if ORDER[job.geometry.family] == 2 or job.jobs[0].dual is not None]
+    lengths = _lengths(domain, [jobs[i] for i in measured])
 
     def wait() -> list[Tensor]:
-        whole = dict(zip(euclidean, lengths(), strict=True))
-        return [_unit_step(job, whole.get(i)) for i, job in enumerate(jobs)]
+        known = dict(zip(measured, lengths(), strict=True))
+        for i, length in known.items():
+            if (dual := jobs[i].jobs[0].dual) is not None:
+                dual.copy_(_dual_norm(jobs[i], length, None))
+        return [_unit_step(job, known.get(i)) for i, job in enumerate(jobs)]
 
     return wait
+
+
+def _dual_norm(job: MatrixJob, length: Tensor, factors: tuple[float, ...] | None) -> Tensor:
+    return (length * _scale(job) * (factors or (1.0,))[0]).to(working_dtype(job.param)).reshape(1)
 
 
 def _unit_step(job: MatrixJob, length: Tensor | None) -> Tensor:
@@ -74,7 +69,7 @@ def _unit_step(job: MatrixJob, length: Tensor | None) -> Tensor:
     scale = torch.full((), _scale(job) * (job.factors or (1.0,))[0], dtype=torch.float64, device=tensor.device)
     if "multiplier" in job.jobs[0].state:
         scale = scale * job.jobs[0].state["multiplier"][0]
-    if length is None:
+    if length is None or ORDER[job.geometry.family] == 1:
         return torch.sign(tensor).mul_(scale.to(tensor.dtype))
     # Twice by the root: the length of tiny gradients has a reciprocal beyond float32.
     root = torch.where(length > 0, length, 1.0).rsqrt()
