@@ -147,11 +147,6 @@ def arranged(factors: Sequence[tuple[str, int]]) -> Arrangement:
     return Arrangement(tuple(size for _, size in factors), order, (k, d_out, d_in))
 
 
-def _plain(k: int, d_out: int, d_in: int) -> Arrangement:
-    """Of a tensor that need only be seen as a stack."""
-    return Arrangement((k, d_out, d_in), (0, 1, 2), (k, d_out, d_in))
-
-
 @dataclass(frozen=True)
 class _ByDimension(Layout):
     """Every dimension does one thing: `axes` has a letter for each, "k", "o" or "i"."""
@@ -176,7 +171,7 @@ class VectorLayout(Layout):
     stored: ClassVar[str] = "d"
 
     def arrange(self, shape: Shape) -> Arrangement:
-        return _plain(1, math.prod(shape), 1)
+        return arranged([("o", math.prod(shape))])
 
 
 @checked
@@ -267,7 +262,7 @@ class ConvLayout(Layout):
     def arrange(self, shape: Shape) -> Arrangement:
         fits = len(shape) >= 2 and shape[0] % self.groups == 0
         self._expect(fits, shape, f"[out, in/groups, *kernel] with groups={self.groups} dividing out")
-        return _plain(self.groups, shape[0] // self.groups, math.prod(shape[1:]))
+        return arranged([("k", self.groups), ("o", shape[0] // self.groups), ("i", math.prod(shape[1:]))])
 
     def __str__(self) -> str:
         grouped = "" if self.groups == 1 else f" groups={self.groups}"
@@ -289,8 +284,8 @@ class ConvTransposeLayout(ConvLayout):
     def arrange(self, shape: Shape) -> Arrangement:
         fits = len(shape) >= 2 and shape[0] % self.groups == 0
         self._expect(fits, shape, f"[in, out/groups, *kernel] with groups={self.groups} dividing in")
-        d_in, d_out, taps = shape[0] // self.groups, shape[1], math.prod(shape[2:])
-        return Arrangement((self.groups, d_in, d_out, taps), (0, 2, 1, 3), (self.groups, d_out, d_in * taps))
+        taps = math.prod(shape[2:])
+        return arranged([("k", self.groups), ("i", shape[0] // self.groups), ("o", shape[1]), ("i", taps)])
 
 
 @checked
@@ -307,4 +302,11 @@ class DepthwiseLayout(Layout):
 
     def arrange(self, shape: Shape) -> Arrangement:
         self._expect(len(shape) >= 2 and shape[1] == 1, shape, "[channels, 1, *kernel]")
-        return _plain(1, shape[0], math.prod(shape[2:]))
+        return arranged([("o", shape[0]), ("i", math.prod(shape[2:]))])
+
+
+def conv_layout(shape: Shape, groups: int, transposed: bool) -> Layout:
+    """Of a convolution's weight."""
+    if groups == shape[0] > 1 and shape[1] == 1:
+        return DepthwiseLayout()
+    return (ConvTransposeLayout if transposed else ConvLayout)(groups=groups)

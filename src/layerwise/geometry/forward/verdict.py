@@ -14,14 +14,7 @@ from layerwise.geometry.axes import table_layout
 from layerwise.geometry.forward.evidence import Evidence, Kind, Use
 from layerwise.geometry.forward.parts import channels_split, layout_seen
 from layerwise.geometry.found import Found
-from layerwise.geometry.layout import (
-    ConvLayout,
-    ConvTransposeLayout,
-    DepthwiseLayout,
-    Layout,
-    VectorLayout,
-    VectorStackLayout,
-)
+from layerwise.geometry.layout import Layout, VectorLayout, VectorStackLayout, conv_layout
 
 #: Above this many entries two layouts are compared by the shapes of their matrices alone.
 _COMPARED = 2**22
@@ -116,11 +109,7 @@ def _convolution(found: Found, evidence: Evidence, number: int, is_output: bool)
     role = found.role if found.is_factor else "head" if is_output else "conv"
     if len(use.shape) != found.parameter.ndim or found.is_factor:
         return replace(found, role=role, how="forward")
-    channels = found.parameter.shape[0]
-    if use.groups == channels > 1 and found.parameter.shape[1] == 1:
-        layout: Layout = DepthwiseLayout()
-    else:
-        layout = (ConvTransposeLayout if use.transposed else ConvLayout)(groups=use.groups)
+    layout, channels = conv_layout(found.parameter.shape, use.groups, use.transposed), found.parameter.shape[0]
     if use.groups == 1 and role == "conv" and not use.transposed:
         stride = found.parameter.shape[1:].numel()
         layout = replace(layout, split=channels_split(channels, stride, evidence.sites.get(number, [])))

@@ -19,8 +19,6 @@ from layerwise.geometry.forward import Evidence, judged
 from layerwise.geometry.found import Found
 from layerwise.geometry.layout import (
     ConvLayout,
-    ConvTransposeLayout,
-    DepthwiseLayout,
     Layout,
     MatrixLayout,
     StackLayout,
@@ -28,6 +26,7 @@ from layerwise.geometry.layout import (
     TransposedStackLayout,
     VectorLayout,
     VectorStackLayout,
+    conv_layout,
 )
 from layerwise.geometry.module_kinds import holds_lora, is_hf_conv1d, is_linear, is_norm, is_torch_norm, lora_factors
 from layerwise.geometry.modules.fused import GATE_UP, fused_note, grouped_split, known_split, recurrent_split
@@ -129,7 +128,7 @@ def _classify(place: _Place, is_head: bool, factor: str | None) -> Found:
         return place.found("head", MatrixLayout()) if is_head else place.found("embedding", TransposedLayout())
     if isinstance(owner, nn.modules.conv._ConvNd):
         note = fused_note(place.path[-2][1], place.path[-1][0], shape[0]) if len(place.path) > 1 else ""
-        return place.found("conv", conv_layout(owner), owner.kernel_size, note)
+        return place.found("conv", conv_layout(shape, owner.groups, owner.transposed), owner.kernel_size, note)
     if is_linear(owner) and len(shape) == 2:
         return _linear(place, TransposedLayout() if is_hf_conv1d(owner) else MatrixLayout(), is_head)
     if isinstance(owner, nn.MultiheadAttention) and len(shape) == 2:
@@ -161,13 +160,6 @@ def _linear(place: _Place, stored: Layout, is_head: bool) -> Found:
         return place.found("head", stored)
     split, note = _projection_split(place, stored.stack_shape(tuple(place.parameter.shape))[1])
     return place.found("hidden", replace(stored, split=split), note=note)
-
-
-def conv_layout(owner: nn.modules.conv._ConvNd) -> Layout:
-    """The layout of a convolution's weight."""
-    if owner.groups > 1 and owner.groups == owner.in_channels == owner.out_channels:
-        return DepthwiseLayout()
-    return (ConvTransposeLayout if owner.transposed else ConvLayout)(groups=owner.groups)
 
 
 def _is_beside_the_weight(owner: nn.Module, attribute: str, parameter: nn.Parameter) -> bool:
