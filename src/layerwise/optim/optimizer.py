@@ -206,7 +206,7 @@ class LayerwiseOptimizer(Optimizer):
                     self._second.before_step(moving, groups, self.state, self.work)
                 samples = self._vanishing.before(moving) if lineup.half else []
                 for step in lineup.steps:
-                    step.take(self.work, finite if isinstance(finite, Tensor) else None)
+                    step(self.work, finite if isinstance(finite, Tensor) else None)
                 for group in groups:
                     for key in STEP_COUNTS:
                         if key in group:

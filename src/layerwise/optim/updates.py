@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import is_
 from typing import ClassVar, Final
@@ -39,6 +40,8 @@ from layerwise.optim.work.job import (
 )
 from layerwise.optim.work.local import DIRECTIONS, MatrixJob, MatrixWork, directions_at_once
 
+#: A step of some parameters, prepared: gradients and rates are read when it is called with the work and ``keep``.
+Planned = Callable[[MatrixWork, Tensor | None], None]
 _MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 #: On a CPU AdamW goes over a chunk several times: it should stay in the cache, and its copies small beside a model.
 ADAMW_BYTES = 2**20
@@ -88,9 +91,9 @@ class Update(ABC):
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
         """Change all parameters of this kind, in place, that have a gradient (``job.moves``)."""
 
-    def plan(self, jobs: Sequence[Job]) -> list[PlannedStep]:
+    def plan(self, jobs: Sequence[Job]) -> Sequence[Planned]:
         """Prepare the steps of these parameters; asked again when they or their options change. Few kinds need it."""
-        return [PlannedStep(self, jobs)]
+        return [partial(self.step, jobs)]
 
     def rule(self, group: Group) -> RateRule | None:
         """What sets the rates of a group's units, if anything does."""
@@ -99,20 +102,6 @@ class Update(ABC):
     def unit_names(self, group: Group, name: str, param: Tensor) -> tuple[str, ...]:
         """Names of a parameter's units: here it is one as a whole."""
         return (name,)
-
-
-class PlannedStep:
-    """What all steps of some parameters of one kind of update have in common. Gradients and rates are read at each."""
-
-    #: state that was put together; where it lies elsewhere since, the plan is made anew
-    joined: Sequence[JoinedState] = ()
-
-    def __init__(self, update: Update, jobs: Sequence[Job]) -> None:
-        self.update, self.jobs = update, jobs
-
-    def take(self, work: MatrixWork, keep: Tensor | None) -> None:
-        """One step."""
-        self.update.step(self.jobs, work, keep)
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,82 +128,77 @@ class AdamW(Update):
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
         for planned in self.plan(jobs):
-            planned.take(work, keep)
+            planned(work, keep)
 
-    def plan(self, jobs: Sequence[Job]) -> list[PlannedStep]:
+    def plan(self, jobs: Sequence[Job]) -> Sequence[Planned]:
         moving = [job for job in jobs if job.moves]
         together = group_by(moving, lambda job: (id(job.group), job.local.dtype, job.local.device))
-        steps: list[PlannedStep] = []
+        steps: list[Planned] = []
         for (_, _, device), some in together.items():
             mixed = some[0].group.get("nu", 1.0) < 1.0
-            kind, limit = (_QuasiHyperbolicStep, CHUNK_BYTES) if mixed else (_AdamWStep, math.inf)
-            steps += [kind(self, chunk) for chunk in chunks(some, ADAMW_BYTES if device.type == "cpu" else limit)]
+            step, limit = (_quasi_hyperbolic_step, CHUNK_BYTES) if mixed else (_adamw_step, math.inf)
+            steps += [partial(step, chunk) for chunk in chunks(some, ADAMW_BYTES if device.type == "cpu" else limit)]
         return steps
 
 
-class _AdamWStep(PlannedStep):
+def _adamw_step(jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
     """Of parameters of one group and one dtype. In float32 where the weights are not enough, and then rounded once."""
-
-    def take(self, work: MatrixWork, keep: Tensor | None) -> None:
-        jobs = self.jobs
-        group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
-        wide = first.dtype in HALF and (first.dtype == torch.float16 or is_stochastic(group, first))
-        params = [job.local.float() if wide else job.local for job in jobs]
-        grads, averages, squares = _in_dtype(jobs, params[0].dtype)
-        # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
-        fused = keep is not None or isinstance(lr, Tensor) or first.dtype == torch.bfloat16
-        adamw(
-            params,
-            grads,
-            averages,
-            squares,
-            [],
-            [job.state["step"] for job in jobs],
-            foreach=not (fused or torch.compiler.is_compiling()) and len(jobs) > 1,  # torch's cannot be compiled on a CPU
-            fused=fused,
-            found_inf=None if keep is None else 1.0 - keep.float(),
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        if any(average is not job.state["exp_avg"] for job, average in zip(jobs, averages, strict=True)):
-            _keep_moments(jobs, averages, squares)
-        for job, param in zip(jobs, params, strict=True) if wide else ():
-            store(job, param)
+    group, lr, first = jobs[0].group, jobs[0].lr, jobs[0].local
+    wide = first.dtype in HALF and (first.dtype == torch.float16 or is_stochastic(group, first))
+    params = [job.local.float() if wide else job.local for job in jobs]
+    grads, averages, squares = _in_dtype(jobs, params[0].dtype)
+    # The fused kernel can be told on the device to do nothing, which is what `keep` needs, and rounds bfloat16 once.
+    fused = keep is not None or isinstance(lr, Tensor) or first.dtype == torch.bfloat16
+    adamw(
+        params,
+        grads,
+        averages,
+        squares,
+        [],
+        [job.state["step"] for job in jobs],
+        foreach=not (fused or torch.compiler.is_compiling()) and len(jobs) > 1,  # torch's cannot be compiled on a CPU
+        fused=fused,
+        found_inf=None if keep is None else 1.0 - keep.float(),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    if any(average is not job.state["exp_avg"] for job, average in zip(jobs, averages, strict=True)):
+        _keep_moments(jobs, averages, squares)
+    for job, param in zip(jobs, params, strict=True) if wide else ():
+        store(job, param)
 
 
-class _QuasiHyperbolicStep(PlannedStep):
+def _quasi_hyperbolic_step(jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
     """QHAdam's step (Ma and Yarats, arXiv 1810.06801) with decoupled decay, of parameters of one group and one dtype.
 
     ``U = nu M / (1 - b1^t) + (1 - nu) G``, and a step ``-lr U / (sqrt(V / (1 - b2^t)) + eps)``, where t are a parameter's
     steps.
     """
-
-    def take(self, work: MatrixWork, keep: Tensor | None) -> None:
-        jobs, group = self.jobs, self.jobs[0].group
-        dtype = torch.promote_types(jobs[0].state["exp_avg"].dtype, torch.float32)
-        grads, averages, squares = _in_dtype(jobs, dtype)
-        squared = list(torch._foreach_mul(grads, grads))
-        if keep is not None:  # a lerp from a number to itself changes nothing
-            grads, squared = select_all(keep, grads, averages), select_all(keep, squared, squares)
-        (beta1, beta2), nu, steps = group["betas"], group["nu"], [job.state["step"] for job in jobs]
-        torch._foreach_lerp_(averages, grads, 1.0 - beta1)
-        torch._foreach_lerp_(squares, squared, 1.0 - beta2)
-        torch._foreach_add_(steps, 1.0 if keep is None else [keep.to(steps[0])] * len(steps))
-        at_hand = keep is None and steps[0].is_cpu and not torch.compiler.is_compiling()
-        taken = [float(step) for step in steps] if at_hand else torch.stack(steps)
-        direction = _corrected(averages, nu, beta1, taken)
-        torch._foreach_add_(direction, grads, alpha=1.0 - nu)
-        sizes = _corrected(squares, 1.0, beta2, taken)
-        torch._foreach_sqrt_(sizes)
-        torch._foreach_add_(sizes, group["eps"])
-        torch._foreach_div_(direction, sizes)
-        move(jobs, direction, keep)
-        _keep_moments(jobs, averages, squares)
+    group = jobs[0].group
+    dtype = torch.promote_types(jobs[0].state["exp_avg"].dtype, torch.float32)
+    grads, averages, squares = _in_dtype(jobs, dtype)
+    squared = list(torch._foreach_mul(grads, grads))
+    if keep is not None:  # a lerp from a number to itself changes nothing
+        grads, squared = select_all(keep, grads, averages), select_all(keep, squared, squares)
+    (beta1, beta2), nu, steps = group["betas"], group["nu"], [job.state["step"] for job in jobs]
+    torch._foreach_lerp_(averages, grads, 1.0 - beta1)
+    torch._foreach_lerp_(squares, squared, 1.0 - beta2)
+    torch._foreach_add_(steps, 1.0 if keep is None else [keep.to(steps[0])] * len(steps))
+    at_hand = keep is None and steps[0].is_cpu and not torch.compiler.is_compiling()
+    taken = [float(step) for step in steps] if at_hand else torch.stack(steps)
+    direction = _corrected(averages, nu, beta1, taken)
+    torch._foreach_add_(direction, grads, alpha=1.0 - nu)
+    sizes = _corrected(squares, 1.0, beta2, taken)
+    torch._foreach_sqrt_(sizes)
+    torch._foreach_add_(sizes, group["eps"])
+    torch._foreach_div_(direction, sizes)
+    move(jobs, direction, keep)
+    _keep_moments(jobs, averages, squares)
 
 
 def _corrected(averages: list[Tensor], weight: float, beta: float, taken: list[float] | Tensor) -> list[Tensor]:
@@ -277,17 +261,16 @@ class Lmo(Update):
 
     def step(self, jobs: Sequence[Job], work: MatrixWork, keep: Tensor | None) -> None:
         for planned in self.plan(jobs):
-            planned.take(work, keep)
+            planned(work, keep)
 
-    def plan(self, jobs: Sequence[Job]) -> list[PlannedStep]:
-        return [_LmoStep(self, jobs)]
+    def plan(self, jobs: Sequence[Job]) -> Sequence[Planned]:
+        return [_LmoStep(jobs)]
 
 
-class _LmoStep(PlannedStep):
+class _LmoStep:
     """By sets of parameters that are alike, and by groups of units whose rates a rule sets."""
 
-    def __init__(self, update: Update, jobs: Sequence[Job]) -> None:
-        super().__init__(update, jobs)
+    def __init__(self, jobs: Sequence[Job]) -> None:
         sets = [job.alike for job in jobs if job.alike is not None and job.row == 0]
         groups = norm_groups(jobs)
         self._before = [group for group in groups if not group.rule.own_dual_norm]
@@ -297,9 +280,10 @@ class _LmoStep(PlannedStep):
         self._unit_steps = [piece for some in sets for piece in _unit_steps(some.jobs)]
         joined = [joined for group in groups for joined in group.joined.values()]
         joined += [_join_tensor(some, key) for some in sets if some.small for key in some.jobs[0].state]
+        #: state that was put together; where it lies elsewhere since, the plan is made anew
         self.joined = [each for each in joined if each is not None]
 
-    def take(self, work: MatrixWork, keep: Tensor | None) -> None:
+    def __call__(self, work: MatrixWork, keep: Tensor | None) -> None:
         for chunk in self._chunks:  # M <- momentum * M + (1 - momentum) * G
             averages, grads = state_and_gradients(chunk, "momentum_buffer")
             if keep is not None:  # a lerp from a number to itself changes nothing

@@ -229,7 +229,7 @@ class Lineup:
         self.jobs: list[Job] = []
         self.moving: list[Job] = []  # those of which any process has a gradient
         self.gradients: list[Tensor] = []  # theirs, in as few tensors as they lie in
-        self.steps: list[Any] = []  # of all jobs, by the kind of update: its `PlannedStep`s
+        self.steps: list[Any] = []  # of all jobs, by the kind of update: what its `plan` made
         self.half = False  # whether any are in half precision, or rounded at random
         self._sharded: list[Job] = []
         self._alike: list[Alike] = []  # those that move in sets
@@ -247,7 +247,7 @@ class Lineup:
         own = [job.param for job in self.jobs]
         kept = ((groups, self._groups), (params, own), (states.values(), self._states))
         same = all(len(now) == len(then) and all(map(is_, now, then)) for now, then in kept)
-        joined = all(joined.holds() for step in self.steps for joined in step.joined)
+        joined = all(joined.holds() for step in self.steps for joined in getattr(step, "joined", ()))
         options = [[*(group[key] for key in _ALIKE), group["rates"], list(group["param_names"])] for group in groups]
         first: dict[float, int] = {}
         momenta = [first.setdefault(current_momentum(group), number) for number, group in enumerate(groups)]
