@@ -443,6 +443,22 @@ def test_rates_near_zero_keep_their_learning_rates(near_zero):
         FLeRM(model, optimizer, near_zero=-1)
 
 
+@pytest.mark.parametrize(
+    ("scale", "said"), [(0.0, r"match later \(at=5\)"), (1e-3, r"raised 2 .* 100 times \(0.weight, 0.b")]
+)
+def test_what_lies_before_a_layer_that_starts_at_0_or_next_to_it_is_told_with_what_to_do(scale, said):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    with torch.no_grad():
+        model[2].weight.mul_(scale)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    x = torch.randn(16, 8)
+    flerm = FLeRM(model, optimizer, method="exact")
+    model(x).sum().backward()
+    with pytest.warns(UserWarning, match=said), flerm.step(x):
+        optimizer.step()
+
+
 def test_a_group_that_joins_after_flerm_was_made_is_told_at_the_next_match():
     model = ResNet(16, 2)
     optimizer = torch.optim.SGD(model.inp.parameters(), lr=0.02)

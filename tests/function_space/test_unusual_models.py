@@ -692,6 +692,7 @@ def test_recorders_matching_and_watches_take_the_output_of_a_tuple():
         (lambda y: (y.sum(), y), r"\(Tensor\[\], Tensor\[4, 2\]\), .*: model\(\*inputs\[:2\]\)\[1\]"),
         (lambda y: (y.sum(), None), r"\(Tensor\[\], None\)"),
         (lambda y: (y.long(), None), r"\(Tensor\[4, 2\], None\)"),
+        (lambda y: [(y.sum(), y)], r"\(\(Tensor\[\], Tensor\[4, 2\]\)\), .*: model\(\*inputs\[:2\]\)\[0\]\[1\]"),
         (lambda y: {"features": y}, r"dict with 'features', .*: model\(\*inputs\[:2\]\)\['features'\]"),
         (lambda y: None, "None, "),
     ],
@@ -715,6 +716,63 @@ def test_the_line_that_an_error_gives_picks_the_outputs():
             function_space_rates(model, update, inputs, probes=2)
         line = str(raised.value).partition("forward=")[2].rpartition(", or")[0]
         assert function_space_rates(model, update, inputs, probes=2, forward=eval(line))["weight"] == expected["weight"]
+
+
+class Force(nn.Module):
+    """A force field: it differentiates an energy by its inputs in its forward."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_forward_that_differentiates_is_measured_in_all_ways_watched_and_checked():
+    torch.manual_seed(0)
+    model, x = Force(), torch.randn(8, 3)
+    update = {name: 1e-4 * p.detach() for name, p in model.named_parameters()}
+    exact = function_space_rates(model, update, x, method="exact")
+    whole = function_space_rates(model, update, x, method="difference", linear=None)
+    assert {name: rate.value for name, rate in whole.items()} == pytest.approx(
+        {name: rate.value for name, rate in exact.items()}, rel=1e-2, abs=1e-7
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=2)
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert not watch.skipped
+    assert watch.records[-1].together.moved > 0
+    checked = lw.check(Force, (8, 16), lambda m: torch.optim.SGD(m.parameters(), lr=0.1), (x, x), steps=(1,), seeds=(0,))
+    assert "energy.2" in str(checked)
+
+
+class Sparse(nn.Linear):
+    def forward(self, x, edges):
+        return torch.sparse.mm(edges, super().forward(x))
+
+
+def test_a_graph_with_sparse_edges_is_whole_when_it_is_watched():
+    model, x, edges = Sparse(3, 2), torch.randn(8, 3), torch.eye(8).to_sparse()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = lw.watch(model, optimizer, every=1, function_space_every=2)
+    for _ in range(2):
+        model(x, edges).square().mean().backward()
+        optimizer.step()
+    assert not watch.skipped
+
+
+def test_a_model_without_a_forward_is_told_to_say_how_it_runs():
+    model, x = nn.ModuleDict({"actor": nn.Linear(3, 2), "critic": nn.Linear(3, 1)}), torch.randn(8, 3)
+    update = {name: p.detach() for name, p in model.named_parameters()}
+    said = "ModuleDict has no forward: give forward=lambda model, inputs: "
+    with pytest.raises(LayerwiseError, match=said):
+        function_space_rates(model, update, x)
+    with pytest.warns(UserWarning, match=said):
+        lw.param_groups(model, x)
 
 
 def test_a_loader_in_place_of_a_batch_is_told():

@@ -546,6 +546,15 @@ def test_a_schedule_that_all_modules_follow_is_not_unusual():
         assert rule.judge(step, {"a": 1e-3 * 2**-step, "b": 2e-3 * 2**-step, "c": 9e-3 * 2**-step}) == []
 
 
+def test_history_begins_anew_where_modules_are_unfrozen_or_frozen():
+    """What the others do is told by their median, which is another one then: nobody moves in another way."""
+    rule, head, all_of_it = lw.UnusualRule(least=2), {"body": 1.0, "head": 14.0}, {"stem": 2.0, "body": 1.0, "head": 14.0}
+    steps = [head] * 4 + [all_of_it] * 4 + [head] * 3
+    assert [rule.judge(step, updates) for step, updates in enumerate(steps)] == [[]] * len(steps)
+    [unusual] = rule.judge(len(steps), {"body": 8.0, "head": 1.0 * 14})
+    assert unusual.module == "body"
+
+
 def test_the_layers_of_a_chain_are_not_siblings(caplog):
     """The first and the last of an MLP move as far as their own shapes have them, the last one 3 times as far under SGD."""
     torch.manual_seed(0)

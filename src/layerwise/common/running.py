@@ -33,10 +33,15 @@ def call(model: nn.Module, batch: Any) -> Any:
     Of a tuple as many as `forward` takes, so that the `(inputs, targets)` of a DataLoader do for a model of inputs alone.
 
     Raises:
-        LayerwiseError: a DataLoader, in place of what it yields.
+        LayerwiseError: a DataLoader, in place of what it yields; a model without a forward.
     """
     if isinstance(batch, DataLoader):
         raise LayerwiseError("the batch is a DataLoader: give one of its batches, next(iter(loader))")
+    inner = unwrap(model)
+    if getattr(inner.forward, "__func__", None) is nn.Module.forward:
+        raise LayerwiseError(
+            f"{type(inner).__name__} has no forward: give forward=lambda model, inputs: model.method(inputs)"
+        )
     if isinstance(batch, Mapping):
         return model(**batch)
     if not isinstance(batch, (tuple, list)):

@@ -288,11 +288,11 @@ class Activations:
             if tensor is not None:  # it may be changed in place
                 found.setdefault(name, []).append(tensor.detach().float().clone())
 
-        with in_evaluation_mode(self.model), torch.no_grad():  # which takes the hooks off again
+        with in_evaluation_mode(self.model):  # which takes the hooks off again
             for name, module in self.model.named_modules():
                 if (name or ROOT) in names:
                     module.register_forward_hook(partial(keep, name or ROOT))
-            self.runner.outputs(self.inputs, None)
+            self.runner.changed(self.inputs, None, {})
         return found
 
 

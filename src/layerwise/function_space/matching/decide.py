@@ -24,6 +24,9 @@ Factor = Annotated[float, "a number from 1 on", lambda factor: factor >= 1]
 Part = Annotated[float, "a number from 0 to 1", lambda part: 0 <= part <= 1]
 #: The note of a parameter whose rate the user keeps.
 FIXED = "fixed"
+_HIDDEN = "kept: its update does not reach the outputs"
+#: A rate that is raised by more than that is told: it is next to 0 that was measured.
+_MUCH = 100
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,18 @@ class MatchReport:
         """Parameters that keep their learning rate, and why."""
         return {name: row.note for name, row in self.rows.items() if row.note and not row.note.startswith("clamped")}
 
-    def warn_of_kept(self, who: str, where: str) -> None:
-        """Say which rates stay as they were although nobody asked for that."""
+    def warn_of_odd(self, who: str, where: str) -> None:
+        """Say which rates stay as they were although nobody asked for that, and which are raised very much."""
         kept = [name for name, note in self.left_alone.items() if note != FIXED]
+        hidden = sum(row.note == _HIDDEN for row in self.rows.values())
+        why = "; before a layer that starts at 0 there is nothing to match yet: match later (at=5)"
         if kept:
-            warn(f"{who} left {len(kept)} learning rates as they were ({first_few(kept, 4)}): see {where}")
+            told = f"{who} left {len(kept)} learning rates as they were ({first_few(kept, 4)}): see {where}"
+            warn(told + why * (2 * hidden >= len(self.rows)))
+        raised = [name for name, row in self.rows.items() if row.change > _MUCH]
+        if raised:
+            told = f"{who} raised {len(raised)} learning rates more than {_MUCH} times ({first_few(raised, 4)}): see {where}"
+            warn(f"{told}; their steps do next to nothing yet: match later (at=5), or bound it (max_change=10)")
 
     def __str__(self) -> str:
         """The table; of more than 40 parameters those of blocks that are alike share a line."""
@@ -140,7 +150,7 @@ def decide(
         elif not math.isfinite(value):
             note = "kept: its measured rate is not finite"
         elif value == 0:
-            note = "kept: its update does not reach the outputs"
+            note = _HIDDEN
         elif value <= floor:
             note = f"kept: its measured rate is rounding noise (below {floor:.2g})"
         else:

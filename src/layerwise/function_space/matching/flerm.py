@@ -212,7 +212,7 @@ class FLeRM(StepWatcher):
             lr = step.lrs[name] * self.named.multipliers[name]
             rows[name] = Matched(measured[name], targets[name], change, lr, note)
         self.reports.append(MatchReport(self.steps, rows))
-        self.reports[-1].warn_of_kept("FLeRM", "reports[-1]")
+        self.reports[-1].warn_of_odd("FLeRM", "reports[-1]")
 
     def _check_count(self, scheduled: int) -> None:
         """The optimizer's own count of steps, where it keeps one, should be ours."""

@@ -130,7 +130,7 @@ def match_lora(
         for name, (change, note) in decided.items()
     }
     report = MatchReport(at, rows)
-    report.warn_of_kept("match_lora", "report")
+    report.warn_of_odd("match_lora", "report")
     return LoraMatch(report, optimizer, model)
 
 

@@ -208,7 +208,10 @@ def _first_part(result: Any) -> str:
     """Code that picks the first tensor that may be the outputs."""
     parts = result.items() if isinstance(result, Mapping) else enumerate(result) if isinstance(result, (tuple, list)) else ()
     tensors = (key for key, each in parts if isinstance(each, Tensor) and each.is_floating_point() and each.ndim)
-    return next((f"[{key!r}]" for key in tensors), ".NAME")
+    found = next((f"[{key!r}]" for key in tensors), "")
+    if not found and isinstance(result, (tuple, list)) and result and isinstance(result[0], (Mapping, tuple, list)):
+        return f"[0]{_first_part(result[0])}"
+    return found or ".NAME"
 
 
 def draw_probes(outputs: Outputs, count: int, seed: int, first_probe: int = 0, first_row: int = 0) -> Iterator[Tensor]:

@@ -177,10 +177,11 @@ class Runner(nn.Module):
         """The exact derivative of the outputs along these updates, one that agrees with `check`."""
         return exact_change(partial(self.outputs_at, batch=batch, mask=mask), self.points, updates, check)
 
-    @torch.no_grad()
     def changed(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Outputs:
         """The outputs with these updates applied, and without a graph."""
-        return self.outputs_at({name: u.applied(self.points[name]) for name, u in updates.items()}, batch, mask)
+        # Not under `no_grad`, as a forward may differentiate by its inputs.
+        found = self.outputs_at({name: u.applied(self.points[name]) for name, u in updates.items()}, batch, mask)
+        return replace(found, values=found.values.detach())
 
 
 def _batched_backward(values: Tensor, leaves: Mapping[str, Tensor], probes: list[Tensor], collector: Collector) -> bool:

@@ -91,7 +91,7 @@ def examples_of(inputs: Any) -> int | None:
         part = waiting.pop()
         if isinstance(part, (Mapping, tuple, list)):
             waiting += part.values() if isinstance(part, Mapping) else part
-        elif isinstance(part, Tensor) and part.ndim:
+        elif isinstance(part, Tensor) and part.ndim and part.layout is torch.strided:  # a sparse one is of a whole graph
             sizes.add(part.shape[0])
         elif not isinstance(part, _SETTINGS):
             return None

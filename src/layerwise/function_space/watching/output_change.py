@@ -22,8 +22,8 @@ from layerwise.function_space.steps.watched_step import WatchedStep, is_supplier
 from layerwise.function_space.watching.watch_record import Together
 
 NOT_SEEN = (
-    "the model's inputs in the step before were not seen (it is compiled, or was called under another module): "
-    "give watch(batch=...)"
+    "the model's inputs in the step before were not seen (it is compiled, or was called by another method or under another "
+    "module): give watch(batch=...)"
 )
 
 
@@ -103,8 +103,8 @@ class OutputChange:
         return math.sqrt(square / entries) if entries else math.nan
 
     def _outputs(self, run: Run, inputs: Any) -> Outputs:
-        with run.runner() as runner, torch.no_grad():
-            return runner.outputs(inputs, None)
+        with run.runner() as runner:
+            return runner.changed(inputs, None, {})
 
 
 class SeenInputs:

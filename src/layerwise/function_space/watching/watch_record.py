@@ -242,7 +242,8 @@ class UnusualRule:
     """Names modules whose update is `factor` times off their own history or their siblings, up or down.
 
     History: the RMS of a module's update over the median of all modules', so that a schedule or a warm-up, which all
-    follow, is none; against the median of its last `window` values, from `least` of them on. Siblings: against the median of
+    follow, is none; against the median of its last `window` values, from `least` of them on, and anew where modules are
+    frozen or unfrozen. Siblings: against the median of
     the modules of the same shape in the same place of other blocks, from three of them on. A module is named when it gets
     there, and again after it was back.
 
@@ -277,14 +278,15 @@ class UnusualRule:
             updates: RMS of each module's update.
             shapes: of each module's parameters, which siblings have in common: the layers of a chain are no blocks.
         """
-        moving = [value for value in updates.values() if value > 0 and math.isfinite(value)]
+        moving = {name: value for name, value in updates.items() if value > 0 and math.isfinite(value)}
         if not moving:  # a rate of 0, or a step that was skipped
             return []
-        common = median(moving)
+        if not moving.keys() <= self._history.keys() <= updates.keys():  # frozen or unfrozen: a median of other modules
+            self._history.clear()
+        common = median(moving.values())
         found = [*self._off_history(step, updates, common), *self._off_siblings(step, updates, shapes)]
-        for name, value in updates.items():
-            if value > 0 and math.isfinite(value):
-                self._history.setdefault(name, deque(maxlen=self.window)).append(math.log(value / common))
+        for name, value in moving.items():
+            self._history.setdefault(name, deque(maxlen=self.window)).append(math.log(value / common))
         now: set[tuple[str, str]] = {(unusual.module, unusual.against) for unusual in found}
         new = [unusual for unusual in found if (unusual.module, unusual.against) not in self._named]
         self._named = now

@@ -113,7 +113,8 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
         evidence = watch(inner, batch, forward or call)
     except Exception as error:  # whatever a user's model raises
         first = (str(error).splitlines() or [""])[0][:200]
-        told = f"the model did not run on the batch ({type(error).__name__}: {first}): roles are those of the modules"
+        raised = f"{type(error).__name__}: {first}"
+        told = f"the model did not run on the batch ({raised}): roles are those of the modules, unless forward= runs it"
         return Look(None, told if given else None)
     if not given:
         return Look(evidence)
