@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.function_space import function_space_rates
+from layerwise.function_space import Measurement, function_space_rates
 from layerwise.function_space.measuring.moments import (
     Estimator,
     Moments,
@@ -24,9 +25,9 @@ from layerwise.function_space.measuring.moments import (
     iid,
     kronecker,
 )
-from layerwise.function_space.measuring.outputs import draw_probes, resolve
+from layerwise.function_space.measuring.outputs import Outputs, draw_probes
 from layerwise.function_space.measuring.process_group import Collector
-from layerwise.function_space.measuring.runners import Runner, in_evaluation_mode, trainable
+from layerwise.function_space.measuring.runners import Runner, in_evaluation_mode
 from script import documented_parser
 
 
@@ -150,6 +151,14 @@ def one_update(model: nn.Module, kind: str, rule: str, seed: int) -> tuple[dict[
     return update, data[1]
 
 
+class WholeGradients(Runner):
+    """Takes no moments from the factors of a product: these are of one estimator alone."""
+
+    def outputs(self, batch: Tensor, mask: Tensor | None) -> Outputs:
+        leaves = {name: p.detach().requires_grad_() for name, p in self.points.items()}
+        return replace(self.outputs_at(leaves, batch, mask), leaves=leaves)
+
+
 def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probes: int, forward: str) -> dict:
     """`{tensor: {estimator: (value, standard error)}}`, all estimators from the same probes."""
     chosen = {name: views(tuple(u.shape)) for name, u in update.items()}
@@ -165,10 +174,10 @@ def estimates(model: nn.Module, update: dict[str, Tensor], inputs: Tensor, probe
                 rows[name, which].add(grads.reshape(-1, *estimator.view))
 
     with in_evaluation_mode(model):
-        runner = Runner(model, resolve(forward), trainable(model))
+        runner = WholeGradients(Measurement(forward), model, {name: TensorUpdate(u) for name, u in update.items()})
+        runner.collector = AllEstimators
         outputs = runner.outputs(inputs, None)
-        drawn = draw_probes(outputs, probes, seed=0)
-        runner.probe(outputs, drawn, AllEstimators({}, kronecker), outputs.probes_at_once(64 << 20))
+        runner.probe(outputs, draw_probes(outputs, probes, seed=0))
     found: dict = defaultdict(dict)
     for (name, which), moments in rows.items():
         logs = moments.logs(probes) - math.log(outputs.values.numel())

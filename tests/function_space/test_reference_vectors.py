@@ -7,6 +7,7 @@ import torch
 from reference_model import VECTORS, adam, batch, build, loss
 from torch import Tensor
 
+from layerwise.function_space import Measurement
 from layerwise.function_space.measuring.moments import (
     ESTIMATORS,
     Estimator,
@@ -14,7 +15,6 @@ from layerwise.function_space.measuring.moments import (
     combine,
 )
 from layerwise.function_space.measuring.outputs import model_output
-from layerwise.function_space.measuring.process_group import Collector
 from layerwise.function_space.measuring.runners import Runner, trainable
 
 Snapshot = dict[str, Tensor]
@@ -22,14 +22,14 @@ Snapshot = dict[str, Tensor]
 
 def moments_of_call(model, old: Snapshot, new: Snapshot, method: str, call: int, eps: list[float]):
     """Log moments of one probe, given as numbers, on the batch of that call, at the old weights."""
-    runner = Runner(model, model_output, old)
+    updates = {name: TensorUpdate(new[name], old[name]) for name in old}
+    runner = Runner(Measurement(model_output, method), model, updates)
     outputs = runner.outputs(batch(100 + call), None)
     estimators: dict[str, Estimator] = {name: ESTIMATORS[method](tuple(w.shape)) for name, w in old.items()}
-    found = Collector({name: TensorUpdate(new[name], old[name]) for name in old}, ESTIMATORS[method])
     probe = torch.tensor(eps, dtype=torch.float64).reshape(outputs.values.shape)
-    runner.probe(outputs, iter([probe]), found, at_once=1)
+    found = runner.probe(outputs, iter([probe]))
     entries = outputs.values.numel()
-    return estimators, {name: moments.logs(1) - math.log(entries) for name, moments in found.moments.items()}
+    return estimators, {name: moments.logs(1) - math.log(entries) for name, moments in found.items()}
 
 
 def snapshot(model) -> Snapshot:

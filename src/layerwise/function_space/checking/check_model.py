@@ -26,7 +26,7 @@ from layerwise.function_space.matching.base_rates import BaseRates, record_base
 from layerwise.function_space.matching.decide import DepthMap
 from layerwise.function_space.matching.flerm import FLeRM
 from layerwise.function_space.measuring.measurement import Measurement
-from layerwise.function_space.measuring.outputs import Forward, model_output, resolve
+from layerwise.function_space.measuring.outputs import Forward, model_output
 from layerwise.function_space.measuring.runners import Runner, in_evaluation_mode
 from layerwise.function_space.measuring.slices import each_tensor
 from layerwise.function_space.rates import Rates
@@ -265,7 +265,7 @@ class Activations:
     def __init__(self, model: nn.Module, forward: Forward | str | None, inputs: Any) -> None:
         self.model = model
         self.inputs = inputs
-        self.runner = Runner(model, resolve(forward), {})
+        self.runner = Runner(Measurement(forward), model, {})
         self.start = self._outputs()
 
     def read(self) -> tuple[dict[str, Value], dict[str, Value]]:

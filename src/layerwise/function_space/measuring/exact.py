@@ -29,7 +29,6 @@ from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.outputs import Outputs, draw_probes, nodes_of
 
 if TYPE_CHECKING:
-    from layerwise.function_space.measuring.measurement import Run
     from layerwise.function_space.measuring.runners import Runner
 
 #: The name of the outputs' own size among the changes.
@@ -216,27 +215,27 @@ def adjoint(
     return Adjoint(all_signs, *(dict(zip(updates, rows, strict=True)) for rows in by_name))
 
 
-def exact_changes(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
+def exact_changes(runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
     """The outputs' derivative along each update."""
-    with same_random_numbers(run.model):
-        check = runner.adjoint(batch, mask, run.updates) if run.updates else None
-    for name, updates in together(run).items():
-        with same_random_numbers(run.model):
+    with same_random_numbers(runner.model):
+        check = runner.adjoint(batch, mask) if runner.updates else None
+    for name, updates in together(runner).items():
+        with same_random_numbers(runner.model):
             change = runner.derivative(batch, mask, updates, check)
         yield name, change
 
 
-def differences(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
+def differences(runner: Runner, batch: Any, mask: Tensor | None) -> Iterator[tuple[str, Change]]:
     """The outputs with each update less those without; first, under no name, those without.
 
     Layers that draw random numbers draw the same ones each time.
     """
-    with same_random_numbers(run.model):
+    with same_random_numbers(runner.model):
         before = runner.changed(batch, mask, {})
     one = torch.ones((), device=before.values.device)
     yield OUTPUTS, (before, one, "difference")
-    for name, updates in together(run).items():
-        with same_random_numbers(run.model):
+    for name, updates in together(runner).items():
+        with same_random_numbers(runner.model):
             after = runner.changed(batch, mask, updates)
         yield name, (replace(after, values=after.values - before.values), one, "difference")
         del after
@@ -246,10 +245,10 @@ def differences(run: Run, runner: Runner, batch: Any, mask: Tensor | None) -> It
 CHANGES = {"exact": exact_changes, "difference": differences}
 
 
-def together(run: Run) -> Mapping[str, Mapping[str, TensorUpdate]]:
+def together(runner: Runner) -> Mapping[str, Mapping[str, TensorUpdate]]:
     """The updates that are applied at once, under the name that their rate has."""
-    names = group_by(run.updates, run.settings.together or str)  # or each by itself
-    return {label: {name: run.updates[name] for name in several} for label, several in names.items()}
+    names = group_by(runner.updates, runner.settings.together or str)  # or each by itself
+    return {label: {name: runner.updates[name] for name in several} for label, several in names.items()}
 
 
 def root_mean(log_squares: list[float]) -> float:

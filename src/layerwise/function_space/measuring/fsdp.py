@@ -8,7 +8,7 @@ and read here alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -25,9 +25,9 @@ from layerwise.common.running import GRADIENT_HOOKS, Writes, storage
 from layerwise.common.tensors import is_sharded, local_part, or_one
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import FORWARD, Adjoint, Change
-from layerwise.function_space.measuring.moments import TensorUpdate
+from layerwise.function_space.measuring.moments import ESTIMATORS, Moments, TensorUpdate
 from layerwise.function_space.measuring.outputs import Outputs, as_outputs
-from layerwise.function_space.measuring.process_group import Collector, Processes
+from layerwise.function_space.measuring.process_group import Processes
 from layerwise.function_space.measuring.runners import NO_GRAPH, WRITES, Runner
 
 # What a backward has to be like for a probe, whatever the training loop has set.
@@ -75,12 +75,12 @@ class ShardedRunner(Runner):
     against the backward here (docs/limitations.md).
     """
 
-    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> None:
+    def adjoint(self, batch: Any, mask: Tensor | None) -> None:
         """Nothing."""
 
     def outputs(self, batch: Any, mask: Tensor | None) -> Outputs:
         with nullcontext() if self.seen else Writes(self._refuse):
-            found = self.function(self.model, batch)
+            found = self.settings.function(self.model, batch)
         self.seen = True
         return as_outputs(found, mask)
 
@@ -91,10 +91,11 @@ class ShardedRunner(Runner):
             if not is_sharded(p) and storage(p) in places and name not in self.written:
                 raise LayerwiseError(WRITES.format(name))
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor]) -> Mapping[str, Moments]:
         """One by one: a batched backward would not go through FSDP's hooks."""
         if not outputs.values.requires_grad:
             raise LayerwiseError(NO_GRAPH)
+        collector = self.collector(self.updates, ESTIMATORS[self.settings.method], self.processes)
         for probe in probes:
             torch.autograd.backward(outputs.values, probe, retain_graph=True)
             with torch.no_grad():
@@ -106,6 +107,7 @@ class ShardedRunner(Runner):
                     elif grad is not None:
                         collector.add(name, grad[None])
             collector.done(1)
+        return collector.moments
 
     def derivative(
         self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None
@@ -202,7 +204,7 @@ def _moving_along(model: nn.Module, param: nn.Parameter, direction: Tensor) -> I
 
 
 @contextmanager
-def as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def as_probes_need(model: nn.Module, measured: Collection[str]) -> Iterator[None]:
     """FSDP with its parameters sharded, its gradients averaged over all processes, and none kept back or handed to hooks.
 
     Its settings come back; gradients and hooks are left to `in_evaluation_mode`.
@@ -210,8 +212,8 @@ def as_probes_need(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
     modules = _modules(model)
     groups = [group for module in modules for group in _groups(module)]
     managed = {id(fsdp_param.sharded_param) for group in groups for fsdp_param in group.fsdp_params}
-    for name, p in parameters.items():
-        if isinstance(p, DTensor) and id(p) not in managed:
+    for name, p in model.named_parameters():
+        if name in measured and isinstance(p, DTensor) and id(p) not in managed:
             raise LayerwiseError(
                 f"parameter {name!r} is a DTensor that fully_shard does not manage: function-space rates are not "
                 "measured under tensor parallelism"

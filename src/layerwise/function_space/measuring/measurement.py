@@ -19,7 +19,7 @@ from layerwise.common.tensors import is_sharded, placed_as, to_host, widened
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.measuring.exact import CHANGES, OUTPUTS, log_square, root_mean
 from layerwise.function_space.measuring.moments import ESTIMATORS, TensorUpdate, combine
-from layerwise.function_space.measuring.outputs import Forward, Outputs, draw_probes, nothing_counts, resolve, space_name
+from layerwise.function_space.measuring.outputs import Forward, draw_probes, nothing_counts, resolve, space_name
 from layerwise.function_space.measuring.process_group import Processes, ProcessesOption, processes_of
 from layerwise.function_space.measuring.runners import BatchNormMode, Runner, check_numbers, in_evaluation_mode, trainable
 from layerwise.function_space.measuring.slices import Slices, graphs
@@ -116,11 +116,10 @@ class Measurement:
             raise LayerwiseError("inputs is an empty list: pass at least one batch")
         if isinstance(inputs, list) and mask is not None:
             raise LayerwiseError("mask= goes with one batch: for a list let forward return (outputs, mask)")
-        run = Run(self, model, updates, processes_of(self.processes), self.seed if seed is None else seed)
         try:
-            with run.runner() as runner:
-                measured = run.by_probes if self.method in ESTIMATORS else run.by_changes
-                found = measured(runner, batches, mask)
+            with running(self, model, updates, processes_of(self.processes)) as runner:
+                runner.seed = self.seed if seed is None else seed
+                found = (_by_probes if self.method in ESTIMATORS else _by_changes)(runner, batches, mask)
         except Exception as error:
             if isinstance(inputs, list):
                 error.add_note(
@@ -129,154 +128,114 @@ class Measurement:
             raise
         if self.method != "difference" or self.linear is None:
             return found
-        first_order = replace(self, method=self.linear)
-        return found.beside(first_order.rates(model, updates, inputs, mask, seed))
+        return found.beside(replace(self, method=self.linear).rates(model, updates, inputs, mask, seed))
 
 
-@dataclass
-class Run:
-    """One measurement under way.
+@contextmanager
+def running(
+    settings: Measurement, model: nn.Module, updates: Mapping[str, TensorUpdate], processes: Processes
+) -> Iterator[Runner]:
+    """What runs this model at the weights before the updates, and leaves it as it was.
 
-    Attributes:
-        settings: how to measure.
-        model: without its wrappers.
-        updates: by parameter name.
-        processes: those that measure together.
-        seed: of the probes.
-        classes: size of the outputs' last dimension, once outputs were seen.
-        dtype: theirs.
-        entries: how many of them counted so far, over all processes.
+    Sharded parameters are measured where they are.
     """
+    with in_evaluation_mode(model, settings.batch_norm, settings.autocast):
+        if not any(map(is_sharded, model.parameters())):
+            yield Runner(settings, model, updates, processes)
+            return
+        from layerwise.function_space.measuring.fsdp import ShardedRunner, as_probes_need
 
-    settings: Measurement
-    model: nn.Module
-    updates: Mapping[str, TensorUpdate]
-    processes: Processes
-    seed: int
-    classes: int = 1
-    dtype: str = ""
-    entries: int = 0
+        with as_probes_need(model, updates):
+            yield ShardedRunner(settings, model, updates, processes)
 
-    @contextmanager
-    def runner(self) -> Iterator[Runner]:
-        """What runs this model at the weights before the updates, and leaves it as it was.
 
-        Sharded parameters are measured where they are.
-        """
-        settings, own = self.settings, dict(self.model.named_parameters())
-        with in_evaluation_mode(self.model, settings.batch_norm, settings.autocast):
-            if any(is_sharded(p) for p in own.values()):
-                from layerwise.function_space.measuring.fsdp import ShardedRunner, as_probes_need
+def _by_changes(runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
+    """From the outputs' change along each update.
 
-                parameters = {name: own[name] for name in self.updates}
-                with as_probes_need(self.model, parameters):
-                    yield ShardedRunner(self.model, settings.function, parameters, self.processes)
-            else:
-                points = {n: own[n] if update.old is None else update.old for n, update in self.updates.items()}
-                yield Runner(self.model, settings.function, points, self.processes)
-
-    def by_changes(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
-        """From the outputs' change along each update.
-
-        The error of a difference is what rounding does to outputs of their size; the derivative's is 0.
-        """
-        logs: dict[str, list[Tensor]] = defaultdict(list)
-        formulas: dict[str, str] = {}
-        for batch in batches:
-            counted = 0
-            for name, (change, scale, formula) in CHANGES[self.settings.method](self, runner, batch, mask):
+    The error of a difference is what rounding does to outputs of their size; the derivative's is 0.
+    """
+    logs: dict[str, list[Tensor]] = defaultdict(list)
+    formulas: dict[str, str] = {}
+    for batch in batches:
+        counted = 0
+        for name, (change, scale, formula) in CHANGES[runner.settings.method](runner, batch, mask):
+            if not counted:
+                _, [counted] = runner.count(change)
                 if not counted:
-                    _, [counted] = self.count(change)
-                    if not counted:
-                        raise nothing_counts(change.mask is not None)
-                square = log_square(change, scale)
-                if self.processes.count > 1:
-                    square = self.processes.sum_(widened(square).exp()).log()
-                logs[name].append(square - math.log(counted))
-                formulas[name] = formula
-        if not logs:
-            return self.as_rates({})
-        squares = to_host({name: torch.stack(of_batches) for name, of_batches in logs.items()}, self.processes.same)
-        sizes = {name: root_mean(of_batches.tolist()) for name, of_batches in squares.items()}
-        rounding = _ROUNDINGS * torch.finfo(getattr(torch, self.dtype)).eps * sizes.pop(OUTPUTS, 0.0)
-        return self.as_rates({name: (size, rounding, formulas[name]) for name, size in sizes.items()})
+                    raise nothing_counts(change.mask is not None)
+            square = log_square(change, scale)
+            if runner.processes.count > 1:
+                square = runner.processes.sum_(widened(square).exp()).log()
+            logs[name].append(square - math.log(counted))
+            formulas[name] = formula
+    if not logs:
+        return _as_rates(runner, {})
+    squares = to_host({name: torch.stack(of_batches) for name, of_batches in logs.items()}, runner.processes.same)
+    sizes = {name: root_mean(of_batches.tolist()) for name, of_batches in squares.items()}
+    rounding = _ROUNDINGS * torch.finfo(getattr(torch, runner.dtype)).eps * sizes.pop(OUTPUTS, 0.0)
+    return _as_rates(runner, {name: (size, rounding, formulas[name]) for name, size in sizes.items()})
 
-    def by_probes(self, runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
-        """By an estimator, from the gradients under random probes of the outputs."""
-        settings, choose = self.settings, ESTIMATORS[self.settings.method]
-        logs: dict[str, list[Tensor]] = {name: [] for name in self.updates}
-        # Of each probe the entries that counted, and its weight: batches count alike, slices by their entries.
-        drawn: list[tuple[int, float]] = []
-        for index, batch in enumerate(batches):
-            count = settings.probes // len(batches) + (index < settings.probes % len(batches))
-            of_batch: list[tuple[int, int]] = []  # of each probe the entries that counted, and how many probes these had
-            before = self.entries
-            for outputs, each in graphs(self, runner, batch, mask, max(1, count)):
-                masked = outputs.mask is not None
-                first_row, entries = self.count(outputs)
-                if sum(entries):  # padding alone has nothing to probe
-                    probes = draw_probes(outputs, each, self.seed, len(drawn) + len(of_batch), first_row)
-                    collector = runner.collector(self.updates, choose, self.processes)
-                    runner.probe(outputs, probes, collector, outputs.probes_at_once(settings.memory))
-                    for name, moments in collector.moments.items():
-                        logs[name].append(moments.logs(each * outputs.slices))
-                    # Of each slice the first probe, then of each the second, ...
-                    of_batch += [(counted, each) for counted in entries] * each
-                    del probes, collector, moments
-                del outputs  # before the next one is made
-            total = self.entries - before
-            if not total:
-                raise nothing_counts(masked)
-            drawn += [(counted, counted / total / len(batches) / probes) for counted, probes in of_batch]
-        return self.as_rates(self.combined(logs, drawn), len(drawn))
 
-    def combined(
-        self, logs: Mapping[str, list[Tensor]], drawn: list[tuple[int, float]]
-    ) -> dict[str, tuple[float, float, str]]:
-        """Value, standard error and estimator of every tensor, from its log moments under each probe.
+def _by_probes(runner: Runner, batches: list[Any], mask: Tensor | None) -> Rates:
+    """By an estimator, from the gradients under random probes of the outputs."""
+    settings = runner.settings
+    logs: dict[str, list[Tensor]] = {name: [] for name in runner.updates}
+    # Of each probe the entries that counted, and its weight: batches count alike, slices by their entries.
+    drawn: list[tuple[int, float]] = []
+    for index, batch in enumerate(batches):
+        count = settings.probes // len(batches) + (index < settings.probes % len(batches))
+        of_batch: list[tuple[int, int]] = []  # of each probe the entries that counted, and how many probes these had
+        before = runner.entries
+        for outputs, each in graphs(runner, batch, mask, max(1, count)):
+            masked = outputs.mask is not None
+            first_row, entries = runner.count(outputs)
+            if sum(entries):  # padding alone has nothing to probe
+                probes = draw_probes(outputs, each, runner.seed, len(drawn) + len(of_batch), first_row)
+                for name, moments in runner.probe(outputs, probes).items():
+                    logs[name].append(moments.logs(each * outputs.slices))
+                # Of each slice the first probe, then of each the second, ...
+                of_batch += [(counted, each) for counted in entries] * each
+                del probes, moments
+            del outputs  # before the next one is made
+        total = runner.entries - before
+        if not total:
+            raise nothing_counts(masked)
+        drawn += [(counted, counted / total / len(batches) / probes) for counted, probes in of_batch]
+    return _as_rates(runner, _combined(runner, logs, drawn), len(drawn))
 
-        `drawn` has of each probe how many entries counted, and its weight.
-        """
-        entries, weights = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in zip(*drawn, strict=True))
-        per_entry = entries.log()[:, None]
-        by_estimator: dict[tuple[str, tuple[int, ...]], dict[str, Tensor]] = defaultdict(dict)
-        for name, rows in to_host({name: torch.cat(several) for name, several in logs.items()}, self.processes.same).items():
-            estimator = ESTIMATORS[self.settings.method](tuple(self.updates[name].new.shape))
-            by_estimator[estimator.name, estimator.exponents][name] = rows
-        values = {}
-        for (used, exponents), found in by_estimator.items():
-            rates = combine(exponents, torch.stack(list(found.values())) - per_entry, weights)
-            values.update({n: (*rate, used) for n, rate in zip(found, rates, strict=True)})
-        return {name: values[name] for name in logs}
 
-    def count(self, outputs: Outputs) -> tuple[int, list[int]]:
-        """How many rows of the global batch are before these outputs, and how many entries of each slice count in all.
+def _combined(
+    runner: Runner, logs: Mapping[str, list[Tensor]], drawn: list[tuple[int, float]]
+) -> dict[str, tuple[float, float, str]]:
+    """Value, standard error and estimator of every tensor, from its log moments under each probe.
 
-        Notes what the outputs are like.
-        """
-        values, slices = outputs.values, outputs.slices
-        self.classes = values.shape[-1] if values.ndim else 1
-        self.dtype = str(values.dtype).removeprefix("torch.")
-        entries = [values.numel() // slices] * slices
-        if outputs.mask is not None:
-            entries = [int(mask.sum()) for mask in (outputs.mask if slices > 1 else [outputs.mask])]
-        rows, *counts = zip(*self.processes.gather([outputs.rows, *entries]), strict=True)
-        entries = [sum(count) for count in counts]
-        self.entries += sum(entries)
-        return sum(rows[: self.processes.rank]), entries
+    `drawn` has of each probe how many entries counted, and its weight.
+    """
+    entries, weights = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in zip(*drawn, strict=True))
+    per_entry = entries.log()[:, None]
+    by_estimator: dict[tuple[str, tuple[int, ...]], dict[str, Tensor]] = defaultdict(dict)
+    for name, rows in to_host({name: torch.cat(several) for name, several in logs.items()}, runner.processes.same).items():
+        estimator = ESTIMATORS[runner.settings.method](tuple(runner.updates[name].new.shape))
+        by_estimator[estimator.name, estimator.exponents][name] = rows
+    values = {}
+    for (used, exponents), found in by_estimator.items():
+        rates = combine(exponents, torch.stack(list(found.values())) - per_entry, weights)
+        values.update({n: (*rate, used) for n, rate in zip(found, rates, strict=True)})
+    return {name: values[name] for name in logs}
 
-    def as_rates(self, values: Mapping[str, tuple[float, float, str]], probes: int = 0) -> Rates:
-        """Of `(value, standard error, estimator)` by name."""
-        total = sum(value for value, _, _ in values.values())
-        if not math.isfinite(total) and not self.processes.rank:
-            odd = first_few(name for name, (value, _, _) in values.items() if not math.isfinite(value))
-            warn(f"function-space rates of {odd} are not finite: look for NaN or inf in updates, inputs and outputs")
-        found = {
-            name: Rate(value, stderr, value / total if total else 0.0, estimator)
-            for name, (value, stderr, estimator) in values.items()
-        }
-        settings = self.settings
-        return Rates(found, settings.method, probes, self.seed, self.entries, settings.space, self.classes, self.dtype)
+
+def _as_rates(runner: Runner, values: Mapping[str, tuple[float, float, str]], probes: int = 0) -> Rates:
+    """Of `(value, standard error, estimator)` by name."""
+    total = sum(value for value, _, _ in values.values())
+    if not math.isfinite(total) and not runner.processes.rank:
+        odd = first_few(name for name, (value, _, _) in values.items() if not math.isfinite(value))
+        warn(f"function-space rates of {odd} are not finite: look for NaN or inf in updates, inputs and outputs")
+    found = {
+        name: Rate(value, stderr, value / total if total else 0.0, estimator)
+        for name, (value, stderr, estimator) in values.items()
+    }
+    method, space = runner.settings.method, runner.settings.space
+    return Rates(found, method, probes, runner.seed, runner.entries, space, runner.classes, runner.dtype)
 
 
 @checked

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,12 @@ from layerwise.common.tensors import is_sharded
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Adjoint, Change, adjoint, exact_change
 from layerwise.function_space.measuring.linear_products import ProductMoments, Products, only_products
-from layerwise.function_space.measuring.moments import TensorUpdate
-from layerwise.function_space.measuring.outputs import Forward, Outputs, as_outputs
+from layerwise.function_space.measuring.moments import ESTIMATORS, Moments, TensorUpdate
+from layerwise.function_space.measuring.outputs import Outputs, as_outputs
 from layerwise.function_space.measuring.process_group import ALONE, Collector, Processes, SharedCollector
+
+if TYPE_CHECKING:
+    from layerwise.function_space.measuring.measurement import Measurement
 
 BatchNormMode = Literal["running", "batch"]
 #: What is said of a forward that changes a parameter, as some do to normalise or to clip it.
@@ -44,25 +47,28 @@ class Runner(nn.Module):
     A module around the user's, so that `torch.func.functional_call` can replace its tensors; that changes nothing in it.
 
     Args:
-        model: inside of `in_evaluation_mode`.
-        forward: runs it.
-        points: the weights to measure at, by parameter name.
+        settings: how to measure.
+        model: without its wrappers, inside of `in_evaluation_mode`.
+        updates: by parameter name; the model is run at the weights before them.
         processes: those that measure together. On one of them weights used in one product alone are measured from its
             factors: those of `full_cov` always; the others where there is no room for whole gradients of several probes,
             which are quicker to square.
 
     Attributes:
         collector: what takes the gradients of probes.
+        seed: of the probes.
+        classes: size of the outputs' last dimension, once outputs were counted.
+        dtype: theirs.
+        entries: how many of them counted so far, over all processes.
     """
 
     def __init__(
-        self, model: nn.Module, forward: Forward, points: Mapping[str, Tensor], processes: Processes = ALONE
+        self, settings: Measurement, model: nn.Module, updates: Mapping[str, TensorUpdate], processes: Processes = ALONE
     ) -> None:
         super().__init__()
-        self.model = model
-        self.function = forward
-        self.processes = processes
-        together = processes.count > 1 or any(map(is_sharded, points.values()))
+        self.settings, self.model, self.updates, self.processes = settings, model, updates, processes
+        self.seed, self.classes, self.dtype, self.entries = settings.seed, 1, "", 0
+        together = processes.count > 1 or any(is_sharded(update.new) for update in updates.values())
         self.collector = SharedCollector if together else Collector
         #: What a forward may leave behind (hidden states, caches): the next one starts without it.
         self.kept = [KeptModule(module) for module in model.modules()]
@@ -74,10 +80,10 @@ class Runner(nn.Module):
         #: Parameters that the forward writes whenever it reads them, embeddings with `max_norm`: it gets copies of them.
         renormalised = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
         self.written = {name for name, p in self.own.items() if id(p) in renormalised}
-        others = {n: p for n, p in self.own.items() if n not in points and (p.requires_grad or n in self.written)}
+        others = {n: p for n, p in self.own.items() if n not in updates and (p.requires_grad or n in self.written)}
         self.others = {name: p.detach() for name, p in others.items()}
-        self.points = {name: point.detach() for name, point in points.items()}
-        held = (*self.own.items(), *points.items())
+        self.points = {n: (self.own[n] if u.old is None else u.old).detach() for n, u in updates.items()}
+        held = (*self.own.items(), *self.points.items())
         #: Whether a forward was watched for what it writes, which makes each operation take longer.
         self.seen = False
         # Whose memory is the model's own.
@@ -85,7 +91,7 @@ class Runner(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         try:
-            return self.function(self.model, inputs)
+            return self.settings.function(self.model, inputs)
         finally:
             for module in self.kept:
                 module.put_back()
@@ -120,6 +126,22 @@ class Runner(nn.Module):
             if name is not None:
                 raise LayerwiseError(WRITES.format(name))
 
+    def count(self, outputs: Outputs) -> tuple[int, list[int]]:
+        """How many rows of the global batch are before these outputs, and how many entries of each slice count in all.
+
+        Notes what the outputs are like.
+        """
+        values, slices = outputs.values, outputs.slices
+        self.classes = values.shape[-1] if values.ndim else 1
+        self.dtype = str(values.dtype).removeprefix("torch.")
+        entries = [values.numel() // slices] * slices
+        if outputs.mask is not None:
+            entries = [int(mask.sum()) for mask in (outputs.mask if slices > 1 else [outputs.mask])]
+        rows, *counts = zip(*self.processes.gather([outputs.rows, *entries]), strict=True)
+        entries = [sum(count) for count in counts]
+        self.entries += sum(entries)
+        return sum(rows[: self.processes.rank]), entries
+
     def side_by_side(self, batches: Any, masks: Tensor | None) -> Outputs | None:
         """The outputs of slices in one graph, `[slices, examples, ...]` as they come in; None: they cannot be had so.
 
@@ -143,14 +165,16 @@ class Runner(nn.Module):
         values, *mask = torch.func.vmap(of_slice, in_dims=(0, dims))(leaves, parts)
         return Outputs(values, mask[0] if mask else None, values.shape[1], leaves, count)
 
-    def probe(self, outputs: Outputs, probes: Iterator[Tensor], collector: Collector, at_once: int) -> None:
-        """Hand the collector every measured tensor's gradients under each probe.
+    def probe(self, outputs: Outputs, probes: Iterator[Tensor]) -> Mapping[str, Moments]:
+        """Moments of every measured tensor under each probe.
 
-        Several probes go through one batched backward where they may, `at_once` at most. Where there is room for none (0)
+        Several probes go through one batched backward where they may, as many as there is room for. Where there is none
         each gradient is used and freed as soon as it is complete, so that never more than the largest tensor's is held.
         """
         if not outputs.values.requires_grad:
             raise LayerwiseError(NO_GRAPH)
+        collector = self.collector(self.updates, ESTIMATORS[self.settings.method], self.processes)
+        at_once = outputs.probes_at_once(self.settings.memory)
         leaves = dict(outputs.leaves)
         for name, product in only_products(outputs.values, outputs.leaves).items():
             of = collector.moments[name]
@@ -166,10 +190,11 @@ class Runner(nn.Module):
                     _streamed_backward(outputs.values, leaves, probe, collector)
                     collector.done(1)
             several.clear()  # before the next are drawn
+        return collector.moments
 
-    def adjoint(self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate]) -> Adjoint | None:
-        """What to hold derivatives along any of these updates against, where it takes that."""
-        return adjoint(partial(self.outputs_at, batch=batch, mask=mask), self.points, updates)
+    def adjoint(self, batch: Any, mask: Tensor | None) -> Adjoint | None:
+        """What to hold derivatives along any updates against, where it takes that."""
+        return adjoint(partial(self.outputs_at, batch=batch, mask=mask), self.points, self.updates)
 
     def derivative(
         self, batch: Any, mask: Tensor | None, updates: Mapping[str, TensorUpdate], check: Adjoint | None

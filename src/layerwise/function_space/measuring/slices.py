@@ -29,7 +29,6 @@ from layerwise.function_space.measuring.outputs import Outputs
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 
 if TYPE_CHECKING:
-    from layerwise.function_space.measuring.measurement import Run
     from layerwise.function_space.measuring.runners import Runner
 
 #: How many slices; `"auto"`: what leaves four probes for each, and eight at least.
@@ -141,19 +140,19 @@ _Sized = tuple[Outputs, int, int]
 _Graph = tuple[Outputs, int]
 
 
-def graphs(run: Run, runner: Runner, inputs: Any, mask: Tensor | None, probes: int) -> Iterator[_Graph]:
+def graphs(runner: Runner, inputs: Any, mask: Tensor | None, probes: int) -> Iterator[_Graph]:
     """The outputs of each slice, or of several, in turn, with their graph. Drop one before asking for the next: then one
     stands.
 
     Raises:
         LayerwiseError: slices that cannot be had.
     """
-    slices = cut(inputs, mask, probes, run.settings.slices, run.processes)
-    found = None if slices is None else _independent(run, runner, (inputs, mask), slices)
+    slices = cut(inputs, mask, probes, runner.settings.slices, runner.processes)
+    found = None if slices is None else _independent(runner, (inputs, mask), slices)
     return iter([(runner.outputs(inputs, mask), probes)]) if found is None else found
 
 
-def _independent(run: Run, runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice]) -> Iterator[_Graph] | None:
+def _independent(runner: Runner, batch: tuple[Any, Tensor | None], slices: list[Slice]) -> Iterator[_Graph] | None:
     """The slices' graphs, if the last example of the first has the same outputs in other company, or alone.
 
     That is the batch's last, as time in the leading dimension of a causal model shows there and not in its first.
@@ -168,21 +167,22 @@ def _independent(run: Run, runner: Runner, batch: tuple[Any, Tensor | None], sli
     try:
         with torch.no_grad():
             reference = outputs_of(runner, batch, company)
-        room = reference.probes_at_once(run.settings.memory, len(rows) / max(1, len(company)))
+        room = reference.probes_at_once(runner.settings.memory, len(rows) / max(1, len(company)))
         others = _forwards(runner, batch, slices, room)
         first = [next(others)]
         outputs = first[0][0]
         sized = (outputs, outputs.slices * len(rows), len(rows)), (reference, len(company), len(company))
-        if rows and not same_last_example(run, *sized):
+        if rows and not same_last_example(runner, *sized):
             first = []
     except Exception as error:  # a forward that takes whole batches only can fail in any way
         problem, first = error, []
-    if run.processes.least(len(first)):
+    if runner.processes.least(len(first)):
         return chain(iter(first), others)  # an iterator that is through with a list lets go of it
-    if run.settings.slices == "auto":
+    asked = runner.settings.slices
+    if asked == "auto":
         return None
     raise LayerwiseError(
-        f"slices is {run.settings.slices}, and an example's outputs depend on the other examples of its batch: use slices=1"
+        f"slices is {asked}, and an example's outputs depend on the other examples of its batch: use slices=1"
     ) from problem
 
 
@@ -217,7 +217,7 @@ def outputs_of(runner: Runner, batch: tuple[Any, Tensor | None], rows: range) ->
     return replace(found, mask=torch.zeros_like(found.values, dtype=torch.bool), rows=0)
 
 
-def same_last_example(run: Run, one: _Sized, other: _Sized) -> bool:
+def same_last_example(runner: Runner, one: _Sized, other: _Sized) -> bool:
     """Whether the last example of the first slice has the same outputs in two forwards, up to rounding.
 
     Relative to their norm that is 1e-4 in float32, and 5 % in half precision. As little as can be: a faint coupling between
@@ -235,7 +235,7 @@ def same_last_example(run: Run, one: _Sized, other: _Sized) -> bool:
             counted = counted.to(flat.device) & outputs.mask.flatten()[place]
     if values[0].shape != values[1].shape:
         return False
-    parameters, autocast = list(run.model.parameters()), run.settings.autocast
+    parameters, autocast = list(runner.model.parameters()), runner.settings.autocast
     dtypes = {p.dtype for p in parameters} | ({autocast} if autocast else set())
     tolerance = 0.05  # of quantised weights
     if all(dtype.is_floating_point for dtype in dtypes):

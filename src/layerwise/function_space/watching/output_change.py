@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from layerwise.common.checked import PositiveInt, checked
 from layerwise.common.tensors import widened
 from layerwise.errors import LayerwiseError, warn
-from layerwise.function_space.measuring.measurement import Measurement, Run
+from layerwise.function_space.measuring.measurement import Measurement, running
 from layerwise.function_space.measuring.outputs import Outputs
-from layerwise.function_space.measuring.runners import MEASURED
+from layerwise.function_space.measuring.runners import MEASURED, Runner
 from layerwise.function_space.measuring.slices import first_examples, share
 from layerwise.function_space.steps.by_module import by_module
 from layerwise.function_space.steps.watched_step import WatchedStep, is_supplier
@@ -91,20 +91,19 @@ class OutputChange:
 
     def _moved(self, step: WatchedStep, inputs: Any) -> float:
         """RMS difference of the outputs at the weights after the step and before it."""
-        run = Run(self.measurement, self.model, {}, step.processes, 0)
-        new = self._outputs(run, inputs)
+        runner, new = self._outputs(step, inputs)
         with step.undone():
-            old = self._outputs(run, inputs)
+            _, old = self._outputs(step, inputs)
         difference = widened(new.values) - widened(old.values)
         if new.mask is not None:
             difference = torch.where(new.mask, difference, 0.0)
-        _, [entries] = run.count(new)
+        _, [entries] = runner.count(new)
         square = step.processes.sum_(difference.square().sum()).item()
         return math.sqrt(square / entries) if entries else math.nan
 
-    def _outputs(self, run: Run, inputs: Any) -> Outputs:
-        with run.runner() as runner:
-            return runner.changed(inputs, None, {})
+    def _outputs(self, step: WatchedStep, inputs: Any) -> tuple[Runner, Outputs]:
+        with running(self.measurement, self.model, {}, step.processes) as runner:
+            return runner, runner.changed(inputs, None, {})
 
 
 class SeenInputs:
