@@ -775,6 +775,13 @@ def test_a_model_without_a_forward_is_told_to_say_how_it_runs():
         lw.param_groups(model, x)
 
 
+def test_an_update_of_what_is_frozen_is_told():
+    """As between two checkpoints that nobody trains any more."""
+    model = nn.Linear(3, 2).requires_grad_(False)
+    with pytest.raises(LayerwiseError, match=r"update holds frozen parameters alone \(weight\): give .* requires_grad=True"):
+        function_space_rates(model, {"weight": torch.ones(2, 3)}, torch.randn(8, 3))
+
+
 def test_a_loader_in_place_of_a_batch_is_told():
     model, loader = nn.Linear(3, 2), torch.utils.data.DataLoader(torch.randn(8, 3), batch_size=4)
     with pytest.raises(LayerwiseError, match=r"the batch is a DataLoader: give one of its batches, next\(iter\(loader\)\)"):

@@ -286,6 +286,8 @@ def function_space_rates(
     inner = unwrap(model)
     _check_update(update, dict(inner.named_parameters()))
     parameters = {name: p for name, p in trainable(inner).items() if name in update}
+    if not parameters:
+        raise LayerwiseError(f"update holds frozen parameters alone ({first_few(update)}): give these requires_grad=True")
     check_numbers(parameters)
     updates = {name: TensorUpdate(placed_as(update[name], p)) for name, p in parameters.items()}
     return Measurement(forward, method, probes, seed, **options).rates(inner, updates, inputs, mask)
