@@ -236,3 +236,11 @@ def test_splits_that_make_no_sense_are_refused():
     ):
         with pytest.raises(LayerwiseError):
             make()
+
+
+def test_a_stack_of_no_matrix_divides_and_joins():
+    """Of experts cut over more processes than there are, some hold none."""
+    layout = StackLayout(Split.equal("gate", "up"))
+    stacks = layout.to_matrices(torch.zeros(0, 4, 6))
+    assert [tuple(stack.shape) for stack in stacks] == [(0, 2, 6)]
+    assert layout.from_matrices(stacks, (0, 4, 6)).shape == (0, 4, 6)

@@ -86,8 +86,8 @@ class Split:
 
     def divide(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[k, d_out, d_in]`` to a stack ``[k * parts, rows, d_in]`` a run; views where strides allow."""
-        k, d_out, d_in = x.shape
-        per_block = [k_run * rows // (k * self.blocks) for k_run, rows, _ in self.shapes((k, d_out, d_in))]
+        _, d_out, d_in = x.shape  # of no matrix too
+        per_block = [parts * rows // self.blocks for parts, rows, _ in self.shapes((1, d_out, d_in))]
         pieces = split(unflatten(x, 1, (self.blocks, d_out // self.blocks)), per_block, dim=2)
         return tuple(
             unflatten(piece, 2, (len(run), -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)

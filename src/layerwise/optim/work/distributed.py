@@ -91,13 +91,19 @@ class DistributedWork:
 
     def directions(self, asked: Sequence[MatrixJob]) -> Iterator[tuple[Sequence[Job], Sequence[Tensor]]]:
         alone, by_shard, shared = self._sorted(asked)
+        held = [task for _, tasks in shared for task in tasks if unsent.is_held(task)]
+        owned = [unsent.own_matrices(task) for task in held]
         parts: Iterable[Iterator[Directions | None]] = chain(
             (self._shardwise_directions(domain, tasks) for domain, tasks in by_shard),
-            chain.from_iterable(self._shared_directions(domain, tasks) for domain, tasks in shared),
-            (iter([some]) for some in self._local_directions(alone)),
+            (self._round(domain, some) for domain, tasks in shared for some in self._rounds(domain, tasks, direction_cost)),
+            (iter([some]) for some in self._local_directions([*alone, *owned])),
         )
         for some in overlapped(parts):
             yield [asked[number].jobs[row] for (number, row), _ in some], [step for _, step in some]
+        for task, own in zip(held, owned, strict=True):
+            filled, wanted = own.job.jobs[0].dual, task.job.jobs[0].dual
+            if filled is not None and wanted is not None:
+                unsent.place_units(task, filled, wanted)
         for domain, tasks in shared:
             duals = [task.job.jobs[0].dual for task in tasks if task.job.jobs[0].dual is not None]
             if duals:
@@ -132,6 +138,8 @@ class DistributedWork:
         return alone, list(by_shard.items()), [(domain, tasks) for (domain, _, _), tasks in shared.items()]
 
     def _rounds(self, domain: Domain, tasks: Sequence[Task], cost: Cost) -> Iterator[list[Task]]:
+        """Those whose matrices travel to an owner."""
+        tasks = [task for task in tasks if not unsent.is_held(task)]
         planned = assign(tuple(cost(task.job) for task in tasks), domain.size)
         deviations = [task.job.deviation for task in tasks]
         owners = [owner if own is None else own.owner for own, owner in zip(deviations, planned, strict=True)]
@@ -175,11 +183,11 @@ class DistributedWork:
         like = local_part(tasks[0].job.param)
         total = torch.zeros(sum(counts), dtype=working_dtype(like), device=like.device)
         found = {task.index: part for task, part in zip(tasks, total.split(counts), strict=True)}
-        stacked, travelling = _stacked(tasks)
-        held = {task.index: task for task in stacked if task.holds_any}
-        for index, norm in self._local_norms([unsent.own_matrices(task) for task in held.values()]).items():
-            unsent.place_units(held[index], norm, found[index])
-        for _ in overlapped(self._norm_round(domain, some, found) for some in self._rounds(domain, travelling, norm_cost)):
+        held = [task for task in tasks if unsent.is_held(task)]
+        own = self._local_norms([unsent.own_matrices(task) for task in held])
+        for task in held:
+            unsent.place_units(task, own[task.index], found[task.index])
+        for _ in overlapped(self._norm_round(domain, some, found) for some in self._rounds(domain, tasks, norm_cost)):
             pass
         _added_up(domain, total)
         return found
@@ -198,20 +206,7 @@ class DistributedWork:
         yield None
         yield [(task.index, step) for task, step in zip(tasks, steps(), strict=True)]
 
-    def _shared_directions(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Iterator[Directions | None]]:
-        stacked, travelling = _stacked(tasks)
-        for some in self._rounds(domain, travelling, direction_cost):
-            yield self._direction_round(domain, some)
-        held = {task.index: task for task in stacked if task.holds_any}
-        owned = {index: unsent.own_matrices(task) for index, task in held.items()}
-        for directions in self._local_directions([*owned.values()]):
-            for index, _ in directions:
-                unsent.place_dual_norms(held[index], owned[index])
-            yield iter([directions])
-        empty = [task for task in stacked if not task.holds_any]
-        yield iter([[(task.index, task.job.part()) for task in empty]])
-
-    def _direction_round(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
+    def _round(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
         fetched = fetch(domain, tasks)
         yield None
         steps = {index: step for some in self._local_directions(fetched()) for index, step in some}
@@ -241,14 +236,6 @@ def _added_up(domain: Domain, norms: Tensor) -> Tensor:
         if group is not None:
             dist.all_reduce(norms, group=group)
     return norms
-
-
-def _stacked(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
-    """Those of which each process does the matrices it holds, and those that travel to an owner."""
-    kinds: tuple[list[Task], list[Task]] = ([], [])
-    for task in tasks:
-        kinds[0 if task.job.deviation is None and unsent.is_cut_between_matrices(task) else 1].append(task)
-    return kinds
 
 
 def overlapped(parts: Iterable[Iterator[Directions | None]]) -> Iterator[Directions]:

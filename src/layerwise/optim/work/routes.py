@@ -90,11 +90,6 @@ class Task:
     placed: Placed
     owner: int = 0  # number of the process in the domain
 
-    @property
-    def holds_any(self) -> bool:
-        """Whether this process has any entries of the parameter."""
-        return math.prod(self.placed.parts[self.placed.domain.shard]) > 0
-
 
 def _of_my_replica(domain: Domain, tasks: Sequence[Task]) -> list[list[Task]]:
     """The tasks whose owner is among the shards of this replica, by the owner's place there."""

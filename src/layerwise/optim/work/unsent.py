@@ -101,10 +101,11 @@ def _lengths(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Ten
     return wait
 
 
-def is_cut_between_matrices(task: Task) -> bool:
+def is_held(task: Task) -> bool:
     """Whether every matrix is whole on one process. (Replicas would repeat the work: there it is shared out instead.)"""
-    whole = isinstance(task.job.layout, (StackLayout, VectorStackLayout)) and task.placed.dim == 0
-    return whole and task.placed.domain.shards is not None and task.placed.domain.replicas is None
+    domain, stacked = task.placed.domain, isinstance(task.job.layout, (StackLayout, VectorStackLayout))
+    cut_between = stacked and task.placed.dim == 0 and domain.shards is not None
+    return cut_between and domain.replicas is None and task.job.deviation is None
 
 
 def own_matrices(task: Task) -> Task:
@@ -137,10 +138,3 @@ def place_units(task: Task, own_values: Tensor, values: Tensor) -> None:
         count = units.stop - units.start
         values[units] = own_values[start : start + count]
         start += count
-
-
-def place_dual_norms(task: Task, own_task: Task) -> None:
-    """Write those that the task of this process's units has filled in where those of all units are."""
-    filled, wanted = own_task.job.jobs[0].dual, task.job.jobs[0].dual
-    if filled is not None and wanted is not None:
-        place_units(task, filled, wanted)
