@@ -31,17 +31,15 @@ def _whole_parts(owner: Any) -> Split | None:
     return None if own_sizes or fewer else QKV
 
 
-def grouped_split(owner: nn.Module, attribute: str, d_out: int) -> Split | None:
+def _fewer_key_heads(owner: Any) -> Split | None:
     """q, k, v one after the other by a class's own heads: where a class known for equal thirds has fewer for keys.
 
     Its numbers fill the projection, but they do not say that it keeps the order of its namesake.
     """
-    known = any(_RULES.get((attribute, base.__name__)) is _whole_parts for base in type(owner).__mro__)
     heads, key_heads = _number(owner, _HEADS), _number(owner, _KEY_HEADS)
-    if not known or not heads or not key_heads or heads % key_heads or heads == key_heads:
+    if not heads or not key_heads or heads % key_heads or heads == key_heads:
         return None
-    split = Split.of_sizes({"q": heads, "k": key_heads, "v": key_heads})
-    return split if split.divides(d_out) else None
+    return Split.of_sizes({"q": heads, "k": key_heads, "v": key_heads})
 
 
 def _gpt2(owner: Any) -> Split:
@@ -118,24 +116,27 @@ _KNOWN: tuple[tuple[Rule, str, str], ...] = (
 _RULES = {(attribute, owner): rule for rule, attribute, owners in _KNOWN for owner in owners.split()}
 
 
-def known_split(owner: nn.Module, attribute: str, d_out: int) -> Split | None:
-    """The split of the projection `owner.attribute`, None when it is one matrix or it is not known how it is divided.
+def projection_split(owner: nn.Module, attribute: str, d_out: int) -> tuple[Split | None, str]:
+    """The split of the projection `owner.attribute`, and a note on what is not certain.
 
-    A rule goes by the class's name, so it has to agree with the owner's own numbers.
+    The split is None where it is one matrix, or it is not known how it is divided. A rule goes by the class's name, so it
+    has to agree with the owner's own numbers.
     """
     split = _by_numbers(owner, attribute, d_out)
     if split is not None:
-        return split
-    for base in type(owner).__mro__:  # bases too: FSDP2 and parametrizations make a subclass of another name
-        rule = _RULES.get((attribute, base.__name__))
-        if rule is None:
-            continue
-        try:
-            split = rule if isinstance(rule, Split) else rule(owner)
-        except (AttributeError, TypeError):  # another library's class of this name, or other attributes
-            return None
-        return split if split is not None and split.divides(d_out) else None
-    return None
+        return split, ""
+    names = [(attribute, base.__name__) for base in type(owner).__mro__]  # FSDP2 and parametrizations make subclasses
+    rule = next((_RULES[name] for name in names if name in _RULES), None)
+    try:
+        split = rule if rule is None or isinstance(rule, Split) else rule(owner)
+    except (AttributeError, TypeError):  # another library's class of this name, or other attributes
+        return None, fused_note(owner, attribute, d_out)
+    if split is not None and split.divides(d_out):
+        return split, ""
+    split = _fewer_key_heads(owner) if rule is _whole_parts else None
+    if split is not None and split.divides(d_out):
+        return split, f"assumed {split}, as {type(owner).__name__} has fewer heads for keys; if not, declare its split"
+    return None, fused_note(owner, attribute, d_out)
 
 
 def _by_numbers(owner: Any, attribute: str, d_out: int) -> Split | None:

@@ -29,7 +29,7 @@ from layerwise.geometry.layout import (
     conv_layout,
 )
 from layerwise.geometry.module_kinds import holds_lora, is_hf_conv1d, is_linear, is_norm, is_torch_norm, lora_factors
-from layerwise.geometry.modules.fused import GATE_UP, fused_note, grouped_split, known_split, recurrent_split
+from layerwise.geometry.modules.fused import GATE_UP, fused_note, projection_split, recurrent_split
 from layerwise.geometry.modules.heads import Heads, output_heads
 from layerwise.geometry.split import Split
 
@@ -250,11 +250,4 @@ def _projection_split(place: _Place, d_out: int) -> tuple[Split | None, str]:
         path = path[:-1]
     if len(path) < 2:
         return None, ""
-    attribute, parent = path[-1][0], path[-2][1]
-    split = known_split(parent, attribute, d_out)
-    if split is not None:
-        return split, ""
-    split = grouped_split(parent, attribute, d_out)
-    if split is not None:
-        return split, f"assumed {split}, as {type(parent).__name__} has fewer heads for keys; if not, declare its split"
-    return None, fused_note(parent, attribute, d_out)
+    return projection_split(path[-2][1], path[-1][0], d_out)
