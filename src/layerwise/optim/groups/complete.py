@@ -53,7 +53,7 @@ def as_groups(params: Iterable[Any]) -> list[Group]:
         raise LayerwiseError("params mixes groups with parameters: pass groups (dicts) alone, or parameters alone")
     # Parameters may be a generator, as model.parameters() is.
     dicts = [{**group, "params": _as_list(group["params"])} if "params" in group else group for group in dicts]
-    groups = dicts if dicts or not given else _by_shape(name_params(given, None, 0), {})
+    groups: list[Group] = dicts if dicts or not given else [{"params": given}]
     if not groups:
         raise LayerwiseError("the optimizer got no parameters: pass layerwise.param_groups(model), or check requires_grad")
     if not any(group.get("params", True) for group in groups):  # torch takes them
