@@ -193,31 +193,24 @@ class DistributedWork:
         return found
 
     def _norm_round(self, domain: Domain, tasks: Sequence[Task], found: dict[Index, Tensor]) -> Iterator[Directions | None]:
-        fetched = fetch(domain, tasks)
-        yield None
-        for index, norm in self._local_norms(fetched()).items():
+        mine = yield from fetch(domain, tasks)
+        for index, norm in self._local_norms(mine).items():
             found[index].copy_(norm)
 
     # -------------------------------------------------------------------------------------------------- directions
 
     @staticmethod
     def _shardwise_directions(domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
-        steps = unsent.unit_steps(domain, [task.job for task in tasks])
-        yield None
-        yield [(task.index, step) for task, step in zip(tasks, steps(), strict=True)]
+        steps = yield from unsent.unit_steps(domain, [task.job for task in tasks])
+        yield [(task.index, step) for task, step in zip(tasks, steps, strict=True)]
 
     def _round(self, domain: Domain, tasks: Sequence[Task]) -> Iterator[Directions | None]:
-        fetched = fetch(domain, tasks)
-        yield None
-        steps = {index: step for some in self._local_directions(fetched()) for index, step in some}
+        mine = yield from fetch(domain, tasks)
+        steps = {index: step for some in self._local_directions(mine) for index, step in some}
         if domain.shards is not None:
-            returned = give_back(domain, tasks, steps)
-            yield None
-            steps = returned()
+            steps = yield from give_back(domain, tasks, steps)
         if domain.replicas is not None:
-            shared = spread(domain, tasks, steps)
-            yield None
-            steps = shared()
+            steps = yield from spread(domain, tasks, steps)
         yield list(steps.items())
 
 

@@ -1,13 +1,13 @@
 """The three ways of a matrix: shards to its owner, its unit step back to the shards, and over the replicas of a shard.
 
-Tensors between processes are packed into one flat buffer per collective. Each function sends at once and returns what to
-call to wait for the result, so that other work goes on.
+Tensors between processes are packed into one flat buffer per collective. Each way yields once when it has sent, so that
+other work goes on before its result is waited for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -79,6 +79,7 @@ def _unpack(flat: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
 
 
 Index = tuple[int, int]  # of what is asked in a step, and of a parameter among those it is asked of
+Steps = dict[Index, Tensor]  # unit steps
 
 
 @dataclass(frozen=True)
@@ -97,27 +98,25 @@ def _of_my_replica(domain: Domain, tasks: Sequence[Task]) -> list[list[Task]]:
     return [[task for task in tasks if task.owner == first + s] for s in range(domain.shard_count)]
 
 
-def fetch(domain: Domain, tasks: Sequence[Task]) -> Callable[[], list[Task]]:
+def fetch(domain: Domain, tasks: Sequence[Task]) -> Generator[None, None, list[Task]]:
     """Bring whole tensors to their owners: the tasks of this process, with jobs that are whole."""
     by_owner = _of_my_replica(domain, tasks)
     mine = by_owner[domain.shard]
     if domain.shards is None or not any(by_owner):
-        return lambda: mine
+        yield
+        return mine
     received = all_to_all(
         domain.shards,
         [[_shard(task) for task in given] for given in by_owner],
         [[task.placed.parts[s] for task in mine] for s in range(domain.shard_count)],
         local_part(tasks[0].job.param),
     )
-
-    def wait() -> list[Task]:
-        parts = zip(*received(), strict=True)  # by task, its shards in order
-        return [
-            replace(task, job=task.job.of_fetched(torch.cat(shards, task.placed.dim)))
-            for task, shards in zip(mine, parts, strict=True)
-        ]
-
-    return wait
+    yield
+    parts = zip(*received(), strict=True)  # by task, its shards in order
+    return [
+        replace(task, job=task.job.of_fetched(torch.cat(shards, task.placed.dim)))
+        for task, shards in zip(mine, parts, strict=True)
+    ]
 
 
 def _shard(task: Task) -> Tensor:
@@ -130,12 +129,13 @@ def _shard(task: Task) -> Tensor:
     return shard
 
 
-def give_back(domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor]) -> Callable[[], dict[Index, Tensor]]:
+def give_back(domain: Domain, tasks: Sequence[Task], steps: Steps) -> Generator[None, None, Steps]:
     """Send whole unit steps back as shards: this process's part of those of its replica."""
     assert domain.shards is not None
     by_owner = _of_my_replica(domain, tasks)
     if not any(by_owner):
-        return dict
+        yield
+        return {}
     pieces = [task.placed.cut(steps[task.index]) for task in by_owner[domain.shard]]
     received = all_to_all(
         domain.shards,
@@ -143,10 +143,11 @@ def give_back(domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor])
         [[task.placed.parts[domain.shard] for task in given] for given in by_owner],
         local_part(tasks[0].job.param),
     )
-    return lambda: _by_index(by_owner, received())
+    yield
+    return _by_index(by_owner, received())
 
 
-def spread(domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor]) -> Callable[[], dict[Index, Tensor]]:
+def spread(domain: Domain, tasks: Sequence[Task], steps: Steps) -> Generator[None, None, Steps]:
     """Give the replicas of this process's part the unit steps that its own replica did, and get theirs."""
     assert domain.replicas is not None
     by_replica = [[task for task in tasks if task.owner // domain.shard_count == r] for r in range(domain.replica_count)]
@@ -156,9 +157,10 @@ def spread(domain: Domain, tasks: Sequence[Task], steps: dict[Index, Tensor]) ->
         [[task.placed.parts[domain.shard] for task in given] for given in by_replica],
         local_part(tasks[0].job.param),
     )
-    return lambda: _by_index(by_replica, received())
+    yield
+    return _by_index(by_replica, received())
 
 
-def _by_index(tasks: Sequence[Sequence[Task]], tensors: Sequence[Sequence[Tensor]]) -> dict[Index, Tensor]:
+def _by_index(tasks: Sequence[Sequence[Task]], tensors: Sequence[Sequence[Tensor]]) -> Steps:
     pairs = zip(chain.from_iterable(tasks), chain.from_iterable(tensors), strict=True)
     return {task.index: tensor for task, tensor in pairs}

@@ -13,7 +13,7 @@ the matrices it holds, and nothing is sent but their norms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -42,22 +42,19 @@ def dual_norms(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[T
     return lambda: [_dual_norm(job, length, job.factors) for job, length in zip(jobs, lengths(), strict=True)]
 
 
-def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Callable[[], list[Tensor]]:
-    """This process's part of each job's unit step, times its factor and multiplier; calling the result waits for it.
+def unit_steps(domain: Domain, jobs: Sequence[MatrixJob]) -> Generator[None, None, list[Tensor]]:
+    """This process's part of each job's unit step, times its factor and multiplier; yields once when it has sent.
 
     Dual norms that are wanted beside them are filled in.
     """
     measured = [i for i, job in enumerate(jobs) if ORDER[job.geometry.family] == 2 or job.jobs[0].dual is not None]
     lengths = _lengths(domain, [jobs[i] for i in measured])
-
-    def wait() -> list[Tensor]:
-        known = dict(zip(measured, lengths(), strict=True))
-        for i, length in known.items():
-            if (dual := jobs[i].jobs[0].dual) is not None:
-                dual.copy_(_dual_norm(jobs[i], length, None))
-        return [_unit_step(job, known.get(i)) for i, job in enumerate(jobs)]
-
-    return wait
+    yield
+    known = dict(zip(measured, lengths(), strict=True))
+    for i, length in known.items():
+        if (dual := jobs[i].jobs[0].dual) is not None:
+            dual.copy_(_dual_norm(jobs[i], length, None))
+    return [_unit_step(job, known.get(i)) for i, job in enumerate(jobs)]
 
 
 def _dual_norm(job: MatrixJob, length: Tensor, factors: tuple[float, ...] | None) -> Tensor:
