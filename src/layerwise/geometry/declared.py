@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.axes import layout_of
-from layerwise.geometry.found import ROLES, Found
+from layerwise.geometry.found import MATRIX_ROLES, ROLES, Found
 from layerwise.geometry.layout import DepthwiseLayout, Layout, MatrixLayout, Shape, TransposedLayout, VectorLayout
 from layerwise.geometry.norms import Geometry, RowNorm, Sign, VectorRMS
 from layerwise.geometry.spectral.spectral import Spectral, spectral_conv
@@ -50,7 +50,7 @@ def default_geometry(role: str, kernel: tuple[int, ...] = (), layout: Layout | N
     """
     if isinstance(layout, DepthwiseLayout):
         return RowNorm()
-    if role in ("hidden", "experts", "conv", "lora_A", "lora_B"):
+    if role in MATRIX_ROLES:
         return spectral_conv(kernel) if kernel else Spectral()
     return {"embedding": Sign(), "head": Sign(per_input=True), "vector": VectorRMS()}[role]
 

@@ -13,6 +13,8 @@ from layerwise.common.parameter_names import canonical_names, unwrap
 from layerwise.geometry.layout import Layout
 
 ROLES = ("embedding", "head", "hidden", "conv", "experts", "vector", "lora_A", "lora_B")
+#: Of matrices inside the network.
+MATRIX_ROLES = ("hidden", "conv", "experts", "lora_A", "lora_B")
 How = Literal["forward", "module", "assumed"]
 
 

@@ -164,14 +164,13 @@ class LayerwiseOptimizer(Optimizer):
         """Take over what was unfrozen since, and give state to tensors that were put in a parameter's place."""
         for model in self._following.unfrozen() if self._following.frozen else ():
             self.add_trainable(model)
-        if torch.compiler.is_compiling() or not self._lineup.fits(self.param_groups, self.state):
-            self._lineup.forget()
-            if lost := self._following.sync(self.param_groups, self.state):
-                warn(
-                    f"the optimizer's state (momentum, noise) of {first_few(map(repr, lost))} begins afresh: after training "
-                    "had begun the parameter was replaced by one of another shape or sharding. Load the optimizer's "
-                    "state_dict after such a change to go on from where it was"
-                )
+        fits = not torch.compiler.is_compiling() and self._lineup.fits(self.param_groups, self.state)
+        if not fits and (lost := self._following.sync(self.param_groups, self.state)):
+            warn(
+                f"the optimizer's state (momentum, noise) of {first_few(map(repr, lost))} begins afresh: after training "
+                "had begun the parameter was replaced by one of another shape or sharding. Load the optimizer's "
+                "state_dict after such a change to go on from where it was"
+            )
 
     # -------------------------------------------------------------------------------------------------- the step
 

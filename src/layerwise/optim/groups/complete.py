@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry import VectorLayout, VectorRMS, group_by_shape
 from layerwise.geometry.declared import default_geometry
+from layerwise.geometry.found import MATRIX_ROLES, ROLES
 from layerwise.optim.groups.options import (
     DEFAULTS,
     OPTIONAL,
@@ -25,10 +26,8 @@ from layerwise.optim.work.job import Group
 
 #: Options by role; "default" is for every role that is not named.
 Recipe = Mapping[str, Mapping[str, Any]]
-#: Of matrices inside the network.
-MATRIX_ROLES: Final = ("hidden", "conv", "experts", "lora_A", "lora_B")
-#: Of all else, whose geometry goes by the role alone.
-_PLAIN_ROLES: Final = ("embedding", "head", "vector")
+#: Roles whose geometry goes by the role alone.
+_PLAIN_ROLES: Final = {*ROLES} - {*MATRIX_ROLES}
 _NO_OPTIONS = (*PARAMETERS, "origin")
 
 

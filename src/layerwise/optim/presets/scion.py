@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.groups.complete import MATRIX_ROLES
+from layerwise.geometry.found import MATRIX_ROLES
 from layerwise.optim.named_optimizers import register_optimizer
 from layerwise.optim.optimizer import LayerwiseOptimizer
 from layerwise.optim.rules.rule import RateRule

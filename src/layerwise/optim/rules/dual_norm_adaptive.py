@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from layerwise.optim.rules.rule import Fraction, NormGroup, RateRule, as_floats, register_rule, weighted_median
+from layerwise.optim.rules.rule import Fraction, NormGroup, RateRule, register_rule, weighted_median
 from layerwise.optim.work.job import State
 
 #: A norm above it is taken for it, so that squares stay finite in float32: an average that held an infinity once is lost.
@@ -55,9 +55,6 @@ class DualNormAdaptive(RateRule):
     every: Steps = 4
     unit_state: ClassVar = ("squared_norm", "size")  # H, and the number of entries
     own_dual_norm: ClassVar = True
-
-    def __post_init__(self) -> None:
-        as_floats(self, "softening", "beta")
 
     def squared_norm(self, state: State) -> Tensor:
         return torch.where(state["squared_norm"] > 0, state["squared_norm"], float("nan"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import LayerwiseError
-from layerwise.optim.rules.rule import Fraction, NormGroup, RateRule, as_floats, register_rule, weighted_median
+from layerwise.optim.rules.rule import Fraction, NormGroup, RateRule, register_rule, weighted_median
 from layerwise.optim.work.job import Job, State, select_all, stack_of, stacked, stacked_by, state_and_gradients
 from layerwise.optim.work.local import DualNorm, Source, deviation_of
 
@@ -161,7 +161,7 @@ class NoiseAdaptive(RateRule):
     unit_state: ClassVar = ("noise", "gradients_seen", "size")
 
     def __post_init__(self) -> None:
-        as_floats(self, "alpha", "beta", "floor", "group_alpha")
+        super().__post_init__()
         if 0.0 < self.alpha < 1e-15:
             raise LayerwiseError(
                 f"NoiseAdaptive(alpha={self.alpha!r}): its square is lost in float32; give 0, which is the limit of it, "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.geometry import Frobenius
-from layerwise.optim.rules.rule import Fraction, NonNegative, NormGroup, RateRule, as_floats, register_rule
+from layerwise.optim.rules.rule import Fraction, NonNegative, NormGroup, RateRule, register_rule
 from layerwise.optim.work.job import State
 from layerwise.optim.work.local import DIRECTIONS, GRADIENTS, DualNorm
 
@@ -37,9 +37,6 @@ class NormAdaptive(RateRule):
     eps: NonNegative = 1e-8
     ceiling: NonNegative = 1.0
     unit_state: ClassVar = ("second_moment", "gradients_seen", "beta1_power")
-
-    def __post_init__(self) -> None:
-        as_floats(self, "beta2", "eps", "ceiling")
 
     def allocate(self, param: Tensor, units: Sequence[str], sizes: Sequence[int]) -> State:
         state = super().allocate(param, units, sizes)

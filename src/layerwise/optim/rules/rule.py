@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from numbers import Real
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
@@ -204,6 +206,13 @@ class RateRule(ABC):
     #: whether ``LayerwiseOptimizer.watch_replicas`` has to be called before training
     needs_replicas: bool = False
 
+    def __post_init__(self) -> None:
+        """Of a dataclass: numbers as floats where the default is one, as a checkpoint tells rules apart by their text."""
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if isinstance(each.default, float) and isinstance(value, Real):
+                object.__setattr__(self, each.name, float(value))
+
     @property
     def unit_keys(self) -> tuple[str, ...]:
         """Names of all that is kept of each unit."""
@@ -249,12 +258,6 @@ def needs_replicas(group: Mapping[str, Any]) -> bool:
     """Whether the noise of a group is measured between data-parallel replicas."""
     rule: RateRule | None = group["update"].rule(group)
     return rule is not None and rule.needs_replicas
-
-
-def as_floats(rule: RateRule, *names: str) -> None:
-    """Make these numbers of a frozen rule floats: a checkpoint tells rules apart by their text."""
-    for name in names:
-        object.__setattr__(rule, name, float(getattr(rule, name)))
 
 
 _RULES: Final[dict[str, type[RateRule]]] = {}

@@ -241,7 +241,8 @@ class Lineup:
     def fits(self, groups: Sequence[Group], states: Mapping[Tensor, State]) -> bool:
         """Whether the optimizer's groups, tensors, states and options are those that they were when it was last asked.
 
-        Of a momentum, which schedules move, only which groups have the same is an option that counts.
+        Where they are not, `refresh` will take new jobs. Of a momentum, which schedules move, only which groups have the
+        same is an option that counts.
         """
         params = [param for group in groups for param in group["params"]]
         own = [job.param for job in self.jobs]
@@ -253,11 +254,9 @@ class Lineup:
         momenta = [first.setdefault(current_momentum(group), number) for number, group in enumerate(groups)]
         before = self._form
         self._form = options, momenta, [(param.shape, param.dtype, param.device) for param in params]
-        return same and joined and self._form == before
-
-    def forget(self) -> None:
-        """What this was made of has changed."""
-        self._moves = None
+        if not (same and joined and self._form == before):
+            self._moves = None
+        return self._moves is not None
 
     def refresh(
         self, groups: list[Group], states: Mapping[Tensor, State], anywhere: Callable[[Tensor], Tensor] | None
