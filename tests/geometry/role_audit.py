@@ -31,10 +31,10 @@ def compared(model_type: str) -> tuple[nn.Module, Any, Any]:
         model = tiny_model(model_type)
     except Exception as error:  # sizes that a config refuses, libraries that are not there
         raise NotRunError(str(error)) from error
-    seen = look(model)
-    if seen.evidence is None:
+    evidence, _ = look(model)
+    if evidence is None:
         raise NotRunError("it does not run on the batch that is made for it")
-    return model, find_roles(model, seen.evidence), find_roles(model)
+    return model, find_roles(model, evidence), find_roles(model)
 
 
 def differences(by_forward: Any, by_modules: Any) -> dict[str, list[str]]:

@@ -103,7 +103,7 @@ def _in_groups(parameters: Iterable[Assigned], **shared: Any) -> list[dict[str, 
 
 
 def assign(origin: Origin, batch: Any, forward: Forward | None) -> tuple[list[Assigned], str | None]:
-    """Every trainable parameter of a model with its role, layout, geometry and options; and `Look.said`.
+    """Every trainable parameter of a model with its role, layout, geometry and options; and what `look` says.
 
     Of what this forward pass has nothing to say, an earlier one may have (`origin.seen`).
     """
@@ -113,8 +113,8 @@ def assign(origin: Origin, batch: Any, forward: Forward | None) -> tuple[list[As
     if origin.overrides is None and options_alone:
         batch, origin.overrides = None, batch  # where overrides stood before there was a batch, which holds tensors
     _check_trainable(model)
-    seen = look(model, batch, forward)
-    everything = [_as_seen(found, origin.seen.get(found.name)) for found in find_roles(model, seen.evidence)]
+    evidence, said = look(model, batch, forward)
+    everything = [_as_seen(found, origin.seen.get(found.name)) for found in find_roles(model, evidence)]
     trainable = [found for found in everything if found.parameter.requires_grad and found.parameter.numel()]
     names = [(*found.names, *map(canonical_name, found.names)) for found in trainable]
     frozen = frozen_names(model)
@@ -129,7 +129,7 @@ def assign(origin: Origin, batch: Any, forward: Forward | None) -> tuple[list[As
         found = replace(found, undecayed=found.undecayed or not undecayed.isdisjoint(found.names))
         result.append(overridden(found, options_of.get(found.name, {})))
     origin.seen = {found.name: replace(found, parameter=_shape_of(found)) for found in everything if found.how == "forward"}
-    return result, seen.said
+    return result, said
 
 
 def _as_seen(found: Found, seen: Found | None) -> Found:

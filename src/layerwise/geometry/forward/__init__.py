@@ -14,6 +14,6 @@ verdict          a parameter as its modules have it, put right by what was seen
 
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.verdict import judged
-from layerwise.geometry.forward.watched_forward import Forward, Look, look
+from layerwise.geometry.forward.watched_forward import Forward, look
 
-__all__ = ["Evidence", "Forward", "Look", "judged", "look"]
+__all__ = ["Evidence", "Forward", "judged", "look"]

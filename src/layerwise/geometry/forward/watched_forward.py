@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -89,18 +89,14 @@ _INNER = ("hidden_states", "past_key_values", "attentions", "mems")
 _HIDDEN = (*_INNER, "last_hidden_state", "pooler_output", "cls_token")
 
 
-@dataclass(frozen=True)
-class Look:
-    """What a forward pass showed, None where there was none."""
-
-    evidence: Evidence | None
-    said: str | None = None  # why what was given could not be run, "" if it was; None where nothing was given
-
-
-def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) -> Look:
+def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) -> tuple[Evidence | None, str | None]:
     """Run the model once on the batch and watch its parameters; arguments as of `param_groups`. Nothing of it changes.
 
     Without a batch a small one is made for transformers' models where that is safe.
+
+    Returns:
+        What was seen, None where the model did not run; and why what was given could not be run, "" if it was, None where
+        nothing was given.
     """
     inner = unwrap(model)
     given = batch is not None or forward is not None
@@ -108,18 +104,18 @@ def look(model: nn.Module, batch: Any = None, forward: Forward | None = None) ->
         with suppress(Exception):  # a config without the numbers that a batch is made of
             batch = made_batch(inner)
         if batch is None:
-            return Look(None)
+            return None, None
     try:
         evidence = watch(inner, batch, forward or call)
     except Exception as error:  # whatever a user's model raises
         first = (str(error).splitlines() or [""])[0][:200]
         raised = f"{type(error).__name__}: {first}"
         told = f"the model did not run on the batch ({raised}): roles are those of the modules, unless forward= runs it"
-        return Look(None, told if given else None)
+        return None, told if given else None
     if not given:
-        return Look(evidence)
+        return evidence, None
     evidence.of_unseen = "took no part in the forward pass"
-    return Look(evidence, "")
+    return evidence, ""
 
 
 def watch(model: nn.Module, batch: Any, forward: Forward) -> Evidence:
