@@ -46,6 +46,7 @@ class Arrangement(NamedTuple):
 
     sizes: tuple[int, ...]
     order: tuple[int, ...]
+    back: tuple[int, ...]  # the order of ordered sizes that is that of the tensor
     stack: Stack
 
 
@@ -85,7 +86,7 @@ class Layout(ABC):
     def matrices_of(self, tensors: Tensor) -> tuple[Tensor, ...]:
         """`to_matrices` of each of ``[n, *shape]``, one after the other in stacks ``[n k, d_out, d_in]``."""
         count, *shape = tensors.shape
-        sizes, order, (k, d_out, d_in) = _arrangement(self, tuple(shape))
+        sizes, order, _, (k, d_out, d_in) = _arrangement(self, tuple(shape))
         turned = tensors.reshape(count, *sizes).permute(0, *(dim + 1 for dim in order))
         stack = turned.reshape(count * k, d_out, d_in)
         return (stack,) if self.split is None else self.split.divide(stack)
@@ -96,10 +97,10 @@ class Layout(ABC):
 
     def tensors_of(self, matrices: Sequence[Tensor], shape: Shape, count: int) -> Tensor:
         """The inverse of `matrices_of`: ``[count, *shape]``."""
-        sizes, order, (k, d_out, d_in) = _arrangement(self, tuple(shape))
+        sizes, order, back, (k, d_out, d_in) = _arrangement(self, tuple(shape))
         stack = matrices[0] if self.split is None else self.split.join(matrices, (count * k, d_out, d_in))
         divided = stack.reshape(count, *(sizes[dim] for dim in order))
-        return divided.permute(0, *(dim + 1 for dim in _inverse(order))).reshape(count, *shape)
+        return divided.permute(0, *(dim + 1 for dim in back)).reshape(count, *shape)
 
     def unit_names(self, name: str, shape: Shape) -> tuple[str, ...]:
         """One name a unit, in the order of `to_matrices` with its stacks one after the other."""
@@ -135,16 +136,12 @@ def _shapes(layout: Layout, shape: tuple[int, ...]) -> tuple[Stack, ...]:
     return (stack,) if layout.split is None else layout.split.shapes(stack)
 
 
-@remember
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(order)), key=order.__getitem__))
-
-
 def arranged(factors: Sequence[tuple[str, int]]) -> Arrangement:
     """Of (what it does: "k", "o" or "i", size) of each factor of a tensor's dimensions, slowest first."""
     k, d_out, d_in = [math.prod([size for name, size in factors if name == side]) for side in "koi"]
     order = tuple(dim for side in "koi" for dim, (name, _) in enumerate(factors) if name == side)
-    return Arrangement(tuple(size for _, size in factors), order, (k, d_out, d_in))
+    back = tuple(sorted(range(len(order)), key=order.__getitem__))
+    return Arrangement(tuple(size for _, size in factors), order, back, (k, d_out, d_in))
 
 
 @dataclass(frozen=True)

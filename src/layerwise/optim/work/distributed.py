@@ -122,7 +122,7 @@ class DistributedWork:
         alone: list[Task] = []
         by_shard: dict[Domain, list[Task]] = {}
         shared: dict[tuple[Domain, torch.dtype, torch.device], list[Task]] = {}
-        each = ((n, row, job) for n, some in enumerate(asked) for row, job in enumerate(some.each()))
+        each = ((n, row, job) for n, some in enumerate(asked) for row, job in enumerate(some.pieces(1)))
         for number, row, job in each:
             task = Task((number, row), job, place(job.param, self.group))
             domain = task.placed.domain
@@ -167,13 +167,13 @@ class DistributedWork:
 
     def _local_norms(self, tasks: Sequence[Task]) -> dict[Index, Tensor]:
         together = _together(tasks)
-        found = self._local.norms([_as_one(some) for some in together])
+        found = self._local.norms([job for _, job in together])
         pairs = zip(together, found, strict=True)
-        return {task.index: norm for some, norms in pairs for task, norm in zip(some, norms, strict=True)}
+        return {task.index: norm for (some, _), norms in pairs for task, norm in zip(some, norms, strict=True)}
 
     def _local_directions(self, tasks: Sequence[Task]) -> Iterator[Directions]:
         index = {task.job.jobs[0].name: task.index for task in tasks}
-        for jobs, steps in self._local.directions([_as_one(some) for some in _together(tasks)]):
+        for jobs, steps in self._local.directions([job for _, job in _together(tasks)]):
             yield [(index[job.name], step) for job, step in zip(jobs, steps, strict=True)]
 
     # ------------------------------------------------------------------------------------------------------- norms
@@ -214,13 +214,10 @@ class DistributedWork:
         yield list(steps.items())
 
 
-def _together(tasks: Sequence[Task]) -> list[list[Task]]:
-    """Those whose parameters were asked for together, and of which this process holds alike parts."""
-    return list(group_by(tasks, lambda task: (task.index[0], task.job.param.shape)).values())
-
-
-def _as_one(tasks: Sequence[Task]) -> MatrixJob:
-    return replace(tasks[0].job, jobs=[task.job.jobs[0] for task in tasks])
+def _together(tasks: Sequence[Task]) -> list[tuple[list[Task], MatrixJob]]:
+    """Those whose parameters were asked for together, and of which this process holds alike parts; and all work on them."""
+    alike = group_by(tasks, lambda task: (task.index[0], task.job.param.shape)).values()
+    return [(some, replace(some[0].job, jobs=[task.job.jobs[0] for task in some])) for some in alike]
 
 
 def _added_up(domain: Domain, norms: Tensor) -> Tensor:

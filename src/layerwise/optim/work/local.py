@@ -157,10 +157,6 @@ class MatrixJob:
         source = self.source if self.source.of_replica else _FETCHED
         return replace(self, source=source, jobs=[replace(self.jobs[0], fetched=whole)])
 
-    def each(self) -> list[MatrixJob]:
-        """The work parameter by parameter."""
-        return [replace(self, jobs=[job]) for job in self.jobs]
-
     def pieces(self, at_once: int) -> list[MatrixJob]:
         """In order, each of at most so many parameters, as even as can be: threads share a batch."""
         pieces = -(-len(self.jobs) // at_once)
