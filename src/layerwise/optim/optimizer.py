@@ -30,7 +30,7 @@ from layerwise.optim.groups.options import DEFAULTS, STEP_COUNTS, check_options
 from layerwise.optim.groups.overview import WrittenRates, cells, described, rates_of_units
 from layerwise.optim.guard import NonFiniteGuard
 from layerwise.optim.rounding import Vanishing
-from layerwise.optim.rules.second_gradients import SecondGradients, between_replicas, gradients_seen
+from layerwise.optim.rules.second_gradients import SecondGradients
 from layerwise.optim.state import state_dict as saving
 from layerwise.optim.state.following import Following, check_model
 from layerwise.optim.state.state_dict import LoadedState
@@ -266,10 +266,7 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             LayerwiseError: where the replicas cannot be seen, or there is only one; it names the alternatives.
         """
-        self._second.watch(model, comm_hook, state, lambda: between_replicas(self.param_groups), self._steps_tried)
-
-    def _steps_tried(self) -> int:
-        return self.skipped_steps + gradients_seen(between_replicas(self.param_groups), self.state)
+        self._second.watch(self, model, comm_hook, state)
 
     @property
     def work(self) -> MatrixWork:

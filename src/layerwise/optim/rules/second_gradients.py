@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,18 +61,11 @@ class SecondGradients:
             torch._foreach_mul_(buffers, 2.0)
             torch._foreach_sub_(buffers, grads)
 
-    def watch(
-        self,
-        model: nn.Module,
-        comm_hook: CommHook | None,
-        state: Any,
-        wanted: Callable[[], list[Tensor]],
-        turn: Callable[[], int],
-    ) -> None:
-        """See ``LayerwiseOptimizer.watch_replicas``; `wanted` and `turn` as for `Replicas`."""
+    def watch(self, optimizer: Any, model: nn.Module, comm_hook: CommHook | None, state: Any) -> None:
+        """See ``LayerwiseOptimizer.watch_replicas``."""
         from layerwise.optim.work.replicas import Replicas
 
-        watcher = self._replicas or Replicas(wanted, turn)
+        watcher = self._replicas or Replicas(optimizer, needs_replicas)
         watcher.watch(model, comm_hook, state)
         self._replicas = watcher
 
@@ -110,17 +103,6 @@ class SecondGradients:
         self._halves = 0
         if self._replicas is not None:
             self._replicas.restart()
-
-
-def between_replicas(groups: Sequence[Group]) -> list[Tensor]:
-    """The parameters whose noise is measured between replicas."""
-    return [param for group in groups if needs_replicas(group) for param in group["params"]]
-
-
-def gradients_seen(params: Sequence[Tensor], states: Mapping[Tensor, State]) -> int:
-    """Of how many steps any of them has seen the gradient (reading it waits for the device)."""
-    seen = [states[param]["gradients_seen"].max() for param in params if param.numel()]
-    return int(torch.stack([count.cpu() for count in seen]).max()) if seen else 0
 
 
 def _half_buffers(groups: Sequence[Group], states: Mapping[Tensor, State]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,7 +24,7 @@ from layerwise.common.group_by import group_by
 from layerwise.common.tensors import local_part
 from layerwise.errors import LayerwiseError
 from layerwise.optim.work.distributed import DistributedWork
-from layerwise.optim.work.job import Deviation
+from layerwise.optim.work.job import Deviation, Group
 from layerwise.optim.work.local import MatrixWork
 from layerwise.optim.work.placement import Domain, assign, place
 
@@ -37,14 +37,13 @@ class Replicas:
     """Keeps what this process owes to ``reference="replicas"`` between the backward passes and the step.
 
     Args:
-        wanted: the parameters whose noise is measured between replicas, in the same order on every process.
-        turn: how many steps have been tried, asked once and again after a checkpoint was loaded.
+        optimizer: whose parameters they are.
+        between: whether the noise of a group is measured between replicas.
     """
 
-    def __init__(self, wanted: Callable[[], list[Tensor]], turn: Callable[[], int]) -> None:
-        self._wanted = wanted
-        self._read_turn = turn
-        self._turn: int | None = None
+    def __init__(self, optimizer: Any, between: Callable[[Group], bool]) -> None:
+        self._optimizer, self._between = optimizer, between
+        self._turn: int | None = None  # how many steps have been tried; None before it was asked, and after a checkpoint
         self._group: dist.ProcessGroup | None = None
         self._models: set[nn.Module] = set()
         self._watched: set[Tensor] = set()
@@ -150,9 +149,12 @@ class Replicas:
 
     def _plan(self) -> dict[Tensor, tuple[int, Domain]]:
         """Who keeps which parameter's gradient at this step: as many bytes each."""
-        if self._turn is None:
-            self._turn = self._read_turn()
-        by_domain = group_by(self._wanted(), lambda param: place(param, self._group).domain)
+        groups, states = self._optimizer.param_groups, self._optimizer.state
+        wanted = [param for group in groups if self._between(group) for param in group["params"]]
+        if self._turn is None:  # reading it waits for the device
+            seen = [int(states[param]["gradients_seen"].max()) for param in wanted if param.numel()]
+            self._turn = self._optimizer.skipped_steps + max(seen, default=0)
+        by_domain = group_by(wanted, lambda param: place(param, self._group).domain)
         return {
             param: ((first + self._turn) % domain.size, domain)
             for domain, params in by_domain.items()
