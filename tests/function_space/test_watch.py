@@ -673,6 +673,13 @@ def test_printed_tables_of_many_blocks_have_one_line_for_those_that_are_alike():
         assert of_blocks[1] in (f"{min(values):.3g}..{max(values):.3g}", f"{min(values):.4g}..{max(values):.4g}", "0.1")
 
 
+def test_a_watch_takes_every_field_of_a_measurement():
+    model = nn.Linear(2, 2)
+    watch = lw.watch(model, torch.optim.SGD(model.parameters(), 0.1), slices=1, memory=0, batch_norm="batch")
+    found = watch.outputs.measurement
+    assert (found.slices, found.memory, found.batch_norm, found.probes) == (1, 0, "batch", 8)
+
+
 def test_a_record_reads_each_module_once_to_print_itself(monkeypatch):
     """With every row it read all modules again: 400 took seven seconds."""
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(60)))
