@@ -549,14 +549,19 @@ def adamw() -> tuple[Trial, ...]:
 SHIPPED: Final[Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
     "NorMuon": ((0.004, 0.008, 0.016), (0.004, 0.008, 0.016)),
     "AdaMuon": ((0.004, 0.008, 0.016), (0.004, 0.008, 0.016)),
-    "SOAP": ((0.002, 0.004, 0.008), (0.002, 0.004)),
+    "SOAP": ((0.002, 0.004, 0.008), (0.002, 0.004, 0.008)),
 }
 
 
 def shipped() -> tuple[Trial, ...]:
-    """Each with one rate and with the factors of roles that are the best for D-Muon."""
+    """Each with one rate and with the factors of roles that are the best for D-Muon; the closest of them on more seeds."""
     roles = {"llama-tiny": LLAMA_ROLES_SEARCHED, "gpt2-tiny": GPT2_ROLES_SEARCHED}
-    return tuple(
+    closest = tuple(
+        Trial(model, "AdaMuon", lr, seed, roles=tuple(roles[model].items()))
+        for model, lr in (("llama-tiny", 0.008), ("gpt2-tiny", 0.016))
+        for seed in (0, 2)
+    )
+    return closest + tuple(
         trial
         for model, factors in roles.items()
         for name, (one, by_role) in SHIPPED.items()
@@ -729,7 +734,7 @@ STUDIES: Final[Mapping[str, Study]] = {
         ),
     ),
     "shipped": Study(
-        "NorMuon, AdaMuon and SOAP as pytorch-optimizer ships them, at one rate and with D-Muon's factors of roles (seed 1)",
+        "NorMuon, AdaMuon and SOAP as pytorch-optimizer ships them, at one rate and with D-Muon's factors of roles",
         shipped(),
     ),
     "AdamW": Study("AdamW with one rate and tuned by role, on the three language models", adamw()),
