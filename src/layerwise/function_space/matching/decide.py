@@ -64,10 +64,10 @@ class MatchReport:
         """Say which rates stay as they were although nobody asked for that, and which are raised very much."""
         kept = [name for name, note in self.left_alone.items() if note != FIXED]
         hidden = sum(row.note == _HIDDEN for row in self.rows.values())
-        why = "; before a layer that starts at 0 there is nothing to match yet: match later (at=5)"
+        early = "; before a layer that starts at 0 there is nothing to match yet: match later (at=5)"
+        why = early if 2 * hidden >= len(self.rows) else ""
         if kept:
-            told = f"{who} left {len(kept)} learning rates as they were ({first_few(kept, 4)}): see {where}"
-            warn(told + why * (2 * hidden >= len(self.rows)))
+            warn(f"{who} left {len(kept)} learning rates as they were ({first_few(kept, 4)}): see {where}{why}")
         raised = [name for name, row in self.rows.items() if row.change > _MUCH]
         if raised:
             told = f"{who} raised {len(raised)} learning rates more than {_MUCH} times ({first_few(raised, 4)}): see {where}"
