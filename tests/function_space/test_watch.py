@@ -738,6 +738,13 @@ def test_a_picture_that_cannot_be_drawn_says_what_can(tmp_path):
         lw.plot_watch(tmp_path / "none.jsonl")
     with pytest.raises(lw.LayerwiseError, match="none of 0 records has: they have nothing"):
         lw.plot_watch([])
+    lines = [json.dumps(record.to_dict()) for record in records]
+    cut, other = tmp_path / "cut.jsonl", tmp_path / "other.jsonl"
+    cut.write_text("\n".join(lines)[:-9])  # a run that goes on, or was killed
+    assert lw.plot_watch(cut, "lr").collections[0].get_array().shape == (3, 2)
+    other.write_text("\n".join(["[1]", *lines]))
+    with pytest.raises(lw.LayerwiseError, match=r"other\.jsonl, line 1, is no record of a watch: give the file"):
+        lw.plot_watch(other)
 
 
 def test_a_watch_goes_on_where_it_was():

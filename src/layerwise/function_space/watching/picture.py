@@ -86,15 +86,28 @@ def plot_watch(records: Iterable[WatchRecord] | str | Path, quantity: str = "rat
     return axes
 
 
+def _read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Of a run that goes on, or was killed, the last line may be cut."""
+    needed = "give the file that watch(to=...) has written"
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise LayerwiseError(f"{path}: {error}: {needed}") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"], row["modules"]
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise LayerwiseError(f"{path}, line {number}, is no record of a watch: {needed}") from None
+    return rows
+
+
 def _read(records: Iterable[WatchRecord] | str | Path, quantity: str) -> tuple[list[int], list[dict[str, float]]]:
     """The steps at which the quantity is known, and its values there, by name."""
-    if isinstance(records, (str, Path)):
-        try:
-            rows = [json.loads(line) for line in Path(records).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise LayerwiseError(f"{records}: {error}: give the file that watch(to=...) has written") from None
-    else:
-        rows = [record.to_dict() for record in records]
+    rows = _read_lines(records) if isinstance(records, (str, Path)) else [record.to_dict() for record in records]
     found = {row["step"]: _values(row, quantity) for row in rows}
     known = {step: values for step, values in found.items() if values}
     if not known:
