@@ -190,3 +190,28 @@ def test_without_a_batch_a_gate_that_comes_next_and_a_fused_convolution_have_not
     assert "gated unit" in notes["feed.0.weight"]
     assert "several matrices" in notes["to_qkv.weight"]
     assert not notes["act.weight"]
+
+
+class ForceField(nn.Module):
+    """Energies of bare matrices, and their derivative by the places."""
+
+    def __init__(self, with_energy):
+        super().__init__()
+        self.inward, self.outward = nn.Parameter(torch.randn(D, 3)), nn.Parameter(torch.randn(3, 1))
+        self.with_energy = with_energy
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        energy = torch.tanh(x @ self.inward) @ self.outward
+        (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return (energy, -force) if self.with_energy else -force
+
+
+def test_a_forward_that_differentiates_by_its_inputs_is_followed_up_to_there():
+    model = ForceField(with_energy=True)
+    found = {row.name: (row.role, str(row.layout), row.how) for row in describe(model, X).rows}
+    assert found == {"inward": ("hidden", "in,out", "forward"), "outward": ("head", "in,out", "forward")}
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    derivatives_alone = describe(ForceField(with_energy=False), X)
+    assert "roles are those of the modules" in str(derivatives_alone)
+    assert {row.name: row.how for row in derivatives_alone.rows}["inward"] == "assumed"

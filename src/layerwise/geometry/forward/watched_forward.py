@@ -58,7 +58,7 @@ class Follow(TorchDispatchMode):
         results = tensors_in((out,))
         operation = Operation(func, args, kwargs, tensors, results, self._count)
         try:
-            if results:
+            if results and torch._C._current_graph_task_id() < 0:  # not in a backward pass
                 follow(self._flow, operation)
         except _FAILURES:  # what is not understood must not break the user's forward pass
             other(self._flow, operation)
@@ -124,12 +124,24 @@ def watch(model: nn.Module, batch: Any, forward: Forward) -> Evidence:
     Where trainable parameters took no part, a second pass in training mode looks for heads and branches that are only
     there in training. Nothing of the model changes. What the model raises passes through.
     """
+    try:
+        return _watched(model, batch, forward, torch.no_grad)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        evidence = _watched(model, batch, forward, torch.enable_grad)  # it differentiates by its inputs, as force fields do
+        if not evidence.reached:
+            raise  # derivatives alone come out, and these are not followed
+        return evidence
+
+
+def _watched(model: nn.Module, batch: Any, forward: Forward, gradients: type[torch.no_grad | torch.enable_grad]) -> Evidence:
     flow = Flow(model, AddressSpace({name: p.shape for name, p in model.named_parameters()}))
-    with _put_back(model, training=False) as kept, Follow(flow, kept):
+    with _put_back(model, training=False) as kept, gradients(), Follow(flow, kept):
         _reached(flow, model, forward(model, batch))
     unseen = [p for n, p in enumerate(model.parameters()) if p.requires_grad and n not in flow.evidence.uses]
     if unseen:
-        with _put_back(model, training=True) as kept, Follow(flow, kept):
+        with _put_back(model, training=True) as kept, gradients(), Follow(flow, kept):
             try:
                 _reached(flow, model, forward(model, batch))
             except Exception as error:  # batch normalisation refuses a batch of one, for example
