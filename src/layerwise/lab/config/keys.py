@@ -4,7 +4,7 @@ class, what is wrong in it said in one line that names the nearest valid key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -117,10 +117,16 @@ def check_values(tree: Any, key: str = "") -> None:
             raise LayerwiseError(f"config: {key}={value:.6g}: a number of at most {LARGEST:g} is needed")
 
 
-def check_arguments(function: Callable[..., Any], values: Mapping[str, Any], key: str) -> None:
-    """Raises LayerwiseError for a value that is not of the type that `function` says its argument has; see `checked`."""
+def check_arguments(
+    function: Callable[..., Any], values: Mapping[str, Any], known: Collection[str], key: str, of: str
+) -> None:
+    """Raises LayerwiseError for a key of the section `key` that is not `known` (`of` says to what), and for a value that is
+    not of the type that `function` says its argument has; see `checked`.
+    """
     called = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
     for name, value in values.items():
+        if name not in known:
+            raise LayerwiseError(f"unknown key `{key}.{name}` of {of}: {nearest(name, known)}")
         if (needed := needed_instead(called, name, value)) is not None:
             raise LayerwiseError(f"{key}.{name}={value!r}: give {needed}")
 

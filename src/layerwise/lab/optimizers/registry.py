@@ -106,30 +106,21 @@ def find_preset(config: OptimizerConfig, section: str = "optimizer") -> Preset:
     preset = optimizers().get(config.name)
     if preset is None:
         raise LayerwiseError(f"{section}.name={config.name!r}: {nearest(config.name, optimizers())}")
-    valid = preset.keywords()
-    for key in config.settings:
-        if key not in valid:
-            known = valid | set(type(config).model_fields)
-            raise LayerwiseError(f"unknown key `{section}.{key}` of {config.name}: {nearest(key, known)}")
-    check_arguments(preset.build, _arguments(config.settings), section)
-    if config.rates is not None and not preset.takes_rates:
+    known = preset.keywords() | set(type(config).model_fields)
+    check_arguments(preset.build, _arguments(config.settings), known, section, config.name)
+    if config.rates is None:
+        return preset
+    if not preset.takes_rates:
         able = ", ".join(name for name, other in optimizers().items() if other.takes_rates)
         raise LayerwiseError(f"{section}.rates: {config.name} has no layer rates; those that have: {able}")
-    if config.rates is not None:
-        _check_rule(preset, config.rates, section)
+    rule = preset.rule_in(config.rates)
+    if rule not in RULES:
+        raise LayerwiseError(f"{section}.rates.rule={rule!r}: {nearest(rule, RULES)}")
+    given = {key: value for key, value in _arguments(config.rates).items() if key != "rule"}
+    if isinstance(given.get("multipliers"), str):  # a run, whose multipliers they are
+        given["multipliers"] = {}
+    check_arguments(RULES[rule], given, inspect.signature(RULES[rule]).parameters, f"{section}.rates", f"rule {rule}")
     return preset
-
-
-def _check_rule(preset: Preset, rates: dict[str, Any], section: str) -> None:
-    name = preset.rule_in(rates)
-    if name not in RULES:
-        raise LayerwiseError(f"{section}.rates.rule={name!r}: {nearest(name, RULES)}")
-    valid = set(inspect.signature(RULES[name]).parameters)
-    for key in rates:
-        if key not in valid | {"rule"}:
-            raise LayerwiseError(f"unknown key `{section}.rates.{key}` of rule {name}: {nearest(key, valid)}")
-    given = {key: value for key, value in _arguments(rates).items() if key not in ("rule", "multipliers")}
-    check_arguments(RULES[name], given, f"{section}.rates")
 
 
 def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
