@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 
 import layerwise as lw
 from layerwise.lab.config.load import load_config
+from layerwise.lab.experiments.sweep.run_sweep import SweepConfig
 from layerwise.lab.experiments.sweep.sweep_report import Curve, shift_interval
-from layerwise.lab.experiments.sweep.trials import SweepConfig
 from layerwise.lab.models.families import build_model
 from layerwise.lab.models.family import Examples
 from script import RESULTS, documented_parser

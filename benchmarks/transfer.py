@@ -16,9 +16,8 @@ from pathlib import Path
 
 from layerwise.lab.config.load import load_config
 from layerwise.lab.experiments.sweep.engines import LocalEngine
-from layerwise.lab.experiments.sweep.run_sweep import read_results, run_sweep
+from layerwise.lab.experiments.sweep.run_sweep import SweepConfig, make_plan, read_results, run_sweep
 from layerwise.lab.experiments.sweep.sweep_report import LOSS_NAMES, Panels, analyse, markdown, transfer_figure
-from layerwise.lab.experiments.sweep.trials import SweepConfig, make_plan
 from layerwise.lab.report.style import save_figure
 from layerwise.lab.training.run import train
 from script import documented_parser, iterate_in_float32

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from layerwise.lab.config.schema import LoraConfig
 from layerwise.lab.experiments.contenders import CompareSection
-from layerwise.lab.experiments.sweep.trials import SweepConfig
+from layerwise.lab.experiments.sweep.run_sweep import SweepConfig
 from layerwise.lab.models.families import FAMILIES, PRESETS
 from layerwise.lab.optimizers.registry import RULES, Preset, base_rates, optimizers
 

@@ -16,7 +16,7 @@ from layerwise.lab.config.keys import SHORTHANDS, flatten
 from layerwise.lab.config.load import load_config
 from layerwise.lab.config.schema import ModelConfig
 from layerwise.lab.experiments.contenders import CompareConfig, entries
-from layerwise.lab.experiments.sweep.trials import SweepConfig, make_plan
+from layerwise.lab.experiments.sweep.run_sweep import SweepConfig, make_plan
 from layerwise.lab.models.families import PRESETS, build_model, logits
 from layerwise.lab.models.family import FAMILIES, Examples
 from layerwise.lab.optimizers.registry import optimizers

@@ -13,7 +13,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.lab.config.load import load_config, parse_yaml
 from layerwise.lab.experiments.comparison import compare
 from layerwise.lab.experiments.contenders import CompareConfig
-from layerwise.lab.experiments.sweep.trials import SweepConfig, make_plan
+from layerwise.lab.experiments.sweep.run_sweep import SweepConfig, make_plan
 from layerwise.lab.training.run import complete, train
 
 # ------------------------------------------------------------------ words on the command line

@@ -17,7 +17,15 @@ from layerwise.lab.config.keys import validate
 from layerwise.lab.config.schema import Config
 from layerwise.lab.experiments.sweep import run_sweep
 from layerwise.lab.experiments.sweep.engines import LocalEngine
-from layerwise.lab.experiments.sweep.run_sweep import append_result, loss_of, open_results, read_results
+from layerwise.lab.experiments.sweep.run_sweep import (
+    Point,
+    SweepConfig,
+    append_result,
+    loss_of,
+    make_plan,
+    open_results,
+    read_results,
+)
 from layerwise.lab.experiments.sweep.sweep_report import (
     Curve,
     Panels,
@@ -31,7 +39,6 @@ from layerwise.lab.experiments.sweep.sweep_report import (
     transfers,
     write_report,
 )
-from layerwise.lab.experiments.sweep.trials import Point, SweepConfig, make_plan
 from layerwise.lab.training.run import record, train
 
 

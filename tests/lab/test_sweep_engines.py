@@ -17,8 +17,7 @@ from test_sweep import sweep_config
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.experiments.sweep.engines import ATTEMPTS, Engine, LocalEngine, RayEngine
-from layerwise.lab.experiments.sweep.run_sweep import RESULTS, read_results, run_sweep
-from layerwise.lab.experiments.sweep.trials import SweepConfig, make_plan, run_trial
+from layerwise.lab.experiments.sweep.run_sweep import RESULTS, SweepConfig, make_plan, read_results, run_sweep, run_trial
 from layerwise.lab.runs.directory import versions
 
 

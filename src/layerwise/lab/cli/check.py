@@ -67,7 +67,7 @@ def _files(output: Path) -> tuple[Path, Path]:
 def _measured(words: list[str], sizes: list[float] | None, axis: str | None, **options: Any) -> SizeCheck:
     """The check of a config, or of the function that `module:function` names."""
     from layerwise.lab.experiments.check_sizes import check_function, check_sizes
-    from layerwise.lab.experiments.sweep.trials import SweepConfig
+    from layerwise.lab.experiments.sweep.run_sweep import SweepConfig
 
     config = None
     if not words or ":" not in words[0] or os.path.exists(words[0]):

@@ -14,7 +14,7 @@ from layerwise.lab.config.load import load_config
 from layerwise.lab.experiments.sweep.engines import Engine, LocalEngine, RayEngine
 
 if TYPE_CHECKING:
-    from layerwise.lab.experiments.sweep.trials import SweepConfig
+    from layerwise.lab.experiments.sweep.run_sweep import SweepConfig
 
 
 def sweep(
@@ -39,8 +39,7 @@ def sweep(
     or sizes to add them, under either engine. The folder `run.dir/run.name` holds results.jsonl, the transfer figure and the
     table. Exit code 1: some trials died and gave no result.
     """
-    from layerwise.lab.experiments.sweep.run_sweep import run_sweep
-    from layerwise.lab.experiments.sweep.trials import SweepConfig
+    from layerwise.lab.experiments.sweep.run_sweep import SweepConfig, run_sweep
 
     path, overrides = split_words(words)
     config = load_config(path, overrides, SweepConfig)
@@ -52,8 +51,7 @@ def sweep(
 
 def _say_plan(config: SweepConfig) -> None:
     """Says what is to be run. Raises LayerwiseError where it cannot be."""
-    from layerwise.lab.experiments.sweep.run_sweep import check_folder, read_results
-    from layerwise.lab.experiments.sweep.trials import make_plan
+    from layerwise.lab.experiments.sweep.run_sweep import check_folder, make_plan, read_results
 
     check_folder(config.run_path)
     plan, sweep = make_plan(config), config.sweep

@@ -23,8 +23,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from layerwise.common.group_by import group_by
-from layerwise.lab.experiments.sweep.run_sweep import loss_of, read_results
-from layerwise.lab.experiments.sweep.trials import Method, Plan, SweepConfig, make_plan
+from layerwise.lab.experiments.sweep.run_sweep import Method, Plan, SweepConfig, loss_of, make_plan, read_results
 from layerwise.lab.models.family import AXIS_NAMES, Axis
 from layerwise.lab.report import style
 from layerwise.lab.report.figures.loss import draw_losses
