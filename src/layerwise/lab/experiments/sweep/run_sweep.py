@@ -29,7 +29,7 @@ from layerwise.lab.models.families import block_pattern, resized
 from layerwise.lab.models.family import Axis
 from layerwise.lab.runs.directory import in_the_way, locked, versions, write_json
 from layerwise.lab.runs.recorded import Run, number
-from layerwise.lab.training.observers import PlainProgress, QuietProgress
+from layerwise.lab.training.observers import PlainProgress, QuietProgress, quiet_matching
 from layerwise.lab.training.run import check_buildable, complete, record, train
 
 RESULTS, BASE_FILE = "results.jsonl", "base.json"
@@ -218,7 +218,7 @@ def run_trial(trial: Trial, threads: int, base: str | None, wanted: Mapping[str,
             )
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="FLeRM left")  # what it leaves alone is in the result
+        quiet_matching()
         changes: dict[str, Any] = {"training.checkpoint_every": 0, "run.dir": folder}
         if trial.base is not None:
             assert base is not None
