@@ -173,9 +173,27 @@ def test_keys_that_a_checkpoint_lacks_stay_as_they_are():
     assert not any("lr_scale" in group for group in state["param_groups"])  # as it was always saved
     optimizer = lw.Muon(with_keys(net(), FOREIGN))
     optimizer.load_state_dict(state)
-    kept = {key: value for key, value in FOREIGN.items() if key != "initial_lr"}  # which schedulers set
     for group in optimizer.param_groups:
-        assert {key: group[key] for key in kept} == kept
+        assert {key: group[key] for key in FOREIGN} == FOREIGN
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_schedule_made_before_loading_what_was_saved_without_one_goes_on(strict):
+    state = lw.Muon(lw.param_groups(net()), lr=0.1).state_dict()
+    optimizer = lw.Muon(lw.param_groups(net()), lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10, cycle_momentum=False)
+    optimizer.load_state_dict(state, strict=strict)
+    optimizer.step()
+    schedule.step()  # reads the rates that it noted in each group
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule.get_last_lr()[0]) != 0.1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_key_of_the_users_own_may_be_a_tensor_of_many_numbers(strict):
+    theirs, ours = (with_keys(net(), {"mask": torch.tensor(numbers)}) for numbers in ([1.0, 2.0], [3.0, 4.0]))
+    state, optimizer = lw.Muon(theirs).state_dict(), lw.Muon(ours)
+    optimizer.load_state_dict(state, strict=strict)
+    assert all(group["mask"].tolist() == [1.0, 2.0] for group in optimizer.param_groups)
 
 
 @pytest.mark.filterwarnings("ignore:parameters are grouped by shape")

@@ -22,7 +22,7 @@ from layerwise.common.parameter_names import counterparts, first_few, name_to_co
 from layerwise.common.tensors import is_sharded, placed_as
 from layerwise.errors import LayerwiseError
 from layerwise.optim.groups.complete import Recipe
-from layerwise.optim.groups.options import DEFAULTS, DESCRIBED, PARAMETERS, TORCH_KEYS
+from layerwise.optim.groups.options import DEFAULTS, DESCRIBED, PARAMETERS
 from layerwise.optim.work.job import State
 
 #: Group options that loading leaves as they are, beside those that the kind of update says (`Update.fixed`): what the
@@ -306,12 +306,15 @@ def _fits(mine: Any, theirs: Any, rows_are_entries: bool) -> bool:
 
 
 def _set_options(group: dict[str, Any], saved: dict[str, Any], recipe: Recipe) -> None:
-    """Rates, decay and what schedulers keep; the user's own keys and options newer than a checkpoint stay as they are."""
+    """Rates, decay and what schedulers keep.
+
+    What a checkpoint lacks stays as it is: the user's own keys, what a scheduler noted, and options newer than it.
+    """
     taken = {key: value for key, value in saved.items() if key not in (*PARAMETERS, *_kept(group))}
     if "lr_scale" in recipe.get(group["role"], {}):  # in 0.1.0's checkpoints it is inside the rate
         taken.setdefault("lr_scale", 1.0)
-    for key in {*TORCH_KEYS, *group["update"].from_start} - {*taken, *PARAMETERS}:  # they do not begin in mid-run
+    for key in {*group["update"].from_start} - {*taken}:  # they do not begin in mid-run
         group.pop(key, None)
     for key, value in taken.items():
         own = group.get(key)
-        group[key] = own.fill_(value) if isinstance(own, Tensor) else deepcopy(value)
+        group[key] = own.fill_(value) if isinstance(own, Tensor) and own.numel() == 1 else deepcopy(value)
