@@ -254,6 +254,12 @@ def test_a_rate_of_zero_is_a_rate(words: list[str]) -> None:
         entries(configured(words, *still, "compare.lr_grid=auto"))
 
 
+@pytest.mark.parametrize("given", ["fine", "1e-3", "[1e-3, 2e-3]"])
+def test_rates_without_a_contender_are_told_how_to_be_given(words: list[str], given: str) -> None:
+    with pytest.raises(LayerwiseError, match=r"lr_grid=.*: give auto, or rates by contender such as \{lanton: \["):
+        configured(words, f"compare.lr_grid={given}")
+
+
 def test_a_list_of_optimizers_is_meant_as_it_stands(words: list[str]) -> None:
     calm = "compare.contenders.calm={name: lanton, lr: 1e-3}"
     assert [e.name for e in entries(configured(words, "compare.optimizers=[adamw]", calm))] == ["adamw"]

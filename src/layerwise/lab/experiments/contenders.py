@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from layerwise.errors import LayerwiseError
 from layerwise.lab.config.keys import nearest, validate
@@ -55,6 +55,13 @@ class CompareSection(Section):
     lengths: list[PositiveFloat] = Field(default=[])
     """lengths at which the baseline is also run at its best rate, as fractions of the steps (`[0.85, 1.15, 1.3]`),
     which show how many tokens a difference in loss is worth"""
+
+    @field_validator("lr_grid", mode="before")
+    @classmethod
+    def _auto_or_rates(cls, grid: Any) -> Any:
+        if grid not in ("auto", None) and not isinstance(grid, dict):
+            raise ValueError(f"compare.lr_grid={grid!r}: give auto, or rates by contender such as {{lanton: [2e-3, 4e-3]}}")
+        return grid
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
