@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from layerwise.lab.cli import main
 from layerwise.lab.runs import checkpoint
@@ -36,6 +38,12 @@ def before(owner: Any, name: str, act: Callable[[], None], due: Callable[..., bo
     setattr(owner, name, changed)
 
 
+def before_update(act: Callable[[], None], step: int) -> None:
+    """Puts `act` between the gradients of a step and its update."""
+    steps = itertools.count(1)
+    register_optimizer_step_pre_hook(lambda *_: act() if next(steps) == step else None)
+
+
 def half_written(real: Callable[..., None], step: int) -> Callable[..., None]:
     def save(state: Any, file: Any, **keywords: Any) -> None:
         if not (isinstance(state, dict) and state.get("step") == step):  # tensors are pickled by it too
@@ -54,9 +62,9 @@ def prepare(moment: str, step: int) -> None:
     """This process will be killed, or hang, at the moment."""
     name = f"step-{step:08d}"
     if moment == "train":
-        before(Trainer, "_optimizer_step", die, lambda trainer: trainer.step == step - 1)
+        before_update(die, step)
     elif moment == "hang":
-        before(Trainer, "_optimizer_step", lambda: time.sleep(1e6), lambda trainer: trainer.step == step - 1)
+        before_update(lambda: time.sleep(1e6), step)
     elif moment == "gather":  # while the others wait for this one's part of the checkpoint
         before(Trainer, "_save", die, lambda trainer: trainer.step == step)
     elif moment == "write":
