@@ -142,6 +142,15 @@ def test_our_optimizers_are_matched():
     assert all(row.change != 1 for row in match.report.rows.values())
 
 
+def test_batches_may_come_from_a_loader_and_seeds_from_a_range():
+    loader = torch.utils.data.DataLoader(BATCHES, batch_size=None)
+    found, expected = (
+        lw.match_lora(model, adam(model), batches, 2, probes=1, seeds=seeds).report
+        for model, batches, seeds in ((adapted(4), loader, range(1)), (adapted(4), BATCHES, (0,)))
+    )
+    assert found == expected
+
+
 def test_fixed_parameters_keep_their_rates():
     model = adapted(8)
     match = lw.match_lora(model, adam(model), BATCHES, 2, fixed=("*lora_A*",), probes=4, seeds=(0,))

@@ -111,7 +111,7 @@ def match_lora(
     _check(optimizer, batches, at, seeds)
     parameters = optimized(model, optimizer)
     rates = partial(
-        _trial_rates, model, optimizer, batches, at,
+        _trial_rates, model, optimizer, list(batches), at,
         model_loss if loss is None else partial(given_loss, loss), seeds,
         Measurement(forward, method, probes, **{"linear": None, **options}),
     )  # fmt: skip
@@ -137,7 +137,7 @@ def match_lora(
 def _trial_rates(
     model: nn.Module,
     optimizer: Optimizer,
-    batches: Sequence[Any],
+    batches: list[Any],
     at: int,
     loss: Loss,
     seeds: Sequence[int],
@@ -156,7 +156,7 @@ def _trial_rates(
                 loss(model, batch).backward()
             with WatchedStep(model, trial, None).surrounded() as step:
                 trial.step()
-            found.append(step.rates(measurement, list(batches[at + 1 :]), seed=measurement.seed + seed))
+            found.append(step.rates(measurement, batches[at + 1 :], seed=measurement.seed + seed))
     return {renamed(name, TRIAL, adapter): fmean(rates[name].value for rates in found) for name in found[0]}
 
 
