@@ -10,14 +10,12 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from layerwise.common.files import plain_json, save_as
+from layerwise.common.files import plain_json, save_as, write_whole
 from layerwise.common.text_table import aligned, folded
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from layerwise.common.files import write_whole
-from layerwise.errors import warn
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,6 @@ OUTPUTS = ""
 Tensors = Mapping[str, Tensor]
 #: What a rate says it was measured with.
 FORWARD, REVERSE = "exact", "exact, reverse"
-
-
 #: The change of the outputs in the place of their values, what it was divided by, and how it was found.
 Change = tuple[Outputs, Tensor, str]
 

@@ -243,9 +243,8 @@ class UnusualRule:
 
     History: the RMS of a module's update over the median of all modules', so that a schedule or a warm-up, which all
     follow, is none; against the median of its last `window` values, from `least` of them on, and anew where modules are
-    frozen or unfrozen. Siblings: against the median of
-    the modules of the same shape in the same place of other blocks, from three of them on. A module is named when it gets
-    there, and again after it was back.
+    frozen or unfrozen. Siblings: against the median of the modules of the same shape in the same place of other blocks,
+    from three of them on. A module is named when it gets there, and again after it was back.
 
     Attributes:
         factor: how far off is unusual.

@@ -1,9 +1,9 @@
-"""What of an optimizer is saved, and the checks that a saved one meets.
+"""What of an optimizer is saved, the checks that a saved one meets, and its loading.
 
 Of each parameter its kind of update's state and its rate rule's (`Update.allocate`: momentum, moments, multiplier, ...), of
 each group all options, and how many steps were skipped. The objects in a group (layout, geometry, rate rule) are saved as
 text. On loading they must equal the ones the optimizer was made with: a checkpoint carries the state, the program carries
-the algorithm. Of a model that has since grown or shrunk `take_what_fits` loads what matches by name and shape.
+the algorithm. Of a model that has since grown or shrunk `strict=False` loads what matches by name and shape.
 """
 
 from __future__ import annotations
