@@ -1,4 +1,4 @@
-"""The run directory: written as training goes, read back tolerantly.
+"""The run directory: written as training goes, read back tolerantly; what `run.json` says of versions, machine, parameters.
 
     runs/NAME/
       run.json              what ran and how it ended (see `Run.info`)
