@@ -548,8 +548,8 @@ def adamw() -> tuple[Trial, ...]:
 #: By contender: the rates of one for all, those of the matrices where embedding and head have D-Muon's factors.
 SHIPPED: Final[Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
     "NorMuon": ((0.004, 0.008, 0.016), (0.004, 0.008, 0.016)),
-    "AdaMuon": ((0.004, 0.008, 0.016), (0.004, 0.008, 0.016)),
-    "SOAP": ((0.002, 0.004, 0.008), (0.002, 0.004, 0.008)),
+    "AdaMuon": ((0.004, 0.008, 0.016, 0.032), (0.004, 0.008, 0.016)),
+    "SOAP": ((0.002, 0.004, 0.008, 0.016), (0.002, 0.004, 0.008, 0.016)),
 }
 
 
@@ -704,9 +704,9 @@ STUDIES: Final[Mapping[str, Study]] = {
     "longer-gpt2": Study(
         "the GPT-2 at 1,000 steps: rates on seed 1, the best on up to three seeds",
         (
-            *(Trial("gpt2-tiny", "DualMuon", lr, 1, 1000) for lr in (0.0113, 0.008, 0.016)),
             *(Trial("gpt2-tiny", "DualMuon", 0.0113, seed, 1000) for seed in (0, 2)),
             *(by_role("gpt2-tiny", 0.00566, seed, GPT2_ROLES_SEARCHED, 1000) for seed in (0, 2)),
+            *(Trial("gpt2-tiny", "DualMuon", lr, 1, 1000) for lr in (0.0113, 0.008, 0.016)),
             *(by_role("gpt2-tiny", lr, 1, GPT2_ROLES_SEARCHED, 1000) for lr in (0.0113, 0.008, 0.016, 0.00566)),
         ),
     ),
