@@ -399,6 +399,20 @@ def test_steps_of_short_runs_are_whole_numbers(runs: dict[str, Run]) -> None:
                 assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
+def test_a_colour_bar_is_pointed_where_something_lies_beyond_it(runs: dict[str, Run]) -> None:
+    history = runs["lanton"].history
+    assert history is not None
+    level, far = np.ones_like(history.squared_norm), np.ones_like(history.squared_norm)
+    far[0, 0] = 1e6
+    for norms, ends in ((level, "neither"), (far, "max"), (1 / far, "min")):
+        one = replace(runs["lanton"])
+        one.__dict__["history"] = replace(history, squared_norm=norms)
+        with styled():
+            figure = layer_heat_maps(one, history.units)
+        bars = [axes._colorbar for axes in figure.axes if hasattr(axes, "_colorbar")]
+        assert bars[0].extend == ends
+
+
 @pytest.mark.parametrize(
     ("optimizer", "rates", "what"),
     [

@@ -55,8 +55,7 @@ def layer_heat_maps(run: Run, units: Sequence[str], arrangement: style.Arrangeme
     columns = arrangement.panels(figure, len(shown), sharey=True)
     for axes, (values, title, subtitle) in zip(columns, shown, strict=True):
         image = _image(axes, values, history.steps[pick], is_norm=values is norms)
-        ends = "both" if values is norms else "neither"  # of the norms a hundredth lies beyond the colours on either side
-        bar = figure.colorbar(image, ax=axes, location="top", pad=0.02, aspect=34, extend=ends)
+        bar = figure.colorbar(image, ax=axes, location="top", pad=0.02, aspect=34, extend=_clipped(image, values))
         _scale_bar(bar, title, subtitle)
         style.step_axis(axes, history.steps[pick])
         _separators(axes, names)
@@ -87,6 +86,15 @@ def relative_norms(history: LayerHistory, rows: Sequence[int], groups: Sequence[
         if np.isfinite(values).any():
             norms[members] = values / np.nanmedian(values)
     return norms
+
+
+def _clipped(image: Any, values: Array) -> str:
+    """Which ends of the colour scale stand for more than their value."""
+    if not np.isfinite(values).any():  # multipliers without norms: static ones
+        return "neither"
+    low = np.nanmin(values) < image.norm.vmin * (1 - 1e-9)
+    high = np.nanmax(values) > image.norm.vmax * (1 + 1e-9)
+    return "both" if low and high else "min" if low else "max" if high else "neither"
 
 
 def _image(axes: Axes, values: Array, steps: Array, *, is_norm: bool) -> Any:
