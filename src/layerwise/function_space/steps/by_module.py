@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerwise.common.group_by import group_by
-from layerwise.common.tensors import is_sharded, local_part, or_one, to_host, widened
+from layerwise.common.tensors import is_sharded, largest_entry, local_part, or_one, to_host, widened
 from layerwise.function_space.measuring.moments import TensorUpdate
 from layerwise.function_space.measuring.process_group import ALONE, Processes
 
@@ -297,7 +297,7 @@ def spectral_norms(stacks: Sequence[Tensor], steps: int = 6, sum_: Sum | None = 
         `spectral_norms([torch.stack([layer.weight for layer in layers])])[0]`
     """
     # Small singular values matter to nobody here: scaled to order one, squares neither under- nor overflow.
-    peaks = [stack.abs().amax((1, 2)) if stack.numel() else stack.new_zeros(len(stack)) for stack in stacks]
+    peaks = [largest_entry(stack, (1, 2)).flatten() if stack.numel() else stack.new_zeros(len(stack)) for stack in stacks]
     if sum_ is not None:
         peaks = _summed(peaks, sum_)
     scales = [or_one(peak) for peak in peaks]
