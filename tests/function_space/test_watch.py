@@ -738,7 +738,26 @@ def test_a_picture_that_cannot_be_drawn_says_what_can(tmp_path):
         lw.plot_watch(tmp_path / "none.jsonl")
     with pytest.raises(lw.LayerwiseError, match="none of 0 records has: they have nothing"):
         lw.plot_watch([])
+    model = ResNet(8, 1)
+    fixed = lw.DMuon(lw.param_groups(model), rates=lw.StaticRates({"blocks.0.weight": 0.5}))
+    for optimizer, units in ((fixed, ["blocks.0.weight"]), (lw.Muon(lw.param_groups(model)), [])):
+        watch = lw.watch(model, optimizer, every=1)
+        backward(model, 0)
+        optimizer.step()
+        watch.detach()
+        if units:  # which have a multiplier and no norm
+            assert [label.get_text() for label in lw.plot_watch(watch.records, "multiplier").get_yticklabels()] == units
+        else:
+            with pytest.raises(
+                lw.LayerwiseError, match="'multiplier', which none of 1 records has: they have gradient"
+            ) as told:
+                lw.plot_watch(watch.records, "multiplier")
+            assert "multiplier" not in str(told.value).partition("they have")[2]
     lines = [json.dumps(record.to_dict()) for record in records]
+    backwards = tmp_path / "backwards.jsonl"
+    backwards.write_text("\n".join(reversed(lines)))  # a run that was taken up again, with another interval
+    axes = lw.plot_watch(backwards, "lr")
+    assert (np.diff(axes.collections[0].get_coordinates()[0, :, 0]) > 0).all()
     cut, other = tmp_path / "cut.jsonl", tmp_path / "other.jsonl"
     cut.write_text("\n".join(lines)[:-9])  # a run that goes on, or was killed
     assert lw.plot_watch(cut, "lr").collections[0].get_array().shape == (3, 2)

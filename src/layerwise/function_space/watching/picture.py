@@ -109,10 +109,10 @@ def _read(records: Iterable[WatchRecord] | str | Path, quantity: str) -> tuple[l
     """The steps at which the quantity is known, and its values there, by name."""
     rows = _read_lines(records) if isinstance(records, (str, Path)) else [record.to_dict() for record in records]
     found = {row["step"]: _values(row, quantity) for row in rows}
-    known = {step: values for step, values in found.items() if values}
+    known = {step: values for step, values in sorted(found.items()) if values}
     if not known:
         every = {key for row in rows for module in row["modules"].values() for key in module}
-        every |= set(OF_UNITS) if any("units" in row for row in rows) else set()
+        every |= {key for key in OF_UNITS if any(_values(row, key) for row in rows)}
         have = ", ".join(sorted(every)) or "nothing"
         raise LayerwiseError(f"quantity is {quantity!r}, which none of {len(rows)} records has: they have {have}")
     return list(known), list(known.values())
@@ -121,8 +121,8 @@ def _read(records: Iterable[WatchRecord] | str | Path, quantity: str) -> tuple[l
 def _values(row: Mapping[str, Any], quantity: str) -> dict[str, float]:
     of_units = quantity in OF_UNITS
     held = row.get("units", {}) if of_units else row["modules"]
-    # a unit whose rate no rule sets has no norm, and a multiplier of 1 throughout
-    ruled = {name: entry for name, entry in held.items() if not of_units or entry.get("squared_norm")}
+    # a unit whose rate no rule sets has no norm, and a multiplier of 1
+    ruled = {n: entry for n, entry in held.items() if not of_units or entry["squared_norm"] or entry["multiplier"] != 1}
     return {name: entry[quantity] for name, entry in ruled.items() if entry.get(quantity) is not None}
 
 
