@@ -164,6 +164,12 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "NorMuon": {"name": "nor-muon"},
     "AdaMuon": {"name": "ada-muon"},
     "SOAP": {"name": "soap"},
+    "LAMB": {"name": "lamb"},
+    "LAMB, the paper's decay": {"name": "lamb", "weight_decouple": False},
+    "Adam-mini": {"name": "adam-mini"},
+    "Prodigy": {"name": "prodigy"},
+    "Prodigy, with its safeguards": {"name": "prodigy", "bias_correction": True, "safeguard_warmup": True},
+    "frame on AdaMuon": {"name": "framed-ada-muon"},
 }
 #: What DualMuon was, last and before that.
 EVERY_STEP: Final = "DualMuon, norms at every step"
@@ -572,6 +578,43 @@ def shipped() -> tuple[Trial, ...]:
     )
 
 
+def framed_adamuon() -> tuple[Trial, ...]:
+    """Factors of roles as for D-Muon: rates on seed 1."""
+    roles = {"llama-tiny": LLAMA_ROLES_SEARCHED, "gpt2-tiny": GPT2_ROLES_SEARCHED}
+    return tuple(
+        Trial(model, "frame on AdaMuon", lr, 1, roles=tuple(factors.items()))
+        for lr in (0.008, 0.016)
+        for model, factors in roles.items()
+    )
+
+
+#: By contender: the rates of one for all.
+CLASSICS: Final[Mapping[str, tuple[float, ...]]] = {
+    "LAMB": (0.016, 0.032, 0.064),
+    "LAMB, the paper's decay": (0.016, 0.032, 0.064),
+    "Adam-mini": (0.0005, 0.001, 0.002),
+    "Prodigy": (0.5, 1.0, 2.0),
+    "Prodigy, with its safeguards": (1.0,),
+}
+
+
+#: The factors of roles that are the best for AdamW.
+ADAMW_ROLES_SEARCHED: Final[Mapping[str, Mapping[str, float]]] = {
+    "llama-tiny": {"embedding": 16.0, "head": 8.0},
+    "gpt2-tiny": {"embedding": 16.0, "head": 64.0, "vector": 16.0},
+}
+
+
+def classics() -> tuple[Trial, ...]:
+    """One rate for each on both models; Adam-mini with AdamW's factors of roles too."""
+    by_role = tuple(
+        Trial(model, "Adam-mini", lr, 1, roles=tuple(factors.items()))
+        for lr in (0.001, 0.002)
+        for model, factors in ADAMW_ROLES_SEARCHED.items()
+    )
+    return tuple(trial for model in ("llama-tiny", "gpt2-tiny") for trial in at_rates(model, CLASSICS, 1)) + by_role
+
+
 def three(model: str, roles: Mapping[str, float], rates: Iterable[float], seed: int, steps: int) -> tuple[Trial, ...]:
     """D-Muon, D-Muon tuned by role and DualMuon: the first two at `rates`, the third at twice as much."""
     return tuple(
@@ -736,6 +779,15 @@ STUDIES: Final[Mapping[str, Study]] = {
     "shipped": Study(
         "NorMuon, AdaMuon and SOAP as pytorch-optimizer ships them, at one rate and with D-Muon's factors of roles",
         shipped(),
+    ),
+    "frame on AdaMuon": Study(
+        "AdaMuon of pytorch-optimizer with `DualMuon`'s frame and rates by role: whether the rule is worth more than that",
+        framed_adamuon(),
+    ),
+    "classics": Study(
+        "LAMB (a trust ratio for each layer), Adam-mini (a rate for each block) and Prodigy (finds its own rate) as"
+        " pytorch-optimizer ships them",
+        classics(),
     ),
     "AdamW": Study("AdamW with one rate and tuned by role, on the three language models", adamw()),
     "small": Study(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytorch_optimizer
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import layerwise as lw
+from layerwise.optim.presets.dual_muon import DUAL_MUON_MOMENTUM_WARMUP
+from layerwise.optim.work.job import current_momentum
 
 
 @dataclass(frozen=True)
@@ -160,20 +163,26 @@ def _is_matrix(group: Mapping[str, Any]) -> bool:
     return group["role"] not in ("embedding", "head", "vector")
 
 
-def as_shipped(params: Iterable[Mapping[str, Any]], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The groups of `layerwise.param_groups` as pytorch-optimizer's Muons take them: rates and decay in every group.
+def plain_groups(params: Iterable[Mapping[str, Any]], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of `layerwise.param_groups` as any torch optimizer takes them: rates and decay in every group.
 
-    They know of no fused matrices and of no stored order: each weight inside of the network is one matrix, as it lies.
+    Such optimizers know of no fused matrices and of no stored order: each weight is one tensor, as it lies.
     """
     return [
         {
             "params": [p for _, p in group["params"]],
-            "use_muon": _is_matrix(group),
             "lr": group.get("lr", lr),
             "weight_decay": group.get("weight_decay", weight_decay),
         }
         for group in params
     ]
+
+
+def as_shipped(params: Iterable[Mapping[str, Any]], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The same as pytorch-optimizer's Muons take them, which want to be told what is a weight inside of the network."""
+    given = list(params)
+    groups = zip(given, plain_groups(given, lr, weight_decay), strict=True)
+    return [{**plain, "use_muon": _is_matrix(group)} for group, plain in groups]
 
 
 def nor_muon(params: Iterable[Mapping[str, Any]], lr: float = 2e-2, *, weight_decay: float = 0.1) -> Optimizer:
@@ -190,8 +199,93 @@ def ada_muon(params: Iterable[Mapping[str, Any]], lr: float = 2e-2, *, weight_de
 
 def soap(params: Iterable[Mapping[str, Any]], lr: float = 3e-3, *, weight_decay: float = 0.1) -> Optimizer:
     """SOAP (arXiv 2409.11321) of pytorch-optimizer. Sides of more than 1,024 have no preconditioner: those of the words."""
-    groups = [{k: v for k, v in group.items() if k != "use_muon"} for group in as_shipped(params, lr, weight_decay)]
+    groups = plain_groups(params, lr, weight_decay)
     made: Optimizer = pytorch_optimizer.SOAP(groups, lr=lr, max_precondition_dim=1024)
+    return made
+
+
+class FramedAdaMuon(Optimizer):
+    """AdaMuon of pytorch-optimizer on the matrices, in `DualMuon`'s frame.
+
+    Its first beta warms up to 0.95 as our momentum does. The other groups have our quasi-hyperbolic AdamW, the head at the
+    base rate. What AdaMuon leaves out of ours stays out: it has no look-ahead, and takes a fused projection as one matrix.
+
+    Args:
+        params: `layerwise.param_groups(model)`.
+        lr: of all groups that have none of their own.
+        weight_decay: likewise.
+    """
+
+    def __init__(self, params: Iterable[Mapping[str, Any]], lr: float = 8e-3, *, weight_decay: float = 0.1) -> None:
+        groups = list(params)
+        matrices = as_shipped(filter(_is_matrix, groups), lr, weight_decay)
+        self.matrices = pytorch_optimizer.AdaMuon(matrices, betas=(0.95, 0.95))
+        rest = [group for group in groups if not _is_matrix(group)]
+        self.rest = lw.DualMuon(rest, lr=lr, weight_decay=weight_decay, head=1.0, rates=None)
+        for group in self.matrices.param_groups:
+            group.update(momentum=0.95, momentum_warmup=DUAL_MUON_MOMENTUM_WARMUP, momentum_steps=0)
+        super().__init__([p for group in groups for _, p in group["params"]], {"lr": lr})
+        self.param_groups = [*self.matrices.param_groups, *self.rest.param_groups]  # the same dicts: schedules reach them
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+        """One step; the closure is not called."""
+        for group in self.matrices.param_groups:
+            group["betas"] = (current_momentum(group), group["betas"][1])
+            group["momentum_steps"] += 1
+        self.matrices.step()
+        self.rest.step()
+
+
+def lamb(
+    params: Iterable[Mapping[str, Any]], lr: float = 1e-2, *, weight_decay: float = 0.1, weight_decouple: bool = True
+) -> Optimizer:
+    """LAMB (arXiv 1904.00962) of pytorch-optimizer: Adam's step of each tensor made as long as the tensor, times `lr`.
+
+    It decays weights beside that step; `weight_decouple=False` within it, as the paper does.
+    """
+    groups = plain_groups(params, lr, weight_decay)
+    made: Optimizer = pytorch_optimizer.Lamb(groups, lr=lr, weight_decouple=weight_decouple)
+    return made
+
+
+def adam_mini(
+    params: Iterable[Mapping[str, Any]],
+    lr: float = 1e-3,
+    *,
+    weight_decay: float = 0.1,
+    width: int = 128,
+    heads: int = 4,
+) -> Optimizer:
+    """Adam-mini (arXiv 2406.16793) of pytorch-optimizer: one second average for each block of a tensor.
+
+    It finds blocks by names: embeddings and heads called as in Llama have one for each entry, `q_proj` and `k_proj` one for
+    each head, all else one for the whole tensor, a GPT-2's fused projection and positions among them.
+    """
+    groups = list(params)
+    names = [name for group in groups for name, _ in group["params"]]
+    tensors = [p for group in groups for _, p in group["params"]]
+    named = SimpleNamespace(named_parameters=lambda: zip(names, tensors, strict=True))
+    made: Optimizer = pytorch_optimizer.AdamMini(named, lr=lr, num_embeds=width, num_heads=heads)
+    own = {p: plain for plain in plain_groups(groups, lr, weight_decay) for p in plain["params"]}
+    for group in made.param_groups:  # one of each tensor, which knows of no rates and decays some vectors
+        plain = own[group["params"][0]]
+        group.update(lr=plain["lr"], weight_decay=plain["weight_decay"])
+    return made
+
+
+def prodigy(
+    params: Iterable[Mapping[str, Any]],
+    lr: float = 1.0,
+    *,
+    weight_decay: float = 0.1,
+    bias_correction: bool = False,
+    safeguard_warmup: bool = False,
+) -> Optimizer:
+    """Prodigy (arXiv 2306.06101) of pytorch-optimizer: Adam that estimates its own rate, which `lr` multiplies."""
+    groups = plain_groups(params, lr, weight_decay)
+    made: Optimizer = pytorch_optimizer.Prodigy(
+        groups, lr=lr, bias_correction=bias_correction, safeguard_warmup=safeguard_warmup
+    )
     return made
 
 
@@ -203,3 +297,7 @@ def register() -> None:
     lw.register_optimizer("nor-muon", title="NorMuon")(nor_muon)
     lw.register_optimizer("ada-muon", title="AdaMuon")(ada_muon)
     lw.register_optimizer("soap", title="SOAP")(soap)
+    lw.register_optimizer("framed-ada-muon", title="AdaMuon in our frame")(FramedAdaMuon)
+    lw.register_optimizer("lamb", title="LAMB")(lamb)
+    lw.register_optimizer("adam-mini", title="Adam-mini")(adam_mini)
+    lw.register_optimizer("prodigy", title="Prodigy")(prodigy)

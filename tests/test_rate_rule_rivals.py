@@ -149,3 +149,65 @@ def test_muonmax_momo_follows_its_twin_where_the_rate_is_the_given_one_and_where
             # float64 throughout; a step divides by sqrt(v), which can be 1e-8
             np.testing.assert_allclose(p.detach().numpy(), twin.w[name], rtol=1e-9, atol=1e-9)
     assert bounded == (0 if lr < 1 else STEPS)
+
+
+def test_the_frame_on_adamuon_is_adamuon_with_a_beta_that_warms_up_beside_our_adamw(rivals):
+    import pytorch_optimizer
+
+    ours, matrices, rest = network(), network(), network()
+    optimizer = rivals.FramedAdaMuon(lw.param_groups(ours, torch.arange(5)), lr=LR)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    ada_muon = pytorch_optimizer.AdaMuon([{"params": [matrices[1].weight, matrices[3].weight], "use_muon": True}])
+    frame = lw.DualMuon(lw.param_groups(rest, torch.arange(5)), head=1.0)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(ours, step).backward()
+        for twin in (matrices, rest):  # the same weights and gradients, each optimizer's part of the step
+            for p, q in zip(twin.parameters(), ours.parameters(), strict=True):
+                p.data, p.grad = q.data.clone(), q.grad.clone()
+        window = 1.0 + (step + 1) / 200 * 0.95 / (1.0 - 0.95)  # of 20 gradients after 200 steps
+        ada_muon.param_groups[0].update(lr=LR * 0.5**step, betas=(1.0 - 1.0 / window, 0.95), weight_decay=0.1)
+        for group in frame.param_groups:
+            group["lr"] = LR * 0.5**step
+        for each in (optimizer, ada_muon, frame):
+            each.step()
+        schedule.step()
+        for i in (1, 3):
+            torch.testing.assert_close(ours[i].weight, matrices[i].weight, rtol=0, atol=0)
+        for name in ("0.weight", "1.bias", "3.bias", "4.weight", "4.bias"):
+            torch.testing.assert_close(ours.get_parameter(name), rest.get_parameter(name), rtol=0, atol=0)
+
+
+def test_adam_mini_has_a_second_average_for_each_head_or_tensor_and_takes_rates_and_decay_by_group(rivals):
+    names = {"embed": 1, "q_proj": 2, "o_proj": 3, "bias": 4}
+    widths = {"embed": (5, 128), "q_proj": (128, 128), "o_proj": (128, 128), "bias": (128,)}
+    params = {f"{name}.weight": nn.Parameter(torch.ones(widths[name])) for name in names}
+    groups = [{"params": [item], "lr": 0.01 * n} for item, n in zip(params.items(), names.values(), strict=True)]
+    groups[-1]["weight_decay"] = 0.0
+    optimizer = rivals.adam_mini(groups)
+    torch.manual_seed(0)
+    for p in params.values():
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        *((0.01 * n, 0.1) for n in (1, 2, 3)),
+        (0.04, 0.0),
+    ]
+    embed, query, output, bias = (optimizer.state[p] for p in params.values())
+    assert embed["v"].shape == (5, 128)
+    assert query["v_mean"].shape == (4,)
+    assert output["v_mean"].shape == bias["v_mean"].shape == ()
+    own = params["q_proj.weight"].grad.view(4, 32, 128).square().mean((1, 2))  # 32 rows of a head
+    torch.testing.assert_close(query["v_mean"], 0.001 * own)
+
+
+@pytest.mark.parametrize("name", ["lamb", "prodigy", "soap"])
+def test_other_rivals_take_rates_and_decay_by_group(rivals, name):
+    groups = lw.param_groups(network(), torch.arange(5))
+    for group in groups:
+        group["lr"] = 0.5 if group["role"] == "head" else 0.25
+    optimizer = getattr(rivals, name)(groups, lr=LR)
+    found = {len(group["params"]): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    wanted = {len(group["params"]): (group["lr"], 0.0 if group["role"] == "vector" else 0.1) for group in groups}
+    assert len(optimizer.param_groups) == len(groups)
+    assert found == wanted
