@@ -74,7 +74,10 @@ def block(page: str, start: str) -> tuple[str, str | None]:
 @pytest.mark.parametrize(
     ("page", "start"),
     [
+        ("README.md", "factors = "),
         ("README.md", "rates = lw.function_space_rates"),
+        ("docs/fixed-rates.md", "factors = "),
+        ("docs/fixed-rates.md", "groups = "),
         ("docs/function-space.md", "recorder = "),
         ("docs/function-space.md", "rates = "),
         ("docs/polar.md", "exact = "),
@@ -137,9 +140,10 @@ def test_rates_carried_to_a_large_model(tmp_path, monkeypatch):
     names["large"], names["optimizer"] = with_adam(Decoder(16))
     others = block("docs/transfer.md", "flerm = ")[0]
     exec(re.sub(r"(?m)^match = .*$", "", others), names)  # match_lora needs peft: examples/lora_rank.py
-    rates = {group["role"]: group.get("lr") for group in names["groups"]}
-    assert rates["hidden"] == rates["head"] == 1e-3 / 8
-    assert rates["embedding"] is None
+    rates = {p: group["lr"] for group in names["optimizer"].param_groups for p in group["params"]}
+    large = names["large"]  # twice as wide
+    assert rates[large.blocks[1].weight] == rates[large.head.weight] == 1e-3 / 2
+    assert rates[large.embed.weight] == rates[large.head.bias] == 1e-3
 
 
 def test_rates_carried_to_more_blocks(tmp_path, monkeypatch):

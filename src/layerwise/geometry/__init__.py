@@ -4,6 +4,7 @@ from torch.serialization import add_safe_globals
 
 from layerwise.geometry.axes import AxesLayout
 from layerwise.geometry.describe import describe
+from layerwise.geometry.factors import layer_decay, torch_groups, width_factors
 from layerwise.geometry.found import Origin
 from layerwise.geometry.groups import group_by_shape, param_groups
 from layerwise.geometry.layout import (
@@ -44,10 +45,13 @@ __all__ = [
     "VectorStackLayout",
     "describe",
     "group_by_shape",
+    "layer_decay",
     "nuclear_norm",
     "param_groups",
     "polar",
     "spectral_conv",
+    "torch_groups",
+    "width_factors",
 ]
 
 # Other optimizers take the groups of `param_groups` as they are, and save what is in them: let `torch.load` read that.

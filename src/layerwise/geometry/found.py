@@ -55,10 +55,13 @@ class Origin:
     It does not keep the model alive. A copy of it, or one that was pickled, knows no model: its parameters are others.
     """
 
-    def __init__(self, model: nn.Module | None = None, overrides: Any = None, splits: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module | None = None, overrides: Any = None, splits: Any = None, factors: Any = None
+    ) -> None:
         self._model = None if model is None else weakref.ref(unwrap(model))
         self.overrides = overrides
         self.splits = splits
+        self.factors = factors
         #: by name what a forward pass showed, of frozen ones too, with a tensor of the shape alone
         self.seen: Mapping[str, Found] = {}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from layerwise.common.checked import checked
 from layerwise.common.parameter_names import canonical_name, unwrap
+from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.declared import Assigned, Overrides, Splits, matched, options_by_name, overridden, split_layout
 from layerwise.geometry.forward import Forward, look
@@ -22,6 +24,10 @@ from layerwise.geometry.modules.roles import find_roles
 
 #: What a model is where parameters may come in its place.
 Model = Annotated[nn.Module, "the model (an nn.Module); for plain parameters use group_by_shape(parameters)"]
+Factors = Annotated[
+    Mapping[str, float] | Sequence[Mapping[str, float]] | None,
+    "parameter names -> numbers from 0 on, or a list of such dicts",
+]
 
 
 @checked
@@ -31,6 +37,7 @@ def param_groups(
     overrides: Overrides | None = None,
     splits: Splits | None = None,
     forward: Forward | None = None,
+    factors: Factors = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for a layerwise optimizer: one for each role, layout, geometry and set of overrides.
 
@@ -50,6 +57,8 @@ def param_groups(
             (`{"parts": {"q": 1, "k": 1, "v": 1}, "blocks": 12}`), or a pattern of `AxesLayout` such as `"o (4 i)"`, four
             matrices along d_in.
         forward: `forward(model, batch)` runs the model, where a plain call does not.
+        factors: name of a parameter -> what its rate is multiplied by, its group's `lr_scale`, of `layer_decay`,
+            `width_factors` or your own; of a list of them all. Those that are not named keep theirs.
 
     Returns:
         Groups `{"params": [(name, parameter), ...], "role": str, "layout": Layout, "geometry": Geometry, **overridden}`, and
@@ -71,7 +80,7 @@ def param_groups(
         [('embedding', '0.weight'), ('hidden', '1.weight'), ('vector', '1.bias'), ('head', '3.weight')]
         >>> optimizer = lw.Lanton(groups, lr=2e-3)
     """
-    return groups_of(Origin(model, overrides, splits), batch, forward)
+    return groups_of(Origin(model, overrides, splits, factors), batch, forward)
 
 
 def groups_of(origin: Origin, batch: Any = None, forward: Forward | None = None) -> list[dict[str, Any]]:
@@ -122,14 +131,33 @@ def assign(origin: Origin, batch: Any, forward: Forward | None) -> tuple[list[As
     options_of = options_by_name(origin.overrides or {}, trainable, names, frozen)
     named = getattr(model, "no_weight_decay", None)  # timm's models say what is not to be decayed
     undecayed = {canonical_name(str(name)) for name in named()} if callable(named) else set()
+    factor_of = _multiplied(origin.factors, [found.name for found in everything])
     result = []
     for found in trainable:
         if found.name in split_of:
             found = replace(found, layout=split_layout(found, split_of[found.name]), note="")
         found = replace(found, undecayed=found.undecayed or not undecayed.isdisjoint(found.names))
-        result.append(overridden(found, options_of.get(found.name, {})))
+        options = options_of.get(found.name, {})
+        if found.name in factor_of:
+            options = {**options, "lr_scale": options.get("lr_scale", 1.0) * factor_of[found.name]}
+        result.append(overridden(found, options))
     origin.seen = {found.name: replace(found, parameter=_shape_of(found)) for found in everything if found.how == "forward"}
     return result, said
+
+
+def _multiplied(factors: Factors, names: Sequence[str]) -> dict[str, float]:
+    """Name -> the product of its factors, where that is not 1."""
+    product = dict.fromkeys(names, 1.0)
+    for each in [factors] if isinstance(factors, Mapping) else factors or ():
+        for name, factor in each.items():
+            if name not in product:
+                near = nearest(name, names)
+                hint = f"did you mean {near[0]!r}?" if near else f"names look like {names[0]!r}"
+                raise LayerwiseError(f"factors: the model has no parameter {name!r} (given {factor:g}): {hint}")
+            if not 0 <= factor < math.inf:
+                raise LayerwiseError(f"factors: {name!r} has {factor!r}: give a finite number from 0 on")
+            product[name] *= factor
+    return {name: float(factor) for name, factor in product.items() if factor != 1.0}
 
 
 def _as_seen(found: Found, seen: Found | None) -> Found:

@@ -32,6 +32,7 @@ from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.slices import share
 from layerwise.function_space.steps.watched_step import is_supplier
 from layerwise.geometry import param_groups
+from layerwise.geometry.groups import Factors
 from layerwise.integrations.logged import Level, RateLog
 from layerwise.optim import Lanton, LayerwiseOptimizer
 from layerwise.optim.optimizer import layerwise_optimizer
@@ -44,18 +45,21 @@ def trainer_optimizer(
     *,
     overrides: Mapping[str, Any] | None = None,
     splits: Mapping[str, Any] | None = None,
+    factors: Factors = None,
     **options: Any,
 ) -> tuple[Callable[[], Callable[..., LayerwiseOptimizer]], dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
 
     Args:
         preset: ``lw.Lanton``, ``lw.Muon``, ...
-        overrides, splits: as for ``lw.param_groups``.
+        overrides, splits, factors: as for ``lw.param_groups``; ``factors=lw.layer_decay(model, 0.75)``, for example.
         options: of the preset.
     """
 
-    def build(model: nn.Module, overrides: Any = overrides, splits: Any = splits, **options: Any) -> LayerwiseOptimizer:
-        optimizer = preset(param_groups(model, overrides=overrides, splits=splits), **options)
+    def build(
+        model: nn.Module, overrides: Any = overrides, splits: Any = splits, factors: Factors = factors, **options: Any
+    ) -> LayerwiseOptimizer:
+        optimizer = preset(param_groups(model, overrides=overrides, splits=splits, factors=factors), **options)
         _warn_of_unused(optimizer)
         return optimizer
 

@@ -1,0 +1,172 @@
+"""How far parameters are from the outputs: what a reader of each model would count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import LayerwiseError
+from layerwise.geometry.depth import distances
+
+transformers = pytest.importorskip("transformers")
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+WORDS = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+IMAGE = {"image_size": 32, "patch_size": 8}
+
+
+def begins(found: Mapping[str, int], prefix: str) -> set[int]:
+    """The distances of all parameters whose names begin so."""
+    values = {distance for name, distance in found.items() if name.startswith(prefix)}
+    assert values, prefix
+    return values
+
+
+def holds(found: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    """All parameters under each prefix have that distance."""
+    assert {prefix: begins(found, prefix) for prefix in expected} == {prefix: {n} for prefix, n in expected.items()}
+
+
+def test_a_gpt2():
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, **WORDS))
+    blocks = {f"transformer.h.{i}.": 3 - i for i in range(3)}
+    holds(distances(model), {"transformer.ln_f": 0, **blocks, "transformer.wte": 4, "transformer.wpe": 4})
+
+
+def test_a_bert_with_a_new_head():
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, **WORDS))
+    blocks = {f"bert.encoder.layer.{i}.": 3 - i for i in range(3)}
+    holds(distances(model), {"classifier": 0, "bert.pooler": 0, **blocks, "bert.embeddings": 4})
+
+
+def test_stages_are_taken_apart_and_what_lies_between_them_goes_with_the_stage_before():
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4
+    )
+    found = distances(transformers.SwinForImageClassification(config))
+    blocks = {f"swin.encoder.layers.{s}.blocks.{b}.": 4 - 2 * s - b for s in range(2) for b in range(2)}
+    holds(found, {"classifier": 0, **blocks, "swin.encoder.layers.0.downsample": 3, "swin.embeddings": 5})
+
+
+def test_a_resnet_of_stages_of_one_block_and_of_two():
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 16], depths=[1, 2, 1])
+    found = distances(transformers.ResNetForImageClassification(config))
+    stages = {(0, 0): 4, (1, 0): 3, (1, 1): 2, (2, 0): 1}
+    blocks = {f"resnet.encoder.stages.{s}.layers.{b}.": n for (s, b), n in stages.items()}
+    holds(found, {"classifier": 0, **blocks, "resnet.embedder": 5})
+
+
+def test_towers_side_by_side_have_a_top_each():
+    text, vision = {**SMALL, **WORDS, "num_hidden_layers": 2}, {**SMALL, **IMAGE}
+    found = distances(
+        transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    )
+    blocks = {f"text_model.encoder.layers.{i}.": 2 - i for i in range(2)}
+    blocks |= {f"vision_model.encoder.layers.{i}.": 3 - i for i in range(3)}
+    holds(found, {"logit_scale": 0, "text_projection": 0, **blocks, "text_model.embeddings": 3, "vision_model.emb": 4})
+
+
+def test_a_decoder_does_not_come_after_the_encoder_beside_it():
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=3, num_heads=4, vocab_size=99, decoder_start_token_id=0
+    )
+    blocks = {f"encoder.block.{i}.": 2 - i for i in range(2)} | {f"decoder.block.{i}.": 3 - i for i in range(3)}
+    tops = {"encoder.final_layer_norm": 0, "decoder.final_layer_norm": 0}
+    holds(distances(transformers.T5ForConditionalGeneration(config)), {**tops, **blocks, "shared": 4})
+
+
+def test_a_block_that_runs_several_times_is_one():
+    found = distances(transformers.AlbertModel(transformers.AlbertConfig(**SMALL, embedding_size=16, **WORDS)))
+    holds(found, {"pooler": 0, "encoder.albert_layer_groups": 1, "embeddings": 2, "encoder.embedding_hidden": 2})
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x).softmax(-1)
+        return x + sum(weights[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
+
+
+class Layers(nn.Module):
+    """Blocks in a dict of modules, as torchtitan has them, with experts side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.layers = nn.ModuleDict({str(i): Experts() for i in range(3)})
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.inputs(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        return self.out(x)
+
+
+def test_experts_side_by_side_are_one_block():
+    found = distances(Layers(), torch.randn(3, 4))
+    holds(found, {"out": 0, **{f"layers.{i}.": 3 - i for i in range(3)}, "inputs": 4})
+
+
+def test_layers_without_a_list_and_in_one_are_counted_one_by_one():
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    holds(distances(plain, torch.randn(3, 4)), {"4": 0, "3": 1, "2": 1, "0": 2})
+
+
+class Written(nn.Module):
+    """Positions, and blocks that write in place; a tensor that is freed leaves its place to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(5, 8))
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+        self.blocks = nn.ModuleList(Residual() for _ in range(2))
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        stream = torch.empty(len(x), 5, 8)
+        stream[:] = self.embed(x)
+        stream += self.positions
+        for block in self.blocks:
+            block(stream)
+        return self.head(stream.mean(1))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> None:
+        x += self.down(self.up(x).relu())
+
+
+def test_what_is_written_in_place_counts():
+    found = distances(Written(), torch.randn(3, 5, 4))
+    holds(found, {"head": 0, "unused": 0, "blocks.1.": 1, "blocks.0.": 2, "positions": 3, "embed": 3})
+
+
+def test_nothing_of_the_model_changes():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(0)
+    drawn = torch.get_rng_state()
+    distances(model, torch.randn(3, 4, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"), [(None, "give batch="), (torch.randn(3, 5), "did not run on the batch .RuntimeError: mat1 and mat2")]
+)
+def test_a_model_that_cannot_be_run_is_told(batch, told):
+    with pytest.raises(LayerwiseError, match=told):
+        distances(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), batch)
