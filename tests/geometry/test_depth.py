@@ -126,7 +126,6 @@ class Written(nn.Module):
         super().__init__()
         self.positions = nn.Parameter(torch.zeros(5, 8))
         self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
         self.blocks = nn.ModuleList(Residual() for _ in range(2))
         self.unused = nn.Linear(8, 8)
 
@@ -151,6 +150,30 @@ class Residual(nn.Module):
 def test_what_is_written_in_place_counts():
     found = distances(Written(), torch.randn(3, 5, 4))
     holds(found, {"head": 0, "unused": 0, "blocks.1.": 1, "blocks.0.": 2, "positions": 3, "embed": 3})
+
+
+def test_the_last_block_is_one_away_from_a_head_that_is_tied():
+    model = transformers.BartForCausalLM(transformers.BartConfig(d_model=32, decoder_layers=2, decoder_ffn_dim=64, **WORDS))
+    holds(distances(model), {"model.decoder.layers.1.": 1, "model.decoder.layers.0.": 2, "model.decoder.embed_tokens": 3})
+
+
+class Towers(nn.Module):
+    """The second tower runs where it is given something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts, self.images = Layers(), Layers()
+
+    def forward(self, texts: Tensor, images: Tensor | None = None) -> Any:
+        return self.texts(texts) if images is None else self.texts(texts) + self.images(images)
+
+
+def test_blocks_that_did_not_run_are_told():
+    model, batch = Towers(), torch.randn(3, 4)
+    with pytest.warns(UserWarning, match="images.layers.0, images.layers.1, images.layers.2 took no part"):
+        assert begins(distances(model, batch), "images.") == {0}
+    found = distances(model, (batch, batch))
+    assert all(found[name] == found[name.replace("images", "texts")] for name in found)
 
 
 def test_nothing_of_the_model_changes():

@@ -17,10 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from layerwise.common.parameter_names import canonical_names, unwrap
+from layerwise.common.parameter_names import canonical_name, canonical_names, first_few, unwrap
 from layerwise.common.running import call, undisturbed
 from layerwise.common.tensors import is_sharded
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.forward.flow import tensors_in
 from layerwise.geometry.forward.made_batch import made_batch
 from layerwise.geometry.forward.watched_forward import Forward
@@ -48,11 +48,12 @@ def distances(model: nn.Module, batch: Any = None, forward: Forward | None = Non
             batch = made_batch(inner)
         if batch is None:
             raise LayerwiseError("where a parameter lies is seen when the model runs: give batch=, what the model takes")
-    candidates = list(_blocks(inner)) or [Block(m) for m in inner.modules() if _matrices(m, recurse=False)]
+    candidates = list(_blocks(inner))
+    layers = [] if candidates else [Block(name, m) for name, m in inner.named_modules() if _matrices(m, recurse=False)]
     seen = Seen(inner)
     with undisturbed(inner), torch.no_grad():
         inner.eval()
-        for block in [each for outer in candidates for each in (outer, *outer.within)]:
+        for block in [*layers, *(each for outer in candidates for each in (outer, *outer.within))]:
             seen.of_blocks |= seen.bits(block.module)
             block.module.register_forward_pre_hook(seen.before(block), with_kwargs=True)
         try:
@@ -63,7 +64,16 @@ def distances(model: nn.Module, batch: Any = None, forward: Forward | None = Non
                 f"the model did not run on the batch ({type(error).__name__}: {error}): give a batch= that it takes, or "
                 "forward=lambda model, batch: ... that runs it"
             ) from error
-    return _distances(inner, seen, [each for outer in candidates for each in _taken_apart(outer, seen)])
+    blocks = layers or [each for outer in candidates for each in _taken_apart(outer, seen)]
+    at_rest = [canonical_name(block.name) for block in blocks if block.takes is None]
+    if at_rest:
+        warn(
+            f"{first_few(at_rest)} took no part in the forward pass, and count as a head does: give a batch= in which they do, "
+            "a forward= that runs them, or factors of your own"
+        )
+    found = _distances(inner, seen, blocks)
+    last = min(found.values()) if layers else 0  # the head is one of them
+    return {name: distance - last for name, distance in found.items()}
 
 
 @dataclass(eq=False)
@@ -71,6 +81,7 @@ class Block:
     """A module that counts as one step of depth.
 
     Attributes:
+        name: in the model.
         module: the block.
         within: blocks in a list in it, if it is a stage, as Swin's and ResNet's are.
         takes: the parameters that its inputs were made of, as bits; None where it was not run.
@@ -78,6 +89,7 @@ class Block:
         number: how many blocks ran before it.
     """
 
+    name: str
     module: nn.Module
     within: list[Block] = field(default_factory=list)
     takes: int | None = None
@@ -85,18 +97,18 @@ class Block:
     number: int = -1
 
 
-def _blocks(module: nn.Module, inside: bool = False) -> Iterator[Block]:
+def _blocks(module: nn.Module, name: str = "", inside: bool = False) -> Iterator[Block]:
     """The outermost elements of lists that are blocks, in order; `inside` of one, those of one kind alone."""
-    children = [child for child in module.children() if _matrices(child)]
-    kinds = Counter(type(child) for child in children)
-    for child in children:
+    children = {f"{name}{step}": child for step, child in module.named_children() if _matrices(child)}
+    kinds = Counter(map(type, children.values()))
+    for path, child in children.items():
         several = _matrices(child) >= 2 and next(child.children(), None) is not None
         alike = not inside or len(kinds) == 1
         mixed = isinstance(module, nn.ModuleDict) and kinds[type(child)] == 1  # the parts of a model, by name
         if isinstance(module, _LISTS) and type(child) not in _LISTS and several and alike and not mixed:
-            yield Block(child, list(_blocks(child, inside=True)))
+            yield Block(path, child, list(_blocks(child, f"{path}.", inside=True)))
         else:
-            yield from _blocks(child, inside)
+            yield from _blocks(child, f"{path}.", inside)
 
 
 def _matrices(module: nn.Module, recurse: bool = True) -> int:
@@ -192,5 +204,4 @@ def _distances(model: nn.Module, seen: Seen, blocks: list[Block]) -> dict[str, i
         of_parameter.append(max(inside or before, default=0))
     named = {id(p): name for name, p in model.named_parameters()}
     short = canonical_names(named.values())
-    nearest = min(of_parameter)
-    return {short[named[id(p)]]: found - nearest for p, found in zip(seen.parameters, of_parameter, strict=True)}
+    return {short[named[id(p)]]: found for p, found in zip(seen.parameters, of_parameter, strict=True)}
