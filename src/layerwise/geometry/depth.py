@@ -68,8 +68,8 @@ def distances(model: nn.Module, batch: Any = None, forward: Forward | None = Non
     at_rest = [canonical_name(block.name) for block in blocks if block.takes is None]
     if at_rest:
         warn(
-            f"{first_few(at_rest)} took no part in the forward pass, and count as a head does: give a batch= in which they do, "
-            "a forward= that runs them, or factors of your own"
+            f"{first_few(at_rest)} took no part in the forward pass, and count as a head does: give a batch= in which they "
+            "do, a forward= that runs them, or factors of your own"
         )
     found = _distances(inner, seen, blocks)
     last = min(found.values()) if layers else 0  # the head is one of them
