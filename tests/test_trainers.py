@@ -183,6 +183,17 @@ def test_hf_arguments_that_have_no_effect_are_told(tmp_path, recwarn):
     assert optimizer.defaults["lr"] == 0.02
 
 
+def test_hf_factory_takes_a_batch_and_is_an_attribute_where_a_trainer_has_no_such_argument(tmp_path):
+    """TRL's trainers for DPO and GRPO have no `optimizer_cls_and_kwargs`; their models may get adapters in `__init__`."""
+    trainer = Trainer(gpt2(), TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True))
+    batch = {"input_ids": torch.arange(8)[None]}
+    trainer.optimizer_cls_and_kwargs = trainer_optimizer(lw.DualMuon, batch=batch, lr=0.02)
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, lw.DualMuon)
+    assert [group["role"] for group in optimizer.param_groups] == [g["role"] for g in lw.param_groups(trainer.model, batch)]
+    assert optimizer.param_groups[0]["lr"] == 0.02
+
+
 def test_rates_of_an_optimizer_that_a_trainer_has_wrapped(tmp_path):
     trainer = hf_trainer(str(tmp_path), lw.Lanton)
     with pytest.raises(lw.LayerwiseError, match=r"optimizer is NoneType: .* \(a Trainer has one from"):

@@ -788,3 +788,19 @@ def test_a_loader_in_place_of_a_batch_is_told():
         function_space_rates(model, {"weight": torch.ones(2, 3)}, loader)
     with pytest.warns(UserWarning, match="the batch is a DataLoader: give one"):
         lw.param_groups(model, loader)
+
+
+class Features(nn.Linear):
+    """Its one argument and its result are dicts, as sentence-transformers' are."""
+
+    def forward(self, features):
+        return {**features, "embedding": super().forward(features["x"]), "state": features["x"].cumsum(1)}
+
+
+def test_a_dict_is_the_one_argument_of_a_forward_that_takes_no_keywords():
+    model, batch = Features(4, 3), {"x": torch.randn(8, 4), "kind": "text"}
+    update = {"weight": torch.randn(3, 4)}
+    with pytest.raises(LayerwiseError, match=r"pass forward=lambda model, inputs: model\(inputs\)\["):
+        function_space_rates(model, update, batch)
+    of_dict = function_space_rates(model, update, batch, forward=lambda m, inputs: m(inputs)["embedding"])
+    assert of_dict["weight"] == function_space_rates(nn.Linear(4, 3), update, batch["x"])["weight"]

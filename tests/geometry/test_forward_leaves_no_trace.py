@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -338,3 +339,23 @@ def test_a_batch_of_dicts_in_one_argument_is_no_override():
 
     [weight, _] = describe(Nested(D, 3), {"batch": {"x": torch.randn(2, D)}}).rows
     assert (weight.role, weight.how) == ("head", "forward")
+
+
+class Nested(nn.Linear):
+    """Its one argument is a dict, as of sentence-transformers' modules."""
+
+    def forward(self, features):
+        return super().forward(features["x"])
+
+
+@pytest.mark.parametrize("model", [nn.Linear(D, 3), Nested(D, 3)], ids=["keywords", "one argument"])
+def test_what_a_tokenizer_returns_is_a_batch(model):
+    """transformers' `BatchEncoding` is a `UserDict`, which was taken for overrides."""
+    key = "x" if isinstance(model, Nested) else "input"
+    [weight, _] = describe(model, UserDict({key: torch.randn(2, D)})).rows
+    assert (weight.role, weight.how) == ("head", "forward")
+
+
+def test_overrides_may_be_such_a_mapping_too():
+    [weight, _] = describe(nn.Linear(D, 3), UserDict({"weight": {"role": "hidden"}})).rows
+    assert weight.role == "hidden"

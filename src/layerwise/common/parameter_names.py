@@ -81,15 +81,30 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside wrappers that keep it as `.optimizer` (accelerate, Lightning, DeepSpeed)."""
+    """The torch optimizer inside wrappers that keep one (accelerate, Lightning, fastai, SAM, schedule-free)."""
     seen = optimizer
-    while isinstance(getattr(seen, "optimizer", None), Optimizer):
-        seen = seen.optimizer
+    while (inner := _held(seen)) is not None:
+        seen = inner
     if not isinstance(seen, Optimizer):
         hint = " (a Trainer has one from train() on)" if optimizer is None else ""
         hint = " (of several, one call for each)" if isinstance(optimizer, (list, tuple)) else hint
         raise LayerwiseError(f"optimizer is {type(optimizer).__name__}: pass a torch.optim.Optimizer{hint}")
     return seen
+
+
+def _held(wrapper: Any) -> Optimizer | None:
+    """The optimizer that it keeps as `.optimizer`, or the only one that it keeps, under whatever name, if all of it."""
+    if isinstance(inner := getattr(wrapper, "optimizer", None), Optimizer):
+        return inner
+    held = [value for value in getattr(wrapper, "__dict__", {}).values() if isinstance(value, Optimizer)]
+    if len(held) != 1 or held[0] is wrapper:
+        return None
+    part = isinstance(wrapper, Optimizer) and _parameters(wrapper) != _parameters(held[0])  # ZeroRedundancyOptimizer's
+    return None if part else held[0]
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
 
 
 def first_few(names: Iterable[str], most: int = 3) -> str:

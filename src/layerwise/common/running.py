@@ -6,7 +6,7 @@ import inspect
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -30,7 +30,8 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 def call(model: nn.Module, batch: Any) -> Any:
     """The model on a batch: a dict as keywords, a tuple or list as arguments, anything else as one argument.
 
-    Of a tuple as many as `forward` takes, so that the `(inputs, targets)` of a DataLoader do for a model of inputs alone.
+    A dict is the one argument of a `forward` that takes no such keywords, as sentence-transformers' does. Of a tuple as many
+    as `forward` takes, so that the `(inputs, targets)` of a DataLoader do for a model of inputs alone.
 
     Raises:
         LayerwiseError: a DataLoader, in place of what it yields; a model without a forward.
@@ -42,7 +43,7 @@ def call(model: nn.Module, batch: Any) -> Any:
         raise LayerwiseError(
             f"{type(inner).__name__} has no forward: give forward=lambda model, inputs: model.method(inputs)"
         )
-    if isinstance(batch, Mapping):
+    if isinstance(batch, Mapping) and not _takes_whole(model, batch):
         return model(**batch)
     if not isinstance(batch, (tuple, list)):
         return model(batch)
@@ -51,12 +52,24 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 def call_in_words(model: nn.Module, batch: Any, name: str) -> str:
     """`call` as a line of code, where the batch is called `name`: `model(*inputs)`."""
-    if isinstance(batch, Mapping):
+    if isinstance(batch, Mapping) and not _takes_whole(model, batch):
         return f"model(**{name})"
     if not isinstance(batch, (tuple, list)):
         return f"model({name})"
     takes = _takes(model)
     return f"model(*{name})" if takes is None or takes >= len(batch) else f"model(*{name}[:{takes}])"
+
+
+def _takes_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether `forward` takes a dict as its one argument, and not its entries as keywords."""
+    signature = inspect.signature(unwrap(model).forward)
+    try:
+        signature.bind(**batch)
+    except TypeError:
+        with suppress(TypeError):
+            signature.bind(batch)
+            return True
+    return False
 
 
 def _takes(model: nn.Module) -> int | None:

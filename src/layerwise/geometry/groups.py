@@ -118,7 +118,8 @@ def assign(origin: Origin, batch: Any, forward: Forward | None) -> tuple[list[As
     """
     model = origin.model
     assert model is not None
-    options_alone = isinstance(batch, Mapping) and not any(isinstance(value, Tensor) for value in tree_leaves(batch))
+    # A tokenizer's result is a mapping, and no container that torch's trees look into.
+    options_alone = isinstance(batch, Mapping) and not any(isinstance(v, Tensor) for v in tree_leaves(dict(batch)))
     if origin.overrides is None and options_alone:
         batch, origin.overrides = None, batch  # where overrides stood before there was a batch, which holds tensors
     _check_trainable(model)

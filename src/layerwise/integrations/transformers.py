@@ -43,6 +43,7 @@ Observer = FunctionSpaceRecorder | FLeRM
 def trainer_optimizer(
     preset: type[LayerwiseOptimizer] = Lanton,
     *,
+    batch: Any = None,
     overrides: Mapping[str, Any] | None = None,
     splits: Mapping[str, Any] | None = None,
     factors: Factors = None,
@@ -50,16 +51,19 @@ def trainer_optimizer(
 ) -> tuple[Callable[[], Callable[..., LayerwiseOptimizer]], dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
 
+    A trainer without that argument (TRL's for DPO and GRPO) takes it as its attribute, before ``train()``.
+
     Args:
         preset: ``lw.Lanton``, ``lw.Muon``, ...
-        overrides, splits, factors: as for ``lw.param_groups``; ``factors=lw.layer_decay(model, 0.75)``, for example.
+        batch, overrides, splits, factors: as for ``lw.param_groups``; ``factors=lw.layer_decay(model, 0.75)``, for example.
+            The batch where the model is.
         options: of the preset.
     """
 
     def build(
         model: nn.Module, overrides: Any = overrides, splits: Any = splits, factors: Factors = factors, **options: Any
     ) -> LayerwiseOptimizer:
-        optimizer = preset(param_groups(model, overrides=overrides, splits=splits, factors=factors), **options)
+        optimizer = preset(param_groups(model, batch, overrides, splits, factors=factors), **options)
         _warn_of_unused(optimizer)
         return optimizer
 

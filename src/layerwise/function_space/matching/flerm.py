@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.common.checked import NonNegativeInt, PositiveInt, checked
-from layerwise.common.parameter_names import first_few, unwrap_optimizer
+from layerwise.common.parameter_names import first_few
 from layerwise.errors import LayerwiseError, warn
 from layerwise.function_space.matching.base_rates import BaseRates, how_measured
 from layerwise.function_space.matching.decide import (
@@ -113,7 +113,7 @@ class FLeRM(StepWatcher):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        require_linear(unwrap_optimizer(optimizer))
+        require_linear(optimizer)
         self.base = None if base == "uniform" else base if isinstance(base, BaseRates) else BaseRates.load(base)
         if self.base is not None:
             method = method or self.base.fingerprint.method

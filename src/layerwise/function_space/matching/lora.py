@@ -106,9 +106,10 @@ def match_lora(
         >>> match = lw.match_lora(model, optimizer, batches, base_rank=8)  # doctest: +SKIP
         >>> print(match)  # doctest: +SKIP
     """
+    require_linear(optimizer)
     model, optimizer = unwrap(model), unwrap_optimizer(optimizer)
     _, config = _adapter_of(model)
-    _check(optimizer, batches, at, seeds)
+    _check(batches, at, seeds)
     parameters = optimized(model, optimizer)
     rates = partial(
         _trial_rates, model, optimizer, list(batches), at,
@@ -181,8 +182,7 @@ def _adapter_of(model: nn.Module) -> tuple[str, Any]:
     return active, config
 
 
-def _check(optimizer: Optimizer, batches: Sequence[Any], at: int, seeds: Sequence[int]) -> None:
-    require_linear(optimizer)
+def _check(batches: Sequence[Any], at: int, seeds: Sequence[int]) -> None:
     if at < 1:
         raise LayerwiseError(f"at is {at}: use 1 or more (in step 0 B is 0, and A moves nothing)")
     if len(batches) < at + 2:

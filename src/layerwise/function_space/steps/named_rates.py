@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.common.group_by import group_by
-from layerwise.common.parameter_names import first_few
+from layerwise.common.parameter_names import first_few, unwrap_optimizer
 from layerwise.errors import LayerwiseError, warn
 
 Group = dict[str, Any]
@@ -100,16 +100,17 @@ def class_name(optimizer: Optimizer) -> str:
     return f"{kind.__module__.split('.', 1)[0]}.{kind.__qualname__}"
 
 
-def require_linear(optimizer: Optimizer) -> None:
-    """Raise for an optimizer whose step is not proportional to `group["lr"]`: matching divides by it."""
-    kind = type(optimizer).__name__
-    for index, group in enumerate(optimizer.param_groups):
+def require_linear(optimizer: Any) -> None:
+    """Raise for an optimizer, wrapped or not, whose step is not proportional to `group["lr"]`: matching divides by it."""
+    inner = unwrap_optimizer(optimizer)
+    kind, around = type(inner).__name__, type(optimizer).__name__
+    for index, group in enumerate(inner.param_groups):
         reason = None
         if group.get("relative_step") or group.get("lr", 0) is None:
             reason = "it sets its own rate (relative_step): use relative_step=False and give lr a number"
         elif kind == "Adafactor" and "beta2_decay" in group:
             reason = "torch's Adafactor caps its rate at 1/sqrt(step): use transformers' with relative_step=False"
-        elif "ScheduleFree" in kind or {"weight_sum", "lr_max"} <= set(group):
+        elif "ScheduleFree" in kind + around or {"weight_sum", "lr_max"} <= set(group):
             reason = "it averages weights over the run (schedule-free): use the plain optimizer with a schedule"
         elif "d" in group:
             reason = "it estimates its own rate (D-Adaptation, Prodigy): use the plain optimizer"

@@ -130,6 +130,8 @@ class Following:
         if at_rest.keys() == self._at_rest:
             return False
         self._at_rest = frozenset(at_rest)
+        if not any(job.param.requires_grad or job.moves for job in jobs):
+            self._warn_all_frozen()
         new = self._successors(at_rest)
         for name, tensor in new.items():
             if tensor is None:
@@ -144,6 +146,17 @@ class Following:
                 )
         _replace(groups, new)
         return bool(new)
+
+    def _warn_all_frozen(self) -> None:
+        """Say that nothing here is trained, and what the models train in its place: adapters, as a rule."""
+        named = [item for origin in self._origins() for item in origin.parameters().items()]
+        others = [repr(name) for name, p in named if p.requires_grad and p not in self._entries]
+        new = (
+            f" The model trains {first_few(others)}: make the optimizer after get_peft_model, or {_TAKE_OVER}."
+            if others
+            else ""
+        )
+        warn(f"the optimizer trains nothing: all its parameters, {first_few(map(repr, self._held))}, are frozen now.{new}")
 
     def _successors(self, names: Iterable[str]) -> dict[str, Tensor | None]:
         """Of the parameters that their model no longer holds: what stands there and can be trained, or None."""
@@ -254,7 +267,7 @@ def _replace_state(groups: Sequence[Group], states: dict[Tensor, State], holders
             live.add(param)
             held = holders.get(name, Held(param, param.numel()))
             if param not in states or (held.param is param and held.entries != param.numel()):
-                new, old = group["update"].allocate(group, name, param), states.get(held.param, {})
+                new, old = _allocate(group, name, param), states.get(held.param, {})
                 if _has_moved(old) and not take(new, _in_dtypes_of(new, old), group["role"] in WITH_ROWS):
                     lost.append(name)
                 states[param] = new
@@ -262,6 +275,17 @@ def _replace_state(groups: Sequence[Group], states: dict[Tensor, State], holders
     for param in states.keys() - live:
         del states[param]
     return lost
+
+
+def _allocate(group: Group, name: str, param: Tensor) -> State:
+    try:
+        state: State = group["update"].allocate(group, name, param)
+    except LayerwiseError as error:
+        raise LayerwiseError(
+            f"{error}. Was it flattened? DeepSpeed's ZeRO stages 1 to 3 and FSDP1 do so, and no matrix is left: use FSDP2 "
+            "(fully_shard), or stage 0"
+        ) from None
+    return state
 
 
 def move_beside(param: Tensor, state: State) -> None:

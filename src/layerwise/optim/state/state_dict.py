@@ -166,9 +166,10 @@ def _check_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def _check_state(name: str, here: State, saved: State) -> None:
-    if here.keys() != saved.keys():
+    if not here.keys() <= saved.keys():
         raise _other(f"the state of {name!r} holds {sorted(saved)} in it and {sorted(here)} here")
-    for key, value in saved.items():
+    for key in here:
+        value = saved[key]
         if not same_kind(here[key], value):
             kinds = f"{value!r:.80} in it and a {type(here[key]).__name__} here"
             raise _other(f"{key} of {name!r} is {kinds}")
@@ -237,14 +238,17 @@ def load(optimizer: Optimizer, recipe: Recipe, state_dict: dict[str, Any], stric
 def _load_all(optimizer: Optimizer, recipe: Recipe, state_dict: dict[str, Any]) -> LoadedState:
     state_dict = in_own_order(optimizer, state_dict)
     _check_groups(optimizer, state_dict)
-    pairs: list[tuple[State, State]] = []
+    found: list[tuple[Tensor, State, State]] = []
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for name, param, index in zip(group["param_names"], group["params"], saved["params"], strict=True):
             own = optimizer.state[param]
-            pairs.append((own, in_kind(own, state_dict["state"].get(index, {}))))
-            _check_state(name, *pairs[-1])
-    for own, state in pairs:
-        take(own, state, rows_are_entries=False)
+            found.append((param, own, in_kind(own, state_dict["state"].get(index, {}))))
+            _check_state(name, own, found[-1][2])
+    for param, own, state in found:
+        others = {key: state[key] for key in state.keys() - own.keys()}  # of wrappers: schedule-free keeps its z here
+        take(own, {key: state[key] for key in own}, rows_are_entries=False)
+        for key, value in others.items():
+            own[key] = value.detach().clone().to(param.device) if isinstance(value, Tensor) else deepcopy(value)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         _set_options(group, saved, recipe)
     return LoadedState([], [])
