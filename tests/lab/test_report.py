@@ -81,6 +81,15 @@ def test_every_contender_has_a_look_of_its_own() -> None:
     assert chosen[4] == looks(["d-muon"])[0]
 
 
+def test_of_many_contenders_the_best_have_colours_of_their_own_and_the_others_none(tmp_path: Path) -> None:
+    for i in range(20):
+        name = ("adamw", "lanton", "d-muon", "scion")[i % 4]
+        fabricate(tmp_path / f"r{i}", name, final=4.0 - 0.01 * i, lr=0.001 * 2 ** (i // 4), with_layers=False, steps=60)
+    colors = [row.color for row in result_rows(contenders(load_runs([tmp_path])))]
+    assert len({*colors[:8]}) == 8
+    assert {*colors[8:]} == {BAND}
+
+
 def test_contenders_in_one_figure_have_markers_of_their_own() -> None:
     assert len({look.marker for look in looks(["dual-muon", "d-muon", "lanton", "adamw", "unheard-of", "lanton"])}) == 6
 

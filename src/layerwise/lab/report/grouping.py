@@ -22,6 +22,8 @@ from layerwise.lab.report.style import CYCLE, MARKERS, Look
 from layerwise.lab.runs.directory import RUN_FILE, find_runs, read_run
 from layerwise.lab.runs.recorded import Run
 
+MOST_NAMED = 12  # contenders that a figure can name; of more, the best stand out
+BEST = 8
 _LOOKS = {
     "adamw": Look(style.GREY, "^"),
     "d-muon": Look(style.BLUE, "s"),
@@ -68,8 +70,19 @@ class Contender:
     @property
     def mean_loss(self) -> float:
         """Of the runs that have a loss and did not diverge; infinite where there is none."""
-        finite = [loss for loss in self.final_losses if math.isfinite(loss)]
-        return fmean(finite) if finite else math.inf
+        return _mean_loss(self.runs)
+
+
+def _mean_loss(runs: Iterable[Run]) -> float:
+    finite = [run.final_val_loss for run in runs if math.isfinite(run.final_val_loss)]
+    return fmean(finite) if finite else math.inf
+
+
+def standing_out(contenders: Sequence[Contender]) -> list[Contender]:
+    """All of a few contenders; of many the best, which alone are drawn in colour."""
+    if len(contenders) <= MOST_NAMED:
+        return list(contenders)
+    return sorted((c for c in contenders if math.isfinite(c.mean_loss)), key=lambda c: c.mean_loss)[:BEST]
 
 
 def load_runs(paths: Iterable[str | Path], note: Callable[[str], None] = warn) -> list[Run]:
@@ -100,7 +113,7 @@ def load_runs(paths: Iterable[str | Path], note: Callable[[str], None] = warn) -
 
 def contenders(runs: Sequence[Run]) -> list[Contender]:
     """Group runs over seeds, and name each group by its optimizer and by what else differs between the groups."""
-    groups = group_by(runs, lambda run: hashed(_identity(run))).values()
+    groups = list(group_by(runs, lambda run: hashed(_identity(run))).values())
     flat = [_identity(group[0]) for group in groups]
     configs = [flatten(group[0].config) for group in groups]
     titles = [optimizer_title(group[0].optimizer) for group in groups]
@@ -109,8 +122,9 @@ def contenders(runs: Sequence[Run]) -> list[Contender]:
         for i, title in enumerate(titles)
     ]
     labels = [label if labels.count(label) == 1 else f"{label} ({i + 1})" for i, label in enumerate(labels)]
-    chosen = looks([group[0].optimizer for group in groups])
-    return [Contender(label, look, tuple(group)) for label, look, group in zip(labels, chosen, groups, strict=True)]
+    best_first = sorted(range(len(groups)), key=lambda i: _mean_loss(groups[i]))  # those that stand out share no colour
+    chosen = dict(zip(best_first, looks([groups[i][0].optimizer for i in best_first]), strict=True))
+    return [Contender(label, chosen[i], tuple(group)) for i, (label, group) in enumerate(zip(labels, groups, strict=True))]
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 
 from layerwise.common.text_table import count
 from layerwise.lab.config.keys import flatten
-from layerwise.lab.report.grouping import Contender, RateCurve
+from layerwise.lab.report.grouping import Contender, RateCurve, standing_out
+from layerwise.lab.report.style import BAND
 from layerwise.lab.runs.recorded import Run, duration, number
 
 
@@ -28,7 +29,11 @@ def result_rows(contenders: Sequence[Contender]) -> list[ResultRow]:
     ranked = sorted(contenders, key=lambda c: c.mean_loss)
     contest = len(ranked) > 1 and all(run.status != "running" for c in ranked for run in c.runs)
     several = any(len(c.runs) > 1 for c in ranked)
-    return [ResultRow(c.look.color, contest and c is ranked[0], _result_cells(c, several)) for c in ranked]
+    coloured = [id(c) for c in standing_out(ranked)]
+    return [
+        ResultRow(c.look.color if id(c) in coloured else BAND, contest and c is ranked[0], _result_cells(c, several))
+        for c in ranked
+    ]
 
 
 def _result_cells(contender: Contender, several: bool) -> dict[str, str]:

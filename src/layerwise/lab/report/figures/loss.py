@@ -15,11 +15,9 @@ from scipy.ndimage import gaussian_filter1d
 
 from layerwise.common.text_table import count
 from layerwise.lab.report import style
-from layerwise.lab.report.grouping import Contender, LossesByRate, RateCurve
+from layerwise.lab.report.grouping import Contender, LossesByRate, RateCurve, standing_out
 from layerwise.lab.runs.recorded import Array, Series
 
-MOST_NAMED = 12  # contenders that a figure can name; of more, the best stand out
-BEST = 8
 HEIGHT = 3.1  # inches of a panel
 SPAN = 0.03
 
@@ -51,13 +49,6 @@ def loss_curves(contenders: Sequence[Contender], arrangement: style.Arrangement 
     style.label_ends(by_tokens, [e for e in ends if math.isfinite(e[1])], height=HEIGHT * 0.72)
     _key(figure, len(contenders) - len(named))
     return figure
-
-
-def standing_out(contenders: Sequence[Contender]) -> list[Contender]:
-    """All of a few contenders; of many the best."""
-    if len(contenders) <= MOST_NAMED:
-        return list(contenders)
-    return sorted((c for c in contenders if math.isfinite(c.mean_loss)), key=lambda c: c.mean_loss)[:BEST]
 
 
 def loss_limits(contenders: Sequence[Contender]) -> tuple[float, float]:
