@@ -44,8 +44,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def reference(room: str) -> str:
-    """The page of one room: every name that it makes public."""
-    names = import_module(f"layerwise.{room}").__all__
+    """The page of one room: every name that it makes public, functions before classes."""
+    names = sorted(import_module(f"layerwise.{room}").__all__, key=lambda name: (name[0].isupper(), name))
     return "\n\n".join([f"# {ROOMS[room]}", *(f"::: layerwise.{name}" for name in names)]) + "\n"
 
 
