@@ -43,6 +43,16 @@ class Linear4bit(nn.Module):
         return Product.apply(x, self.weight)
 
 
+class Linear4bitOnCPU(Linear4bit):
+    """In evaluation mode without gradients bitsandbytes packs the weight anew for AVX512, and that stays."""
+
+    def forward(self, x):
+        if not self.training and not x.requires_grad:
+            self.weight.data = self.weight.data.flip(0)
+            self.weight.quant_state["packed for CPU"] = True
+        return super().forward(x)
+
+
 class Linear8bit(nn.Module):
     def __init__(self, linear):
         super().__init__()
@@ -82,10 +92,10 @@ class Model(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("kind", [Linear4bit, Linear8bit])
+@pytest.mark.parametrize("kind", [Linear4bit, Linear4bitOnCPU, Linear8bit])
 @pytest.mark.parametrize("with_batch", [True, False])
 def test_adapters_on_frozen_quantised_layers_have_their_roles_and_are_trained(kind, with_batch):
-    model = Model(kind)
+    model = Model(kind).eval()  # as from_pretrained gives it
     ids = torch.arange(11)
     before = [(p.detach().clone(), getattr(p, "quant_state", None)) for p in model.parameters()]
     groups = lw.param_groups(model, ids if with_batch else None)
@@ -98,7 +108,9 @@ def test_adapters_on_frozen_quantised_layers_have_their_roles_and_are_trained(ki
     for p, (was, state) in zip(model.parameters(), before, strict=True):  # looking has changed nothing
         assert torch.equal(p, was)
         assert getattr(p, "quant_state", None) is state
+        assert "packed for CPU" not in (state or ())
     optimizer = lw.Lanton(groups, lr=1e-2)
+    model.train()
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
@@ -110,3 +122,13 @@ def test_adapters_on_frozen_quantised_layers_have_their_roles_and_are_trained(ki
     for p, (was, _) in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, was) == (not p.requires_grad)
     assert len(lw.describe(model, ids).frozen) == 3
+
+
+def test_measurements_and_distances_pack_no_weight_anew():
+    model, ids = Model(Linear4bitOnCPU).eval(), torch.arange(11)  # as from_pretrained gives it
+    state, was = model.layers[0].base_layer.weight.quant_state, model.layers[0].base_layer.weight.detach().clone()
+    update = {"layers.0.lora_B.default.weight": torch.ones(8, 2)}
+    assert lw.function_space_rates(model, update, ids, method="difference")["layers.0.lora_B.default.weight"].value > 0
+    assert lw.layer_decay(model, 0.5, ids)
+    assert torch.equal(model.layers[0].base_layer.weight, was)
+    assert "packed for CPU" not in state

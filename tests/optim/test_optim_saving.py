@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections import UserList
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -351,3 +352,14 @@ def test_another_optimizers_checkpoint_of_our_groups_is_read_as_weights_alone():
     again.load_state_dict(state)
     for saved, group in zip(optimizer.param_groups, again.param_groups, strict=True):
         assert (group["lr"], group["layout"], group["geometry"]) == (0.1, saved["layout"], saved["geometry"])
+
+
+def test_a_list_of_a_configuration_is_one(tmp_path):
+    """omegaconf's ListConfig, which hydra gives for `adamw_betas: [0.8, 0.9]`, is a sequence of its own class."""
+    betas = UserList([0.8, 0.9])
+    optimizer = lw.DualMuon(lw.param_groups(net(), overrides={"role:head": {"betas": betas}}), adamw_betas=betas)
+    assert {tuple(group["betas"]) for group in optimizer.param_groups if repr(group["update"]) == "adamw"} == {(0.8, 0.9)}
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    with pytest.raises(lw.LayerwiseError, match="give two numbers"):
+        lw.DualMuon(lw.param_groups(net()), adamw_betas=UserList([0.8]))

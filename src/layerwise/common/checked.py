@@ -8,7 +8,7 @@ import numbers
 import os
 import types
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Set, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -146,7 +146,7 @@ def _fits_made_of(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping, Set)):
         return False
     if origin is tuple and inner[-1] is not Ellipsis:
-        return isinstance(value, (tuple, list)) and (
+        return isinstance(value, Sequence) and (
             len(value) != len(inner) or all(map(fits, value, inner))
         )  # of another length: the function's own words say how many
     return isinstance(value, Sized) and all(fits(item, inner[0]) for item in value)

@@ -95,6 +95,14 @@ def call_given(name: str, function: Callable[..., Any], *args: Any, needed: str)
         ) from error
 
 
+def always_training(module: nn.Module) -> bool:
+    """Whether it is run in training mode always: one of packed weights (bitsandbytes'), which computes the same in either.
+
+    In evaluation mode bitsandbytes packs 4-bit weights anew on some processors, for good, and no gradient passes any more.
+    """
+    return any(p is not None and p.dtype in (torch.uint8, torch.int8) for p in module._parameters.values())
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[Kept]:
     """Run a model, compiled parts as they were written, and put everything back, errors included.

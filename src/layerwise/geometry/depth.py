@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layerwise.common.parameter_names import canonical_name, canonical_names, first_few, unwrap
-from layerwise.common.running import call, undisturbed
+from layerwise.common.running import always_training, call, undisturbed
 from layerwise.common.tensors import is_sharded
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.forward.flow import tensors_in
@@ -52,7 +52,8 @@ def distances(model: nn.Module, batch: Any = None, forward: Forward | None = Non
     layers = [] if candidates else [Block(name, m) for name, m in inner.named_modules() if _matrices(m, recurse=False)]
     seen = Seen(inner)
     with undisturbed(inner), torch.no_grad():
-        inner.eval()
+        for module in inner.modules():
+            module.training = always_training(module)
         for block in [*layers, *(each for outer in candidates for each in (outer, *outer.within))]:
             seen.of_blocks |= seen.bits(block.module)
             block.module.register_forward_pre_hook(seen.before(block), with_kwargs=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from layerwise.common.running import KeptModule, Writes, storage, under_autocast, undisturbed
+from layerwise.common.running import KeptModule, Writes, always_training, storage, under_autocast, undisturbed
 from layerwise.common.tensors import is_sharded
 from layerwise.errors import LayerwiseError
 from layerwise.function_space.measuring.exact import Adjoint, Change, adjoint, exact_change
@@ -283,7 +283,7 @@ def in_evaluation_mode(
             if isinstance(module, _RUNNING_STATISTICS):
                 module.training = batch_norm == "batch"
             elif not (isinstance(module, nn.RNNBase) and not module.dropout):
-                module.training = False
+                module.training = always_training(module)
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.sparse = False  # gradients of which there are no moments
             if isinstance(module, nn.Embedding):

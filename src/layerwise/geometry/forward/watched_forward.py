@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from layerwise.common.parameter_names import unwrap
-from layerwise.common.running import Kept, call, undisturbed, written
+from layerwise.common.running import Kept, always_training, call, undisturbed, written
 from layerwise.geometry.forward.addresses import AddressSpace
 from layerwise.geometry.forward.evidence import Evidence
 from layerwise.geometry.forward.flow import Flow, Operation, name_of, tensors_in
@@ -155,7 +155,7 @@ def _put_back(model: nn.Module, training: bool) -> Iterator[Kept]:
     with undisturbed(model) as kept, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in model.modules():
-            module.training = training
+            module.training = training or always_training(module)
             if getattr(module, "max_norm", None) is not None:
                 module.__dict__["max_norm"] = None  # such an embedding changes its weight whenever it is read
         yield kept

@@ -159,9 +159,11 @@ def _first_name(group: Group) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy number as Python's own: a state_dict holding it would not load with ``weights_only``."""
-    if isinstance(value, (bool, int)):
+    """A NumPy number as Python's own, a config's list as a list: a state_dict would not load with ``weights_only``."""
+    if isinstance(value, (bool, int, str, list, tuple)):
         return value
+    if isinstance(value, Sequence):
+        return list(value)
     return float(value) if isinstance(value, numbers.Real) else value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 from torch import Tensor
@@ -142,7 +142,7 @@ _TYPES: Final[dict[str, Any]] = {
     "role": Annotated[str | None, "the role's name"],
     "norm_group": Annotated[str | None, "a name shared by the groups whose noise is to be compared"],
     "betas": Annotated[
-        tuple | list,
+        Sequence,
         "two numbers in [0, 1), as torch.optim.AdamW takes them",
         lambda betas: len(betas) == 2 and all(fits(beta, _Fraction) for beta in betas),
     ],
