@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from layerwise.errors import LayerwiseError
 from layerwise.geometry.depth import distances
@@ -148,13 +149,167 @@ class Residual(nn.Module):
 
 
 def test_what_is_written_in_place_counts():
-    found = distances(Written(), torch.randn(3, 5, 4))
+    with pytest.warns(UserWarning, match="^unused.weight, unused.bias took no part"):
+        found = distances(Written(), torch.randn(3, 5, 4))
     holds(found, {"head": 0, "unused": 0, "blocks.1.": 1, "blocks.0.": 2, "positions": 3, "embed": 3})
 
 
 def test_the_last_block_is_one_away_from_a_head_that_is_tied():
     model = transformers.BartForCausalLM(transformers.BartConfig(d_model=32, decoder_layers=2, decoder_ffn_dim=64, **WORDS))
     holds(distances(model), {"model.decoder.layers.1.": 1, "model.decoder.layers.0.": 2, "model.decoder.embed_tokens": 3})
+
+
+class Stack(nn.Module):
+    """Blocks of an `Inner` each, given their inputs by a function of the stream, a mask and an embedding of time."""
+
+    def __init__(self, give: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor], head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.give = give
+        self.embed, self.time = nn.Linear(4, 8), nn.Linear(1, 8)
+        self.blocks = nn.ModuleList(Inner() for _ in range(3))
+        self.head = head or nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        mask, time, x = torch.ones(len(x), len(x)), self.time(x[:, :1]), self.embed(x)
+        for block in self.blocks:
+            x = self.give(block, x, mask, time)
+        return self.head(x)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        *others, x = (*given, *named.values())
+        return x + self.down(self.up(x).relu()) + sum(other.mean() for other in others)
+
+    def run(self, x: Tensor) -> Tensor:
+        return Inner.forward(self, x)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda block, x, mask, time: block(mask, x),  # as of graphs
+        lambda block, x, mask, time: block(mask=mask, x=x),
+        lambda block, x, mask, time: block(time, x),
+        lambda block, x, mask, time: checkpoint(block, x, use_reentrant=True),
+    ],
+)
+def test_the_stream_is_found_among_a_blocks_inputs(give):
+    found = distances(Stack(give), torch.randn(3, 4))
+    holds(found, {"head": 0, **{f"blocks.{i}.": 3 - i for i in range(3)}, "embed": 4})
+
+
+class Skips(nn.Module):
+    """A U-Net whose later blocks are given what they skip first, and a block each of whose layers takes all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.down, self.up = (nn.ModuleList(Inner() for _ in range(2)) for _ in range(2))
+        self.middle = nn.Linear(8, 8)
+        self.dense = nn.ModuleList(Inner() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        x, skipped = self.inputs(x), []
+        for block in self.down:
+            x = block(x)
+            skipped.append(x)
+        x = self.middle(x)
+        for block in self.up:
+            x = block(skipped.pop(), x)
+        earlier = [x]
+        for block in self.dense:
+            earlier.append(block(*earlier))
+        return self.out(earlier[-1])
+
+
+def test_what_skips_blocks_is_not_the_stream():
+    dense, up, down = ({f"{n}.{i}.": at - i for i in range(size)} for n, at, size in STACKS)
+    holds(distances(Skips(), torch.randn(3, 4)), {"out": 0, **dense, **up, "middle": 6, **down, "inputs": 8})
+
+
+STACKS = (("dense", 3, 3), ("up", 5, 2), ("down", 7, 2))
+
+
+def test_blocks_that_are_run_without_a_call_are_refused():
+    for give in (lambda block, x, *_: block.forward(x), lambda block, x, *_: block.run(x)):
+        with pytest.raises(LayerwiseError, match=r"blocks.0, blocks.1, blocks.2 ran by another way .* block\(x\)"):
+            distances(Stack(give), torch.randn(3, 4))
+
+
+class Perceptron(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, classes))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers(x)
+
+
+class Tasks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({"a": Perceptron(2), "b": Perceptron(3)})
+
+    def forward(self, x: Tensor) -> Any:
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("head", [Tasks(), nn.Sequential(Perceptron(2))])
+def test_heads_with_layers_of_their_own_are_heads(head):
+    found = distances(Stack(lambda block, x, mask, time: block(time, x), head), torch.randn(3, 4))
+    holds(found, {"head": 0, **{f"blocks.{i}.": 3 - i for i in range(3)}, "embed": 4})
+
+
+class Plain(nn.Module):
+    """Layers without a list, with a scale after the head, attention whose last matrix is not called, and a spare layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attend, self.head = nn.Linear(4, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 2)
+        self.scale, self.spare = nn.Parameter(torch.ones(())), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.embed(x)
+        return self.scale * self.head(self.attend(x, x, x)[0])
+
+
+def test_the_head_is_a_head_whatever_else_there_is():
+    with pytest.warns(UserWarning, match="^spare took no part"):
+        holds(distances(Plain(), torch.randn(3, 4)), {"head": 0, "scale": 0, "spare": 0, "attend.": 1, "embed": 2})
+
+
+def test_parameters_outside_of_blocks_that_took_no_part_are_told():
+    model = Stack(lambda block, x, *_: block(x))
+    model.mask_token, model.frozen = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8), requires_grad=False)
+    with pytest.warns(UserWarning, match="^mask_token took no part"):
+        holds(distances(model, torch.randn(3, 4)), {"blocks.2.": 1, "mask_token": 0, "frozen": 0})
+
+
+class ForceField(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        x = x.requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_differentiates_by_its_inputs():
+    holds(distances(ForceField(), torch.randn(4, 3)), {"energy.2": 0, "energy.0": 1})
+
+
+def test_adapters_of_peft_need_no_batch():
+    peft = pytest.importorskip("peft")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, **WORDS))
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    found = distances(peft.get_peft_model(model, config))
+    assert [n for name, n in found.items() if "lora_B" in name] == [3, 2, 1]
 
 
 class Towers(nn.Module):
@@ -170,14 +325,23 @@ class Towers(nn.Module):
 
 def test_blocks_that_did_not_run_are_told():
     model, batch = Towers(), torch.randn(3, 4)
-    with pytest.warns(UserWarning, match="images.layers.0, images.layers.1, images.layers.2 took no part"):
+    with pytest.warns(UserWarning, match="images.layers.0, images.layers.1, images.layers.2 and 4 more took no part"):
         assert begins(distances(model, batch), "images.") == {0}
     found = distances(model, (batch, batch))
     assert all(found[name] == found[name.replace("images", "texts")] for name in found)
 
 
+class Normed(nn.Linear):
+    """Writes into its weight whenever it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.div_(self.weight.norm())
+        return super().forward(x)
+
+
 def test_nothing_of_the_model_changes():
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2)).train()
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), Normed(8, 2)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(0)
     drawn = torch.get_rng_state()

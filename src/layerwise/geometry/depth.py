@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layerwise.common.parameter_names import canonical_name, canonical_names, first_few, unwrap
-from layerwise.common.running import always_training, call, undisturbed
+from layerwise.common.running import Kept, call
 from layerwise.common.tensors import is_sharded
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.forward.flow import tensors_in
 from layerwise.geometry.forward.made_batch import made_batch
-from layerwise.geometry.forward.watched_forward import Forward
+from layerwise.geometry.forward.watched_forward import Forward, needs_gradients, one_pass, run_operation
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -38,43 +38,62 @@ def distances(model: nn.Module, batch: Any = None, forward: Forward | None = Non
     decoder are an encoder's, do not come after it.
 
     Raises:
-        LayerwiseError: a model that did not run, or that FSDP2 has sharded.
+        LayerwiseError: a model that did not run, whose blocks are not called, or that FSDP2 has sharded.
     """
     inner = unwrap(model)
     if any(is_sharded(p) for p in inner.parameters()):
         raise LayerwiseError("the model is sharded, and is followed whole: ask before fully_shard, names stay the same")
-    if batch is None and forward is None:
-        with suppress(Exception):  # a config without the numbers that a batch is made of
-            batch = made_batch(inner)
-        if batch is None:
-            raise LayerwiseError("where a parameter lies is seen when the model runs: give batch=, what the model takes")
     candidates = list(_blocks(inner))
     layers = [] if candidates else [Block(name, m) for name, m in inner.named_modules() if _matrices(m, recurse=False)]
-    seen = Seen(inner)
-    with undisturbed(inner), torch.no_grad():
-        for module in inner.modules():
-            module.training = always_training(module)
-        for block in [*layers, *(each for outer in candidates for each in (outer, *outer.within))]:
-            seen.of_blocks |= seen.bits(block.module)
-            block.module.register_forward_pre_hook(seen.before(block), with_kwargs=True)
-        try:
-            with seen:
-                (forward or call)(inner, batch)
-        except Exception as error:  # whatever a user's model raises
-            raise LayerwiseError(
-                f"the model did not run on the batch ({type(error).__name__}: {error}): give a batch= that it takes, or "
-                "forward=lambda model, batch: ... that runs it"
-            ) from error
-    blocks = layers or [each for outer in candidates for each in _taken_apart(outer, seen)]
-    at_rest = [canonical_name(block.name) for block in blocks if block.takes is None]
-    if at_rest:
-        warn(
-            f"{first_few(at_rest)} took no part in the forward pass, and count as a head does: give a batch= in which they "
-            "do, a forward= that runs them, or factors of your own"
-        )
-    found = _distances(inner, seen, blocks)
-    last = min(found.values()) if layers else 0  # the head is one of them
-    return {name: distance - last for name, distance in found.items()}
+    seen = _run(inner, batch, forward, [each for outer in (*layers, *candidates) for each in outer.with_all_within()])
+    blocks = layers or [each for outer in candidates for each in _taken_apart(outer)]
+    _tell_of_rest(inner, seen, blocks)
+    far = _far(sorted((block for block in blocks if block.takes is not None), key=lambda block: block.number))
+    found = [_of_parameter(1 << number, far) for number in range(len(seen.parameters))]
+    comes_after = any(not distance and seen.used >> number & 1 for number, distance in enumerate(found))
+    head = 1 if layers or (not comes_after and _end_in_heads(far)) else 0  # it is one of the blocks
+    named = {id(p): name for name, p in inner.named_parameters()}
+    short = canonical_names(named.values())
+    return {short[named[id(p)]]: max(0, n - head) for p, n in zip(seen.parameters, found, strict=True)}
+
+
+def _run(model: nn.Module, batch: Any, forward: Forward | None, blocks: list[Block]) -> Seen:
+    """What is seen of a model, and of what its blocks are given, while it runs."""
+    is_made = batch is None and forward is None
+    if is_made:
+        batch = _made(model)
+    try:
+        with one_pass(model, training=False) as kept:
+            seen = Seen(model, kept)
+            for block in blocks:
+                seen.follow(block)
+            try:
+                with seen:
+                    (forward or call)(model, batch)
+            except RuntimeError as error:
+                if not needs_gradients(error):
+                    raise
+                with seen, torch.enable_grad():
+                    (forward or call)(model, batch)
+    except Exception as error:  # whatever a user's model raises
+        whose = "a batch made for it" if is_made else "the batch"
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise LayerwiseError(
+            f"the model did not run on {whose} ({type(error).__name__}: {first}): give a batch= that it takes, or "
+            "forward=lambda model, batch: ... that runs it"
+        ) from error
+    return seen
+
+
+def _made(model: nn.Module) -> Any:
+    """A batch for a model of transformers, inside of peft's or not."""
+    of_transformers: Any = getattr(model, "get_base_model", lambda: model)
+    batch = None
+    with suppress(Exception):  # a config without the numbers that a batch is made of
+        batch = made_batch(of_transformers())
+    if batch is None:
+        raise LayerwiseError("where a parameter lies is seen when the model runs: give batch=, what the model takes")
+    return batch
 
 
 @dataclass(eq=False)
@@ -84,18 +103,30 @@ class Block:
     Attributes:
         name: in the model.
         module: the block.
+        list_of: the list that it is in, if any.
         within: blocks in a list in it, if it is a stage, as Swin's and ResNet's are.
+        own: its parameters, as bits.
+        siblings: those of all others in its list.
         takes: the parameters that its inputs were made of, as bits; None where it was not run.
-        beside: those of its inputs after the first that have been through blocks themselves.
+        beside: those of inputs by the side that have been through blocks themselves.
         number: how many blocks ran before it.
     """
 
     name: str
     module: nn.Module
+    list_of: nn.Module | None = None
     within: list[Block] = field(default_factory=list)
+    own: int = 0
+    siblings: int = 0
     takes: int | None = None
     beside: int = 0
     number: int = -1
+
+    def with_all_within(self) -> Iterator[Block]:
+        """It, and the blocks in it and in those."""
+        yield self
+        for each in self.within:
+            yield from each.with_all_within()
 
 
 def _blocks(module: nn.Module, name: str = "", inside: bool = False) -> Iterator[Block]:
@@ -107,7 +138,7 @@ def _blocks(module: nn.Module, name: str = "", inside: bool = False) -> Iterator
         alike = not inside or len(kinds) == 1
         mixed = isinstance(module, nn.ModuleDict) and kinds[type(child)] == 1  # the parts of a model, by name
         if isinstance(module, _LISTS) and type(child) not in _LISTS and several and alike and not mixed:
-            yield Block(path, child, list(_blocks(child, f"{path}.", inside=True)))
+            yield Block(path, child, module, list(_blocks(child, f"{path}.", inside=True)))
         else:
             yield from _blocks(child, f"{path}.", inside)
 
@@ -117,12 +148,17 @@ def _matrices(module: nn.Module, recurse: bool = True) -> int:
 
 
 class Seen(TorchDispatchMode):
-    """Which parameters each tensor was made of, as bits of a number: all that share their memory alike."""
+    """Which parameters each tensor was made of, as bits of a number: all that share their memory alike.
 
-    def __init__(self, model: nn.Module) -> None:
+    `kept`, which is put back after the pass, is told of all that is written.
+    """
+
+    def __init__(self, model: nn.Module, kept: Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parameters = list(model.parameters())
         self.of_blocks = 0  # bits of all blocks' parameters
+        self.used = 0  # and of those that took part
+        self._kept = kept
         self._made_of: dict[int, tuple[StorageWeakRef, int]] = {}
         self._count = 0
         for number, p in enumerate(self.parameters):
@@ -132,28 +168,40 @@ class Seen(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operation; its results, and what it wrote into, are made of all that it was given."""
-        out = func(*args, **(kwargs or {}))
-        made_of = self.made_of(tensors_in((*args, *(kwargs or {}).values())))
+        kwargs = kwargs or {}
+        tensors = tensors_in((*args, *kwargs.values()))
+        out = run_operation(func, args, kwargs, self._kept)
+        made_of = self.made_of(tensors)
+        self.used |= made_of
         for result in tensors_in((out,)):
             self._note(result, made_of)
         return out
 
-    def before(self, block: Block) -> Callable[..., None]:
-        """A hook that notes what the block's inputs were made of, the first time that it runs."""
+    def follow(self, block: Block) -> None:
+        """Note what a block is given, the first time that it runs."""
+        block.own = self._bits(block.module)
+        block.siblings = self._bits(block.list_of) & ~block.own
+        self.of_blocks |= block.own
 
         def note(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if block.takes is not None:
-                return
-            tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-            first, *others = [self.made_of([each]) for each in tensors if each.is_floating_point()] or [0]
-            block.takes, block.number, self._count = first, self._count, self._count + 1
-            for bits in others:
-                if bits & self.of_blocks:
-                    block.beside |= bits & ~first
-                else:
-                    block.takes |= bits
+            if block.takes is None:
+                block.number, self._count = self._count, self._count + 1
+                self._note_given(block, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
 
-        return note
+        block.module.register_forward_pre_hook(note, with_kwargs=True)
+
+    def _note_given(self, block: Block, tensors: list[Tensor]) -> None:
+        tensors = [each for each in tensors if each.is_floating_point()]
+        wide = {each.shape[-1:] for each in tensors if self.made_of([each])}
+        given = [self.made_of([each]) for each in tensors if each.shape[-1:] in wide]  # not masks, nor graphs
+        # The stream that blocks pass on has been through siblings, which an embedding of time has not, and through all that
+        # has been what skips some of them.
+        stream = next((bits for bits in given if bits & block.siblings), given[0] if given else 0)
+        block.takes = stream
+        for bits in given:
+            if not bits & self.of_blocks or (stream & self.of_blocks and not stream & ~bits):
+                block.takes |= bits
+        block.beside = reduce(or_, given, 0) & ~block.takes
 
     def made_of(self, tensors: list[Tensor]) -> int:
         """Of several together."""
@@ -163,9 +211,9 @@ class Seen(TorchDispatchMode):
             bits |= known if storage is not None and not storage.expired() else 0
         return bits
 
-    def bits(self, module: nn.Module) -> int:
+    def _bits(self, module: nn.Module | None) -> int:
         """Those of a module's own parameters."""
-        own = {id(p) for p in module.parameters()}
+        own = {id(p) for p in module.parameters()} if module is not None else set()
         return sum(1 << number for number, p in enumerate(self.parameters) if id(p) in own)
 
     def _note(self, tensor: Tensor, bits: int) -> None:
@@ -179,30 +227,56 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
 
 
-def _taken_apart(block: Block, seen: Seen) -> list[Block]:
+def _taken_apart(block: Block) -> list[Block]:
     """The blocks of a stage in its place, where they run one after the other; experts side by side stay one block."""
-    inner = [each for part in block.within for each in _taken_apart(part, seen)]
+    inner = [each for part in block.within for each in _taken_apart(part)]
     ran = sorted((each for each in inner if each.takes is not None), key=lambda each: each.number)
-    one_by_one = all((b.takes or 0) & seen.bits(a.module) for a, b in pairwise(ran))
-    return ran if len(ran) > 1 and len(ran) == len(inner) and one_by_one else [block]
+    one_by_one = all((b.takes or 0) & a.own for a, b in pairwise(ran))
+    stage = len(ran) > 1 or (block.takes is None and ran)  # which is not called where the model runs through its blocks
+    return ran if stage and len(ran) == len(inner) and one_by_one else [block]
 
 
-def _distances(model: nn.Module, seen: Seen, blocks: list[Block]) -> dict[str, int]:
-    """Of every parameter, from the last block that ran to the first."""
-    ran = sorted((block for block in blocks if block.takes is not None), key=lambda block: block.number)
-    own = {block: seen.bits(block.module) for block in ran}
-    takes: dict[Block, int] = {}  # without what came in beside, there or in a block before
-    for block in ran:
-        beside = [other.beside for other in takes if (block.takes or 0) & own[other]]
-        takes[block] = (block.takes or 0) & ~reduce(or_, beside, 0)
+def _tell_of_rest(model: nn.Module, seen: Seen, blocks: list[Block]) -> None:
+    """Raise for blocks that ran without being called; warn of those, and of parameters outside, that did not run."""
+    called = reduce(or_, (block.own for block in blocks if block.takes is not None), 0)
+    at_rest = [block for block in blocks if block.takes is None and block.own & ~called]
+    not_called = [block.name for block in at_rest if block.list_of and block.own & seen.used & ~called]
+    if not_called:
+        raise LayerwiseError(
+            f"{first_few(not_called)} ran by another way than a call, which is not seen: write block(x), not "
+            "block.forward(x) nor another method of it, or give factors of your own"
+        )
+    names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
+    inside = reduce(or_, (block.own for block in blocks), 0)
+    unused = [p for n, p in enumerate(seen.parameters) if p.requires_grad and not (inside | seen.used) >> n & 1]
+    told = [*(canonical_name(block.name) for block in at_rest if not block.own & seen.used), *(names[id(p)] for p in unused)]
+    if told:
+        warn(
+            f"{first_few(told)} took no part in the forward pass, and count as a head does: give a batch= in which they "
+            "do, a forward= that runs them, or factors of your own"
+        )
+
+
+def _far(ran: list[Block]) -> dict[Block, int]:
+    """Of every block that ran, in that order, its distance; and in `takes` no longer what came in beside, or before it."""
+    for number, block in enumerate(ran):
+        assert block.takes is not None
+        block.takes &= ~reduce(or_, (other.beside for other in ran[:number] if block.takes & other.own), 0)
     far: dict[Block, int] = {}
     for block in reversed(ran):
-        far[block] = 1 + max((far[other] for other in far if takes[other] & own[block]), default=0)
-    of_parameter = []
-    for number in range(len(seen.parameters)):
-        inside = [far[block] for block in ran if own[block] >> number & 1]
-        before = [far[block] + 1 for block in ran if takes[block] >> number & 1]
-        of_parameter.append(max(inside or before, default=0))
-    named = {id(p): name for name, p in model.named_parameters()}
-    short = canonical_names(named.values())
-    return {short[named[id(p)]]: found for p, found in zip(seen.parameters, of_parameter, strict=True)}
+        far[block] = 1 + max((far[other] for other in far if (other.takes or 0) & block.own), default=0)
+    return far
+
+
+def _of_parameter(bit: int, far: Mapping[Block, int]) -> int:
+    """That of the blocks it is in, or else one more than that of the blocks it comes before."""
+    inside = [distance for block, distance in far.items() if block.own & bit]
+    before = [distance + 1 for block, distance in far.items() if (block.takes or 0) & bit]
+    return max(inside or before, default=0)
+
+
+def _end_in_heads(far: Mapping[Block, int]) -> bool:
+    """Whether what comes last is unlike all that it comes after: heads in a list, of each task or after a backbone."""
+    last = [block for block, distance in far.items() if distance == 1]
+    upstream = {block: [type(b.module) for b in far if (block.takes or 0) & b.own] for block in last}
+    return all(kinds and type(block.module) not in kinds for block, kinds in upstream.items())

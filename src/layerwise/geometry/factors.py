@@ -33,14 +33,15 @@ def layer_decay(model: nn.Module, decay: Decay, batch: Any = None, forward: Forw
     Args:
         model: the model, not sharded yet.
         decay: from one block to the one before it.
-        batch: what the model takes; a model of transformers gets a small batch made for it.
+        batch: what the model takes, as for `param_groups`; a model of transformers gets a small batch made for it.
         forward: `forward(model, batch)` runs the model, where a plain call does not.
 
     Returns:
         Name of each parameter, frozen ones too -> its factor: `factors=` of `param_groups`.
 
     Raises:
-        LayerwiseError: no batch for a model that needs one, a model that does not run on it, or that FSDP2 has sharded.
+        LayerwiseError: no batch for a model that needs one, a model that does not run on it, whose blocks are run by other
+            methods than a call, or that FSDP2 has sharded.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -50,10 +50,7 @@ class Follow(TorchDispatchMode):
         tensors = tensors_in((*args, *kwargs.values()))
         if isinstance(func, HigherOrderOperator) and "attention" not in func.name():
             raise NotImplementedError(f"{func.name()} runs functions that cannot be followed")
-        targets = written(func, args, kwargs)
-        self._kept.before_writing(targets)
-        on_meta = any(tensor.is_meta for tensor in tensors)
-        out = _run_on_meta(func, args, kwargs, targets) if on_meta else func(*args, **kwargs)
+        out = run_operation(func, args, kwargs, self._kept)
         self._count += 1
         results = tensors_in((out,))
         operation = Operation(func, args, kwargs, tensors, results, self._count)
@@ -63,6 +60,15 @@ class Follow(TorchDispatchMode):
         except _FAILURES:  # what is not understood must not break the user's forward pass
             other(self._flow, operation)
         return out
+
+
+def run_operation(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], kept: Kept) -> Any:
+    """An operation in a pass of which nothing stays; on the meta device where any of its tensors is there."""
+    targets = written(func, args, kwargs)
+    kept.before_writing(targets)
+    if any(tensor.is_meta for tensor in tensors_in((*args, *kwargs.values()))):
+        return _run_on_meta(func, args, kwargs, targets)
+    return func(*args, **kwargs)
 
 
 def _run_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], targets: list[Tensor]) -> Any:
@@ -127,21 +133,26 @@ def watch(model: nn.Module, batch: Any, forward: Forward) -> Evidence:
     try:
         return _watched(model, batch, forward, torch.no_grad)
     except RuntimeError as error:
-        if "does not require grad" not in str(error):
+        if not needs_gradients(error):
             raise
-        evidence = _watched(model, batch, forward, torch.enable_grad)  # it differentiates by its inputs, as force fields do
+        evidence = _watched(model, batch, forward, torch.enable_grad)
         if not evidence.reached:
             raise  # derivatives alone come out, and these are not followed
         return evidence
 
 
+def needs_gradients(error: RuntimeError) -> bool:
+    """Whether a model that was run without them differentiates by its inputs, as force fields do."""
+    return "does not require grad" in str(error)
+
+
 def _watched(model: nn.Module, batch: Any, forward: Forward, gradients: type[torch.no_grad | torch.enable_grad]) -> Evidence:
     flow = Flow(model, AddressSpace({name: p.shape for name, p in model.named_parameters()}))
-    with _put_back(model, training=False) as kept, gradients(), Follow(flow, kept):
+    with one_pass(model, training=False) as kept, gradients(), Follow(flow, kept):
         _reached(flow, model, forward(model, batch))
     unseen = [p for n, p in enumerate(model.parameters()) if p.requires_grad and n not in flow.evidence.uses]
     if unseen:
-        with _put_back(model, training=True) as kept, gradients(), Follow(flow, kept):
+        with one_pass(model, training=True) as kept, gradients(), Follow(flow, kept):
             try:
                 _reached(flow, model, forward(model, batch))
             except Exception as error:  # batch normalisation refuses a batch of one, for example
@@ -150,7 +161,7 @@ def _watched(model: nn.Module, batch: Any, forward: Forward, gradients: type[tor
 
 
 @contextmanager
-def _put_back(model: nn.Module, training: bool) -> Iterator[Kept]:
+def one_pass(model: nn.Module, training: bool) -> Iterator[Kept]:
     """A pass in evaluation or training mode, without gradients and warnings, of which nothing stays."""
     with undisturbed(model) as kept, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
