@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import reduce, wraps
 from itertools import pairwise
 from operator import or_
 from typing import Any
@@ -38,7 +38,7 @@ def distances(model: nn.Module, batch: Any = None, forward: Forward | None = Non
     decoder are an encoder's, do not come after it.
 
     Raises:
-        LayerwiseError: a model that did not run, whose blocks are not called, or that FSDP2 has sharded.
+        LayerwiseError: a model that did not run, whose blocks run by other methods than forward, or that FSDP2 has sharded.
     """
     inner = unwrap(model)
     if any(is_sharded(p) for p in inner.parameters()):
@@ -183,12 +183,17 @@ class Seen(TorchDispatchMode):
         block.siblings = self._bits(block.list_of) & ~block.own
         self.of_blocks |= block.own
 
-        def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+        run = block.module.forward
+
+        @wraps(run)
+        def noted(*args: Any, **kwargs: Any) -> Any:
             if block.takes is None:
                 block.number, self._count = self._count, self._count + 1
                 self._note_given(block, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
+            return run(*args, **kwargs)
 
-        block.module.register_forward_pre_hook(note, with_kwargs=True)
+        # No hook, which `block.forward(x)` passes by; not as an attribute, which a compiled module hands on.
+        block.module.__dict__["forward"] = noted
 
     def _note_given(self, block: Block, tensors: list[Tensor]) -> None:
         tensors = [each for each in tensors if each.is_floating_point()]
@@ -237,14 +242,14 @@ def _taken_apart(block: Block) -> list[Block]:
 
 
 def _tell_of_rest(model: nn.Module, seen: Seen, blocks: list[Block]) -> None:
-    """Raise for blocks that ran without being called; warn of those, and of parameters outside, that did not run."""
+    """Raise for blocks that ran without their forward; warn of those, and of parameters outside, that did not run."""
     called = reduce(or_, (block.own for block in blocks if block.takes is not None), 0)
     at_rest = [block for block in blocks if block.takes is None and block.own & ~called]
     not_called = [block.name for block in at_rest if block.list_of and block.own & seen.used & ~called]
     if not_called:
         raise LayerwiseError(
-            f"{first_few(not_called)} ran by another way than a call, which is not seen: write block(x), not "
-            "block.forward(x) nor another method of it, or give factors of your own"
+            f"{first_few(not_called)} ran by another method than forward, which is not seen: write block(x), or give "
+            "factors of your own"
         )
     names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
     inside = reduce(or_, (block.own for block in blocks), 0)
