@@ -159,10 +159,20 @@ def test_hf_trainer_equals_a_loop_of_ones_own(tmp_path, preset):
     assert_same(trainer.model, own_loop(model, optimizer, schedule, cycle(TOKENS.split(4)), token_losses))
 
 
-def hf_optimizer(preset: Any, options: dict[str, Any], folder: Any, **arguments: Any) -> lw.LayerwiseOptimizer:
+def hf_optimizer(preset: Any, options: dict[str, Any], folder: Any, **arguments: Any) -> Any:
     """What a Trainer of these arguments makes."""
     arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, **arguments)
     return Trainer(gpt2(), arguments, optimizer_cls_and_kwargs=trainer_optimizer(preset, **options)).create_optimizer()
+
+
+@pytest.mark.parametrize("preset", [lw.DualMuon, torch.optim.AdamW])
+def test_factors_reach_the_rates_of_the_trainers_optimizer(tmp_path, preset):
+    """AdamW leaves `lr_scale` alone, in silence."""
+    optimizer = hf_optimizer(preset, {"lr": 0.02, "factors": {"transformer.wpe.weight": 0.5}}, tmp_path)
+    wpe = next(group for group in optimizer.param_groups if any(p.shape == (12, 16) for p in group["params"]))
+    assert wpe["lr"] * wpe.get("lr_scale", 1.0) == 0.01
+    with pytest.raises(lw.LayerwiseError, match=r"torch_groups\(lr=None\): give a number from 0 on"):
+        hf_optimizer(torch.optim.AdamW, {}, tmp_path)
 
 
 def test_hf_arguments_that_have_no_effect_are_told(tmp_path, recwarn):

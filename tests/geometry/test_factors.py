@@ -110,12 +110,62 @@ def test_width_factors_of_stored_and_fused_matrices_and_further_blocks():
     assert {factor for name, factor in factors.items() if name not in quarter} == {1.0}
 
 
+def test_factors_are_taken_by_any_name():
+    tied = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
+    tied[2].weight = tied[0].weight
+    groups = lw.param_groups(torch.compile(tied), torch.arange(5), factors={"_orig_mod.1.weight": 0.5, "2.weight": 0.25})
+    scales = {name: group["lr_scale"] for group in groups for name, _ in group["params"] if "lr_scale" in group}
+    assert scales == {"0.weight": 0.25, "1.weight": 0.5}
+    with pytest.raises(LayerwiseError, match=r"'0.weight' \(given 0.5\) has another name that is given too"):
+        lw.param_groups(tied, torch.arange(5), factors={"0.weight": 0.5, "2.weight": 0.5})
+
+
+def test_what_is_no_group_of_ours_is_told():
+    model = network()
+    plain = lw.torch_groups(lw.param_groups(model, BATCH), lr=0.1)
+    for groups, lr, told in (
+        (plain, 0.1, "a group of params, lr is none of lw.param_groups"),
+        (list(model.parameters()), 0.1, "give a list, each of it a dict"),
+        (lw.param_groups(model, BATCH), -0.1, r"torch_groups\(lr=-0.1\): give a number from 0 on"),
+    ):
+        with pytest.raises(LayerwiseError, match=told):
+            lw.torch_groups(groups, lr)
+
+
+def test_width_factors_are_those_of_mup_but_for_its_readout():
+    mup = pytest.importorskip("mup")
+
+    class Layers(nn.Module):
+        """Of each kind one: convolutions with groups, tables, attention, and a recurrent layer."""
+
+        def __init__(self, width: int, readout: type[nn.Linear]) -> None:
+            super().__init__()
+            self.patches, self.depthwise = nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3, groups=width)
+            self.channels, self.some = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(2 * width, width, 1, groups=4)
+            self.positions = nn.Parameter(torch.zeros(16, width))
+            self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, batch_first=True)
+            self.recurrent, self.head = nn.LSTM(width, width, batch_first=True), readout(width, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.some(self.channels(self.depthwise(self.patches(x)))).flatten(2).mT + self.positions
+            return self.head(self.recurrent(self.block(x))[0])
+
+    factors = lw.width_factors(Layers(32, nn.Linear), Layers(8, nn.Linear), torch.randn(2, 3, 8, 8))
+    theirs = Layers(32, mup.MuReadout)
+    mup.set_base_shapes(theirs, Layers(8, mup.MuReadout), delta=Layers(16, mup.MuReadout))
+    groups = mup.MuAdam(theirs.parameters(), lr=1.0).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert factors == {name: rates[id(p)] for name, p in theirs.named_parameters()} | {"head.weight": 0.25}
+
+
 def test_wrong_input_is_told():
     model = network()
     with pytest.raises(LayerwiseError, match=r"layer_decay\(decay=1.5\): give a number above 0 and at most 1"):
         lw.layer_decay(model, 1.5, BATCH)
     with pytest.raises(LayerwiseError, match=r"no parameter '2.wieght' \(given 0.5\): did you mean '2.weight'"):
         lw.param_groups(model, BATCH, factors={"2.wieght": 0.5})
+    with pytest.raises(LayerwiseError, match=r"patterns are for overrides, {'2.\*': {'lr_scale'"):
+        lw.param_groups(model, BATCH, factors={"2.*": 0.5})
     with pytest.raises(LayerwiseError, match=r"'2.weight' has -1.0: give a finite number from 0 on"):
         lw.param_groups(model, BATCH, factors={"2.weight": -1.0})
     with pytest.raises(LayerwiseError, match=r"base has no hidden '2.weight': give the same model"):

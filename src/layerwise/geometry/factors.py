@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from layerwise.geometry.forward import Forward
 _BY_INPUTS = ("head", "hidden", "conv", "experts")
 #: What a group of `param_groups` has for optimizers of ours alone.
 _OURS = ("params", "role", "layout", "geometry", "norm_group", "origin", "lr_scale")
+Rate = Annotated[float, "a number from 0 on", lambda number: number >= 0]
 Decay = Annotated[float, "a number above 0 and at most 1", lambda number: 0 < number <= 1]
 
 
@@ -40,8 +41,8 @@ def layer_decay(model: nn.Module, decay: Decay, batch: Any = None, forward: Forw
         Name of each parameter, frozen ones too -> its factor: `factors=` of `param_groups`.
 
     Raises:
-        LayerwiseError: no batch for a model that needs one, a model that does not run on it, whose blocks are run by other
-            methods than a call, or that FSDP2 has sharded.
+        LayerwiseError: no batch for a model that needs one, a model that does not run on it, whose blocks run by other
+            methods than forward, or that FSDP2 has sharded.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -107,12 +108,15 @@ def _inputs(row: Row) -> int:
 
 
 @checked
-def torch_groups(groups: Iterable[Mapping[str, Any]], lr: float) -> list[dict[str, Any]]:
+def torch_groups(groups: Sequence[Mapping[str, Any]], lr: Rate) -> list[dict[str, Any]]:
     """Groups of `param_groups` as any optimizer takes them: with rates of their own, and nothing that is for ours.
 
     Args:
         groups: of `lw.param_groups`, with what overrides and `factors` gave them.
         lr: the base rate; a group's is this, or its own `lr`, times its `lr_scale`.
+
+    Raises:
+        LayerwiseError: groups that are not of `param_groups`.
 
     Returns:
         Groups `{"params": [parameter, ...], "lr": float, **options}`, those that share everything in one. `weight_decay` is
@@ -128,6 +132,8 @@ def torch_groups(groups: Iterable[Mapping[str, Any]], lr: float) -> list[dict[st
     """
     plain: dict[str, dict[str, Any]] = {}
     for group in groups:
+        if "role" not in group:
+            raise LayerwiseError(f"a group of {', '.join(group)} is none of lw.param_groups: give those, as they came")
         own = {key: value for key, value in group.items() if key not in _OURS}
         own["lr"] = float(own.get("lr", lr)) * float(group.get("lr_scale", 1.0))
         shared = plain.setdefault(repr(sorted(own.items())), {"params": [], **own})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from layerwise.common.checked import checked
-from layerwise.common.parameter_names import canonical_name, unwrap
+from layerwise.common.parameter_names import canonical_name, counterparts, unwrap
 from layerwise.common.similar import nearest
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.declared import Assigned, Overrides, Splits, matched, options_by_name, overridden, split_layout
@@ -132,7 +133,7 @@ def assign(origin: Origin, batch: Any, forward: Forward | None) -> tuple[list[As
     options_of = options_by_name(origin.overrides or {}, trainable, names, frozen)
     named = getattr(model, "no_weight_decay", None)  # timm's models say what is not to be decayed
     undecayed = {canonical_name(str(name)) for name in named()} if callable(named) else set()
-    factor_of = _multiplied(origin.factors, [found.name for found in everything])
+    factor_of = _multiplied(origin.factors, everything)
     result = []
     for found in trainable:
         if found.name in split_of:
@@ -146,19 +147,33 @@ def assign(origin: Origin, batch: Any, forward: Forward | None) -> tuple[list[As
     return result, said
 
 
-def _multiplied(factors: Factors, names: Sequence[str]) -> dict[str, float]:
-    """Name -> the product of its factors, where that is not 1."""
-    product = dict.fromkeys(names, 1.0)
+def _multiplied(factors: Factors, everything: Sequence[Found]) -> dict[str, float]:
+    """Name -> the product of its factors, where that is not 1; given by any name of a parameter, as `overrides` are."""
+    of_name = {name: found.name for found in everything for name in found.names}
+    product = dict.fromkeys(of_name.values(), 1.0)
     for each in [factors] if isinstance(factors, Mapping) else factors or ():
+        known = {name: of_name[other] for name, other in counterparts(list(each), list(of_name)).items()}
+        times = Counter(known.values())
         for name, factor in each.items():
-            if name not in product:
-                near = nearest(name, names)
-                hint = f"did you mean {near[0]!r}?" if near else f"names look like {names[0]!r}"
+            if name not in known:
+                hint = _hint(name, list(of_name))
                 raise LayerwiseError(f"factors: the model has no parameter {name!r} (given {factor:g}): {hint}")
             if not 0 <= factor < math.inf:
                 raise LayerwiseError(f"factors: {name!r} has {factor!r}: give a finite number from 0 on")
-            product[name] *= factor
+            if times[known[name]] > 1:
+                raise LayerwiseError(
+                    f"factors: {name!r} (given {factor:g}) has another name that is given too: name it once"
+                )
+            product[known[name]] *= factor
     return {name: float(factor) for name, factor in product.items() if factor != 1.0}
+
+
+def _hint(name: str, names: Sequence[str]) -> str:
+    """What to do about a name that there is not."""
+    if any(sign in name for sign in "*?["):
+        return f"patterns are for overrides, {{{name!r}: {{'lr_scale': ...}}}}"
+    near = nearest(name, names)
+    return f"did you mean {near[0]!r}?" if near else f"names look like {names[0]!r}"
 
 
 def _as_seen(found: Found, seen: Found | None) -> Found:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from layerwise.common.checked import PositiveInt, checked
@@ -31,7 +32,7 @@ from layerwise.function_space import watch as watch_optimizer
 from layerwise.function_space.measuring.process_group import processes_of
 from layerwise.function_space.measuring.slices import share
 from layerwise.function_space.steps.watched_step import is_supplier
-from layerwise.geometry import param_groups
+from layerwise.geometry import param_groups, torch_groups
 from layerwise.geometry.groups import Factors
 from layerwise.integrations.logged import Level, RateLog
 from layerwise.optim import Lanton, LayerwiseOptimizer
@@ -41,20 +42,20 @@ Observer = FunctionSpaceRecorder | FLeRM
 
 
 def trainer_optimizer(
-    preset: type[LayerwiseOptimizer] = Lanton,
+    preset: type[Optimizer] = Lanton,
     *,
     batch: Any = None,
     overrides: Mapping[str, Any] | None = None,
     splits: Mapping[str, Any] | None = None,
     factors: Factors = None,
     **options: Any,
-) -> tuple[Callable[[], Callable[..., LayerwiseOptimizer]], dict[str, Any]]:
+) -> tuple[Callable[[], Callable[..., Optimizer]], dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
 
     A trainer without that argument (TRL's for DPO and GRPO) takes it as its attribute, before ``train()``.
 
     Args:
-        preset: ``lw.Lanton``, ``lw.Muon``, ...
+        preset: ``lw.Lanton``, ``lw.Muon``, ...; or another optimizer, as ``torch.optim.AdamW``, which then needs ``lr``.
         batch, overrides, splits, factors: as for ``lw.param_groups``; ``factors=lw.layer_decay(model, 0.75)``, for example.
             The batch where the model is.
         options: of the preset.
@@ -62,8 +63,11 @@ def trainer_optimizer(
 
     def build(
         model: nn.Module, overrides: Any = overrides, splits: Any = splits, factors: Factors = factors, **options: Any
-    ) -> LayerwiseOptimizer:
-        optimizer = preset(param_groups(model, batch, overrides, splits, factors=factors), **options)
+    ) -> Optimizer:
+        groups = param_groups(model, batch, overrides, splits, factors=factors)
+        rate: Any = options.get("lr")
+        is_ours = issubclass(preset, LayerwiseOptimizer)
+        optimizer = preset(groups if is_ours else torch_groups(groups, rate), **options)
         _warn_of_unused(optimizer)
         return optimizer
 
@@ -71,7 +75,7 @@ def trainer_optimizer(
     return lambda: checked(build), options  # the Trainer calls the first for a factory, and that with its model
 
 
-def _warn_of_unused(optimizer: LayerwiseOptimizer) -> None:
+def _warn_of_unused(optimizer: Optimizer) -> None:
     """Tell of arguments that were set and that say something else than the optimizer that is made now.
 
     The Trainer hands a factory its model alone: its arguments are found among the callers.
