@@ -366,6 +366,23 @@ def test_lightning_logs_what_a_watch_sees():
     }
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_what_fabric_wraps_is_named_and_measured_as_it_was(precision):
+    """Its rows were `_forward_module.0`, and in mixed precision it let nobody but `fabric.backward` go backward."""
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
+    own = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    model, optimizer = fabric.setup(own, lw.DualMuon(lw.param_groups(own)))
+    autocast = torch.bfloat16 if precision == "bf16-mixed" else None  # Fabric hands the model inputs of that type
+    watch = lw.watch(model, optimizer, every=1, function_space_every=1, autocast=autocast)
+    for x in torch.randn(2, 8, 8):
+        fabric.backward(model(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [list(record.modules) for record in watch.records] == [["0", "2"]] * 2
+    assert watch.skipped == {}
+    assert [row.name for row in lw.describe(model).rows] == [name for name, _ in own.named_parameters()]
+
+
 @pytest.mark.parametrize(("every", "interval", "steps"), [(None, 0, []), (None, 3, [3]), (2, 0, [2, 4])])
 def test_lightning_logs_at_its_own_interval_or_never(every, interval, steps):
     logged: list[int] = []

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from layerwise.errors import LayerwiseError
 
-#: Steps of a dotted name that wrappers put in: `torch.compile`, activation checkpointing, FSDP1.
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+#: Steps of a dotted name that wrappers put in: `torch.compile`, Lightning's Fabric, activation checkpointing, FSDP1.
+_WRAPPERS = frozenset({"_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 def canonical_name(name: str) -> str:
@@ -70,9 +70,9 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DataParallel and DistributedDataParallel: it names the parameters."""
+    """The module inside `torch.compile`, Fabric, DataParallel and DistributedDataParallel: it names the parameters."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = getattr(model, "_orig_mod", getattr(model, "_forward_module", None))
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = model.module
         if not isinstance(inner, nn.Module):
