@@ -82,3 +82,25 @@ def test_both_say_that_standard_adam_grows_and_mup_does_not():
         judged = {name: check.judging(judge) for name, check in ours.items()}
         assert judged["standard"].verdicts["hidden"] == judged["standard"].verdicts["head"] == "grows"
         assert "grows" not in judged["muP"].verdicts.values(), str(judged["muP"])
+
+
+def test_width_factors_and_mups_initialisation_are_mup():
+    """Number by number; with torch's initialisation, whose head is too large, the first steps grow with the width."""
+
+    def smaller_head(width: int) -> nn.Module:
+        model = standard(width)
+        with torch.no_grad():
+            model.head.weight.mul_((32 / width) ** 0.5)
+        return model
+
+    def rates(model: nn.Module) -> torch.optim.Optimizer:
+        inputs, _ = batch(0)
+        factors = lw.width_factors(model, standard(32), inputs)
+        return torch.optim.Adam(lw.torch_groups(lw.param_groups(model, inputs, factors=factors), LR), weight_decay=0.0)
+
+    ours, half = (lw.check(make, SIZES, rates, batch, (1, 4)) for make in (smaller_head, standard))
+    theirs = lw.check(mu_p, SIZES, lambda m: mup.MuAdam(m.parameters(), lr=LR), batch, (1, 4))
+    ours, half, theirs = ([trend.slope for trend in check.of("rate")] for check in (ours, half, theirs))
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert max(ours) < 0.1
+    assert max(half) > 0.3

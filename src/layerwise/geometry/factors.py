@@ -62,9 +62,10 @@ def layer_decay(model: nn.Module, decay: Decay, batch: Any = None, forward: Forw
 def width_factors(model: nn.Module, base: nn.Module, batch: Any = None, forward: Forward | None = None) -> dict[str, float]:
     """muP's rates for Adam: matrices at the rate of a narrower model times the ratio of their inputs (arXiv 2203.03466).
 
-    A matrix inside of the network or a head whose inputs are `w` times as many as in `base` gets `1 / w`; embeddings, gains,
-    biases and LoRA's factors get 1. It carries a rate that was tuned on `base` to `model`, from the same initialisation, for
-    Adam's steps: those of `Muon` and its like have a size of their own.
+    A matrix inside of the network or a head (a tied embedding too) whose inputs are `w` times as many as in `base` gets
+    `1 / w`; embeddings, gains, biases and LoRA's factors get 1. It carries a rate that was tuned on `base` to `model`, for
+    Adam's steps: those of `Muon` and its like have a size of their own. Weights stay as they were initialised; in muP
+    deviations go with `1 / sqrt(w)`, the head's with `1 / w`.
 
     Args:
         model: the model to train.
