@@ -239,6 +239,9 @@ STACKS = (("dense", 3, 3), ("up", 5, 2), ("down", 7, 2))
 def test_blocks_that_run_by_a_method_of_their_own_are_refused():
     with pytest.raises(LayerwiseError, match=r"blocks.0, blocks.1, blocks.2 ran by another method .* block\(x\)"):
         distances(Stack(lambda block, x, *_: block.run(x)), torch.randn(3, 4))
+    traced = torch.jit.trace(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(3, 4))
+    with pytest.raises(LayerwiseError, match=r"0, 1 ran by another method than forward, or inside of a scripted model"):
+        distances(traced, torch.randn(3, 4))
 
 
 class Perceptron(nn.Module):

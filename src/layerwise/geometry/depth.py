@@ -245,11 +245,11 @@ def _tell_of_rest(model: nn.Module, seen: Seen, blocks: list[Block]) -> None:
     """Raise for blocks that ran without their forward; warn of those, and of parameters outside, that did not run."""
     called = reduce(or_, (block.own for block in blocks if block.takes is not None), 0)
     at_rest = [block for block in blocks if block.takes is None and block.own & ~called]
-    not_called = [block.name for block in at_rest if block.list_of and block.own & seen.used & ~called]
-    if not_called:
+    not_seen = [block.name for block in at_rest if block.own & seen.used & ~called]
+    if not_seen and (blocks[0].list_of is not None or not called):  # weights that are used alone lie before what takes them
         raise LayerwiseError(
-            f"{first_few(not_called)} ran by another method than forward, which is not seen: write block(x), or give "
-            "factors of your own"
+            f"{first_few(not_seen)} ran by another method than forward, or inside of a scripted model, which is not seen: "
+            "write block(x), ask before torch.jit.script, or give factors of your own"
         )
     names = {id(p): canonical_name(name) for name, p in model.named_parameters()}
     inside = reduce(or_, (block.own for block in blocks), 0)
