@@ -445,3 +445,15 @@ def test_a_model_is_followed_after_a_state_was_loaded():
     before = model[1].weight.detach().clone()
     step()
     assert not torch.equal(model[1].weight, before)
+
+
+@every_optimizer
+def test_parameters_that_are_replaced_again_and_again_are_followed(name):
+    """As `load_state_dict(..., assign=True)` of averaged weights to evaluate, and back: from the second on none was."""
+    model, plain = net(), net()
+    optimizer, own = make(name, model), make(name, plain)
+    for seed in range(4):
+        train(optimizer, model, [seed])
+        train(own, plain, [seed])
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert_same_bits(dict(model.named_parameters()), dict(plain.named_parameters()))

@@ -145,6 +145,7 @@ class Following:
                     f"optimizer was made, and the optimizer does not know where: {_TAKE_OVER}"
                 )
         _replace(groups, new)
+        self._at_rest -= new.keys()  # so that those put there now are looked for in their turn
         return bool(new)
 
     def _warn_all_frozen(self) -> None:
