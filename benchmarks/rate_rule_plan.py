@@ -579,25 +579,39 @@ def shipped() -> tuple[Trial, ...]:
 
 
 def framed_adamuon() -> tuple[Trial, ...]:
-    """Factors of roles as for D-Muon: rates on seed 1."""
+    """Factors of roles as for D-Muon: rates on seed 1, the best on more seeds; and D-Muon with the frame at other rates."""
     roles = {"llama-tiny": LLAMA_ROLES_SEARCHED, "gpt2-tiny": GPT2_ROLES_SEARCHED}
+    tried = (
+        *((model, lr, 1) for lr in (0.008, 0.016) for model in roles),
+        *(("llama-tiny", 0.016, seed) for seed in (0, 2, 3, 4)),
+        *(("gpt2-tiny", 0.008, seed) for seed in (0, 2)),
+        ("llama-tiny", 0.032, 1),
+    )
+    d_muon = (
+        *(("llama-tiny", 0.0113, seed) for seed in range(5)),
+        *(("gpt2-tiny", 0.0113, seed) for seed in range(3)),
+        *(("llama-tiny", 0.016, 1), ("gpt2-tiny", 0.008, 1)),
+    )
     return tuple(
-        Trial(model, "frame on AdaMuon", lr, 1, roles=tuple(factors.items()))
-        for lr in (0.008, 0.016)
-        for model, factors in roles.items()
+        Trial(model, name, lr, seed, roles=tuple(roles[model].items()))
+        for name, trials in (("frame on AdaMuon", tried), ("frame on D-Muon", d_muon))
+        for model, lr, seed in trials
     )
 
 
-#: By contender: the rates of one for all.
-CLASSICS: Final[Mapping[str, tuple[float, ...]]] = {
-    "LAMB": (0.016, 0.032, 0.064),
-    "LAMB, the paper's decay": (0.016, 0.032, 0.064),
-    "Adam-mini": (0.0005, 0.001, 0.002),
-    "Prodigy": (0.5, 1.0, 2.0),
-    "Prodigy, with its safeguards": (1.0,),
+#: By model and contender: the rates of one for all.
+CLASSICS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
+    "llama-tiny": {
+        "LAMB": (0.008, 0.016, 0.032),
+        "Adam-mini": (0.0005, 0.001, 0.002),
+        "Prodigy": (1.0, 2.0),
+    },
+    "gpt2-tiny": {
+        "LAMB": (0.016, 0.032),
+        "Adam-mini": (0.001,),
+        "Prodigy": (2.0,),
+    },
 }
-
-
 #: The factors of roles that are the best for AdamW.
 ADAMW_ROLES_SEARCHED: Final[Mapping[str, Mapping[str, float]]] = {
     "llama-tiny": {"embedding": 16.0, "head": 8.0},
@@ -609,10 +623,10 @@ def classics() -> tuple[Trial, ...]:
     """One rate for each on both models; Adam-mini with AdamW's factors of roles too."""
     by_role = tuple(
         Trial(model, "Adam-mini", lr, 1, roles=tuple(factors.items()))
-        for lr in (0.001, 0.002)
+        for lr in (0.001,)
         for model, factors in ADAMW_ROLES_SEARCHED.items()
     )
-    return tuple(trial for model in ("llama-tiny", "gpt2-tiny") for trial in at_rates(model, CLASSICS, 1)) + by_role
+    return tuple(trial for model, rates in CLASSICS.items() for trial in at_rates(model, rates, 1)) + by_role
 
 
 def three(model: str, roles: Mapping[str, float], rates: Iterable[float], seed: int, steps: int) -> tuple[Trial, ...]:
@@ -781,7 +795,8 @@ STUDIES: Final[Mapping[str, Study]] = {
         shipped(),
     ),
     "frame on AdaMuon": Study(
-        "AdaMuon of pytorch-optimizer with `DualMuon`'s frame and rates by role: whether the rule is worth more than that",
+        "AdaMuon of pytorch-optimizer with `DualMuon`'s frame and rates by role, and D-Muon with it at other rates: whether"
+        " the rule is worth more than that",
         framed_adamuon(),
     ),
     "classics": Study(
