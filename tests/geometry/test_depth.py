@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -176,13 +177,21 @@ class Stack(nn.Module):
         return self.head(x)
 
 
+@dataclass
+class State:
+    """A user's own record."""
+
+    mask: Tensor
+    x: Tensor
+
+
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        *others, x = (*given, *named.values())
+    def forward(self, *given: Any, **named: Tensor) -> Tensor:
+        *others, x = vars(given[0]).values() if isinstance(given[0] if given else None, State) else (*given, *named.values())
         return x + self.down(self.up(x).relu()) + sum(other.mean() for other in others)
 
     def run(self, x: Tensor) -> Tensor:
@@ -196,6 +205,7 @@ class Inner(nn.Module):
         lambda block, x, mask, time: block(mask=mask, x=x),
         lambda block, x, mask, time: block(time, x),
         lambda block, x, mask, time: block.forward(x),
+        lambda block, x, mask, time: block(State(mask, x)),
         lambda block, x, mask, time: checkpoint(block, x, use_reentrant=True),
     ],
 )

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from layerwise.common.parameter_names import canonical_name, canonical_names, first_few, unwrap
 from layerwise.common.running import Kept, call
@@ -23,7 +22,7 @@ from layerwise.common.tensors import is_sharded
 from layerwise.errors import LayerwiseError, warn
 from layerwise.geometry.forward.flow import tensors_in
 from layerwise.geometry.forward.made_batch import made_batch
-from layerwise.geometry.forward.watched_forward import Forward, needs_gradients, one_pass, run_operation
+from layerwise.geometry.forward.watched_forward import Forward, needs_gradients, one_pass, output_tensors, run_operation
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -48,7 +47,7 @@ def distances(model: nn.Module, batch: Any = None, forward: Forward | None = Non
     seen = _run(inner, batch, forward, [each for outer in (*layers, *candidates) for each in outer.with_all_within()])
     blocks = layers or [each for outer in candidates for each in _taken_apart(outer)]
     _tell_of_rest(inner, seen, blocks)
-    far = _far(sorted((block for block in blocks if block.takes is not None), key=lambda block: block.number))
+    far = _far(_in_order(blocks))
     found = [_of_parameter(1 << number, far) for number in range(len(seen.parameters))]
     comes_after = any(not distance and seen.used >> number & 1 for number, distance in enumerate(found))
     head = 1 if layers or (not comes_after and _end_in_heads(far)) else 0  # it is one of the blocks
@@ -107,9 +106,9 @@ class Block:
         within: blocks in a list in it, if it is a stage, as Swin's and ResNet's are.
         own: its parameters, as bits.
         siblings: those of all others in its list.
-        takes: the parameters that its inputs were made of, as bits; None where it was not run.
+        takes: the parameters that its inputs were made of, as bits.
         beside: those of inputs by the side that have been through blocks themselves.
-        number: how many blocks ran before it.
+        number: how many blocks ran before it; None where it was not run.
     """
 
     name: str
@@ -118,9 +117,9 @@ class Block:
     within: list[Block] = field(default_factory=list)
     own: int = 0
     siblings: int = 0
-    takes: int | None = None
+    takes: int = 0
     beside: int = 0
-    number: int = -1
+    number: int | None = None
 
     def with_all_within(self) -> Iterator[Block]:
         """It, and the blocks in it and in those."""
@@ -182,21 +181,19 @@ class Seen(TorchDispatchMode):
         block.own = self._bits(block.module)
         block.siblings = self._bits(block.list_of) & ~block.own
         self.of_blocks |= block.own
-
         run = block.module.forward
 
         @wraps(run)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            if block.takes is None:
+            if block.number is None:
                 block.number, self._count = self._count, self._count + 1
-                self._note_given(block, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
+                self._note_given(block, [*output_tensors((args, kwargs), ())][::-1])  # which come from the last on
             return run(*args, **kwargs)
 
         # No hook, which `block.forward(x)` passes by; not as an attribute, which a compiled module hands on.
         block.module.__dict__["forward"] = noted
 
     def _note_given(self, block: Block, tensors: list[Tensor]) -> None:
-        tensors = [each for each in tensors if each.is_floating_point()]
         wide = {each.shape[-1:] for each in tensors if self.made_of([each])}
         given = [self.made_of([each]) for each in tensors if each.shape[-1:] in wide]  # not masks, nor graphs
         # The stream that blocks pass on has been through siblings, which an embedding of time has not, and through all that
@@ -232,19 +229,24 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
 
 
+def _in_order(blocks: list[Block]) -> list[Block]:
+    """Those that ran, the first one first."""
+    return sorted((block for block in blocks if block.number is not None), key=lambda block: block.number or 0)
+
+
 def _taken_apart(block: Block) -> list[Block]:
     """The blocks of a stage in its place, where they run one after the other; experts side by side stay one block."""
     inner = [each for part in block.within for each in _taken_apart(part)]
-    ran = sorted((each for each in inner if each.takes is not None), key=lambda each: each.number)
-    one_by_one = all((b.takes or 0) & a.own for a, b in pairwise(ran))
-    stage = len(ran) > 1 or (block.takes is None and ran)  # which is not called where the model runs through its blocks
+    ran = _in_order(inner)
+    one_by_one = all(b.takes & a.own for a, b in pairwise(ran))
+    stage = len(ran) > 1 or (block.number is None and ran)  # which is not called where the model runs through its blocks
     return ran if stage and len(ran) == len(inner) and one_by_one else [block]
 
 
 def _tell_of_rest(model: nn.Module, seen: Seen, blocks: list[Block]) -> None:
     """Raise for blocks that ran without their forward; warn of those, and of parameters outside, that did not run."""
-    called = reduce(or_, (block.own for block in blocks if block.takes is not None), 0)
-    at_rest = [block for block in blocks if block.takes is None and block.own & ~called]
+    called = reduce(or_, (block.own for block in _in_order(blocks)), 0)
+    at_rest = [block for block in blocks if block.number is None and block.own & ~called]
     not_seen = [block.name for block in at_rest if block.own & seen.used & ~called]
     if not_seen and (blocks[0].list_of is not None or not called):  # weights that are used alone lie before what takes them
         raise LayerwiseError(
@@ -265,23 +267,22 @@ def _tell_of_rest(model: nn.Module, seen: Seen, blocks: list[Block]) -> None:
 def _far(ran: list[Block]) -> dict[Block, int]:
     """Of every block that ran, in that order, its distance; and in `takes` no longer what came in beside, or before it."""
     for number, block in enumerate(ran):
-        assert block.takes is not None
         block.takes &= ~reduce(or_, (other.beside for other in ran[:number] if block.takes & other.own), 0)
     far: dict[Block, int] = {}
     for block in reversed(ran):
-        far[block] = 1 + max((far[other] for other in far if (other.takes or 0) & block.own), default=0)
+        far[block] = 1 + max((far[other] for other in far if other.takes & block.own), default=0)
     return far
 
 
 def _of_parameter(bit: int, far: Mapping[Block, int]) -> int:
     """That of the blocks it is in, or else one more than that of the blocks it comes before."""
     inside = [distance for block, distance in far.items() if block.own & bit]
-    before = [distance + 1 for block, distance in far.items() if (block.takes or 0) & bit]
+    before = [distance + 1 for block, distance in far.items() if block.takes & bit]
     return max(inside or before, default=0)
 
 
 def _end_in_heads(far: Mapping[Block, int]) -> bool:
     """Whether what comes last is unlike all that it comes after: heads in a list, of each task or after a backbone."""
     last = [block for block, distance in far.items() if distance == 1]
-    upstream = {block: [type(b.module) for b in far if (block.takes or 0) & b.own] for block in last}
+    upstream = {block: [type(b.module) for b in far if block.takes & b.own] for block in last}
     return all(kinds and type(block.module) not in kinds for block, kinds in upstream.items())
