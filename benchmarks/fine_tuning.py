@@ -18,8 +18,8 @@ and further while the best is at an end; the rate of the lowest held-out loss is
   times it, and so on down; embeddings at the decay to the power of 7.
 - DualMuon as it is, DualMuon with decay of 0.8, D-Muon at one rate.
 
-On 1,000 glosses, 3 times through (93 steps), all of them; on 4,000, 2 times through (250 steps), as many as time allows, in
-the order of `PLAN`. What is asked: does decay help, more so with fewer examples, and do the Muons help at all.
+On 1,000 glosses, 3 times through (93 steps), and on 4,000, 2 times through (250 steps): as many as time allows, in the order
+of `PLAN`. What is asked: does decay help, more so with fewer examples, and do the Muons help at all.
 """
 
 from __future__ import annotations
@@ -77,18 +77,18 @@ PLAN: Final = (
     (1000, "AdamW, head x 10", -12),
     (1000, "AdamW, decay 0.8", -11),
     (1000, "AdamW, decay 0.65", -11),
-    (1000, "AdamW, decay 0.9", -12),
-    (1000, "DualMuon", -10),
+    (1000, "DualMuon", -9),
     (4000, "AdamW", -12),
-    (4000, "AdamW, head x 10", -12),
     (4000, "AdamW, decay 0.8", -11),
+    (1000, "D-Muon", -10),
     (1000, "DualMuon, decay 0.8", -9),
-    (4000, "DualMuon", -10),
-    (1000, "D-Muon", -11),
+    (1000, "AdamW, decay 0.9", -11),
+    (4000, "AdamW, head x 10", -12),
+    (4000, "DualMuon", -9),
     (4000, "AdamW, decay 0.65", -11),
     (4000, "AdamW, decay 0.9", -12),
     (4000, "DualMuon, decay 0.8", -9),
-    (4000, "D-Muon", -11),
+    (4000, "D-Muon", -10),
 )
 
 

@@ -158,3 +158,61 @@ def test_on_a_gpu_every_contender_has_as_many_settings_and_its_best_one_is_run_o
         known = [{"trial": as_row(trial), "loss": 3.0 if trial in best else None} for trials in tried for trial in trials]
         left = list(gpu_rates.due({name: size}, known))
         assert left == [replace(trial, seed=seed) for trial in best for seed in (2, 3)]
+
+
+def test_fine_tunings_page_is_made_from_its_rows_and_each_row_was_the_next_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import fine_tuning
+    from rate_rule import as_row
+
+    results = BENCHMARKS / "results"
+    rows = [json.loads(line) for line in (results / "fine_tuning.jsonl").read_text().splitlines()]
+    written = (results / "fine_tuning.md").read_text(encoding="utf-8")
+    assert fine_tuning.page(rows)[:-1] == written.splitlines()[:-1]  # the last line is the machine's
+    for count, row in enumerate(rows):
+        trial = fine_tuning.due(rows[:count])
+        assert trial is not None
+        assert as_row(trial) == row["trial"]
+
+
+def test_fine_tuning_a_small_bert_gives_each_layer_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import fine_tuning
+    from transformers import BertConfig, BertForSequenceClassification
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, num_labels=3, **small)
+    classes = [[([2 + label, 10 + i % 40, 3], label) for i in range(30)] for label in range(3)]
+    task = fine_tuning.Task(lambda: BertForSequenceClassification(config), classes, held_out=30)
+    learned, held_out = task.examples(60, seed=0)
+    assert sorted(learned + held_out) == sorted(example for examples in classes for example in examples)
+    assert held_out == task.examples(60, seed=1)[1]
+    for contender in ("AdamW, head x 10", "DualMuon, decay 0.8"):
+        found = fine_tuning.train(fine_tuning.Trial(1000, contender, 1e-3, 0), task)
+        assert found["steps"] == 3  # one whole batch, three times
+        assert 0 <= found["accuracy"] <= 1
+
+    def rates(contender: str) -> dict[str, float]:
+        model = task.pretrained()
+        trial = fine_tuning.Trial(1000, contender, 1e-3, 0)
+        optimizer = fine_tuning.optimizer_of(trial, model, fine_tuning.batch_of(learned))
+        of = {p: group["lr"] * group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
+        return {name: round(1e3 * of[p], 6) for name, p in model.named_parameters()}
+
+    decayed, faster, ours = (rates(name) for name in ("AdamW, decay 0.8", "AdamW, head x 10", "DualMuon, decay 0.8"))
+    layers = ("classifier.weight", "bert.pooler.dense.bias", "bert.encoder.layer.1.output.dense.weight")
+    below = ("bert.encoder.layer.0.output.LayerNorm.bias", "bert.embeddings.word_embeddings.weight")
+    assert [decayed[name] for name in (*layers, *below)] == [1.0, 1.0, 0.8, 0.64, 0.512]
+    assert [faster[name] for name in (*layers, *below)] == [10.0, 1.0, 1.0, 1.0, 1.0]
+    assert [ours[name] for name in (*layers, *below)] == [3.0, 1.0, 0.8, 0.64, 0.512]
+
+
+def test_glosses_are_read_without_the_licence_and_examples_of_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import fine_tuning
+
+    (tmp_path / "data.noun").write_text("  1 The licence | 9\n00001740 03 n 01 entity 0 000 | that which is; \"a thing\"  \n")
+    (tmp_path / "data.verb").write_text("00001740 29 v 01 breathe 0 000 01 + 02 00 | draw air into the lungs  \n")
+    assert fine_tuning.glosses(tmp_path) == {"that which is": "03", "draw air into the lungs": "29"}
