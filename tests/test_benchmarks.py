@@ -160,7 +160,9 @@ def test_on_a_gpu_every_contender_has_as_many_settings_and_its_best_one_is_run_o
         assert left == [replace(trial, seed=seed) for trial in best for seed in (2, 3)]
 
 
-def test_fine_tunings_page_is_made_from_its_rows_and_each_row_was_the_next_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tunings_page_is_made_from_its_rows_and_each_row_was_the_next_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import fine_tuning
     from rate_rule import as_row
@@ -177,8 +179,9 @@ def test_fine_tunings_page_is_made_from_its_rows_and_each_row_was_the_next_of_th
 
 def test_fine_tuning_a_small_bert_gives_each_layer_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import fine_tuning
     from transformers import BertConfig, BertForSequenceClassification
+
+    import fine_tuning
 
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = BertConfig(vocab_size=50, num_labels=3, **small)
@@ -207,12 +210,10 @@ def test_fine_tuning_a_small_bert_gives_each_layer_its_rate(monkeypatch: pytest.
     assert [ours[name] for name in (*layers, *below)] == [3.0, 1.0, 0.8, 0.64, 0.512]
 
 
-def test_glosses_are_read_without_the_licence_and_examples_of_use(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_glosses_are_read_without_the_licence_and_examples_of_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import fine_tuning
 
-    (tmp_path / "data.noun").write_text("  1 The licence | 9\n00001740 03 n 01 entity 0 000 | that which is; \"a thing\"  \n")
+    (tmp_path / "data.noun").write_text('  1 The licence | 9\n00001740 03 n 01 entity 0 000 | that which is; "a thing"  \n')
     (tmp_path / "data.verb").write_text("00001740 29 v 01 breathe 0 000 01 + 02 00 | draw air into the lungs  \n")
     assert fine_tuning.glosses(tmp_path) == {"that which is": "03", "draw air into the lungs": "29"}
