@@ -75,27 +75,31 @@ CONTENDERS: Final = {
     "D-Muon": Contender(lw.DMuon),
 }
 
-#: Training glosses, contender, exponent of 2 of the first rate that is tried.
-PLAN: Final = (
-    (1000, "AdamW", -12),
-    (1000, "AdamW, head x 10", -12),
-    (1000, "AdamW, decay 0.8", -11),
-    (1000, "AdamW, decay 0.65", -11),
-    (1000, "DualMuon", -9),
-    (1000, "AdamW, decay 0.8, head x 10", -11),
-    (4000, "AdamW, head x 10", -12),
-    (4000, "AdamW, decay 0.8, head x 10", -11),
-    (4000, "AdamW", -12),
-    (1000, "D-Muon", -10),
-    (1000, "DualMuon, decay 0.8", -9),
-    (1000, "AdamW, decay 0.9", -11),
-    (4000, "AdamW, decay 0.8", -11),
-    (4000, "DualMuon", -9),
-    (4000, "AdamW, decay 0.65", -11),
-    (4000, "AdamW, decay 0.9", -12),
-    (4000, "DualMuon, decay 0.8", -9),
-    (4000, "D-Muon", -10),
-)
+#: By training glosses: contenders, and the exponent of 2 of the first rate that is tried.
+PLAN: Final = {
+    1000: {
+        "AdamW": -12,
+        "AdamW, head x 10": -12,
+        "AdamW, decay 0.8": -11,
+        "AdamW, decay 0.65": -11,
+        "DualMuon": -9,
+        "AdamW, decay 0.8, head x 10": -11,
+        "D-Muon": -10,
+        "DualMuon, decay 0.8": -9,
+        "AdamW, decay 0.9": -11,
+    },
+    4000: {
+        "AdamW, head x 10": -12,
+        "AdamW, decay 0.65": -10,
+        "DualMuon": -9,
+        "AdamW": -12,
+        "AdamW, decay 0.8": -11,
+        "AdamW, decay 0.8, head x 10": -11,
+        "AdamW, decay 0.9": -12,
+        "DualMuon, decay 0.8": -9,
+        "D-Muon": -10,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -259,9 +263,9 @@ def best_of(found: Found) -> float:
     return min(found, key=lambda lr: found[lr][SEEDS[0]]["loss"])
 
 
-def due(rows: Sequence[Row]) -> Trial | None:
-    """The next run of the plan."""
-    for count, contender, first in PLAN:
+def due(rows: Sequence[Row], count: int) -> Trial | None:
+    """The next run of the plan on so many glosses."""
+    for contender, first in PLAN[count].items():
         found = runs_of(rows, count, contender)
         best = best_of(found) if found else 2.0**first
         for lr in (best, 2 * best, best / 2):
@@ -284,8 +288,7 @@ def page(rows: Sequence[Row]) -> list[str]:
 
 def section(rows: Sequence[Row], count: int) -> list[str]:
     """Each contender at its best rate, and all rates tried on the first seed."""
-    of_all = {name: found for _, name, _ in PLAN if (found := runs_of(rows, count, name))}
-    of_all = {name: of_all[name] for name in CONTENDERS if name in of_all}
+    of_all = {name: found for name in CONTENDERS if (found := runs_of(rows, count, name))}
     lines = [
         "Mean over the seeds at the best rate; differences on the same seeds, with 95 % intervals.",
         "",
@@ -328,6 +331,7 @@ def main() -> None:
     parser = documented_parser(__doc__)
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--wordnet", type=Path, default=WORDNET, help=f"folder of its data files; {WORDNET} by default")
+    parser.add_argument("--glosses", type=int, nargs="+", choices=PLAN, default=list(PLAN), help="of the plan these alone")
     parser.add_argument("--steps", type=int, help="of every trial, in place of its own: to see whether it runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args()
@@ -336,10 +340,11 @@ def main() -> None:
     if given.command == "run":
         torch.set_num_threads(1)
         task = minilm(given.wordnet)
-        while (trial := due(store.results())) is not None:
-            result = train(trial, task, given.steps)
-            store.add(trial, result)
-            print(as_row(trial), result, flush=True)
+        for count in given.glosses:
+            while (trial := due(store.results(), count)) is not None:
+                result = train(trial, task, given.steps)
+                store.add(trial, result)
+                print(as_row(trial), result, flush=True)
     write_page(given.out / "fine_tuning.md", page(store.results()))
 
 
