@@ -50,7 +50,7 @@ from script import RESULTS, documented_parser, write_page
 WORDNET: Final = Path("/usr/share/wordnet")
 HELD_OUT, SYNSETS, LENGTH, BATCH = 2000, 500, 32, 32
 EPOCHS: Final = {1000: 3, 4000: 2}
-SEEDS: Final = (0, 1, 2)
+SEEDS: Final = {1000: (0, 1, 2), 4000: (0,)}
 MATRIX: Final = re.compile(r"\blayer\.(\d+)\.(?!.*LayerNorm).*\.weight$")
 
 
@@ -259,8 +259,8 @@ def runs_of(rows: Sequence[Row], count: int, contender: str) -> Found:
 
 
 def best_of(found: Found) -> float:
-    """The rate of the lowest loss on the first seed."""
-    return min(found, key=lambda lr: found[lr][SEEDS[0]]["loss"])
+    """The rate of the lowest loss on seed 0."""
+    return min(found, key=lambda lr: found[lr][0]["loss"])
 
 
 def due(rows: Sequence[Row], count: int) -> Trial | None:
@@ -270,8 +270,8 @@ def due(rows: Sequence[Row], count: int) -> Trial | None:
         best = best_of(found) if found else 2.0**first
         for lr in (best, 2 * best, best / 2):
             if lr not in found:
-                return Trial(count, contender, lr, SEEDS[0])
-        for seed in SEEDS[1:]:
+                return Trial(count, contender, lr, 0)
+        for seed in SEEDS[count]:
             if seed not in found[best]:
                 return Trial(count, contender, best, seed)
     return None
@@ -287,7 +287,7 @@ def page(rows: Sequence[Row]) -> list[str]:
 
 
 def section(rows: Sequence[Row], count: int) -> list[str]:
-    """Each contender at its best rate, and all rates tried on the first seed."""
+    """Each contender at its best rate, and all rates tried on seed 0."""
     of_all = {name: found for name in CONTENDERS if (found := runs_of(rows, count, name))}
     lines = [
         "Mean over the seeds at the best rate; differences on the same seeds, with 95 % intervals.",
