@@ -246,6 +246,21 @@ def test_what_skips_blocks_is_not_the_stream():
 STACKS = (("dense", 3, 3), ("up", 5, 2), ("down", 7, 2))
 
 
+class Stage(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.down, self.blocks = nn.Linear(8, 8), nn.Sequential(*(Inner() for _ in range(blocks)))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.blocks(self.down(x))
+
+
+def test_a_stage_of_one_block_is_a_stage_as_the_others_are():
+    model = nn.Sequential(nn.Linear(4, 8), Stage(1), Stage(2), nn.Linear(8, 2))
+    stages = {"1.down": 4, "1.blocks.0.": 3, "2.down": 3, "2.blocks.0.": 2, "2.blocks.1.": 1}
+    holds(distances(model, torch.randn(3, 4)), {"3": 0, **stages, "0": 4})
+
+
 def test_blocks_that_run_by_a_method_of_their_own_are_refused():
     with pytest.raises(LayerwiseError, match=r"blocks.0, blocks.1, blocks.2 ran by another method .* block\(x\)"):
         distances(Stack(lambda block, x, *_: block.run(x)), torch.randn(3, 4))

@@ -45,7 +45,8 @@ def distances(model: nn.Module, batch: Any = None, forward: Forward | None = Non
     candidates = list(_blocks(inner))
     layers = [] if candidates else [Block(name, m) for name, m in inner.named_modules() if _matrices(m, recurse=False)]
     seen = _run(inner, batch, forward, [each for outer in (*layers, *candidates) for each in outer.with_all_within()])
-    blocks = layers or [each for outer in candidates for each in _taken_apart(outer)]
+    stages = {type(outer.module) for outer in candidates if _taken_apart(outer) != [outer]}
+    blocks = layers or [each for outer in candidates for each in _taken_apart(outer, type(outer.module) in stages)]
     _tell_of_rest(inner, seen, blocks)
     far = _far(_in_order(blocks))
     found = [_of_parameter(1 << number, far) for number in range(len(seen.parameters))]
@@ -234,12 +235,15 @@ def _in_order(blocks: list[Block]) -> list[Block]:
     return sorted((block for block in blocks if block.number is not None), key=lambda block: block.number or 0)
 
 
-def _taken_apart(block: Block) -> list[Block]:
-    """The blocks of a stage in its place, where they run one after the other; experts side by side stay one block."""
+def _taken_apart(block: Block, known: bool = False) -> list[Block]:
+    """The blocks of a stage in its place, where they run one after the other; experts side by side stay one block.
+
+    A single block is one of a stage where that is `known`, of others of its class, or where the stage itself is not called.
+    """
     inner = [each for part in block.within for each in _taken_apart(part)]
     ran = _in_order(inner)
     one_by_one = all(b.takes & a.own for a, b in pairwise(ran))
-    stage = len(ran) > 1 or (block.number is None and ran)  # which is not called where the model runs through its blocks
+    stage = len(ran) > 1 or (ran and (known or block.number is None))
     return ran if stage and len(ran) == len(inner) and one_by_one else [block]
 
 
