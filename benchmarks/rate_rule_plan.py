@@ -165,10 +165,8 @@ CONTENDERS: Final[Mapping[str, Mapping[str, Any]]] = {
     "AdaMuon": {"name": "ada-muon"},
     "SOAP": {"name": "soap"},
     "LAMB": {"name": "lamb"},
-    "LAMB, the paper's decay": {"name": "lamb", "weight_decouple": False},
     "Adam-mini": {"name": "adam-mini"},
     "Prodigy": {"name": "prodigy"},
-    "Prodigy, with its safeguards": {"name": "prodigy", "bias_correction": True, "safeguard_warmup": True},
     "frame on AdaMuon": {"name": "framed-ada-muon"},
 }
 #: What DualMuon was, last and before that.
@@ -441,6 +439,7 @@ def searched() -> tuple[Trial, ...]:
         *(by_role("llama-tiny", 0.008, seed, LLAMA_ROLES_SEARCHED) for seed in (3, 4)),
         by_role("llama-tiny", 0.008, 3, {"embedding": 4.0, "head": 4.0}),
         by_role("llama-tiny", 0.008, 1, {"embedding": 16.0, "head": 4.0}),
+        by_role("llama-tiny", 0.0113, 1, LLAMA_ROLES_SEARCHED),
         *(Trial("llama-tiny", NO_WARM_UP, 0.016, seed, roles=(("embedding", 2.0),)) for seed in (0, 1, 2, 11)),
         Trial("llama-tiny", NO_WARM_UP, 0.016, 11, roles=(("embedding", 4.0),)),
     )
@@ -609,7 +608,7 @@ CLASSICS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
     "gpt2-tiny": {
         "LAMB": (0.016, 0.032),
         "Adam-mini": (0.001,),
-        "Prodigy": (2.0,),
+        "Prodigy": (1.0,),
     },
 }
 #: The factors of roles that are the best for AdamW.

@@ -236,15 +236,12 @@ class FramedAdaMuon(Optimizer):
         self.rest.step()
 
 
-def lamb(
-    params: Iterable[Mapping[str, Any]], lr: float = 1e-2, *, weight_decay: float = 0.1, weight_decouple: bool = True
-) -> Optimizer:
+def lamb(params: Iterable[Mapping[str, Any]], lr: float = 1e-2, *, weight_decay: float = 0.1) -> Optimizer:
     """LAMB (arXiv 1904.00962) of pytorch-optimizer: Adam's step of each tensor made as long as the tensor, times `lr`.
 
-    It decays weights beside that step; `weight_decouple=False` within it, as the paper does.
+    It decays weights beside that step, the paper within it.
     """
-    groups = plain_groups(params, lr, weight_decay)
-    made: Optimizer = pytorch_optimizer.Lamb(groups, lr=lr, weight_decouple=weight_decouple)
+    made: Optimizer = pytorch_optimizer.Lamb(plain_groups(params, lr, weight_decay), lr=lr)
     return made
 
 
@@ -273,19 +270,9 @@ def adam_mini(
     return made
 
 
-def prodigy(
-    params: Iterable[Mapping[str, Any]],
-    lr: float = 1.0,
-    *,
-    weight_decay: float = 0.1,
-    bias_correction: bool = False,
-    safeguard_warmup: bool = False,
-) -> Optimizer:
+def prodigy(params: Iterable[Mapping[str, Any]], lr: float = 1.0, *, weight_decay: float = 0.1) -> Optimizer:
     """Prodigy (arXiv 2306.06101) of pytorch-optimizer: Adam that estimates its own rate, which `lr` multiplies."""
-    groups = plain_groups(params, lr, weight_decay)
-    made: Optimizer = pytorch_optimizer.Prodigy(
-        groups, lr=lr, bias_correction=bias_correction, safeguard_warmup=safeguard_warmup
-    )
+    made: Optimizer = pytorch_optimizer.Prodigy(plain_groups(params, lr, weight_decay), lr=lr)
     return made
 
 
