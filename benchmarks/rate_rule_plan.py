@@ -607,7 +607,7 @@ CLASSICS: Final[Mapping[str, Mapping[str, tuple[float, ...]]]] = {
     },
     "gpt2-tiny": {
         "LAMB": (0.016, 0.032),
-        "Adam-mini": (0.001,),
+        "Adam-mini": (0.001, 0.002),
         "Prodigy": (1.0,),
     },
 }
