@@ -804,3 +804,15 @@ def test_a_dict_is_the_one_argument_of_a_forward_that_takes_no_keywords():
         function_space_rates(model, update, batch)
     of_dict = function_space_rates(model, update, batch, forward=lambda m, inputs: m(inputs)["embedding"])
     assert of_dict["weight"] == function_space_rates(nn.Linear(4, 3), update, batch["x"])["weight"]
+
+
+def test_a_dict_with_an_entry_too_many_is_told_by_the_model():
+    update, batch = {"weight": torch.randn(3, 4)}, {"input": torch.randn(8, 4), "mask": torch.ones(8)}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):  # not that its input is a dict
+        function_space_rates(nn.Linear(4, 3), update, batch)
+
+
+def test_a_traced_model_takes_a_dict_though_it_has_no_signature():
+    model, inputs, update = nn.Linear(4, 3), torch.randn(8, 4), {"weight": torch.randn(3, 4)}
+    of_traced = function_space_rates(torch.jit.trace(model, inputs), update, {"input": inputs})
+    assert of_traced["weight"].value == pytest.approx(function_space_rates(model, update, inputs)["weight"].value)

@@ -125,7 +125,7 @@ def test_what_is_no_group_of_ours_is_told():
     plain = lw.torch_groups(lw.param_groups(model, BATCH), lr=0.1)
     for groups, lr, told in (
         (plain, 0.1, "a group of params, lr is none of lw.param_groups"),
-        (list(model.parameters()), 0.1, "give a list, each of it a dict"),
+        (model.parameters(), 0.1, r"give the groups that lw.param_groups\(model, batch\) returned"),
         (lw.param_groups(model, BATCH), -0.1, r"torch_groups\(lr=-0.1\): give a number from 0 on"),
     ):
         with pytest.raises(LayerwiseError, match=told):

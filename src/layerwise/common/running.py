@@ -61,8 +61,13 @@ def call_in_words(model: nn.Module, batch: Any, name: str) -> str:
 
 
 def _takes_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether `forward` takes a dict as its one argument, and not its entries as keywords."""
-    signature = inspect.signature(unwrap(model).forward)
+    """Whether `forward` takes a dict as its one argument, and none of its entries as keywords."""
+    try:
+        signature = inspect.signature(unwrap(model).forward)
+    except ValueError:  # a traced model has none
+        return False
+    if signature.parameters.keys() & batch.keys():  # with an entry too many, or too few: let the model say which
+        return False
     try:
         signature.bind(**batch)
     except TypeError:

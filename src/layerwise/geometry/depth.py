@@ -170,7 +170,7 @@ class Seen(TorchDispatchMode):
         """Run the operation; its results, and what it wrote into, are made of all that it was given."""
         kwargs = kwargs or {}
         tensors = tensors_in((*args, *kwargs.values()))
-        out = run_operation(func, args, kwargs, self._kept)
+        out = run_operation(func, args, kwargs, tensors, self._kept)
         made_of = self.made_of(tensors)
         self.used |= made_of
         for result in tensors_in((out,)):

@@ -19,6 +19,7 @@ _BY_INPUTS = ("head", "hidden", "conv", "experts")
 #: What a group of `param_groups` has for optimizers of ours alone.
 _OURS = ("params", "role", "layout", "geometry", "norm_group", "origin", "lr_scale")
 Rate = Annotated[float, "a number from 0 on", lambda number: number >= 0]
+Groups = Annotated[Sequence[Mapping[str, Any]], "the groups that lw.param_groups(model, batch) returned"]
 Decay = Annotated[float, "a number above 0 and at most 1", lambda number: 0 < number <= 1]
 
 
@@ -109,7 +110,7 @@ def _inputs(row: Row) -> int:
 
 
 @checked
-def torch_groups(groups: Sequence[Mapping[str, Any]], lr: Rate) -> list[dict[str, Any]]:
+def torch_groups(groups: Groups, lr: Rate) -> list[dict[str, Any]]:
     """Groups of `param_groups` as any optimizer takes them: with rates of their own, and nothing that is for ours.
 
     Args:

@@ -50,7 +50,7 @@ class Follow(TorchDispatchMode):
         tensors = tensors_in((*args, *kwargs.values()))
         if isinstance(func, HigherOrderOperator) and "attention" not in func.name():
             raise NotImplementedError(f"{func.name()} runs functions that cannot be followed")
-        out = run_operation(func, args, kwargs, self._kept)
+        out = run_operation(func, args, kwargs, tensors, self._kept)
         self._count += 1
         results = tensors_in((out,))
         operation = Operation(func, args, kwargs, tensors, results, self._count)
@@ -62,11 +62,11 @@ class Follow(TorchDispatchMode):
         return out
 
 
-def run_operation(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], kept: Kept) -> Any:
-    """An operation in a pass of which nothing stays; on the meta device where any of its tensors is there."""
+def run_operation(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: list[Tensor], kept: Kept) -> Any:
+    """An operation on `tensors` in a pass of which nothing stays; on the meta device where any of them is there."""
     targets = written(func, args, kwargs)
     kept.before_writing(targets)
-    if any(tensor.is_meta for tensor in tensors_in((*args, *kwargs.values()))):
+    if any(tensor.is_meta for tensor in tensors):
         return _run_on_meta(func, args, kwargs, targets)
     return func(*args, **kwargs)
 
