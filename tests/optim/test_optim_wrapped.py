@@ -170,6 +170,16 @@ def test_flattened_matrices_are_told_with_what_to_use():
         optimizer.step()
 
 
+def test_a_tensor_of_another_shape_is_not_said_to_be_flattened():
+    model = net()
+    optimizer = make("dual-muon", model)
+    model.up.weight.data = torch.zeros(2, 3, 4)
+    with pytest.raises(
+        lw.LayerwiseError, match=r"'up\.weight': MatrixLayout holds tensors of shape \[out, in\], not \(2, 3, 4\)$"
+    ):
+        optimizer.step()
+
+
 class ScheduleFreeWrapper(Keeps):
     """By its name."""
 

@@ -282,6 +282,8 @@ def _allocate(group: Group, name: str, param: Tensor) -> State:
     try:
         state: State = group["update"].allocate(group, name, param)
     except LayerwiseError as error:
+        if param.ndim != 1:
+            raise
         raise LayerwiseError(
             f"{error}. Was it flattened? DeepSpeed's ZeRO stages 1 to 3 and FSDP1 do so, and no matrix is left: use FSDP2 "
             "(fully_shard), or stage 0"
