@@ -8,6 +8,7 @@ hand on: 1e-10 is far above that and far below the 1e-3 of a step left out, a cl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, cycle, islice
 from types import SimpleNamespace
 from typing import Any
@@ -165,7 +166,7 @@ def hf_optimizer(preset: Any, options: dict[str, Any], folder: Any, **arguments:
     return Trainer(gpt2(), arguments, optimizer_cls_and_kwargs=trainer_optimizer(preset, **options)).create_optimizer()
 
 
-@pytest.mark.parametrize("preset", [lw.DualMuon, torch.optim.AdamW])
+@pytest.mark.parametrize("preset", [lw.DualMuon, partial(lw.DualMuon, head=2), torch.optim.AdamW])
 def test_factors_reach_the_rates_of_the_trainers_optimizer(tmp_path, preset):
     """AdamW leaves `lr_scale` alone, in silence."""
     optimizer = hf_optimizer(preset, {"lr": 0.02, "factors": {"transformer.wpe.weight": 0.5}}, tmp_path)

@@ -66,8 +66,8 @@ def trainer_optimizer(
     ) -> Optimizer:
         groups = param_groups(model, batch, overrides, splits, factors=factors)
         rate: Any = options.get("lr")
-        is_ours = issubclass(preset, LayerwiseOptimizer)
-        optimizer = preset(groups if is_ours else torch_groups(groups, rate), **options)
+        plain = isinstance(preset, type) and not issubclass(preset, LayerwiseOptimizer)  # a partial of ours is no type
+        optimizer = preset(torch_groups(groups, rate) if plain else groups, **options)
         _warn_of_unused(optimizer)
         return optimizer
 
