@@ -384,6 +384,21 @@ def test_what_fabric_wraps_is_named_and_measured_as_it_was(precision):
     assert [row.name for row in lw.describe(model).rows] == [name for name, _ in own.named_parameters()]
 
 
+class WithPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._forward_module, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self._forward_module(x))
+
+
+def test_a_model_with_a_part_of_that_name_is_taken_whole():
+    """The part was taken for the model: what else there was would not have been trained."""
+    rows = lw.describe(WithPart(), torch.randn(2, 8)).rows
+    assert {row.name: row.role for row in rows if row.role != "vector"} == {"weight": "hidden", "head.weight": "head"}
+
+
 @pytest.mark.parametrize(("every", "interval", "steps"), [(None, 0, []), (None, 3, [3]), (2, 0, [2, 4])])
 def test_lightning_logs_at_its_own_interval_or_never(every, interval, steps):
     logged: list[int] = []

@@ -72,7 +72,8 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, Fabric, DataParallel and DistributedDataParallel: it names the parameters."""
     while True:
-        inner = getattr(model, "_orig_mod", getattr(model, "_forward_module", None))
+        of_fabric = hasattr(model, "_original_module")  # users' models may have a `_forward_module` beside other parts
+        inner = getattr(model, "_forward_module" if of_fabric else "_orig_mod", None)
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = model.module
         if not isinstance(inner, nn.Module):
