@@ -56,7 +56,7 @@ def layer_decay(model: nn.Module, decay: Decay, batch: Any = None, forward: Forw
         >>> sorted({group["lr"] for group in optimizer.param_groups})
         [0.00025, 0.0005, 0.001]
     """
-    return {name: decay**distance for name, distance in distances(model, batch, forward).items()}
+    return {name: float(decay**distance) for name, distance in distances(model, batch, forward).items()}
 
 
 @checked
