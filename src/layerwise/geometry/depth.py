@@ -161,8 +161,9 @@ class Seen(TorchDispatchMode):
         self._kept = kept
         self._made_of: dict[int, tuple[StorageWeakRef, int]] = {}
         self._count = 0
-        for number, p in enumerate(self.parameters):
-            self._note(p, 1 << number)
+        self._bit = {p: 1 << number for number, p in enumerate(self.parameters)}
+        for p, bit in self._bit.items():
+            self._note(p, bit)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -216,8 +217,7 @@ class Seen(TorchDispatchMode):
 
     def _bits(self, module: nn.Module | None) -> int:
         """Those of a module's own parameters."""
-        own = {id(p) for p in module.parameters()} if module is not None else set()
-        return sum(1 << number for number, p in enumerate(self.parameters) if id(p) in own)
+        return sum(self._bit[p] for p in module.parameters()) if module is not None else 0
 
     def _note(self, tensor: Tensor, bits: int) -> None:
         key = _key(tensor)

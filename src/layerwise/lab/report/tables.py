@@ -29,9 +29,9 @@ def result_rows(contenders: Sequence[Contender]) -> list[ResultRow]:
     ranked = sorted(contenders, key=lambda c: c.mean_loss)
     contest = len(ranked) > 1 and all(run.status != "running" for c in ranked for run in c.runs)
     several = any(len(c.runs) > 1 for c in ranked)
-    coloured = [id(c) for c in standing_out(ranked)]
+    coloured = standing_out(ranked)
     return [
-        ResultRow(c.look.color if id(c) in coloured else BAND, contest and c is ranked[0], _result_cells(c, several))
+        ResultRow(c.look.color if c in coloured else BAND, contest and c is ranked[0], _result_cells(c, several))
         for c in ranked
     ]
 
