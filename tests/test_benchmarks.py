@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,13 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
     yield call
     torch.set_num_threads(threads)
+
+
+def committed(name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a benchmark's results, and the lines of its page but the last, which is the machine's."""
+    results = BENCHMARKS / "results"
+    rows = [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
+    return rows, (results / f"{name}.md").read_text(encoding="utf-8").splitlines()[:-1]
 
 
 def test_the_optimizer_step_is_measured_and_earlier_sets_are_kept(run: Run, tmp_path: Path) -> None:
@@ -65,10 +73,8 @@ def test_the_rate_rules_table_is_made_from_its_rows_and_the_rows_from_the_plan(
     from rate_rule_plan import STUDIES, Trial
     from rate_rule_table import page
 
-    results = BENCHMARKS / "results"
-    rows = [json.loads(line) for line in (results / "rate_rule.jsonl").read_text().splitlines()]
-    made, written = page(rows), (results / "rate_rule.md").read_text(encoding="utf-8")
-    assert made.splitlines()[:-1] == written.splitlines()[:-1]  # the last line is the machine's
+    rows, written = committed("rate_rule")
+    assert page(rows).splitlines()[:-1] == written
     planned = {trial for study in STUDIES.values() for trial in study.trials}
     for row in rows:
         trial = {**row["trial"], "roles": tuple(map(tuple, row["trial"]["roles"]))}
@@ -167,10 +173,8 @@ def test_fine_tunings_page_is_made_from_its_rows_and_each_row_was_the_next_of_th
     import fine_tuning
     from rate_rule import as_row
 
-    results = BENCHMARKS / "results"
-    rows = [json.loads(line) for line in (results / "fine_tuning.jsonl").read_text().splitlines()]
-    written = (results / "fine_tuning.md").read_text(encoding="utf-8")
-    assert fine_tuning.page(rows)[:-1] == written.splitlines()[:-1]  # the last line is the machine's
+    rows, written = committed("fine_tuning")
+    assert fine_tuning.page(rows)[:-1] == written
     for glosses in fine_tuning.PLAN:
         made = [row for row in rows if row["trial"]["glosses"] == glosses]
         for count, row in enumerate(made):
